@@ -1,0 +1,1 @@
+"""Engines: they own model, optimizer and parallelism, and know nothing of masks."""

@@ -1,0 +1,91 @@
+"""Which process does what: process groups, the place of this rank, and its part of a batch."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from llada.config import ParallelSection
+from llada.engine.base import Place
+from llada.errors import UserError
+from llada.objectives.base import Batch
+
+
+def world_from_environment() -> tuple[int, int, int]:
+    """(rank, world size, local rank) as set by torchrun or srun; (0, 1, 0) when started alone.
+
+    Raises UserError when the variables contradict each other.
+    """
+    env = os.environ
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK") if "WORLD_SIZE" in env else ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
+    if "WORLD_SIZE" not in env and "MASTER_ADDR" not in env:
+        return 0, 1, 0
+    try:
+        rank, size = int(env[names[0]]), int(env[names[1]])
+        local = int(env.get(names[2], rank))
+    except (KeyError, ValueError) as error:
+        raise UserError(f"environment: {'/'.join(names)} must be integers, set by torchrun or srun ({error})") from None
+    if not 0 <= rank < size:
+        raise UserError(f"environment: {names[0]}={rank} is outside the world of {names[1]}={size}")
+    return rank, size, local
+
+
+def start_process_group(rank: int, size: int, device: torch.device, timeout_s: float = 1800) -> None:
+    """Join the world: NCCL on GPU (with gloo beside it for CPU tensors), gloo on CPU. Alone, no network is touched."""
+    if dist.is_initialized():
+        return
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    store = dist.HashStore() if size == 1 else None
+    init_method = None if size == 1 else "env://"
+    if size > 1:
+        os.environ.setdefault("RANK", str(rank))
+        os.environ.setdefault("WORLD_SIZE", str(size))
+    dist.init_process_group(backend, init_method=init_method, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s))
+
+
+def start_model_parallel(parallel: ParallelSection) -> Place:
+    """Create Megatron-Core's process groups and return this rank's place."""
+    from megatron.core import parallel_state as state
+    from megatron.core import tensor_parallel
+
+    state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+        context_parallel_size=parallel.context,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(1234)  # unused by us (weights are keyed, dropout is 0); Megatron-Core wants it set
+    return Place(dist.get_rank(), dist.get_world_size(), state.get_data_parallel_rank(), state.get_data_parallel_world_size())
+
+
+def stop_model_parallel() -> None:
+    """Destroy every group except the world's, so that another layout can be built in this process.
+
+    Groups that merely fall out of scope would leak their threads and file descriptors.
+    """
+    from megatron.core import parallel_state as state
+    from torch.distributed import distributed_c10d as c10d
+
+    world = dist.group.WORLD
+    state.destroy_model_parallel()
+    for group in list(c10d._world.pg_map):
+        if group is not world:
+            dist.destroy_process_group(group)
+
+
+def sample_offsets(global_batch: int, micro_batch: int, data_rank: int, data_size: int) -> list[range]:
+    """Which samples of a step form this replica's micro-batches, as offsets 0..global-1: round-robin over the replicas."""
+    count = global_batch // (micro_batch * data_size)
+    firsts = ((i * data_size + data_rank) * micro_batch for i in range(count))
+    return [range(first, first + micro_batch) for first in firsts]
+
+
+def context_part(batch: Batch, rank: int, size: int) -> tuple[int, int, torch.Tensor]:
+    """This context rank's contiguous part of the row: first token, past-the-last token, and which predictions lie in it."""
+    share = batch.inputs.shape[1] // size
+    first = rank * share
+    inside = ((batch.columns >= first) & (batch.columns < first + share)).nonzero().squeeze(1)  # on CPU, in the batch's order
+    return first, first + share, inside

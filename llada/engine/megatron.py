@@ -1,0 +1,337 @@
+"""The default engine: Megatron-Core's model parallelism, pipeline schedules, distributed optimizer and checkpoints."""
+
+from __future__ import annotations
+
+import math
+import resource
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from llada.config import RunConfig
+from llada.engine import cpu
+from llada.engine.base import Place, StepResult
+from llada.engine.layout import context_part, start_model_parallel, start_process_group, stop_model_parallel, world_from_environment
+from llada.objectives.base import Batch
+
+cpu.before_import()
+
+from megatron.core import dist_checkpointing, parallel_state  # noqa: E402
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads  # noqa: E402
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32  # noqa: E402
+from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
+from megatron.core.transformer import TransformerConfig  # noqa: E402
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset  # noqa: E402
+
+from llada.model import weights  # noqa: E402
+from llada.model.attention import attention_inputs, uses_varlen  # noqa: E402
+from llada.model.token_losses import KERNELS  # noqa: E402
+from llada.model.transformer import BidirectionalTransformer, Predicted  # noqa: E402
+
+cpu.after_import()
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SHARDING = "fully_reshardable"
+"""Format of the distributed optimizer's state in checkpoints: loads on any layout."""
+
+
+class MegatronEngine:
+    """Model, optimizer and their state, spread over the ranks as `config.parallel` says.
+
+    Weights start from the keyed initialisation of (config.seed, canonical name), so every layout starts from the same model.
+
+    Args:
+        config: the run.
+        token_loss: name of the loss kernel, from the objective.
+    """
+
+    def __init__(self, config: RunConfig, token_loss: str = "cross_entropy") -> None:
+        rank, size, local = world_from_environment() if not dist.is_initialized() else (dist.get_rank(), dist.get_world_size(), 0)
+        config.check_world(size)
+        self.device = torch.device("cpu") if cpu.available() else torch.device("cuda", local % torch.cuda.device_count())
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        start_process_group(rank, size, self.device)
+        self.config = config
+        self.place: Place = start_model_parallel(config.parallel)
+        self.dtype = DTYPES[config.precision]
+        self.varlen = uses_varlen(self.device, self.dtype)
+        self.transformer_config = _transformer_config(config, self.dtype, self.device)
+        self.chunks = self._build_chunks(KERNELS[token_loss])
+        for chunk in self.chunks:
+            weights.initialise(config.model, config.seed, self._parameters(chunk), *self._tensor_place())
+        self.replicas = [self._replicate(chunk) for chunk in self.chunks]
+        self.optimizer = _optimizer(config, self.dtype, self.replicas)
+        self.transformer_config.finalize_model_grads_func = _finalize
+        self.transformer_config.grad_scale_func = None
+
+    # -- training ------------------------------------------------------------------------------------------------------
+
+    def train_step(self, batches: Sequence[Batch], learning_rate: float) -> StepResult:
+        """Forward and backward over this replica's micro-batches, then one update; nothing is updated when it is not finite.
+
+        Args:
+            batches: this replica's micro-batches, the same number on every replica.
+            learning_rate: of this step.
+        """
+        for replica in self.replicas:
+            replica.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        self._run(batches, partial(_training_loss, total), forward_only=False)
+        self.optimizer.prepare_grads()
+        loss, grad_norm = self._read_loss_and_norm(total)
+        finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        if finite:
+            clip_grad_by_total_norm_fp32(self.optimizer.get_parameters(), max_norm=self.config.optimizer.clip, total_norm=grad_norm)
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate * group["lr_mult"]
+                group["weight_decay"] = self.config.optimizer.weight_decay * group["wd_mult"]
+            self.optimizer.step_with_ready_grads()
+        return StepResult(loss, grad_norm, finite)
+
+    def _read_loss_and_norm(self, total: torch.Tensor) -> tuple[float, float]:
+        """The step's one host read: loss and global L2 norm together. Shared and replicated parameters count once in the norm."""
+        grads = self.optimizer.get_main_grads_for_grad_norm()
+        squared = torch.stack(torch._foreach_norm(grads)).double().square().sum() if grads else torch.zeros_like(total)
+        dist.all_reduce(squared, group=self.optimizer.get_grad_stats_parallel_group())
+        self._sum_over_replicas(total)
+        loss, squared_norm = torch.stack([total, squared]).tolist()
+        return loss, math.sqrt(squared_norm) if squared_norm >= 0 else math.nan
+
+    def _sum_over_replicas(self, total: torch.Tensor) -> None:
+        """Sum what the last pipeline stage of every replica and context rank holds; every rank gets the result."""
+        dist.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+        dist.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[Batch], num_segments: int) -> torch.Tensor:
+        """sum(weights * loss) of every segment id over all replicas, float64 [num_segments] on CPU, on every rank."""
+        sums = torch.zeros(num_segments, dtype=torch.float64, device=self.device)
+        self._run(batches, partial(_segment_losses, sums), forward_only=True)
+        self._sum_over_replicas(sums)
+        return sums.cpu()
+
+    def _run(self, batches: Sequence[Batch], loss: Callable[..., Any], forward_only: bool) -> None:
+        for chunk in self.chunks:
+            chunk.train(not forward_only)
+        iterators: list[Iterator[Batch]] = [iter(batches) for _ in self.replicas]
+        get_forward_backward_func()(
+            forward_step_func=partial(self._forward, loss),
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self.replicas if len(self.replicas) > 1 else self.replicas[0],
+            num_microbatches=len(batches),
+            seq_length=self.config.data.sequence_length,
+            micro_batch_size=self.config.batch.micro,
+            forward_only=forward_only,
+        )
+
+    def _forward(self, loss: Callable[..., Any], iterator: Iterator[Batch], replica: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
+        """One micro-batch through one chunk, as Megatron-Core's schedules ask for it."""
+        batch = next(iterator)
+        context = parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size()
+        first, last, inside = context_part(batch, *context)
+        model = self.config.model
+        attention = attention_inputs(
+            batch.layout, self._to_device(batch.positions[first:last]), first, model.head_dim, model.rope_theta, self.varlen
+        )
+        indices = (batch.columns[inside] - first) * batch.inputs.shape[0] + batch.rows[inside]
+        predicted = Predicted(self._to_device(indices), self._to_device(batch.targets[inside]))
+        output = replica(self._to_device(batch.inputs[:, first:last]), attention, predicted)
+        return output, partial(loss, self._to_device(batch.weights[inside]), self._to_device(batch.segments[inside]), batch.normaliser)
+
+    def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self.device, non_blocking=True)
+
+    @torch.no_grad()
+    def logits(self, batch: Batch) -> torch.Tensor:
+        """Logits of every position, fp32 [b, L, vocabulary] on CPU. One process only: for verification, not for training."""
+        model = self.config.model
+        attention = attention_inputs(batch.layout, self._to_device(batch.positions), 0, model.head_dim, model.rope_theta, self.varlen)
+        self.chunks[0].eval()
+        return self.chunks[0](self._to_device(batch.inputs), attention).transpose(0, 1).float().cpu()
+
+    # -- construction --------------------------------------------------------------------------------------------------
+
+    def _build_chunks(self, token_loss: Callable[..., torch.Tensor]) -> list[BidirectionalTransformer]:
+        virtual = self.config.parallel.virtual_pipeline
+        chunks = []
+        for stage in range(virtual or 1):
+            vp_stage = stage if virtual else None
+            chunk = BidirectionalTransformer(
+                self.transformer_config,
+                self.config.model,
+                self.config.data.sequence_length,
+                token_loss,
+                pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=virtual is None, vp_stage=vp_stage),
+                post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=virtual is None, vp_stage=vp_stage),
+                vp_stage=vp_stage,
+            )
+            chunks.append(chunk.to(self.device))
+        return chunks
+
+    def _replicate(self, chunk: BidirectionalTransformer) -> DistributedDataParallel:
+        ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
+        return DistributedDataParallel(self.transformer_config, ddp, chunk)
+
+    def _parameters(self, chunk: BidirectionalTransformer) -> dict[str, torch.nn.Parameter]:
+        return weights.global_names(chunk, get_transformer_layer_offset(self.transformer_config, vp_stage=chunk.vp_stage))
+
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        """This rank's parameters by Megatron name, layers numbered over the whole model; `.main_grad` holds the gradient."""
+        return {name: parameter for chunk in self.chunks for name, parameter in self._parameters(chunk).items()}
+
+    @staticmethod
+    def _tensor_place() -> tuple[int, int]:
+        return parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
+
+    # -- state ---------------------------------------------------------------------------------------------------------
+
+    def save(self, folder: Path) -> None:
+        """Write model and optimizer as a Megatron distributed checkpoint into an existing empty folder."""
+        dist_checkpointing.save(self._state(loading=False), str(folder), content_metadata={"distrib_optim_sharding_type": SHARDING})
+
+    def load(self, folder: Path, optimizer: bool = True) -> None:
+        """Read what `save` wrote, on any layout; without `optimizer` the weights alone, and the optimizer starts afresh."""
+        if optimizer:
+            # Without a first step the optimizer has no moments to load into.
+            for part in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
+                part._init_optimizer_states_with_dummy_values()
+        state = dist_checkpointing.load(self._state(loading=True, optimizer=optimizer), str(folder))
+        for index, chunk in enumerate(self.chunks):
+            chunk.load_state_dict(state[f"model{index}"], strict=False)  # not strict: Megatron-Core's modules list empty extra states
+        if optimizer:
+            self.optimizer.load_state_dict(state["optimizer"])
+            self._own_step_counts()
+        else:
+            self.optimizer.reload_model_params()
+
+    def _own_step_counts(self) -> None:
+        """Give every parameter its own step count: loading shares one tensor among all, which then grows once per parameter."""
+        for part in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
+            for moments in part.optimizer.state.values():
+                if isinstance(moments.get("step"), torch.Tensor):
+                    moments["step"] = moments["step"].clone()
+
+    def _state(self, loading: bool, optimizer: bool = True) -> dict[str, Any]:
+        """The sharded state of all chunks; they must be saved and loaded in one call."""
+        metadata = {
+            "distrib_optim_sharding_type": SHARDING,
+            "chained_optim_avoid_prefix": True,
+            "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+        }
+        state: dict[str, Any] = {f"model{i}": chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(self.chunks)}
+        if optimizer:
+            model_state = state["model0"] if len(self.chunks) == 1 else dict(state)
+            state["optimizer"] = self.optimizer.sharded_state_dict(model_state, is_loading=loading, metadata=metadata)
+        return state
+
+    # -- the rest of the contract --------------------------------------------------------------------------------------
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is set on any rank."""
+        if self.place.world_size == 1:
+            return flag
+        count = torch.tensor([int(flag)])
+        dist.all_reduce(count)
+        return bool(count.item())
+
+    def peak_memory_gb(self) -> float:
+        """Largest memory use of this rank so far, GB: allocated GPU memory, or the resident set of the process on CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 1e9
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+    def close(self) -> None:
+        """Leave the model-parallel groups; the world stays for another engine in this process."""
+        stop_model_parallel()
+
+
+def _training_loss(
+    total: torch.Tensor, weights_: torch.Tensor, segments: torch.Tensor, normaliser: float, losses: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+    """Sum of the weighted losses over the step's normaliser. Three values: with two, the schedule would still rescale by the
+    context-parallel size and the number of micro-batches."""
+    loss = (losses * weights_).sum() / normaliser
+    total += loss.detach()
+    return loss, torch.zeros((), dtype=torch.int, device=losses.device), {}
+
+
+def _segment_losses(
+    sums: torch.Tensor, weights_: torch.Tensor, segments: torch.Tensor, normaliser: float, losses: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+    sums.index_add_(0, segments, (losses * weights_).double())
+    return losses.sum(), torch.zeros((), dtype=torch.int, device=losses.device), {}
+
+
+def _finalize(model: list[torch.nn.Module], num_tokens: torch.Tensor | None = None, **kwargs: Any) -> None:
+    """Finish the gradients without dividing by a token count: the losses already carry the step's normaliser."""
+    finalize_model_grads(model, None, **kwargs)
+
+
+def _optimizer(config: RunConfig, dtype: torch.dtype, replicas: list[DistributedDataParallel]) -> Any:
+    settings = config.optimizer
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=0.0,
+            weight_decay=settings.weight_decay,
+            adam_beta1=settings.beta1,
+            adam_beta2=settings.beta2,
+            adam_eps=settings.eps,
+            clip_grad=settings.clip,
+            bf16=dtype == torch.bfloat16,
+            params_dtype=dtype,
+            use_distributed_optimizer=True,
+        ),
+        replicas,
+    )
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    return parts[0] if len(parts) == 1 else optimizer
+
+
+def _transformer_config(config: RunConfig, dtype: torch.dtype, device: torch.device) -> TransformerConfig:
+    model, parallel = config.model, config.parallel
+    gpu = device.type == "cuda"
+    overlapped = parallel.virtual_pipeline is not None
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.kv_heads,
+        ffn_hidden_size=model.ffn_hidden_size,
+        kv_channels=model.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.norm_eps,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bf16=dtype == torch.bfloat16,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        calculate_per_token_loss=True,  # the engine adds up; no division by micro-batches, replicas or tokens
+        perform_initialization=False,  # weights come from llada.model.weights
+        use_cpu_initialization=not gpu,
+        tensor_model_parallel_size=parallel.tensor,
+        sequence_parallel=parallel.sequence,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+        context_parallel_size=parallel.context,
+        # Batched p2p with two stages and virtual stages gives silently wrong gradients: never with virtual stages.
+        overlap_p2p_comm=overlapped,
+        batch_p2p_comm=not overlapped,
+        deterministic_mode=config.run.deterministic and gpu,
+        bias_activation_fusion=gpu,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+    )

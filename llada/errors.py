@@ -1,0 +1,23 @@
+"""The two ways a command ends early, and the one-line messages that go with them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake of the user's. The command line prints it as one line and exits with 2.
+
+    The text names the setting (or file), its value, what is allowed and, where one exists, the nearest right name.
+    """
+
+
+class RunError(Exception):
+    """A failure that is not the user's mistake (a lost file, a non-finite loss). One line, exit 1."""
+
+
+def did_you_mean(name: str, allowed: Iterable[str]) -> str:
+    """Return `` (did you mean 'x'?)`` for the closest of `allowed`, or an empty string when none is near."""
+    near = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.6)
+    return f" (did you mean '{near[0]}'?)" if near else ""

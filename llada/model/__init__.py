@@ -1,0 +1,1 @@
+"""The bidirectional transformer, built from Megatron-Core modules."""

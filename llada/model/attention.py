@@ -1,0 +1,200 @@
+"""Bidirectional attention over segments, the one place that chooses a kernel.
+
+flash-attn (4, 3 or 2) where it is installed, else torch's variable-length flash attention on a GPU; torch's scaled dot product
+per segment on CPU and for fp32 on a GPU. On a GPU the unfused math kernel is never used silently: it is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from llada.errors import RunError
+from llada.objectives.base import Segments
+
+Varlen = Callable[..., torch.Tensor]
+
+
+@dataclass(frozen=True)
+class AttentionInputs:
+    """What every attention layer of a micro-batch shares. Megatron-Core carries it as `packed_seq_params`.
+
+    Attributes:
+        layout: segments of the whole rows.
+        offset: position of this rank's first query token (context parallelism), in tokens.
+        cos, sin: rotary tables of this rank's tokens, fp32 [s, 1, 1, head_dim / 2].
+        cu_seqlens_q, cu_seqlens_k: cumulative segment lengths in the row-major flattening of the local queries and of all
+            keys, int32 [segments + 1] on the GPU; None where the layout is whole rows or the kernel works per segment.
+        max_q, max_k: longest segment, in tokens.
+    """
+
+    layout: Segments
+    offset: int
+    cos: torch.Tensor
+    sin: torch.Tensor
+    cu_seqlens_q: torch.Tensor | None = None
+    cu_seqlens_k: torch.Tensor | None = None
+    max_q: int = 0
+    max_k: int = 0
+
+    @property
+    def qkv_format(self) -> str:
+        """Read by Megatron-Core: tensors stay [s, b, h, d]."""
+        return self.layout.qkv_format
+
+
+def rotary_tables(positions: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of the rotary embedding (arXiv 2104.09864), fp32 [s, 1, 1, head_dim / 2].
+
+    Args:
+        positions: [s] integers.
+        head_dim: even.
+        theta: base.
+    """
+    frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim)
+    angles = torch.outer(positions.float(), frequencies)[:, None, None, :]
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate [s, b, h, d] in fp32 with the half-rotation convention (Llama, NeoX) and cast back."""
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def segment_lengths(layout: Segments, offset: int, length: int) -> tuple[list[int], list[int]]:
+    """Tokens of every segment, row by row: those among the local queries [offset, offset + length), and all of its keys."""
+    queries, keys = [], []
+    for bounds in layout.bounds:
+        for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+            queries.append(max(0, min(end, offset + length) - max(start, offset)))
+            keys.append(end - start)
+    return queries, keys
+
+
+def attention_inputs(
+    layout: Segments, positions: torch.Tensor, offset: int, head_dim: int, theta: float, varlen: bool
+) -> AttentionInputs:
+    """Prepare what the layers of one micro-batch share.
+
+    Args:
+        layout: segments of the whole rows.
+        positions: this rank's rotary positions [s], on the device.
+        offset: index of this rank's first token in the row.
+        head_dim, theta: of the rotary embedding.
+        varlen: also build the cumulative lengths of a variable-length kernel.
+    """
+    cos, sin = rotary_tables(positions, head_dim, theta)
+    if not varlen or layout.whole():
+        return AttentionInputs(layout, offset, cos, sin)
+    queries, keys = segment_lengths(layout, offset, len(positions))
+
+    def cumulative(lengths: list[int]) -> torch.Tensor:
+        return F.pad(torch.tensor(lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0)).to(positions.device, non_blocking=True)
+
+    return AttentionInputs(layout, offset, cos, sin, cumulative(queries), cumulative(keys), max(queries), max(keys))
+
+
+def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Scaled dot product of [s, b, h, d] tensors, no mask; never the math kernel on a GPU."""
+    if k.shape[2] != q.shape[2]:
+        k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
+    q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
+    with fused_kernels_only() if q.is_cuda else contextlib.nullcontext():
+        try:
+            out = F.scaled_dot_product_attention(q, k, v)
+        except RuntimeError as error:
+            if "No available kernel" not in str(error):
+                raise
+            raise RunError(
+                f"attention: no fused kernel on this GPU for {q.dtype}, head dimension {q.shape[-1]}; the math kernel is refused"
+            ) from None
+    return out.permute(2, 0, 1, 3)
+
+
+def fused_kernels_only() -> contextlib.AbstractContextManager[None]:
+    """Restrict torch's scaled dot product attention to its fused kernels."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION])
+
+
+def segmented_sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, inputs: AttentionInputs) -> torch.Tensor:
+    """Attention per segment: q [s, b, h, d] are this rank's tokens, k and v [L, b, g, d] the whole rows. Rows with equal
+    boundaries are computed together."""
+    if inputs.layout.whole():
+        return _sdpa(q, k, v)
+    first, last = inputs.offset, inputs.offset + len(q)
+    outputs, order = [], []
+    for bounds, rows in inputs.layout.groups().items():
+        parts = []
+        for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+            low, high = max(start, first), min(end, last)
+            if low < high:
+                parts.append(_sdpa(q[low - first : high - first, rows], k[start:end, rows], v[start:end, rows]))
+        outputs.append(torch.cat(parts))
+        order.extend(rows)
+    back = torch.tensor(order, device=q.device).argsort()
+    return torch.cat(outputs, dim=1)[:, back]
+
+
+@functools.cache
+def varlen_kernel() -> tuple[str, Varlen] | None:
+    """The variable-length flash kernel of this machine for bf16 on a GPU and its name, newest first; None when there is none.
+
+    Each takes q, k, v [tokens, heads, head_dim], cumulative and longest lengths, and allows fewer key than query heads.
+    """
+    for name, module in (("flash-attn 4", "flash_attn.cute"), ("flash-attn 3", "flash_attn_interface"), ("flash-attn 2", "flash_attn")):
+        try:
+            function = importlib.import_module(module).flash_attn_varlen_func
+        except (ImportError, AttributeError):
+            continue
+        return name, functools.partial(_call_flash_attn, function)
+    try:
+        function = importlib.import_module("torch.nn.attention.varlen").varlen_attn
+    except (ImportError, AttributeError):
+        return None
+    return "torch varlen", functools.partial(_call_torch_varlen, function)
+
+
+def _call_flash_attn(
+    function: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_q: torch.Tensor, cu_k: torch.Tensor, max_q: int, max_k: int
+) -> torch.Tensor:
+    out = function(q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, max_seqlen_q=max_q, max_seqlen_k=max_k, causal=False)
+    return out[0] if isinstance(out, tuple) else out
+
+
+def _call_torch_varlen(
+    function: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_q: torch.Tensor, cu_k: torch.Tensor, max_q: int, max_k: int
+) -> torch.Tensor:
+    if k.shape[1] != q.shape[1]:
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    return function(q, k, v, cu_q, cu_k, max_q, max_k)
+
+
+def uses_varlen(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether segments go through a variable-length kernel here. Raises RunError on a GPU in bf16 without any."""
+    if device.type != "cuda" or dtype == torch.float32:
+        return False
+    if varlen_kernel() is None:
+        raise RunError("attention: neither flash-attn nor torch's variable-length attention is installed; install the gpu extra")
+    return True
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, inputs: AttentionInputs) -> torch.Tensor:
+    """Attention of q [s, b, h, d] (this rank's tokens) to k, v [L, b, g, d] (whole rows) within segments; [s, b, h, d]."""
+    if inputs.cu_seqlens_q is None:
+        return segmented_sdpa(q, k, v, inputs)
+    found = varlen_kernel()
+    assert found is not None and inputs.cu_seqlens_k is not None
+    s, b = q.shape[:2]
+    flat = [x.transpose(0, 1).reshape(-1, *x.shape[2:]) for x in (q, k, v)]
+    out = found[1](*flat, inputs.cu_seqlens_q, inputs.cu_seqlens_k, inputs.max_q, inputs.max_k)
+    return out.view(b, s, *q.shape[2:]).transpose(0, 1)

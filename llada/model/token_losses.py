@@ -1,0 +1,26 @@
+"""Kernels from a vocabulary-parallel shard of the logits to a loss per position. An objective names the one it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from megatron.core import tensor_parallel
+
+TokenLoss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """-log softmax(logits)[target] with the softmax over all tensor-parallel shards, in fp32.
+
+    Args:
+        logits: this rank's columns, [n, vocabulary / tensor]; overwritten.
+        targets: [n] int64, ids of the whole vocabulary.
+
+    Returns:
+        fp32 [n], nats.
+    """
+    return tensor_parallel.vocab_parallel_cross_entropy(logits.float(), targets)
+
+
+KERNELS: dict[str, TokenLoss] = {"cross_entropy": cross_entropy}

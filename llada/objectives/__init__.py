@@ -1,0 +1,6 @@
+"""Objectives: pure functions from clean tokens and keys to a Batch. They know no ranks and no model."""
+
+from llada.objectives.base import Batch, Objective, Segments, Window, collate
+from llada.objectives.masked import MaskedDiffusion
+
+__all__ = ["Batch", "MaskedDiffusion", "Objective", "Segments", "Window", "collate"]
