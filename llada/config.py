@@ -14,6 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from llada.errors import UserError, did_you_mean
 
 Task = Literal["pretrain", "sft"]
+PROVENANCE = "provenance"
+"""Section that a run adds to its config.yaml: revision, versions, lineage. Not a setting."""
 SHUFFLE_BLOCK = 10_000
 """Samples per block of the data order; a corpus has the same integer quota in every block."""
 
@@ -44,6 +46,8 @@ class TrainSection(Section):
 
     steps: int = Field(ge=1)
     """Optimizer steps in all. Nothing else derives from it: extending a run never changes what came before."""
+    max_skipped: int = Field(default=3, ge=0)
+    """Steps in a row whose loss or gradient may be non-finite (they update nothing) before the run stops."""
 
 
 class BatchSection(Section):
@@ -331,6 +335,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None, task: Task
         UserError: anything wrong, in one line that names the setting.
     """
     raw = _read_yaml(Path(path))
+    raw.pop(PROVENANCE, None)  # a run's own config.yaml can be used as a config
     for override in overrides or []:
         _apply(raw, override)
     if task is not None and raw.get("task", "pretrain") != task and raw.get("task", "pretrain") in get_args(Task):

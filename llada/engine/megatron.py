@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
 import resource
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -21,6 +22,7 @@ from llada.objectives.base import Batch
 cpu.before_import()
 
 from megatron.core import dist_checkpointing, parallel_state  # noqa: E402
+from megatron.core.dist_checkpointing.strategies import filesystem_async  # noqa: E402
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads  # noqa: E402
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32  # noqa: E402
@@ -194,6 +196,9 @@ class MegatronEngine:
 
     def save(self, folder: Path) -> None:
         """Write model and optimizer as a Megatron distributed checkpoint into an existing empty folder."""
+        if filesystem_async._results_queue is None:
+            # Megatron-Core would spawn a manager process for this queue: seconds at the first save, and an orphan when the rank is killed.
+            filesystem_async._results_queue = multiprocessing.get_context("fork").Queue()
         dist_checkpointing.save(self._state(loading=False), str(folder), content_metadata={"distrib_optim_sharding_type": SHARDING})
 
     def load(self, folder: Path, optimizer: bool = True) -> None:

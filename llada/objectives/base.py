@@ -49,10 +49,20 @@ class Corrupted:
 
 
 class Objective(Protocol):
-    """Clean tokens plus keys -> corrupted tokens and weights."""
+    """Clean tokens plus keys -> corrupted tokens and weights.
+
+    Attributes:
+        token_loss: name of the kernel from logits to a loss per position (`llada.model.token_losses.KERNELS`).
+    """
+
+    token_loss: str
 
     def corrupt(self, window: Window, *, masking: str | None = None, purpose: str = "train") -> Corrupted:
         """Corrupt one window. `masking` overrides the objective's own (validation is always fixed_count)."""
+        ...
+
+    def expected_predictions(self, lengths: np.ndarray, t: np.ndarray) -> float:
+        """Mean number of predicted positions in segments of these lengths at these t."""
         ...
 
 

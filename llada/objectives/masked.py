@@ -32,6 +32,7 @@ class MaskedDiffusion:
     mask_id: int
     masking: str = "bernoulli"
     eps: float = 1e-3
+    token_loss: str = "cross_entropy"
 
     def corrupt(self, window: Window, *, masking: str | None = None, purpose: str = "train") -> Corrupted:
         """Mask one window. The draw of a position depends on (seed, sample, position) alone, so a change of segments or of
@@ -51,6 +52,12 @@ class MaskedDiffusion:
         inputs = window.tokens.copy()
         inputs[predicted] = self.mask_id
         return Corrupted(inputs=inputs, predicted=predicted, weights=weights[predicted])
+
+    def expected_predictions(self, lengths: np.ndarray, t: np.ndarray) -> float:
+        """Mean number of masked tokens in segments of these lengths at these t; for counting FLOPs ahead of the draw."""
+        if self.masking == "fixed_count":
+            return float(np.minimum(1 + np.floor(t * lengths), lengths).sum())
+        return float((((1 - self.eps) * t + self.eps) * lengths).sum())
 
     def _bernoulli(self, draws: np.ndarray, t: float) -> np.ndarray:
         p = (1 - self.eps) * t + self.eps

@@ -1,0 +1,305 @@
+"""The training loop, and how a run starts, resumes and ends."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+import llada
+from llada.config import PROVENANCE, RunConfig, build_config, dump_config
+from llada.data.loader import Loader
+from llada.data.pretrain import PretrainData
+from llada.engine.base import StepResult
+from llada.engine.layout import sample_offsets, world_from_environment
+from llada.engine.megatron import DTYPES, MegatronEngine
+from llada.errors import UserError
+from llada.model.flops import peak_flops, step_flops
+from llada.objectives import Batch
+from llada.training import checkpoint, metrics
+from llada.training.guard import Guard
+from llada.training.schedule import Schedule
+from llada.training.signals import StopRequest
+from llada.training.validation import Validator, describe
+
+FINISHED, STOPPED = 0, 75
+"""Exit codes: done; checkpoint written, run me again."""
+
+_MAY_CHANGE = ("run", "train", "logging", "checkpoint", "validation", "parallel", "batch.micro", "data.verify_bytes", "data.mixture", "schedule")
+"""Settings that a resumed run may change. The data is compared by fingerprint, the schedule by the learning rates already used."""
+
+
+def train(config: RunConfig, stop: StopRequest, allow_changed: bool = False) -> int:
+    """Run `config` from its latest checkpoint, or from the start, to `train.steps`.
+
+    Args:
+        config: the run.
+        stop: asked to stop when true; looked at after every step.
+        allow_changed: resume although settings, data or versions changed; recorded in the lineage.
+
+    Returns:
+        FINISHED, or STOPPED after a signal.
+
+    Raises:
+        UserError: the config, the data or the checkpoint cannot be used.
+        RunError: the run failed.
+    """
+    run = Run(config, allow_changed)
+    try:
+        return _loop(run, stop)
+    finally:
+        run.close()
+
+
+def _loop(run: Run, stop: StopRequest) -> int:
+    config = run.config
+    for step, batches in run.batches():
+        result = run.engine.train_step(batches, run.schedule.learning_rate(step))
+        run.record(step, result)
+        done = step + 1
+        last = done == config.train.steps
+        stopping = run.engine.any(bool(stop))
+        if done % config.validation.every == 0 or last:
+            run.validate(done)
+        if done % config.checkpoint.every == 0 or last or stopping:
+            run.save(done)
+        if stopping and not last:
+            run.say(f"{stop.signal or 'another rank'}: stopped after step {done} with a checkpoint; run the same command again to continue")
+            return STOPPED
+    run.finish()
+    return FINISHED
+
+
+class Run:
+    """Everything a run needs, from its config: data, engine, schedule, where it stands, and where its numbers go."""
+
+    def __init__(self, config: RunConfig, allow_changed: bool = False) -> None:
+        self.config = config
+        self.folder = Path(config.run.dir)
+        self.root = self.folder / "checkpoints"
+        rank, size, _ = world_from_environment()
+        config.check_world(size)
+        self.schedule = Schedule(config.schedule, config.tokens_per_step)
+        if self.schedule.steps is not None and self.schedule.steps < config.train.steps:
+            self.schedule.learning_rate(config.train.steps - 1)  # raises with the setting's name
+        self.threads = _set_threads(config, size)
+        self.data = PretrainData(config, verify=rank == 0)
+        start = self._find_start(allow_changed)
+        self.engine = MegatronEngine(config, self.data.objective.token_loss)
+        self.place, self.device = self.engine.place, self.engine.device
+        self.lineage: list[dict[str, Any]] = start.lineage
+        self.first = start.step
+        if start.folder is not None:
+            self.engine.load(start.folder / "model", optimizer=start.optimizer)
+        self.validator = Validator(self.data, self.place)
+        self.guard = Guard(config.train.max_skipped)
+        self.sinks: list[metrics.Sink] = []
+        self.loader: Loader | None = None
+        if self.place.is_main:
+            self._open_sinks(start)
+        self._time = time.perf_counter()
+
+    # -- where it starts -----------------------------------------------------------------------------------------------
+
+    def _find_start(self, allow_changed: bool) -> _Start:
+        """The latest complete checkpoint of this run, else run.init_from, else nothing."""
+        found = checkpoint.committed(self.root)
+        for folder in checkpoint.ignored(self.root):
+            self.say(f"ignored {folder}: no {checkpoint.MARKER} file, its save was cut off", before_start=True)
+        if found:
+            state = checkpoint.read_state(found[-1])
+            changes = self._changes(state)
+            if changes and not allow_changed:
+                raise UserError(f"resume from {found[-1]}: {changes[0]} changed since; restore it, use another run.dir, or pass --allow-changed")
+            lineage = state.lineage + ([{"resumed_at_step": state.step, "changed": changes}] if changes else [])
+            return _Start(found[-1], state.step, True, lineage)
+        if self.config.run.init_from:
+            source = checkpoint.resolve(self.config.run.init_from)
+            state = checkpoint.read_state(source)
+            self._check_shape(source, state)
+            what = self.config.run.init_what
+            lineage = [*state.lineage, {"init_from": str(source), "step": state.step, "tokens": state.tokens, "what": what}]
+            return _Start(source, 0, what == "weights+optimizer", lineage)
+        return _Start(None, 0, False, [])
+
+    def _changes(self, state: checkpoint.State) -> list[str]:
+        """What differs from the checkpoint and would make the run another one."""
+        found = [checkpoint.first_difference(state.config, dump_config(self.config), _MAY_CHANGE)]
+        if state.data != self.data.fingerprint:
+            found.append(f"data.mixture: data {state.data} -> {self.data.fingerprint}")
+        old = build_config(state.config)
+        before = Schedule(old.schedule, old.tokens_per_step)
+        for step in range(state.step):
+            rates = before.learning_rate(step), self.schedule.learning_rate(step)
+            if rates[0] != rates[1]:
+                found.append(f"schedule.stages: learning rate of step {step + 1}: {rates[0]:g} -> {rates[1]:g}")
+                break
+        versions = self._versions()
+        found += [f"{key}: {state.versions.get(key)} -> {versions[key]}" for key in versions if state.versions.get(key) != versions[key]]
+        return [change for change in found if change is not None]
+
+    def _check_shape(self, source: Path, state: checkpoint.State) -> None:
+        difference = checkpoint.first_difference(state.config["model"], dump_config(self.config)["model"], (), "model.")
+        if difference:
+            raise UserError(f"run.init_from: {source} holds another architecture: {difference}")
+
+    def _versions(self) -> dict[str, str]:
+        names = ("torch", "megatron-core", "numpy")
+        return {name: version(name) for name in names} | {"run.threads": str(self.threads), "machine": platform.machine()}
+
+    # -- the steps -----------------------------------------------------------------------------------------------------
+
+    def batches(self) -> Loader:
+        """(step, micro-batches of this replica) for every step that is left."""
+        self.loader = Loader(self.make_batches, self.first, self.config.train.steps, pin=self.device.type == "cuda")
+        return self.loader
+
+    def make_batches(self, step: int) -> list[Batch]:
+        """This replica's micro-batches of a step (0-based); a pure function of config and data."""
+        plan = self.data.plan(step)
+        batch, place = self.config.batch, self.place
+        return [self.data.batch(plan, offsets) for offsets in sample_offsets(batch.global_, batch.micro, place.data_rank, place.data_size)]
+
+    def record(self, step: int, result: StepResult) -> None:
+        """Note one step (0-based) everywhere, and stop a run that has gone wrong."""
+        config, now = self.config, time.perf_counter()
+        seconds, self._time = now - self._time, now
+        if self.place.is_main:
+            plan = self.data.plan(step)
+            predicted = self.data.objective.expected_predictions(plan.lengths, plan.t)
+            flops = step_flops(config.model, plan.lengths.tolist(), predicted, config.data.sequence_length)
+            peak = self._peak * self.place.world_size
+            self._write(
+                {
+                    "step": step + 1,
+                    "tokens": (step + 1) * config.tokens_per_step,
+                    "loss": result.loss,
+                    "grad_norm": result.grad_norm,
+                    "lr": self.schedule.learning_rate(step),
+                    "skipped": not result.applied,
+                    "seconds": seconds,
+                    "tokens_per_second": config.tokens_per_step / seconds,
+                    "mfu": flops.actual / seconds / peak,
+                    "mfu_full_length": flops.full_length / seconds / peak,
+                    "memory_gb": self.engine.peak_memory_gb(),
+                }
+            )
+        first = step * config.batch.global_
+        self.guard.check(step + 1, result, range(first, first + config.batch.global_))
+
+    def validate(self, done: int) -> None:
+        """Measure the NELBO after `done` steps; collective."""
+        if self.validator.corpora:
+            line = {"step": done, **self.validator(self.engine)}
+            self._write(line)
+            self.say(f"validation after step {done}: {describe(line)}")
+        self._time = time.perf_counter()
+
+    def save(self, done: int) -> None:
+        """Write the checkpoint after `done` steps; collective."""
+        for sink in self.sinks:
+            if isinstance(sink, metrics.JsonLines):
+                sink.sync()
+        config = self.config
+        state = checkpoint.State(
+            step=done,
+            samples=done * config.batch.global_,
+            tokens=done * config.tokens_per_step,
+            data=self.data.fingerprint,
+            config=dump_config(config),
+            versions=self._versions(),
+            lineage=self.lineage,
+        )
+        if not (self.root / checkpoint.name(done) / checkpoint.MARKER).is_file():
+            checkpoint.save(self.root, state, self.data.tokenizer_folder, self.engine.save, self.place.is_main, lambda: self.engine.any(False))
+        self._time = time.perf_counter()
+
+    def finish(self) -> None:
+        """Draw the curve and say where everything is."""
+        if self.place.is_main:
+            picture = metrics.plot(self.folder)
+            self.say(f"finished {self.config.train.steps} steps: {self.folder}" + (f", curve {picture}" if picture else ""))
+
+    # -- where its numbers go ------------------------------------------------------------------------------------------
+
+    def _open_sinks(self, start: _Start) -> None:
+        config = self.config
+        self.folder.mkdir(parents=True, exist_ok=True)
+        cut = metrics.cut(self.folder, self.first)
+        self._peak, source = peak_flops(self.device, DTYPES[config.precision])
+        provenance = {"llada": llada.__version__, "git": _git_revision(), **self._versions(), "lineage": self.lineage}
+        text = yaml.safe_dump({**dump_config(config), PROVENANCE: provenance}, sort_keys=False)
+        checkpoint.write_atomically(self.folder / "config.yaml", text)
+        self.console = metrics.Console(config.train.steps, self.first, config.logging)
+        self.sinks = [metrics.JsonLines(self.folder), self.console]
+        if config.logging.tensorboard:
+            self.sinks.append(metrics.TensorBoard(self.folder))
+        if config.logging.wandb:
+            self.sinks.append(metrics.WeightsAndBiases(self.folder, config))
+        if self.first:
+            self.say(f"resumed from {start.folder} at step {self.first}" + (f"; {cut} later lines of metrics.jsonl set aside" if cut else ""))
+        elif start.folder:
+            self.say(f"initialised from {start.folder} ({config.run.init_what})")
+        self.say(f"peak {self._peak / 1e12:.3g} TFLOP/s per rank ({source}); {self.place.world_size} ranks, {self.threads} threads each")
+        for i, reader in enumerate(self.data.readers["train"]):
+            self.say(
+                f"{config.data.mixture[i].path}: {reader.windows:,} windows, {reader.dropped:,} tokens in incomplete last windows are not trained on"
+                + ("" if i in self.validator.corpora else "; no validation window: trains without validation")
+            )
+
+    def _write(self, line: dict[str, Any]) -> None:
+        for sink in self.sinks:
+            sink.write(line)
+
+    def say(self, text: str, before_start: bool = False) -> None:
+        """Print a line once."""
+        if before_start and world_from_environment()[0] == 0:
+            print(text, flush=True)
+        elif not before_start and self.place.is_main:
+            self.console.say(text)
+
+    def close(self) -> None:
+        """Stop the loader and close the sinks."""
+        if self.loader is not None:
+            self.loader.close()
+        for sink in self.sinks:
+            sink.close()
+        self.engine.close()
+
+
+@dataclass(frozen=True)
+class _Start:
+    """What a run starts from: a checkpoint folder or nothing, the steps done, whether its optimizer counts, and the lineage."""
+
+    folder: Path | None
+    step: int
+    optimizer: bool
+    lineage: list[dict[str, Any]]
+
+
+def _set_threads(config: RunConfig, world_size: int) -> int:
+    """Fix torch's CPU threads, which decide the order of sums, and the deterministic kernels."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", "1" if world_size == 1 else str(world_size))))
+    threads = config.run.threads or max(1, len(os.sched_getaffinity(0)) // local)
+    torch.set_num_threads(threads)
+    if config.run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    return threads
+
+
+def _git_revision() -> str | None:
+    """Revision of the code this runs from, with -dirty for uncommitted changes; None outside a checkout."""
+    command = ["git", "-C", str(Path(llada.__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None
