@@ -14,7 +14,9 @@ from llada.errors import RunError, UserError
 Config = Annotated[str, typer.Argument(help="YAML file of the run.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key.sub=value, as in train.steps=100.")]
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Train masked diffusion language models.", pretty_exceptions_enable=False)
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, help="Train masked diffusion language models.", pretty_exceptions_enable=False
+)
 app.add_typer(data_app, name="data", help="Tokenize, shard, inspect and verify corpora.")
 
 
@@ -60,7 +62,9 @@ def data_step(
 
 @app.command()
 def demo(
-    input: Annotated[list[str] | None, typer.Option(help="Text or code, files or folders; the Python standard library if left out.")] = None,
+    input: Annotated[
+        list[str] | None, typer.Option(help="Text or code, files or folders; the Python standard library if left out.")
+    ] = None,
     config: Annotated[str, typer.Option(help="Config of the pretraining.")] = "configs/demo/pretrain.yaml",
     dir: Annotated[str, typer.Option(help="Where everything goes.")] = "runs/demo",
     smoke: Annotated[bool, typer.Option(help="A few steps only, to see that every stage works.")] = False,

@@ -32,7 +32,7 @@ class RunSection(Section):
     dir: str
     """Folder of the run: config.yaml, metrics.jsonl, checkpoints/. A run that finds a committed checkpoint here continues from it."""
     threads: int = Field(default=0, ge=0)
-    """CPU threads of torch per rank; 0: the cores this process may use, divided by the ranks on the machine. Recorded and compared at resume."""
+    """CPU threads of torch per rank; 0: the cores of this process divided by the ranks on the machine. Compared at resume."""
     deterministic: bool = False
     """On GPU, use deterministic kernels, so that a restart repeats the run bit for bit. On CPU it always does."""
     init_from: str | None = None
@@ -156,7 +156,7 @@ class OptimizerSection(Section):
 
 
 class StageEntry(Section):
-    """One piece of the learning-rate schedule. Exactly one of `steps` and `tokens` gives its length (the last piece may leave both out: no end)."""
+    """One piece of the learning-rate schedule. `steps` or `tokens` gives its length; a constant last piece may have none: no end."""
 
     shape: Literal["constant", "linear", "cosine"]
     """Form of the piece, from `start` to `end`."""
@@ -293,7 +293,9 @@ class RunConfig(Section):
             raise ValueError("parallel.sequence: true needs parallel.tensor > 1, which is 1")
         split = p.context * (p.tensor if p.sequence else 1)
         if self.data.sequence_length % split:
-            raise ValueError(f"data.sequence_length: {self.data.sequence_length} is not a multiple of parallel.context x parallel.tensor = {split}")
+            raise ValueError(
+                f"data.sequence_length: {self.data.sequence_length} is not a multiple of parallel.context x parallel.tensor = {split}"
+            )
         if self.batch.global_ % self.batch.micro:
             raise ValueError(f"batch.global: {self.batch.global_} is not a multiple of batch.micro = {self.batch.micro}")
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import sysconfig
@@ -160,8 +161,14 @@ def _print_report(report: dict[str, Any], root: Path) -> None:
     for line in report["fillings"]:
         print(f"  text    {line['text']}\n  masked  {line['masked']}\n  filled  {line['filled']}\n")
     share = 100 * report["share_of_unigram_entropy"]
-    print(f"validation NELBO   {report['nelbo_per_token']:.3f} ± {report['nelbo_per_token_se']:.3f} nats/token ({report['bits_per_byte']:.3f} bits/byte)")
-    print(f"unigram entropy    {report['unigram_entropy_per_token']:.3f} nats/token of the validation text: the model needs {share:.1f} % of it")
+    print(
+        f"validation NELBO   {report['nelbo_per_token']:.3f} ± {report['nelbo_per_token_se']:.3f} nats/token "
+        f"({report['bits_per_byte']:.3f} bits/byte)"
+    )
+    print(
+        f"unigram entropy    {report['unigram_entropy_per_token']:.3f} nats/token of the validation text: "
+        f"the model needs {share:.1f} % of it"
+    )
     print("seconds            " + ", ".join(f"{stage} {value:.0f}" for stage, value in report["seconds"].items()))
     for name, path in report["paths"].items():
         print(f"{name:18} {path}")
@@ -201,19 +208,25 @@ def _fill_lines(config: RunConfig, corpus: Corpus, wanted: int = 4) -> list[dict
         filled[chosen] = logits.argmax(-1).numpy()[chosen]
         shown = np.isin(np.arange(start, end), chosen)
         gaps = "".join("▁▁" if gap else tokenizer.decode([int(token)]) for token, gap in zip(tokens[start:end], shown, strict=True))
-        found.append({"text": tokenizer.decode(tokens[start:end]).strip(), "masked": gaps.strip(), "filled": tokenizer.decode(filled[start:end]).strip()})
+        found.append(
+            {
+                "text": tokenizer.decode(tokens[start:end]).strip(),
+                "masked": gaps.strip(),
+                "filled": tokenizer.decode(filled[start:end]).strip(),
+            }
+        )
     engine.close()
     return found
 
 
-def _lines(corpus: Corpus, tokenizer: Tokenizer, length: int, wanted: int):  # type: ignore[no-untyped-def]
+def _lines(corpus: Corpus, tokenizer: Tokenizer, length: int, wanted: int):
     """Validation windows and, in each, the token span of one line of code near the middle."""
     produced = 0
     for shard in corpus.shards("validation"):
         for start in range(0, shard.num_tokens - length, max(length, (shard.num_tokens // (8 * wanted)) // length * length)):
             tokens = shard.tokens(start, start + length)
             breaks = [i for i in range(length // 4, 3 * length // 4) if "\n" in tokenizer.decode([int(tokens[i])])]
-            spans = [(a + 1, b) for a, b in zip(breaks, breaks[1:], strict=False) if 12 <= b - a <= 40]
+            spans = [(a + 1, b) for a, b in itertools.pairwise(breaks) if 12 <= b - a <= 40]
             if spans:
                 yield tokens, spans[0]
                 produced += 1

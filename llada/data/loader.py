@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 from llada.objectives import Batch
 
+
 class Loader:
     """Iterates over (step, micro-batches) from `first` to `last` (exclusive), `ahead` steps prepared by a thread.
 

@@ -89,10 +89,14 @@ class Mixture:
     def _check(self) -> None:
         for i, source in enumerate(self.sources):
             if source.windows < 1:
-                raise UserError(f"data.mixture.{i}.path: {source.name} holds no full window; use a smaller data.sequence_length or more text")
+                raise UserError(
+                    f"data.mixture.{i}.path: {source.name} holds no full window; use a smaller data.sequence_length or more text"
+                )
             twins = [other.name for other in self.sources[:i] if other.fingerprint == source.fingerprint]
             if twins:
-                raise UserError(f"data.mixture.{i}.path: {source.name} holds the same data as {twins[0]}; give one entry and a larger weight")
+                raise UserError(
+                    f"data.mixture.{i}.path: {source.name} holds the same data as {twins[0]}; give one entry and a larger weight"
+                )
 
     def _plan(self) -> tuple[list[Stage], int | None]:
         """Cut stages where a capped source has too few windows left for another block. Returns them and the block at which
@@ -107,7 +111,8 @@ class Mixture:
                 if quotas[i] == 0:
                     source = self.sources[i]
                     raise UserError(
-                        f"data.mixture.{i}.weight: {source.weight} gives {source.name} no sample in a block of {SHUFFLE_BLOCK}; raise it or drop the entry"
+                        f"data.mixture.{i}.weight: {source.weight} gives {source.name} no sample "
+                        f"in a block of {SHUFFLE_BLOCK}; raise it or drop the entry"
                     )
             lasts = {i: self._blocks_left(i, quotas, consumed) for i in active}
             finite = [blocks for blocks in lasts.values() if blocks is not None]
@@ -118,7 +123,7 @@ class Mixture:
             if length:
                 stages.append(Stage(block, quotas, consumed))
                 block, consumed = block + length, consumed + length * quotas
-            active = [i for i in active if lasts[i] is None or lasts[i] > length]
+            active = [i for i in active if (left := lasts[i]) is None or left > length]
         return stages, block
 
     def _blocks_left(self, i: int, quotas: I64, consumed: I64) -> int | None:

@@ -49,7 +49,10 @@ class WindowReader:
         for wrong, what in ((tokens == manifest.mask_id, "the mask token"), (tokens >= manifest.vocab_size, "an id past the vocabulary")):
             if wrong.any():
                 where = start + int(np.argmax(wrong))
-                raise UserError(f"{self.corpus.folder}: token {where} of the shard around window {window} is {what}, the shard is damaged; run `llada data verify`")
+                raise UserError(
+                    f"{self.corpus.folder}: token {where} of the shard around window {window} is {what}, "
+                    "the shard is damaged; run `llada data verify`"
+                )
         return tokens
 
     def document_starts(self, window: int) -> I64:
@@ -108,7 +111,8 @@ class PretrainData:
         needed = config.train.steps * config.batch.global_
         if self.mixture.num_samples is not None and self.mixture.num_samples < needed:
             raise UserError(
-                f"train.steps: {config.train.steps} steps need {needed} samples, the capped mixture holds {self.mixture.num_samples}; raise data.mixture.*.max_epochs"
+                f"train.steps: {config.train.steps} steps need {needed} samples, "
+                f"the capped mixture holds {self.mixture.num_samples}; raise data.mixture.*.max_epochs"
             )
         manifest = self.corpora[0].manifest
         self.mask_id, self.eos_id = manifest.mask_id, manifest.eos_id
@@ -119,7 +123,9 @@ class PretrainData:
         for i, corpus in enumerate(self.corpora):
             manifest = corpus.manifest
             if manifest.tokenizer_fingerprint != first.manifest.tokenizer_fingerprint:
-                raise UserError(f"data.mixture.{i}.path: {corpus.folder} was prepared with another tokenizer than {first.folder}; prepare both with one")
+                raise UserError(
+                    f"data.mixture.{i}.path: {corpus.folder} was prepared with another tokenizer than {first.folder}; prepare both with one"
+                )
             highest = max((shard.max_token_id for shard in manifest.shards), default=0)
             if max(highest + 1, manifest.vocab_size) > rows:
                 raise UserError(

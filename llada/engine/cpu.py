@@ -105,14 +105,15 @@ def _redirect_devices() -> None:
             return names[self.dtype]
         return original_type(self, *args, **kwargs)
 
-    torch.Tensor.type = type_  # type: ignore[method-assign]
+    torch.Tensor.type = type_  # type: ignore[method-assign,assignment]
 
 
 def _redirect_random_state() -> None:
     import torch.cuda.random
 
     torch.cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)  # type: ignore[assignment]
-    for module in (torch.cuda, torch.cuda.random):
+    modules: tuple[Any, ...] = (torch.cuda, torch.cuda.random)
+    for module in modules:
         module.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
         module.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
 
@@ -145,4 +146,4 @@ def _redirect_streams() -> None:
     torch.cuda.stream = stream  # type: ignore[assignment]
     torch.cuda.current_stream = lambda *args, **kwargs: _NoStream()  # type: ignore[assignment]
     torch.cuda.default_stream = torch.cuda.current_stream
-    torch.Tensor.record_stream = lambda self, stream: None  # type: ignore[method-assign]
+    torch.Tensor.record_stream = lambda self, s: None  # type: ignore[method-assign]

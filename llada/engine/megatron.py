@@ -21,7 +21,7 @@ from llada.objectives.base import Batch
 
 cpu.before_import()
 
-from megatron.core import dist_checkpointing, parallel_state  # noqa: E402
+from megatron.core import dist_checkpointing, parallel_state, tensor_parallel  # noqa: E402
 from megatron.core.dist_checkpointing.strategies import filesystem_async  # noqa: E402
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads  # noqa: E402
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
@@ -66,6 +66,7 @@ class MegatronEngine:
         self.transformer_config = _transformer_config(config, self.dtype, self.device)
         self.chunks = self._build_chunks(KERNELS[token_loss])
         for chunk in self.chunks:
+            _mark_sharded(self._parameters(chunk))
             weights.initialise(config.model, config.seed, self._parameters(chunk), *self._tensor_place())
         self.replicas = [self._replicate(chunk) for chunk in self.chunks]
         self.optimizer = _optimizer(config, self.dtype, self.replicas)
@@ -133,7 +134,9 @@ class MegatronEngine:
             forward_only=forward_only,
         )
 
-    def _forward(self, loss: Callable[..., Any], iterator: Iterator[Batch], replica: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
+    def _forward(
+        self, loss: Callable[..., Any], iterator: Iterator[Batch], replica: torch.nn.Module
+    ) -> tuple[torch.Tensor, Callable[..., Any]]:
         """One micro-batch through one chunk, as Megatron-Core's schedules ask for it."""
         batch = next(iterator)
         context = parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size()
@@ -255,6 +258,15 @@ class MegatronEngine:
     def close(self) -> None:
         """Leave the model-parallel groups; the world stays for another engine in this process."""
         stop_model_parallel()
+
+
+def _mark_sharded(parameters: dict[str, torch.nn.Parameter]) -> None:
+    """Tell Megatron-Core which parameters are shards and which are copies on every tensor rank: the gradient norm counts copies
+    once. Its own initialisation would have done so, but ours replaces it."""
+    for name, parameter in parameters.items():
+        if parameter.dim() > 1:
+            by_columns = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
+            tensor_parallel.set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=int(by_columns), stride=1)
 
 
 def _training_loss(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -73,15 +74,13 @@ def segment_lengths(layout: Segments, offset: int, length: int) -> tuple[list[in
     """Tokens of every segment, row by row: those among the local queries [offset, offset + length), and all of its keys."""
     queries, keys = [], []
     for bounds in layout.bounds:
-        for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+        for start, end in itertools.pairwise(bounds):
             queries.append(max(0, min(end, offset + length) - max(start, offset)))
             keys.append(end - start)
     return queries, keys
 
 
-def attention_inputs(
-    layout: Segments, positions: torch.Tensor, offset: int, head_dim: int, theta: float, varlen: bool
-) -> AttentionInputs:
+def attention_inputs(layout: Segments, positions: torch.Tensor, offset: int, head_dim: int, theta: float, varlen: bool) -> AttentionInputs:
     """Prepare what the layers of one micro-batch share.
 
     Args:
@@ -135,7 +134,7 @@ def segmented_sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, inputs: At
     outputs, order = [], []
     for bounds, rows in inputs.layout.groups().items():
         parts = []
-        for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+        for start, end in itertools.pairwise(bounds):
             low, high = max(start, first), min(end, last)
             if low < high:
                 parts.append(_sdpa(q[low - first : high - first, rows], k[start:end, rows], v[start:end, rows]))

@@ -121,9 +121,7 @@ class BidirectionalTransformer(GPTModel):
         )
         self.token_loss = token_loss
 
-    def forward(  # type: ignore[override]
-        self, input_ids: torch.Tensor | None, attention: AttentionInputs, predicted: Predicted | None = None
-    ) -> torch.Tensor:
+    def forward(self, input_ids: torch.Tensor | None, attention: AttentionInputs, predicted: Predicted | None = None) -> torch.Tensor:
         """Run this chunk.
 
         Args:

@@ -174,7 +174,9 @@ def initialise(model: ModelSection, seed: int, parameters: Mapping[str, torch.Te
 
 
 @torch.no_grad()
-def scatter(model: ModelSection, canonical: Mapping[str, torch.Tensor], parameters: Mapping[str, torch.Tensor], tp_rank: int = 0, tp_size: int = 1) -> None:
+def scatter(
+    model: ModelSection, canonical: Mapping[str, torch.Tensor], parameters: Mapping[str, torch.Tensor], tp_rank: int = 0, tp_size: int = 1
+) -> None:
     """Copy canonical tensors into a rank's Megatron parameters (by global name)."""
     for name, parameter in parameters.items():
         for piece in pieces(model, name, tp_rank, tp_size):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -49,13 +49,12 @@ class Corrupted:
 
 
 class Objective(Protocol):
-    """Clean tokens plus keys -> corrupted tokens and weights.
+    """Clean tokens plus keys -> corrupted tokens and weights."""
 
-    Attributes:
-        token_loss: name of the kernel from logits to a loss per position (`llada.model.token_losses.KERNELS`).
-    """
-
-    token_loss: str
+    @property
+    def token_loss(self) -> str:
+        """Name of the kernel from logits to a loss per position (`llada.model.token_losses.KERNELS`)."""
+        ...
 
     def corrupt(self, window: Window, *, masking: str | None = None, purpose: str = "train") -> Corrupted:
         """Corrupt one window. `masking` overrides the objective's own (validation is always fixed_count)."""
@@ -128,8 +127,8 @@ class Batch:
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory, for asynchronous copies to a GPU."""
-        fields = {name: value.pin_memory() if isinstance(value, torch.Tensor) else value for name, value in vars(self).items()}
-        return Batch(**fields)
+        tensors = {name: value.pin_memory() for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return replace(self, **tensors)  # type: ignore[arg-type]  # only its tensors
 
 
 def collate(windows: Sequence[Window], corrupted: Sequence[Corrupted], normaliser: float) -> Batch:

@@ -119,7 +119,9 @@ def committed(root: Path) -> list[Path]:
 
 def ignored(root: Path) -> list[Path]:
     """Folders that look like checkpoints but lack the marker."""
-    return sorted(path for path in _children(root) if (_NAME.match(path.name) or _UNFINISHED.match(path.name)) and not (path / MARKER).is_file())
+    return sorted(
+        path for path in _children(root) if (_NAME.match(path.name) or _UNFINISHED.match(path.name)) and not (path / MARKER).is_file()
+    )
 
 
 def _children(root: Path) -> Iterator[Path]:

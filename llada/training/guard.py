@@ -26,6 +26,7 @@ class Guard:
         self._skipped = 0 if result.applied else self._skipped + 1
         if self._skipped > self._limit:
             raise RunError(
-                f"step {step}: loss {result.loss} and gradient norm {result.grad_norm}; {self._skipped} steps in a row were not finite and updated "
+                f"step {step}: loss {result.loss} and gradient norm {result.grad_norm}; {self._skipped} steps in a row were not "
+                f"finite and updated "
                 f"nothing (train.max_skipped: {self._limit}); samples {samples.start} to {samples.stop - 1} of the data order"
             )

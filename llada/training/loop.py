@@ -33,7 +33,18 @@ from llada.training.validation import Validator, describe
 FINISHED, STOPPED = 0, 75
 """Exit codes: done; checkpoint written, run me again."""
 
-_MAY_CHANGE = ("run", "train", "logging", "checkpoint", "validation", "parallel", "batch.micro", "data.verify_bytes", "data.mixture", "schedule")
+_MAY_CHANGE = (
+    "run",
+    "train",
+    "logging",
+    "checkpoint",
+    "validation",
+    "parallel",
+    "batch.micro",
+    "data.verify_bytes",
+    "data.mixture",
+    "schedule",
+)
 """Settings that a resumed run may change. The data is compared by fingerprint, the schedule by the learning rates already used."""
 
 
@@ -118,7 +129,9 @@ class Run:
             state = checkpoint.read_state(found[-1])
             changes = self._changes(state)
             if changes and not allow_changed:
-                raise UserError(f"resume from {found[-1]}: {changes[0]} changed since; restore it, use another run.dir, or pass --allow-changed")
+                raise UserError(
+                    f"resume from {found[-1]}: {changes[0]} changed since; restore it, use another run.dir, or pass --allow-changed"
+                )
             lineage = state.lineage + ([{"resumed_at_step": state.step, "changed": changes}] if changes else [])
             return _Start(found[-1], state.step, True, lineage)
         if self.config.run.init_from:
@@ -219,7 +232,9 @@ class Run:
             lineage=self.lineage,
         )
         if not (self.root / checkpoint.name(done) / checkpoint.MARKER).is_file():
-            checkpoint.save(self.root, state, self.data.tokenizer_folder, self.engine.save, self.place.is_main, lambda: self.engine.any(False))
+            checkpoint.save(
+                self.root, state, self.data.tokenizer_folder, self.engine.save, self.place.is_main, lambda: self.engine.any(False)
+            )
         self._time = time.perf_counter()
 
     def finish(self) -> None:
@@ -245,14 +260,16 @@ class Run:
         if config.logging.wandb:
             self.sinks.append(metrics.WeightsAndBiases(self.folder, config))
         if self.first:
-            self.say(f"resumed from {start.folder} at step {self.first}" + (f"; {cut} later lines of metrics.jsonl set aside" if cut else ""))
+            self.say(
+                f"resumed from {start.folder} at step {self.first}" + (f"; {cut} later lines of metrics.jsonl set aside" if cut else "")
+            )
         elif start.folder:
             self.say(f"initialised from {start.folder} ({config.run.init_what})")
         self.say(f"peak {self._peak / 1e12:.3g} TFLOP/s per rank ({source}); {self.place.world_size} ranks, {self.threads} threads each")
         for i, reader in enumerate(self.data.readers["train"]):
             self.say(
-                f"{config.data.mixture[i].path}: {reader.windows:,} windows, {reader.dropped:,} tokens in incomplete last windows are not trained on"
-                + ("" if i in self.validator.corpora else "; no validation window: trains without validation")
+                f"{config.data.mixture[i].path}: {reader.windows:,} windows, {reader.dropped:,} tokens in incomplete last windows "
+                "are not trained on" + ("" if i in self.validator.corpora else "; no validation window: trains without validation")
             )
 
     def _write(self, line: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import sys
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -81,7 +82,8 @@ def cut(folder: Path, step: int) -> int:
     path = folder / FILE
     if not path.exists():
         return 0
-    kept, dropped = [], []
+    kept: list[str] = []
+    dropped: list[str] = []
     for raw in path.read_text(encoding="utf-8", errors="replace").splitlines():
         line = _parse(raw)
         (kept if line is not None and line["step"] <= step else dropped).append(raw)
@@ -115,11 +117,17 @@ class WeightsAndBiases:
         import wandb
 
         stored = folder / "wandb_id"
-        run_id = stored.read_text().strip() if stored.exists() else wandb.util.generate_id()
+        run_id = stored.read_text().strip() if stored.exists() else uuid.uuid4().hex[:8]
         write_atomically(stored, run_id)
-        mode = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
+        mode: Any = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
         self._run = wandb.init(
-            project=config.logging.wandb_project, id=run_id, resume="allow", dir=str(folder), name=folder.name, config=dump_config(config), mode=mode
+            project=config.logging.wandb_project,
+            id=run_id,
+            resume="allow",
+            dir=str(folder),
+            name=folder.name,
+            config=dump_config(config),
+            mode=mode,
         )
 
     def write(self, line: dict[str, Any]) -> None:
@@ -153,7 +161,12 @@ class Console:
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
             self._progress = Progress(
-                TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"), TextColumn("ETA"), TimeRemainingColumn()
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(),
+                TextColumn("{task.description}"),
+                TextColumn("ETA"),
+                TimeRemainingColumn(),
             )
             self._task = self._progress.add_task("", total=total, completed=done)
             self._progress.start()

@@ -40,6 +40,9 @@ def _describe_sample(data: PretrainData, plan: Plan, offset: int, tokenizer: Tok
     masked = set(corrupted.predicted.tolist())
     for start, end, t in zip(window.bounds[:-1], window.bounds[1:], window.t, strict=True):
         count = sum(1 for position in range(start, end) if position in masked)
-        text = "".join("▁" if position in masked else tokenizer.decode([int(window.tokens[position])]) for position in range(start, min(end, start + 48)))
+        text = "".join(
+            "▁" if position in masked else tokenizer.decode([int(window.tokens[position])])
+            for position in range(start, min(end, start + 48))
+        )
         lines.append(f"  [{start}, {end}) t = {t:.4f}, {count} masked: {' '.join(text.split())}")
     return "\n".join(lines)

@@ -58,5 +58,7 @@ class Schedule:
         if piece.steps is None:
             return piece.start
         if step >= piece.first + piece.steps:
-            raise UserError(f"schedule.stages: end after {self.steps} steps, step {step + 1} has no learning rate; add a stage or lower train.steps")
+            raise UserError(
+                f"schedule.stages: end after {self.steps} steps, step {step + 1} has no learning rate; add a stage or lower train.steps"
+            )
         return piece.start + (piece.end - piece.start) * _SHAPES[piece.shape]((step - piece.first + 1) / piece.steps)

@@ -113,7 +113,7 @@ class Validator:
         sums = engine.evaluate(self._batches(plan, corpus), len(plan.lengths)).numpy()
         owner = np.repeat(np.arange(len(plan.samples)), np.diff(plan.firsts)) % ROTATIONS
         means = [sums[owner == r].sum() / plan.lengths[owner == r].sum() for r in range(ROTATIONS)]
-        documents, tokens, text_bytes = self._data.corpora[corpus].manifest.totals(VALIDATION)
+        _documents, tokens, text_bytes = self._data.corpora[corpus].manifest.totals(VALIDATION)
         nelbo = estimate(means)
         bits = nelbo.scaled(tokens / text_bytes / math.log(2))
         return {

@@ -27,7 +27,9 @@ def exact_nelbo(model: dict[frozenset[int], np.ndarray]) -> float:
     return sum(sum(model[frozenset(order[k:])][order[k]] for k in range(L)) for order in orders) / len(orders)
 
 
-def weighted_loss(objective: MaskedDiffusion, model: dict[frozenset[int], np.ndarray], t: float, draws: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> tuple[float, int]:
+def weighted_loss(
+    objective: MaskedDiffusion, model: dict[frozenset[int], np.ndarray], t: float, draws: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> tuple[float, int]:
     monkeypatch.setattr(module, "mask_uniforms", lambda *_: draws)
     window = Window(0, np.arange(L), np.array([0, L]), np.array([t]), 0)
     c = objective.corrupt(window)
@@ -136,5 +138,7 @@ def test_expected_predictions_match_the_draws() -> None:
     lengths, t = np.array([64, 192]), np.array([0.3, 0.8])
     for masking in ("bernoulli", "fixed_count"):
         objective = MaskedDiffusion(0, MASK, masking)
-        drawn = [len(objective.corrupt(Window(s, np.zeros(256, dtype=np.int64), np.array([0, 64, 256]), t, 0)).predicted) for s in range(500)]
+        drawn = [
+            len(objective.corrupt(Window(s, np.zeros(256, dtype=np.int64), np.array([0, 64, 256]), t, 0)).predicted) for s in range(500)
+        ]
         assert objective.expected_predictions(lengths, t) == pytest.approx(np.mean(drawn), rel=0.01)

@@ -1,0 +1,110 @@
+"""Small runs for engine tests, and the oracle's version of a training step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from llada.config import RunConfig, build_config
+from llada.engine.megatron import MegatronEngine
+from llada.model import weights
+from llada.noise import timesteps
+from llada.objectives import Batch, MaskedDiffusion, Window, collate
+from tests.model.oracle import Oracle
+
+MASK = 126
+
+
+def small_config(model: dict[str, Any] | None = None, parallel: dict[str, Any] | None = None, **settings: Any) -> RunConfig:
+    """Two query groups, four layers, packed documents; `settings` replace whole top-level sections."""
+    raw: dict[str, Any] = {
+        "seed": 11,
+        "precision": "fp32",
+        "run": {"dir": "unused"},
+        "train": {"steps": 20},
+        "batch": {"global": 8, "micro": 2},
+        "data": {"sequence_length": 32, "mixture": [{"path": "unused"}], "document_mask": True},
+        "model": {
+            "num_layers": 4,
+            "hidden_size": 64,
+            "num_attention_heads": 4,
+            "num_query_groups": 2,
+            "ffn_hidden_size": 96,
+            "vocab_size": 128,
+            **(model or {}),
+        },
+        "schedule": {"stages": [{"shape": "linear", "end": 1e-3, "steps": 10}, {"shape": "constant"}]},
+        "parallel": parallel or {},
+    }
+    return build_config({**raw, **settings})
+
+
+def step_batches(config: RunConfig, step: int, masking: str = "bernoulli") -> list[Batch]:
+    """All micro-batches of a step on made-up documents: rows of one, two and more segments, some a single token long."""
+    rng = np.random.default_rng(100 + step)
+    length, count = config.data.sequence_length, config.batch.global_
+    cuts = [np.unique(rng.integers(1, length, size=rng.integers(0, 4))) for _ in range(count)]
+    cuts[-1] = np.array([1])
+    bounds = [np.concatenate([[0], c, [length]]).astype(np.int64) for c in cuts]
+    firsts = np.concatenate([[0], np.cumsum([len(b) - 1 for b in bounds])])
+    t = timesteps(config.seed, step, np.concatenate([np.diff(b) for b in bounds]), "stratified")
+    objective = MaskedDiffusion(config.seed, MASK, masking)
+    windows = [
+        Window(step * count + i, rng.integers(0, MASK, length), bounds[i], t[firsts[i] : firsts[i + 1]], int(firsts[i]))
+        for i in range(count)
+    ]
+    corrupted = [objective.corrupt(w) for w in windows]
+    micro = config.batch.micro
+    return [collate(windows[i : i + micro], corrupted[i : i + micro], count * length) for i in range(0, count, micro)]
+
+
+def segment_ids(batch: Batch) -> torch.Tensor:
+    """[b, L]: which segment a token is in, from the boundaries."""
+    rows = [np.repeat(np.arange(len(b) - 1), np.diff(b)) for b in batch.layout.bounds]
+    return torch.from_numpy(np.stack(rows))
+
+
+def canonical(engine: MegatronEngine, what: str = "weights") -> dict[str, torch.Tensor]:
+    """The engine's weights or gradients by canonical name; one process."""
+    parameters = engine.parameters()
+    tensors = {n: p.detach().clone() if what == "weights" else p.main_grad.clone() for n, p in parameters.items()}
+    return weights.gather(engine.config.model, [(tensors, 0, 1)])
+
+
+class OracleTrainer:
+    """Trains the oracle with torch's own AdamW and clipping on the whole step at once."""
+
+    def __init__(self, config: RunConfig, canonical: dict[str, torch.Tensor]) -> None:
+        self.config, self.oracle = config, Oracle(config.model, canonical)
+        matrices = [p for p in self.oracle.w.values() if p.dim() > 1]
+        vectors = [p for p in self.oracle.w.values() if p.dim() == 1]
+        o = config.optimizer
+        groups = [{"params": matrices, "weight_decay": o.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(o.beta1, o.beta2), eps=o.eps)
+
+    def loss(self, batches: list[Batch]) -> torch.Tensor:
+        """The step's loss from every position's logits."""
+        total = torch.zeros((), dtype=torch.float64)
+        for batch in batches:
+            logits = self.oracle(batch.inputs, segment_ids(batch))
+            clean = batch.inputs.clone()
+            clean[batch.rows, batch.columns] = batch.targets
+            weights = torch.zeros(batch.inputs.shape)
+            weights[batch.rows, batch.columns] = batch.weights
+            each = torch.nn.functional.cross_entropy(logits.flatten(0, 1), clean.flatten(), reduction="none").view_as(weights)
+            total = total + (each * weights).sum().double() / batch.normaliser
+        return total
+
+    def step(self, batches: list[Batch], learning_rate: float) -> tuple[float, float, dict[str, torch.Tensor]]:
+        """Loss, gradient norm and gradients before clipping; then the update."""
+        self.optimizer.zero_grad()
+        loss = self.loss(batches)
+        loss.backward()
+        grads = {name: p.grad.clone() for name, p in self.oracle.w.items()}
+        norm = torch.nn.utils.clip_grad_norm_(self.oracle.w.values(), self.config.optimizer.clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        return float(loss), float(norm), grads

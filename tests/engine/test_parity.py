@@ -1,0 +1,99 @@
+"""The engine on one process against the plain-PyTorch oracle: logits, losses, every gradient, five optimizer steps."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from llada.engine.megatron import MegatronEngine
+from tests.engine.support import OracleTrainer, canonical, small_config, step_batches
+
+SHAPES = {
+    "grouped queries": {},
+    "all heads": {"num_query_groups": None},
+    "one group": {"num_query_groups": 1},
+    "tied head": {"tie_embeddings": True},
+    "odd ffn": {"ffn_hidden_size": 101},
+}
+
+
+def close(got: torch.Tensor, wanted: torch.Tensor, tolerance: float) -> bool:
+    return bool((got - wanted).norm() <= tolerance * wanted.norm())
+
+
+@pytest.mark.parametrize("masking", ["bernoulli", "fixed_count"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_five_steps_equal_the_oracle(shape: str, masking: str) -> None:
+    config = small_config(SHAPES[shape])
+    engine = MegatronEngine(config)
+    try:
+        trainer = OracleTrainer(config, canonical(engine))
+        rates = [1e-3 * (step + 1) / 10 for step in range(5)]
+        for step, rate in enumerate(rates):
+            batches = step_batches(config, step, masking)
+            loss, norm, grads = trainer.step(batches, rate)
+            result = engine.train_step(batches, rate)
+            assert result.applied
+            assert result.loss == pytest.approx(loss, rel=1e-6)
+            assert result.grad_norm == pytest.approx(norm, rel=1e-6)
+            if step in (0, 4):
+                ours = canonical(engine, "gradients")
+                scale = max(1.0, norm / config.optimizer.clip)  # in fp32 the optimizer clips main_grad in place
+                wrong = [name for name in grads if not close(ours[name] * scale, grads[name], 1e-5)]
+                assert not wrong
+        after = canonical(engine)
+        for name, wanted in trainer.oracle.w.items():
+            assert (after[name] - wanted).abs().max() <= 0.02 * sum(rates), name
+    finally:
+        engine.close()
+
+
+def test_nothing_masked_gives_zero_not_nan() -> None:
+    config = small_config()
+    engine = MegatronEngine(config)
+    try:
+        before = canonical(engine)
+        none = slice(0, 0)
+        batches = [
+            replace(
+                b, rows=b.rows[none], columns=b.columns[none], targets=b.targets[none], weights=b.weights[none], segments=b.segments[none]
+            )
+            for b in step_batches(config, 0)
+        ]
+        result = engine.train_step(batches, 0.0)
+        assert (result.loss, result.grad_norm, result.applied) == (0.0, 0.0, True)
+        assert all(torch.equal(before[name], value) for name, value in canonical(engine).items())
+    finally:
+        engine.close()
+
+
+def test_a_step_that_is_not_finite_updates_nothing() -> None:
+    config = small_config()
+    engine = MegatronEngine(config)
+    try:
+        engine.train_step(step_batches(config, 0), 1e-3)
+        before = canonical(engine)
+        batches = step_batches(config, 1)
+        broken = replace(batches[2], weights=batches[2].weights * float("nan"))
+        result = engine.train_step([*batches[:2], broken, *batches[3:]], 1e-3)
+        assert not result.applied
+        assert all(torch.equal(before[name], value) for name, value in canonical(engine).items())
+        assert engine.train_step(step_batches(config, 2), 1e-3).applied
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize("micro", [1, 2, 4, 8])
+def test_accumulation_changes_nothing(micro: int) -> None:
+    """One step of 8 sequences in 8, 4, 2 or 1 micro-batches: the oracle's loss and gradients, which know no micro-batches."""
+    config = small_config(batch={"global": 8, "micro": micro})
+    engine = MegatronEngine(config)
+    try:
+        trainer = OracleTrainer(config, canonical(engine))
+        loss, norm, _ = trainer.step(step_batches(small_config(batch={"global": 8, "micro": 8}), 3), 1e-3)
+        result = engine.train_step(step_batches(config, 3), 1e-3)
+        assert result.loss == pytest.approx(loss, rel=1e-6) and result.grad_norm == pytest.approx(norm, rel=1e-6)
+    finally:
+        engine.close()
