@@ -309,6 +309,9 @@ def _optimizer(config: RunConfig, dtype: torch.dtype, replicas: list[Distributed
         replicas,
     )
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    for part in parts:
+        for group in part.optimizer.param_groups:
+            group["fused"], group["foreach"] = True, False  # one kernel per tensor instead of one per operation
     return parts[0] if len(parts) == 1 else optimizer
 
 
@@ -345,7 +348,8 @@ def _transformer_config(config: RunConfig, dtype: torch.dtype, device: torch.dev
         overlap_p2p_comm=overlapped,
         batch_p2p_comm=not overlapped,
         deterministic_mode=config.run.deterministic and gpu,
-        bias_activation_fusion=gpu,
+        use_te_activation_func=True,  # our SwiGLU
+        bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         apply_rope_fusion=False,

@@ -64,10 +64,32 @@ def rotary_tables(positions: torch.Tensor, head_dim: int, theta: float) -> tuple
     return angles.cos(), angles.sin()
 
 
+class _Rotation(torch.autograd.Function):
+    """A rotation's gradient is the opposite rotation: nothing but the tables is kept for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotated(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
+        cos, sin = ctx.saved_tensors
+        return _rotated(gradient, cos, -sin), None, None
+
+
+def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    first, second = x.float().chunk(2, dim=-1)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    left, right = out.chunk(2, dim=-1)
+    left.copy_(torch.addcmul(first * cos, second, sin, value=-1))
+    right.copy_(torch.addcmul(second * cos, first, sin))
+    return out
+
+
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate [s, b, h, d] in fp32 with the half-rotation convention (Llama, NeoX) and cast back."""
-    first, second = x.float().chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    return _Rotation.apply(x, cos, sin)
 
 
 def segment_lengths(layout: Segments, offset: int, length: int) -> tuple[list[int], list[int]]:

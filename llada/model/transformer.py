@@ -49,6 +49,36 @@ class RMSNorm(torch.nn.Module):
         return F.rms_norm(x.float(), (x.shape[-1],), None, self.eps).to(x.dtype) * self.weight
 
 
+class _SwiGLUFunction(torch.autograd.Function):
+    """silu(gate) * up. Keeps its input alone, and writes both gradients into one tensor instead of joining two."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        gate, up = x.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        gate, up = x.chunk(2, dim=-1)
+        out = torch.empty_like(x)
+        to_gate, to_up = out.chunk(2, dim=-1)
+        torch.mul(F.silu(gate), gradient, out=to_up)
+        torch.ops.aten.silu_backward.grad_input(gradient * up, gate, grad_input=to_gate)
+        return out
+
+
+class SwiGLU(torch.nn.Module):
+    """[..., 2 f] (gate, up) -> [..., f] (arXiv 2002.05202)."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _SwiGLUFunction.apply(x)
+
+
 class CoreAttention(torch.nn.Module):
     """Rotates queries and keys and attends within segments; Megatron-Core's submodule `core_attention`."""
 
@@ -82,6 +112,7 @@ def layer_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBl
     spec.submodules.self_attention.submodules.core_attention = CoreAttention
     spec.submodules.input_layernorm = RMSNorm
     spec.submodules.pre_mlp_layernorm = RMSNorm
+    spec.submodules.mlp.submodules.activation_func = SwiGLU
     layers = get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=RMSNorm)
 
