@@ -115,7 +115,8 @@ def make_batches(config: RunConfig, step: int, whole_rows: bool) -> tuple[list[B
     mask = config.model.vocab_size - 1
     objective = MaskedDiffusion(0, mask)
     windows = [
-        Window(int(samples[i]), rng.integers(0, mask, length), bounds[i], t[firsts[i] : firsts[i + 1]], int(firsts[i])) for i in range(count)
+        Window(int(samples[i]), rng.integers(0, mask, length), bounds[i], t[firsts[i] : firsts[i + 1]], int(firsts[i]))
+        for i in range(count)
     ]
     corrupted = [objective.corrupt(window) for window in windows]
     micro = config.batch.micro
@@ -210,7 +211,9 @@ def main() -> None:
     parser.add_argument("--precision", default="bf16" if gpu else "fp32", choices=["fp32", "bf16"])
     parser.add_argument("--steps", type=int, default=8 if gpu else 10, help="measured steps")
     args = parser.parse_args()
-    print(f"{torch.cuda.get_device_name() if gpu else 'CPU'}, torch {torch.__version__}, {torch.get_num_threads()} threads, {args.precision}")
+    print(
+        f"{torch.cuda.get_device_name() if gpu else 'CPU'}, torch {torch.__version__}, {torch.get_num_threads()} threads, {args.precision}"
+    )
     for vocabulary in args.vocabularies:
         layers = args.layers or (2 if gpu else 4)
         print(json.dumps(compare(config_of(args, vocabulary, layers), args.steps, plain=True)), flush=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from typing import Annotated
 
 import typer
@@ -89,6 +90,9 @@ def main() -> None:
         _leave(f"failed: {error}", 1)
     except KeyboardInterrupt:
         _leave("interrupted", 130)
+    except Exception as error:  # not foreseen: the traceback for us, and one clear last line for everyone
+        traceback.print_exc()
+        _leave(f"failed: {type(error).__name__}: {error}", 1)
 
 
 def _leave(message: str, code: int) -> None:
