@@ -1,14 +1,16 @@
-"""The one tokenizer module: Hugging Face folders, tokenizer.json, SentencePiece; special tokens; fingerprint.
+"""The tokenizer: text <-> ids, whatever the backend, and the roles of its special tokens.
 
-Text is never read as special tokens: a literal "<|mdm_mask|>" in a document is encoded as the characters it consists of.
+Text is never read as special tokens: a literal "<|mdm_mask|>" in a document is encoded like any other characters. A tokenizer
+that cannot promise this for its special tokens is refused when it is loaded.
 """
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,298 +21,391 @@ from llada.errors import UserError
 
 I64 = npt.NDArray[np.int64]
 
-LLADA_TOKENS = {
-    "bos": "<|startoftext|>",
-    "eos": "<|endoftext|>",
-    "mask": "<|mdm_mask|>",
-    "start_header": "<|start_header_id|>",
-    "end_header": "<|end_header_id|>",
-    "eot": "<|eot_id|>",
-}
-"""LLaDA's special tokens by role, in the order in which missing ones are appended."""
-ROW_MULTIPLE = 128
-_ROLES = ("bos", "eos", "pad", "mask")
+BOS, EOS, MASK = "<|startoftext|>", "<|endoftext|>", "<|mdm_mask|>"
+SPECIAL_TOKENS = (BOS, EOS, MASK, "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+"""LLaDA's, in the order in which missing ones are appended."""
+_NEW_ROLES = {"bos": BOS, "eos": EOS, "pad": EOS, "mask": MASK}
 _KNOWN = {
-    "mask": ("<|mdm_mask|>", "[MASK]", "<mask>", "<|mask|>"),
-    "eos": ("<|endoftext|>", "</s>", "<|eot_id|>", "<|end_of_text|>", "<eos>", "[EOS]"),
-    "bos": ("<|startoftext|>", "<s>", "<|begin_of_text|>", "<bos>", "[BOS]"),
-    "pad": ("<|endoftext|>", "<pad>", "[PAD]"),
+    "bos": (BOS, "<|begin_of_text|>", "<s>", "<bos>", "[BOS]"),
+    "eos": (EOS, "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|eot_id|>", "<|im_end|>"),
+    "pad": ("<pad>", "[PAD]", "<|pad|>"),
+    "mask": (MASK, "[MASK]", "<mask>", "<|mask|>"),
 }
-_SIDECAR = "llada_tokens.json"
+"""Names by which a role is found when the tokenizer's files do not assign it."""
+_DEFINITION, _MODEL, _CONFIG, _MAP = "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"
+_SIDECAR = "added_special_tokens.json"
+_REMEDY = "add LLaDA's special tokens with `--add-special-tokens`"
+
+Roles = dict[str, str]
+"""Role (bos, eos, pad, mask) -> token; a role without a token is left out."""
 
 
 class _Backend(Protocol):
-    """What a tokenizer library must do."""
-
     size: int
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
-
+    def id_of(self, token: str) -> int | None: ...
+    def token(self, token_id: int) -> str | None: ...
+    def roles(self) -> Roles: ...
+    def encode(self, texts: list[str]) -> list[list[int]]: ...
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str: ...
-
-    def token(self, token_id: int) -> str: ...
-
-    def find(self, content: str) -> int | None: ...
-
-    def append(self, contents: Sequence[str]) -> _Backend: ...
-
-    def definition(self) -> str: ...
-
-    def save(self, folder: Path) -> None: ...
-
-
-class _Fast:
-    """A tokenizer.json, through the tokenizers library."""
-
-    def __init__(self, definition: str) -> None:
-        from tokenizers import Tokenizer as Fast
-
-        self._definition = definition
-        self._fast = Fast.from_str(definition)
-        self._fast.encode_special_tokens = True  # literal special tokens are text
-        self._fast.no_padding()
-        self._fast.no_truncation()
-        ids = self._fast.get_vocab(with_added_tokens=True).values()
-        self.size = max(ids, default=-1) + 1
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self._fast.encode_batch_fast(list(texts), add_special_tokens=False)]
-
-    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
-        return self._fast.decode(ids, skip_special_tokens=skip_special_tokens)
-
-    def token(self, token_id: int) -> str:
-        return self._fast.id_to_token(token_id) or ""
-
-    def find(self, content: str) -> int | None:
-        return self._fast.token_to_id(content)
-
-    def append(self, contents: Sequence[str]) -> _Fast:
-        from tokenizers import AddedToken
-        from tokenizers import Tokenizer as Fast
-
-        grown = Fast.from_str(self._definition)
-        grown.add_special_tokens([AddedToken(content, special=True, normalized=False) for content in contents])
-        return _Fast(grown.to_str())
-
-    def definition(self) -> str:
-        return json.dumps(json.loads(self._definition), sort_keys=True, ensure_ascii=False)
-
-    def save(self, folder: Path) -> None:
-        (folder / "tokenizer.json").write_text(self._definition, encoding="utf-8")
-
-
-class _SentencePiece:
-    """A SentencePiece model; further special tokens have ids past it and live in a file of their own."""
-
-    def __init__(self, model: bytes, extra: Sequence[str] = ()) -> None:
-        from sentencepiece import SentencePieceProcessor
-
-        self._model, self._extra = model, list(extra)
-        self._pieces = SentencePieceProcessor(model_proto=model)
-        self._base = self._pieces.vocab_size()
-        self.size = self._base + len(self._extra)
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return self._pieces.encode(list(texts))
-
-    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
-        text, run = "", []
-        for token_id in [*ids, None]:
-            if token_id is not None and token_id < self._base:
-                run.append(token_id)
-                continue
-            text += self._pieces.decode(run) if run else ""
-            run = []
-            if token_id is not None and not skip_special_tokens:
-                text += self._extra[token_id - self._base]
-        return text
-
-    def token(self, token_id: int) -> str:
-        return self._pieces.id_to_piece(token_id) if token_id < self._base else self._extra[token_id - self._base]
-
-    def find(self, content: str) -> int | None:
-        if content in self._extra:
-            return self._base + self._extra.index(content)
-        token_id = self._pieces.piece_to_id(content)
-        return token_id if self._pieces.id_to_piece(token_id) == content else None
-
-    def append(self, contents: Sequence[str]) -> _SentencePiece:
-        return _SentencePiece(self._model, [*self._extra, *contents])
-
-    def definition(self) -> str:
-        return hashlib.sha256(self._model).hexdigest() + json.dumps(self._extra)
-
-    def save(self, folder: Path) -> None:
-        (folder / "tokenizer.model").write_bytes(self._model)
-        (folder / _SIDECAR).write_text(json.dumps(self._extra), encoding="utf-8")
+    def with_special(self, tokens: Iterable[str]) -> _Backend: ...
+    def canonical(self) -> bytes: ...
+    def save(self, folder: Path, roles: Roles) -> None: ...
 
 
 class Tokenizer:
-    """Text to ids and back, and which ids are special.
+    """Text <-> ids. Made by `Tokenizer.load` or `train_byte_level_bpe`; can be sent to other processes.
 
     Attributes:
         name: for messages.
         vocab_size: last id + 1, special tokens included.
-        rows: vocab_size rounded up to a multiple of 128, the rows of embedding and head.
-        mask_id, eos_id: always there; bos_id, pad_id: None where the tokenizer has none.
-        fingerprint: sha256 of definition and roles; the same after saving and loading.
+        rows: vocab_size rounded up to a multiple of 128, the rows of a model's embedding.
+        mask_id, eos_id: -1 when there is none, which `load` allows only with require_mask=False.
+        bos_id, pad_id: None when there is none.
     """
 
-    def __init__(self, name: str, backend: _Backend, roles: dict[str, str], require_mask: bool = True) -> None:
-        """Use `Tokenizer.load`. `roles` maps bos, eos, pad, mask to the text of their token."""
-        self.name, self.backend = name, backend
-        self._roles = {role: content for role, content in roles.items() if backend.find(content) is not None}
-        ids = {role: backend.find(content) for role, content in self._roles.items()}
-        if require_mask:
-            for role, what in (("mask", "mask"), ("eos", "end-of-text")):
-                if role not in ids:
-                    raise UserError(f"tokenizer {name} has no {what} token; --add-special-tokens appends LLaDA's after the last id")
-        self.mask_id, self.eos_id = ids.get("mask", -1), ids.get("eos", -1)
-        self.bos_id, self.pad_id = ids.get("bos"), ids.get("pad")
+    def __init__(self, backend: _Backend, roles: Roles, name: str) -> None:
+        self._backend, self._roles, self.name = backend, roles, name
         self.vocab_size = backend.size
-        self.rows = -(-self.vocab_size // ROW_MULTIPLE) * ROW_MULTIPLE
-        self.fingerprint = hashlib.sha256(f"{backend.definition()}\n{json.dumps(self._roles, sort_keys=True)}".encode()).hexdigest()
-        self._check_literals()
+        self.rows = -(-backend.size // 128) * 128
+        ids = {role: backend.id_of(token) for role, token in roles.items()}
+        mask, eos = ids.get("mask"), ids.get("eos")
+        self.mask_id = -1 if mask is None else mask
+        self.eos_id = -1 if eos is None else eos
+        self.bos_id, self.pad_id = ids.get("bos"), ids.get("pad")
+        self._refuse_readable_specials()
 
-    def _check_literals(self) -> None:
-        for role in ("mask", "eos"):
-            content = self._roles.get(role)
-            if content is not None and self.backend.find(content) in self.backend.encode_batch([content])[0]:
-                raise UserError(
-                    f"tokenizer {self.name}: the text '{content}' becomes the {role} token itself, "
-                    "so a document could forge it; remove it from the model"
-                )
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Tokenizer, (self._backend, self._roles, self.name)
 
     @classmethod
     def load(cls, path: str | Path, require_mask: bool = True) -> Tokenizer:
-        """Load a Hugging Face folder, a tokenizer.json, or a SentencePiece model.
+        """Read a Hugging Face folder (tokenizer.json or tokenizer.model), a tokenizer.json or a SentencePiece .model.
 
         Args:
-            path: folder or file.
-            require_mask: refuse a tokenizer without mask or end-of-text token.
+            path: a file called tokenizer.json or tokenizer.model is read with the files beside it, any other alone.
+            require_mask: refuse a tokenizer without a mask token or an EOS. Without, `with_special_tokens` can add them.
 
         Raises:
-            UserError: nothing there, not a tokenizer, or no mask token.
+            UserError: no such file, one that cannot be read, a missing mask or EOS, special tokens that text can spell.
         """
         path = Path(path)
-        if not path.exists():
-            raise UserError(f"tokenizer: no file or folder '{path}'")
-        folder = path if path.is_dir() else None
-        file = path
-        if folder:
-            found = [folder / name for name in ("tokenizer.json", "tokenizer.model") if (folder / name).is_file()]
-            if not found:
-                raise UserError(f"tokenizer: '{path}' holds neither tokenizer.json nor tokenizer.model")
-            file = found[0]
-        try:
-            backend: _Backend
-            if file.suffix == ".json":
-                backend = _Fast(file.read_text(encoding="utf-8"))
-            else:
-                sidecar = folder / _SIDECAR if folder else None
-                backend = _SentencePiece(file.read_bytes(), json.loads(sidecar.read_text()) if sidecar and sidecar.is_file() else ())
-        except Exception as error:  # the libraries raise bare Exceptions and RuntimeErrors for a broken file
-            raise UserError(
-                f"tokenizer: {file} is not a tokenizer.json or SentencePiece model ({' '.join(str(error).split())[:200]})"
-            ) from None
-        return cls(str(path), backend, _find_roles(folder, backend), require_mask)
+        file = _tokenizer_file(path)
+        folder = file.parent if file.name in (_DEFINITION, _MODEL) else None
+        roles: Mapping[str, str] = {}
+        backend: _Backend
+        if file.suffix == ".json":
+            backend = _HuggingFace.read(file)
+        else:
+            backend, roles = _SentencePiece.read(file, None if folder is None else folder / _SIDECAR)
+        roles = {**backend.roles(), **_assigned_roles(folder, backend), **roles}
+        for role, names in _KNOWN.items():
+            known = next((name for name in names if backend.id_of(name) is not None), None)
+            if role not in roles and known is not None:
+                roles[role] = known
+        if require_mask:
+            for role, what in (("mask", "mask token"), ("eos", "EOS (end of document) token")):
+                if role not in roles:
+                    raise UserError(f"{path}: the tokenizer has no {what} (none of {', '.join(_KNOWN[role])}); {_REMEDY}")
+        marked = [token for token in (*roles.values(), *SPECIAL_TOKENS) if backend.id_of(token) is not None]
+        return cls(backend.with_special(marked), dict(roles), str(path))
 
     def with_special_tokens(self) -> Tokenizer:
-        """The same tokenizer with those of LLaDA's special tokens that are missing appended after the last id. End-of-text and
-        beginning-of-text tokens that it already has are kept."""
-        contents = [content for role, content in LLADA_TOKENS.items() if role not in self._roles and self.backend.find(content) is None]
-        roles = {role: LLADA_TOKENS[role] for role in ("bos", "eos", "mask")} | self._roles
-        roles.setdefault("pad", roles["eos"])
-        return Tokenizer(self.name, self.backend.append(contents) if contents else copy.copy(self.backend), roles)
+        """This tokenizer with those of LLaDA's special tokens that it lacks after its last id; roles it has are kept."""
+        return Tokenizer(self._backend.with_special(SPECIAL_TOKENS), {**_NEW_ROLES, **self._roles}, self.name)
 
-    def encode_batch(self, texts: Sequence[str]) -> tuple[I64, I64]:
-        """Encode many texts: their ids back to back, and how many each has; int64. No special token is added or read."""
-        ids = self.backend.encode_batch(texts)
-        lengths = np.fromiter((len(one) for one in ids), dtype=np.int64, count=len(ids))
-        flat = np.fromiter((token for one in ids for token in one), dtype=np.int64, count=int(lengths.sum()))
-        return flat, lengths
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over the definition and the roles: equal for tokenizers that give every text the same ids."""
+        digest = hashlib.sha256(self._backend.canonical())
+        digest.update(_canonical({"roles": self._roles}))
+        return digest.hexdigest()
 
     def encode(self, text: str) -> I64:
-        """Ids of one text, int64 [n]."""
-        return self.encode_batch([text])[0]
+        """The ids of a text; no token is added and none is a special token."""
+        return np.array(self._backend.encode([text])[0], dtype=np.int64)
 
-    def decode(self, ids: npt.ArrayLike, skip_special_tokens: bool = False) -> str:
-        """Text of ids."""
-        return self.backend.decode(np.asarray(ids, dtype=np.int64).tolist(), skip_special_tokens)
+    def encode_batch(self, texts: list[str]) -> tuple[I64, I64]:
+        """The ids of many texts one after the other, and how many ids each has [len(texts)]."""
+        rows = self._backend.encode(texts)
+        lengths = np.fromiter((len(row) for row in rows), dtype=np.int64, count=len(rows))
+        return np.fromiter(chain.from_iterable(rows), dtype=np.int64, count=int(lengths.sum())), lengths
+
+    def decode(self, ids: Sequence[int] | npt.NDArray[np.integer[Any]], skip_special_tokens: bool = False) -> str:
+        """The text of ids. An id without a token gives nothing."""
+        return self._backend.decode([int(i) for i in ids], skip_special_tokens)
 
     def token(self, token_id: int) -> str:
-        """The vocabulary's own spelling of one id."""
-        return self.backend.token(token_id)
+        """One token for people: printable, with its leading space where the vocabulary marks one."""
+        raw = self._backend.token(int(token_id))
+        if raw is None:
+            return f"<{token_id}>"
+        if "▁" in raw:
+            text = raw.replace("▁", " ")
+        else:
+            text = self.decode([token_id])
+            if not text or "\ufffd" in text:
+                text = raw  # part of a character: the vocabulary's own spelling of its bytes
+        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
-    def special_tokens(self) -> dict[str, tuple[str, int]]:
-        """Text and id of every special token that is there, by role."""
-        contents = {**LLADA_TOKENS, **self._roles}
-        found = {role: (content, self.backend.find(content)) for role, content in contents.items()}
-        return {role: (content, token_id) for role, (content, token_id) in found.items() if token_id is not None}
+    def id_of(self, token: str) -> int | None:
+        """The id of a token by its exact name, a special token's among them; None when there is none."""
+        return self._backend.id_of(token)
 
     def save(self, folder: str | Path) -> None:
-        """Write a self-contained folder that `load` and, for tokenizer.json kinds, transformers.AutoTokenizer read."""
+        """Write a folder that `load` reads back with the same fingerprint, and AutoTokenizer too if it has a tokenizer.json."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self.backend.save(folder)
-        named = {f"{role}_token": self._roles[role] for role in _ROLES if role in self._roles}
-        further = [content for role, (content, _) in self.special_tokens().items() if role not in _ROLES]
-        config = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "clean_up_tokenization_spaces": False,
-            **named,
-            "additional_special_tokens": further,
-        }
-        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1, ensure_ascii=False), encoding="utf-8")
-        (folder / "special_tokens_map.json").write_text(json.dumps(named, indent=1, ensure_ascii=False), encoding="utf-8")
+        names = {f"{role}_token": token for role, token in sorted(self._roles.items())}
+        self._backend.save(folder, self._roles)
+        config: dict[str, Any] = {**names, "clean_up_tokenization_spaces": False}
+        if isinstance(self._backend, _HuggingFace):
+            config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        _write(folder / _CONFIG, json.dumps(config, indent=2))
+        _write(folder / _MAP, json.dumps(names, indent=2))
 
-
-def _find_roles(folder: Path | None, backend: _Backend) -> dict[str, str]:
-    """Roles as the folder's files name them, else by well-known names."""
-    roles: dict[str, str] = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        if folder and (folder / name).is_file():
-            try:
-                content: dict[str, Any] = json.loads((folder / name).read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise UserError(f"tokenizer: {folder / name} is not JSON ({error})") from None
-            for role in _ROLES:
-                value = content.get(f"{role}_token")
-                value = value.get("content") if isinstance(value, dict) else value
-                if isinstance(value, str):
-                    roles.setdefault(role, value)
-    for role, names in _KNOWN.items():
-        known = next((name for name in names if backend.find(name) is not None), None)
-        if role not in roles and known is not None and not (role == "pad" and known != "<|endoftext|>" and folder):
-            roles[role] = known
-    return roles
+    def _refuse_readable_specials(self) -> None:
+        names = sorted({*self._roles.values(), *(name for name in SPECIAL_TOKENS if self.id_of(name) is not None)})
+        for name in names:
+            for ids in self._backend.encode([name, f"a {name} b", f"a{name}b"]):
+                if self.id_of(name) in ids:
+                    raise UserError(
+                        f"{self.name}: the text {name!r} is encoded as the special token {name} (id {self.id_of(name)}); special tokens "
+                        "must be ones that text cannot spell: control symbols, or added tokens outside the model's vocabulary"
+                    )
 
 
 def train_byte_level_bpe(texts: Iterator[str], vocab_size: int) -> Tokenizer:
-    """Train a byte-level BPE with LLaDA's special tokens as its last ids.
+    """Train a byte-level BPE tokenizer with LLaDA's special tokens, which take the last ids. The same texts give the same one.
 
     Args:
-        texts: the training text, read once.
-        vocab_size: ids in all, special tokens included; fewer when the text has too few distinct pairs.
+        texts: read once.
+        vocab_size: ids in all: 256 bytes, 6 special tokens, the rest merges. The result has fewer when the texts have no more pairs.
 
     Raises:
-        UserError: a vocabulary too small for 256 bytes and the special tokens.
+        UserError: a vocab_size without room for bytes and special tokens.
     """
     from tokenizers import Tokenizer as Fast
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
-    least = 256 + len(LLADA_TOKENS)
-    if vocab_size < least:
-        raise UserError(f"--vocab-size: {vocab_size} is too small, 256 bytes and {len(LLADA_TOKENS)} special tokens need {least}")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    smallest = len(alphabet) + len(SPECIAL_TOKENS)
+    if vocab_size < smallest:
+        raise UserError(f"vocab_size: {vocab_size} is less than {smallest}, the bytes and the special tokens")
     fast = Fast(models.BPE())
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     fast.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(LLADA_TOKENS),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=[],
-        show_progress=False,
-    )
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size - len(SPECIAL_TOKENS), initial_alphabet=alphabet, show_progress=False)
     fast.train_from_iterator(texts, trainer)
-    return Tokenizer("trained", _Fast(fast.to_str()), {}, require_mask=False).with_special_tokens()
+    return Tokenizer(_HuggingFace(fast.to_str()), {}, "trained tokenizer").with_special_tokens()
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+def _tokenizer_file(path: Path) -> Path:
+    if path.is_dir():
+        for name in (_DEFINITION, _MODEL):
+            if (path / name).is_file():
+                return path / name
+        raise UserError(f"{path}: no tokenizer in this folder (neither {_DEFINITION} nor {_MODEL})")
+    if not path.is_file():
+        raise UserError(f"{path}: no such tokenizer folder or file")
+    if path.suffix not in (".json", ".model"):
+        raise UserError(f"{path}: not a tokenizer (a folder, a tokenizer.json or a SentencePiece .model)")
+    return path
+
+
+def _assigned_roles(folder: Path | None, backend: _Backend) -> Roles:
+    """The roles that tokenizer_config.json, then special_tokens_map.json assign."""
+    roles: Roles = {}
+    for path in () if folder is None else (folder / _CONFIG, folder / _MAP):
+        content = _read_json(path) if path.is_file() else {}
+        for role in _KNOWN:
+            value = content.get(f"{role}_token")
+            token = value.get("content") if isinstance(value, dict) else value
+            if role in roles or not isinstance(token, str):
+                continue
+            if backend.id_of(token) is not None:
+                roles[role] = token
+            elif role in ("mask", "eos"):
+                raise UserError(f"{path}: {role}_token {token!r} is not in the vocabulary")
+    return roles
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(_read(path))
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not a JSON object")
+    return content
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def _canonical(content: Any) -> bytes:
+    return json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
+
+
+# -- backends ---------------------------------------------------------------------------------------------------------
+
+
+class _HuggingFace:
+    """A tokenizer.json. What is kept, hashed and saved is its own text, so another version of the library changes no fingerprint."""
+
+    def __init__(self, text: str) -> None:
+        from tokenizers import Tokenizer as Fast
+
+        self.text = text
+        self._fast = Fast.from_str(text)
+        self._fast.encode_special_tokens = True  # not part of the definition: text is never read as special tokens
+        self._encode = getattr(self._fast, "encode_batch_fast", self._fast.encode_batch)
+        self.size = max(self._fast.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _HuggingFace, (self.text,)
+
+    @classmethod
+    def read(cls, path: Path) -> _HuggingFace:
+        definition = _read_json(path)
+        definition.update(truncation=None, padding=None)  # of a run of another model; documents are encoded whole
+        try:
+            return cls(json.dumps(definition, ensure_ascii=False))
+        except Exception as error:  # the library raises nothing narrower
+            raise UserError(f"{path}: not a tokenizer.json ({error})") from None
+
+    def id_of(self, token: str) -> int | None:
+        return self._fast.token_to_id(token)
+
+    def token(self, token_id: int) -> str | None:
+        return self._fast.id_to_token(token_id)
+
+    def roles(self) -> Roles:
+        return {}
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self._encode(texts, add_special_tokens=False)]
+
+    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        return self._fast.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def with_special(self, tokens: Iterable[str]) -> _HuggingFace:
+        definition = json.loads(self.text)
+        added: dict[str, dict[str, Any]] = {entry["content"]: entry for entry in definition.get("added_tokens") or []}
+        size, changed = self.size, False
+        for token in tokens:
+            token_id = self.id_of(token)
+            if token not in added:
+                flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+                added[token] = {"id": size if token_id is None else token_id, "content": token, **flags, "special": True}
+                size += token_id is None
+            elif added[token]["special"]:
+                continue
+            added[token]["special"] = changed = True
+        if not changed:
+            return self
+        definition["added_tokens"] = sorted(added.values(), key=lambda entry: entry["id"])
+        result = _HuggingFace(json.dumps(definition, ensure_ascii=False))
+        for token in added:
+            if result.id_of(token) != added[token]["id"]:
+                raise UserError(f"tokenizer: {token} would get id {result.id_of(token)}, not {added[token]['id']}: its ids have holes")
+        return result
+
+    def canonical(self) -> bytes:
+        return _canonical(json.loads(self.text))
+
+    def save(self, folder: Path, roles: Roles) -> None:
+        _write(folder / _DEFINITION, self.text)
+
+
+class _SentencePiece:
+    """A SentencePiece model, and special tokens after its last id that the model does not know: no text can spell them."""
+
+    def __init__(self, model: bytes, extra: Mapping[str, int]) -> None:
+        from sentencepiece import SentencePieceProcessor
+
+        self.model, self.extra = model, dict(extra)
+        self._processor = SentencePieceProcessor(model_proto=model)
+        self._pieces = self._processor.get_piece_size()
+        if not self._pieces:
+            raise ValueError("an empty model")
+        if sorted(self.extra.values()) != list(range(self._pieces, self._pieces + len(self.extra))):
+            raise ValueError("the ids of its added tokens do not follow its own")
+        self.size = self._pieces + len(self.extra)
+        self._special = {token_id: token for token, token_id in self.extra.items()}
+        self._special.update({i: self._processor.id_to_piece(i) for i in range(self._pieces) if self._processor.is_control(i)})
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _SentencePiece, (self.model, self.extra)
+
+    @classmethod
+    def read(cls, path: Path, sidecar: Path | None) -> tuple[_SentencePiece, Roles]:
+        """The model with what the file of added tokens says, where there is one."""
+        content = _read_json(sidecar) if sidecar is not None and sidecar.is_file() else {"added_tokens": {}, "roles": {}}
+        try:
+            backend = cls(_read(path), content["added_tokens"])
+            roles = {role: str(token) for role, token in content["roles"].items()}
+        except UserError:
+            raise
+        except Exception as error:  # the library raises RuntimeError, OSError or TypeError by what is wrong
+            raise UserError(f"{path}: not a SentencePiece model with sound added tokens ({error})") from None
+        for role, token in roles.items():
+            if role not in _KNOWN or backend.id_of(token) is None:
+                raise UserError(f"{sidecar}: {role} {token!r} is not a role with a token of the vocabulary")
+        return backend, roles
+
+    def id_of(self, token: str) -> int | None:
+        if token in self.extra:
+            return self.extra[token]
+        token_id = self._processor.piece_to_id(token)  # the unknown piece's id when there is none
+        return token_id if self._processor.id_to_piece(token_id) == token else None
+
+    def token(self, token_id: int) -> str | None:
+        if token_id in self._special:
+            return self._special[token_id]
+        return self._processor.id_to_piece(token_id) if 0 <= token_id < self._pieces else None
+
+    def roles(self) -> Roles:
+        ids = {"bos": self._processor.bos_id(), "eos": self._processor.eos_id(), "pad": self._processor.pad_id()}
+        return {role: self._processor.id_to_piece(token_id) for role, token_id in ids.items() if token_id >= 0}
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        return self._processor.encode(texts, out_type=int)
+
+    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        text, run, spoken = "", [], False
+        for token_id in [*ids, None]:
+            if token_id is not None and 0 <= token_id < self._pieces and token_id not in self._special:
+                run.append(token_id)
+                continue
+            if run:
+                part = self._processor.decode(run)
+                # The processor drops the space at a text's start; after other words it is one.
+                if spoken and self._processor.id_to_piece(run[0]).startswith("▁") and not part.startswith(" "):
+                    part = f" {part}"
+                text, run, spoken = text + part, [], True
+            if token_id in self._special and not skip_special_tokens:
+                text += self._special[token_id]
+        return text
+
+    def with_special(self, tokens: Iterable[str]) -> _SentencePiece:
+        missing = [token for token in tokens if self.id_of(token) is None]
+        return _SentencePiece(self.model, {**self.extra, **{token: self.size + i for i, token in enumerate(missing)}})
+
+    def canonical(self) -> bytes:
+        return _canonical({"model": hashlib.sha256(self.model).hexdigest(), "added_tokens": self.extra})
+
+    def save(self, folder: Path, roles: Roles) -> None:
+        (folder / _MODEL).write_bytes(self.model)
+        _write(folder / _SIDECAR, json.dumps({"added_tokens": self.extra, "roles": roles}, indent=2))
