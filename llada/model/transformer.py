@@ -16,6 +16,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
 from llada.config import ModelSection
@@ -69,11 +70,8 @@ class _SwiGLUFunction(torch.autograd.Function):
         return out
 
 
-class SwiGLU(torch.nn.Module):
+class SwiGLU(MegatronModule):
     """[..., 2 f] (gate, up) -> [..., f] (arXiv 2002.05202)."""
-
-    def __init__(self, config: TransformerConfig) -> None:
-        super().__init__()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return _SwiGLUFunction.apply(x)
