@@ -141,7 +141,6 @@ def prepare(
                 "extensions": sorted(options.extensions) if options.extensions else None,
                 "skip_bad": skip_bad,
                 "shard_tokens": shard_tokens,
-                "backend": type(tokenizer.backend).__name__.strip("_"),
             },
             sources=report.sources,
             skipped=dict(sorted(report.skipped.items())),
