@@ -428,8 +428,9 @@ def _one_line(error: ValidationError) -> str:
     first = problems[0]
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        names = _setting_names(first["loc"][:-1])
-        return f"{where}: unknown setting{did_you_mean(str(first['loc'][-1]), names)}; allowed here: {', '.join(names)}"
+        prefix = where.removesuffix(str(first["loc"][-1]))
+        names = [prefix + name for name in _setting_names(first["loc"][:-1])]
+        return f"{where}: unknown setting{did_you_mean(where, names)}; allowed here: {', '.join(names)}"
     if first["type"] == "missing":
         return f"{where}: missing, this setting has no default"
     message = first["msg"].removeprefix("Value error, ")

@@ -310,7 +310,7 @@ class _HuggingFace:
                 flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
                 added[token] = {"id": size if token_id is None else token_id, "content": token, **flags, "special": True}
                 size += token_id is None
-            elif added[token]["special"]:
+            elif added[token].get("special"):
                 continue
             added[token]["special"] = changed = True
         if not changed:

@@ -392,8 +392,12 @@ class Corpus:
     def files(self) -> Iterator[_File]:
         """Every file of the shards with what the manifest says of it."""
         for entry in self.manifest.shards:
-            yield _File(self.folder / f"{entry.name}.bin", entry.bin_bytes, entry.bin_xxh3)
-            yield _File(self.folder / f"{entry.name}.idx", entry.idx_bytes, entry.idx_xxh3)
+            yield from self.files_of(entry)
+
+    def files_of(self, entry: ShardEntry) -> list[_File]:
+        """The two files of one shard."""
+        path = self.folder / entry.name
+        return [_File(Path(f"{path}.bin"), entry.bin_bytes, entry.bin_xxh3), _File(Path(f"{path}.idx"), entry.idx_bytes, entry.idx_xxh3)]
 
     def shards(self, split: str) -> list[Shard]:
         """The split's shards, opened, in the manifest's order."""
@@ -456,19 +460,20 @@ def problems(folder: str | Path, hashes: bool = True) -> list[str]:
     except UserError as error:
         return [str(error)]
     found: list[str] = []
-    for file in corpus.files():
-        try:
-            file.check_size()
-            if hashes:
-                file.check_hash()
-        except UserError as error:
-            found.append(str(error))
     for entry in corpus.manifest.shards:
+        damaged: list[str] = []
+        for file in corpus.files_of(entry):
+            try:
+                file.check_size()
+                if hashes:
+                    file.check_hash()
+            except UserError as error:
+                damaged.append(str(error))
+        found += damaged
         try:
             shard = corpus.shard(entry)
         except UserError as error:
-            if str(error) not in found:
-                found.append(str(error))
+            found += [] if damaged else [str(error)]
             continue
         found += _index_problems(shard) or _token_problems(shard, corpus.manifest, entry)
     return found
@@ -480,7 +485,7 @@ def _index_problems(shard: Shard) -> list[str]:
     for first in range(0, shard.num_documents, _CHUNK):
         lengths = shard.lengths[first : first + _CHUNK].astype(np.int64)
         pointers = shard.pointers[first : first + _CHUNK].astype(np.int64)
-        indices = shard.indices[first : first + _CHUNK].astype(np.int64)
+        indices = shard.indices[first : first + len(lengths)].astype(np.int64)
         ends = expected + np.cumsum(lengths) * shard.dtype.itemsize
         starts = np.concatenate([[expected], ends[:-1]])
         wrong = (lengths < 1) | (pointers != starts) | (indices != first + np.arange(len(indices)))

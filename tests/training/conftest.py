@@ -1,0 +1,87 @@
+"""A small prepared corpus of real code, and runs of the command line on it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from data_tools.prepare import prepare
+from data_tools.readers import ReadOptions, Report, read
+from llada.tokenizer import train_byte_level_bpe
+
+CONFIG: dict[str, Any] = {
+    "seed": 5,
+    "precision": "fp32",
+    "run": {"dir": "run", "threads": 2},
+    "train": {"steps": 12},
+    "batch": {"global": 8, "micro": 4},
+    "data": {"sequence_length": 64, "document_mask": True, "random_length_probability": 0.3, "mixture": [{"path": "corpus"}]},
+    "model": {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "ffn_hidden_size": 128, "vocab_size": 512},
+    "schedule": {"stages": [{"shape": "linear", "end": 1e-3, "steps": 10}, {"shape": "constant"}]},
+    "validation": {"every": 4, "windows": 16},
+    "checkpoint": {"every": 4},
+    "logging": {"every": 1},
+}
+MEASURED = ("seconds", "tokens_per_second", "mfu", "mfu_full_length", "memory_gb")
+"""Fields of metrics.jsonl that are measured, not computed."""
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """A folder with a corpus, and commands in it."""
+
+    folder: Path
+
+    def config(self, name: str = "run.yaml", **sections: Any) -> str:
+        (self.folder / name).write_text(yaml.safe_dump({**CONFIG, **sections}))
+        return name
+
+    def environment(self) -> dict[str, str]:
+        root = str(Path(__file__).parents[2])
+        return {**os.environ, "PYTHONPATH": root, "WANDB_MODE": "offline"}
+
+    def start(self, *arguments: str, command: tuple[str, ...] = ("-m", "llada")) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-W", "ignore", *command, *arguments],
+            cwd=self.folder,
+            env=self.environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            stdin=subprocess.DEVNULL,
+            text=True,
+        )
+
+    def run(self, *arguments: str, code: int = 0, command: tuple[str, ...] = ("-m", "llada")) -> subprocess.CompletedProcess[str]:
+        process = self.start(*arguments, command=command)
+        out, error = process.communicate(timeout=120)
+        assert process.returncode == code, f"exit {process.returncode}\n{out[-2000:]}\n{error[-2000:]}"
+        return subprocess.CompletedProcess(process.args, process.returncode, out, error)
+
+    def lines(self, run: str) -> list[dict[str, Any]]:
+        """metrics.jsonl without what is measured."""
+        raw = (self.folder / run / "metrics.jsonl").read_text().splitlines()
+        return [{k: v for k, v in json.loads(line).items() if k not in MEASURED} for line in raw]
+
+
+@pytest.fixture(scope="session")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    """Corpora `corpus` and `other` (the same tokenizer), and the run `whole`: the config above, uninterrupted."""
+    folder = tmp_path_factory.mktemp("runs")
+    library = Path(sysconfig.get_paths()["stdlib"])
+    tokenizer = train_byte_level_bpe(read([library / "json"], ReadOptions(), Report()), 512)
+    tokenizer.save(folder / "tokenizer")
+    prepare([library / "json", library / "email"], folder / "tokenizer", folder / "corpus", validation_fraction=0.15)
+    prepare([library / "asyncio"], folder / "tokenizer", folder / "other", validation_fraction=0.0)
+    place = Workplace(folder)
+    place.config("whole.yaml", run={"dir": "whole", "threads": 2})
+    place.run("pretrain", "whole.yaml")
+    return place

@@ -1,0 +1,134 @@
+"""Users' mistakes: one line that names the setting, exit 2, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import xxhash
+from typer.testing import CliRunner
+
+from llada.cli import app
+from llada.data.shards import Manifest
+from llada.errors import UserError
+from tests.training.conftest import Workplace
+
+
+def refusal(place: Workplace, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:
+    """The message of the UserError that the command ends with; the terminal shows it as one line and exits with 2."""
+    monkeypatch.chdir(place.folder)
+    monkeypatch.setattr("llada.training.signals.signal.signal", lambda *_: None)  # keep pytest's own handlers
+    result = CliRunner().invoke(app, list(arguments))
+    assert isinstance(result.exception, UserError), result.output
+    return str(result.exception)
+
+
+def test_the_terminal_shows_one_line_and_exit_2(workplace: Workplace) -> None:
+    done = workplace.run("pretrain", workplace.config(), "train.stps=3", code=2)
+    assert done.stderr == "error: train.stps: unknown setting (did you mean 'train.steps'?); allowed here: train.steps, train.max_skipped\n"
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["task=sft"], "task: run.yaml says 'sft', `llada pretrain` runs task 'pretrain' only"),
+        (["data.mixture.0.path=nowhere"], "data.mixture.0.path: .*nowhere"),
+        (["model.vocab_size=256"], "model.vocab_size: 256 is too small for corpus, whose tokenizer has 512 ids"),
+        (["schedule.stages=[{shape: linear, end: 1, steps: 3}]"], "schedule.stages: end after 3 steps"),
+        (["data.sequence_length=100000000"], "data.mixture.0.path: corpus holds no full window"),
+        (["data.mixture.0.max_epochs=0.001"], "train.steps: 12 steps need 96 samples, the capped mixture holds 0"),
+        (["engine=deepspeed"], "engine: 'deepspeed' is not allowed"),
+        (["parallel.tensor=2"], "do not divide the world size 1"),
+        (["run.init_from=nowhere"], "checkpoint: 'nowhere' is neither a checkpoint"),
+        (["run.init_from=whole", "model.hidden_size=32"], "run.init_from: .* another architecture: model.hidden_size: 64 -> 32"),
+        (["data.mixture=[{path: corpus}, {path: corpus}]"], "data.mixture.1.path: corpus holds the same data as corpus"),
+    ],
+)
+def test_config_and_data(overrides: list[str], message: str, workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = refusal(workplace, monkeypatch, "pretrain", workplace.config(run={"dir": "refused", "threads": 2}), *overrides)
+    assert re.search(message, said), said
+    assert "\n" not in said
+    assert not (workplace.folder / "refused").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["seed=6"], "seed: 5 -> 6 changed since"),
+        (["batch.global=16"], "batch.global: 8 -> 16"),
+        (["objective.masking=fixed_count"], "objective.masking: 'bernoulli' -> 'fixed_count'"),
+        (["model.ffn_hidden_size=96"], "model.ffn_hidden_size: 128 -> 96"),
+        (["data.mixture.0.path=other"], "data.mixture: data "),
+        (["schedule.stages.0.end=0.01"], "schedule.stages: learning rate of step 1: 0.0001 -> 0.001"),
+        (["run.threads=1"], "run.threads: 2 -> 1"),
+    ],
+)
+def test_resuming_another_run(overrides: list[str], message: str, workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = refusal(workplace, monkeypatch, "pretrain", "whole.yaml", *overrides)
+    assert message in said and "--allow-changed" in said
+
+
+def test_a_change_can_be_allowed_and_is_recorded(workplace: Workplace) -> None:
+    shutil.copytree(workplace.folder / "whole", workplace.folder / "changed")
+    config = workplace.config("changed.yaml", run={"dir": "changed", "threads": 2}, train={"steps": 13})
+    workplace.run("pretrain", config, "--allow-changed", "seed=6")
+    state = json.loads((workplace.folder / "changed" / "checkpoints" / "step_00000013" / "state.json").read_text())
+    assert state["lineage"] == [{"resumed_at_step": 12, "changed": ["seed: 5 -> 6"]}]
+
+
+def damaged(place: Workplace, name: str) -> Path:
+    shutil.rmtree(place.folder / name, ignore_errors=True)
+    shutil.copytree(place.folder / "corpus", place.folder / name)
+    return place.folder / name
+
+
+def run_on(place: Workplace, monkeypatch: pytest.MonkeyPatch, corpus: Path) -> str:
+    config = place.config(run={"dir": "refused", "threads": 2}, data={"sequence_length": 64, "mixture": [{"path": corpus.name}]})
+    return refusal(place, monkeypatch, "pretrain", config)
+
+
+def test_a_truncated_shard(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus = damaged(workplace, "truncated")
+    path = corpus / "train-00000.bin"
+    path.write_bytes(path.read_bytes()[:-2])
+    assert "train-00000.bin" in run_on(workplace, monkeypatch, corpus)
+
+
+@pytest.mark.parametrize("name", ["train-00000.bin", "train-00000.idx", "manifest.json"])
+def test_one_altered_byte(name: str, workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus = damaged(workplace, "altered")
+    data = bytearray((corpus / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (corpus / name).write_bytes(data)
+    assert name in run_on(workplace, monkeypatch, corpus)
+
+
+def test_a_mask_id_in_a_shard(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written with matching checksums, as a faulty tool of the user's would: found when the window is read."""
+    corpus = damaged(workplace, "forged")
+    manifest = Manifest.load(corpus)
+    path = corpus / "train-00000.bin"
+    tokens = np.fromfile(path, dtype=manifest.dtype)
+    tokens[:] = manifest.mask_id
+    tokens.tofile(path)
+    entry: dict[str, Any] = {**vars(manifest.shards[0]), "bin_xxh3": xxhash.xxh3_64_hexdigest(path.read_bytes())}
+    type(manifest)(**{**vars(manifest), "shards": [type(manifest.shards[0])(**entry), *manifest.shards[1:]]}).save(corpus)
+    said = run_on(workplace, monkeypatch, corpus)
+    assert "the mask token" in said and "llada data verify" in said
+    shutil.rmtree(workplace.folder / "refused", ignore_errors=True)
+
+
+def test_a_checkpoint_without_its_marker_is_ignored_with_a_word(workplace: Workplace) -> None:
+    shutil.copytree(workplace.folder / "whole", workplace.folder / "unmarked")
+    (workplace.folder / "unmarked" / "checkpoints" / "step_00000012" / "COMMITTED").unlink()
+    config = workplace.config("unmarked.yaml", run={"dir": "unmarked", "threads": 2})
+    out = workplace.run("pretrain", config).stdout
+    assert "ignored unmarked/checkpoints/step_00000012: no COMMITTED file" in out
+    assert "resumed from unmarked/checkpoints/step_00000008" in out
+    assert workplace.lines("unmarked") == workplace.lines("whole")

@@ -1,0 +1,140 @@
+"""A run that is killed, stopped or extended repeats the uninterrupted one to the last digit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.training.conftest import Workplace
+
+
+def kill_when(place: Workplace, config: str, ready: Callable[[], bool], number: int = signal.SIGKILL) -> tuple[int, str]:
+    """Start a run, send it `number` once `ready`, and return its exit code and output."""
+    process = place.start("pretrain", config)
+    deadline = time.monotonic() + 60
+    while not ready() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    assert process.poll() is None, f"the run ended before the signal\n{process.communicate()}"
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=60)
+    return process.returncode, out
+
+
+def count(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def slow_config(place: Workplace, name: str) -> str:
+    """The config of `whole` in a folder of its own."""
+    shutil.rmtree(place.folder / name, ignore_errors=True)
+    return place.config(f"{name}.yaml", run={"dir": name, "threads": 2})
+
+
+@pytest.mark.parametrize("lines", [1, 5, 9])
+def test_killed_at_any_step_and_started_again(lines: int, workplace: Workplace) -> None:
+    config = slow_config(workplace, f"killed{lines}")
+    metrics = workplace.folder / f"killed{lines}" / "metrics.jsonl"
+    code, _ = kill_when(workplace, config, lambda: count(metrics) >= lines)
+    assert code == -signal.SIGKILL
+    workplace.run("pretrain", config)
+    assert workplace.lines(f"killed{lines}") == workplace.lines("whole")
+
+
+def test_killed_inside_a_save(workplace: Workplace) -> None:
+    config = slow_config(workplace, "saving")
+    partial = workplace.folder / "saving" / "checkpoints" / "step_00000008.partial"
+    kill_when(workplace, config, partial.exists)
+    out = workplace.run("pretrain", config).stdout
+    checkpoints = sorted(path.name for path in (workplace.folder / "saving" / "checkpoints").iterdir())
+    assert checkpoints == ["step_00000004", "step_00000008", "step_00000012"]
+    assert "resumed from saving/checkpoints/step_00000004" in out or "step_00000008" in out
+    assert workplace.lines("saving") == workplace.lines("whole")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_stops_at_the_next_step_with_a_checkpoint(number: signal.Signals, workplace: Workplace) -> None:
+    name = f"stopped{number.name}"
+    config = slow_config(workplace, name)
+    metrics = workplace.folder / name / "metrics.jsonl"
+    code, out = kill_when(workplace, config, lambda: count(metrics) >= 1, number)
+    assert code == 75
+    done = workplace.lines(name)[-1]["step"]
+    assert done < 12 and (workplace.folder / name / "checkpoints" / f"step_{done:08d}" / "COMMITTED").is_file()
+    assert f"{number.name}: stopped after step {done} with a checkpoint" in out
+    workplace.run("pretrain", config)
+    assert workplace.lines(name) == workplace.lines("whole")
+
+
+def test_extending_a_run_changes_nothing_before(workplace: Workplace) -> None:
+    config = slow_config(workplace, "extended")
+    workplace.run("pretrain", config, "train.steps=6")
+    workplace.run("pretrain", config)
+    lines = [line for line in workplace.lines("extended") if not ("nelbo_per_token" in line and line["step"] == 6)]
+    assert lines == workplace.lines("whole")
+
+
+def test_twenty_processes_give_one_result(workplace: Workplace) -> None:
+    """The first multi-threaded call of a math function may be imprecise in a fresh process; wide tensors make it likely."""
+    wide = {"num_layers": 1, "hidden_size": 256, "num_attention_heads": 2, "ffn_hidden_size": 512, "vocab_size": 512}
+    data = {"sequence_length": 512, "mixture": [{"path": "corpus"}]}
+    seen = set()
+    for i in range(20):
+        config = workplace.config(
+            "fresh.yaml",
+            run={"dir": f"fresh{i}", "threads": 2},
+            model=wide,
+            data=data,
+            train={"steps": 3},
+            validation={"every": 99, "windows": 8},
+        )
+        workplace.run("pretrain", config)
+        seen.add(json.dumps(workplace.lines(f"fresh{i}")))
+        shutil.rmtree(workplace.folder / f"fresh{i}")
+    assert len(seen) == 1
+
+
+def test_two_ranks_give_the_losses_of_one(workplace: Workplace) -> None:
+    config = workplace.config("two.yaml", run={"dir": "two", "threads": 1})
+    workplace.run("--nproc-per-node=2", "-m", "llada", "pretrain", config, command=("-m", "torch.distributed.run"))
+    for ours, whole in zip(workplace.lines("two"), workplace.lines("whole"), strict=True):
+        for key in ("loss", "grad_norm", "nelbo_per_token"):
+            assert ours.get(key) == (pytest.approx(whole[key], rel=1e-5) if key in whole else None)
+
+
+def test_a_new_run_starts_from_a_checkpoint_and_records_where_its_weights_came_from(workplace: Workplace) -> None:
+    for what in ("weights", "weights+optimizer"):
+        name = "annealed-" + what
+        config = workplace.config(
+            "annealed.yaml", run={"dir": name, "threads": 2, "init_from": "whole", "init_what": what}, train={"steps": 1}
+        )
+        out = workplace.run("pretrain", config, "data.sequence_length=128").stdout
+        assert f"initialised from whole/checkpoints/step_00000012 ({what})" in out
+        lineage = yaml.safe_load((workplace.folder / name / "config.yaml").read_text())["provenance"]["lineage"]
+        assert lineage == [{"init_from": "whole/checkpoints/step_00000012", "step": 12, "tokens": 12 * 8 * 64, "what": what}]
+    fresh = workplace.config("fresh.yaml", run={"dir": "fresh", "threads": 2}, train={"steps": 1})
+    workplace.run("pretrain", fresh, "data.sequence_length=128")
+    assert workplace.lines("annealed-weights")[0]["loss"] < workplace.lines("fresh")[0]["loss"] - 0.3
+    # Old moments make another first update than none: the validation after it differs, the loss before it does not.
+    first, second = workplace.lines("annealed-weights"), workplace.lines("annealed-weights+optimizer")
+    assert first[0] == second[0] and first[1]["nelbo_per_token"] != second[1]["nelbo_per_token"]
+
+
+def test_the_run_folder(workplace: Workplace) -> None:
+    folder = workplace.folder / "whole"
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoints", "config.yaml", "loss.png", "metrics.jsonl"]
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    lines = workplace.lines("whole")
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 13))
+    valid = [line for line in lines if "nelbo_per_token" in line]
+    assert [line["step"] for line in valid] == [4, 8, 12]
+    assert set(valid[0]["corpora"]) == {"corpus"} and len(valid[0]["corpora"]["corpus"]["t_deciles"]) == 10
+    assert valid[0]["nelbo_per_token"] > valid[2]["nelbo_per_token"] > 0 and valid[0]["nelbo_per_token_se"] > 0
+    # A run's own config.yaml is a config again.
+    assert workplace.run("config", "whole/config.yaml").stdout == workplace.run("config", "whole.yaml").stdout
