@@ -152,6 +152,10 @@ class Tokenizer:
         """The id of a token by its exact name, a special token's among them; None when there is none."""
         return self._backend.id_of(token)
 
+    def special_tokens(self) -> dict[str, tuple[str, int]]:
+        """The token and id of every role (bos, eos, pad, mask) that has one."""
+        return {role: (token, token_id) for role, token in self._roles.items() if (token_id := self.id_of(token)) is not None}
+
     def save(self, folder: str | Path) -> None:
         """Write a folder that `load` reads back with the same fingerprint, and AutoTokenizer too if it has a tokenizer.json."""
         folder = Path(folder)

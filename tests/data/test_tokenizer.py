@@ -86,6 +86,8 @@ def test_special_tokens_take_the_last_ids_and_count(bpe: Tokenizer):
     assert bpe.rows == 384
     assert [bpe.id_of(token) for token in SPECIAL_TOKENS] == list(range(324, 330))
     assert (bpe.bos_id, bpe.eos_id, bpe.pad_id, bpe.mask_id) == (324, 325, 325, 326)
+    names = {"bos": "<|startoftext|>", "eos": "<|endoftext|>", "pad": "<|endoftext|>", "mask": "<|mdm_mask|>"}
+    assert bpe.special_tokens() == {role: (name, bpe.id_of(name)) for role, name in names.items()}
 
 
 def test_training_repeats_itself_in_another_process(bpe: Tokenizer):
