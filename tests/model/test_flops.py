@@ -1,0 +1,54 @@
+"""FLOP counts against torch's own counter on a plain model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from llada.config import ModelSection
+from llada.model.flops import peak_flops, step_flops
+from llada.model.weights import canonical_shapes, num_parameters
+from tests.model.oracle import Oracle
+
+MODEL = ModelSection(num_layers=2, hidden_size=64, num_attention_heads=4, ffn_hidden_size=96, vocab_size=128)
+
+
+def test_full_length_equals_torchs_counter() -> None:
+    oracle = Oracle(MODEL, {name: torch.randn(shape) for name, shape in canonical_shapes(MODEL).items()})
+    tokens = torch.randint(0, 128, (3, 32))
+    with FlopCounterMode(display=False) as counter:
+        logits = oracle(tokens, torch.zeros_like(tokens))
+        logits.sum().backward()
+    flops = step_flops(MODEL, [32, 32, 32], 96, 32)
+    assert flops.full_length == flops.actual
+    # The rotary tables are elementwise; every matrix product is counted, and nothing flows back into the token ids.
+    assert flops.actual == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+def test_segments_cost_less_attention_and_fewer_predictions_less_head() -> None:
+    whole, cut = step_flops(MODEL, [64], 64, 64), step_flops(MODEL, [32, 32], 64, 64)
+    assert whole.actual - cut.actual == 3 * 4 * 2 * 64 * (64**2 - 2 * 32**2)
+    assert cut.full_length == whole.full_length
+    assert whole.actual - step_flops(MODEL, [64], 24, 64).actual == 3 * 2 * 64 * 128 * 40
+
+
+def test_grouped_queries_cost_less() -> None:
+    grouped = MODEL.model_copy(update={"num_query_groups": 1})
+    saved = step_flops(MODEL, [64], 0, 64).actual - step_flops(grouped, [64], 0, 64).actual
+    assert saved == 3 * 2 * 2 * 64 * 64 * 2 * (64 - 16)
+
+
+def test_parameters_of_the_published_models() -> None:
+    """1,487,243,264 and 8,015,581,184 parameters; 969,246,720 and 6,979,588,096 without embedding and head."""
+    small = ModelSection(
+        num_layers=22, hidden_size=2048, num_attention_heads=32, num_query_groups=4, ffn_hidden_size=5634, vocab_size=126464
+    )
+    large = ModelSection(num_layers=32, hidden_size=4096, num_attention_heads=32, ffn_hidden_size=12288, vocab_size=126464)
+    assert [num_parameters(small), num_parameters(small, embedding=False)] == [1_487_243_264, 969_246_720]
+    assert [num_parameters(large), num_parameters(large, embedding=False)] == [8_015_581_184, 6_979_588_096]
+
+
+def test_the_peak_on_cpu_is_measured() -> None:
+    peak, source = peak_flops(torch.device("cpu"), torch.float32)
+    assert peak > 1e9 and source == "measured matrix product"
