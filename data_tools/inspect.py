@@ -1,16 +1,21 @@
-"""`llada data inspect`: what a prepared corpus holds, as text."""
+"""What a prepared corpus holds, as text, and whether it is sound."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
-from data_tools.prepare import summary
-from llada.data.shards import Corpus
+from data_tools.prepare import SPLITS, summary
+from llada.data.shards import Corpus, Manifest, Shard, problems
+from llada.errors import UserError
 from llada.tokenizer import Tokenizer
 
 _BAR = 40
+_SHOWN_TOKENS = 40
+_CHUNK = 1 << 22
 
 
 def describe(folder: str | Path, samples: int = 3) -> str:
@@ -23,26 +28,56 @@ def describe(folder: str | Path, samples: int = 3) -> str:
         f"tokenizer: {manifest.vocab_size:,} ids, {manifest.rows:,} rows, mask {manifest.mask_id}, EOS {manifest.eos_id}",
         summary(manifest),
     ]
-    for split in ("train", "validation"):
+    for split in SPLITS:
         shards = corpus.shards(split)
-        lengths = [np.asarray(shard.lengths) for shard in shards]
-        if lengths:
-            lines += [f"{split}: tokens per document", *_histogram(np.concatenate(lengths))]
-    for shard in corpus.shards("train")[:1]:
-        starts = np.asarray(shard.pointers) // shard.dtype.itemsize
-        for i in np.linspace(0, len(starts) - 1, num=min(samples, len(starts)), dtype=int):
-            text = tokenizer.decode(shard.tokens(int(starts[i]), int(starts[i]) + 40))
-            lines.append(f"document {i}: {text!r}")
+        if not shards:
+            continue
+        lines += ["", f"{split}: documents by length in tokens, EOS counted", *_histogram(shards)]
+        total = sum(shard.num_documents for shard in shards)
+        for number in np.linspace(0, total - 1, num=min(samples, total)).astype(np.int64).tolist():
+            lines.append(f"{split} document {number}: {tokenizer.decode(_start_of(shards, number))!r}")
     return "\n".join(lines)
 
 
-def _histogram(lengths: np.ndarray) -> list[str]:
+def check(folder: str | Path) -> list[str]:
+    """Everything that is wrong with a prepared corpus, its copy of the tokenizer included; empty when it is sound."""
+    found = problems(folder)
+    try:
+        manifest = Manifest.load(folder)
+    except UserError:
+        return found  # it says so
+    try:
+        tokenizer = Tokenizer.load(Path(folder) / "tokenizer")
+    except UserError as error:
+        return [*found, str(error)]
+    if tokenizer.fingerprint != manifest.tokenizer_fingerprint:
+        found.append(f"{Path(folder) / 'tokenizer'}: not the tokenizer of this corpus, its fingerprint differs from the manifest's")
+    return found
+
+
+def _start_of(shards: list[Shard], number: int) -> npt.NDArray[np.int64]:
+    """The first tokens of a document, counted over all shards."""
+    for shard in shards:
+        if number < shard.num_documents:
+            start = int(shard.pointers[number]) // shard.dtype.itemsize
+            return shard.tokens(start, start + min(int(shard.lengths[number]), _SHOWN_TOKENS))
+        number -= shard.num_documents
+    raise IndexError(number)
+
+
+def _lengths(shards: list[Shard]) -> Iterator[npt.NDArray[np.int32]]:
+    for shard in shards:
+        for first in range(0, shard.num_documents, _CHUNK):
+            yield shard.lengths[first : first + _CHUNK]
+
+
+def _histogram(shards: list[Shard]) -> list[str]:
     """Counts per power of two, with bars."""
-    bins = np.floor(np.log2(lengths)).astype(int)
-    counts = np.bincount(bins)
-    first = int(bins.min())
+    counts = np.zeros(32, dtype=np.int64)
+    for lengths in _lengths(shards):
+        counts += np.bincount(np.floor(np.log2(lengths)).astype(np.int64), minlength=32)
+    used = np.flatnonzero(counts)
     return [
-        f"  {2**b:>9,} to {2 ** (b + 1) - 1:<9,} {count:>9,} {'#' * max(int(count > 0), round(_BAR * count / counts.max()))}"
-        for b, count in enumerate(counts)
-        if b >= first
+        f"  {2**b:>9,} to {2 ** (b + 1) - 1:<9,} {counts[b]:>11,} {'#' * max(int(counts[b] > 0), round(_BAR * counts[b] / counts.max()))}"
+        for b in range(int(used[0]), int(used[-1]) + 1)
     ]

@@ -2,78 +2,39 @@
 
 from __future__ import annotations
 
+import fnmatch
 import os
 import shutil
-import sys
 import time
+import uuid
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import xxhash
 
 import llada
-from data_tools.readers import ReadOptions, Report, parse_extensions, read
+from data_tools.readers import ReadOptions, Report, parse_extensions, read, sample_texts
 from llada.data.shards import FORMAT_VERSION, MANIFEST, Manifest, ShardEntry, ShardWriter, token_dtype
-from llada.errors import UserError
-from llada.tokenizer import Tokenizer
+from llada.errors import RunError, UserError
+from llada.tokenizer import Tokenizer, train_byte_level_bpe
 
-_BATCH_BYTES = 4 << 20
+I64 = npt.NDArray[np.int64]
+
 SPLITS = ("train", "validation")
-
-
-@dataclass
-class _Progress:
-    """A line on the terminal, rewritten once a second; nothing where stderr is not a terminal."""
-
-    wanted: bool
-    started: float = 0.0
-    shown: float = 0.0
-    text: int = 0
-    tokens: int = 0
-
-    def add(self, text_bytes: int, tokens: int, bad: int) -> None:
-        self.started = self.started or time.perf_counter()
-        self.text += text_bytes
-        self.tokens += tokens
-        now = time.perf_counter()
-        if self.wanted and now - self.shown > 1:
-            self.shown = now
-            rate = self.text / 1e6 / max(now - self.started, 1e-9)
-            print(
-                f"\r{self.text / 1e6:,.0f} MB, {self.tokens:,} tokens, {rate:.1f} MB/s, {bad} left out ",
-                end="",
-                file=sys.stderr,
-                flush=True,
-            )
-
-    def close(self) -> None:
-        if self.wanted and self.text:
-            print(file=sys.stderr)
-
-
-class _SplitWriter:
-    """The shards of one split: a new one when the current one is full."""
-
-    def __init__(self, folder: Path, split: str, dtype: np.dtype[Any], limit: int) -> None:
-        self._folder, self._split, self._dtype, self._limit = folder, split, dtype, limit
-        self._writer: ShardWriter | None = None
-        self.entries: list[ShardEntry] = []
-
-    def append(self, flat: np.ndarray, lengths: np.ndarray, text_bytes: int) -> None:
-        if self._writer is None:
-            self._writer = ShardWriter(self._folder, f"{self._split}-{len(self.entries):05d}", self._dtype, self._split)
-        self._writer.append(flat, lengths, text_bytes)
-        if self._writer.tokens >= self._limit:
-            self.finish()
-
-    def finish(self) -> None:
-        if self._writer is not None:
-            with self._writer as writer:
-                self.entries.append(writer.close())
-            self._writer = None
+_BATCH_CHARACTERS = 4 << 20
+_SAMPLE_CHARACTERS = 1 << 20
+_CORPUS_FILES = (MANIFEST, "tokenizer", "train-*.bin", "train-*.idx", "validation-*.bin", "validation-*.idx")
+_TOKENIZER_FILES = (
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_special_tokens.json",
+)
 
 
 def prepare(
@@ -99,36 +60,39 @@ def prepare(
         validation_fraction: share of the documents, chosen by the hash of their text, that goes to the validation split.
         add_special_tokens: append LLaDA's special tokens that the tokenizer lacks; the result is saved with the corpus.
         text_field, extensions, skip_bad: see ReadOptions.
-        shard_tokens: a shard is closed when it has this many.
+        shard_tokens: a shard is closed by the document with which it has this many.
         force: replace a prepared corpus at `output`.
-        progress: show a progress line.
+        progress: show a progress line on stderr.
 
     Raises:
         UserError: anything wrong with inputs, tokenizer, options or output; nothing is left behind.
+        RunError: the output cannot be written; nothing is left behind.
     """
     if not 0 <= validation_fraction < 1:
         raise UserError(f"--validation-fraction: {validation_fraction} is not in [0, 1)")
-    output = Path(output)
-    _check_output(output, force)
-    tokenizer = Tokenizer.load(tokenizer_path, require_mask=not add_special_tokens)
-    if add_special_tokens:
-        tokenizer = tokenizer.with_special_tokens()
+    if shard_tokens < 1:
+        raise UserError(f"--shard-tokens: {shard_tokens} is less than 1")
     options = ReadOptions(text_field, parse_extensions(extensions), skip_bad)
     report = Report()
-    partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
-    partial.mkdir(parents=True)
-    line = _Progress(progress)
-    try:
-        writers = {split: _SplitWriter(partial, split, token_dtype(tokenizer.rows), shard_tokens) for split in SPLITS}
-        for texts in _batches(read(inputs, options, report)):
-            _write_batch(texts, tokenizer, writers, validation_fraction, line, sum(report.skipped.values()))
-        for writer in writers.values():
-            writer.finish()
-        tokenizer.save(partial / "tokenizer")
+    with new_folder(output, force, "a prepared corpus", _CORPUS_FILES) as folder:
+        tokenizer = Tokenizer.load(tokenizer_path, require_mask=not add_special_tokens)
+        if add_special_tokens:
+            tokenizer = tokenizer.with_special_tokens()
+        dtype = token_dtype(tokenizer.rows)
+        writers = {split: _SplitWriter(folder, split, dtype, shard_tokens) for split in SPLITS}
+        try:
+            with _progress(progress) as show:
+                for texts in _batches(read(inputs, options, report)):
+                    show(*_write_batch(texts, tokenizer, writers, validation_fraction), sum(report.skipped.values()))
+            shards = [entry for split in SPLITS for entry in writers[split].finish()]
+        finally:
+            for writer in writers.values():
+                writer.abort()
+        tokenizer.save(folder / "tokenizer")
         manifest = Manifest(
             format_version=FORMAT_VERSION,
             tool_version=llada.__version__,
-            dtype=token_dtype(tokenizer.rows).name,
+            dtype=dtype.name,
             vocab_size=tokenizer.vocab_size,
             rows=tokenizer.rows,
             mask_id=tokenizer.mask_id,
@@ -144,69 +108,10 @@ def prepare(
             },
             sources=report.sources,
             skipped=dict(sorted(report.skipped.items())),
-            shards=[entry for split in SPLITS for entry in writers[split].entries],
+            shards=shards,
         )
-        manifest.save(partial)
-        _put_in_place(partial, output)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    finally:
-        line.close()
+        manifest.save(folder)
     return manifest
-
-
-def _check_output(output: Path, force: bool) -> None:
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return
-    if not output.is_dir() or not (output / MANIFEST).is_file():
-        raise UserError(f"--output: '{output}' exists and is not a prepared corpus; choose another folder")
-    if not force:
-        raise UserError(f"--output: '{output}' exists; --force replaces it")
-
-
-def _put_in_place(partial: Path, output: Path) -> None:
-    """Rename, with what was there before kept until the new one stands."""
-    old = output.with_name(f".{output.name}.old-{os.getpid()}")
-    if output.exists():
-        os.replace(output, old)
-    os.replace(partial, output)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    size = 0
-    for text in documents:
-        batch.append(text)
-        size += len(text)
-        if size >= _BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def _write_batch(
-    texts: list[str], tokenizer: Tokenizer, writers: dict[str, _SplitWriter], fraction: float, line: _Progress, bad: int
-) -> None:
-    """Encode a batch and append every document, with its EOS, to the split that its hash names."""
-    raw = [text.encode("utf-8") for text in texts]
-    held_out = np.array([xxhash.xxh3_64_intdigest(data) / 2**64 < fraction for data in raw])
-    sizes = np.array([len(data) for data in raw])
-    flat, lengths = tokenizer.encode_batch(texts)
-    wrong = (flat < 0) | (flat >= tokenizer.vocab_size) | (flat == tokenizer.mask_id)
-    if wrong.any():
-        raise UserError(
-            f"tokenizer {tokenizer.name}: gave id {int(flat[np.argmax(wrong)])} for text, not an ordinary id below {tokenizer.vocab_size}"
-        )
-    ends = np.cumsum(lengths)
-    with_eos = np.insert(flat, ends, tokenizer.eos_id)
-    owner = np.repeat(np.arange(len(texts)), lengths + 1)
-    for split, chosen in (("train", ~held_out), ("validation", held_out)):
-        if chosen.any():
-            writers[split].append(with_eos[chosen[owner]], lengths[chosen] + 1, int(sizes[chosen].sum()))
-    line.add(int(sizes.sum()), len(with_eos), bad)
 
 
 def summary(manifest: Manifest) -> str:
@@ -215,11 +120,208 @@ def summary(manifest: Manifest) -> str:
     for split in SPLITS:
         documents, tokens, text_bytes = manifest.totals(split)
         if documents:
+            shards = len(manifest.of(split))
             lines.append(
-                f"{split}: {documents:,} documents, {tokens:,} tokens, {text_bytes / tokens:.2f} bytes per token, "
-                f"{len(manifest.of(split))} shards"
+                f"{split}: {documents:,} documents, {tokens:,} tokens, {text_bytes:,} bytes of text, "
+                f"{text_bytes / tokens:.2f} bytes per token, {shards} shard{'s' if shards > 1 else ''}"
             )
         else:
-            lines.append(f"{split}: no documents" + ("; training on this corpus has no validation" if split == "validation" else ""))
+            consequence = "nothing to train on" if split == "train" else "training on this corpus has no validation"
+            lines.append(f"{split}: no documents; {consequence} (--validation-fraction is {manifest.options['validation_fraction']:g})")
     lines += [f"left out: {count:,} {reason}" for reason, count in manifest.skipped.items()]
     return "\n".join(lines)
+
+
+def train_tokenizer(
+    inputs: Sequence[str | Path],
+    vocab_size: int,
+    output: str | Path,
+    *,
+    text_field: str = "text",
+    extensions: Sequence[str] | None = None,
+    skip_bad: bool = False,
+    force: bool = False,
+) -> tuple[Tokenizer, float]:
+    """Train a byte-level BPE on the documents of the inputs and save it as the folder `output`.
+
+    Returns:
+        The tokenizer, and the bytes per token (no EOS counted) on up to a million characters of the inputs.
+
+    Raises:
+        UserError: anything wrong with inputs, options or output; nothing is left behind.
+    """
+    options = ReadOptions(text_field, parse_extensions(extensions), skip_bad)
+    with new_folder(output, force, "a tokenizer", _TOKENIZER_FILES) as folder:
+        made = train_byte_level_bpe(read(inputs, options, Report()), vocab_size)
+        made.save(folder)
+    texts = list(sample_texts(inputs, None, _SAMPLE_CHARACTERS, options))
+    return made, sum(len(text.encode()) for text in texts) / max(1, len(made.encode_batch(texts)[0]))
+
+
+# -- the output folder -------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def new_folder(output: str | Path, force: bool, what: str, names: Sequence[str]) -> Iterator[Path]:
+    """A temporary folder beside `output` that takes its name when the block ends; after any error nothing of it is left.
+
+    Args:
+        output: must not exist, unless `force`.
+        force: replace what is there if it is empty or holds only `names`, the first of them included. It stays until the end.
+        what: what such a folder is, for messages.
+        names: patterns.
+
+    Raises:
+        UserError: an output that may not be made or replaced.
+        RunError: an operating system's error while writing.
+    """
+    final = Path(os.path.realpath(output))
+    replaces = os.path.lexists(output)
+    if replaces:
+        _check_replaceable(Path(output), final, force, what, names)
+    partial = final.with_name(f".{final.name}.partial-{uuid.uuid4().hex[:8]}")
+    created: list[Path] = []
+    done = False
+    try:
+        try:
+            for parent in [folder for folder in reversed(final.parents) if not folder.exists()]:
+                parent.mkdir(exist_ok=True)
+                created.append(parent)
+            partial.mkdir()
+        except OSError as error:
+            raise UserError(f"--output: '{output}' cannot be made ({error.strerror})") from None
+        yield partial
+        if replaces:
+            _swap(partial, final)
+        else:
+            os.rename(partial, final)  # refuses a folder that was filled in the meantime
+        done = True
+    except OSError as error:
+        raise RunError(f"{output}: cannot be written ({error}); nothing of it is left") from error
+    finally:
+        if not done:
+            shutil.rmtree(partial, ignore_errors=True)
+            for folder in reversed(created):
+                with suppress(OSError):  # someone else uses it by now
+                    folder.rmdir()
+
+
+def _check_replaceable(output: Path, final: Path, force: bool, what: str, names: Sequence[str]) -> None:
+    if not force:
+        raise UserError(f"--output: '{output}' exists; --force replaces {what}")
+    found = sorted(os.listdir(final)) if final.is_dir() else None
+    if found is None:
+        raise UserError(f"--output: '{output}' is not a folder; --force replaces only {what} or an empty folder")
+    other = [name for name in found if not any(fnmatch.fnmatchcase(name, pattern) for pattern in names)]
+    if other or (found and names[0] not in found):
+        why = f"it holds '{other[0]}'" if other else f"it has no {names[0]}"
+        raise UserError(f"--output: '{output}' is not {what} ({why}); --force replaces only that or an empty folder")
+
+
+def _swap(partial: Path, final: Path) -> None:
+    """Rename, with what was there before kept until the new one stands."""
+    old = partial.with_name(partial.name.replace(".partial-", ".old-"))
+    os.rename(final, old)
+    try:
+        os.rename(partial, final)
+    except BaseException:
+        os.rename(old, final)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+# -- documents to shards -----------------------------------------------------------------------------------------------
+
+
+class _SplitWriter:
+    """The shards of one split: a new one when the current one is full."""
+
+    def __init__(self, folder: Path, split: str, dtype: np.dtype[Any], limit: int) -> None:
+        self._folder, self._split, self._dtype, self._limit = folder, split, dtype, limit
+        self._writer: ShardWriter | None = None
+        self._entries: list[ShardEntry] = []
+
+    def append(self, flat: I64, lengths: I64, text_bytes: I64) -> None:
+        """Add documents, each with its EOS; where shards end does not depend on how documents are grouped into calls."""
+        ends = np.cumsum(lengths)
+        first, start = 0, 0
+        while first < len(lengths):
+            if self._writer is None:
+                self._writer = ShardWriter(self._folder, f"{self._split}-{len(self._entries):05d}", self._dtype, self._split)
+            room = self._limit - self._writer.tokens
+            last = min(int(np.searchsorted(ends, start + room)) + 1, len(lengths))
+            stop = int(ends[last - 1])
+            self._writer.append(flat[start:stop], lengths[first:last], int(text_bytes[first:last].sum()))
+            first, start = last, stop
+            if self._writer.tokens >= self._limit:
+                self._close()
+
+    def _close(self) -> None:
+        if self._writer is not None:
+            self._entries.append(self._writer.close())
+            self._writer = None
+
+    def finish(self) -> list[ShardEntry]:
+        self._close()
+        return self._entries
+
+    def abort(self) -> None:
+        """Give up an open shard."""
+        if self._writer is not None:
+            self._writer.abort()
+
+
+def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    size = 0
+    for text in documents:
+        batch.append(text)
+        size += len(text)
+        if size >= _BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _write_batch(texts: list[str], tokenizer: Tokenizer, writers: dict[str, _SplitWriter], fraction: float) -> tuple[int, int]:
+    """Encode a batch and append every document, with its EOS, to the split that its hash names. Returns bytes and tokens."""
+    raw = [text.encode("utf-8") for text in texts]
+    held_out = np.array([xxhash.xxh3_64_intdigest(data) / 2**64 < fraction for data in raw])
+    sizes = np.array([len(data) for data in raw], dtype=np.int64)
+    flat, lengths = tokenizer.encode_batch(texts)
+    wrong = (flat < 0) | (flat >= tokenizer.vocab_size) | (flat == tokenizer.mask_id)
+    if wrong.any():
+        token_id = int(flat[np.argmax(wrong)])
+        raise UserError(
+            f"--tokenizer: {tokenizer.name} gave id {token_id} for text; allowed are 0..{tokenizer.vocab_size - 1} "
+            f"without the mask token {tokenizer.mask_id}"
+        )
+    with_eos = np.insert(flat, np.cumsum(lengths), tokenizer.eos_id)
+    owner = np.repeat(np.arange(len(texts)), lengths + 1)
+    for split, chosen in (("train", ~held_out), ("validation", held_out)):
+        if chosen.any():
+            writers[split].append(with_eos[chosen[owner]], lengths[chosen] + 1, sizes[chosen])
+    return int(sizes.sum()), len(with_eos)
+
+
+@contextmanager
+def _progress(wanted: bool) -> Iterator[Any]:
+    """A function of (bytes, tokens of a batch, things left out so far) that keeps a line on stderr up to date, or does nothing."""
+    if not wanted:
+        yield lambda *_: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    started, text, tokens = time.perf_counter(), 0, 0
+    with Progress(SpinnerColumn(), TimeElapsedColumn(), TextColumn("{task.description}"), console=Console(stderr=True)) as display:
+        task = display.add_task("reading")
+
+        def show(more_text: int, more_tokens: int, left_out: int) -> None:
+            nonlocal text, tokens
+            text, tokens = text + more_text, tokens + more_tokens
+            rate = text / 1e6 / max(time.perf_counter() - started, 1e-9)
+            display.update(task, description=f"{text / 1e6:,.0f} MB, {rate:,.1f} MB/s, {tokens:,} tokens, {left_out:,} left out")
+
+        yield show
