@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import multiprocessing
+import queue
 import resource
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -200,8 +200,9 @@ class MegatronEngine:
     def save(self, folder: Path) -> None:
         """Write model and optimizer as a Megatron distributed checkpoint into an existing empty folder."""
         if filesystem_async._results_queue is None:
-            # Megatron-Core would spawn a manager process for this queue: seconds at the first save, and an orphan when the rank is killed.
-            filesystem_async._results_queue = multiprocessing.get_context("fork").Queue()
+            # Saving is synchronous: the writers' results are put and taken in this process. Megatron-Core would spawn a manager process
+            # for them, which costs seconds at the first save and outlives a killed rank.
+            filesystem_async._results_queue = queue.Queue()
         dist_checkpointing.save(self._state(loading=False), str(folder), content_metadata={"distrib_optim_sharding_type": SHARDING})
 
     def load(self, folder: Path, optimizer: bool = True) -> None:

@@ -1,0 +1,157 @@
+"""Config: strict keys, clear refusals, round trips, and a documentation page that lists every setting."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import yaml
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from llada.config import RunConfig, build_config, dump_config, load_config, to_yaml
+from llada.errors import UserError
+from llada.training.schedule import Schedule
+
+ROOT = Path(__file__).parents[1]
+DEMO = ROOT / "configs" / "demo" / "pretrain.yaml"
+
+
+def settings(section: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every setting with its dotted name; items of lists as `.N.`."""
+    for name, field in section.model_fields.items():
+        key = prefix + (field.alias or name)
+        inner = next((a for a in (field.annotation, *get_args(field.annotation)) if isinstance(a, type) and issubclass(a, BaseModel)), None)
+        if inner is None:
+            yield key, field
+        else:
+            yield from settings(inner, key + (".N." if get_args(field.annotation) else "."))
+
+
+def settings_table() -> str:
+    """The table of docs/configuration.md."""
+    rows = ["| Setting | Default | Meaning |", "|---|---|---|"]
+    for key, field in settings():
+        default = "required" if field.is_required() else f"`{yaml.safe_dump(field.default).splitlines()[0]}`"
+        rows.append(f"| `{key}` | {default} | {' '.join((field.description or '').split()).replace('|', '/')} |")
+    return "\n".join(rows)
+
+
+def test_every_setting_is_documented() -> None:
+    assert all(field.description for _, field in settings())
+    assert settings_table() in (ROOT / "docs" / "configuration.md").read_text()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*/*.yaml")), ids=lambda p: p.parent.name)
+def test_shipped_configs(path: Path, tmp_path: Path) -> None:
+    config = load_config(path)
+    schedule = Schedule(config.schedule, config.tokens_per_step)
+    assert schedule.steps is None or schedule.steps >= config.train.steps
+    (tmp_path / "resolved.yaml").write_text(to_yaml(config))
+    assert load_config(tmp_path / "resolved.yaml") == config
+
+
+def test_the_published_numbers() -> None:
+    large = load_config(ROOT / "configs" / "llada_8b" / "pretrain.yaml")
+    assert (large.batch.global_, large.data.sequence_length, large.optimizer.weight_decay, large.objective.eps) == (1280, 4096, 0.1, 1e-3)
+    schedule = Schedule(large.schedule, large.tokens_per_step)
+    assert schedule.steps == large.train.steps
+    assert large.train.steps * large.tokens_per_step == pytest.approx(2.3e12, rel=1e-5)
+    with pytest.raises(UserError, match=r"parallel.tensor: 4 does not divide model.ffn_hidden_size = 5634"):
+        load_config(ROOT / "configs" / "llada_1b" / "pretrain.yaml", ["parallel.tensor=4"])
+
+
+def test_overrides() -> None:
+    config = load_config(DEMO, ["train.steps=7", "data.mixture.0.path=x", "run.init_from=null", "optimizer.beta2=0.9", "batch.global=32"])
+    assert (config.train.steps, config.data.mixture[0].path, config.run.init_from, config.optimizer.beta2) == (7, "x", None, 0.9)
+    assert load_config(DEMO, ["data.mixture=[{path: a, weight: 2}, {path: b}]"]).data.mixture[0].weight == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.stps=3", "train.stps: unknown setting (did you mean 'train.steps'?)"),
+        ("batch.globl=3", "did you mean 'batch.global'?"),
+        ("modl.num_layers=3", "modl: unknown setting (did you mean 'model'?)"),
+        ("data.mixture.0.pth=x", "data.mixture.0.pth: unknown setting (did you mean 'data.mixture.0.path'?)"),
+        ("data.mixture.5.path=x", "'5' is not an index of this list of 1"),
+        ("train.steps=many", "train.steps: 'many' is not allowed"),
+        ("train.steps=1.5", "train.steps: 1.5 is not allowed"),
+        ("train.steps=0", "train.steps: 0 is not allowed: input should be greater than or equal to 1"),
+        ("objective.masking=bernouli", "(did you mean 'bernoulli'?)"),
+        ("engine=deepspeed", "engine: 'deepspeed' is not allowed"),
+        ("optimizer.eps=.nan", "optimizer.eps: nan is not allowed"),
+        ("batch.micro=3", "batch.global: "),
+        ("model.num_attention_heads=5", "model.hidden_size: "),
+        ("model.num_query_groups=3", "model.num_query_groups: 3 does not divide num_attention_heads"),
+        ("parallel.tensor=3", "parallel.tensor: 3 does not divide"),
+        ("parallel.pipeline=3", "parallel.pipeline: 3 does not divide model.num_layers"),
+        ("parallel.sequence=true", "parallel.sequence: true needs parallel.tensor > 1"),
+        ("parallel.virtual_pipeline=2", "parallel.virtual_pipeline: 2 needs parallel.pipeline > 1"),
+        ("parallel.context=3", "data.sequence_length: "),
+        ("schedule.stages.0.end=null", "schedule.stages.0.end: missing"),
+        ("validation.windows=12", "validation.windows: 12 is not allowed"),
+        ("steps", "write key.sub=value"),
+        ("train.steps.x=1", "is a single value and has no setting"),
+    ],
+)
+def test_refusals(override: str, message: str) -> None:
+    with pytest.raises(UserError) as refused:
+        load_config(DEMO, [override])
+    assert message in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_unreadable_files(tmp_path: Path) -> None:
+    for name, content, message in (("a", b"a: [", "not valid YAML"), ("b", b"- 1", "mapping"), ("c", b"\xff\xfe\x00", "not valid YAML")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            load_config(tmp_path / name)
+    with pytest.raises(UserError, match="no file"):
+        load_config(tmp_path / "none")
+
+
+def test_a_missing_setting_is_named() -> None:
+    raw = dump_config(load_config(DEMO))
+    del raw["train"]
+    with pytest.raises(UserError, match="train: missing"):
+        build_config(raw)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world", "expected"),
+    [
+        ([], 4, 4),
+        (["parallel.tensor=2"], 8, 4),
+        (["parallel.tensor=2"], 3, "do not divide the world size 3"),
+        ([], 3, r"batch.global: \d+ is not a multiple of batch.micro x data-parallel size"),
+    ],
+)
+def test_world_size(overrides: list[str], world: int, expected: Any) -> None:
+    config = load_config(DEMO, ["batch.global=16", "batch.micro=2", *overrides])
+    if isinstance(expected, int):
+        assert config.check_world(world) == expected
+    else:
+        with pytest.raises(UserError, match=expected):
+            config.check_world(world)
+
+
+def test_help_is_quick_because_nothing_heavy_is_imported() -> None:
+    """`llada --help` must not import torch, transformers, Megatron-Core or numpy."""
+    import subprocess
+    import sys
+
+    code = (
+        "import sys; import llada.cli; print([m for m in ('torch', 'numpy', 'megatron', 'transformers', 'pydantic') if m in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True).stdout.strip() == "[]"
+
+
+def test_names_in_messages_are_whole() -> None:
+    """Every refusal of a combination starts with a setting's full name."""
+    source = (ROOT / "llada" / "config.py").read_text()
+    names = {key for key, _ in settings()} | {"parallel"}
+    for message in re.findall(r'UserError\(\s*f?"([a-z_.]+): ', source):
+        assert message in names | {"config", "task"} or message.startswith("override")
