@@ -1,0 +1,188 @@
+"""`llada data ...` as users type it. A user's mistake arrives as UserError, which the top level prints."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from data_tools.cli import app
+from llada.data.shards import Manifest
+from llada.errors import UserError
+from llada.tokenizer import Tokenizer
+
+
+def llada_data(*words: object) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def shown(*words: object) -> str:
+    result = llada_data(*words)
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    return result.output
+
+
+def refusal(*words: object) -> str:
+    result = llada_data(*words)
+    assert isinstance(result.exception, UserError), result.output + repr(result.exception)
+    assert "\n" not in str(result.exception)
+    return str(result.exception)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """a.txt, b.txt, c.jsonl, a tokenizer `tok` and a corpus `corpus` of all three."""
+    folder = tmp_path_factory.mktemp("place")
+    for name in "ab":
+        (folder / f"{name}.txt").write_text(f"{name}: the quick brown fox jumps over the lazy dog\n" * 20)
+    (folder / "c.jsonl").write_text("".join(json.dumps({"text": f"line {i}"}) + "\n" for i in range(50)))
+    inputs = [folder / name for name in ("a.txt", "b.txt", "c.jsonl")]
+    shown("tokenizer", "train", "--input", *inputs, "--vocab-size", 300, "--output", folder / "tok")
+    shown("prepare", "--input", *inputs, "--tokenizer", folder / "tok", "--output", folder / "corpus", "--validation-fraction", 0.2)
+    return folder
+
+
+def test_inputs_in_every_form(place: Path, tmp_path: Path):
+    a, b, c = (place / name for name in ("a.txt", "b.txt", "c.jsonl"))
+    for i, words in enumerate(([f"--input={a}", b, c], ["--input", a, "--input", b, "--input", c], ["--input", a, b, "--input", c])):
+        shown("prepare", *words, "--tokenizer", place / "tok", "--output", tmp_path / str(i))
+        sources = Manifest.load(tmp_path / str(i)).sources
+        assert sorted((source["path"], source["documents"]) for source in sources) == [(str(a), 1), (str(b), 1), (str(c), 50)]
+
+
+def test_prepare_prints_what_it_made(place: Path, tmp_path: Path):
+    output = tmp_path / "corpus"
+    text = shown("prepare", "--input", place / "c.jsonl", "--tokenizer", place / "tok", "--output", output, "--validation-fraction", 0)
+    assert text.startswith("train: 50 documents, ")
+    assert "validation: no documents; training on this corpus has no validation" in text
+    assert text.endswith(f"\n{output}\n")
+
+
+def test_every_option_arrives(place: Path, tmp_path: Path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text('{"body": "one two"}\n{"body": "three"}\noops\n')
+    (folder / "b.csv").write_text("1,2,3")
+    (folder / "c.txt").write_text("not read")
+    words = [
+        "prepare",
+        "--input",
+        folder,
+        "--tokenizer",
+        place / "tok",
+        "--output",
+        tmp_path / "out",
+        "--text-field",
+        "body",
+        "--ext",
+        "csv",
+    ]
+    words += ["--shard-tokens", 2, "--validation-fraction", 0.25, "--add-special-tokens"]
+    assert f"{folder}/a.jsonl:3: not JSON" in refusal(*words)
+    assert not (tmp_path / "out").exists()
+    assert "left out: 1 lines not JSON" in shown(*words, "--skip-bad")
+    manifest = Manifest.load(tmp_path / "out")
+    assert manifest.options == {
+        "validation_fraction": 0.25,
+        "add_special_tokens": True,
+        "text_field": "body",
+        "extensions": [".csv"],
+        "skip_bad": True,
+        "shard_tokens": 2,
+    }
+    assert len(manifest.shards) == sum(entry.documents for entry in manifest.shards) == 3
+    assert "exists" in refusal(*words, "--skip-bad")
+    shown(*words, "--skip-bad", "--force")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--input", "nothing"], "--input: no file or folder 'nothing'"),
+        (["--validation-fraction", "1"], "--validation-fraction: 1.0 is not in [0, 1)"),
+        (["--tokenizer", "nothing"], "nothing: no such tokenizer"),
+        (["--ext", "."], "--ext: '.' names no extension"),
+        (["--text-field", "body"], "field 'body' is missing, there are: text"),
+    ],
+)
+def test_mistakes_are_one_line(words: list[str], message: str, place: Path, tmp_path: Path):
+    given = ["--input", place / "c.jsonl", "--tokenizer", place / "tok", "--output", tmp_path / "out"]
+    assert message in refusal("prepare", *given, *words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_missing_options_are_usage_errors(place: Path, tmp_path: Path):
+    assert llada_data("prepare", "--input", place / "a.txt", "--output", tmp_path / "x").exit_code == 2
+    assert llada_data("prepare", "--tokenizer", place / "tok", "--output", tmp_path / "x").exit_code == 2
+    assert llada_data("tokenizer", "train", "--input", place / "a.txt", "--output", tmp_path / "x").exit_code == 2
+
+
+def test_inspect(place: Path):
+    text = shown("inspect", place / "corpus", "--samples", 1)
+    assert "train: documents by length in tokens" in text
+    assert "train document 0: " in text
+    assert "not a prepared corpus" in refusal("inspect", place / "tok")
+
+
+def test_verify(place: Path, tmp_path: Path):
+    manifest = Manifest.load(place / "corpus")
+    tokens = sum(entry.tokens for entry in manifest.shards)
+    assert shown("verify", place / "corpus") == f"ok: 2 shards, 52 documents, {tokens:,} tokens\n"
+    assert "not a prepared corpus" in refusal("verify", tmp_path)
+
+    damaged = tmp_path / "corpus"
+    shown("prepare", "--input", place / "c.jsonl", "--tokenizer", place / "tok", "--output", damaged, "--validation-fraction", 0.3)
+    for name in ("train-00000.bin", "validation-00000.idx"):
+        path = damaged / name
+        path.write_bytes(path.read_bytes()[:-1])
+    result = llada_data("verify", damaged)
+    assert isinstance(result.exception, UserError)
+    lines = result.output.splitlines()
+    assert len(lines) == 2
+    assert "train-00000.bin" in lines[0]
+    assert "validation-00000.idx" in lines[1]
+    assert str(result.exception) == f"{damaged}: 2 problems, the first: {lines[0]}"
+
+
+def test_tokenizer_train(place: Path, tmp_path: Path):
+    words = ["tokenizer", "train", "--input", place / "a.txt", place / "b.txt", "--vocab-size", 270, "--output", tmp_path / "t"]
+    lines = shown(*words).splitlines()
+    made = Tokenizer.load(tmp_path / "t")
+    assert lines[0] == f"{tmp_path / 't'}: 270 ids, 384 rows, mask {made.mask_id}, EOS {made.eos_id}"
+    texts = [(place / name).read_text() for name in ("a.txt", "b.txt")]
+    ratio = sum(map(len, texts)) / sum(len(made.encode(text)) for text in texts)
+    assert lines[1] == f"{ratio:.2f} bytes per token on a sample of the input"
+    assert "exists; --force replaces a tokenizer" in refusal(*words)
+    shown(*words, "--force")
+    many = shown("tokenizer", "train", "--input", place / "c.jsonl", "--vocab-size", 5000, "--output", tmp_path / "many")
+    assert "(the text has pairs for no more than that, 5,000 were asked for)" in many
+
+
+def test_tokenizer_info(place: Path, tmp_path: Path):
+    made = Tokenizer.load(place / "tok")
+    lines = shown("tokenizer", "info", place / "tok").splitlines()
+    assert lines == [
+        f"{place / 'tok'}: {made.vocab_size} ids, 384 rows, fingerprint {made.fingerprint}",
+        f" bos: {made.bos_id} <|startoftext|>",
+        f" eos: {made.eos_id} <|endoftext|>",
+        f" pad: {made.pad_id} <|endoftext|>",
+        f"mask: {made.mask_id} <|mdm_mask|>",
+    ]
+    definition = json.loads((place / "tok" / "tokenizer.json").read_text())
+    definition["added_tokens"] = []
+    (tmp_path / "plain.json").write_text(json.dumps(definition))
+    text = shown("tokenizer", "info", tmp_path / "plain.json")
+    assert "mask: none" in text
+    assert "--add-special-tokens" in text
+    assert "no such tokenizer" in refusal("tokenizer", "info", tmp_path / "none")
+
+
+def test_the_commands_are_quick_to_import():
+    heavy = ["numpy", "torch", "tokenizers", "xxhash", "orjson", "zstandard", "pydantic", "megatron"]
+    code = f"import sys, data_tools.cli; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,73 @@
+"""Sinks, and cutting metrics.jsonl back to a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from llada.config import LoggingSection
+from llada.engine.base import StepResult
+from llada.errors import RunError
+from llada.training import metrics
+from llada.training.guard import Guard
+from tests.training.conftest import Workplace
+
+
+def test_cut_keeps_what_the_checkpoint_knows_and_sets_the_rest_aside(tmp_path: Path) -> None:
+    rows = [json.dumps({"step": k, "loss": 0.1 * k}) for k in range(1, 7)]
+    rows.insert(4, json.dumps({"step": 4, "nelbo_per_token": 1.5}))
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("\n".join(rows) + '\n{"step": 7, "lo')
+    assert metrics.cut(tmp_path, 4) == 3
+    assert path.read_text().splitlines() == rows[:5]
+    assert (tmp_path / "metrics.attempt-1.jsonl").read_text().splitlines() == [*rows[5:], '{"step": 7, "lo']
+    assert metrics.cut(tmp_path, 4) == 0
+    assert metrics.cut(tmp_path, 0) == 5
+    assert path.read_text() == "" and (tmp_path / "metrics.attempt-2.jsonl").exists()
+
+
+def test_lines_are_json_even_when_a_value_is_not_finite(tmp_path: Path) -> None:
+    sink = metrics.JsonLines(tmp_path)
+    sink.write({"step": 1, "loss": math.nan, "inner": {"x": math.inf, "y": [1.0]}})
+    sink.close()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "loss": "nan", "inner": {"x": "inf", "y": [1.0]}}
+    assert next(iter(metrics.read(tmp_path / "metrics.jsonl")))["step"] == 1
+
+
+def test_the_console_prints_every_so_many_steps(capsys: pytest.CaptureFixture[str]) -> None:
+    console = metrics.Console(5, 0, LoggingSection(every=2))
+    for step in range(1, 6):
+        console.write({"step": step, "loss": 2.0, "tokens_per_second": 10.0, "mfu": 0.5, "lr": 1e-3, "seconds": 1.0})
+        console.write({"step": step, "nelbo_per_token": 1.25})
+    assert [line.split(" | ")[0] for line in capsys.readouterr().out.splitlines()] == ["step 2/5", "step 4/5", "step 5/5"]
+
+
+def test_nothing_is_drawn_without_steps(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert metrics.plot(tmp_path) is None
+
+
+def test_guard_stops_after_too_many_skipped_steps_and_names_the_samples() -> None:
+    guard, bad, good = Guard(2), StepResult(math.nan, 1.0, False), StepResult(1.0, 1.0, True)
+    for step, result in enumerate([bad, bad, good, bad, bad], start=1):
+        guard.check(step, result, range(8 * step, 8 * step + 8))
+    with pytest.raises(RunError, match=r"step 6: loss nan .* 3 steps in a row .* samples 48 to 55"):
+        guard.check(6, bad, range(48, 56))
+
+
+def test_tensorboard_and_wandb_take_the_same_lines(workplace: Workplace) -> None:
+    logging = {"every": 1, "tensorboard": True, "wandb": True}
+    config = workplace.config("sinks.yaml", run={"dir": "sinks", "threads": 2}, train={"steps": 2}, logging=logging)
+    workplace.run("pretrain", config)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(workplace.folder / "sinks" / "tensorboard"))
+    events.Reload()
+    losses = [line["loss"] for line in workplace.lines("sinks") if "loss" in line]
+    assert [event.value for event in events.Scalars("loss")] == pytest.approx(losses)
+    assert events.Scalars("corpora/corpus/bits_per_byte")
+    run_id = (workplace.folder / "sinks" / "wandb_id").read_text()
+    assert list((workplace.folder / "sinks" / "wandb").glob(f"offline-run-*-{run_id}"))
