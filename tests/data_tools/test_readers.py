@@ -266,7 +266,7 @@ def test_what_is_missing_is_found_before_anything_is_read(tmp_path: Path):
 def test_extensions():
     assert parse_extensions(None) is None
     assert parse_extensions(["py", ".MD, txt", "c.gz"]) == {".py", ".md", ".txt", ".c"}
-    with pytest.raises(UserError, match="--ext: ', .' names no extension"):
+    with pytest.raises(UserError, match=r"--ext: ', .' names no extension"):
         parse_extensions([", ."])
 
 
