@@ -219,6 +219,12 @@ def _fill_lines(config: RunConfig, corpus: Corpus, wanted: int = 4) -> list[dict
     return found
 
 
+def _is_wordy(line: str) -> bool:
+    """Whether a line is mostly letters: tables of numbers say little about what a model has learned."""
+    text = line.replace(" ", "")
+    return sum(character.isalpha() for character in text) > 0.75 * len(text)
+
+
 def _lines(corpus: Corpus, tokenizer: Tokenizer, length: int, wanted: int):
     """Validation windows and, in each, the token span of one line of code near the middle."""
     produced = 0
@@ -227,8 +233,9 @@ def _lines(corpus: Corpus, tokenizer: Tokenizer, length: int, wanted: int):
             tokens = shard.tokens(start, start + length)
             breaks = [i for i in range(length // 4, 3 * length // 4) if "\n" in tokenizer.decode([int(tokens[i])])]
             spans = [(a + 1, b) for a, b in itertools.pairwise(breaks) if 12 <= b - a <= 40]
-            if spans:
-                yield tokens, spans[0]
+            wordy = [(a, b) for a, b in spans if _is_wordy(tokenizer.decode(tokens[a:b]))]
+            if wordy:
+                yield tokens, wordy[0]
                 produced += 1
             if produced == wanted:
                 return

@@ -106,6 +106,7 @@ def save(root: Path, state: State, tokenizer: Path, write: Callable[[Path], None
         write_atomically(partial / STATE, json.dumps(asdict(state), indent=1))
         _sync_tree(partial)
         write_atomically(partial / MARKER, json.dumps({"step": state.step}))
+        shutil.rmtree(final, ignore_errors=True)  # can only be one without a marker: it was never complete
         os.replace(partial, final)
         _sync_folder(root)
     barrier()
