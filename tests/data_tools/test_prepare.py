@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -364,3 +365,50 @@ def test_memory_does_not_grow_with_the_number_of_batches(monkeypatch: pytest.Mon
         sizes.append(len(batch))
         assert alive == sum(sizes)  # nothing is read ahead of what is written
     assert sizes == [5] * 200
+
+
+# -- against the libraries alone ---------------------------------------------------------------------------------------
+
+
+def test_ids_are_those_of_the_tokenizers_library(tokenizer: Path, source: Path, tmp_path: Path):
+    from tokenizers import Tokenizer as Fast
+
+    prepare([source], tokenizer, tmp_path / "corpus", validation_fraction=0.0)
+    fast = Fast.from_file(str(tokenizer / "tokenizer.json"))
+    fast.encode_special_tokens = True
+    eos = fast.token_to_id("<|endoftext|>")
+    assert stored(tmp_path / "corpus", "train") == [[[*fast.encode(text, add_special_tokens=False).ids, eos] for text in TEXTS]]
+
+
+def test_ids_are_those_of_sentencepiece(source: Path, tmp_path: Path):
+    from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+
+    written = io.BytesIO()
+    options = {"vocab_size": 330, "hard_vocab_limit": False, "byte_fallback": True, "minloglevel": 2}
+    SentencePieceTrainer.train(sentence_iterator=iter(TEXTS), model_writer=written, **options)
+    model = tmp_path / "some.model"
+    model.write_bytes(written.getvalue())
+    with pytest.raises(UserError, match=r"some.model: the tokenizer has no mask token .*--add-special-tokens"):
+        prepare([source], model, tmp_path / "corpus")
+    manifest = prepare([source], model, tmp_path / "corpus", add_special_tokens=True, validation_fraction=0.0)
+    theirs = SentencePieceProcessor(model_file=str(model))
+    assert stored(tmp_path / "corpus", "train") == [[[*theirs.encode(text), theirs.eos_id()] for text in TEXTS]]
+    assert manifest.mask_id >= theirs.get_piece_size()
+    assert check(tmp_path / "corpus") == []
+
+
+@pytest.mark.parametrize(("words", "dtype"), [(65401, "uint16"), (65402, "int32")])
+def test_ids_take_four_bytes_from_65500_rows(words: int, dtype: str, tmp_path: Path):
+    """65,401 words, the unknown word and 6 special tokens are 511 x 128 rows; one word more makes it 512 x 128 = 65,536."""
+    from tokenizers import Tokenizer as Fast
+    from tokenizers import models, pre_tokenizers
+
+    fast = Fast(models.WordLevel({word: i for i, word in enumerate(["[UNK]", *(f"w{i}" for i in range(words))])}, unk_token="[UNK]"))
+    fast.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast.save(str(tmp_path / "words.json"))
+    (tmp_path / "a.txt").write_text(f"w0 w1 w{words - 1}")
+    corpus = tmp_path / "corpus"
+    manifest = prepare([tmp_path / "a.txt"], tmp_path / "words.json", corpus, add_special_tokens=True, validation_fraction=0.0)
+    assert (manifest.dtype, manifest.rows) == (dtype, 65408 if dtype == "uint16" else 65536)
+    assert stored(corpus, "train") == [[[1, 2, words, manifest.eos_id]]]
+    assert check(corpus) == []

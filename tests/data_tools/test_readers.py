@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import zstandard
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from data_tools.readers import ReadOptions, Report, parse_extensions, read, sample_texts
 from llada.errors import UserError
@@ -56,6 +58,23 @@ def test_jsonl_in_every_wrapping(name: str, tmp_path: Path):
     assert texts == TEXTS
     assert report.sources == [{"path": str(path), "bytes": len(COMPRESSED[name]), "documents": len(TEXTS)}]
     assert not report.skipped
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    texts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=20), min_size=1, max_size=6).filter(any),
+    ascii_only=st.booleans(),
+    cuts=st.lists(st.integers(0, 200), max_size=4).map(sorted),
+)
+def test_any_text_comes_back_wherever_frames_end(tmp_path: Path, texts: list[str], ascii_only: bool, cuts: list[int]):
+    content = "".join(json.dumps({"text": text}, ensure_ascii=ascii_only) + "\n" for text in texts).encode()
+    parts = [content[start:end] for start, end in zip([0, *cuts], [*cuts, len(content)], strict=True)]
+    for suffix, compress in (("", bytes), (".gz", gzip.compress), (".zst", zstandard.compress)):
+        path = tmp_path / f"a.jsonl{suffix}"
+        path.write_bytes(b"".join(compress(part) for part in parts if part))
+        found, report = read_all(path)
+        assert found == [text for text in texts if text]
+        assert report.skipped["documents empty"] == texts.count("")
 
 
 def test_long_lines_and_much_text_through_zstd(tmp_path: Path):
@@ -123,8 +142,8 @@ def test_a_compressed_file_that_breaks_off(suffix: str, tmp_path: Path):
         )
         packed += compressor.flush()
     path.write_bytes(packed[: len(packed) // 2])
-    for given in (path, path.parent):  # never silently, in a folder neither
-        assert "breaks off after" in refusal(given)
+    for place in (path, path.parent):  # never silently, in a folder neither
+        assert "breaks off after" in refusal(place)
     found, report = read_all(path.parent, skip_bad=True)
     assert 0 < len(found) < len(texts)
     assert found == texts[: len(found)]
