@@ -285,7 +285,7 @@ def test_ids_that_no_text_may_have(wrong: str, tokenizer: Path, source: Path, tm
 
 def test_describe(tokenizer: Path, source: Path, tmp_path: Path):
     manifest = prepare([source], tokenizer, tmp_path / "corpus", validation_fraction=0.2, shard_tokens=2000)
-    shown = describe(tmp_path / "corpus", samples=2).splitlines()
+    shown = describe(tmp_path / "corpus", samples=10**6).splitlines()  # all of them
     assert all(line in shown for line in summary(manifest).splitlines())
     train = [text for text in TEXTS if not held_out(text, 0.2)]
     encoder = Tokenizer.load(tokenizer)
@@ -295,9 +295,10 @@ def test_describe(tokenizer: Path, source: Path, tmp_path: Path):
     assert [int(row[2]) for row in rows] == [2 * int(row[0]) - 1 for row in rows]
     assert [int(row[3]) for row in rows] == [sum(int(row[0]) <= length <= int(row[2]) for length in lengths) for row in rows]
     assert sum(int(row[3]) for row in rows) == len(train)
-    for number in (0, len(train) - 1):
-        start = encoder.decode([*encoder.encode(train[number]), encoder.eos_id][:40])
-        assert f"train document {number}: {start!r}" in shown
+    starts = [encoder.decode([*encoder.encode(text), encoder.eos_id][:40]) for text in train]
+    assert [line for line in shown if line.startswith("train document ")] == [f"train document {i}: {s!r}" for i, s in enumerate(starts)]
+    few = [line for line in describe(tmp_path / "corpus", samples=2).splitlines() if line.startswith("train document ")]
+    assert few == [f"train document {i}: {starts[i]!r}" for i in (0, len(train) - 1)]
     assert not [line for line in describe(tmp_path / "corpus", samples=0).splitlines() if " document " in line]
 
 
