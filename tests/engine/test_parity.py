@@ -97,3 +97,21 @@ def test_accumulation_changes_nothing(micro: int) -> None:
         assert result.loss == pytest.approx(loss, rel=1e-6) and result.grad_norm == pytest.approx(norm, rel=1e-6)
     finally:
         engine.close()
+
+
+def test_bf16_keeps_master_weights_and_follows_fp32() -> None:
+    """Losses agree to bf16 rounding (2^-9 relative a product), and updates below bf16's resolution are not lost."""
+    losses = {}
+    for precision in ("fp32", "bf16"):
+        engine = MegatronEngine(small_config(precision=precision))
+        try:
+            losses[precision] = [engine.train_step(step_batches(engine.config, step), 1e-5).loss for step in range(4)]
+            if precision == "bf16":
+                assert {p.dtype for p in engine.parameters().values()} == {torch.bfloat16}
+                masters = [p for group in engine.optimizer.param_groups for p in group["params"]]
+                assert {p.dtype for p in masters} == {torch.float32}
+                assert any((p != p.bfloat16().float()).any() for p in masters)
+                assert {p.main_grad.dtype for p in engine.parameters().values()} == {torch.float32}
+        finally:
+            engine.close()
+    assert losses["bf16"] == [pytest.approx(loss, rel=1e-2) for loss in losses["fp32"]]

@@ -1,0 +1,180 @@
+"""Plans and batches of a step against a plain walk through the documents."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data_tools.prepare import prepare
+from llada.config import build_config
+from llada.data.loader import Loader
+from llada.data.pretrain import TRAIN, PretrainData
+from llada.tokenizer import Tokenizer, train_byte_level_bpe
+
+LENGTH = 48
+WORDS = ["alpha", "beta", "gamma", "delta", "<|mdm_mask|>", "\n"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus of short documents in several small shards."""
+    root = tmp_path_factory.mktemp("pretrain")
+    rng = np.random.default_rng(0)
+    texts = [" ".join(rng.choice(WORDS, rng.integers(1, 30))) for _ in range(400)]
+    (root / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    train_byte_level_bpe(iter(texts), 300).save(root / "tokenizer")
+    prepare([root / "a.jsonl"], root / "tokenizer", root / "corpus", validation_fraction=0.1, shard_tokens=1500)
+    return root
+
+
+def data(folder: Path, batch: int = 16, **settings: Any) -> PretrainData:
+    raw = {
+        "seed": 3,
+        "run": {"dir": "unused"},
+        "train": {"steps": 100},
+        "batch": {"global": batch, "micro": 4},
+        "model": {"num_layers": 1, "hidden_size": 64, "num_attention_heads": 4, "ffn_hidden_size": 64, "vocab_size": 384},
+        "schedule": {"stages": [{"shape": "constant", "start": 1e-3}]},
+        "data": {"sequence_length": LENGTH, "mixture": [{"path": str(folder / "corpus")}], **settings},
+    }
+    return PretrainData(build_config(raw))
+
+
+def windows_by_hand(folder: Path) -> list[tuple[list[int], set[int]]]:
+    """Tokens of every full window and the places where documents start, from the text alone."""
+    tokenizer = Tokenizer.load(folder / "tokenizer")
+    reader = data(folder).corpora[0]
+    manifest = reader.manifest
+    assert len(manifest.of(TRAIN)) > 2
+    import xxhash
+
+    documents = []
+    for line in (folder / "a.jsonl").read_text().splitlines():
+        text = json.loads(line)["text"]
+        if xxhash.xxh3_64_intdigest(text.encode()) / 2**64 >= 0.1:
+            documents.append([*tokenizer.encode(text).tolist(), tokenizer.eos_id])
+    found = []
+    for entry in manifest.of(TRAIN):
+        stream: list[int] = []
+        starts = set()
+        for document in documents[: entry.documents]:
+            starts.add(len(stream))
+            stream += document
+        documents = documents[entry.documents :]
+        for first in range(0, len(stream) - LENGTH + 1, LENGTH):
+            found.append((stream[first : first + LENGTH], {s - first for s in starts if first < s < first + LENGTH}))
+    assert not documents
+    return found
+
+
+def test_windows_and_documents(folder: Path) -> None:
+    made, expected = data(folder), windows_by_hand(folder)
+    reader = made.readers[TRAIN][0]
+    assert reader.windows == len(expected)
+    assert reader.dropped == made.corpora[0].manifest.totals(TRAIN)[1] - LENGTH * len(expected)
+    for window, (tokens, starts) in enumerate(expected):
+        assert reader.tokens(window).tolist() == tokens
+        assert set(reader.document_starts(window).tolist()) == starts
+
+
+@pytest.mark.parametrize("document_mask", [False, True])
+def test_segments_are_the_union_of_documents_and_random_length(document_mask: bool, folder: Path) -> None:
+    made = data(folder, document_mask=document_mask, random_length_probability=0.5)
+    expected = windows_by_hand(folder)
+    cuts = 0
+    for step in range(6):
+        plan = made.plan(step)
+        assert plan.samples.tolist() == list(range(16 * step, 16 * step + 16))
+        for i in range(16):
+            bounds = set(plan.bounds[i].tolist())
+            documents = expected[plan.windows[i]][1] if document_mask else set()
+            assert {0, LENGTH} | documents <= bounds and len(bounds - documents - {0, LENGTH}) <= 1
+            cuts += len(bounds - documents - {0, LENGTH})
+        assert plan.normaliser == 16 * LENGTH == plan.lengths.sum()
+        assert len(np.unique(plan.t)) == len(plan.t) == plan.firsts[-1]
+    assert 20 < cuts < 76
+
+
+def test_an_epoch_reads_every_window_once(folder: Path) -> None:
+    made = data(folder, batch=4)
+    count = made.readers[TRAIN][0].windows
+    read = [int(w) for step in range(-(-count // 4)) for w in made.plan(step).windows][:count]
+    assert sorted(read) == list(range(count)) and read != sorted(read)
+
+
+def test_the_same_noise_whatever_the_micro_batches(folder: Path) -> None:
+    made = data(folder, document_mask=True)
+    plan = made.plan(2)
+    whole = made.batch(plan, range(16))
+    for size in (1, 4, 8):
+        parts = [made.batch(plan, range(i, i + size)) for i in range(0, 16, size)]
+        assert [row for part in parts for row in part.inputs.tolist()] == whole.inputs.tolist()
+        weights = {
+            (s, int(c)): float(w)
+            for part in parts
+            for r, c, w in zip(part.rows, part.columns, part.weights, strict=True)
+            for s in [part.samples[r]]
+        }
+        assert weights == {(whole.samples[r], int(c)): float(w) for r, c, w in zip(whole.rows, whole.columns, whole.weights, strict=True)}
+        assert {part.normaliser for part in parts} == {whole.normaliser}
+
+
+def test_ranks_of_a_step_see_different_noise(folder: Path) -> None:
+    """Data-parallel ranks that seed alike would mask alike: here no two windows of a step share a mask or a t."""
+    made = data(folder, random_length_probability=0.0)
+    plan = made.plan(0)
+    batch = made.batch(plan, range(16))
+    masks = {tuple(batch.columns[batch.rows == r].tolist()) for r in range(16)}
+    assert len(masks) == 16 and len(set(plan.t.tolist())) == 16
+
+
+def test_later_epochs_get_new_masks(folder: Path) -> None:
+    made = data(folder, batch=4, random_length_probability=0.0)
+    seen: dict[int, set[tuple[int, ...]]] = {}
+    for step in range(90):
+        plan = made.plan(step)
+        batch = made.batch(plan, range(4))
+        for r in range(4):
+            seen.setdefault(int(plan.windows[r]), set()).add(tuple(batch.columns[batch.rows == r].tolist()))
+    twice = [masks for masks in seen.values() if len(masks) > 1]
+    assert len(twice) > len(seen) / 2
+
+
+def test_loader_gives_steps_in_order_and_hands_on_errors() -> None:
+    made: list[int] = []
+
+    def make(step: int) -> Any:
+        made.append(step)
+        if step == 7:
+            raise ValueError("broken step")
+        return [step]
+
+    loader = Loader(make, 3, 9)
+    steps: Iterator[Any] = iter(loader)
+    assert [next(steps) for _ in range(4)] == [(k, [k]) for k in range(3, 7)]
+    with pytest.raises(ValueError, match="broken step"):
+        next(steps)
+    loader.close()
+    assert made == [3, 4, 5, 6, 7]
+
+
+def test_loader_stops_early_and_stays_only_so_far_ahead() -> None:
+    made: list[int] = []
+    ready = threading.Event()
+
+    def make(step: int) -> Any:
+        made.append(step)
+        if step == 2:
+            ready.set()
+        return [step]
+
+    loader = Loader(make, 0, 1000, ahead=2)
+    assert ready.wait(5)
+    loader.close()
+    assert len(made) <= 8 and not any(thread.name == "loader" and thread.is_alive() for thread in threading.enumerate())
