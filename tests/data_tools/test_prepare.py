@@ -308,7 +308,7 @@ def test_check_finds_damage_and_another_tokenizer(tokenizer: Path, source: Path,
     prepare([source], tokenizer, corpus)
     assert check(corpus) == []
     train_byte_level_bpe(iter(["another text"] * 9), 300).save(corpus / "tokenizer")
-    assert [line for line in check(corpus) if "its fingerprint differs" in line] == check(corpus)
+    assert ["its fingerprint differs" in line for line in check(corpus)] == [True]
     (corpus / "tokenizer" / "tokenizer.json").unlink()
     assert "no tokenizer in this folder" in check(corpus)[0]
     path = corpus / "train-00000.bin"
