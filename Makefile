@@ -1,5 +1,5 @@
 # Every target does its own set-up: a Python 3.11 or later, make and a compiler are enough.
-#   make demo    prepare a text, train a tiny model on the CPU, validate and sample it
+#   make demo    train a small model on the Python standard library and report
 #   make test    the test suite
 # The first call installs into .venv (a minute or two); later ones find it ready.
 

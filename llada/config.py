@@ -106,6 +106,8 @@ class ModelSection(Section):
     """Epsilon of every RMSNorm."""
     tie_embeddings: bool = False
     """true: the head uses the embedding's weight."""
+    embedding_init_std: float | None = Field(default=None, gt=0)
+    """Standard deviation of the initial embedding; null: 1/sqrt(hidden_size), as published. Narrow models learn context sooner with 1."""
 
     @property
     def head_dim(self) -> int:
@@ -248,7 +250,7 @@ class RunConfig(Section):
     """A run: a pure function of this, whatever the layout."""
 
     task: Task = "pretrain"
-    """Which command runs this: `llada pretrain` or `llada sft`."""
+    """Which kind of training this is; `llada pretrain` refuses another one's config."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Key of every random draw: order, t, masks, random lengths, initial weights."""
     precision: Literal["fp32", "bf16"] = "bf16"

@@ -141,6 +141,8 @@ def initial_std(model: ModelSection, name: str) -> float:
         return (2 * model.hidden_size * (int(match[1]) + 1)) ** -0.5
     if match and match[2] == "ff_out":
         return (2 * model.ffn_hidden_size * (int(match[1]) + 1)) ** -0.5
+    if name == _EMBEDDING and model.embedding_init_std is not None:
+        return model.embedding_init_std
     return model.hidden_size**-0.5
 
 

@@ -100,6 +100,14 @@ def test_mitchell_initialisation(name: str, std: float) -> None:
     assert abs(torch.corrcoef(torch.stack([values[:-1].flatten(), values[1:].flatten()]))[0, 1]) < 4.5 / math.sqrt(n)
 
 
+def test_another_embedding_scale_changes_the_embedding_alone() -> None:
+    wide = MODEL.model_copy(update={"embedding_init_std": 1.0})
+    for name, shape in weights.canonical_shapes(MODEL).items():
+        piece = weights.Piece(name, (0, shape[0]), (0, shape[1]) if len(shape) > 1 else None, 0)
+        factor = 128**0.5 if name.endswith("wte.weight") else 1.0
+        torch.testing.assert_close(weights.initial_values(wide, 0, piece), weights.initial_values(MODEL, 0, piece) * factor)
+
+
 def test_norms_start_at_one_and_seeds_and_names_differ() -> None:
     assert (weights.initial_values(MODEL, 0, weights.Piece("model.transformer.ln_f.weight", (0, 128), None, 0)) == 1).all()
 
