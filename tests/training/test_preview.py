@@ -34,5 +34,5 @@ def test_the_text_says_what_the_plan_holds(workplace: Workplace, monkeypatch: py
 
 def test_past_the_end(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(workplace.folder)
-    with pytest.raises(UserError, match="step: 13 is past the run's last, train.steps = 12"):
+    with pytest.raises(UserError, match=r"step: 13 is past the run's last, train.steps = 12"):
         describe_step(load_config("whole.yaml"), 13, 1)
