@@ -81,8 +81,8 @@ class DataSection(Section):
     """true: documents of a window do not attend to each other and each has its own t. The paper's model was trained without."""
     random_length_probability: float = Field(default=0.01, ge=0, le=1)
     """Share of the windows that are cut at a uniform random length into two attention segments (the paper: 0.01)."""
-    verify_bytes: int = Field(default=4_000_000_000, ge=0)
-    """A corpus of at most this many bytes has its checksums recomputed when the run starts; for larger ones use `llada data verify`."""
+    verify_bytes: int = Field(default=2_000_000_000, ge=0)
+    """A corpus of at most this many bytes is verified as a whole when the run starts; for larger ones use `llada data verify`."""
 
 
 class ModelSection(Section):

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from llada.config import CorpusEntry, RunConfig
 from llada.data.mixture import Mixture, Source
-from llada.data.shards import Corpus, Shard, check_hashes
+from llada.data.shards import Corpus, Shard, problems
 from llada.errors import UserError
 from llada.noise import random_lengths, timesteps
 from llada.objectives import Batch, MaskedDiffusion, Objective, Window, collate
@@ -91,7 +91,7 @@ class PretrainData:
 
     Args:
         config: the run.
-        verify: recompute the checksums of corpora up to `data.verify_bytes` (one rank does).
+        verify: check every byte and token of corpora up to `data.verify_bytes` (one rank does).
 
     Raises:
         UserError: a folder that is not a sound corpus, corpora of different tokenizers, a model vocabulary that is too small.
@@ -103,8 +103,10 @@ class PretrainData:
         self._check_vocabulary()
         if verify:
             for corpus in self.corpora:
-                if sum(s.bin_bytes + s.idx_bytes for s in corpus.manifest.shards) <= config.data.verify_bytes:
-                    check_hashes(corpus)
+                small = sum(s.bin_bytes + s.idx_bytes for s in corpus.manifest.shards) <= config.data.verify_bytes
+                found = problems(corpus.folder) if small else []
+                if found:
+                    raise UserError(f"data.mixture: {found[0]}; see all with `llada data verify {corpus.folder}`")
         length = config.data.sequence_length
         self.readers = {split: [WindowReader(corpus, split, length) for corpus in self.corpora] for split in (TRAIN, VALIDATION)}
         self.mixture = Mixture([self._source(i) for i in range(len(self.corpora))], config.seed)

@@ -442,12 +442,6 @@ class _File(NamedTuple):
             raise _damaged(self.path, f"its checksum is {digest.hexdigest()}, the manifest says {self.xxh3}")
 
 
-def check_hashes(corpus: Corpus) -> None:
-    """Read every file and compare its checksum with the manifest. Raises UserError on the first that differs."""
-    for file in corpus.files():
-        file.check_hash()
-
-
 def problems(folder: str | Path, hashes: bool = True) -> list[str]:
     """Everything that is wrong with a prepared corpus, one line each; empty when it is sound.
 

@@ -188,7 +188,8 @@ def varlen_kernel() -> tuple[str, Varlen] | None:
 def _call_flash_attn(
     function: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_q: torch.Tensor, cu_k: torch.Tensor, max_q: int, max_k: int
 ) -> torch.Tensor:
-    out = function(q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, max_seqlen_q=max_q, max_seqlen_k=max_k, causal=False)
+    more = {"deterministic": True} if torch.are_deterministic_algorithms_enabled() else {}
+    out = function(q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, max_seqlen_q=max_q, max_seqlen_k=max_k, causal=False, **more)
     return out[0] if isinstance(out, tuple) else out
 
 

@@ -185,7 +185,10 @@ class Console:
 
     def say(self, text: str) -> None:
         """Print a line above the progress line."""
-        (self._progress.console.print if self._progress else print)(text)
+        if self._progress:
+            self._progress.console.print(text, markup=False, highlight=False)
+        else:
+            print(text, flush=True)
 
     def close(self) -> None:
         if self._progress:

@@ -14,7 +14,7 @@ import xxhash
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llada.data.shards import Corpus, Manifest, Shard, ShardWriter, check_hashes, problems, token_dtype
+from llada.data.shards import Corpus, Manifest, Shard, ShardWriter, problems, token_dtype
 from llada.errors import UserError
 
 EOS, MASK, VOCABULARY = 9, 10, 11
@@ -267,7 +267,6 @@ def test_manifest_and_shards_come_back(folder: Path):
     assert (corpus.folder, corpus.tokenizer_folder) == (folder, folder / "tokenizer")
     assert problems(folder) == []
     assert not list(folder.glob("*.partial"))
-    check_hashes(corpus)
 
 
 def test_fingerprint_follows_content_not_names(folder: Path, tmp_path_factory):
@@ -362,13 +361,11 @@ def test_a_lost_or_truncated_file_is_refused_when_opened(folder: Path, name, cha
 @pytest.mark.parametrize("name", ["train_00000.bin", "train_00000.idx"])
 def test_any_flipped_byte_is_found(folder: Path, name):
     """Every byte of the file, one at a time."""
-    corpus, path = Corpus.open(folder), folder / name
+    path = folder / name
     sound = path.read_bytes()
     for offset in range(len(sound)):
         flip(path, offset)
-        with pytest.raises(UserError, match=f"{name}: truncated or altered .*checksum"):
-            check_hashes(corpus)
-        assert any(name in line for line in problems(folder)), offset
+        assert any(name in line and "checksum" in line for line in problems(folder)), offset
         path.write_bytes(sound)
     assert problems(folder) == []
 
@@ -397,7 +394,6 @@ def test_a_shard_of_other_counts_than_the_manifest_says_is_refused(folder: Path)
 def test_wrong_tokens_with_right_checksums_are_found(folder: Path, offset, token, message, hashes):
     overwrite(folder / "train_00000.bin", 2 * offset, int(token).to_bytes(2, "little"))
     reseal(folder, "train_00000")
-    check_hashes(Corpus.open(folder))
     assert any(message in line for line in problems(folder, hashes=hashes))
 
 

@@ -110,7 +110,7 @@ def test_one_altered_byte(name: str, workplace: Workplace, monkeypatch: pytest.M
 
 
 def test_a_mask_id_in_a_shard(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Written with matching checksums, as a faulty tool of the user's would: found when the window is read."""
+    """Written with matching checksums, as a faulty tool of the user's would: found at the start, or when the window is read."""
     corpus = damaged(workplace, "forged")
     manifest = Manifest.load(corpus)
     path = corpus / "train-00000.bin"
@@ -121,7 +121,12 @@ def test_a_mask_id_in_a_shard(workplace: Workplace, monkeypatch: pytest.MonkeyPa
     type(manifest)(**{**vars(manifest), "shards": [type(manifest.shards[0])(**entry), *manifest.shards[1:]]}).save(corpus)
     said = run_on(workplace, monkeypatch, corpus)
     assert "the mask token" in said and "llada data verify" in said
-    shutil.rmtree(workplace.folder / "refused", ignore_errors=True)
+    assert not (workplace.folder / "refused").exists()
+    config = workplace.config(
+        run={"dir": "late", "threads": 2}, data={"sequence_length": 64, "mixture": [{"path": corpus.name}], "verify_bytes": 0}
+    )
+    said = refusal(workplace, monkeypatch, "pretrain", config)
+    assert "the mask token" in said and "llada data verify" in said
 
 
 def test_a_checkpoint_without_its_marker_is_ignored_with_a_word(workplace: Workplace) -> None:
