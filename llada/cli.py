@@ -67,7 +67,7 @@ def demo(
         list[str] | None, typer.Option(help="Text or code, files or folders; the Python standard library if left out.")
     ] = None,
     config: Annotated[str, typer.Option(help="Config of the pretraining.")] = "configs/demo/pretrain.yaml",
-    dir: Annotated[str, typer.Option(help="Where everything goes.")] = "runs/demo",
+    dir: Annotated[str | None, typer.Option(help="Where everything goes; runs/demo, or runs/demo_smoke with --smoke.")] = None,
     smoke: Annotated[bool, typer.Option(help="A few steps only, to see that every stage works.")] = False,
     fresh: Annotated[bool, typer.Option(help="Start over instead of going on with what is there.")] = False,
 ) -> None:
@@ -77,7 +77,7 @@ def demo(
     stop = StopRequest().install()
     from llada.demo import run_demo
 
-    raise typer.Exit(run_demo(stop, input, config, dir, smoke, fresh))
+    raise typer.Exit(run_demo(stop, input, config, dir or ("runs/demo_smoke" if smoke else "runs/demo"), smoke, fresh))
 
 
 def main() -> None:
