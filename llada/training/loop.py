@@ -104,6 +104,8 @@ class Run:
         self.threads = _set_threads(config, size)
         self.data = PretrainData(config, verify=rank == 0)
         start = self._find_start(allow_changed)
+        if rank == 0:
+            _make_folder(self.folder)
         self.engine = MegatronEngine(config, self.data.objective.token_loss)
         self.place, self.device = self.engine.place, self.engine.device
         self.lineage: list[dict[str, Any]] = start.lineage
@@ -247,7 +249,6 @@ class Run:
 
     def _open_sinks(self, start: _Start) -> None:
         config = self.config
-        self.folder.mkdir(parents=True, exist_ok=True)
         cut = metrics.cut(self.folder, self.first)
         self._peak, source = peak_flops(self.device, DTYPES[config.precision])
         provenance = {"llada": llada.__version__, "git": _git_revision(), **self._versions(), "lineage": self.lineage}
@@ -300,6 +301,13 @@ class _Start:
     step: int
     optimizer: bool
     lineage: list[dict[str, Any]]
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"run.dir: '{folder}' cannot be made ({error.strerror}); choose a folder that can be written") from None
 
 
 def _set_threads(config: RunConfig, world_size: int) -> int:

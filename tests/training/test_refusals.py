@@ -45,6 +45,8 @@ def test_the_terminal_shows_one_line_and_exit_2(workplace: Workplace) -> None:
         (["data.mixture.0.max_epochs=0.001"], "train.steps: 12 steps need 96 samples, the capped mixture holds 0"),
         (["engine=deepspeed"], "engine: 'deepspeed' is not allowed"),
         (["parallel.tensor=2"], "do not divide the world size 1"),
+        (["run.dir=whole.yaml"], "run.dir: 'whole.yaml' cannot be made"),
+        (["run.dir=/proc/x"], "run.dir: '/proc/x' cannot be made"),
         (["run.init_from=nowhere"], "checkpoint: 'nowhere' is neither a checkpoint"),
         (["run.init_from=whole", "model.hidden_size=32"], "run.init_from: .* another architecture: model.hidden_size: 64 -> 32"),
         (["data.mixture=[{path: corpus}, {path: corpus}]"], "data.mixture.1.path: corpus holds the same data as corpus"),
