@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+import warnings
 from typing import Annotated
 
 import typer
@@ -82,6 +83,9 @@ def demo(
 
 def main() -> None:
     """Entry point. Users' mistakes: one line, exit 2. Failures: one last line, exit 1."""
+    for category in (UserWarning, FutureWarning, DeprecationWarning):
+        # Megatron-Core and torch announce absent extras and coming renames, 20 lines a start; nothing a user could act on.
+        warnings.filterwarnings("ignore", category=category, module=r"(megatron|torch)\.")
     try:
         app(standalone_mode=True)
     except UserError as error:
