@@ -72,7 +72,7 @@ def inspect(folder: Folder, samples: Annotated[int, typer.Option(min=0, help="Do
 def verify(folder: Folder) -> None:
     """Recompute checksums and check every token, document and count of a prepared corpus."""
     from data_tools.inspect import check
-    from llada.data.shards import Manifest
+    from llada.data.corpus import Manifest
 
     found = check(folder)
     for line in found:

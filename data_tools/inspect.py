@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from data_tools.prepare import SPLITS, summary
-from llada.data.shards import Corpus, Manifest, Shard, problems
+from llada.data.corpus import Corpus, Manifest, problems
+from llada.data.shards import Shard
 from llada.errors import UserError
 from llada.tokenizer import Tokenizer
 

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import fnmatch
-import os
-import shutil
 import time
-import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +14,10 @@ import xxhash
 
 import llada
 from data_tools.readers import ReadOptions, Report, parse_extensions, read, sample_texts
-from llada.data.shards import FORMAT_VERSION, MANIFEST, Manifest, ShardEntry, ShardWriter, token_dtype
-from llada.errors import RunError, UserError
+from llada.data.corpus import FORMAT_VERSION, MANIFEST, Manifest
+from llada.data.shards import ShardEntry, ShardWriter, token_dtype
+from llada.errors import UserError
+from llada.files import new_folder
 from llada.tokenizer import Tokenizer, train_byte_level_bpe
 
 I64 = npt.NDArray[np.int64]
@@ -156,78 +154,6 @@ def train_tokenizer(
         made.save(folder)
     texts = list(sample_texts(inputs, None, _SAMPLE_CHARACTERS, options))
     return made, sum(len(text.encode()) for text in texts) / max(1, len(made.encode_batch(texts)[0]))
-
-
-# -- the output folder -------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def new_folder(output: str | Path, force: bool, what: str, names: Sequence[str]) -> Iterator[Path]:
-    """A temporary folder beside `output` that takes its name when the block ends; after any error nothing of it is left.
-
-    Args:
-        output: must not exist, unless `force`.
-        force: replace what is there if it is empty or holds only `names`, the first of them included. It stays until the end.
-        what: what such a folder is, for messages.
-        names: patterns.
-
-    Raises:
-        UserError: an output that may not be made or replaced.
-        RunError: an operating system's error while writing.
-    """
-    final = Path(os.path.realpath(output))
-    replaces = os.path.lexists(output)
-    if replaces:
-        _check_replaceable(Path(output), final, force, what, names)
-    partial = final.with_name(f".{final.name}.partial-{uuid.uuid4().hex[:8]}")
-    created: list[Path] = []
-    done = False
-    try:
-        try:
-            for parent in [folder for folder in reversed(final.parents) if not folder.exists()]:
-                parent.mkdir(exist_ok=True)
-                created.append(parent)
-            partial.mkdir()
-        except OSError as error:
-            raise UserError(f"--output: '{output}' cannot be made ({error.strerror})") from None
-        yield partial
-        if replaces:
-            _swap(partial, final)
-        else:
-            os.rename(partial, final)  # refuses a folder that was filled in the meantime
-        done = True
-    except OSError as error:
-        raise RunError(f"{output}: cannot be written ({error}); nothing of it is left") from error
-    finally:
-        if not done:
-            shutil.rmtree(partial, ignore_errors=True)
-            for folder in reversed(created):
-                with suppress(OSError):  # someone else uses it by now
-                    folder.rmdir()
-
-
-def _check_replaceable(output: Path, final: Path, force: bool, what: str, names: Sequence[str]) -> None:
-    if not force:
-        raise UserError(f"--output: '{output}' exists; --force replaces {what}")
-    found = sorted(os.listdir(final)) if final.is_dir() else None
-    if found is None:
-        raise UserError(f"--output: '{output}' is not a folder; --force replaces only {what} or an empty folder")
-    other = [name for name in found if not any(fnmatch.fnmatchcase(name, pattern) for pattern in names)]
-    if other or (found and names[0] not in found):
-        why = f"it holds '{other[0]}'" if other else f"it has no {names[0]}"
-        raise UserError(f"--output: '{output}' is not {what} ({why}); --force replaces only that or an empty folder")
-
-
-def _swap(partial: Path, final: Path) -> None:
-    """Rename, with what was there before kept until the new one stands."""
-    old = partial.with_name(partial.name.replace(".partial-", ".old-"))
-    os.rename(final, old)
-    try:
-        os.rename(partial, final)
-    except BaseException:
-        os.rename(old, final)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 # -- documents to shards -----------------------------------------------------------------------------------------------

@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 
 from llada.config import RunConfig, load_config
-from llada.data.shards import Corpus
+from llada.data.corpus import Corpus
 from llada.errors import UserError
+from llada.files import write_atomically
 from llada.tokenizer import Tokenizer
-from llada.training.checkpoint import committed, write_atomically
+from llada.training.checkpoint import committed
 from llada.training.signals import StopRequest
 
 _GPU_STEPS = 10_000

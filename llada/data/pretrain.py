@@ -10,8 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from llada.config import CorpusEntry, RunConfig
+from llada.data.corpus import Corpus, problems
 from llada.data.mixture import Mixture, Source
-from llada.data.shards import Corpus, Shard, problems
+from llada.data.shards import Shard
 from llada.errors import UserError
 from llada.noise import random_lengths, timesteps
 from llada.objectives import Batch, MaskedDiffusion, Objective, Window, collate

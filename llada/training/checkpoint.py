@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from llada.errors import UserError
+from llada.files import sync_folder, sync_tree, write_atomically
 
 MARKER = "COMMITTED"
 STATE = "state.json"
@@ -51,35 +52,6 @@ def name(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a small file so that it is either there whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sync_tree(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-        else:
-            _sync_folder(path)
-    _sync_folder(folder)
-
-
 def save(root: Path, state: State, tokenizer: Path, write: Callable[[Path], None], main: bool, barrier: Callable[[], object]) -> Path:
     """Write one checkpoint; collective.
 
@@ -104,11 +76,11 @@ def save(root: Path, state: State, tokenizer: Path, write: Callable[[Path], None
     if main:
         shutil.copytree(tokenizer, partial / "tokenizer")
         write_atomically(partial / STATE, json.dumps(asdict(state), indent=1))
-        _sync_tree(partial)
+        sync_tree(partial)
         write_atomically(partial / MARKER, json.dumps({"step": state.step}))
         shutil.rmtree(final, ignore_errors=True)  # can only be one without a marker: it was never complete
         os.replace(partial, final)
-        _sync_folder(root)
+        sync_folder(root)
     barrier()
     return final
 

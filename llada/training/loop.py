@@ -22,6 +22,7 @@ from llada.engine.base import StepResult
 from llada.engine.layout import sample_offsets, world_from_environment
 from llada.engine.megatron import DTYPES, MegatronEngine
 from llada.errors import UserError
+from llada.files import write_atomically
 from llada.model.flops import peak_flops, step_flops
 from llada.objectives import Batch
 from llada.training import checkpoint, metrics
@@ -253,7 +254,7 @@ class Run:
         self._peak, source = peak_flops(self.device, DTYPES[config.precision])
         provenance = {"llada": llada.__version__, "git": _git_revision(), **self._versions(), "lineage": self.lineage}
         text = yaml.safe_dump({**dump_config(config), PROVENANCE: provenance}, sort_keys=False)
-        checkpoint.write_atomically(self.folder / "config.yaml", text)
+        write_atomically(self.folder / "config.yaml", text)
         self.console = metrics.Console(config.train.steps, self.first, config.logging)
         self.sinks = [metrics.JsonLines(self.folder), self.console]
         if config.logging.tensorboard:

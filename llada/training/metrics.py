@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from llada.config import LoggingSection, RunConfig, dump_config
-from llada.training.checkpoint import write_atomically
+from llada.files import write_atomically
 
 FILE = "metrics.jsonl"
 

@@ -14,7 +14,8 @@ import xxhash
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llada.data.shards import Corpus, Manifest, Shard, ShardWriter, problems, token_dtype
+from llada.data.corpus import Corpus, Manifest, problems
+from llada.data.shards import Shard, ShardWriter, token_dtype
 from llada.errors import UserError
 
 EOS, MASK, VOCABULARY = 9, 10, 11
@@ -420,7 +421,8 @@ def test_a_wrong_index_with_right_checksums_is_found(folder: Path, offset, messa
 
 def test_checks_and_index_work_in_pieces(folder: Path, tmp_path_factory, monkeypatch):
     """With pieces of three tokens or documents the files are the same and the same problems are found."""
-    monkeypatch.setattr("llada.data.shards._CHUNK", 3)
+    for module in ("shards", "corpus"):
+        monkeypatch.setattr(f"llada.data.{module}.CHUNK", 3)
     again = tmp_path_factory.mktemp("again")
     assert write(again, TRAIN, parts=2) == Manifest.load(folder).shards[0]
     assert problems(folder) == []

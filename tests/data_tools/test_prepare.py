@@ -6,6 +6,7 @@ import errno
 import hashlib
 import io
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import xxhash
 from data_tools import prepare as module
 from data_tools.inspect import check, describe
 from data_tools.prepare import prepare, summary, train_tokenizer
-from llada.data.shards import Corpus, Manifest, problems
+from llada.data.corpus import Corpus, Manifest, problems
 from llada.errors import RunError, UserError
 from llada.tokenizer import Tokenizer, train_byte_level_bpe
 
@@ -198,14 +199,14 @@ def test_a_failed_replacement_keeps_what_was_there(tokenizer: Path, source: Path
         prepare([source, tmp_path / "bad.jsonl"], tokenizer, output, force=True)
     assert contents(output) == before
 
-    rename = module.os.rename
+    rename = os.rename
 
     def no_second_rename(old: Path, new: Path) -> None:
         if Path(new) == output and ".partial-" in str(old):
             raise OSError(errno.EIO, "Input/output error")
         rename(old, new)
 
-    monkeypatch.setattr(module.os, "rename", no_second_rename)
+    monkeypatch.setattr(os, "rename", no_second_rename)
     with pytest.raises(RunError, match="Input/output error"):
         prepare([source], tokenizer, output, force=True, validation_fraction=0.5)
     assert contents(output) == before

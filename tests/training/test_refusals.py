@@ -14,7 +14,7 @@ import xxhash
 from typer.testing import CliRunner
 
 from llada.cli import app
-from llada.data.shards import Manifest
+from llada.data.corpus import Manifest
 from llada.errors import UserError
 from tests.training.conftest import Workplace
 

@@ -1,0 +1,120 @@
+"""Files that are there whole or not at all: temporary names, flushed to disk, renamed."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from llada.errors import RunError, UserError
+
+
+def sync_folder(path: Path) -> None:
+    """Flush a folder's entries to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """Flush every file and folder below `folder`, and itself, to disk."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        else:
+            sync_folder(path)
+    sync_folder(folder)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a small file so that it is either there whole or not at all; after an error nothing of it is left."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+@contextmanager
+def new_folder(output: str | Path, force: bool, what: str, names: Sequence[str], setting: str = "--output") -> Iterator[Path]:
+    """A temporary folder beside `output` that takes its name when the block ends; after any error nothing of it is left.
+
+    Args:
+        output: must not exist, unless `force`.
+        force: replace what is there if it is empty or holds only `names`, the first of them included. It stays until the end.
+        what: what such a folder is, for messages.
+        names: patterns.
+        setting: what the user calls `output`, for messages.
+
+    Raises:
+        UserError: an output that may not be made or replaced.
+        RunError: an operating system's error while writing.
+    """
+    final = Path(os.path.realpath(output))
+    replaces = os.path.lexists(output)
+    if replaces:
+        _check_replaceable(Path(output), final, force, what, names, setting)
+    partial = final.with_name(f".{final.name}.partial-{uuid.uuid4().hex[:8]}")
+    created: list[Path] = []
+    done = False
+    try:
+        try:
+            for parent in [folder for folder in reversed(final.parents) if not folder.exists()]:
+                parent.mkdir(exist_ok=True)
+                created.append(parent)
+            partial.mkdir()
+        except OSError as error:
+            raise UserError(f"{setting}: '{output}' cannot be made ({error.strerror})") from None
+        yield partial
+        sync_tree(partial)
+        if replaces:
+            _swap(partial, final)
+        else:
+            os.rename(partial, final)  # refuses a folder that was filled in the meantime
+        sync_folder(final.parent)
+        done = True
+    except OSError as error:
+        raise RunError(f"{output}: cannot be written ({error}); nothing of it is left") from error
+    finally:
+        if not done:
+            shutil.rmtree(partial, ignore_errors=True)
+            for folder in reversed(created):
+                with suppress(OSError):  # someone else uses it by now
+                    folder.rmdir()
+
+
+def _check_replaceable(output: Path, final: Path, force: bool, what: str, names: Sequence[str], setting: str) -> None:
+    if not force:
+        raise UserError(f"{setting}: '{output}' exists; --force replaces {what}")
+    found = sorted(os.listdir(final)) if final.is_dir() else None
+    if found is None:
+        raise UserError(f"{setting}: '{output}' is not a folder; --force replaces only {what} or an empty folder")
+    other = [name for name in found if not any(fnmatch.fnmatchcase(name, pattern) for pattern in names)]
+    if other or (found and names[0] not in found):
+        why = f"it holds '{other[0]}'" if other else f"it has no {names[0]}"
+        raise UserError(f"{setting}: '{output}' is not {what} ({why}); --force replaces only that or an empty folder")
+
+
+def _swap(partial: Path, final: Path) -> None:
+    """Rename, with what was there before kept until the new one stands."""
+    old = partial.with_name(partial.name.replace(".partial-", ".old-"))
+    os.rename(final, old)
+    try:
+        os.rename(partial, final)
+    except BaseException:
+        os.rename(old, final)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
