@@ -20,6 +20,8 @@ Extensions = Annotated[
     list[str] | None, typer.Option("--ext", help="Extensions read in folders, as in --ext py,md; default: text and code.")
 ]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Count bad JSONL lines instead of stopping.")]
+AddSpecial = Annotated[bool, typer.Option("--add-special-tokens", help="Append LLaDA's special tokens that the tokenizer lacks.")]
+ShardTokens = Annotated[int, typer.Option(min=1, help="Tokens with which a shard is full.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is at --output.")]
 Folder = Annotated[str, typer.Argument(help="Folder of a prepared corpus.")]
 
@@ -31,13 +33,11 @@ def prepare(
     output: Annotated[str, typer.Option(help="Folder to make.")],
     more: MoreInputs = None,
     validation_fraction: Annotated[float, typer.Option(help="Share of the documents held out, by hash of their text.")] = 0.005,
-    add_special_tokens: Annotated[
-        bool, typer.Option("--add-special-tokens", help="Append LLaDA's special tokens that the tokenizer lacks.")
-    ] = False,
+    add_special_tokens: AddSpecial = False,
     text_field: TextField = "text",
     ext: Extensions = None,
     skip_bad: SkipBad = False,
-    shard_tokens: Annotated[int, typer.Option(min=1, help="Tokens with which a shard is full.")] = 2**28,
+    shard_tokens: ShardTokens = 2**28,
     force: Force = False,
 ) -> None:
     """Tokenize text into a folder of shards that training reads."""
@@ -52,6 +52,41 @@ def prepare(
         add_special_tokens=add_special_tokens,
         text_field=text_field,
         extensions=ext,
+        skip_bad=skip_bad,
+        shard_tokens=shard_tokens,
+        force=force,
+        progress=sys.stderr.isatty(),
+    )
+    typer.echo(f"{summary(manifest)}\n{output}")
+
+
+@app.command("prepare-sft")
+def prepare_sft(
+    input: Inputs,
+    tokenizer: Annotated[str, typer.Option(help="Hugging Face folder, tokenizer.json or SentencePiece model.")],
+    output: Annotated[str, typer.Option(help="Folder to make.")],
+    more: MoreInputs = None,
+    prompt_field: Annotated[str, typer.Option(help="JSONL field with the prompt.")] = "prompt",
+    response_field: Annotated[str, typer.Option(help="JSONL field with the response.")] = "response",
+    messages_field: Annotated[str, typer.Option(help="JSONL field with a list of turns; it goes before the other two.")] = "messages",
+    validation_fraction: Annotated[float, typer.Option(help="Share of the conversations held out, by hash of their question.")] = 0.005,
+    add_special_tokens: AddSpecial = False,
+    skip_bad: SkipBad = False,
+    shard_tokens: ShardTokens = 2**28,
+    force: Force = False,
+) -> None:
+    """Encode conversations into a folder of shards that fine-tuning reads."""
+    from data_tools.prepare import summary
+    from data_tools.sft import Fields
+    from data_tools.sft import prepare_sft as run
+
+    manifest = run(
+        [*input, *(more or [])],
+        tokenizer,
+        output,
+        fields=Fields(prompt_field, response_field, messages_field),
+        validation_fraction=validation_fraction,
+        add_special_tokens=add_special_tokens,
         skip_bad=skip_bad,
         shard_tokens=shard_tokens,
         force=force,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -14,18 +15,19 @@ import xxhash
 
 import llada
 from data_tools.readers import ReadOptions, Report, parse_extensions, read, sample_texts
-from llada.data.corpus import FORMAT_VERSION, MANIFEST, Manifest
+from llada.data.corpus import CONVERSATIONS, FORMAT_VERSION, MANIFEST, TEXT, Manifest
 from llada.data.shards import ShardEntry, ShardWriter, token_dtype
 from llada.errors import UserError
 from llada.files import new_folder
 from llada.tokenizer import Tokenizer, train_byte_level_bpe
 
 I64 = npt.NDArray[np.int64]
+T = TypeVar("T")
 
 SPLITS = ("train", "validation")
 _BATCH_CHARACTERS = 4 << 20
 _SAMPLE_CHARACTERS = 1 << 20
-_CORPUS_FILES = (MANIFEST, "tokenizer", "train-*.bin", "train-*.idx", "validation-*.bin", "validation-*.idx")
+_CORPUS_FILES = (MANIFEST, "tokenizer", *(f"{split}-*.{suffix}" for split in SPLITS for suffix in ("bin", "idx", "replies")))
 _TOKENIZER_FILES = (
     "tokenizer_config.json",
     "tokenizer.json",
@@ -66,22 +68,85 @@ def prepare(
         UserError: anything wrong with inputs, tokenizer, options or output; nothing is left behind.
         RunError: the output cannot be written; nothing is left behind.
     """
-    if not 0 <= validation_fraction < 1:
-        raise UserError(f"--validation-fraction: {validation_fraction} is not in [0, 1)")
-    if shard_tokens < 1:
-        raise UserError(f"--shard-tokens: {shard_tokens} is less than 1")
     options = ReadOptions(text_field, parse_extensions(extensions), skip_bad)
+    recorded = {"text_field": text_field, "extensions": sorted(options.extensions) if options.extensions else None, "skip_bad": skip_bad}
+    settings = CorpusSettings(TEXT, tokenizer_path, validation_fraction, add_special_tokens, shard_tokens, force, progress, recorded)
     report = Report()
-    with new_folder(output, force, "a prepared corpus", _CORPUS_FILES) as folder:
-        tokenizer = Tokenizer.load(tokenizer_path, require_mask=not add_special_tokens)
-        if add_special_tokens:
+
+    def batches(tokenizer: Tokenizer) -> Iterator[Encoded]:
+        for texts in in_batches(read(inputs, options, report), len, _BATCH_CHARACTERS):
+            yield _encode(texts, tokenizer)
+
+    return write_corpus(output, settings, batches, report)
+
+
+@dataclass(frozen=True)
+class CorpusSettings:
+    """How a corpus is written, whatever its documents are.
+
+    Attributes:
+        kind: TEXT or CONVERSATIONS.
+        tokenizer_path, validation_fraction, add_special_tokens, shard_tokens, force, progress: see `prepare`.
+        recorded: further options for the manifest.
+    """
+
+    kind: str
+    tokenizer_path: str | Path
+    validation_fraction: float
+    add_special_tokens: bool
+    shard_tokens: int
+    force: bool
+    progress: bool
+    recorded: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.validation_fraction < 1:
+            raise UserError(f"--validation-fraction: {self.validation_fraction} is not in [0, 1)")
+        if self.shard_tokens < 1:
+            raise UserError(f"--shard-tokens: {self.shard_tokens} is less than 1")
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Documents as token ids.
+
+    Attributes:
+        flat: the ids of all documents one after the other, each with its EOS, int64.
+        lengths: ids of each document, int64 [n].
+        text_bytes: UTF-8 bytes of each document's text, int64 [n].
+        hashes: 64-bit hash of each document, which decides whether it is held out [n].
+        replies: of conversations, rows of REPLY_FIELDS in order of their documents, int64 [replies, 5].
+    """
+
+    flat: I64
+    lengths: I64
+    text_bytes: I64
+    hashes: Sequence[int]
+    replies: I64 | None = None
+
+
+def write_corpus(
+    output: str | Path, settings: CorpusSettings, batches: Callable[[Tokenizer], Iterator[Encoded]], report: Report
+) -> Manifest:
+    """Write the folder of a corpus: shards of both splits, the tokenizer, the manifest.
+
+    Args:
+        output: folder to make; written beside it and renamed at the end.
+        settings: how.
+        batches: documents, encoded with the tokenizer.
+        report: filled by whoever reads, by the time the batches end.
+    """
+    with new_folder(output, settings.force, "a prepared corpus", _CORPUS_FILES) as folder:
+        tokenizer = Tokenizer.load(settings.tokenizer_path, require_mask=not settings.add_special_tokens)
+        if settings.add_special_tokens:
             tokenizer = tokenizer.with_special_tokens()
         dtype = token_dtype(tokenizer.rows)
-        writers = {split: _SplitWriter(folder, split, dtype, shard_tokens) for split in SPLITS}
+        writers = {split: _SplitWriter(folder, split, dtype, settings.shard_tokens) for split in SPLITS}
         try:
-            with _progress(progress) as show:
-                for texts in _batches(read(inputs, options, report)):
-                    show(*_write_batch(texts, tokenizer, writers, validation_fraction), sum(report.skipped.values()))
+            with _progress(settings.progress) as show:
+                for batch in batches(tokenizer):
+                    _write_batch(batch, tokenizer, writers, settings.validation_fraction)
+                    show(int(batch.text_bytes.sum()), len(batch.flat), sum(report.skipped.values()))
             shards = [entry for split in SPLITS for entry in writers[split].finish()]
         finally:
             for writer in writers.values():
@@ -90,6 +155,7 @@ def prepare(
         manifest = Manifest(
             format_version=FORMAT_VERSION,
             tool_version=llada.__version__,
+            kind=settings.kind,
             dtype=dtype.name,
             vocab_size=tokenizer.vocab_size,
             rows=tokenizer.rows,
@@ -97,12 +163,10 @@ def prepare(
             eos_id=tokenizer.eos_id,
             tokenizer_fingerprint=tokenizer.fingerprint,
             options={
-                "validation_fraction": validation_fraction,
-                "add_special_tokens": add_special_tokens,
-                "text_field": text_field,
-                "extensions": sorted(options.extensions) if options.extensions else None,
-                "skip_bad": skip_bad,
-                "shard_tokens": shard_tokens,
+                "validation_fraction": settings.validation_fraction,
+                "add_special_tokens": settings.add_special_tokens,
+                "shard_tokens": settings.shard_tokens,
+                **settings.recorded,
             },
             sources=report.sources,
             skipped=dict(sorted(report.skipped.items())),
@@ -118,16 +182,21 @@ def summary(manifest: Manifest) -> str:
     for split in SPLITS:
         documents, tokens, text_bytes = manifest.totals(split)
         if documents:
-            shards = len(manifest.of(split))
-            lines.append(
-                f"{split}: {documents:,} documents, {tokens:,} tokens, {text_bytes:,} bytes of text, "
-                f"{text_bytes / tokens:.2f} bytes per token, {shards} shard{'s' if shards > 1 else ''}"
-            )
+            lines.append(f"{split}: {_totals(manifest, split, documents, tokens, text_bytes)}")
         else:
             consequence = "nothing to train on" if split == "train" else "training on this corpus has no validation"
             lines.append(f"{split}: no documents; {consequence} (--validation-fraction is {manifest.options['validation_fraction']:g})")
     lines += [f"left out: {count:,} {reason}" for reason, count in manifest.skipped.items()]
     return "\n".join(lines)
+
+
+def _totals(manifest: Manifest, split: str, documents: int, tokens: int, text_bytes: int) -> str:
+    shards = manifest.of(split)
+    files = f"{len(shards)} shard{'s' if len(shards) > 1 else ''}"
+    if manifest.kind == CONVERSATIONS:
+        replies = sum(entry.replies for entry in shards)
+        return f"{documents:,} conversations with {replies:,} replies, {tokens:,} tokens, {text_bytes:,} bytes of replies, {files}"
+    return f"{documents:,} documents, {tokens:,} tokens, {text_bytes:,} bytes of text, {text_bytes / tokens:.2f} bytes per token, {files}"
 
 
 def train_tokenizer(
@@ -167,7 +236,7 @@ class _SplitWriter:
         self._writer: ShardWriter | None = None
         self._entries: list[ShardEntry] = []
 
-    def append(self, flat: I64, lengths: I64, text_bytes: I64) -> None:
+    def append(self, flat: I64, lengths: I64, text_bytes: I64, replies: I64 | None) -> None:
         """Add documents, each with its EOS; where shards end does not depend on how documents are grouped into calls."""
         ends = np.cumsum(lengths)
         first, start = 0, 0
@@ -177,7 +246,11 @@ class _SplitWriter:
             room = self._limit - self._writer.tokens
             last = min(int(np.searchsorted(ends, start + room)) + 1, len(lengths))
             stop = int(ends[last - 1])
-            self._writer.append(flat[start:stop], lengths[first:last], int(text_bytes[first:last].sum()))
+            own = None
+            if replies is not None:
+                low, high = np.searchsorted(replies[:, 0], (first, last))
+                own = replies[low:high] - np.array([first, 0, 0, 0, 0])
+            self._writer.append(flat[start:stop], lengths[first:last], int(text_bytes[first:last].sum()), own)
             first, start = last, stop
             if self._writer.tokens >= self._limit:
                 self._close()
@@ -197,25 +270,32 @@ class _SplitWriter:
             self._writer.abort()
 
 
-def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
+def in_batches(documents: Iterable[T], size_of: Callable[[T], int], limit: int) -> Iterator[list[T]]:
+    """Group documents until their sizes add up to `limit`."""
+    batch: list[T] = []
     size = 0
-    for text in documents:
-        batch.append(text)
-        size += len(text)
-        if size >= _BATCH_CHARACTERS:
+    for document in documents:
+        batch.append(document)
+        size += size_of(document)
+        if size >= limit:
             yield batch
             batch, size = [], 0
     if batch:
         yield batch
 
 
-def _write_batch(texts: list[str], tokenizer: Tokenizer, writers: dict[str, _SplitWriter], fraction: float) -> tuple[int, int]:
-    """Encode a batch and append every document, with its EOS, to the split that its hash names. Returns bytes and tokens."""
+def _encode(texts: list[str], tokenizer: Tokenizer) -> Encoded:
+    """Every text and its EOS."""
     raw = [text.encode("utf-8") for text in texts]
-    held_out = np.array([xxhash.xxh3_64_intdigest(data) / 2**64 < fraction for data in raw])
-    sizes = np.array([len(data) for data in raw], dtype=np.int64)
     flat, lengths = tokenizer.encode_batch(texts)
+    sizes = np.array([len(data) for data in raw], dtype=np.int64)
+    hashes = [xxhash.xxh3_64_intdigest(data) for data in raw]
+    return Encoded(np.insert(flat, np.cumsum(lengths), tokenizer.eos_id), lengths + 1, sizes, hashes)
+
+
+def _write_batch(batch: Encoded, tokenizer: Tokenizer, writers: dict[str, _SplitWriter], fraction: float) -> None:
+    """Append every document to the split that its hash names."""
+    flat = batch.flat
     wrong = (flat < 0) | (flat >= tokenizer.vocab_size) | (flat == tokenizer.mask_id)
     if wrong.any():
         token_id = int(flat[np.argmax(wrong)])
@@ -223,12 +303,15 @@ def _write_batch(texts: list[str], tokenizer: Tokenizer, writers: dict[str, _Spl
             f"--tokenizer: {tokenizer.name} gave id {token_id} for text; allowed are 0..{tokenizer.vocab_size - 1} "
             f"without the mask token {tokenizer.mask_id}"
         )
-    with_eos = np.insert(flat, np.cumsum(lengths), tokenizer.eos_id)
-    owner = np.repeat(np.arange(len(texts)), lengths + 1)
+    held_out = np.array([value / 2**64 < fraction for value in batch.hashes])
+    owner = np.repeat(np.arange(len(held_out)), batch.lengths)
     for split, chosen in (("train", ~held_out), ("validation", held_out)):
         if chosen.any():
-            writers[split].append(with_eos[chosen[owner]], lengths[chosen] + 1, sizes[chosen])
-    return int(sizes.sum()), len(with_eos)
+            replies = batch.replies
+            if replies is not None:
+                replies = replies[chosen[replies[:, 0]]]
+                replies[:, 0] = (np.cumsum(chosen) - 1)[replies[:, 0]]
+            writers[split].append(flat[chosen[owner]], batch.lengths[chosen], batch.text_bytes[chosen], replies)
 
 
 @contextmanager

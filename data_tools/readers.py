@@ -9,7 +9,7 @@ import os
 import stat
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -48,11 +48,27 @@ class ReadOptions:
         text_field: JSONL field that holds the text.
         extensions: of the files read in folders; None: TEXT_EXTENSIONS. JSONL files are always read.
         skip_bad: count bad JSONL lines, and compressed files that break off, instead of stopping.
+        record: makes a document of the JSON value of a line, or raises BadRecord; None: it is the text of `text_field`. With it, only
+            JSONL files are read.
     """
 
     text_field: str = "text"
     extensions: frozenset[str] | None = None
     skip_bad: bool = False
+    record: Callable[[Any], Any] | None = None
+
+
+class BadRecord(Exception):
+    """A line of JSON that is not what is asked for.
+
+    Args:
+        reason: under which it is counted, a plural: "lines without the field".
+        message: what is wrong with this one.
+    """
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -83,8 +99,9 @@ def parse_extensions(values: Sequence[str] | None) -> frozenset[str] | None:
     return found
 
 
-def read(inputs: Sequence[str | Path], options: ReadOptions, report: Report) -> Iterator[str]:
-    """The documents of all inputs, none of them empty: inputs in the given order, folders sorted by path.
+def read(inputs: Sequence[str | Path], options: ReadOptions, report: Report) -> Iterator[Any]:
+    """The documents of all inputs, none of them empty: inputs in the given order, folders sorted by path. They are texts, or what
+    `options.record` makes.
 
     Args:
         inputs: files and folders.
@@ -161,7 +178,10 @@ def _files(path: Path, options: ReadOptions, report: Report) -> Iterator[_File]:
     if stat.S_ISREG(found.st_mode):
         if not found.st_size:
             raise UserError(f"--input: {path} is empty")
-        yield _File(path, named=True)
+        named = _File(path, named=True)
+        if options.record is not None and not named.is_jsonl:
+            raise UserError(f"--input: {path} is not JSON Lines (.jsonl, .json, also with .gz or .zst), which conversations are read from")
+        yield named
     elif stat.S_ISDIR(found.st_mode):
         for file in sorted(_walk(path, report)):
             if _wanted(file, options):
@@ -176,6 +196,8 @@ def _wanted(file: Path, options: ReadOptions) -> bool:
     extension = _extension(file)
     if extension == ".jsonl" or (extension == ".json" and file.suffix.lower() in _COMPRESSED):
         return True
+    if options.record is not None:
+        return False
     return extension in (TEXT_EXTENSIONS if options.extensions is None else options.extensions)
 
 
@@ -203,7 +225,7 @@ def _walk(folder: Path, report: Report) -> Iterator[Path]:
 # -- reading files -----------------------------------------------------------------------------------------------------
 
 
-def _documents(file: _File, options: ReadOptions, report: Report) -> Iterator[str]:
+def _documents(file: _File, options: ReadOptions, report: Report) -> Iterator[Any]:
     source: dict[str, Any] = {"path": str(file.path), "bytes": 0, "documents": 0}
     try:
         source["bytes"] = file.path.stat().st_size
@@ -237,10 +259,14 @@ def _whole(file: _File) -> Iterator[str]:
         yield stream.read().decode("utf-8-sig")
 
 
-def _lines(file: _File, options: ReadOptions, report: Report) -> Iterator[str]:
-    """The text field of every line; blank lines are passed over."""
+def _lines(file: _File, options: ReadOptions, report: Report) -> Iterator[Any]:
+    """The document of every line; blank lines are passed over."""
     import orjson
 
+    def text_of(value: Any) -> str:
+        return string_field(value, options.text_field, "choose it with --text-field")
+
+    record = options.record or text_of
     with _open(file.path) as stream:
         for number, line in enumerate(stream, start=1):
             if number == 1:
@@ -248,29 +274,40 @@ def _lines(file: _File, options: ReadOptions, report: Report) -> Iterator[str]:
             if not line.strip():
                 continue
             try:
-                value = orjson.loads(line)
-            except ValueError as error:
-                problem = ("lines not JSON", f"not JSON ({error}); every line must be one JSON object")
-            else:
-                text = value.get(options.text_field) if isinstance(value, dict) else None
-                if isinstance(text, str):
-                    yield text
-                    continue
-                problem = _field_problem(value, options.text_field)
-            if not options.skip_bad:
-                raise UserError(f"{file.path}:{number}: {problem[1]}, or count bad lines with --skip-bad")
-            report.skipped[problem[0]] += 1
+                yield record(_json(line, orjson.loads))
+            except BadRecord as problem:
+                if not options.skip_bad:
+                    raise UserError(f"{file.path}:{number}: {problem}, or count bad lines with --skip-bad") from None
+                report.skipped[problem.reason] += 1
 
 
-def _field_problem(value: Any, name: str) -> tuple[str, str]:
-    """The reason to count and the message for a line of JSON without a text."""
-    remedy = "choose it with --text-field"
+def _json(line: bytes, parse: Callable[[bytes], Any]) -> Any:
+    try:
+        return parse(line)
+    except ValueError as error:
+        raise BadRecord("lines not JSON", f"not JSON ({error}); every line must be one JSON object") from None
+
+
+def string_field(value: Any, name: str, remedy: str) -> str:
+    """The string in a field of a JSON object.
+
+    Args:
+        value: of the line.
+        name: of the field.
+        remedy: what the user can do, for messages.
+
+    Raises:
+        BadRecord: not an object, no such field, not a string.
+    """
     if not isinstance(value, dict):
-        return "lines without the field", f"a JSON {type(value).__name__}, not an object with the field '{name}'; {remedy}"
-    if name in value:
-        return "lines whose field is not a string", f"field '{name}' is not a string but {type(value[name]).__name__}; {remedy}"
-    names = ", ".join(list(value)[:_NAMES_SHOWN]) + (", ..." if len(value) > _NAMES_SHOWN else "")
-    return "lines without the field", f"field '{name}' is missing, there are: {names}{did_you_mean(name, value)}; {remedy}"
+        raise BadRecord("lines without the field", f"a JSON {type(value).__name__}, not an object with the field '{name}'; {remedy}")
+    if name not in value:
+        names = ", ".join(list(value)[:_NAMES_SHOWN]) + (", ..." if len(value) > _NAMES_SHOWN else "")
+        raise BadRecord("lines without the field", f"field '{name}' is missing, there are: {names}{did_you_mean(name, value)}; {remedy}")
+    text = value[name]
+    if not isinstance(text, str):
+        raise BadRecord("lines whose field is not a string", f"field '{name}' is not a string but {type(text).__name__}; {remedy}")
+    return text
 
 
 def _open(path: Path) -> BinaryIO:

@@ -13,12 +13,14 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from llada.data.shards import CHUNK, Shard, ShardEntry, damaged, size_of
+from llada.data.shards import CHUNK, I64, REPLY_FIELDS, Shard, ShardEntry, damaged, map_replies, size_of
 from llada.errors import UserError
 from llada.files import write_atomically
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
+TEXT, CONVERSATIONS = "text", "conversations"
+"""Kinds of corpora: documents of `llada data prepare`, conversations of `llada data prepare-sft`."""
 
 
 def _canonical(content: Any) -> bytes:
@@ -32,6 +34,7 @@ class Manifest:
     Attributes:
         format_version: FORMAT_VERSION of the tool that wrote it.
         tool_version: version of that tool.
+        kind: TEXT or CONVERSATIONS.
         dtype: of the token ids, by name.
         vocab_size, rows, mask_id, eos_id, tokenizer_fingerprint: of the tokenizer.
         options: settings of the preparation.
@@ -42,6 +45,7 @@ class Manifest:
 
     format_version: int
     tool_version: str
+    kind: str
     dtype: str
     vocab_size: int
     rows: int
@@ -93,7 +97,10 @@ class Manifest:
 
     def fingerprint(self, split: str) -> str:
         """Of a split's content: token ids, document boundaries and the tokenizer's meaning of the ids; not of its path."""
-        parts = [self.tokenizer_fingerprint, *(f"{entry.bin_xxh3} {entry.idx_xxh3}" for entry in self.of(split))]
+        parts = [
+            self.tokenizer_fingerprint,
+            *(f"{entry.bin_xxh3} {entry.idx_xxh3} {entry.replies_xxh3}".rstrip() for entry in self.of(split)),
+        ]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def totals(self, split: str) -> tuple[int, int, int]:
@@ -113,7 +120,7 @@ class Corpus:
         """Read the manifest and compare the size of every file with it. Raises UserError on the first difference."""
         corpus = cls(Path(folder), Manifest.load(folder))
         for file in corpus.files():
-            file.checksize_of()
+            file.check_size()
         return corpus
 
     def files(self) -> Iterator[_File]:
@@ -122,9 +129,16 @@ class Corpus:
             yield from self.files_of(entry)
 
     def files_of(self, entry: ShardEntry) -> list[_File]:
-        """The two files of one shard."""
+        """The files of one shard."""
         path = self.folder / entry.name
-        return [_File(Path(f"{path}.bin"), entry.bin_bytes, entry.bin_xxh3), _File(Path(f"{path}.idx"), entry.idx_bytes, entry.idx_xxh3)]
+        files = [_File(Path(f"{path}.bin"), entry.bin_bytes, entry.bin_xxh3), _File(Path(f"{path}.idx"), entry.idx_bytes, entry.idx_xxh3)]
+        if self.manifest.kind == CONVERSATIONS:
+            files.append(_File(Path(f"{path}.replies"), 8 * len(REPLY_FIELDS) * entry.replies, entry.replies_xxh3))
+        return files
+
+    def replies(self, entry: ShardEntry) -> I64:
+        """The rows of REPLY_FIELDS of one shard of conversations, memory-mapped int64 [replies, 5]."""
+        return map_replies(self.folder / f"{entry.name}.replies")
 
     def shards(self, split: str) -> list[Shard]:
         """The split's shards, opened, in the manifest's order."""
@@ -152,7 +166,7 @@ class _File(NamedTuple):
     bytes: int
     xxh3: str
 
-    def checksize_of(self) -> None:
+    def check_size(self) -> None:
         size = size_of(self.path)
         if size != self.bytes:
             raise damaged(self.path, f"{size} bytes, the manifest says {self.bytes}")
@@ -182,21 +196,23 @@ def problems(folder: str | Path, hashes: bool = True) -> list[str]:
         return [str(error)]
     found: list[str] = []
     for entry in corpus.manifest.shards:
-        damaged: list[str] = []
+        damaged_files: list[str] = []
         for file in corpus.files_of(entry):
             try:
-                file.checksize_of()
+                file.check_size()
                 if hashes:
                     file.check_hash()
             except UserError as error:
-                damaged.append(str(error))
-        found += damaged
+                damaged_files.append(str(error))
+        found += damaged_files
         try:
             shard = corpus.shard(entry)
         except UserError as error:
-            found += [] if damaged else [str(error)]
+            found += [] if damaged_files else [str(error)]
             continue
         found += _index_problems(shard) or _token_problems(shard, corpus.manifest, entry)
+        if corpus.manifest.kind == CONVERSATIONS and not damaged_files:
+            found += _reply_problems(shard, corpus.replies(entry), corpus.folder / f"{entry.name}.replies")
     return found
 
 
@@ -216,6 +232,19 @@ def _index_problems(shard: Shard) -> list[str]:
     if int(shard.indices[-1]) != shard.num_documents:
         return [f"{shard.idx_path}: the last document index is {int(shard.indices[-1])}, not {shard.num_documents}"]
     return []
+
+
+def _reply_problems(shard: Shard, replies: I64, path: Path) -> list[str]:
+    """Whether every document has replies, in order, whose offsets lie inside it; the index is sound."""
+    owner, history_end, turn_start, response_start, turn_end = replies.T
+    in_order = len(owner) > 0 and (np.diff(owner, prepend=0) >= 0).all() and (np.unique(owner) == np.arange(shard.num_documents)).all()
+    if not in_order:
+        return [f"{path}: its replies are not those of documents 0..{shard.num_documents - 1} in order"]
+    ends = shard.lengths[:][owner]
+    wrong = ~(
+        (history_end > 0) & (history_end <= turn_start) & (turn_start <= response_start) & (response_start < turn_end) & (turn_end <= ends)
+    )
+    return [f"{path}: reply {int(np.argmax(wrong))} does not lie inside its document"] if wrong.any() else []
 
 
 def _token_problems(shard: Shard, manifest: Manifest, entry: ShardEntry) -> list[str]:

@@ -3,6 +3,8 @@
 A shard is two files. NAME.bin holds the token ids, one document after the other, each document its tokens and one EOS.
 NAME.idx, little-endian: b"MMIDIDX\\0\\0", u64 version 1, u8 dtype code (4 int32, 8 uint16), u64 sequences, u64 document
 indices (sequences + 1), then int32 lengths, int64 byte offsets and int64 document indices. A sequence is one document.
+
+Where documents are conversations there is a third file, NAME.replies: little-endian int64 rows of REPLY_FIELDS, sorted by document.
 """
 
 from __future__ import annotations
@@ -29,6 +31,8 @@ _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
 _DTYPES: dict[int, np.dtype[Any]] = {4: np.dtype("<i4"), 8: np.dtype("<u2")}
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
+REPLY_FIELDS = ("document", "history_end", "turn_start", "response_start", "turn_end")
+"""Of one reply: its document in the shard, and offsets into that document's tokens (llada.chat.Reply)."""
 CHUNK = 1 << 22
 """Tokens or documents handled at a time, and bytes hashed at a time: bounds the memory of writing an index and of checks."""
 
@@ -74,7 +78,7 @@ class _HashedFile:
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """What the manifest says of one shard; checksums are xxh3_64 in hexadecimal."""
+    """What the manifest says of one shard; checksums are xxh3_64 in hexadecimal. Only conversations have replies."""
 
     name: str
     split: str
@@ -86,6 +90,8 @@ class ShardEntry:
     idx_bytes: int
     bin_xxh3: str
     idx_xxh3: str
+    replies: int = 0
+    replies_xxh3: str = ""
 
 
 class ShardWriter:
@@ -98,7 +104,7 @@ class ShardWriter:
         split: recorded in the entry.
 
     Attributes:
-        tokens, documents: written so far.
+        tokens, documents, replies: written so far.
     """
 
     def __init__(self, folder: str | Path, name: str, dtype: npt.DTypeLike, split: str) -> None:
@@ -111,14 +117,17 @@ class ShardWriter:
         self._entry: ShardEntry | None = None
         self._bin = _HashedFile(self.folder / f"{name}.bin")
         self._idx: _HashedFile | None = None
+        self._replies: _HashedFile | None = None
+        self.replies = 0
 
-    def append(self, flat_tokens: npt.ArrayLike, lengths: npt.ArrayLike, text_bytes: int) -> None:
+    def append(self, flat_tokens: npt.ArrayLike, lengths: npt.ArrayLike, text_bytes: int, replies: I64 | None = None) -> None:
         """Add documents.
 
         Args:
             flat_tokens: their token ids one after the other, each document's EOS in place.
             lengths: tokens of each document, EOS included, all >= 1.
-            text_bytes: UTF-8 bytes of their text.
+            text_bytes: UTF-8 bytes of their text (of the replies, where documents are conversations).
+            replies: rows of REPLY_FIELDS, the document counted from the first of this call; None: not conversations.
 
         Raises:
             ValueError: lengths that do not add up, an id that the dtype cannot hold.
@@ -135,6 +144,10 @@ class ShardWriter:
             raise ValueError(f"shard {self.name}: token ids {low}..{high} do not fit {self.dtype}")
         self._bin.write(flat.astype(self.dtype).tobytes())
         self._lengths.append(counts.astype("<i4"))
+        if replies is not None:
+            self._replies = self._replies or _HashedFile(self.folder / f"{self.name}.replies")
+            self._replies.write((replies + np.array([self.documents, 0, 0, 0, 0])).astype("<i8").tobytes())
+            self.replies += len(replies)
         self.tokens += flat.size
         self.documents += counts.size
         self._text_bytes += text_bytes
@@ -150,8 +163,9 @@ class ShardWriter:
             for part in self._index():
                 self._idx.write(part)
             idx_xxh3 = self._idx.finish()
-            self._bin.publish()
-            self._idx.publish()
+            replies_xxh3 = "" if self._replies is None else self._replies.finish()
+            for file in self._files():
+                file.publish()
             sync_folder(self.folder)
         except BaseException:
             self.abort()
@@ -168,14 +182,18 @@ class ShardWriter:
             idx_bytes=self._idx.bytes,
             bin_xxh3=bin_xxh3,
             idx_xxh3=idx_xxh3,
+            replies=self.replies,
+            replies_xxh3=replies_xxh3,
         )
         return self._entry
 
     def abort(self) -> None:
         """Remove what was written."""
-        self._bin.discard()
-        if self._idx is not None:
-            self._idx.discard()
+        for file in self._files():
+            file.discard()
+
+    def _files(self) -> list[_HashedFile]:
+        return [file for file in (self._bin, self._idx, self._replies) if file is not None]
 
     def _index(self) -> Iterator[bytes]:
         yield _HEADER.pack(_MAGIC, 1, _CODES[self.dtype], self.documents, self.documents + 1)
@@ -250,6 +268,14 @@ class Shard:
         first = bisect.bisect_right(self.pointers, start * item)  # a search that copies nothing, see `pointers`
         last = bisect.bisect_left(self.pointers, stop * item, lo=first)
         return self.pointers[first:last].astype(np.int64) // item
+
+
+def map_replies(path: Path) -> I64:
+    """The rows of a .replies file, memory-mapped int64 [replies, 5]. Raises UserError when it cannot be one."""
+    rows = _map(path, np.dtype("<i8"))
+    if rows.size % len(REPLY_FIELDS):
+        raise damaged(path, f"{8 * rows.size} bytes, not a multiple of {8 * len(REPLY_FIELDS)}")
+    return rows.reshape(-1, len(REPLY_FIELDS))
 
 
 def damaged(path: Path, why: str) -> UserError:

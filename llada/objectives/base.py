@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -24,6 +24,8 @@ class Window:
         bounds: segment boundaries 0 = b_0 < ... < b_n = L, int64 [n + 1].
         t: diffusion time of each segment in [0, 1), float64 [n].
         segment: id of the first segment among all segments of the step (or validation); they are numbered in order.
+        spans: first and past-the-last position of each segment that may be masked, int64 [n, 2]; None: the whole segments.
+        scales: factor on the weights of each segment, float64 [n]; None: 1.
     """
 
     sample: int
@@ -31,6 +33,15 @@ class Window:
     bounds: I64
     t: F64
     segment: int
+    spans: I64 | None = None
+    scales: F64 | None = None
+
+    def segments(self) -> Iterator[tuple[int, int, float, float]]:
+        """Of every segment: first and past-the-last position that may be masked, its t, and the factor on its weights."""
+        spans = np.stack([self.bounds[:-1], self.bounds[1:]], axis=1) if self.spans is None else self.spans
+        scales = np.ones(len(spans)) if self.scales is None else self.scales
+        for (start, end), t, scale in zip(spans.tolist(), self.t.tolist(), scales.tolist(), strict=True):
+            yield start, end, t, scale
 
 
 @dataclass(frozen=True)
@@ -61,7 +72,7 @@ class Objective(Protocol):
         ...
 
     def expected_predictions(self, lengths: np.ndarray, t: np.ndarray) -> float:
-        """Mean number of predicted positions in segments of these lengths at these t."""
+        """Mean number of predicted positions in segments with so many maskable tokens at these t."""
         ...
 
 

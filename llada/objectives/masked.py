@@ -1,6 +1,6 @@
 """LLaDA's masked diffusion objective (arXiv 2502.09992, Eq. 3 and appendix A).
 
-For a segment of L tokens at time t:
+For a segment of L maskable tokens (all of them in pretraining, the response in fine-tuning) at time t:
 
 * bernoulli: each token is masked with p = (1 - eps) t + eps, independently; a masked token's loss has weight 1 / p.
 * fixed_count: exactly n = 1 + floor(t L) tokens are masked, uniformly without replacement; weight L / n. With t uniform, n is
@@ -46,15 +46,16 @@ class MaskedDiffusion:
         draws = mask_uniforms(self.seed, window.sample, len(window.tokens), purpose)
         choose = self._fixed_count if (masking or self.masking) == "fixed_count" else self._bernoulli
         weights = np.zeros(len(window.tokens))
-        for start, end, t in zip(window.bounds[:-1], window.bounds[1:], window.t, strict=True):
-            weights[start:end] = choose(draws[start:end], float(t))
+        for start, end, t, scale in window.segments():
+            if start < end:
+                weights[start:end] = scale * choose(draws[start:end], t)
         predicted = np.flatnonzero(weights)
         inputs = window.tokens.copy()
         inputs[predicted] = self.mask_id
         return Corrupted(inputs=inputs, predicted=predicted, weights=weights[predicted])
 
     def expected_predictions(self, lengths: np.ndarray, t: np.ndarray) -> float:
-        """Mean number of masked tokens in segments of these lengths at these t; for counting FLOPs ahead of the draw."""
+        """Mean number of masked tokens in segments of so many maskable tokens at these t; for counting FLOPs ahead of the draw."""
         if self.masking == "fixed_count":
             return float(np.minimum(1 + np.floor(t * lengths), lengths).sum())
         return float((((1 - self.eps) * t + self.eps) * lengths).sum())

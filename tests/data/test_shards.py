@@ -14,7 +14,7 @@ import xxhash
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llada.data.corpus import Corpus, Manifest, problems
+from llada.data.corpus import FORMAT_VERSION, TEXT, Corpus, Manifest, problems
 from llada.data.shards import Shard, ShardWriter, token_dtype
 from llada.errors import UserError
 
@@ -40,8 +40,9 @@ def write(folder: Path, documents: list[list[int]], name: str = "train_00000", d
 
 def make_manifest(shards) -> Manifest:
     return Manifest(
-        format_version=1,
+        format_version=FORMAT_VERSION,
         tool_version="0",
+        kind=TEXT,
         dtype="uint16",
         vocab_size=VOCABULARY,
         rows=128,
@@ -315,7 +316,7 @@ def test_an_edited_manifest_is_refused(folder: Path, edit, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda content: content.update(format_version=2), "format_version 2 is not 1"),
+        (lambda content: content.update(format_version=1), "format_version 1 is not 2"),
         (lambda content: content.pop("rows"), "fields are not those"),
         (lambda content: content["shards"][0].pop("tokens"), "fields of a shard"),
     ],

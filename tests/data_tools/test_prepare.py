@@ -16,7 +16,7 @@ import xxhash
 
 from data_tools import prepare as module
 from data_tools.inspect import check, describe
-from data_tools.prepare import prepare, summary, train_tokenizer
+from data_tools.prepare import in_batches, prepare, summary, train_tokenizer
 from llada.data.corpus import Corpus, Manifest, problems
 from llada.errors import RunError, UserError
 from llada.tokenizer import Tokenizer, train_byte_level_bpe
@@ -352,7 +352,7 @@ def test_progress_goes_to_stderr(capsys: pytest.CaptureFixture[str], tokenizer: 
     assert f"{sum(entry.tokens for entry in manifest.shards):,} tokens" in " ".join(shown.err.split())
 
 
-def test_memory_does_not_grow_with_the_number_of_batches(monkeypatch: pytest.MonkeyPatch):
+def test_memory_does_not_grow_with_the_number_of_batches():
     alive = 0
 
     def texts() -> Iterator[str]:
@@ -361,9 +361,8 @@ def test_memory_does_not_grow_with_the_number_of_batches(monkeypatch: pytest.Mon
             alive += 1
             yield "x" * 100
 
-    monkeypatch.setattr(module, "_BATCH_CHARACTERS", 500)
     sizes = []
-    for batch in module._batches(texts()):
+    for batch in in_batches(texts(), len, 500):
         sizes.append(len(batch))
         assert alive == sum(sizes)  # nothing is read ahead of what is written
     assert sizes == [5] * 200
