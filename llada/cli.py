@@ -6,7 +6,7 @@ import os
 import sys
 import traceback
 import warnings
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -22,19 +22,28 @@ app = typer.Typer(
 app.add_typer(data_app, name="data", help="Tokenize, shard, inspect and verify corpora.")
 
 
+AllowChanged = Annotated[bool, typer.Option(help="Resume although settings, data or versions changed; recorded.")]
+
+
 @app.command()
-def pretrain(
-    config: Config,
-    overrides: Overrides = None,
-    allow_changed: Annotated[bool, typer.Option(help="Resume although settings, data or versions changed; recorded.")] = False,
-) -> None:
+def pretrain(config: Config, overrides: Overrides = None, allow_changed: AllowChanged = False) -> None:
     """Pretrain CONFIG: alone, or as each rank of torchrun or srun. Continues from the run's latest checkpoint."""
+    _train("pretrain", config, overrides, allow_changed)
+
+
+@app.command()
+def sft(config: Config, overrides: Overrides = None, allow_changed: AllowChanged = False) -> None:
+    """Fine-tune CONFIG on conversations: alone, or as each rank of torchrun or srun. Continues from the latest checkpoint."""
+    _train("sft", config, overrides, allow_changed)
+
+
+def _train(task: Literal["pretrain", "sft"], config: str, overrides: list[str] | None, allow_changed: bool) -> None:
     from llada.training.signals import StopRequest
 
     stop = StopRequest().install()  # before the slow imports
     from llada.config import load_config
 
-    resolved = load_config(config, overrides, task="pretrain")
+    resolved = load_config(config, overrides, task=task)
     from llada.training.loop import train
 
     raise typer.Exit(train(resolved, stop, allow_changed))

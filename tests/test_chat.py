@@ -78,5 +78,5 @@ def test_a_tokenizer_without_the_formats_tokens_is_refused(tmp_path: Path) -> No
     fast = Fast(models.WordLevel({"a": 0}, unk_token="a"))
     fast.add_special_tokens(["<|endoftext|>", "<|mdm_mask|>"])
     fast.save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(UserError, match="start of a text.*--add-special-tokens"):
+    with pytest.raises(UserError, match=r"start of a text.*--add-special-tokens"):
         ChatFormat(Tokenizer.load(tmp_path))

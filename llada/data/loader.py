@@ -1,4 +1,4 @@
-"""Step -> this replica's micro-batches, prepared in the background. Its whole state is the step number."""
+"""Step -> its plan and this replica's micro-batches, prepared in the background. Its whole state is the step number."""
 
 from __future__ import annotations
 
@@ -6,14 +6,18 @@ import queue
 import threading
 from collections.abc import Callable, Iterator
 
+from llada.data.base import Plan
 from llada.objectives import Batch
+
+Prepared = tuple[Plan, list[Batch]]
+"""The plan of a step and this replica's micro-batches of it."""
 
 
 class Loader:
-    """Iterates over (step, micro-batches) from `first` to `last` (exclusive), `ahead` steps prepared by a thread.
+    """Iterates over (step, plan, micro-batches) from `first` to `last` (exclusive), `ahead` steps prepared by a thread.
 
     Args:
-        make: step -> micro-batches of this replica; a pure function of the step.
+        make: step -> plan and micro-batches of this replica; a pure function of the step.
         first, last: steps, 0-based.
         ahead: steps held ready.
         pin: copy batches to page-locked memory (GPU).
@@ -21,19 +25,19 @@ class Loader:
     An exception in `make` is raised where the step would have been returned.
     """
 
-    def __init__(self, make: Callable[[int], list[Batch]], first: int, last: int, ahead: int = 2, pin: bool = False) -> None:
+    def __init__(self, make: Callable[[int], Prepared], first: int, last: int, ahead: int = 2, pin: bool = False) -> None:
         self._make, self._steps, self._pin = make, range(first, last), pin
         self._ready: queue.Queue[object] = queue.Queue(maxsize=ahead)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work, name="loader", daemon=True)
         self._thread.start()
 
-    def __iter__(self) -> Iterator[tuple[int, list[Batch]]]:
+    def __iter__(self) -> Iterator[tuple[int, Plan, list[Batch]]]:
         for step in self._steps:
             item = self._ready.get()
             if isinstance(item, BaseException):
                 raise item
-            yield step, item  # type: ignore[misc]
+            yield step, *item  # type: ignore[misc]
 
     def close(self) -> None:
         """Stop the thread; steps already prepared are dropped."""
@@ -48,8 +52,8 @@ class Loader:
         for step in self._steps:
             item: object
             try:
-                batches = self._make(step)
-                item = [batch.pin_memory() for batch in batches] if self._pin else batches
+                plan, batches = self._make(step)
+                item = plan, [batch.pin_memory() for batch in batches] if self._pin else batches
             except BaseException as error:  # handed to the consumer, which raises it
                 item = error
             if not self._put(item) or isinstance(item, BaseException):

@@ -6,7 +6,8 @@ block gives each corpus a fixed integer quota, in keyed order. A sample's positi
     windows consumed before the stage + (block - first block of the stage) * quota + rank within the block
 
 and its epoch is position // windows; each epoch is a keyed permutation of the corpus, keyed by the data's fingerprint, so
-neither the path nor the place in the list matters. Stages end where a corpus reaches its cap, always at a block boundary.
+neither the path nor the place in the list matters. Stages end where a corpus reaches its cap, always at a block boundary: in a
+block for which it has too few windows left it gives those, and the others share the rest by weight.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ class Stage:
 
     Attributes:
         first_block: where it starts.
-        quotas: samples per block of each source, int64 [sources]; they add up to the block.
+        quotas: samples per block of each source, int64 [sources]; they add up to the block, except in the last one of an
+            all-capped mixture.
         consumed: windows of each source consumed before the stage, int64 [sources].
     """
 
@@ -75,6 +77,9 @@ class Mixture:
         sources: the corpora in order.
         seed: key of the order.
 
+    Attributes:
+        num_samples: samples until every source has reached its cap; None: endless.
+
     Raises:
         UserError: a source without a full window, with a weight too small for one sample per block, or the same data twice.
     """
@@ -83,14 +88,20 @@ class Mixture:
         self.sources = tuple(sources)
         self.seed = seed
         self._check()
-        self.stages, self.end_block = self._plan()
+        self.stages, self.num_samples = self._plan()
         self._slots = lru_cache(maxsize=8)(self._block_slots)
 
     def _check(self) -> None:
         for i, source in enumerate(self.sources):
             if source.windows < 1:
                 raise UserError(
-                    f"data.mixture.{i}.path: {source.name} holds no full window; use a smaller data.sequence_length or more text"
+                    f"data.mixture.{i}.path: {source.name} holds no full window or conversation; "
+                    "use a smaller data.sequence_length or more text"
+                )
+            if source.max_windows is not None and source.max_windows < 1:
+                raise UserError(
+                    f"data.mixture.{i}.max_epochs: less than one of the {source.windows} windows or conversations of {source.name}; "
+                    "raise it or drop the entry"
                 )
             twins = [other.name for other in self.sources[:i] if other.fingerprint == source.fingerprint]
             if twins:
@@ -99,48 +110,55 @@ class Mixture:
                 )
 
     def _plan(self) -> tuple[list[Stage], int | None]:
-        """Cut stages where a capped source has too few windows left for another block. Returns them and the block at which
-        every source has left (None: never)."""
-        active = list(range(len(self.sources)))
+        """Cut stages where a capped source has too few windows left for another block. Returns them and the number of samples
+        until every source has left (None: never)."""
         stages: list[Stage] = []
         block, consumed = 0, np.zeros(len(self.sources), dtype=np.int64)
-        while active:
-            quotas = np.zeros(len(self.sources), dtype=np.int64)
-            quotas[active] = quotas_of([self.sources[i].weight for i in active])
-            for i in active:
-                if quotas[i] == 0:
-                    source = self.sources[i]
-                    raise UserError(
-                        f"data.mixture.{i}.weight: {source.weight} gives {source.name} no sample "
-                        f"in a block of {SHUFFLE_BLOCK}; raise it or drop the entry"
-                    )
-            lasts = {i: self._blocks_left(i, quotas, consumed) for i in active}
-            finite = [blocks for blocks in lasts.values() if blocks is not None]
-            if not finite:
+        caps = [source.max_windows for source in self.sources]
+        while active := [i for i, cap in enumerate(caps) if cap is None or cap > consumed[i]]:
+            left = {i: cap - int(consumed[i]) for i in active if (cap := caps[i]) is not None}
+            quotas = self._quotas(active)
+            if not left:
                 stages.append(Stage(block, quotas, consumed))
                 return stages, None
-            length = min(finite)
-            if length:
-                stages.append(Stage(block, quotas, consumed))
-                block, consumed = block + length, consumed + length * quotas
-            active = [i for i in active if (left := lasts[i]) is None or left > length]
-        return stages, block
+            length = min(left[i] // int(quotas[i]) for i in left)
+            if not length:
+                quotas, length = self._last_quotas(active, left), 1
+            stages.append(Stage(block, quotas, consumed))
+            block, consumed = block + length, consumed + length * quotas
+        return stages, int(consumed.sum())
 
-    def _blocks_left(self, i: int, quotas: I64, consumed: I64) -> int | None:
-        cap = self.sources[i].max_windows
-        return None if cap is None else int((cap - consumed[i]) // quotas[i])
+    def _quotas(self, active: list[int], size: int = SHUFFLE_BLOCK) -> I64:
+        quotas = np.zeros(len(self.sources), dtype=np.int64)
+        quotas[active] = quotas_of([self.sources[i].weight for i in active], size)
+        for i in active:
+            if quotas[i] == 0 and size == SHUFFLE_BLOCK:
+                source = self.sources[i]
+                raise UserError(
+                    f"data.mixture.{i}.weight: {source.weight} gives {source.name} no sample "
+                    f"in a block of {SHUFFLE_BLOCK}; raise it or drop the entry"
+                )
+        return quotas
 
-    @property
-    def num_samples(self) -> int | None:
-        """Samples until every source has reached its cap; None: endless."""
-        return None if self.end_block is None else self.end_block * SHUFFLE_BLOCK
+    def _last_quotas(self, active: list[int], left: dict[int, int]) -> I64:
+        """Of a block in which a source reaches its cap: no source gives more than it has left, the others share the rest."""
+        fixed: dict[int, int] = {}
+        while rest := [i for i in active if i not in fixed]:
+            quotas = self._quotas(rest, SHUFFLE_BLOCK - sum(fixed.values()))
+            over = {i: left[i] for i in rest if i in left and quotas[i] >= left[i]}
+            if not over:
+                break
+            fixed |= over
+        quotas = quotas if rest else np.zeros(len(self.sources), dtype=np.int64)
+        quotas[list(fixed)] = list(fixed.values())
+        return quotas
 
     def _block_slots(self, block: int) -> tuple[Stage, I64, I64]:
         """The stage of a block, and for each of its samples the source and the rank among that source's samples."""
         stage = next(stage for stage in reversed(self.stages) if stage.first_block <= block)
         slots = np.repeat(np.arange(len(self.sources)), stage.quotas)
-        slots = slots[np.argsort(stream(self.seed, "mixture/block", block).random_raw(SHUFFLE_BLOCK), kind="stable")]
-        ranks = np.empty(SHUFFLE_BLOCK, dtype=np.int64)
+        slots = slots[np.argsort(stream(self.seed, "mixture/block", block).random_raw(len(slots)), kind="stable")]
+        ranks = np.empty(len(slots), dtype=np.int64)
         for i, quota in enumerate(stage.quotas):
             ranks[slots == i] = np.arange(quota)
         return stage, slots, ranks
@@ -151,8 +169,8 @@ class Mixture:
         Raises IndexError past the last sample of an all-capped mixture.
         """
         block, offset = divmod(sample, SHUFFLE_BLOCK)
-        if self.end_block is not None and block >= self.end_block:
-            raise IndexError(f"sample {sample} is past the mixture's last, {self.end_block * SHUFFLE_BLOCK - 1}")
+        if self.num_samples is not None and sample >= self.num_samples:
+            raise IndexError(f"sample {sample} is past the mixture's last, {self.num_samples - 1}")
         stage, slots, ranks = self._slots(block)
         i = int(slots[offset])
         return i, int(stage.consumed[i] + (block - stage.first_block) * stage.quotas[i] + ranks[offset])

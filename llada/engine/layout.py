@@ -8,18 +8,24 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from llada.config import ParallelSection
 from llada.engine.base import Place
 from llada.errors import UserError
 from llada.objectives.base import Batch
+from llada.settings import ParallelSection
 
 
 def world_from_environment() -> tuple[int, int, int]:
     """(rank, world size, local rank) as set by torchrun or srun; (0, 1, 0) when started alone.
 
-    Raises UserError when the variables contradict each other.
+    Raises UserError when the variables contradict each other, or when srun started several tasks that cannot find each other.
     """
     env = os.environ
+    tasks = env.get("SLURM_STEP_NUM_TASKS", "1")
+    if "WORLD_SIZE" not in env and "MASTER_ADDR" not in env and tasks != "1":
+        raise UserError(
+            f"environment: srun started {tasks} tasks, but MASTER_ADDR (the first node's name) and MASTER_PORT (a free port) are not set; "
+            "export both before srun, or every task would train alone"
+        )
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK") if "WORLD_SIZE" in env else ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
     if "WORLD_SIZE" not in env and "MASTER_ADDR" not in env:
         return 0, 1, 0

@@ -31,7 +31,7 @@ from megatron.core.transformer import TransformerConfig  # noqa: E402
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset  # noqa: E402
 
 from llada.model import weights  # noqa: E402
-from llada.model.attention import attention_inputs, uses_varlen  # noqa: E402
+from llada.model.attention import attention_inputs, choose_kernel  # noqa: E402
 from llada.model.token_losses import KERNELS  # noqa: E402
 from llada.model.transformer import BidirectionalTransformer, Predicted  # noqa: E402
 
@@ -62,7 +62,7 @@ class MegatronEngine:
         self.config = config
         self.place: Place = start_model_parallel(config.parallel)
         self.dtype = DTYPES[config.precision]
-        self.varlen = uses_varlen(self.device, self.dtype)
+        self.kernel = choose_kernel(self.device, self.dtype, config.model.head_dim)
         self.transformer_config = _transformer_config(config, self.dtype, self.device)
         self.chunks = self._build_chunks(KERNELS[token_loss])
         for chunk in self.chunks:
@@ -143,7 +143,7 @@ class MegatronEngine:
         first, last, inside = context_part(batch, *context)
         model = self.config.model
         attention = attention_inputs(
-            batch.layout, self._to_device(batch.positions[first:last]), first, model.head_dim, model.rope_theta, self.varlen
+            batch.layout, self._to_device(batch.positions[first:last]), first, model.head_dim, model.rope_theta, self.kernel
         )
         indices = (batch.columns[inside] - first) * batch.inputs.shape[0] + batch.rows[inside]
         predicted = Predicted(self._to_device(indices), self._to_device(batch.targets[inside]))
@@ -157,7 +157,7 @@ class MegatronEngine:
     def logits(self, batch: Batch) -> torch.Tensor:
         """Logits of every position, fp32 [b, L, vocabulary] on CPU. One process only: for verification, not for training."""
         model = self.config.model
-        attention = attention_inputs(batch.layout, self._to_device(batch.positions), 0, model.head_dim, model.rope_theta, self.varlen)
+        attention = attention_inputs(batch.layout, self._to_device(batch.positions), 0, model.head_dim, model.rope_theta, self.kernel)
         self.chunks[0].eval()
         return self.chunks[0](self._to_device(batch.inputs), attention).transpose(0, 1).float().cpu()
 
@@ -206,28 +206,30 @@ class MegatronEngine:
         dist_checkpointing.save(self._state(loading=False), str(folder), content_metadata={"distrib_optim_sharding_type": SHARDING})
 
     def load(self, folder: Path, optimizer: bool = True) -> None:
-        """Read what `save` wrote, on any layout; without `optimizer` the weights alone, and the optimizer starts afresh."""
-        if optimizer:
-            # Without a first step the optimizer has no moments to load into.
-            for part in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
-                part._init_optimizer_states_with_dummy_values()
-        state = dist_checkpointing.load(self._state(loading=True, optimizer=optimizer), str(folder))
+        """Read what `save` wrote, on any layout; without `optimizer` the weights alone, and the optimizer starts afresh.
+
+        The optimizer's state is read in both cases: it holds the fp32 master weights of a bf16 run.
+        """
+        for part in self._optimizers():  # without a first step the optimizer has no moments to load into
+            part._init_optimizer_states_with_dummy_values()
+        state = dist_checkpointing.load(self._state(loading=True), str(folder))
         for index, chunk in enumerate(self.chunks):
             chunk.load_state_dict(state[f"model{index}"], strict=False)  # not strict: Megatron-Core's modules list empty extra states
-        if optimizer:
-            self.optimizer.load_state_dict(state["optimizer"])
-            self._own_step_counts()
-        else:
-            self.optimizer.reload_model_params()
-
-    def _own_step_counts(self) -> None:
-        """Give every parameter its own step count: loading shares one tensor among all, which then grows once per parameter."""
-        for part in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
+        self.optimizer.load_state_dict(state["optimizer"])
+        for part in self._optimizers():
+            for group in part.optimizer.param_groups:  # loading sets those of the checkpoint
+                group["betas"], group["eps"] = (self.config.optimizer.beta1, self.config.optimizer.beta2), self.config.optimizer.eps
             for moments in part.optimizer.state.values():
-                if isinstance(moments.get("step"), torch.Tensor):
-                    moments["step"] = moments["step"].clone()
+                # Loading shares one step count among all parameters, which would then grow once per parameter.
+                moments["step"] = moments["step"].clone()
+                if not optimizer:
+                    for value in moments.values():
+                        value.zero_()
 
-    def _state(self, loading: bool, optimizer: bool = True) -> dict[str, Any]:
+    def _optimizers(self) -> list[Any]:
+        return getattr(self.optimizer, "chained_optimizers", [self.optimizer])
+
+    def _state(self, loading: bool) -> dict[str, Any]:
         """The sharded state of all chunks; they must be saved and loaded in one call."""
         metadata = {
             "distrib_optim_sharding_type": SHARDING,
@@ -235,9 +237,8 @@ class MegatronEngine:
             "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
         }
         state: dict[str, Any] = {f"model{i}": chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(self.chunks)}
-        if optimizer:
-            model_state = state["model0"] if len(self.chunks) == 1 else dict(state)
-            state["optimizer"] = self.optimizer.sharded_state_dict(model_state, is_loading=loading, metadata=metadata)
+        model_state = state["model0"] if len(self.chunks) == 1 else dict(state)
+        state["optimizer"] = self.optimizer.sharded_state_dict(model_state, is_loading=loading, metadata=metadata)
         return state
 
     # -- the rest of the contract --------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """Bidirectional attention over segments, the one place that chooses a kernel.
 
-flash-attn (4, 3 or 2) where it is installed, else torch's variable-length flash attention on a GPU; torch's scaled dot product
-per segment on CPU and for fp32 on a GPU. On a GPU the unfused math kernel is never used silently: it is refused.
+In bf16 on a GPU: flash-attn (4, 3 or 2, whichever is installed and made for the GPU); without it torch's variable-length flash
+attention where rows are cut into segments, and torch's scaled dot product for whole rows. On CPU, and in fp32 on a GPU, torch's
+scaled dot product per segment. On a GPU the unfused math kernel is never used silently: it is refused.
 """
 
 from __future__ import annotations
@@ -17,10 +18,26 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from llada.errors import RunError
+from llada.errors import RunError, UserError
 from llada.objectives.base import Segments
 
 Varlen = Callable[..., torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A variable-length flash attention kernel.
+
+    Attributes:
+        name: for people, and for the versions of a checkpoint.
+        call: (q, k, v [tokens, heads, head_dim], cumulative lengths of queries and keys, longest of each) -> like q; fewer key
+            than query heads are allowed.
+        whole_rows: used for rows of one segment too; false: torch's scaled dot product, which has more kernels, computes them.
+    """
+
+    name: str
+    call: Varlen
+    whole_rows: bool
 
 
 @dataclass(frozen=True)
@@ -31,8 +48,9 @@ class AttentionInputs:
         layout: segments of the whole rows.
         offset: position of this rank's first query token (context parallelism), in tokens.
         cos, sin: rotary tables of this rank's tokens, fp32 [s, 1, 1, head_dim / 2].
-        cu_seqlens_q, cu_seqlens_k: cumulative segment lengths in the row-major flattening of the local queries and of all
-            keys, int32 [segments + 1] on the GPU; None where the layout is whole rows or the kernel works per segment.
+        kernel: the variable-length kernel that computes it; None: torch's scaled dot product, per segment.
+        cu_seqlens_q, cu_seqlens_k: for it, cumulative segment lengths in the row-major flattening of the local queries and of
+            all keys, int32 [segments + 1] on the GPU.
         max_q, max_k: longest segment, in tokens.
     """
 
@@ -40,6 +58,7 @@ class AttentionInputs:
     offset: int
     cos: torch.Tensor
     sin: torch.Tensor
+    kernel: Kernel | None = None
     cu_seqlens_q: torch.Tensor | None = None
     cu_seqlens_k: torch.Tensor | None = None
     max_q: int = 0
@@ -102,7 +121,9 @@ def segment_lengths(layout: Segments, offset: int, length: int) -> tuple[list[in
     return queries, keys
 
 
-def attention_inputs(layout: Segments, positions: torch.Tensor, offset: int, head_dim: int, theta: float, varlen: bool) -> AttentionInputs:
+def attention_inputs(
+    layout: Segments, positions: torch.Tensor, offset: int, head_dim: int, theta: float, kernel: Kernel | None
+) -> AttentionInputs:
     """Prepare what the layers of one micro-batch share.
 
     Args:
@@ -110,17 +131,17 @@ def attention_inputs(layout: Segments, positions: torch.Tensor, offset: int, hea
         positions: this rank's rotary positions [s], on the device.
         offset: index of this rank's first token in the row.
         head_dim, theta: of the rotary embedding.
-        varlen: also build the cumulative lengths of a variable-length kernel.
+        kernel: a variable-length kernel, for which the cumulative lengths are built too; None: torch's scaled dot product.
     """
     cos, sin = rotary_tables(positions, head_dim, theta)
-    if not varlen or layout.whole():
+    if kernel is None or (layout.whole() and not kernel.whole_rows):
         return AttentionInputs(layout, offset, cos, sin)
     queries, keys = segment_lengths(layout, offset, len(positions))
 
     def cumulative(lengths: list[int]) -> torch.Tensor:
         return F.pad(torch.tensor(lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0)).to(positions.device, non_blocking=True)
 
-    return AttentionInputs(layout, offset, cos, sin, cumulative(queries), cumulative(keys), max(queries), max(keys))
+    return AttentionInputs(layout, offset, cos, sin, kernel, cumulative(queries), cumulative(keys), max(queries), max(keys))
 
 
 def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -166,23 +187,36 @@ def segmented_sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, inputs: At
     return torch.cat(outputs, dim=1)[:, back]
 
 
-@functools.cache
-def varlen_kernel() -> tuple[str, Varlen] | None:
-    """The variable-length flash kernel of this machine for bf16 on a GPU and its name, newest first; None when there is none.
+_FLASH_ATTN = (
+    ("flash-attn 4", "flash_attn.cute", (10, 11)),
+    ("flash-attn 3", "flash_attn_interface", (9, 9)),
+    ("flash-attn 2", "flash_attn", (8, 99)),
+)
+"""Name, module, and the first and last major compute capability whose GPUs it is made for; its kernels fail on others."""
 
-    Each takes q, k, v [tokens, heads, head_dim], cumulative and longest lengths, and allows fewer key than query heads.
-    """
-    for name, module in (("flash-attn 4", "flash_attn.cute"), ("flash-attn 3", "flash_attn_interface"), ("flash-attn 2", "flash_attn")):
+
+@functools.cache
+def varlen_kernel(capability: int) -> Kernel | None:
+    """The variable-length flash kernel for bf16 on a GPU of this major compute capability, newest first; None when there is none."""
+    for name, module, (first, last) in _FLASH_ATTN:
+        if not first <= capability <= last:
+            continue
         try:
             function = importlib.import_module(module).flash_attn_varlen_func
         except (ImportError, AttributeError):
             continue
-        return name, functools.partial(_call_flash_attn, function)
+        return Kernel(name, functools.partial(_call_flash_attn, function), whole_rows=True)
     try:
         function = importlib.import_module("torch.nn.attention.varlen").varlen_attn
     except (ImportError, AttributeError):
         return None
-    return "torch varlen", functools.partial(_call_torch_varlen, function)
+    return Kernel("torch varlen", functools.partial(_call_torch_varlen, function), whole_rows=False)
+
+
+def kernel_name() -> str:
+    """What computes attention in bf16 on this machine's GPU."""
+    found = varlen_kernel(torch.cuda.get_device_capability()[0])
+    return found.name if found else "torch scaled dot product"
 
 
 def _call_flash_attn(
@@ -201,22 +235,31 @@ def _call_torch_varlen(
     return function(q, k, v, cu_q, cu_k, max_q, max_k)
 
 
-def uses_varlen(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether segments go through a variable-length kernel here. Raises RunError on a GPU in bf16 without any."""
+def choose_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> Kernel | None:
+    """The kernel of a run; None: torch's scaled dot product per segment (CPU, fp32).
+
+    Raises:
+        RunError: bf16 on a GPU without a variable-length kernel.
+        UserError: a head dimension that flash kernels do not have.
+    """
     if device.type != "cuda" or dtype == torch.float32:
-        return False
-    if varlen_kernel() is None:
+        return None
+    if head_dim % 8 or head_dim > 256:
+        raise UserError(
+            f"model.hidden_size: the head dimension {head_dim} (hidden_size / num_attention_heads) must be a multiple of 8 and at most 256 "
+            "for flash attention in bf16 on a GPU"
+        )
+    found = varlen_kernel(torch.cuda.get_device_capability(device)[0])
+    if found is None:
         raise RunError("attention: neither flash-attn nor torch's variable-length attention is installed; install the gpu extra")
-    return True
+    return found
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, inputs: AttentionInputs) -> torch.Tensor:
     """Attention of q [s, b, h, d] (this rank's tokens) to k, v [L, b, g, d] (whole rows) within segments; [s, b, h, d]."""
-    if inputs.cu_seqlens_q is None:
+    if inputs.kernel is None:
         return segmented_sdpa(q, k, v, inputs)
-    found = varlen_kernel()
-    assert found is not None and inputs.cu_seqlens_k is not None
     s, b = q.shape[:2]
     flat = [x.transpose(0, 1).reshape(-1, *x.shape[2:]) for x in (q, k, v)]
-    out = found[1](*flat, inputs.cu_seqlens_q, inputs.cu_seqlens_k, inputs.max_q, inputs.max_k)
+    out = inputs.kernel.call(*flat, inputs.cu_seqlens_q, inputs.cu_seqlens_k, inputs.max_q, inputs.max_k)
     return out.view(b, s, *q.shape[2:]).transpose(0, 1)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from llada.config import ModelSection
+from llada.settings import ModelSection
 
 # Dense bf16 peaks of the vendors' data sheets, FLOP/s, by a part of the device name; the more specific name first.
 _PEAKS_BF16 = (

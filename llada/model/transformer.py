@@ -19,9 +19,9 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
-from llada.config import ModelSection
 from llada.model.attention import AttentionInputs, attend, rotate
 from llada.model.token_losses import TokenLoss
+from llada.settings import ModelSection
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-from llada.config import ModelSection
 from llada.noise import stream, uniforms
+from llada.settings import ModelSection
 
 INIT_BLOCK_ROWS = 64
 """Rows of a weight that share one random stream; a rank generates only the blocks that meet its shard."""

@@ -71,6 +71,7 @@ def save(root: Path, state: State, tokenizer: Path, write: Callable[[Path], None
     if main:
         shutil.rmtree(partial, ignore_errors=True)
         (partial / "model").mkdir(parents=True)
+        sync_folder(root.parent)  # the entry of `root` itself
     barrier()
     write(partial / "model")
     if main:

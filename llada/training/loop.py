@@ -11,20 +11,24 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import orjson
 import torch
 import yaml
 
 import llada
 from llada.config import PROVENANCE, RunConfig, build_config, dump_config
-from llada.data.loader import Loader
-from llada.data.pretrain import PretrainData
+from llada.data import open_data
+from llada.data.base import TRAIN, Plan
+from llada.data.loader import Loader, Prepared
+from llada.data.sft import ReplyReader
 from llada.engine.base import StepResult
 from llada.engine.layout import sample_offsets, world_from_environment
 from llada.engine.megatron import DTYPES, MegatronEngine
 from llada.errors import UserError
-from llada.files import write_atomically
+from llada.files import sync_folder, write_atomically
+from llada.model.attention import kernel_name
 from llada.model.flops import peak_flops, step_flops
-from llada.objectives import Batch
+from llada.tokenizer import Tokenizer
 from llada.training import checkpoint, metrics
 from llada.training.guard import Guard
 from llada.training.schedule import Schedule
@@ -73,9 +77,9 @@ def train(config: RunConfig, stop: StopRequest, allow_changed: bool = False) -> 
 
 def _loop(run: Run, stop: StopRequest) -> int:
     config = run.config
-    for step, batches in run.batches():
+    for step, plan, batches in run.batches():
         result = run.engine.train_step(batches, run.schedule.learning_rate(step))
-        run.record(step, result)
+        run.record(step, plan, result)
         done = step + 1
         last = done == config.train.steps
         stopping = run.engine.any(bool(stop))
@@ -103,14 +107,14 @@ class Run:
         if self.schedule.steps is not None and self.schedule.steps < config.train.steps:
             self.schedule.learning_rate(config.train.steps - 1)  # raises with the setting's name
         self.threads = _set_threads(config, size)
-        self.data = PretrainData(config, verify=rank == 0)
+        self.data = open_data(config, verify=rank == 0)
         start = self._find_start(allow_changed)
         if rank == 0:
             _make_folder(self.folder)
         self.engine = MegatronEngine(config, self.data.objective.token_loss)
         self.place, self.device = self.engine.place, self.engine.device
         self.lineage: list[dict[str, Any]] = start.lineage
-        self.first = start.step
+        self.first, self.tokens = start.step, start.tokens
         if start.folder is not None:
             self.engine.load(start.folder / "model", optimizer=start.optimizer)
         self.validator = Validator(self.data, self.place)
@@ -136,11 +140,11 @@ class Run:
                     f"resume from {found[-1]}: {changes[0]} changed since; restore it, use another run.dir, or pass --allow-changed"
                 )
             lineage = state.lineage + ([{"resumed_at_step": state.step, "changed": changes}] if changes else [])
-            return _Start(found[-1], state.step, True, lineage)
+            return _Start(found[-1], state.step, True, lineage, state.tokens)
         if self.config.run.init_from:
             source = checkpoint.resolve(self.config.run.init_from)
             state = checkpoint.read_state(source)
-            self._check_shape(source, state)
+            self._check_source(source, state)
             what = self.config.run.init_what
             lineage = [*state.lineage, {"init_from": str(source), "step": state.step, "tokens": state.tokens, "what": what}]
             return _Start(source, 0, what == "weights+optimizer", lineage)
@@ -162,47 +166,68 @@ class Run:
         found += [f"{key}: {state.versions.get(key)} -> {versions[key]}" for key in versions if state.versions.get(key) != versions[key]]
         return [change for change in found if change is not None]
 
-    def _check_shape(self, source: Path, state: checkpoint.State) -> None:
-        difference = checkpoint.first_difference(state.config["model"], dump_config(self.config)["model"], (), "model.")
+    def _check_source(self, source: Path, state: checkpoint.State) -> None:
+        """Whether the weights of another run fit: the same shapes, and ids that mean the same tokens."""
+        model = state.config["model"], dump_config(self.config)["model"]
+        difference = checkpoint.first_difference(*model, ("model.rope_theta", "model.embedding_init_std"), "model.")
         if difference:
             raise UserError(f"run.init_from: {source} holds another architecture: {difference}")
+        found, wanted = Tokenizer.load(source / "tokenizer").fingerprint, self.data.manifest.tokenizer_fingerprint
+        if found != wanted:
+            raise UserError(
+                f"run.init_from: {source} was trained with another tokenizer ({found[:16]}) than that of "
+                f"{self.data.corpora[0].folder} ({wanted[:16]}); prepare the data with {source / 'tokenizer'}"
+            )
+        if state.data == self.data.fingerprint and state.config["seed"] == self.config.seed:
+            self.say(
+                f"seed: {self.config.seed} and the data are those of {source}: this run reads the same samples again, from the first; "
+                "set another seed for another order",
+                before_start=True,
+            )
 
     def _versions(self) -> dict[str, str]:
         names = ("torch", "megatron-core", "numpy")
-        return {name: version(name) for name in names} | {"run.threads": str(self.threads), "machine": platform.machine()}
+        found = {name: version(name) for name in names} | {"run.threads": str(self.threads), "machine": platform.machine()}
+        if torch.cuda.is_available():
+            found |= {"cuda": str(torch.version.cuda), "gpu": torch.cuda.get_device_name(), "attention": kernel_name()}
+            found["run.deterministic"] = str(self.config.run.deterministic)
+        return found
 
     # -- the steps -----------------------------------------------------------------------------------------------------
 
     def batches(self) -> Loader:
-        """(step, micro-batches of this replica) for every step that is left."""
+        """(step, plan, micro-batches of this replica) for every step that is left."""
         self.loader = Loader(self.make_batches, self.first, self.config.train.steps, pin=self.device.type == "cuda")
         return self.loader
 
-    def make_batches(self, step: int) -> list[Batch]:
-        """This replica's micro-batches of a step (0-based); a pure function of config and data."""
+    def make_batches(self, step: int) -> Prepared:
+        """The plan and this replica's micro-batches of a step (0-based); a pure function of config and data."""
         plan = self.data.plan(step)
         batch, place = self.config.batch, self.place
-        return [self.data.batch(plan, offsets) for offsets in sample_offsets(batch.global_, batch.micro, place.data_rank, place.data_size)]
+        return plan, [
+            self.data.batch(plan, offsets) for offsets in sample_offsets(batch.global_, batch.micro, place.data_rank, place.data_size)
+        ]
 
-    def record(self, step: int, result: StepResult) -> None:
+    def record(self, step: int, plan: Plan, result: StepResult) -> None:
         """Note one step (0-based) everywhere, and stop a run that has gone wrong."""
         config, now = self.config, time.perf_counter()
         seconds, self._time = now - self._time, now
+        self.tokens += plan.tokens
         if self.place.is_main:
-            plan = self.data.plan(step)
-            predicted = self.data.objective.expected_predictions(plan.lengths, plan.t)
-            flops = step_flops(config.model, plan.lengths.tolist(), predicted, config.data.sequence_length)
+            own = plan.maskable > 0
+            predicted = self.data.objective.expected_predictions(plan.maskable[own], plan.t[own])
+            flops = step_flops(config.model, plan.counted.tolist(), predicted, config.data.sequence_length)
             peak = self._peak * self.place.world_size
             self._write(
                 {
                     "step": step + 1,
-                    "tokens": (step + 1) * config.tokens_per_step,
+                    "tokens": self.tokens,
                     "loss": result.loss,
                     "grad_norm": result.grad_norm,
                     "lr": self.schedule.learning_rate(step),
                     "skipped": not result.applied,
                     "seconds": seconds,
-                    "tokens_per_second": config.tokens_per_step / seconds,
+                    "tokens_per_second": plan.tokens / seconds,
                     "mfu": flops.actual / seconds / peak,
                     "mfu_full_length": flops.full_length / seconds / peak,
                     "memory_gb": self.engine.peak_memory_gb(),
@@ -228,7 +253,7 @@ class Run:
         state = checkpoint.State(
             step=done,
             samples=done * config.batch.global_,
-            tokens=done * config.tokens_per_step,
+            tokens=self.tokens,
             data=self.data.fingerprint,
             config=dump_config(config),
             versions=self._versions(),
@@ -268,11 +293,24 @@ class Run:
         elif start.folder:
             self.say(f"initialised from {start.folder} ({config.run.init_what})")
         self.say(f"peak {self._peak / 1e12:.3g} TFLOP/s per rank ({source}); {self.place.world_size} ranks, {self.threads} threads each")
-        for i, reader in enumerate(self.data.readers["train"]):
-            self.say(
-                f"{config.data.mixture[i].path}: {reader.windows:,} windows, {reader.dropped:,} tokens in incomplete last windows "
-                "are not trained on" + ("" if i in self.validator.corpora else "; no validation window: trains without validation")
-            )
+        for i, reader in enumerate(self.data.readers[TRAIN]):
+            without = "" if i in self.validator.corpora else "; nothing held out that fits: trains without validation"
+            self.say(f"{config.data.mixture[i].path}: {reader.summary()}{without}")
+        self._list_too_long()
+
+    def _list_too_long(self) -> None:
+        """RUN/too_long.jsonl: every conversation that no row can hold."""
+        rows = [
+            {"corpus": reader.corpus.folder.name, "split": split, **row}
+            for split, readers in self.data.readers.items()
+            for reader in readers
+            if isinstance(reader, ReplyReader)
+            for row in reader.too_long()
+        ]
+        if rows:
+            path = self.folder / "too_long.jsonl"
+            write_atomically(path, "".join(orjson.dumps(row).decode() + "\n" for row in rows))
+            self.say(f"all conversations that are too long are listed in {path}")
 
     def _write(self, line: dict[str, Any]) -> None:
         for sink in self.sinks:
@@ -296,17 +334,19 @@ class Run:
 
 @dataclass(frozen=True)
 class _Start:
-    """What a run starts from: a checkpoint folder or nothing, the steps done, whether its optimizer counts, and the lineage."""
+    """What a run starts from: a checkpoint folder or nothing, the steps and tokens done, whether its optimizer counts, and the lineage."""
 
     folder: Path | None
     step: int
     optimizer: bool
     lineage: list[dict[str, Any]]
+    tokens: int = 0
 
 
 def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        sync_folder(folder.parent)
     except OSError as error:
         raise UserError(f"run.dir: '{folder}' cannot be made ({error.strerror}); choose a folder that can be written") from None
 

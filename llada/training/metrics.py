@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from llada.config import LoggingSection, RunConfig, dump_config
+from llada.config import RunConfig, dump_config
 from llada.files import write_atomically
+from llada.settings import LoggingSection
 
 FILE = "metrics.jsonl"
 

@@ -5,23 +5,28 @@ from __future__ import annotations
 from pathlib import Path
 
 from llada.config import RunConfig
-from llada.data.pretrain import TRAIN, Plan, PretrainData
+from llada.data import TrainingData, open_data
+from llada.data.base import TRAIN, Plan
 from llada.errors import UserError
 from llada.tokenizer import Tokenizer
 
+_SHOWN_TOKENS = 48
+
 
 def describe_step(config: RunConfig, step: int, samples: int) -> str:
-    """Corpora, windows, documents, segments, t and masks of training step `step` (1-based), `samples` of them in full."""
+    """Corpora, windows or conversations, segments, t and masks of training step `step` (1-based), `samples` of them in full."""
     if step > config.train.steps:
         raise UserError(f"step: {step} is past the run's last, train.steps = {config.train.steps}")
-    data = PretrainData(config)
+    data = open_data(config)
     plan = data.plan(step - 1)
     tokenizer = Tokenizer.load(data.tokenizer_folder)
-    expected = data.objective.expected_predictions(plan.lengths, plan.t)
+    own = plan.maskable > 0
+    t, maskable = plan.t[own], plan.maskable[own]
+    expected = data.objective.expected_predictions(maskable, t)
     lines = [
-        f"step {step}: samples {plan.samples[0]} to {plan.samples[-1]}, {len(plan.lengths)} segments, {int(plan.normaliser):,} tokens",
-        f"t: smallest {plan.t.min():.4f}, mean {plan.t.mean():.4f}, largest {plan.t.max():.4f} ({config.objective.timesteps})",
-        f"masked tokens expected: {expected:,.0f} of {int(plan.normaliser):,} ({config.objective.masking})",
+        f"step {step}: samples {plan.samples[0]} to {plan.samples[-1]}, {own.sum()} segments, {plan.tokens:,} tokens",
+        f"t: smallest {t.min():.4f}, mean {t.mean():.4f}, largest {t.max():.4f} ({config.objective.timesteps})",
+        f"masked tokens expected: {expected:,.0f} of {maskable.sum():,} ({config.objective.masking})",
     ]
     for i, source in enumerate(data.mixture.sources):
         lines.append(f"corpus {i}: {source.name}: {(plan.sources == i).sum()} samples")
@@ -30,19 +35,19 @@ def describe_step(config: RunConfig, step: int, samples: int) -> str:
     return "\n".join(lines)
 
 
-def _describe_sample(data: PretrainData, plan: Plan, offset: int, tokenizer: Tokenizer) -> str:
+def _describe_sample(data: TrainingData, plan: Plan, offset: int, tokenizer: Tokenizer) -> str:
     window = data.window(TRAIN, plan, offset)
-    corrupted = data.objective.corrupt(window)
+    masked = set(data.objective.corrupt(window).predicted.tolist())
     source = int(plan.sources[offset])
-    documents = len(data.readers[TRAIN][source].document_starts(int(plan.windows[offset]))) + 1
     name = Path(data.mixture.sources[source].name).name
-    lines = [f"sample {window.sample}: corpus {source} ({name}), window {plan.windows[offset]}, {documents} documents"]
-    masked = set(corrupted.predicted.tolist())
-    for start, end, t in zip(window.bounds[:-1], window.bounds[1:], window.t, strict=True):
+    lines = [f"sample {window.sample}: corpus {source} ({name}), {data.describe(source, int(plan.items[offset]))}"]
+    for start, end, t, scale in window.segments():
+        if not scale:
+            continue
         count = sum(1 for position in range(start, end) if position in masked)
         text = "".join(
             "▁" if position in masked else tokenizer.decode([int(window.tokens[position])])
-            for position in range(start, min(end, start + 48))
+            for position in range(start, min(end, start + _SHOWN_TOKENS))
         )
         lines.append(f"  [{start}, {end}) t = {t:.4f}, {count} masked: {' '.join(text.split())}")
     return "\n".join(lines)

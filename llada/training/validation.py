@@ -1,8 +1,10 @@
 """Validation: the NELBO of held-out documents on fixed noise, with its standard error.
 
-Always fixed-count masking (its expectation is the exact NELBO, whatever the training uses) and the same noise in every run and
-at every step. The windows of a corpus are dealt to 8 rotations; within a rotation t is stratified, between rotations all noise is
-independent, so the spread of the 8 means gives an honest standard error with the small variance of stratified t.
+Always fixed-count masking (its expectation is the exact NELBO, whatever the training uses) and the same noise in every run,
+whatever its seed, and at every step. Of conversations, the NELBO of the responses given their prompts, without padding.
+
+The windows of a corpus are dealt to 8 rotations; within a rotation t is stratified, between rotations all noise is independent,
+so the spread of the 8 means gives an honest standard error with the small variance of stratified t.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from llada.data.pretrain import VALIDATION, Plan, PretrainData
+from llada.data.base import F64, I64, VALIDATION, Plan, TrainingData
 from llada.engine.base import Engine, Place
 from llada.noise import derive_key, permute, timesteps
 from llada.objectives import Batch, collate
@@ -50,9 +52,10 @@ class Validator:
         place: of this rank; each replica takes every data_size-th micro-batch.
     """
 
-    def __init__(self, data: PretrainData, place: Place) -> None:
+    def __init__(self, data: TrainingData, place: Place) -> None:
         self._data, self._place = data, place
-        self.corpora = [i for i, reader in enumerate(data.readers[VALIDATION]) if reader.windows > 0]
+        self.objective = data.make_objective(_SEED)
+        self.corpora = [i for i, reader in enumerate(data.readers[VALIDATION]) if reader.count > 0]
 
     def __call__(self, engine: Engine) -> dict[str, Any]:
         """Measure; collective. The fields of a validation line of metrics.jsonl, without the step."""
@@ -67,26 +70,24 @@ class Validator:
         return line
 
     def plan(self, corpus: int) -> Plan:
-        """The draws of a corpus: window, segments and t of each; draw d belongs to rotation d mod 8."""
-        data, count = self._data, self._data.config.validation.windows
-        windows = data.readers[VALIDATION][corpus].windows
-        draws = np.arange(count, dtype=np.int64)
-        purpose = self._purpose(corpus)
-        order = permute(draws % windows, windows, derive_key(_SEED, purpose, "order"))
-        length = data.config.data.sequence_length
+        """The draws of a corpus: window or conversation, segments and t of each; draw d belongs to rotation d mod 8."""
+        data = self._data
+        count = data.readers[VALIDATION][corpus].count
+        draws = np.arange(data.config.validation.windows, dtype=np.int64)
+        purpose = self.purpose(corpus)
+        order = permute(draws % count, count, derive_key(_SEED, purpose, "order"))
 
-        def draw_t(lengths: np.ndarray) -> np.ndarray:
-            rotation = np.repeat(draws % ROTATIONS, [len(b) - 1 for b in bounds])
-            t = np.empty(len(lengths))
+        def draw_t(shares: F64, owners: I64) -> F64:
+            t = np.empty(len(shares))
             for r in range(ROTATIONS):
-                t[rotation == r] = timesteps(_SEED, r, lengths[rotation == r], "stratified", purpose)
+                own = owners % ROTATIONS == r
+                t[own] = timesteps(_SEED, r, shares[own], "stratified", purpose)
             return t
 
-        places = [(corpus, int(window)) for window in order]
-        bounds = [data.bounds(VALIDATION, corpus, window, length) for _, window in places]
-        return data.assemble(draws, places, bounds, draw_t)
+        return data.validation_plan(draws, corpus, order, draw_t)
 
-    def _purpose(self, corpus: int) -> str:
+    def purpose(self, corpus: int) -> str:
+        """Name of the noise of a corpus: it follows the text, not its path."""
         return f"validation/{self._data.corpora[corpus].manifest.fingerprint(VALIDATION)}"
 
     def _batches(self, plan: Plan, corpus: int) -> list[Batch]:
@@ -99,7 +100,7 @@ class Validator:
         for first in range(self._place.data_rank * micro, total, micro * self._place.data_size):
             draws = [i if i < len(plan.samples) else None for i in range(first, first + micro)]
             windows = [data.window(VALIDATION, plan, 0 if i is None else i) for i in draws]
-            corrupted = [data.objective.corrupt(w, masking="fixed_count", purpose=self._purpose(corpus)) for w in windows]
+            corrupted = [self.objective.corrupt(w, masking="fixed_count", purpose=self.purpose(corpus)) for w in windows]
             empty = slice(0, 0)
             corrupted = [
                 c if i is not None else replace(c, predicted=c.predicted[empty], weights=c.weights[empty])
@@ -110,12 +111,11 @@ class Validator:
 
     def _measure(self, engine: Engine, corpus: int) -> dict[str, Any]:
         plan = self.plan(corpus)
-        sums = engine.evaluate(self._batches(plan, corpus), len(plan.lengths)).numpy()
-        owner = np.repeat(np.arange(len(plan.samples)), np.diff(plan.firsts)) % ROTATIONS
-        means = [sums[owner == r].sum() / plan.lengths[owner == r].sum() for r in range(ROTATIONS)]
-        _documents, tokens, text_bytes = self._data.corpora[corpus].manifest.totals(VALIDATION)
+        sums = engine.evaluate(self._batches(plan, corpus), len(plan.t)).numpy()
+        owner = np.repeat(plan.samples, np.diff(plan.firsts)) % ROTATIONS
+        means = [sums[owner == r].sum() / plan.maskable[owner == r].sum() for r in range(ROTATIONS)]
         nelbo = estimate(means)
-        bits = nelbo.scaled(tokens / text_bytes / math.log(2))
+        bits = nelbo.scaled(self._data.readers[VALIDATION][corpus].tokens_per_byte() / math.log(2))
         return {
             "nelbo_per_token": nelbo.mean,
             "nelbo_per_token_se": nelbo.error,
@@ -126,18 +126,22 @@ class Validator:
 
 
 def _by_decile(plan: Plan, sums: np.ndarray) -> list[dict[str, float] | None]:
-    """NELBO per token of the segments in each tenth of t, with the standard error over segments; None where there is none."""
-    decile = np.minimum((plan.t * 10).astype(int), 9)
+    """NELBO per token of the segments in each tenth of t, with its standard error over segments; None where there is none."""
+    decile = np.where(plan.maskable > 0, np.minimum((plan.t * 10).astype(int), 9), -1)
     rows: list[dict[str, float] | None] = []
     for d in range(10):
         chosen = decile == d
-        if not chosen.any():
-            rows.append(None)
-            continue
-        each = estimate(sums[chosen] / plan.lengths[chosen])
-        row = {"nelbo_per_token": each.mean, "segments": int(chosen.sum())}
-        rows.append(row | ({"nelbo_per_token_se": each.error} if math.isfinite(each.error) else {}))
+        rows.append(_ratio(sums[chosen], plan.maskable[chosen]) if chosen.any() else None)
     return rows
+
+
+def _ratio(sums: np.ndarray, lengths: np.ndarray) -> dict[str, float]:
+    """Summed loss over summed tokens, and the standard error of that ratio (Cochran, Sampling Techniques, section 2.11)."""
+    n, mean = len(sums), sums.sum() / lengths.sum()
+    row = {"nelbo_per_token": float(mean), "segments": n}
+    if n > 1:
+        row["nelbo_per_token_se"] = float(np.sqrt(((sums - mean * lengths) ** 2).sum() * n / (n - 1)) / lengths.sum())
+    return row
 
 
 def describe(line: dict[str, Any]) -> str:

@@ -46,26 +46,38 @@ def test_the_order_within_a_block_mixes_the_corpora() -> None:
     assert abs(runs - SHUFFLE_BLOCK / 2) < 5 * np.sqrt(SHUFFLE_BLOCK) / 2
 
 
-def test_a_capped_corpus_leaves_at_a_block_boundary_and_its_quota_goes_to_the_others_by_weight() -> None:
+def test_a_capped_corpus_is_read_to_its_cap_and_its_quota_goes_to_the_others_by_weight() -> None:
     mixture = Mixture([source("a", 5000, 0.5, cap=12_000), source("b", 10**6, 0.3), source("c", 10**6, 0.2)], seed=0)
-    assert [stage.first_block for stage in mixture.stages] == [0, 2]
-    assert mixture.stages[0].quotas.tolist() == [5000, 3000, 2000]
-    assert mixture.stages[1].quotas.tolist() == [0, 6000, 4000]
+    assert [stage.first_block for stage in mixture.stages] == [0, 2, 3]
+    assert [stage.quotas.tolist() for stage in mixture.stages] == [[5000, 3000, 2000], [2000, 4800, 3200], [0, 6000, 4000]]
     positions: dict[int, list[int]] = {0: [], 1: [], 2: []}
     for sample in range(4 * SHUFFLE_BLOCK):
         i, position = mixture.position(sample)
         positions[i].append(position)
-    assert [sorted(p) for p in positions.values()] == [list(range(10_000)), list(range(18_000)), list(range(12_000))]
+    assert [sorted(p) for p in positions.values()] == [list(range(12_000)), list(range(16_800)), list(range(11_200))]
     assert mixture.num_samples is None
 
 
-def test_a_mixture_of_capped_corpora_ends() -> None:
-    mixture = Mixture([source("a", 12_000, cap=24_000), source("b", 50_000, cap=10_000)], seed=0)
-    # a: 5000 a block, b: 5000 a block until 10,000; then a alone: 10,000 a block from 10,000 on.
-    assert mixture.num_samples == 3 * SHUFFLE_BLOCK
-    mixture.locate(3 * SHUFFLE_BLOCK - 1)
+def test_a_mixture_of_capped_corpora_ends_when_all_are_read() -> None:
+    mixture = Mixture([source("a", 12_000, cap=24_000), source("b", 50_000, cap=10_001)], seed=0)
+    # 5000 each a block for two blocks; then 9999 and 1; then a's last 4001.
+    assert [stage.quotas.tolist() for stage in mixture.stages] == [[5000, 5000], [9999, 1], [4001, 0]]
+    assert mixture.num_samples == 34_001
+    mixture.locate(34_000)
     with pytest.raises(IndexError, match="past the mixture's last"):
-        mixture.locate(3 * SHUFFLE_BLOCK)
+        mixture.locate(34_001)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 25_000), st.floats(0.05, 10), st.integers(1, 30_000)), min_size=1, max_size=4))
+def test_every_capped_corpus_is_read_exactly_to_its_cap(rows: list[tuple[int, float, int]]) -> None:
+    sources = [Source(f"s{i}", f"d{i}", windows, weight, cap) for i, (windows, weight, cap) in enumerate(rows)]
+    mixture = Mixture(sources, seed=1)
+    assert mixture.num_samples == sum(cap for _, _, cap in rows)
+    assert mixture.stages[-1].consumed.tolist() != [cap for _, _, cap in rows]
+    found = [mixture.position(sample) for sample in range(mixture.num_samples)]
+    for i, (_, _, cap) in enumerate(rows):
+        assert sorted(position for s, position in found if s == i) == list(range(cap))
 
 
 def test_the_order_follows_the_data_not_its_path_or_place() -> None:
@@ -81,6 +93,7 @@ def test_the_order_follows_the_data_not_its_path_or_place() -> None:
     [
         ([source("a", 10**6, 1.0), source("b", 100, 1e-6)], r"data.mixture.1.weight: 1e-06 gives b no sample"),
         ([source("a", 0)], r"data.mixture.0.path: a holds no full window"),
+        ([source("a", 9, cap=0)], r"data.mixture.0.max_epochs: less than one of the 9 windows"),
         ([Source("a", "f", 9, 1.0), Source("b", "f", 9, 1.0)], r"data.mixture.1.path: b holds the same data as a"),
     ],
 )

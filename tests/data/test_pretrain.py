@@ -13,8 +13,10 @@ import pytest
 
 from data_tools.prepare import prepare
 from llada.config import build_config
+from llada.data.base import TRAIN
 from llada.data.loader import Loader
-from llada.data.pretrain import TRAIN, PretrainData
+from llada.data.pretrain import PretrainData
+from llada.noise import timesteps
 from llada.tokenizer import Tokenizer, train_byte_level_bpe
 
 LENGTH = 48
@@ -33,8 +35,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def data(folder: Path, batch: int = 16, **settings: Any) -> PretrainData:
+def data(folder: Path, batch: int = 16, objective: dict[str, Any] | None = None, **settings: Any) -> PretrainData:
     raw = {
+        "objective": objective or {},
         "seed": 3,
         "run": {"dir": "unused"},
         "train": {"steps": 100},
@@ -76,7 +79,7 @@ def windows_by_hand(folder: Path) -> list[tuple[list[int], set[int]]]:
 def test_windows_and_documents(folder: Path) -> None:
     made, expected = data(folder), windows_by_hand(folder)
     reader = made.readers[TRAIN][0]
-    assert reader.windows == len(expected)
+    assert reader.count == len(expected)
     assert reader.dropped == made.corpora[0].manifest.totals(TRAIN)[1] - LENGTH * len(expected)
     for window, (tokens, starts) in enumerate(expected):
         assert reader.tokens(window).tolist() == tokens
@@ -93,7 +96,7 @@ def test_segments_are_the_union_of_documents_and_random_length(document_mask: bo
         assert plan.samples.tolist() == list(range(16 * step, 16 * step + 16))
         for i in range(16):
             bounds = set(plan.bounds[i].tolist())
-            documents = expected[plan.windows[i]][1] if document_mask else set()
+            documents = expected[plan.items[i]][1] if document_mask else set()
             assert {0, LENGTH} | documents <= bounds and len(bounds - documents - {0, LENGTH}) <= 1
             cuts += len(bounds - documents - {0, LENGTH})
         assert plan.normaliser == 16 * LENGTH == plan.lengths.sum()
@@ -101,10 +104,40 @@ def test_segments_are_the_union_of_documents_and_random_length(document_mask: bo
     assert 20 < cuts < 76
 
 
+@pytest.mark.parametrize("mode", ["stratified", "iid"])
+def test_t_is_drawn_as_the_config_says_by_each_segments_length(mode: str, folder: Path) -> None:
+    made = data(folder, document_mask=True, random_length_probability=0.5, objective={"timesteps": mode})
+    for step in range(3):
+        plan = made.plan(step)
+        lengths = np.concatenate([np.diff(b) for b in plan.bounds])
+        assert len(set(lengths.tolist())) > 5
+        assert plan.t.tolist() == timesteps(3, step, lengths, mode).tolist()
+
+
+def test_masks_are_drawn_as_the_config_says(folder: Path) -> None:
+    plan = data(folder).plan(0)
+    for objective, rule in (
+        ({"masking": "fixed_count"}, lambda t: LENGTH / (1 + int(t * LENGTH))),
+        ({"masking": "bernoulli"}, lambda t: 1 / (0.999 * t + 0.001)),
+        ({"masking": "bernoulli", "eps": 0.25}, lambda t: 1 / (0.75 * t + 0.25)),
+    ):
+        batch = data(folder, random_length_probability=0.0, objective=objective).batch(plan, range(16))
+        for row in range(16):
+            weights = batch.weights[batch.rows == row]
+            np.testing.assert_allclose(weights, np.full(len(weights), rule(plan.t[plan.firsts[row]])), rtol=1e-6)
+            if objective["masking"] == "fixed_count":
+                assert len(weights) == 1 + int(plan.t[plan.firsts[row]] * LENGTH)
+
+
+def test_weights_that_differ_in_the_last_digit_are_other_data(folder: Path) -> None:
+    near = [data(folder, mixture=[{"path": str(folder / "corpus"), "weight": w}]).fingerprint for w in (0.10005951, 0.10006049)]
+    assert near[0] != near[1]
+
+
 def test_an_epoch_reads_every_window_once(folder: Path) -> None:
     made = data(folder, batch=4)
-    count = made.readers[TRAIN][0].windows
-    read = [int(w) for step in range(-(-count // 4)) for w in made.plan(step).windows][:count]
+    count = made.readers[TRAIN][0].count
+    read = [int(w) for step in range(-(-count // 4)) for w in made.plan(step).items][:count]
     assert sorted(read) == list(range(count)) and read != sorted(read)
 
 
@@ -141,7 +174,7 @@ def test_later_epochs_get_new_masks(folder: Path) -> None:
         plan = made.plan(step)
         batch = made.batch(plan, range(4))
         for r in range(4):
-            seen.setdefault(int(plan.windows[r]), set()).add(tuple(batch.columns[batch.rows == r].tolist()))
+            seen.setdefault(int(plan.items[r]), set()).add(tuple(batch.columns[batch.rows == r].tolist()))
     twice = [masks for masks in seen.values() if len(masks) > 1]
     assert len(twice) > len(seen) / 2
 
@@ -153,11 +186,11 @@ def test_loader_gives_steps_in_order_and_hands_on_errors() -> None:
         made.append(step)
         if step == 7:
             raise ValueError("broken step")
-        return [step]
+        return f"plan {step}", [step]
 
     loader = Loader(make, 3, 9)
     steps: Iterator[Any] = iter(loader)
-    assert [next(steps) for _ in range(4)] == [(k, [k]) for k in range(3, 7)]
+    assert [next(steps) for _ in range(4)] == [(k, f"plan {k}", [k]) for k in range(3, 7)]
     with pytest.raises(ValueError, match="broken step"):
         next(steps)
     loader.close()
@@ -172,7 +205,7 @@ def test_loader_stops_early_and_stays_only_so_far_ahead() -> None:
         made.append(step)
         if step == 2:
             ready.set()
-        return [step]
+        return f"plan {step}", [step]
 
     loader = Loader(make, 0, 1000, ahead=2)
     assert ready.wait(5)

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from llada.config import ModelSection
+from llada.settings import ModelSection
 
 P = "model.transformer"
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from llada.errors import RunError
+from llada.errors import RunError, UserError
 from llada.model import attention
 from llada.objectives.base import Segments
 
@@ -33,8 +33,10 @@ def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Segments = 
     return (scores.softmax(-1) @ v).permute(2, 0, 1, 3)
 
 
-def inputs(offset: int = 0, length: int = 16, varlen: bool = False) -> attention.AttentionInputs:
-    return attention.attention_inputs(LAYOUT, torch.arange(offset, offset + length), offset, 8, 1e4, varlen)
+def inputs(
+    offset: int = 0, length: int = 16, kernel: attention.Kernel | None = None, layout: Segments = LAYOUT
+) -> attention.AttentionInputs:
+    return attention.attention_inputs(layout, torch.arange(offset, offset + length), offset, 8, 1e4, kernel)
 
 
 def test_segments_and_their_gradients() -> None:
@@ -69,12 +71,28 @@ def loop_kernel(q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, max_q: int, max_k:
 
 
 @pytest.mark.parametrize("parts", [1, 2, 4])
-def test_cumulative_lengths_for_a_variable_length_kernel(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "varlen_kernel", lambda: ("loop", loop_kernel))
+def test_cumulative_lengths_for_a_variable_length_kernel(parts: int) -> None:
+    kernel = attention.Kernel("loop", loop_kernel, whole_rows=True)
     q, k, v = qkv()
     size = 16 // parts
-    pieces = [attention.attend(q[i : i + size], k, v, inputs(i, size, varlen=True)) for i in range(0, 16, size)]
+    pieces = [attention.attend(q[i : i + size], k, v, inputs(i, size, kernel)) for i in range(0, 16, size)]
     torch.testing.assert_close(torch.cat(pieces), plain(q, k, v), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("whole_rows", [False, True])
+def test_flash_attn_computes_whole_rows_too(whole_rows: bool) -> None:
+    calls = []
+
+    def noted(*args: Any) -> torch.Tensor:
+        calls.append(args)
+        return loop_kernel(*args)
+
+    q, k, v = qkv()
+    layout = Segments(((0, 16),) * 4, 16)
+    kernel = attention.Kernel("noted", noted, whole_rows)
+    out = attention.attend(q, k, v, inputs(kernel=kernel, layout=layout))
+    torch.testing.assert_close(out, attention.attend(q, k, v, inputs(layout=layout)), rtol=1e-5, atol=1e-6)
+    assert len(calls) == whole_rows
 
 
 def test_rotation_and_its_gradient() -> None:
@@ -103,33 +121,86 @@ def module(name: str, **attributes: Any) -> types.ModuleType:
     return made
 
 
+EVERY = ["flash_attn.cute", "flash_attn_interface", "flash_attn"]
+
+
 @pytest.mark.parametrize(
-    ("installed", "wanted"),
+    ("installed", "capability", "wanted"),
     [
-        (["flash_attn.cute", "flash_attn_interface", "flash_attn"], "flash-attn 4"),
-        (["flash_attn_interface", "flash_attn"], "flash-attn 3"),
-        (["flash_attn"], "flash-attn 2"),
-        ([], "torch varlen"),
+        (EVERY, 10, "flash-attn 4"),
+        (EVERY, 9, "flash-attn 3"),
+        (["flash_attn.cute", "flash_attn"], 9, "flash-attn 2"),
+        (EVERY, 8, "flash-attn 2"),
+        (["flash_attn_interface"], 8, "torch varlen"),
+        ([], 9, "torch varlen"),
     ],
 )
-def test_the_newest_kernel_is_chosen(installed: list[str], wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_newest_kernel_made_for_the_gpu_is_chosen(
+    installed: list[str], capability: int, wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def kernel(q: torch.Tensor, *_: Any, causal: bool = True, **__: Any) -> tuple[torch.Tensor, None]:
         assert causal is False
         return q, None
 
-    for name in ("flash_attn", "flash_attn.cute", "flash_attn_interface"):
+    for name in EVERY:
         monkeypatch.setitem(sys.modules, name, module(name, flash_attn_varlen_func=kernel) if name in installed else None)
-    monkeypatch.setattr(attention, "varlen_kernel", attention.varlen_kernel.__wrapped__)
-    found = attention.varlen_kernel()
-    assert found is not None and found[0] == wanted
-    if installed:
+    found = attention.varlen_kernel.__wrapped__(capability)
+    assert found is not None and found.name == wanted
+    assert found.whole_rows == (wanted != "torch varlen")
+    if found.whole_rows:
         q = torch.ones(3, 2, 8)
-        assert found[1](q, q, q, None, None, 3, 3) is q
+        assert found.call(q, q, q, None, None, 3, 3) is q
 
 
-def test_a_gpu_without_a_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "varlen_kernel", lambda: None)
+def test_a_gpu_without_a_kernel_and_head_dimensions_without_one_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(attention, "varlen_kernel", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     with pytest.raises(RunError, match="gpu extra"):
-        attention.uses_varlen(torch.device("cuda", 0), torch.bfloat16)
-    assert not attention.uses_varlen(torch.device("cpu"), torch.bfloat16)
-    assert not attention.uses_varlen(torch.device("cuda", 0), torch.float32)
+        attention.choose_kernel(gpu, torch.bfloat16, 64)
+    for head_dim in (20, 264):
+        with pytest.raises(UserError, match=f"head dimension {head_dim}"):
+            attention.choose_kernel(gpu, torch.bfloat16, head_dim)
+    assert attention.choose_kernel(torch.device("cpu"), torch.bfloat16, 20) is None
+    assert attention.choose_kernel(gpu, torch.float32, 20) is None
+
+
+def test_the_math_kernel_is_not_among_those_allowed_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CPU only the math and flash kernels exist: with the fused ones alone, an explicit mask has none left."""
+    q = torch.ones(1, 2, 8, 16)
+    mask = torch.ones(8, 8, dtype=torch.bool)
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with sdpa_kernel(SDPBackend.MATH):
+        assert torch.backends.cuda.math_sdp_enabled()
+    with attention.fused_kernels_only():
+        assert not torch.backends.cuda.math_sdp_enabled()
+        assert torch.backends.cuda.flash_sdp_enabled()
+    torch.nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=mask)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("whole", [False, True])
+def test_on_a_gpu_in_bf16_it_is_the_plain_computation(whole: bool) -> None:
+    gpu = torch.device("cuda", 0)
+    torch.manual_seed(0)
+    layout = Segments(((0, 16),) * 4, 16) if whole else LAYOUT
+    q, k, v = (torch.randn(16, 4, heads, 64, device=gpu, dtype=torch.bfloat16, requires_grad=True) for heads in (6, 2, 2))
+    kernel = attention.choose_kernel(gpu, torch.bfloat16, 64)
+    shared = attention.attention_inputs(layout, torch.arange(16, device=gpu), 0, 64, 1e4, kernel)
+    out = attention.attend(q, k, v, shared)
+    wide = [x.detach().float().cpu().requires_grad_() for x in (q, k, v)]
+    reference = attention.attend(*wide, inputs(layout=layout))
+    torch.testing.assert_close(out.float().cpu(), reference, rtol=2e-2, atol=2e-2)
+    direction = torch.randn_like(reference)
+    (out * direction.to(out)).sum().backward()
+    (reference * direction).sum().backward()
+    for ours, theirs in zip((q, k, v), wide, strict=True):
+        torch.testing.assert_close(ours.grad.float().cpu(), theirs.grad, rtol=5e-2, atol=5e-2)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_shape_that_only_the_math_kernel_has_is_refused() -> None:
+    x = torch.ones(8, 1, 1, 8, device="cuda", dtype=torch.float64)
+    with pytest.raises(RunError, match="math kernel is refused"):
+        attention.attend(x, x, x, attention.attention_inputs(Segments(((0, 8),), 8), torch.arange(8, device="cuda"), 0, 8, 1e4, None))

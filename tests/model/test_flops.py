@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from llada.config import ModelSection
 from llada.model.flops import peak_flops, step_flops
 from llada.model.weights import canonical_shapes, num_parameters
+from llada.settings import ModelSection
 from tests.model.oracle import Oracle
 
 MODEL = ModelSection(num_layers=2, hidden_size=64, num_attention_heads=4, ffn_hidden_size=96, vocab_size=128)

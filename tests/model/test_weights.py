@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llada.config import ModelSection
 from llada.model import weights
+from llada.settings import ModelSection
 
 MODEL = ModelSection(num_layers=2, hidden_size=128, num_attention_heads=8, num_query_groups=4, ffn_hidden_size=192, vocab_size=256)
 

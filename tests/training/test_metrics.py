@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from llada.config import LoggingSection
 from llada.engine.base import StepResult
 from llada.errors import RunError
+from llada.settings import LoggingSection
 from llada.training import metrics
 from llada.training.guard import Guard
 from tests.training.conftest import Workplace

@@ -7,7 +7,8 @@ import re
 import pytest
 
 from llada.config import load_config
-from llada.data.pretrain import TRAIN, PretrainData
+from llada.data.base import TRAIN
+from llada.data.pretrain import PretrainData
 from llada.errors import UserError
 from llada.training.preview import describe_step
 from tests.training.conftest import Workplace
@@ -28,7 +29,7 @@ def test_the_text_says_what_the_plan_holds(workplace: Workplace, monkeypatch: py
         for start, end, t in zip(window.bounds[:-1], window.bounds[1:], window.t, strict=True):
             expected.append((str(start), str(end), f"{t:.4f}", str(((masked >= start) & (masked < end)).sum())))
     assert shown == expected
-    documents = [1 + len(data.readers[TRAIN][0].document_starts(int(w))) for w in plan.windows]
+    documents = [1 + len(data.readers[TRAIN][0].document_starts(int(w))) for w in plan.items]
     assert [int(n) for n in re.findall(r"window \d+, (\d+) documents", text)] == documents
 
 

@@ -1,0 +1,223 @@
+"""Fine-tuning data against the published rules, applied by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data_tools.prepare import prepare
+from data_tools.sft import prepare_sft
+from llada.chat import ChatFormat, Message
+from llada.config import build_config
+from llada.data import SFTData, open_data
+from llada.data.base import TRAIN, VALIDATION
+from llada.errors import UserError
+from llada.noise import timesteps
+from llada.tokenizer import Tokenizer, train_byte_level_bpe
+
+LENGTH = 40
+WORDS = ["alpha", "beta", "gamma", "delta", "\n", "<|mdm_mask|>"]
+
+
+def conversations() -> list[dict[str, Any]]:
+    rng = np.random.default_rng(0)
+
+    def text(longest: int) -> str:
+        return "x" + " ".join(rng.choice(WORDS, rng.integers(1, longest)))
+
+    rows: list[dict[str, Any]] = [{"prompt": text(5), "response": text(6)} for _ in range(90)]
+    for _ in range(20):
+        turns = [("user", text(3)), ("assistant", text(3)), ("user", text(3)), ("assistant", text(3))]
+        rows.append({"messages": [{"role": role, "content": content} for role, content in turns]})
+    rows.append({"prompt": "short", "response": "y" * 200})
+    rows.append({"prompt": "z" * 200, "response": "short"})
+    return rows
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("sft")
+    rows = conversations()
+    (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train_byte_level_bpe(iter(json.dumps(row) for row in rows[:-2] * 3), 330).save(root / "tokenizer")
+    prepare_sft([root / "rows.jsonl"], root / "tokenizer", root / "corpus", validation_fraction=0.2, shard_tokens=900)
+    return root
+
+
+def config(folder: Path, batch: int = 8, **sections: Any) -> Any:
+    raw = {
+        "task": "sft",
+        "seed": 3,
+        "run": {"dir": "unused"},
+        "train": {"steps": 100},
+        "batch": {"global": batch, "micro": 1},
+        "model": {"num_layers": 1, "hidden_size": 64, "num_attention_heads": 4, "ffn_hidden_size": 64, "vocab_size": 384},
+        "schedule": {"stages": [{"shape": "constant", "start": 1e-3}]},
+        "data": {"sequence_length": LENGTH, "mixture": [{"path": str(folder / "corpus")}]},
+        **sections,
+    }
+    return build_config(raw)
+
+
+def made(folder: Path, batch: int = 8, **sections: Any) -> SFTData:
+    data = open_data(config(folder, batch, **sections))
+    assert isinstance(data, SFTData)
+    return data
+
+
+def examples(folder: Path) -> dict[tuple[int, ...], int]:
+    """Every (prompt, response, EOS) of the files that fits a row -> the length of its prompt."""
+    tokenizer = Tokenizer.load(folder / "tokenizer")
+    chat = ChatFormat(tokenizer)
+    found = {}
+    for row in conversations():
+        turns = row.get("messages") or [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["response"]}]
+        messages = [Message(turn["role"], turn["content"]) for turn in turns]
+        for place in range(1, len(messages), 2):
+            prompt = chat.prompt(messages[:place]).tolist()
+            whole = (*prompt, *tokenizer.encode(messages[place].content).tolist(), tokenizer.eos_id)
+            if len(whole) <= LENGTH:
+                found[whole] = len(prompt)
+    return found
+
+
+@pytest.mark.parametrize("group", [1, 2, 3, 8])
+def test_rows_are_prompt_response_padding_and_filler(group: int, folder: Path) -> None:
+    data, known = made(folder, sft={"pad_group": group}), examples(folder)
+    eos = data.manifest.eos_id
+    totals: dict[int, int] = {}
+    padded: dict[int, int] = {}
+    for step in range(8):
+        plan = data.plan(step)
+        assert plan.samples.tolist() == list(range(8 * step, 8 * step + 8))
+        assert plan.normaliser == 8
+        for i, sample in enumerate(plan.samples.tolist()):
+            window = data.window(TRAIN, plan, i)
+            reader = data.readers[TRAIN][0]
+            total, prompt = reader.total(plan.items[i]), reader.prompt_length(plan.items[i])
+            assert known[tuple(window.tokens[:total].tolist())] == prompt
+            assert (window.tokens[total:] == eos).all()
+            end = int(window.bounds[1])
+            assert window.bounds.tolist() in ([0, end, LENGTH], [0, LENGTH])
+            assert window.spans.tolist()[0] == [prompt, end]
+            assert window.scales[0] == 1 / (end - prompt)
+            if end < LENGTH:
+                assert window.spans[1][0] == window.spans[1][1]
+                assert (window.scales[1], window.t[1]) == (0, 0)
+            totals[sample], padded[sample] = total, end
+        assert plan.tokens == sum(padded[sample] for sample in plan.samples.tolist()), "filler is in no count"
+    for sample in range(60):
+        first = sample // group * group
+        assert padded[sample] == max(totals[other] for other in range(first, first + group))
+
+
+def test_the_end_of_a_capped_mixture_cuts_its_last_group(folder: Path) -> None:
+    mixture = [{"path": str(folder / "corpus"), "max_epochs": 1}]
+    data = made(folder, batch=1, sft={"pad_group": 50}, data={"sequence_length": LENGTH, "mixture": mixture}, train={"steps": 1})
+    last = data.mixture.num_samples - 1
+    ends = [int(data.plan(sample).bounds[0][1]) for sample in range(last + 1)]
+    longest = [data.readers[TRAIN][0].total(data.plan(sample).items[0]) for sample in range(last + 1)]
+    assert ends == [max(longest[s // 50 * 50 : s // 50 * 50 + 50]) for s in range(last + 1)]
+
+
+@pytest.mark.parametrize("mode", ["stratified", "iid"])
+def test_t_is_drawn_per_conversation(mode: str, folder: Path) -> None:
+    data = made(folder, objective={"timesteps": mode})
+    for step in range(3):
+        plan = data.plan(step)
+        own = plan.maskable > 0
+        assert plan.t[own].tolist() == timesteps(3, step, np.ones(8), mode).tolist()
+        assert (plan.t[~own] == 0).all()
+
+
+@pytest.mark.parametrize("masking", ["bernoulli", "fixed_count"])
+def test_no_prompt_token_and_no_filler_is_ever_masked_weighted_or_changed(masking: str, folder: Path) -> None:
+    data = made(folder, objective={"masking": masking})
+    masked_padding = 0
+    for step in range(40):
+        plan = data.plan(step)
+        batch = data.batch(plan, range(8))
+        for row in range(8):
+            window = data.window(TRAIN, plan, row)
+            start, end = window.spans[0]
+            inside = batch.rows == row
+            columns = batch.columns[inside].numpy()
+            assert ((start <= columns) & (columns < end)).all()
+            changed = np.flatnonzero(batch.inputs[row].numpy() != window.tokens)
+            assert set(changed.tolist()) == set(columns.tolist())
+            assert (batch.weights[inside] > 0).all()
+            masked_padding += int((columns >= data.readers[TRAIN][0].total(plan.items[row])).sum())
+            if masking == "fixed_count":
+                size = int(end - start)
+                count = 1 + int(window.t[0] * size)
+                np.testing.assert_allclose(batch.weights[inside], np.full(count, 1 / count), rtol=1e-6)
+            else:
+                p = 0.999 * window.t[0] + 0.001
+                np.testing.assert_allclose(batch.weights[inside], np.full(len(columns), 1 / p / (end - start)), rtol=1e-6)
+    assert masked_padding > 20, "padding is part of the response"
+
+
+def test_every_reply_of_a_conversation_is_read_at_some_time(folder: Path) -> None:
+    data = made(folder)
+    reader = data.readers[TRAIN][0]
+    assert len(reader.rows) > reader.count
+    read = {int(item) for step in range(200) for item in data.plan(step).items}
+    assert read == set(range(len(reader.rows)))
+
+
+def test_validation_is_the_response_with_its_own_eos(folder: Path) -> None:
+    data = made(folder)
+    reader = data.readers[VALIDATION][0]
+    draws = np.arange(16)
+    plan = data.validation_plan(draws, 0, draws % reader.count, lambda shares, owners: np.full(len(shares), 0.5))
+    for i in range(16):
+        window = data.window(VALIDATION, plan, i)
+        reply = int(plan.items[i])
+        assert window.spans[0].tolist() == [reader.prompt_length(reply), reader.total(reply)]
+        assert window.scales[0] == 1
+        assert window.tokens[reader.total(reply) - 1] == data.manifest.eos_id
+    responses = reader._all[:, 4] - reader._all[:, 3]
+    assert reader.tokens_per_byte() == responses.sum() / data.manifest.totals(VALIDATION)[2]
+
+
+def test_what_does_not_fit_is_counted_and_listed(folder: Path) -> None:
+    data = made(folder)
+    lost = [row for split in (TRAIN, VALIDATION) for row in data.readers[split][0].too_long()]
+    by_prompt = [row["prompt_tokens"] >= LENGTH for row in lost]
+    assert (len(lost), sum(by_prompt)) == (2, 1)
+    assert all(row["tokens"] > LENGTH for row in lost)
+    said = " ".join(data.readers[split][0].summary() for split in (TRAIN, VALIDATION))
+    assert "longer than data.sequence_length = 40 and not trained on" in said
+
+
+def test_refusals(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"data.sequence_length: 8 is too short: \d+ conversations \(\d+ by their prompt alone; number"):
+        made(folder, data={"sequence_length": 8, "mixture": [{"path": str(folder / "corpus")}]})
+    (tmp_path / "a.txt").write_text("alpha beta " * 50)
+    prepare([tmp_path / "a.txt"], folder / "tokenizer", tmp_path / "text")
+    with pytest.raises(UserError, match=r"was made by `llada data prepare` and can be trained on by `llada pretrain` only"):
+        made(folder, data={"sequence_length": LENGTH, "mixture": [{"path": str(tmp_path / "text")}]})
+    with pytest.raises(UserError, match=r"was made by `llada data prepare-sft` and can be trained on by `llada sft` only"):
+        open_data(config(folder, task="pretrain"))
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        (
+            {"data": {"sequence_length": 40, "mixture": [{"path": "x"}], "document_mask": True}},
+            "data.document_mask: true is for pretraining",
+        ),
+        ({"data": {"sequence_length": 40, "mixture": [{"path": "x"}], "random_length_probability": 0.1}}, "not cut, set 0"),
+        ({"schedule": {"stages": [{"shape": "linear", "end": 1, "tokens": 9}, {"shape": "constant"}]}}, "give the lengths as steps"),
+        ({"task": "pretrain", "sft": {"pad_group": 4}}, "sft.pad_group: 4 is for task: sft only"),
+        ({"sft": {"pad_grup": 4}}, "sft.pad_grup: unknown setting .did you mean 'sft.pad_group'?"),
+    ],
+)
+def test_settings_that_make_no_sense(sections: dict[str, Any], message: str, folder: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        config(folder, **sections)

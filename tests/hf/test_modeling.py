@@ -1,0 +1,429 @@
+"""The exported model: its numbers against the oracle, its files on their own."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from llada.config import ModelSection
+from llada.hf import configuration_llada, modeling_llada
+from llada.hf.configuration_llada import LLaDAConfig
+from llada.hf.modeling_llada import LLaDAModelLM
+from llada.model.weights import canonical_shapes
+from tests.model.oracle import Oracle
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "mha": {},
+    "gqa": {"num_query_groups": 2},
+    "tied": {"num_query_groups": 2, "tie_embeddings": True},
+}
+
+
+def section(**settings: Any) -> ModelSection:
+    sizes = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "ffn_hidden_size": 96, "vocab_size": 128}
+    return ModelSection(**{**sizes, **settings})
+
+
+def hf_config(model: ModelSection, **settings: Any) -> LLaDAConfig:
+    return LLaDAConfig(
+        d_model=model.hidden_size,
+        n_layers=model.num_layers,
+        n_heads=model.num_attention_heads,
+        n_kv_heads=model.kv_heads,
+        mlp_hidden_size=model.ffn_hidden_size,
+        vocab_size=model.vocab_size,
+        rope_theta=model.rope_theta,
+        rms_norm_eps=model.norm_eps,
+        weight_tying=model.tie_embeddings,
+        **{"mask_token_id": 126, "eos_token_id": 1, "pad_token_id": 1, **settings},
+    )
+
+
+def random_weights(model: ModelSection) -> dict[str, torch.Tensor]:
+    """Norm weights away from 1, so that a norm whose weight is not used shows."""
+    torch.manual_seed(0)
+    shapes = canonical_shapes(model)
+    return {n: torch.rand(s) + 0.5 if len(s) == 1 else torch.randn(s) / math.sqrt(s[1]) for n, s in shapes.items()}
+
+
+def made(**settings: Any) -> LLaDAModelLM:
+    model = section(**settings)
+    hf = LLaDAModelLM(hf_config(model))
+    hf.load_state_dict(random_weights(model))
+    return hf.eval()
+
+
+def tokens(rows: int = 2, length: int = 12) -> torch.Tensor:
+    return torch.randint(0, 128, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+def assert_near(got: torch.Tensor, wanted: torch.Tensor, relative: float = 1e-5) -> None:
+    assert (got - wanted).abs().max() <= relative * wanted.abs().max()
+
+
+def gradients(hf: LLaDAModelLM, inputs: torch.Tensor, direction: torch.Tensor) -> dict[str, torch.Tensor]:
+    hf.zero_grad()
+    (hf(inputs).logits * direction).sum().backward()
+    return {name: p.grad.clone() for name, p in hf.named_parameters()}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_logits_and_gradients_equal_the_oracle(shape: str) -> None:
+    hf = made(**SHAPES[shape])
+    oracle = Oracle(section(**SHAPES[shape]), hf.state_dict())
+    inputs = tokens()
+    wanted = oracle(inputs, torch.zeros_like(inputs))
+    assert_near(hf(inputs).logits, wanted)
+    direction = torch.randn(wanted.shape)
+    (wanted * direction).sum().backward()
+    found = gradients(hf, inputs, direction)
+    assert found.keys() == oracle.w.keys()
+    for name, parameter in oracle.w.items():
+        assert (found[name] - parameter.grad).norm() <= 1e-5 * parameter.grad.norm(), name
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_names_and_shapes_are_the_published_ones(shape: str) -> None:
+    state = made(**SHAPES[shape]).state_dict()
+    assert {name: tuple(value.shape) for name, value in state.items()} == canonical_shapes(section(**SHAPES[shape]))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("kind", [torch.long, torch.bool, torch.float32])
+def test_padding_changes_nothing_for_the_tokens(side: str, kind: torch.dtype) -> None:
+    hf, real = made(num_query_groups=2), 9
+    inputs = tokens()
+    place = slice(12 - real, 12) if side == "left" else slice(0, real)
+    mask = torch.zeros(2, 12, dtype=kind)
+    mask[0, place] = 1
+    mask[1] = 1
+    logits = hf(inputs, attention_mask=mask).logits
+    assert_near(logits[0, place], hf(inputs[:1, place]).logits[0])
+    assert_near(logits[1], hf(inputs[1:]).logits[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["2-D", "boolean", "-inf", "smallest"])
+def test_a_row_of_padding_is_finite_and_disturbs_no_other(dtype: torch.dtype, kind: str) -> None:
+    hf = made().to(dtype)
+    mask = torch.ones(2, 12, dtype=torch.bool)
+    mask[0] = False
+    if kind != "2-D":
+        mask = mask[:, None, None, :].expand(2, 1, 12, 12)
+    if kind in ("-inf", "smallest"):
+        never = -math.inf if kind == "-inf" else torch.finfo(torch.float32).min
+        mask = torch.zeros(mask.shape).masked_fill(~mask, never)
+    logits = hf(tokens(), attention_mask=mask).logits
+    assert logits.dtype == dtype
+    assert logits.isfinite().all()
+    assert_near(logits[1].float(), hf(tokens()[1:]).logits[0].float(), 1e-5 if dtype == torch.float32 else 2e-2)
+    logits.float().square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in hf.parameters())
+
+
+@pytest.mark.parametrize("additive", [False, True])
+def test_a_mask_of_pairs_is_the_oracles_segments(additive: bool) -> None:
+    hf = made(num_query_groups=2)
+    segment = torch.tensor([[0] * 5 + [1] * 7, [0] * 11 + [1]])
+    mask = segment[:, None, :, None] == segment[:, None, None, :]
+    wanted = Oracle(section(num_query_groups=2), hf.state_dict())(tokens(), segment)
+    # The oracle counts positions over the row; rotary embedding only sees differences.
+    given = torch.zeros(mask.shape).masked_fill(~mask, -math.inf) if additive else mask
+    assert_near(hf(tokens(), attention_mask=given).logits, wanted)
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (torch.ones(2, 11), r"\(2, 11\) is neither \(2, 12\) nor \(2, 1, 12, 12\)"),
+        (torch.ones(12), r"\(12,\)"),
+        (torch.ones(2, 12, 12, dtype=torch.bool), r"\(2, 12, 12\)"),
+        (torch.ones(2, 4, 12, 12, dtype=torch.bool), r"\(2, 4, 12, 12\)"),
+        (torch.ones(2, 1, 12, 12, dtype=torch.long), "boolean or floating, not torch.int64"),
+        (torch.full((2, 12), -math.inf), "negative"),
+    ],
+)
+def test_other_masks_are_refused(mask: torch.Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        made()(tokens(), attention_mask=mask)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_every_token_reaches_every_position(masked: bool) -> None:
+    """A causal model would leave the earlier positions as they were."""
+    hf, inputs = made(), tokens(1)
+    mask = torch.ones_like(inputs) if masked else None
+    before = hf(inputs, attention_mask=mask).logits
+    for position in (0, 11):
+        changed = inputs.clone()
+        changed[0, position] = (changed[0, position] + 1) % 128
+        assert ((hf(changed, attention_mask=mask).logits - before).abs().amax(-1) > 1e-4).all()
+
+
+def test_what_forward_takes_and_gives() -> None:
+    hf, inputs = made(), tokens()
+    whole = hf(inputs, output_hidden_states=True, use_cache=True, output_attentions=False, labels=None)
+    assert whole.logits.shape == (2, 12, 128)
+    assert whole.past_key_values is None
+    assert [tuple(state.shape) for state in whole.hidden_states] == [(2, 12, 64)] * 3
+    embedded = hf.get_input_embeddings()(inputs)
+    assert torch.equal(whole.hidden_states[0], embedded)
+    assert torch.equal(whole.hidden_states[-1] @ hf.get_output_embeddings().weight.T, whole.logits)
+    (from_embeddings,) = hf(inputs_embeds=embedded, return_dict=False)
+    assert torch.equal(from_embeddings, whole.logits)
+    for arguments in ({}, {"input_ids": inputs, "inputs_embeds": embedded}):
+        with pytest.raises(ValueError, match="exactly one"):
+            hf(**arguments)
+    for name in ("labels", "position_ids", "past_key_values"):
+        with pytest.raises(ValueError, match=name):
+            hf(inputs, **{name: inputs})
+
+
+def test_checkpointed_gradients_are_the_same() -> None:
+    hf, inputs = made(num_query_groups=2).train(), tokens()
+    direction = torch.randn(2, 12, 128)
+    wanted = gradients(hf, inputs, direction)
+    calls = []
+    for block in hf.model.transformer["blocks"]:
+        block.register_forward_pre_hook(lambda module, arguments: calls.append(module))
+    hf.gradient_checkpointing_enable()
+    found = gradients(hf, inputs, direction)
+    assert len(calls) == 2 * 2, "every block runs once forward and once more for its gradients"
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_bf16_is_finite_and_close() -> None:
+    hf = made(num_query_groups=2)
+    wanted = hf(tokens()).logits
+    found = hf.to(torch.bfloat16)(tokens()).logits
+    assert found.dtype == torch.bfloat16
+    assert found.isfinite().all()
+    assert_near(found.float(), wanted, 0.05)
+
+
+def test_new_weights_are_mitchells() -> None:
+    """Bounded by 3 sigma, with the truncated normal's standard deviation of 0.9866 sigma."""
+    torch.manual_seed(0)
+    hf = LLaDAModelLM(hf_config(section()))
+    sigma = {"attn_out": [(2 * 64 * (i + 1)) ** -0.5 for i in range(2)], "ff_out": [(2 * 96 * (i + 1)) ** -0.5 for i in range(2)]}
+    for name, parameter in hf.named_parameters():
+        parts = name.split(".")
+        std = sigma[parts[4]][int(parts[3])] if parts[2] == "blocks" and parts[4] in sigma else 1 / 8
+        if parameter.dim() == 1:
+            assert (parameter == 1).all(), name
+        else:
+            assert parameter.abs().max() <= 3 * std * 1.000001, name
+            assert abs(float(parameter.std()) / std - 0.9866) < 0.04, name
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_saved_model_comes_back_bit_for_bit(shape: str, tmp_path: Path) -> None:
+    hf = made(**SHAPES[shape])
+    hf.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert {name: tuple(value.shape) for name, value in stored.items()} == canonical_shapes(section(**SHAPES[shape]))
+    back, report = LLaDAModelLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values())
+    state = back.state_dict()
+    assert state.keys() == hf.state_dict().keys()
+    assert all(torch.equal(state[name], value) for name, value in hf.state_dict().items())
+    assert torch.equal(back(tokens()).logits, hf(tokens()).logits)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_resized_vocabulary_can_be_saved(tied: bool, tmp_path: Path) -> None:
+    hf = made(tie_embeddings=tied)
+    before = hf(tokens()).logits
+    hf.resize_token_embeddings(136, mean_resizing=False)
+    hf.save_pretrained(tmp_path)
+    logits = LLaDAModelLM.from_pretrained(tmp_path)(tokens()).logits
+    assert logits.shape[-1] == 136
+    assert_near(logits[..., :128], before)
+
+
+PUBLISHED_8B = {
+    "activation_type": "silu",
+    "alibi": False,
+    "alibi_bias_max": 8.0,
+    "architectures": ["LLaDAModelLM"],
+    "attention_dropout": 0.0,
+    "attention_layer_norm": False,
+    "attention_layer_norm_with_affine": True,
+    "auto_map": {
+        "AutoConfig": "configuration_llada.LLaDAConfig",
+        "AutoModel": "modeling_llada.LLaDAModelLM",
+        "AutoModelForCausalLM": "modeling_llada.LLaDAModelLM",
+    },
+    "bias_for_layer_norm": False,
+    "block_group_size": 1,
+    "block_type": "llama",
+    "d_model": 4096,
+    "embedding_dropout": 0.0,
+    "embedding_size": 126464,
+    "eos_token_id": 126081,
+    "flash_attention": False,
+    "include_bias": False,
+    "include_qkv_bias": False,
+    "init_cutoff_factor": None,
+    "init_device": "meta",
+    "init_fn": "mitchell",
+    "init_std": 0.02,
+    "input_emb_norm": False,
+    "layer_norm_type": "rms",
+    "layer_norm_with_affine": True,
+    "mask_token_id": 126336,
+    "max_sequence_length": 4096,
+    "mlp_hidden_size": 12288,
+    "mlp_ratio": 4,
+    "model_type": "llada",
+    "multi_query_attention": None,
+    "n_heads": 32,
+    "n_kv_heads": 32,
+    "n_layers": 32,
+    "pad_token_id": 126081,
+    "precision": "amp_bf16",
+    "residual_dropout": 0.0,
+    "rms_norm_eps": 1e-05,
+    "rope": True,
+    "rope_full_precision": True,
+    "rope_theta": 500000.0,
+    "scale_logits": False,
+    "use_cache": False,
+    "vocab_size": 126464,
+    "weight_tying": False,
+}
+"""The config.json of LLaDA-8B-Instruct, less its dtype, which each version of transformers spells its own way."""
+
+
+@pytest.mark.parametrize("given", [{}, PUBLISHED_8B])
+def test_the_config_is_the_published_one_by_default_and_written_in_full(given: dict[str, Any], tmp_path: Path) -> None:
+    LLaDAConfig(**given).save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    written.pop("transformers_version")
+    assert written == PUBLISHED_8B
+
+
+def test_every_field_comes_back_and_transformers_own_names_work(tmp_path: Path) -> None:
+    config = hf_config(section(num_query_groups=2, tie_embeddings=True), embedding_size=192, max_sequence_length=77, rope_theta=1e4)
+    config.save_pretrained(tmp_path)
+    back = LLaDAConfig.from_pretrained(tmp_path)
+    fields = LLaDAConfig.published_fields()
+    assert {name: getattr(back, name) for name in fields} == {name: getattr(config, name) for name in fields}
+    assert (back.hidden_size, back.num_hidden_layers, back.num_attention_heads, back.num_key_value_heads) == (64, 2, 4, 2)
+    assert (back.intermediate_size, back.max_position_embeddings, back.tie_word_embeddings) == (96, 77, True)
+
+
+def test_sizes_left_out_follow_from_the_others() -> None:
+    config = LLaDAConfig(d_model=64, n_heads=8, mlp_hidden_size=None, mlp_ratio=3, vocab_size=100, eos_token_id=0, pad_token_id=0)
+    assert (config.n_kv_heads, config.mlp_hidden_size, config.embedding_size) == (8, 192, 100)
+    assert LLaDAConfig(n_kv_heads=None, multi_query_attention=True).n_kv_heads == 1
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("activation_type", "swiglu"),
+        ("alibi", True),
+        ("attention_dropout", 0.1),
+        ("attention_layer_norm", True),
+        ("bias_for_layer_norm", True),
+        ("block_group_size", 2),
+        ("block_type", "sequential"),
+        ("embedding_dropout", 0.1),
+        ("include_bias", True),
+        ("include_qkv_bias", True),
+        ("input_emb_norm", True),
+        ("layer_norm_type", "default"),
+        ("layer_norm_with_affine", False),
+        ("residual_dropout", 0.1),
+        ("rope", False),
+        ("rope_full_precision", False),
+        ("scale_logits", True),
+        # sizes that contradict each other
+        ("n_heads", 33),
+        ("n_kv_heads", 5),
+        ("multi_query_attention", True),
+        ("embedding_size", 100),
+        ("tie_word_embeddings", True),
+    ],
+)
+def test_what_is_not_computed_is_refused(field: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"{field}={value}|{field}='{value}'") as caught:
+        LLaDAConfig(**{**PUBLISHED_8B, field: value})
+    assert "\n" not in str(caught.value)
+
+
+def test_everything_wrong_is_named_at_once_and_late_changes_are_caught() -> None:
+    with pytest.raises(ValueError, match="alibi=True .only False., rope=False .only True."):
+        LLaDAConfig(rope=False, alibi=True)
+    config = hf_config(section())
+    config.alibi = True
+    with pytest.raises(ValueError, match="alibi"):
+        LLaDAModelLM(config)
+
+
+STRANGER = """
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("llada", "megatron"):
+            raise ImportError("out of bounds: " + name)
+
+sys.meta_path.insert(0, Blocker())
+import torch
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+folder, out = sys.argv[1:]
+inputs = torch.load(out + "/inputs.pt", weights_only=True)
+assert AutoConfig.from_pretrained(folder, trust_remote_code=True).model_type == "llada"
+model, report = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
+assert not any(report.values()), report
+assert type(model).__module__.startswith("transformers_modules."), type(model).__module__
+with torch.no_grad():
+    same = AutoModel.from_pretrained(folder, trust_remote_code=True)(inputs).logits
+    save_file({"logits": model(inputs).logits, "same": same}, out + "/logits.safetensors")
+model.save_pretrained(out + "/again")
+assert not {"llada", "megatron"} & sys.modules.keys()
+"""
+
+
+@pytest.mark.parametrize("shape", ["gqa", "tied"])
+def test_a_folder_loads_where_this_package_is_absent(shape: str, tmp_path: Path) -> None:
+    hf = made(**SHAPES[shape])
+    folder, out = tmp_path / "export", tmp_path / "out"
+    folder.mkdir()
+    out.mkdir()
+    hf.config.save_pretrained(folder)
+    for module in (configuration_llada, modeling_llada):
+        shutil.copy(str(module.__file__), folder)
+    save_file(hf.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
+    torch.save(tokens(), out / "inputs.pt")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", STRANGER, str(folder), str(out)],
+        cwd=out,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    found = load_file(out / "logits.safetensors")
+    assert_near(found["logits"], hf(tokens()).logits)
+    assert torch.equal(found["same"], found["logits"])
+    again = {path.name for path in (out / "again").iterdir()}
+    assert {"config.json", "model.safetensors", "configuration_llada.py", "modeling_llada.py"} <= again
