@@ -20,6 +20,8 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Train masked diffusion language models.", pretty_exceptions_enable=False
 )
 app.add_typer(data_app, name="data", help="Tokenize, shard, inspect and verify corpora.")
+convert_app = typer.Typer(no_args_is_help=True, help="Checkpoints to the formats of others.")
+app.add_typer(convert_app, name="convert")
 
 
 AllowChanged = Annotated[bool, typer.Option(help="Resume although settings, data or versions changed; recorded.")]
@@ -55,6 +57,71 @@ def show_config(config: Config, overrides: Overrides = None) -> None:
     from llada.config import load_config, to_yaml
 
     typer.echo(to_yaml(load_config(config, overrides)), nl=False)
+
+
+@convert_app.command("to-hf")
+def to_hf(
+    checkpoint: Annotated[str, typer.Argument(help="Checkpoint folder, or a run: its latest.")],
+    out: Annotated[str, typer.Argument(help="Folder to make.")],
+    dtype: Annotated[str | None, typer.Option(help="fp32 or bf16; as the run computed if left out.")] = None,
+    verify: Annotated[bool, typer.Option(help="Compare the folder in plain transformers with the training model.")] = False,
+    reference: Annotated[str | None, typer.Option(help="Keep the training model's tokens and logits in this safetensors file.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an export that is there.")] = False,
+) -> None:
+    """Write CHECKPOINT as a Hugging Face folder that transformers loads."""
+    from llada.hf.convert import convert
+
+    typer.echo(convert(checkpoint, out, dtype, force, verify, reference))
+
+
+Model = Annotated[str, typer.Argument(help="Exported folder, checkpoint, or run: its latest checkpoint.")]
+Steps = Annotated[int | None, typer.Option(help="Calls of the model; one a token if left out.")]
+Temperature = Annotated[float, typer.Option(help="0: the best token; higher is more varied.")]
+Guidance = Annotated[float, typer.Option(help="Strength of classifier-free guidance; 0: none.")]
+Remasking = Annotated[str, typer.Option(help="What a step keeps: low_confidence (the surest) or random.")]
+Seed = Annotated[int, typer.Option(help="Key of the noise.")]
+Show = Annotated[bool, typer.Option("--show", help="Play the denoising step by step.")]
+
+
+@app.command()
+def sample(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="Text to continue, or with --chat a question; '-' reads it from stdin.")] = "",
+    chat: Annotated[bool, typer.Option("--chat", help="Answer PROMPT in the chat format.")] = False,
+    length: Annotated[int, typer.Option(help="Tokens to write.")] = 64,
+    steps: Steps = None,
+    block_length: Annotated[int | None, typer.Option(help="Tokens of a block; blocks go from left to right.")] = None,
+    temperature: Temperature = 0.0,
+    cfg: Guidance = 0.0,
+    remasking: Remasking = "low_confidence",
+    seed: Seed = 0,
+    show: Show = False,
+) -> None:
+    """Continue PROMPT, or answer it, with MODEL."""
+    from llada.sampling.commands import sample as run
+    from llada.sampling.diffusion import SamplingOptions
+
+    options = SamplingOptions(length, length if steps is None else steps, block_length, temperature, cfg, remasking, seed)
+    typer.echo(run(model, sys.stdin.read() if prompt == "-" else prompt, chat, options, show))
+
+
+@app.command()
+def infill(
+    model: Model,
+    text: Annotated[str, typer.Argument(help="Text with gaps: [MASK] for one token, [MASK*8] for eight; '-' reads it from stdin.")],
+    steps: Steps = None,
+    temperature: Temperature = 0.0,
+    cfg: Guidance = 0.0,
+    remasking: Remasking = "low_confidence",
+    seed: Seed = 0,
+    show: Show = False,
+) -> None:
+    """Fill the gaps of TEXT from both sides with MODEL."""
+    from llada.sampling.commands import infill as run
+    from llada.sampling.diffusion import SamplingOptions
+
+    options = SamplingOptions(steps=1 if steps is None else steps, temperature=temperature, cfg=cfg, remasking=remasking, seed=seed)
+    typer.echo(run(model, sys.stdin.read() if text == "-" else text, options, steps is None, show))
 
 
 @data_app.command("step")

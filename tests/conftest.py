@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from tests.workplace import workplace  # noqa: F401  (a fixture of several packages' tests)
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]

@@ -50,9 +50,10 @@ class MegatronEngine:
     Args:
         config: the run.
         token_loss: name of the loss kernel, from the objective.
+        training: false builds the model alone, for `load_weights` and `logits`: no gradients, no optimizer.
     """
 
-    def __init__(self, config: RunConfig, token_loss: str = "cross_entropy") -> None:
+    def __init__(self, config: RunConfig, token_loss: str = "cross_entropy", training: bool = True) -> None:
         rank, size, local = world_from_environment() if not dist.is_initialized() else (dist.get_rank(), dist.get_world_size(), 0)
         config.check_world(size)
         self.device = torch.device("cpu") if cpu.available() else torch.device("cuda", local % torch.cuda.device_count())
@@ -68,6 +69,8 @@ class MegatronEngine:
         for chunk in self.chunks:
             _mark_sharded(self._parameters(chunk))
             weights.initialise(config.model, config.seed, self._parameters(chunk), *self._tensor_place())
+        if not training:
+            return
         self.replicas = [self._replicate(chunk) for chunk in self.chunks]
         self.optimizer = _optimizer(config, self.dtype, self.replicas)
         self.transformer_config.finalize_model_grads_func = _finalize
@@ -203,7 +206,8 @@ class MegatronEngine:
             # Saving is synchronous: the writers' results are put and taken in this process. Megatron-Core would spawn a manager process
             # for them, which costs seconds at the first save and outlives a killed rank.
             filesystem_async._results_queue = queue.Queue()
-        dist_checkpointing.save(self._state(loading=False), str(folder), content_metadata={"distrib_optim_sharding_type": SHARDING})
+        state = {**self._weights(), "optimizer": self._moments(loading=False)}
+        dist_checkpointing.save(state, str(folder), content_metadata={"distrib_optim_sharding_type": SHARDING})
 
     def load(self, folder: Path, optimizer: bool = True) -> None:
         """Read what `save` wrote, on any layout; without `optimizer` the weights alone, and the optimizer starts afresh.
@@ -212,9 +216,8 @@ class MegatronEngine:
         """
         for part in self._optimizers():  # without a first step the optimizer has no moments to load into
             part._init_optimizer_states_with_dummy_values()
-        state = dist_checkpointing.load(self._state(loading=True), str(folder))
-        for index, chunk in enumerate(self.chunks):
-            chunk.load_state_dict(state[f"model{index}"], strict=False)  # not strict: Megatron-Core's modules list empty extra states
+        state = dist_checkpointing.load({**self._weights(), "optimizer": self._moments(loading=True)}, str(folder))
+        self._set_weights(state)
         self.optimizer.load_state_dict(state["optimizer"])
         for part in self._optimizers():
             for group in part.optimizer.param_groups:  # loading sets those of the checkpoint
@@ -226,20 +229,35 @@ class MegatronEngine:
                     for value in moments.values():
                         value.zero_()
 
+    def load_weights(self, folder: Path) -> None:
+        """Read the model's weights, in its own precision, without masters or optimizer: for looking, not for training."""
+        self._set_weights(dist_checkpointing.load(self._weights(), str(folder)))
+
+    def _set_weights(self, state: dict[str, Any]) -> None:
+        for index, chunk in enumerate(self.chunks):
+            chunk.load_state_dict(state[f"model{index}"], strict=False)  # not strict: Megatron-Core's modules list empty extra states
+
     def _optimizers(self) -> list[Any]:
         return getattr(self.optimizer, "chained_optimizers", [self.optimizer])
 
-    def _state(self, loading: bool) -> dict[str, Any]:
+    def _weights(self) -> dict[str, Any]:
         """The sharded state of all chunks; they must be saved and loaded in one call."""
-        metadata = {
+        return {f"model{i}": chunk.sharded_state_dict(metadata=self._sharding()) for i, chunk in enumerate(self.chunks)}
+
+    def _moments(self, loading: bool) -> dict[str, Any]:
+        """The optimizer's sharded state."""
+        state = self._weights()
+        return self.optimizer.sharded_state_dict(
+            state["model0"] if len(self.chunks) == 1 else state, is_loading=loading, metadata=self._sharding()
+        )
+
+    @staticmethod
+    def _sharding() -> dict[str, Any]:
+        return {
             "distrib_optim_sharding_type": SHARDING,
             "chained_optim_avoid_prefix": True,
             "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
         }
-        state: dict[str, Any] = {f"model{i}": chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(self.chunks)}
-        model_state = state["model0"] if len(self.chunks) == 1 else dict(state)
-        state["optimizer"] = self.optimizer.sharded_state_dict(model_state, is_loading=loading, metadata=metadata)
-        return state
 
     # -- the rest of the contract --------------------------------------------------------------------------------------
 

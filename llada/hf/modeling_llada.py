@@ -123,6 +123,9 @@ class LLaDABlock(nn.Module):
 class LLaDAModel(nn.Module):
     """Embedding, blocks, final norm; it also holds the head, as the published names want."""
 
+    transformer: Any
+    _gradient_checkpointing_func: Any  # set by transformers
+
     def __init__(self, config: LLaDAConfig) -> None:
         super().__init__()
         self.config = config
@@ -164,6 +167,8 @@ class LLaDAModelLM(PreTrainedModel):
     # wants a list of names here, and for 5, which wants a dict.
     _tied_weights_keys = None
 
+    model: Any  # nn.Module's attributes have a type too wide to index
+
     def __init__(self, config: LLaDAConfig) -> None:
         super().__init__(config)
         config.check()  # transformers sets keyword arguments of from_pretrained after the config was made
@@ -181,11 +186,11 @@ class LLaDAModelLM(PreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.model.transformer["wte"]
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: Any) -> None:
         self.model.transformer["wte"] = value
-        self.config.embedding_size = value.weight.shape[0]
+        self.config.embedding_size = len(value.weight)
 
-    def get_output_embeddings(self) -> nn.Module:
+    def get_output_embeddings(self) -> Any:
         return self.model.transformer["wte" if self.config.weight_tying else "ff_out"]
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:

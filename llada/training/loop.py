@@ -146,7 +146,9 @@ class Run:
             state = checkpoint.read_state(source)
             self._check_source(source, state)
             what = self.config.run.init_what
-            lineage = [*state.lineage, {"init_from": str(source), "step": state.step, "tokens": state.tokens, "what": what}]
+            own = {"init_from": str(source), "step": state.step, "tokens": state.tokens, "what": what}
+            own["sequence_length"] = state.config["data"]["sequence_length"]
+            lineage = [*state.lineage, own]
             return _Start(source, 0, what == "weights+optimizer", lineage)
         return _Start(None, 0, False, [])
 

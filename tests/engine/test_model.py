@@ -38,7 +38,7 @@ def input_gradient(engine: MegatronEngine, bounds: tuple[int, ...], position: in
     kept: list[torch.Tensor] = []
     hook = chunk.embedding.register_forward_hook(lambda module, args, out: kept.append(out.requires_grad_()) or out)
     try:
-        attention = attention_inputs(batch.layout, batch.positions, 0, config.model.head_dim, config.model.rope_theta, False)
+        attention = attention_inputs(batch.layout, batch.positions, 0, config.model.head_dim, config.model.rope_theta, None)
         logits = chunk(batch.inputs, attention)
         (gradient,) = torch.autograd.grad(logits[position].square().sum(), kept[0])
     finally:

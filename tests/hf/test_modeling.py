@@ -42,10 +42,9 @@ def hf_config(model: ModelSection, **settings: Any) -> LLaDAConfig:
         n_kv_heads=model.kv_heads,
         mlp_hidden_size=model.ffn_hidden_size,
         vocab_size=model.vocab_size,
-        rope_theta=model.rope_theta,
         rms_norm_eps=model.norm_eps,
         weight_tying=model.tie_embeddings,
-        **{"mask_token_id": 126, "eos_token_id": 1, "pad_token_id": 1, **settings},
+        **{"rope_theta": model.rope_theta, "mask_token_id": 126, "eos_token_id": 1, "pad_token_id": 1, **settings},
     )
 
 
@@ -364,7 +363,7 @@ def test_what_is_not_computed_is_refused(field: str, value: Any) -> None:
 
 
 def test_everything_wrong_is_named_at_once_and_late_changes_are_caught() -> None:
-    with pytest.raises(ValueError, match="alibi=True .only False., rope=False .only True."):
+    with pytest.raises(ValueError, match=r"alibi=True .only False., rope=False .only True."):
         LLaDAConfig(rope=False, alibi=True)
     config = hf_config(section())
     config.alibi = True

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from llada.training import checkpoint
-from tests.training.conftest import CONFIG, Workplace
+from tests.workplace import CONFIG, Workplace
 
 
 def test_every_file_is_flushed_before_the_marker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from llada.errors import RunError
 from llada.settings import LoggingSection
 from llada.training import metrics
 from llada.training.guard import Guard
-from tests.training.conftest import Workplace
+from tests.workplace import Workplace
 
 
 def test_cut_keeps_what_the_checkpoint_knows_and_sets_the_rest_aside(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from llada.data.base import TRAIN
 from llada.data.pretrain import PretrainData
 from llada.errors import UserError
 from llada.training.preview import describe_step
-from tests.training.conftest import Workplace
+from tests.workplace import Workplace
 
 
 def test_the_text_says_what_the_plan_holds(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:

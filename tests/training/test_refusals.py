@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from llada.cli import app
 from llada.data.corpus import Manifest
 from llada.errors import UserError
-from tests.training.conftest import Workplace
+from tests.workplace import Workplace
 
 
 def refusal(place: Workplace, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:

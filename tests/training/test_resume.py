@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.training.conftest import Workplace
+from tests.workplace import Workplace
 
 
 def kill_when(place: Workplace, config: str, ready: Callable[[], bool], number: int = signal.SIGKILL) -> tuple[int, str]:
@@ -117,7 +117,8 @@ def test_a_new_run_starts_from_a_checkpoint_and_records_where_its_weights_came_f
         out = workplace.run("pretrain", config, "data.sequence_length=128").stdout
         assert f"initialised from whole/checkpoints/step_00000012 ({what})" in out
         lineage = yaml.safe_load((workplace.folder / name / "config.yaml").read_text())["provenance"]["lineage"]
-        assert lineage == [{"init_from": "whole/checkpoints/step_00000012", "step": 12, "tokens": 12 * 8 * 64, "what": what}]
+        wanted = {"init_from": "whole/checkpoints/step_00000012", "step": 12, "tokens": 12 * 8 * 64, "what": what, "sequence_length": 64}
+        assert lineage == [wanted]
     fresh = workplace.config("fresh.yaml", run={"dir": "fresh", "threads": 2}, train={"steps": 1})
     workplace.run("pretrain", fresh, "data.sequence_length=128")
     assert workplace.lines("annealed-weights")[0]["loss"] < workplace.lines("fresh")[0]["loss"] - 0.3

@@ -21,7 +21,7 @@ from llada.data.base import TRAIN
 from llada.engine.megatron import MegatronEngine
 from llada.noise import mask_uniforms
 from tests.engine.support import OracleTrainer, canonical
-from tests.training.conftest import CONFIG, Workplace
+from tests.workplace import CONFIG, Workplace
 
 SFT: dict[str, Any] = {
     **{key: CONFIG[key] for key in ("precision", "model", "checkpoint", "logging")},

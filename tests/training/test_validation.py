@@ -19,7 +19,7 @@ from llada.engine.megatron import MegatronEngine
 from llada.objectives import MaskedDiffusion
 from llada.training.validation import ROTATIONS, Validator, estimate, unigram_entropy
 from tests.engine.support import OracleTrainer, canonical
-from tests.training.conftest import CONFIG, Workplace
+from tests.workplace import CONFIG, Workplace
 
 
 def made(workplace: Workplace, micro: int, windows: int = 16, **data: object) -> tuple[PretrainData, MegatronEngine]:

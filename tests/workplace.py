@@ -46,7 +46,7 @@ class Workplace:
         return name
 
     def environment(self) -> dict[str, str]:
-        root = str(Path(__file__).parents[2])
+        root = str(Path(__file__).parents[1])
         return {**os.environ, "PYTHONPATH": root, "WANDB_MODE": "offline"}
 
     def start(self, *arguments: str, command: tuple[str, ...] = ("-m", "llada")) -> subprocess.Popen[str]:

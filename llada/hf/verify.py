@@ -1,0 +1,129 @@
+"""The training model and the exported folder on the same tokens, each in its own implementation.
+
+The training model is Megatron-Core's, loaded from the checkpoint by the engine; the folder is loaded by plain transformers in a
+process of its own that runs the folder's code only. Both compute in fp32 on the CPU.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from llada.config import RunConfig, build_config
+from llada.errors import RunError
+from llada.noise import stream, uniforms
+from llada.objectives import MaskedDiffusion, Window, collate
+from llada.tokenizer import Tokenizer
+from llada.training import checkpoint
+
+ROWS, LENGTH = 4, 128
+TOLERANCE = 1e-5
+"""Largest difference allowed, over the largest logit, where nothing is rounded."""
+_ROUNDED = 5e-2
+"""The same where the folder's weights are rounded to bf16."""
+
+_READER = """
+import sys
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+folder, inputs, out = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, torch_dtype=torch.float32).eval()
+with torch.no_grad():
+    save_file({"logits": model(load_file(inputs)["input_ids"]).logits.contiguous()}, out)
+"""
+
+
+def training_logits(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens, half of them masked, and what the training model makes of them: int64 [4, 128], fp32 [4, 128, vocabulary]."""
+    from llada.engine.megatron import MegatronEngine
+
+    config = _alone(build_config(checkpoint.read_state(folder).config))
+    tokenizer = Tokenizer.load(folder / "tokenizer")
+    windows = []
+    for row in range(ROWS):
+        ids = np.floor(uniforms(stream(0, "verify", row), LENGTH) * tokenizer.vocab_size).astype(np.int64)
+        windows.append(Window(row, ids, np.array([0, LENGTH]), np.array([0.5]), row))
+    objective = MaskedDiffusion(0, tokenizer.mask_id)
+    batch = collate(windows, [objective.corrupt(window, masking="fixed_count") for window in windows], 1.0)
+    engine = MegatronEngine(config, training=False)
+    try:
+        engine.load_weights(folder / "model")
+        return batch.inputs, engine.logits(batch)
+    finally:
+        engine.close()
+
+
+def _alone(config: RunConfig) -> RunConfig:
+    """The run's model in fp32 on one process."""
+    raw = config.model_dump(by_alias=True)
+    raw.update(precision="fp32", parallel={}, batch={"global": ROWS, "micro": ROWS})
+    raw["data"]["sequence_length"] = LENGTH
+    return build_config(raw)
+
+
+def exported_logits(folder: Path, input_ids: torch.Tensor) -> torch.Tensor:
+    """What plain transformers makes of the tokens, in a process of its own, fp32 [4, 128, vocabulary].
+
+    Raises RunError with the process's last line when it fails.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        inputs, out = Path(scratch) / "inputs.safetensors", Path(scratch) / "logits.safetensors"
+        save_file({"input_ids": input_ids}, inputs)
+        environment = {**os.environ, "HF_MODULES_CACHE": str(Path(scratch) / "modules"), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", _READER, str(folder.resolve()), str(inputs), str(out)],
+            cwd=scratch,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode:
+            raise RunError(f"--verify: transformers cannot load the folder: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+        return load_file(out)["logits"]
+
+
+class Verification:
+    """What `llada convert to-hf --verify` and `--reference` do with a finished folder.
+
+    Args:
+        compare: load the folder and compare.
+        reference: safetensors file to write: input_ids int64 [4, 128], logits fp32 [4, 128, vocabulary].
+        rounded: the folder's weights are rounded.
+
+    Attributes:
+        line: what was found, once called.
+    """
+
+    def __init__(self, compare: bool, reference: str | None, rounded: bool) -> None:
+        self.compare, self.reference, self.rounded = compare, reference, rounded
+        self.line = ""
+
+    def __call__(self, source: Path, folder: Path) -> None:
+        """Raises RunError when the two differ by more than they may."""
+        input_ids, wanted = training_logits(source)
+        if self.reference is not None:
+            temporary = f"{self.reference}.partial"
+            save_file({"input_ids": input_ids, "logits": wanted.contiguous()}, temporary)
+            os.replace(temporary, self.reference)
+        if not self.compare:
+            return
+        found = exported_logits(folder, input_ids)
+        largest, scale = float((found - wanted).abs().max()), float(wanted.abs().max())
+        allowed = _ROUNDED if self.rounded else TOLERANCE
+        agree = int((found.argmax(-1) == wanted.argmax(-1)).sum())
+        self.line = (
+            f"verified on {ROWS} x {LENGTH} tokens: max|difference| {largest:.3g}, max|logit| {scale:.3g}, ratio {largest / scale:.2e} "
+            f"(allowed {allowed:g}), the same best token at {agree} of {ROWS * LENGTH} positions"
+        )
+        if not largest <= allowed * scale:  # also when it is not a number
+            raise RunError(f"--verify: the exported folder computes other logits; not {self.line}")

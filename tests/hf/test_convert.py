@@ -1,0 +1,237 @@
+"""`llada convert to-hf`: files, refusals, and the folder in a process that knows nothing of us."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from llada.chat import ChatFormat, Message
+from llada.config import build_config
+from llada.errors import RunError, UserError
+from llada.hf import convert as module
+from llada.hf.convert import convert, to_hf, write_weights
+from llada.hf.stored import StoredTensors, canonical_weights
+from llada.model.weights import canonical_shapes
+from llada.tokenizer import Tokenizer
+from llada.training import checkpoint
+from tests.workplace import Workplace
+
+STRANGER = """
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("llada", "megatron"):
+            raise ImportError("out of bounds: " + name)
+
+sys.meta_path.insert(0, Blocker())
+import json
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder, reference = sys.argv[1:]
+for name in ("llada", "megatron"):
+    try:
+        __import__(name)
+        sys.exit(name + " can be imported")
+    except ImportError:
+        pass
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+expected = load_file(reference)
+with torch.no_grad():
+    logits = model(expected["input_ids"]).logits
+    padded = torch.nn.functional.pad(expected["input_ids"], (5, 0), value=tokenizer.pad_token_id)
+    mask = torch.nn.functional.pad(torch.ones_like(expected["input_ids"]), (5, 0))
+    beside = model(padded, attention_mask=mask).logits[:, 5:]
+scale = expected["logits"].abs().max()
+messages = [{"role": "user", "content": "What is a mask?"}]
+print(json.dumps({
+    "dtype": str(model.dtype),
+    "difference": float((logits - expected["logits"]).abs().max() / scale),
+    "padding": float((beside - expected["logits"]).abs().max() / scale),
+    "same": float((logits[0] - logits[1]).abs().max()),
+    "shape": list(expected["input_ids"].shape),
+    "chat": tokenizer(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False),
+                      add_special_tokens=False)["input_ids"],
+    "mask": tokenizer.mask_token_id, "eos": tokenizer.eos_token_id,
+}))
+"""
+
+
+def test_plain_transformers_computes_the_training_models_logits(workplace: Workplace, tmp_path: Path) -> None:
+    folder, reference = tmp_path / "export", tmp_path / "reference.safetensors"
+    said = convert(str(workplace.folder / "whole"), str(folder), None, False, True, str(reference))
+    assert "verified on 4 x 128 tokens" in said
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", STRANGER, str(folder), str(reference)],
+        cwd=tmp_path,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["dtype"] == "torch.float32"
+    assert found["shape"] == [4, 128]
+    assert found["difference"] <= 1e-5
+    assert found["padding"] <= 1e-5, "attention_mask is honoured"
+    assert found["same"] > 0.1
+    tokenizer = Tokenizer.load(folder)
+    assert (found["mask"], found["eos"]) == (tokenizer.mask_id, tokenizer.eos_id)
+    assert found["chat"] == ChatFormat(tokenizer).prompt([Message("user", "What is a mask?")]).tolist()
+    ids = load_file(reference)["input_ids"]
+    assert ids.dtype == torch.int64
+    masked = (ids == tokenizer.mask_id).float().mean(-1)
+    assert ((masked > 0.4) & (masked < 0.6)).all()
+
+
+def parts(workplace: Workplace) -> tuple[Path, Any]:
+    folder = checkpoint.resolve(workplace.folder / "whole")
+    return folder, build_config(checkpoint.read_state(folder).config)
+
+
+def test_weights_are_dealt_into_files_of_a_limited_size(workplace: Workplace, tmp_path: Path) -> None:
+    folder, config = parts(workplace)
+    tensors = dict(canonical_weights(StoredTensors(folder / "model"), config.model))
+    limit = 100_000
+    count = write_weights(tmp_path, iter(tensors.items()), config, torch.bfloat16, limit)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert count == len(list(tmp_path.glob("*.safetensors"))) > 2
+    assert index["weight_map"].keys() == canonical_shapes(config.model).keys()
+    assert index["metadata"]["total_size"] == sum(2 * tensor.numel() for tensor in tensors.values())
+    for file in set(index["weight_map"].values()):
+        held = load_file(tmp_path / file)
+        assert set(held) == {name for name, where in index["weight_map"].items() if where == file}
+        assert len(held) == 1 or sum(2 * tensor.numel() for tensor in held.values()) <= limit
+        for name, tensor in held.items():
+            assert torch.equal(tensor, tensors[name].bfloat16())
+
+
+def test_the_config_names_the_longest_sequence_of_the_lineage(workplace: Workplace, tmp_path: Path) -> None:
+    source = tmp_path / "later"
+    shutil.copytree(workplace.folder / "whole", source)
+    path = checkpoint.resolve(source) / "state.json"
+    state = json.loads(path.read_text())
+    state["lineage"] = [{"init_from": "before", "sequence_length": 4096}]
+    path.write_text(json.dumps(state))
+    to_hf(source, tmp_path / "out", dtype="bf16")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["max_sequence_length"] == 4096
+    assert config["torch_dtype"] == "bfloat16"
+    assert config["vocab_size"] == config["embedding_size"] == 512
+
+
+def copy(workplace: Workplace, tmp_path: Path) -> Path:
+    target = tmp_path / "damaged"
+    shutil.copytree(checkpoint.resolve(workplace.folder / "whole"), target)
+    return target
+
+
+def evil(path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> Any:
+            return os.mkdir, (str(path.parent / "owned"),)
+
+    path.write_bytes(pickle.dumps(Evil()))
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("COMMITTED", Path.unlink, "COMMITTED"),
+        ("state.json", truncate, "state.json is damaged"),
+        ("model/.metadata", Path.unlink, ".metadata cannot be read"),
+        ("model/.metadata", truncate, ".metadata is damaged"),
+        ("model/.metadata", evil, "asks for posix.mkdir"),
+        ("model/*.distcp", truncate, "is damaged at"),
+        ("model/*.distcp", Path.unlink, "is damaged at"),
+        ("tokenizer/tokenizer.json", Path.unlink, "no tokenizer"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_and_leaves_nothing(
+    name: str, damage: Any, message: str, workplace: Workplace, tmp_path: Path
+) -> None:
+    source = copy(workplace, tmp_path)
+    for path in source.glob(name):
+        damage(path)
+    with pytest.raises(UserError) as caught:
+        to_hf(source, tmp_path / "deep" / "out")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged"]
+    assert not list(source.rglob("owned"))
+
+
+def test_a_config_that_is_not_the_weights_is_refused(workplace: Workplace, tmp_path: Path) -> None:
+    source = copy(workplace, tmp_path)
+    state = json.loads((source / "state.json").read_text())
+    for change, message in (({"ffn_hidden_size": 96}, "linear_fc1.weight has shape"), ({"num_layers": 3}, "has shape")):
+        (source / "state.json").write_text(
+            json.dumps({**state, "config": {**state["config"], "model": {**state["config"]["model"], **change}}})
+        )
+        with pytest.raises(UserError, match=message):
+            to_hf(source, tmp_path / "out")
+
+
+def test_an_output_that_exists_is_replaced_only_when_asked(workplace: Workplace, tmp_path: Path) -> None:
+    source, out = str(workplace.folder / "whole"), tmp_path / "out"
+    to_hf(source, out)
+    before = (out / "model.safetensors").read_bytes()
+    with pytest.raises(UserError, match=r"OUT: .* exists; --force replaces"):
+        to_hf(source, out)
+    to_hf(source, out, force=True)
+    assert (out / "model.safetensors").read_bytes() == before
+    (out / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"holds 'thesis.txt'"):
+        to_hf(source, out, force=True)
+    assert (out / "thesis.txt").read_text() == "mine"
+
+
+def test_a_folder_that_computes_something_else_is_not_kept(workplace: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gate: --verify looks at the folder, and a wrong one never gets its name."""
+    real = module.canonical_weights
+
+    def wrong(*arguments: Any) -> Any:
+        for name, tensor in real(*arguments):
+            yield name, tensor.flip(0) if name.endswith("blocks.1.k_proj.weight") else tensor
+
+    monkeypatch.setattr(module, "canonical_weights", wrong)
+    with pytest.raises(RunError, match="computes other logits"):
+        convert(str(workplace.folder / "whole"), str(tmp_path / "out"), None, False, True, None)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere", "out"], "checkpoint: 'nowhere' is neither a checkpoint"),
+        (["whole", "out", "--dtype", "fp16"], "--dtype: 'fp16' is not allowed; one of fp32, bf16"),
+        (["whole", "corpus"], "OUT: 'corpus' exists"),
+        (["whole", "out", "--reference", "no/such/folder/r.safetensors"], "--reference: no folder 'no/such/folder'"),
+    ],
+)
+def test_refusals_of_the_command(arguments: list[str], message: str, workplace: Workplace) -> None:
+    done = workplace.run("convert", "to-hf", *arguments, code=2)
+    assert done.stderr.startswith(f"error: {message}")
+    assert len(done.stderr.splitlines()) == 1
+    assert not (workplace.folder / "out").exists()

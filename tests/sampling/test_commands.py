@@ -1,0 +1,161 @@
+"""`llada sample` and `llada infill` on an exported folder and on a training checkpoint."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from llada.cli import app
+from llada.errors import UserError
+from llada.hf.convert import to_hf
+from llada.sampling import commands
+from llada.sampling.diffusion import SamplingOptions
+from llada.sampling.gaps import parse
+from llada.sampling.models import load
+from llada.sampling.show import Playback
+from llada.tokenizer import Tokenizer
+from tests.workplace import Workplace
+
+
+@pytest.fixture(scope="module")
+def export(workplace: Workplace) -> Path:
+    folder = workplace.folder / "sampled_export"
+    to_hf(workplace.folder / "whole", folder)
+    return folder
+
+
+def run(*arguments: object) -> str:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    return result.stdout
+
+
+def refusal(*arguments: object) -> str:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert isinstance(result.exception, UserError), result.output + repr(result.exception)
+    assert "\n" not in str(result.exception)
+    return str(result.exception)
+
+
+def test_a_checkpoint_and_its_export_write_the_same(workplace: Workplace, export: Path) -> None:
+    ids = torch.randint(0, 500, (2, 40), generator=torch.Generator().manual_seed(0))
+    ours, theirs = load(workplace.folder / "whole"), load(export)
+    torch.testing.assert_close(ours(ids), theirs(ids), rtol=0, atol=1e-6)
+    assert ours.specials == theirs.specials
+    for words in (["sample", "{}", "def f(", "--length", "8"], ["sample", "{}", "what?", "--chat", "--length", "6", "--temperature", "1"]):
+        first, second = (run(*(word.replace("{}", str(model)) for word in words)) for model in (workplace.folder / "whole", export))
+        assert first == second
+    assert run("infill", workplace.folder / "whole", "a [MASK*3] b") == run("infill", export, "a [MASK*3] b")
+
+
+def test_every_step_is_shown(export: Path) -> None:
+    out = run("sample", export, "import ", "--length", "6", "--steps", "3", "--show").splitlines()
+    assert [line.split(":")[0] for line in out[:3]] == ["step 1/3", "step 2/3", "step 3/3"]
+    assert out[0].count("▒") == 4
+    assert out[2].count("▒") == 0
+
+
+def test_the_text_around_a_gap_stays(export: Path) -> None:
+    out = run("infill", export, "x = [MASK*4]\ny = [MASK]")
+    assert out.startswith("x = ")
+    assert "\ny = " in out
+
+
+def test_a_prompt_from_stdin(export: Path) -> None:
+    result = CliRunner().invoke(app, ["sample", str(export), "-", "--length", "4"], input="import os")
+    assert result.stdout == run("sample", export, "import os", "--length", "4")
+
+
+def test_an_answer_ends_at_eos(export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load(export)
+    wanted = [*model.tokenizer.encode("yes").tolist(), model.specials.eos_id, *model.tokenizer.encode("no").tolist()]
+
+    def forced(tokens: torch.Tensor) -> torch.Tensor:
+        logits = torch.zeros(*tokens.shape, 512)
+        for i, token_id in enumerate(wanted):
+            logits[:, tokens.shape[1] - len(wanted) + i, token_id] = 9.0
+        return logits
+
+    monkeypatch.setattr(type(model), "__call__", lambda self, tokens: forced(tokens))
+    assert commands.write(model, "well?", True, SamplingOptions(len(wanted), 1)) == ("yes", True)
+    wanted.remove(model.specials.eos_id)
+    assert commands.write(model, "well?", True, SamplingOptions(len(wanted), 1)) == ("yesno", False)
+
+
+def test_gaps(export: Path) -> None:
+    tokenizer = Tokenizer.load(export)
+    gapped = parse("ab[MASK] c[MASK*3]", tokenizer)
+    ab, c = tokenizer.encode("ab").tolist(), tokenizer.encode(" c").tolist()
+    mask = tokenizer.mask_id
+    assert gapped.tokens.tolist() == [[*ab, mask, *c, mask, mask, mask]]
+    assert gapped.spans == ((len(ab), len(ab) + 1), (len(ab) + 1 + len(c), len(ab) + 4 + len(c)))
+    literal = parse("<|mdm_mask|>[MASK]", tokenizer)
+    assert (literal.tokens == mask).sum() == 1, "text cannot spell a mask"
+
+
+def test_playback_shows_hidden_new_and_old(export: Path) -> None:
+    tokenizer = Tokenizer.load(export)
+    a, b = tokenizer.encode("a").tolist()[0], tokenizer.encode("b").tolist()[0]
+    playback = Playback(tokenizer, tokenizer.mask_id, first=1)
+    pieces = playback.pieces(torch.tensor([b, a, b, tokenizer.mask_id]), torch.tensor([False, False, True, False]))
+    assert pieces == [("a", ""), ("b", "bold green"), ("▒", "dim")]
+
+
+def changed(export: Path, target: Path, name: str, change: Any) -> Path:
+    shutil.copytree(export, target)
+    change(target / name)
+    return target
+
+
+def without_mask(path: Path) -> None:
+    """A tokenizer in whose files no token has the mask's name."""
+    for file in path.parent.glob("*token*.json"):
+        file.write_text(file.read_text().replace("<|mdm_mask|>", "<|other|>").replace('"mask_token"', '"other_token"'))
+
+
+def other_mask(path: Path) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), "mask_token_id": 7}))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("model.safetensors", Path.unlink, "has a config.json but no weights"),
+        ("tokenizer.json", without_mask, "the tokenizer has no mask token"),
+        ("tokenizer.json", Path.unlink, "no tokenizer in this folder"),
+        ("config.json", other_mask, "mask_token_id 7 in config.json is not the tokenizer's mask token"),
+        ("model.safetensors", lambda path: path.write_bytes(path.read_bytes()[:1000]), "cannot be loaded"),
+    ],
+)
+def test_folders_that_cannot_be_used(name: str, change: Any, message: str, export: Path, tmp_path: Path) -> None:
+    folder = changed(export, tmp_path / "broken", name, change)
+    assert message in refusal("sample", folder, "x", "--length", "2")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sample", "nowhere"], "MODEL: no folder 'nowhere'"),
+        (["sample", "{corpus}"], "is neither an exported folder"),
+        (["sample", "{export}", "x", "--remasking", "high"], "--remasking: 'high' is not allowed"),
+        (["infill", "{export}", "no gap"], "TEXT: no gap; write [MASK]"),
+        (["infill", "{export}", "a [MASK*0] b"], "is a gap of 0 tokens"),
+        (["infill", "{export}", "a [mask] b"], "TEXT: no gap; write [MASK]"),
+        (["infill", "{export}", "a [MASK] [MASK 8] b"], "'[MASK 8]' is no gap"),
+        (["infill", "{export}", "[MASK]", "--steps", "0"], "--steps: 0 is less than 1"),
+    ],
+)
+def test_refusals(arguments: list[str], message: str, workplace: Workplace, export: Path) -> None:
+    words = [word.format(export=export, corpus=workplace.folder / "corpus") if word.startswith("{") else word for word in arguments]
+    assert message in refusal(*words)
+
+
+def test_exit_2_and_one_line(workplace: Workplace) -> None:
+    done = workplace.run("sample", "nowhere", code=2)
+    assert done.stderr == "error: MODEL: no folder 'nowhere'\n"
