@@ -144,17 +144,18 @@ def demo(
         list[str] | None, typer.Option(help="Text or code, files or folders; the Python standard library if left out.")
     ] = None,
     config: Annotated[str, typer.Option(help="Config of the pretraining.")] = "configs/demo/pretrain.yaml",
+    sft_config: Annotated[str, typer.Option(help="Config of the fine-tuning.")] = "configs/demo/sft.yaml",
     dir: Annotated[str | None, typer.Option(help="Where everything goes; runs/demo, or runs/demo_smoke with --smoke.")] = None,
     smoke: Annotated[bool, typer.Option(help="A few steps only, to see that every stage works.")] = False,
     fresh: Annotated[bool, typer.Option(help="Start over instead of going on with what is there.")] = False,
 ) -> None:
-    """Real text to a trained model: tokenizer, corpus, pretraining, report."""
+    """Real text to a model that writes: tokenizer, corpus, pretraining, fine-tuning, Hugging Face folder, report."""
     from llada.training.signals import StopRequest
 
     stop = StopRequest().install()
     from llada.demo import run_demo
 
-    raise typer.Exit(run_demo(stop, input, config, dir or ("runs/demo_smoke" if smoke else "runs/demo"), smoke, fresh))
+    raise typer.Exit(run_demo(stop, input, (config, sft_config), dir or ("runs/demo_smoke" if smoke else "runs/demo"), smoke, fresh))
 
 
 def main() -> None:

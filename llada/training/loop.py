@@ -77,6 +77,8 @@ def train(config: RunConfig, stop: StopRequest, allow_changed: bool = False) -> 
 
 def _loop(run: Run, stop: StopRequest) -> int:
     config = run.config
+    if run.starts_from_weights:
+        run.validate(0)
     for step, plan, batches in run.batches():
         result = run.engine.train_step(batches, run.schedule.learning_rate(step))
         run.record(step, plan, result)
@@ -114,6 +116,7 @@ class Run:
         self.engine = MegatronEngine(config, self.data.objective.token_loss)
         self.place, self.device = self.engine.place, self.engine.device
         self.lineage: list[dict[str, Any]] = start.lineage
+        self.starts_from_weights = start.folder is not None and start.step == 0
         self.first, self.tokens = start.step, start.tokens
         if start.folder is not None:
             self.engine.load(start.folder / "model", optimizer=start.optimizer)

@@ -87,7 +87,7 @@ def cut(folder: Path, step: int) -> int:
     dropped: list[str] = []
     for raw in path.read_text(encoding="utf-8", errors="replace").splitlines():
         line = _parse(raw)
-        (kept if line is not None and line["step"] <= step else dropped).append(raw)
+        (kept if step and line is not None and line["step"] <= step else dropped).append(raw)
     if dropped:
         attempt = 1 + sum(1 for _ in folder.glob("metrics.attempt-*.jsonl"))
         write_atomically(folder / f"metrics.attempt-{attempt}.jsonl", "\n".join(dropped) + "\n")

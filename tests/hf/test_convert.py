@@ -47,7 +47,7 @@ for name in ("llada", "megatron"):
         sys.exit(name + " can be imported")
     except ImportError:
         pass
-tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
 expected = load_file(reference)
 with torch.no_grad():
