@@ -94,9 +94,21 @@ class RunConfig(Section):
             if value % p.tensor:
                 raise ValueError(f"parallel.tensor: {p.tensor} does not divide {what} = {value}")
         chunks = p.pipeline * (p.virtual_pipeline or 1)
-        if m.num_layers % chunks:
-            name = "parallel.pipeline" if p.virtual_pipeline is None else "parallel.pipeline x parallel.virtual_pipeline"
-            raise ValueError(f"{name}: {chunks} does not divide model.num_layers = {m.num_layers}")
+        name = "parallel.pipeline" if p.virtual_pipeline is None else "parallel.pipeline x parallel.virtual_pipeline"
+        if p.layers_per_stage is None and m.num_layers % chunks:
+            raise ValueError(
+                f"{name}: {chunks} does not divide model.num_layers = {m.num_layers}; give the shares as parallel.layers_per_stage"
+            )
+        if p.layers_per_stage is not None:
+            if len(p.layers_per_stage) != chunks:
+                raise ValueError(f"parallel.layers_per_stage: {len(p.layers_per_stage)} numbers for {name} = {chunks}")
+            if min(p.layers_per_stage) < 1 or sum(p.layers_per_stage) != m.num_layers:
+                raise ValueError(
+                    f"parallel.layers_per_stage: {p.layers_per_stage} must be at least 1 each "
+                    f"and add up to model.num_layers = {m.num_layers}"
+                )
+        if p.overlap_param_gather and not p.overlap_grad_reduce:
+            raise ValueError("parallel.overlap_param_gather: true needs parallel.overlap_grad_reduce: true")
         if p.virtual_pipeline is not None and p.pipeline == 1:
             raise ValueError(f"parallel.virtual_pipeline: {p.virtual_pipeline} needs parallel.pipeline > 1, which is 1")
         if p.sequence and p.tensor == 1:

@@ -218,8 +218,16 @@ class ParallelSection(Section):
     """Pipeline stages."""
     virtual_pipeline: int | None = Field(default=None, ge=2)
     """Model chunks per pipeline stage (interleaved schedule); null: one."""
+    layers_per_stage: list[int] | None = Field(default=None, min_length=1)
+    """Layers of each pipeline stage in order (with virtual_pipeline: of each chunk, in the order of the layers); null: equal shares."""
     context: int = Field(default=1, ge=1)
     """Ranks that share a sequence (context parallelism)."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients between replicas while the backward pass goes on."""
+    overlap_param_gather: bool = False
+    """Gather updated parameters between replicas while the next forward pass goes on; needs overlap_grad_reduce."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """What the backward pass computes again instead of keeping it: nothing, the attention, or whole layers."""
 
     @property
     def model_size(self) -> int:

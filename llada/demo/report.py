@@ -150,12 +150,13 @@ def _answered(config: RunConfig, root: Path, wanted: int) -> dict[str, Any]:
     """The held-out response NELBO before and after, and answers of the exported folder to held-out questions."""
     lines = _validations(config.run.dir)
     model = load(root / "hf")
-    reader = ReplyReader(Corpus.open(root / "talks"), "validation", config.data.sequence_length - _ANSWER)
-    options = SamplingOptions(_ANSWER, _ANSWER)
+    reader = ReplyReader(Corpus.open(root / "talks"), "validation", config.data.sequence_length)
     rows = []
     ended = 0
     for reply in range(min(wanted, len(reader.rows))):
         tokens, prompt = reader.tokens(reply), reader.prompt_length(reply)
+        length = min(_ANSWER, config.data.sequence_length - prompt)
+        options = SamplingOptions(length, length)
         out = generate(model, torch.from_numpy(tokens[:prompt])[None].to(model.device), model.specials, options)[0].tolist()
         ended += model.specials.eos_id in out
         texts = tokens[:prompt], tokens[prompt:], cut_at_eos(out, model.specials.eos_id)

@@ -18,6 +18,7 @@ from llada.engine import cpu
 from llada.engine.base import Place, StepResult
 from llada.engine.layout import context_part, start_model_parallel, start_process_group, stop_model_parallel, world_from_environment
 from llada.objectives.base import Batch
+from llada.settings import ParallelSection
 
 cpu.before_import()
 
@@ -74,6 +75,9 @@ class MegatronEngine:
         self.replicas = [self._replicate(chunk) for chunk in self.chunks]
         self.optimizer = _optimizer(config, self.dtype, self.replicas)
         self.transformer_config.finalize_model_grads_func = _finalize
+        if config.parallel.overlap_grad_reduce:  # only the last micro-batch's gradients are sent
+            contexts = [replica.no_sync for replica in self.replicas]
+            self.transformer_config.no_sync_func = contexts if len(contexts) > 1 else contexts[0]
         self.transformer_config.grad_scale_func = None
 
     # -- training ------------------------------------------------------------------------------------------------------
@@ -184,7 +188,13 @@ class MegatronEngine:
         return chunks
 
     def _replicate(self, chunk: BidirectionalTransformer) -> DistributedDataParallel:
-        ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
+        parallel = self.config.parallel
+        ddp = DistributedDataParallelConfig(
+            use_distributed_optimizer=True,
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=parallel.overlap_grad_reduce,
+            overlap_param_gather=parallel.overlap_param_gather,
+        )
         return DistributedDataParallel(self.transformer_config, ddp, chunk)
 
     def _parameters(self, chunk: BidirectionalTransformer) -> dict[str, torch.nn.Parameter]:
@@ -192,6 +202,7 @@ class MegatronEngine:
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         """This rank's parameters by Megatron name, layers numbered over the whole model; `.main_grad` holds the gradient."""
+        self._finish_gather()
         return {name: parameter for chunk in self.chunks for name, parameter in self._parameters(chunk).items()}
 
     @staticmethod
@@ -206,6 +217,7 @@ class MegatronEngine:
             # Saving is synchronous: the writers' results are put and taken in this process. Megatron-Core would spawn a manager process
             # for them, which costs seconds at the first save and outlives a killed rank.
             filesystem_async._results_queue = queue.Queue()
+        self._finish_gather()
         state = {**self._weights(), "optimizer": self._moments(loading=False)}
         dist_checkpointing.save(state, str(folder), content_metadata={"distrib_optim_sharding_type": SHARDING})
 
@@ -228,6 +240,12 @@ class MegatronEngine:
                 if not optimizer:
                     for value in moments.values():
                         value.zero_()
+
+    def _finish_gather(self) -> None:
+        """With overlap_param_gather an update's parameters arrive with the next forward pass; whoever reads them before must wait."""
+        if self.config.parallel.overlap_param_gather:
+            for replica in self.replicas:
+                replica.start_param_sync(force_sync=True)
 
     def load_weights(self, folder: Path) -> None:
         """Read the model's weights, in its own precision, without masters or optimizer: for looking, not for training."""
@@ -335,6 +353,24 @@ def _optimizer(config: RunConfig, dtype: torch.dtype, replicas: list[Distributed
     return parts[0] if len(parts) == 1 else optimizer
 
 
+_RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
+"""Megatron-Core's names for parallel.recompute."""
+
+
+def _stage_layout(parallel: ParallelSection) -> list[list[str]] | None:
+    """parallel.layers_per_stage as Megatron-Core wants it: the kinds of layers of every chunk."""
+    if parallel.layers_per_stage is None:
+        return None
+    chunks = [["decoder"] * count for count in parallel.layers_per_stage]
+    chunks[0].insert(0, "embedding")
+    chunks[-1].append("loss")
+    return chunks
+
+
 def _transformer_config(config: RunConfig, dtype: torch.dtype, device: torch.device) -> TransformerConfig:
     model, parallel = config.model, config.parallel
     gpu = device.type == "cuda"
@@ -363,7 +399,9 @@ def _transformer_config(config: RunConfig, dtype: torch.dtype, device: torch.dev
         sequence_parallel=parallel.sequence,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+        pipeline_model_parallel_layout=_stage_layout(parallel),
         context_parallel_size=parallel.context,
+        **_RECOMPUTE[parallel.recompute],
         # Batched p2p with two stages and virtual stages gives silently wrong gradients: never with virtual stages.
         overlap_p2p_comm=overlapped,
         batch_p2p_comm=not overlapped,

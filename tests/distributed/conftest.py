@@ -11,6 +11,6 @@ from tests.distributed.pool import RankPool
 
 @pytest.fixture(scope="session")
 def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
-    made = RankPool(4, tmp_path_factory.mktemp("pool"))
+    made = RankPool(8, tmp_path_factory.mktemp("pool"))
     yield made
     made.close()

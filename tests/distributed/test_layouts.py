@@ -1,4 +1,6 @@
-"""Every layout of four ranks against the single-process oracle: losses, gradient norms and weights over five optimizer steps."""
+"""Every layout of eight ranks against the single-process oracle over five optimizer steps: losses, gradient norms, every gradient
+tensor before clipping at the first and the last step, and the weights after. Rows hold packed documents and cuts, some segments are
+a single token, and key heads are shared (grouped queries)."""
 
 from __future__ import annotations
 
@@ -15,72 +17,122 @@ from tests.engine.support import OracleTrainer, small_config, step_batches
 
 STEPS = 5
 RATES = [1e-3 * (step + 1) / 10 for step in range(STEPS)]
+EIGHT = {"num_layers": 8}
+FOUR_GROUPS = {"num_query_groups": 4}
+TIED = {"tie_embeddings": True}
+OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
+ALL_ON = {"tensor": 2, "sequence": True, "pipeline": 2, "virtual_pipeline": 2, "recompute": "full", **OVERLAP}
 
 LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "DP4": ({}, {}),
-    "TP2 x DP2": ({"tensor": 2}, {}),
-    "TP2+SP x DP2": ({"tensor": 2, "sequence": True}, {}),
-    "TP4+SP": ({"tensor": 4, "sequence": True}, {"num_query_groups": 4}),
-    "PP2 x DP2": ({"pipeline": 2}, {}),
-    "PP4": ({"pipeline": 4}, {}),
-    "PP2 x VP2 x DP2": ({"pipeline": 2, "virtual_pipeline": 2}, {}),
-    "CP2 x DP2": ({"context": 2}, {}),
-    "CP4": ({"context": 4}, {}),
-    "TP2+SP x PP2": ({"tensor": 2, "sequence": True, "pipeline": 2}, {}),
-    "TP2+SP x CP2": ({"tensor": 2, "sequence": True, "context": 2}, {}),
-    "CP2 x PP2": ({"context": 2, "pipeline": 2}, {}),
-    "tied head, PP2 x DP2": ({"pipeline": 2}, {"tie_embeddings": True}),
-    "tied head, TP2+SP x PP2": ({"tensor": 2, "sequence": True, "pipeline": 2}, {"tie_embeddings": True}),
-    "tied head, PP2 x VP2 x DP2": ({"pipeline": 2, "virtual_pipeline": 2}, {"tie_embeddings": True}),
+    "DP8": ({}, {}),
+    "DP8, overlap": (OVERLAP, {}),
+    "DP8, gradients overlap": ({"overlap_grad_reduce": True}, {}),
+    "DP8, full recompute": ({"recompute": "full"}, {}),
+    "TP2 x DP4": ({"tensor": 2}, {}),
+    "TP2+SP x DP4": ({"tensor": 2, "sequence": True}, {}),
+    "TP2+SP x DP4, selective recompute": ({"tensor": 2, "sequence": True, "recompute": "selective"}, {}),
+    "TP4+SP x DP2": ({"tensor": 4, "sequence": True}, FOUR_GROUPS),
+    "PP2 x DP4": ({"pipeline": 2}, {}),
+    "PP2 x DP4, uneven": ({"pipeline": 2, "layers_per_stage": [1, 3]}, {}),
+    "PP2 x VP2 x DP4": ({"pipeline": 2, "virtual_pipeline": 2}, {}),
+    "PP2 x VP2 x DP4, uneven": ({"pipeline": 2, "virtual_pipeline": 2, "layers_per_stage": [2, 1, 3, 2]}, EIGHT),
+    "PP4 x DP2": ({"pipeline": 4}, {}),
+    "PP4 x VP2 x DP2": ({"pipeline": 4, "virtual_pipeline": 2}, EIGHT),
+    "PP8": ({"pipeline": 8}, EIGHT),
+    "CP2 x DP4": ({"context": 2}, {}),
+    "CP4 x DP2": ({"context": 4}, {}),
+    "CP2 x PP2 x DP2": ({"context": 2, "pipeline": 2}, {}),
+    "TP2 x PP2 x DP2, everything on": (ALL_ON, {}),
+    "TP2 x CP2 x PP2": ({"tensor": 2, "context": 2, "pipeline": 2}, {}),
+    "TP2+SP x CP2 x PP2, full recompute": ({"tensor": 2, "sequence": True, "context": 2, "pipeline": 2, "recompute": "full"}, {}),
+    "TP2+SP x CP2 x DP2": ({"tensor": 2, "sequence": True, "context": 2}, {}),
+    "tied head, PP2 x DP4": ({"pipeline": 2}, TIED),
+    "tied head, PP2 x VP2 x DP4": ({"pipeline": 2, "virtual_pipeline": 2}, TIED),
+    "tied head, TP2+SP x PP2 x DP2": ({"tensor": 2, "sequence": True, "pipeline": 2}, TIED),
 }
 
 
-def train_on_ranks(parallel: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
-    """Five steps on this rank: losses, gradient norms, and its weights before and after."""
-    config = small_config(model, parallel)
+def gradients(engine: MegatronEngine) -> dict[str, torch.Tensor]:
+    """This rank's reduced gradients: of every parameter the part that its share of the distributed optimizer holds, else NaN."""
+    found = {}
+    names = {id(parameter): name for name, parameter in engine.parameters().items()}
+    for part in engine._optimizers():
+        for group in part.model_float16_groups + part.model_fp32_groups:
+            for parameter in group:
+                span = part._get_model_param_range_map(parameter)["param"]
+                flat = torch.full((parameter.numel(),), torch.nan)
+                flat[span.start : span.end] = parameter.main_grad.flatten()[span.start : span.end]
+                found[names[id(parameter)]] = flat.view(parameter.shape)
+    return found
+
+
+def train_on_ranks(parallel: dict[str, Any], model: dict[str, Any], micro: int) -> dict[str, Any]:
+    """Five steps on this rank: losses, gradient norms, gradients of the first and the last step, and its weights before and after."""
+    config = small_config(model, parallel, batch={"global": 8, "micro": micro})
     engine = MegatronEngine(config)
     try:
         place = engine.place
         before = {n: p.detach().clone() for n, p in engine.parameters().items()}
-        results = []
+        results, grads = [], []
+        offsets = sample_offsets(config.batch.global_, config.batch.micro, place.data_rank, place.data_size)
+        own = [part[0] // config.batch.micro for part in offsets]
         for step, rate in enumerate(RATES):
             every = step_batches(config, step)
-            firsts = [
-                offsets[0] // config.batch.micro
-                for offsets in sample_offsets(config.batch.global_, config.batch.micro, place.data_rank, place.data_size)
-            ]
-            results.append(engine.train_step([every[i] for i in firsts], rate))
-        sums = engine.evaluate([every[i] for i in firsts], 64)
+            results.append(engine.train_step([every[i] for i in own], rate))
+            if step in (0, STEPS - 1):
+                grads.append(gradients(engine))
+        sums = engine.evaluate([every[i] for i in own], 64)
         after = {n: p.detach().clone() for n, p in engine.parameters().items()}
-        return {"results": results, "before": before, "after": after, "tensor": engine._tensor_place(), "sums": sums}
+        return {"results": results, "grads": grads, "before": before, "after": after, "tensor": engine._tensor_place(), "sums": sums}
     finally:
         engine.close()
 
 
-def whole(answers: list[dict[str, Any]], key: str, config: Any) -> dict[str, torch.Tensor]:
-    return weights.gather(config.model, [(answer[key], *answer["tensor"]) for answer in answers])
+def whole(answers: list[dict[str, Any]], tensors: list[dict[str, torch.Tensor]], config: Any) -> dict[str, torch.Tensor]:
+    """Canonical tensors from the ranks' parts; where one rank has NaN another one has the value."""
+    merged: dict[tuple[int, int], dict[str, torch.Tensor]] = {}
+    for answer, own in zip(answers, tensors, strict=True):
+        there = merged.setdefault(answer["tensor"], {})
+        for name, value in own.items():
+            there[name] = torch.where(there[name].isnan(), value, there[name]) if name in there else value
+    return weights.gather(config.model, [(own, *place) for place, own in merged.items()])
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_five_steps_equal_the_oracle(layout: str, pool: RankPool) -> None:
-    parallel, model = LAYOUTS[layout]
-    answers = pool.run(train_on_ranks, parallel, model)
+def check_five_steps(pool: RankPool, parallel: dict[str, Any], model: dict[str, Any], micro: int = 1) -> None:
+    """Run a layout and compare all there is to compare."""
+    answers = pool.run(train_on_ranks, parallel, model, micro)
     config = small_config(model)
-    start = whole(answers, "before", config)
+    start = whole(answers, [answer["before"] for answer in answers], config)
     assert set(start) == set(weights.canonical_shapes(config.model))
     for name, value in start.items():  # every layout starts from the same keyed weights
         piece = weights.Piece(name, (0, value.shape[0]), (0, value.shape[1]) if value.dim() > 1 else None, 0)
         assert torch.equal(value, weights.initial_values(config.model, config.seed, piece).float()), name
     trainer = OracleTrainer(config, start)
     for step, rate in enumerate(RATES):
-        loss, norm, _ = trainer.step(step_batches(config, step), rate)
+        loss, norm, wanted = trainer.step(step_batches(config, step), rate)
         for answer in answers:
             assert answer["results"][step].loss == pytest.approx(loss, rel=1e-6)
             assert answer["results"][step].grad_norm == pytest.approx(norm, rel=1e-6)
-    after = whole(answers, "after", config)
-    for name, wanted in trainer.oracle.w.items():
-        assert (after[name] - wanted).abs().max() <= 0.02 * sum(RATES), name
+        if step in (0, STEPS - 1):
+            found = whole(answers, [answer["grads"][step > 0] for answer in answers], config)
+            scale = max(1.0, norm / config.optimizer.clip)  # in fp32 the optimizer clips its gradients in place
+            wrong = [name for name in wanted if not (found[name] * scale - wanted[name]).norm() <= 1e-5 * wanted[name].norm()]
+            assert not wrong, f"gradients of step {step + 1}"
+    after = whole(answers, [answer["after"] for answer in answers], config)
+    for name, value in trainer.oracle.w.items():
+        assert (after[name] - value).abs().max() <= 0.02 * sum(RATES), name
     with torch.no_grad():
         total = float(trainer.loss(step_batches(config, STEPS - 1))) * config.tokens_per_step
     for answer in answers:
         assert float(answer["sums"].sum()) == pytest.approx(total, rel=1e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_five_steps_equal_the_oracle(layout: str, pool: RankPool) -> None:
+    check_five_steps(pool, *LAYOUTS[layout])
+
+
+@pytest.mark.parametrize("micro", [1, 2, 4])
+def test_accumulation_on_two_replicas_changes_nothing(micro: int, pool: RankPool) -> None:
+    """Eight sequences on two replicas in four, two or one micro-batches each."""
+    check_five_steps(pool, {"tensor": 2, "sequence": True, "context": 2}, {}, micro)
