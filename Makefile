@@ -1,6 +1,7 @@
 # Every target does its own set-up: a Python 3.11 or later, make and a compiler are enough.
 #   make demo    train a small model on the Python standard library and report
-#   make test    the test suite
+#   make test    the test suite, without tests of more than a minute
+#   make test-slow   those: fresh processes by the dozen, kills at random moments
 # The first call installs into .venv (a minute or two); later ones find it ready.
 
 SHELL := bash
@@ -21,7 +22,7 @@ INSTALL := $(PIP) install --constraint constraints.txt
 comma := ,
 fail = { echo "make: $(1)" >&2; exit 1; }
 
-.PHONY: help setup demo test lint types clean
+.PHONY: help setup demo test test-slow lint types clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -34,6 +35,9 @@ demo: $(READY)
 
 test: $(READY)
 	@$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+test-slow: $(READY)
+	@$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
 lint: $(READY)
 	@$(BIN)/ruff format --check .

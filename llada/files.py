@@ -9,8 +9,13 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
+
+import xxhash
 
 from llada.errors import RunError, UserError
+
+_CHUNK = 1 << 24
 
 
 def sync_folder(path: Path) -> None:
@@ -31,6 +36,16 @@ def sync_tree(folder: Path) -> None:
         else:
             sync_folder(path)
     sync_folder(folder)
+
+
+def checksum(path: Path) -> dict[str, Any]:
+    """Size in bytes and xxh3_64 (hexadecimal) of a file."""
+    digest, size = xxhash.xxh3_64(), 0
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+            size += len(chunk)
+    return {"bytes": size, "xxh3": digest.hexdigest()}
 
 
 def write_atomically(path: Path, text: str) -> None:

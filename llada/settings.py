@@ -205,6 +205,14 @@ class CheckpointSection(Section):
 
     every: int = Field(default=500, ge=1)
     """Optimizer steps between checkpoints; one more at the end of the run and on SIGTERM, SIGINT or SIGUSR1."""
+    asynchronous: bool = True
+    """Write while training goes on; only the copy to host memory blocks (metric checkpoint_blocked_seconds)."""
+    keep_last: int | None = Field(default=None, ge=1)
+    """Newest checkpoints to keep; older ones are deleted after a later one is complete. null: all."""
+    keep_every: int | None = Field(default=None, ge=1)
+    """Checkpoints whose step is a multiple of this are never deleted; null: none is exempt."""
+    verify: bool = True
+    """Compare size and checksum of every file with the commit marker before a checkpoint is loaded; the ranks share the files."""
 
 
 class ParallelSection(Section):

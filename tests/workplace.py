@@ -31,7 +31,7 @@ CONFIG: dict[str, Any] = {
     "checkpoint": {"every": 4},
     "logging": {"every": 1},
 }
-MEASURED = ("seconds", "tokens_per_second", "mfu", "mfu_full_length", "memory_gb")
+MEASURED = ("seconds", "tokens_per_second", "mfu", "mfu_full_length", "memory_gb", "checkpoint_blocked_seconds")
 """Fields of metrics.jsonl that are measured, not computed."""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -47,6 +47,30 @@ class Place:
         return self.rank == 0
 
 
+class PendingSave(Protocol):
+    """A save in progress on this rank.
+
+    Attributes:
+        error: what went wrong, once done.
+        files: {"bytes", "xxh3"} of every file this rank wrote, by name, once done.
+    """
+
+    error: BaseException | None
+    files: dict[str, dict[str, Any]]
+
+    def done(self) -> bool:
+        """Whether this rank has written its files."""
+        ...
+
+    def wait(self) -> None:
+        """Until done."""
+        ...
+
+    def finish(self) -> None:
+        """Write what belongs to all ranks; collective, after every rank is done without an error."""
+        ...
+
+
 class Engine(Protocol):
     """Owns model, optimizer and their state on all ranks. Every method is collective."""
 
@@ -65,8 +89,16 @@ class Engine(Protocol):
         """Whether `flag` is set on any rank."""
         ...
 
-    def save(self, folder: Path) -> None:
-        """Write model and optimizer into an existing empty folder."""
+    def any_of(self, *flags: bool) -> tuple[bool, ...]:
+        """Of each flag whether it is set on any rank, in one exchange."""
+        ...
+
+    def gather(self, value: Any) -> list[Any]:
+        """A small picklable value of every rank, on every rank."""
+        ...
+
+    def start_save(self, folder: Path) -> PendingSave:
+        """Start to write model and optimizer into an existing empty folder; returns once later steps cannot change what it holds."""
         ...
 
     def load(self, folder: Path, optimizer: bool = True) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -50,6 +51,30 @@ def start_process_group(rank: int, size: int, device: torch.device, timeout_s: f
         os.environ.setdefault("RANK", str(rank))
         os.environ.setdefault("WORLD_SIZE", str(size))
     dist.init_process_group(backend, init_method=init_method, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s))
+
+
+def join_world() -> torch.device:
+    """Join the world that the environment describes, if this process has not; returns its device (the GPU is selected)."""
+    if not dist.is_initialized():
+        rank, size, local = world_from_environment()
+        if torch.cuda.is_available():
+            torch.cuda.set_device(local % torch.cuda.device_count())
+        start_process_group(rank, size, _device())
+    return _device()
+
+
+def _device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def gather_world(value: Any) -> list[Any]:
+    """A small picklable value of every process, on every process; joins the world first."""
+    join_world()
+    values: list[Any] = [None] * dist.get_world_size()
+    if len(values) == 1:
+        return [value]
+    dist.all_gather_object(values, value)
+    return values
 
 
 def start_model_parallel(parallel: ParallelSection) -> Place:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import queue
 import resource
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -16,14 +15,13 @@ import torch.distributed as dist
 from llada.config import RunConfig
 from llada.engine import cpu
 from llada.engine.base import Place, StepResult
-from llada.engine.layout import context_part, start_model_parallel, start_process_group, stop_model_parallel, world_from_environment
+from llada.engine.layout import context_part, gather_world, join_world, start_model_parallel, stop_model_parallel
 from llada.objectives.base import Batch
 from llada.settings import ParallelSection
 
 cpu.before_import()
 
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel  # noqa: E402
-from megatron.core.dist_checkpointing.strategies import filesystem_async  # noqa: E402
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads  # noqa: E402
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32  # noqa: E402
@@ -31,6 +29,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E
 from megatron.core.transformer import TransformerConfig  # noqa: E402
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset  # noqa: E402
 
+from llada.engine.saving import BackgroundSave, snapshot, write_in_threads  # noqa: E402
 from llada.model import weights  # noqa: E402
 from llada.model.attention import attention_inputs, choose_kernel  # noqa: E402
 from llada.model.token_losses import KERNELS  # noqa: E402
@@ -55,12 +54,8 @@ class MegatronEngine:
     """
 
     def __init__(self, config: RunConfig, token_loss: str = "cross_entropy", training: bool = True) -> None:
-        rank, size, local = world_from_environment() if not dist.is_initialized() else (dist.get_rank(), dist.get_world_size(), 0)
-        config.check_world(size)
-        self.device = torch.device("cpu") if cpu.available() else torch.device("cuda", local % torch.cuda.device_count())
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
-        start_process_group(rank, size, self.device)
+        self.device = join_world()
+        config.check_world(dist.get_world_size())
         self.config = config
         self.place: Place = start_model_parallel(config.parallel)
         self.dtype = DTYPES[config.precision]
@@ -212,14 +207,20 @@ class MegatronEngine:
     # -- state ---------------------------------------------------------------------------------------------------------
 
     def save(self, folder: Path) -> None:
-        """Write model and optimizer as a Megatron distributed checkpoint into an existing empty folder."""
-        if filesystem_async._results_queue is None:
-            # Saving is synchronous: the writers' results are put and taken in this process. Megatron-Core would spawn a manager process
-            # for them, which costs seconds at the first save and outlives a killed rank.
-            filesystem_async._results_queue = queue.Queue()
+        """Write model and optimizer as a Megatron distributed checkpoint into an existing empty folder; returns when it is there."""
+        pending = self.start_save(folder)
+        pending.wait()
+        if pending.error is not None:
+            raise pending.error
+        pending.finish()
+
+    def start_save(self, folder: Path) -> BackgroundSave:
+        """Start a save into an existing empty folder and return once later steps cannot change what it holds; collective."""
+        write_in_threads()
         self._finish_gather()
-        state = {**self._weights(), "optimizer": self._moments(loading=False)}
-        dist_checkpointing.save(state, str(folder), content_metadata={"distrib_optim_sharding_type": SHARDING})
+        state = snapshot({**self._weights(), "optimizer": self._moments(loading=False)})
+        metadata = {"distrib_optim_sharding_type": SHARDING}
+        return BackgroundSave(dist_checkpointing.save(state, str(folder), async_sharded_save=True, content_metadata=metadata))
 
     def load(self, folder: Path, optimizer: bool = True) -> None:
         """Read what `save` wrote, on any layout; without `optimizer` the weights alone, and the optimizer starts afresh.
@@ -281,11 +282,19 @@ class MegatronEngine:
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` is set on any rank."""
+        return self.any_of(flag)[0]
+
+    def any_of(self, *flags: bool) -> tuple[bool, ...]:
+        """Of each flag whether it is set on any rank, in one exchange."""
         if self.place.world_size == 1:
-            return flag
-        count = torch.tensor([int(flag)])
-        dist.all_reduce(count)
-        return bool(count.item())
+            return flags
+        counts = torch.tensor([int(flag) for flag in flags])
+        dist.all_reduce(counts)
+        return tuple(count > 0 for count in counts.tolist())
+
+    def gather(self, value: Any) -> list[Any]:
+        """A small picklable value of every rank, on every rank."""
+        return gather_world(value)
 
     def peak_memory_gb(self) -> float:
         """Largest memory use of this rank so far, GB: allocated GPU memory, or the resident set of the process on CPU."""

@@ -70,6 +70,10 @@ class StoredTensors:
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
 
+    def names(self) -> list[str]:
+        """Of all tensors."""
+        return list(self._tensors)
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Of a whole tensor."""
         return tuple(self._tensors[name].size)

@@ -1,7 +1,8 @@
-"""Names, markers and lineage of checkpoints. What is in them is the engine's.
+"""Names, markers, retention and lineage of checkpoints. What is in them is the engine's.
 
 RUN/checkpoints/step_NNNNNNNN/ is complete when its COMMITTED file exists. It is written under a temporary name, every file is
-flushed to disk, the marker is written last, and the folder is renamed: a killed save leaves a folder that is never read.
+flushed to disk, the marker with the size and checksum of every file is written last, and the folder is renamed: a killed save
+leaves a folder that is never read.
 """
 
 from __future__ import annotations
@@ -10,18 +11,18 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from llada.errors import UserError
-from llada.files import sync_folder, sync_tree, write_atomically
+from llada.files import checksum, sync_folder, sync_tree, write_atomically
 
 MARKER = "COMMITTED"
 STATE = "state.json"
 _NAME = re.compile(r"^step_(\d{8})$")
-_UNFINISHED = re.compile(r"^step_\d{8}\.partial$")
+_UNFINISHED = re.compile(r"^step_\d{8}\.(partial|deleted)$")
 
 
 @dataclass(frozen=True)
@@ -52,38 +53,75 @@ def name(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def save(root: Path, state: State, tokenizer: Path, write: Callable[[Path], None], main: bool, barrier: Callable[[], object]) -> Path:
-    """Write one checkpoint; collective.
+def begin(root: Path, step: int) -> Path:
+    """Make the temporary folder of a checkpoint, with an empty model/ for the engine; what an earlier attempt left there is removed."""
+    partial = root / f"{name(step)}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    (partial / "model").mkdir(parents=True)
+    sync_folder(root.parent)  # the entry of `root` itself
+    return partial
+
+
+def commit(partial: Path, state: State, tokenizer: Path, written: dict[str, dict[str, Any]]) -> Path:
+    """Complete a checkpoint and give it its name.
 
     Args:
-        root: RUN/checkpoints.
+        partial: from `begin`, with the engine's files in model/.
         state: of the run.
         tokenizer: folder that is copied into the checkpoint.
-        write: the engine's collective save into an existing empty folder.
-        main: whether this rank writes what is written once.
-        barrier: waits for all ranks.
-
-    Returns:
-        The committed folder.
+        written: size and checksum of the files in model/ that are known already; the others are read again.
     """
-    final = root / name(state.step)
-    partial = final.with_name(final.name + ".partial")
-    if main:
-        shutil.rmtree(partial, ignore_errors=True)
-        (partial / "model").mkdir(parents=True)
-        sync_folder(root.parent)  # the entry of `root` itself
-    barrier()
-    write(partial / "model")
-    if main:
-        shutil.copytree(tokenizer, partial / "tokenizer")
-        write_atomically(partial / STATE, json.dumps(asdict(state), indent=1))
-        sync_tree(partial)
-        write_atomically(partial / MARKER, json.dumps({"step": state.step}))
-        shutil.rmtree(final, ignore_errors=True)  # can only be one without a marker: it was never complete
-        os.replace(partial, final)
-        sync_folder(root)
-    barrier()
+    final = partial.with_name(name(state.step))
+    shutil.copytree(tokenizer, partial / "tokenizer")
+    write_atomically(partial / STATE, json.dumps(asdict(state), indent=1))
+    sync_tree(partial)
+    files = sorted(str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file())
+    sums = {file: written.get(file.removeprefix("model/")) or checksum(partial / file) for file in files}
+    write_atomically(partial / MARKER, json.dumps({"step": state.step, "files": sums}, indent=1))
+    shutil.rmtree(final, ignore_errors=True)  # can only be one without a marker: it was never complete
+    os.replace(partial, final)
+    sync_folder(partial.parent)
     return final
+
+
+def damage(folder: Path, share: int = 0, shares: int = 1) -> list[str]:
+    """What differs between a committed checkpoint's files and its marker, one line each.
+
+    Args:
+        folder: of the checkpoint.
+        share, shares: look at every `shares`-th file from number `share` on, so that ranks can divide the work.
+    """
+    try:
+        files = json.loads((folder / MARKER).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return [f"{folder / MARKER} is damaged ({error})"]
+    found = []
+    for file, wanted in sorted(files.items())[share::shares]:
+        path = folder / file
+        try:
+            size = path.stat().st_size
+            if size != wanted["bytes"]:
+                found.append(f"{path} has {size} bytes, its marker says {wanted['bytes']}")
+            elif checksum(path) != wanted:
+                found.append(f"{path} has another checksum than its marker says")
+        except OSError as error:
+            found.append(f"{path} cannot be read ({error.strerror})")
+    return found
+
+
+def prune(root: Path, keep_last: int | None, keep_every: int | None) -> list[Path]:
+    """Delete complete checkpoints that are neither among the newest nor exempt; returns them. A deletion that is cut off leaves a
+    folder that is never read, and the next one removes it."""
+    for left in root.glob("step_*.deleted"):
+        shutil.rmtree(left, ignore_errors=True)
+    if keep_last is None:
+        return []
+    old = [path for path in committed(root)[:-keep_last] if keep_every is None or int(path.name.removeprefix("step_")) % keep_every]
+    for path in old:
+        gone = path.with_name(f"{path.name}.deleted")
+        os.replace(path, gone)
+        shutil.rmtree(gone, ignore_errors=True)
+    return old
 
 
 def committed(root: Path) -> list[Path]:
@@ -92,9 +130,9 @@ def committed(root: Path) -> list[Path]:
 
 
 def ignored(root: Path) -> list[Path]:
-    """Folders that look like checkpoints but lack the marker."""
+    """Folders that look like checkpoints but lack the marker or the name."""
     return sorted(
-        path for path in _children(root) if (_NAME.match(path.name) or _UNFINISHED.match(path.name)) and not (path / MARKER).is_file()
+        path for path in _children(root) if _UNFINISHED.match(path.name) or (_NAME.match(path.name) and not (path / MARKER).is_file())
     )
 
 

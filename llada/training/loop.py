@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import os
-import platform
 import subprocess
 import time
-from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,41 +13,27 @@ import torch
 import yaml
 
 import llada
-from llada.config import PROVENANCE, RunConfig, build_config, dump_config
+from llada.config import PROVENANCE, RunConfig, dump_config
 from llada.data import open_data
 from llada.data.base import TRAIN, Plan
 from llada.data.loader import Loader, Prepared
 from llada.data.sft import ReplyReader
 from llada.engine.base import StepResult
-from llada.engine.layout import sample_offsets, world_from_environment
+from llada.engine.layout import join_world, sample_offsets, world_from_environment
 from llada.engine.megatron import DTYPES, MegatronEngine
 from llada.errors import UserError
 from llada.files import sync_folder, write_atomically
-from llada.model.attention import kernel_name
 from llada.model.flops import peak_flops, step_flops
-from llada.tokenizer import Tokenizer
 from llada.training import checkpoint, metrics
 from llada.training.guard import Guard
+from llada.training.saving import Saving
 from llada.training.schedule import Schedule
 from llada.training.signals import StopRequest
+from llada.training.start import Start, find_start, versions
 from llada.training.validation import Validator, describe
 
 FINISHED, STOPPED = 0, 75
 """Exit codes: done; checkpoint written, run me again."""
-
-_MAY_CHANGE = (
-    "run",
-    "train",
-    "logging",
-    "checkpoint",
-    "validation",
-    "parallel",
-    "batch.micro",
-    "data.verify_bytes",
-    "data.mixture",
-    "schedule",
-)
-"""Settings that a resumed run may change. The data is compared by fingerprint, the schedule by the learning rates already used."""
 
 
 def train(config: RunConfig, stop: StopRequest, allow_changed: bool = False) -> int:
@@ -84,11 +67,13 @@ def _loop(run: Run, stop: StopRequest) -> int:
         run.record(step, plan, result)
         done = step + 1
         last = done == config.train.steps
-        stopping = run.engine.any(bool(stop))
+        stopping, writing = run.engine.any_of(bool(stop), run.saving is not None and not run.saving.written())
+        if not writing:
+            run.finish_save()
         if done % config.validation.every == 0 or last:
             run.validate(done)
         if done % config.checkpoint.every == 0 or last or stopping:
-            run.save(done)
+            run.save(done, wait=last or stopping)
         if stopping and not last:
             run.say(f"{stop.signal or 'another rank'}: stopped after step {done} with a checkpoint; run the same command again to continue")
             return STOPPED
@@ -105,12 +90,13 @@ class Run:
         self.root = self.folder / "checkpoints"
         rank, size, _ = world_from_environment()
         config.check_world(size)
+        join_world()
         self.schedule = Schedule(config.schedule, config.tokens_per_step)
         if self.schedule.steps is not None and self.schedule.steps < config.train.steps:
             self.schedule.learning_rate(config.train.steps - 1)  # raises with the setting's name
         self.threads = _set_threads(config, size)
         self.data = open_data(config, verify=rank == 0)
-        start = self._find_start(allow_changed)
+        start = find_start(config, self.data, self.root, self.threads, allow_changed)
         if rank == 0:
             _make_folder(self.folder)
         self.engine = MegatronEngine(config, self.data.objective.token_loss)
@@ -126,77 +112,9 @@ class Run:
         self.loader: Loader | None = None
         if self.place.is_main:
             self._open_sinks(start)
+        self.saving: Saving | None = None
+        self.blocked = 0.0
         self._time = time.perf_counter()
-
-    # -- where it starts -----------------------------------------------------------------------------------------------
-
-    def _find_start(self, allow_changed: bool) -> _Start:
-        """The latest complete checkpoint of this run, else run.init_from, else nothing."""
-        found = checkpoint.committed(self.root)
-        for folder in checkpoint.ignored(self.root):
-            self.say(f"ignored {folder}: no {checkpoint.MARKER} file, its save was cut off", before_start=True)
-        if found:
-            state = checkpoint.read_state(found[-1])
-            changes = self._changes(state)
-            if changes and not allow_changed:
-                raise UserError(
-                    f"resume from {found[-1]}: {changes[0]} changed since; restore it, use another run.dir, or pass --allow-changed"
-                )
-            lineage = state.lineage + ([{"resumed_at_step": state.step, "changed": changes}] if changes else [])
-            return _Start(found[-1], state.step, True, lineage, state.tokens)
-        if self.config.run.init_from:
-            source = checkpoint.resolve(self.config.run.init_from)
-            state = checkpoint.read_state(source)
-            self._check_source(source, state)
-            what = self.config.run.init_what
-            own = {"init_from": str(source), "step": state.step, "tokens": state.tokens, "what": what}
-            own["sequence_length"] = state.config["data"]["sequence_length"]
-            lineage = [*state.lineage, own]
-            return _Start(source, 0, what == "weights+optimizer", lineage)
-        return _Start(None, 0, False, [])
-
-    def _changes(self, state: checkpoint.State) -> list[str]:
-        """What differs from the checkpoint and would make the run another one."""
-        found = [checkpoint.first_difference(state.config, dump_config(self.config), _MAY_CHANGE)]
-        if state.data != self.data.fingerprint:
-            found.append(f"data.mixture: data {state.data} -> {self.data.fingerprint}")
-        old = build_config(state.config)
-        before = Schedule(old.schedule, old.tokens_per_step)
-        for step in range(state.step):
-            rates = before.learning_rate(step), self.schedule.learning_rate(step)
-            if rates[0] != rates[1]:
-                found.append(f"schedule.stages: learning rate of step {step + 1}: {rates[0]:g} -> {rates[1]:g}")
-                break
-        versions = self._versions()
-        found += [f"{key}: {state.versions.get(key)} -> {versions[key]}" for key in versions if state.versions.get(key) != versions[key]]
-        return [change for change in found if change is not None]
-
-    def _check_source(self, source: Path, state: checkpoint.State) -> None:
-        """Whether the weights of another run fit: the same shapes, and ids that mean the same tokens."""
-        model = state.config["model"], dump_config(self.config)["model"]
-        difference = checkpoint.first_difference(*model, ("model.rope_theta", "model.embedding_init_std"), "model.")
-        if difference:
-            raise UserError(f"run.init_from: {source} holds another architecture: {difference}")
-        found, wanted = Tokenizer.load(source / "tokenizer").fingerprint, self.data.manifest.tokenizer_fingerprint
-        if found != wanted:
-            raise UserError(
-                f"run.init_from: {source} was trained with another tokenizer ({found[:16]}) than that of "
-                f"{self.data.corpora[0].folder} ({wanted[:16]}); prepare the data with {source / 'tokenizer'}"
-            )
-        if state.data == self.data.fingerprint and state.config["seed"] == self.config.seed:
-            self.say(
-                f"seed: {self.config.seed} and the data are those of {source}: this run reads the same samples again, from the first; "
-                "set another seed for another order",
-                before_start=True,
-            )
-
-    def _versions(self) -> dict[str, str]:
-        names = ("torch", "megatron-core", "numpy")
-        found = {name: version(name) for name in names} | {"run.threads": str(self.threads), "machine": platform.machine()}
-        if torch.cuda.is_available():
-            found |= {"cuda": str(torch.version.cuda), "gpu": torch.cuda.get_device_name(), "attention": kernel_name()}
-            found["run.deterministic"] = str(self.config.run.deterministic)
-        return found
 
     # -- the steps -----------------------------------------------------------------------------------------------------
 
@@ -236,8 +154,10 @@ class Run:
                     "mfu": flops.actual / seconds / peak,
                     "mfu_full_length": flops.full_length / seconds / peak,
                     "memory_gb": self.engine.peak_memory_gb(),
+                    "checkpoint_blocked_seconds": self.blocked,
                 }
             )
+        self.blocked = 0.0
         first = step * config.batch.global_
         self.guard.check(step + 1, result, range(first, first + config.batch.global_))
 
@@ -249,26 +169,40 @@ class Run:
             self.say(f"validation after step {done}: {describe(line)}")
         self._time = time.perf_counter()
 
-    def save(self, done: int) -> None:
-        """Write the checkpoint after `done` steps; collective."""
+    def save(self, done: int, wait: bool) -> None:
+        """Start to write the checkpoint after `done` steps, and with `wait` or without checkpoint.asynchronous finish it; collective."""
+        self.finish_save()
         for sink in self.sinks:
             if isinstance(sink, metrics.JsonLines):
                 sink.sync()
-        config = self.config
-        state = checkpoint.State(
-            step=done,
-            samples=done * config.batch.global_,
-            tokens=self.tokens,
-            data=self.data.fingerprint,
-            config=dump_config(config),
-            versions=self._versions(),
-            lineage=self.lineage,
-        )
-        if not (self.root / checkpoint.name(done) / checkpoint.MARKER).is_file():
-            checkpoint.save(
-                self.root, state, self.data.tokenizer_folder, self.engine.save, self.place.is_main, lambda: self.engine.any(False)
+        if done > self.first:  # else it is the one this run started from
+            started = time.perf_counter()
+            config = self.config
+            state = checkpoint.State(
+                step=done,
+                samples=done * config.batch.global_,
+                tokens=self.tokens,
+                data=self.data.fingerprint,
+                config=dump_config(config),
+                versions=versions(config, self.threads),
+                lineage=self.lineage,
             )
+            self.saving = Saving(self.root, state, self.data.tokenizer_folder, self.engine)
+            self.blocked += time.perf_counter() - started
+        if wait or not self.config.checkpoint.asynchronous:
+            self.finish_save()
         self._time = time.perf_counter()
+
+    def finish_save(self) -> None:
+        """Wait for the checkpoint that is being written, if any, and give it its name; collective."""
+        if self.saving is None:
+            return
+        started = time.perf_counter()
+        saving, self.saving = self.saving, None
+        saving.finish()
+        if self.place.is_main:
+            checkpoint.prune(self.root, self.config.checkpoint.keep_last, self.config.checkpoint.keep_every)
+        self.blocked += time.perf_counter() - started
 
     def finish(self) -> None:
         """Draw the curve and say where everything is."""
@@ -278,11 +212,11 @@ class Run:
 
     # -- where its numbers go ------------------------------------------------------------------------------------------
 
-    def _open_sinks(self, start: _Start) -> None:
+    def _open_sinks(self, start: Start) -> None:
         config = self.config
         cut = metrics.cut(self.folder, self.first)
         self._peak, source = peak_flops(self.device, DTYPES[config.precision])
-        provenance = {"llada": llada.__version__, "git": _git_revision(), **self._versions(), "lineage": self.lineage}
+        provenance = {"llada": llada.__version__, "git": _git_revision(), **versions(config, self.threads), "lineage": self.lineage}
         text = yaml.safe_dump({**dump_config(config), PROVENANCE: provenance}, sort_keys=False)
         write_atomically(self.folder / "config.yaml", text)
         self.console = metrics.Console(config.train.steps, self.first, config.logging)
@@ -291,6 +225,8 @@ class Run:
             self.sinks.append(metrics.TensorBoard(self.folder))
         if config.logging.wandb:
             self.sinks.append(metrics.WeightsAndBiases(self.folder, config))
+        for note in start.notes:
+            self.say(note)
         if self.first:
             self.say(
                 f"resumed from {start.folder} at step {self.first}" + (f"; {cut} later lines of metrics.jsonl set aside" if cut else "")
@@ -321,11 +257,9 @@ class Run:
         for sink in self.sinks:
             sink.write(line)
 
-    def say(self, text: str, before_start: bool = False) -> None:
+    def say(self, text: str) -> None:
         """Print a line once."""
-        if before_start and world_from_environment()[0] == 0:
-            print(text, flush=True)
-        elif not before_start and self.place.is_main:
+        if self.place.is_main:
             self.console.say(text)
 
     def close(self) -> None:
@@ -335,17 +269,6 @@ class Run:
         for sink in self.sinks:
             sink.close()
         self.engine.close()
-
-
-@dataclass(frozen=True)
-class _Start:
-    """What a run starts from: a checkpoint folder or nothing, the steps and tokens done, whether its optimizer counts, and the lineage."""
-
-    folder: Path | None
-    step: int
-    optimizer: bool
-    lineage: list[dict[str, Any]]
-    tokens: int = 0
 
 
 def _make_folder(folder: Path) -> None:

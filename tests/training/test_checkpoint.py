@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
+from llada.files import checksum
+from llada.hf.stored import StoredTensors
 from llada.training import checkpoint
 from tests.workplace import CONFIG, Workplace
 
@@ -26,12 +30,11 @@ def test_every_file_is_flushed_before_the_marker(tmp_path: Path, monkeypatch: py
     (tmp_path / "tokenizer").mkdir()
     (tmp_path / "tokenizer" / "tokenizer.json").write_text("{}")
 
-    def write(folder: Path) -> None:
-        (folder / "weights.distcp").write_bytes(b"w")
-
     root = tmp_path / "run" / "checkpoints"
     state = checkpoint.State(3, 12, 100, "data", {}, {}, [])
-    final = checkpoint.save(root, state, tmp_path / "tokenizer", write, True, lambda: None)
+    folder = checkpoint.begin(root, 3)
+    (folder / "model" / "weights.distcp").write_bytes(b"w")
+    final = checkpoint.commit(folder, state, tmp_path / "tokenizer", {"weights.distcp": checksum(folder / "model" / "weights.distcp")})
     partial = "run/checkpoints/step_00000003.partial"
     marker = flushed.index(f"{partial}/{checkpoint.MARKER}.tmp")
     before = set(flushed[:marker])
@@ -39,6 +42,150 @@ def test_every_file_is_flushed_before_the_marker(tmp_path: Path, monkeypatch: py
     assert {f"{partial}/{name}" for name in files} <= before
     assert "run" in before, "the entry of checkpoints/"
     assert flushed[-1] == "run/checkpoints", "the renamed folder's entry"
+    assert checkpoint.damage(final) == []
+    assert set(json.loads((final / checkpoint.MARKER).read_text())["files"]) == {
+        "model/weights.distcp",
+        "state.json",
+        "tokenizer/tokenizer.json",
+    }
+
+
+def made(root: Path, step: int) -> Path:
+    """A committed checkpoint of made-up files."""
+    (root / "tokenizer").mkdir(parents=True, exist_ok=True)
+    (root / "tokenizer" / "tokenizer.json").write_text("{}")
+    folder = checkpoint.begin(root / "checkpoints", step)
+    (folder / "model" / "a.distcp").write_bytes(bytes(range(200)))
+    return checkpoint.commit(folder, checkpoint.State(step, 0, 0, "data", {}, {}, []), root / "tokenizer", {})
+
+
+@pytest.mark.parametrize("shares", [1, 2, 3])
+@pytest.mark.parametrize("name", ["model/a.distcp", "state.json", "tokenizer/tokenizer.json"])
+@pytest.mark.parametrize(("change", "message"), [(b"", "has 0 bytes"), (None, "cannot be read"), ("flip", "another checksum")])
+def test_damage_to_any_file_is_found_by_some_share(shares: int, name: str, change: Any, message: str, tmp_path: Path) -> None:
+    folder = made(tmp_path, 4)
+    path = folder / name
+    if change is None:
+        path.unlink()
+    else:
+        data = path.read_bytes()
+        path.write_bytes(bytes([data[0] ^ 1]) + data[1:] if change == "flip" else change)
+    found = [problem for share in range(shares) for problem in checkpoint.damage(folder, share, shares)]
+    assert len(found) == 1
+    assert f"{path} {'has' if message != 'cannot be read' else ''}".strip() in found[0]
+    assert message in found[0]
+
+
+def test_a_damaged_marker_is_damage(tmp_path: Path) -> None:
+    folder = made(tmp_path, 4)
+    (folder / checkpoint.MARKER).write_text('{"step": 4}')
+    assert "COMMITTED is damaged" in checkpoint.damage(folder)[0]
+
+
+@pytest.mark.parametrize(
+    ("last", "every", "kept"),
+    [(None, None, [2, 4, 6, 8, 10]), (2, None, [8, 10]), (1, 4, [4, 8, 10]), (9, None, [2, 4, 6, 8, 10]), (None, 4, [2, 4, 6, 8, 10])],
+)
+def test_retention(last: int | None, every: int | None, kept: list[int], tmp_path: Path) -> None:
+    for step in (2, 4, 6, 8, 10):
+        made(tmp_path, step)
+    root = tmp_path / "checkpoints"
+    (root / "step_00000001.deleted").mkdir()
+    checkpoint.prune(root, last, every)
+    assert [path.name for path in checkpoint.committed(root)] == [checkpoint.name(step) for step in kept]
+    assert sorted(path.name for path in root.iterdir()) == [checkpoint.name(step) for step in kept]
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_a_run_keeps_what_it_is_told_to(asynchronous: bool, workplace: Workplace) -> None:
+    name = f"kept_{asynchronous}"
+    keep = {"every": 2, "keep_last": 2, "keep_every": 6, "asynchronous": asynchronous}
+    workplace.run("pretrain", workplace.config(f"{name}.yaml", run={"dir": name, "threads": 2}, checkpoint=keep))
+    folders = sorted(path.name for path in (workplace.folder / name / "checkpoints").iterdir())
+    assert folders == ["step_00000006", "step_00000010", "step_00000012"]
+    assert workplace.lines(name) == workplace.lines("whole")
+    assert all(checkpoint.damage(workplace.folder / name / "checkpoints" / folder) == [] for folder in folders)
+    raw = [json.loads(line) for line in (workplace.folder / name / "metrics.jsonl").read_text().splitlines()]
+    blocked = [line["checkpoint_blocked_seconds"] for line in raw if "loss" in line]
+    assert blocked[0] == 0
+    assert max(blocked) > 0
+
+
+def test_the_checkpoint_of_a_step_is_not_changed_by_the_next_ones(workplace: Workplace) -> None:
+    """Written in the background while the weights move on, it still holds the step's own."""
+    both = []
+    for asynchronous in (True, False):
+        name = f"snapshot_{asynchronous}"
+        settings = {"every": 3, "asynchronous": asynchronous}
+        workplace.run("pretrain", workplace.config(f"{name}.yaml", run={"dir": name, "threads": 2}, checkpoint=settings))
+        stored = StoredTensors(workplace.folder / name / "checkpoints" / "step_00000003" / "model")
+        both.append({tensor: stored.read(tensor) for tensor in stored.names()})
+    assert len(both[0]) > 30
+    assert both[0].keys() == both[1].keys()
+    assert all(torch.equal(value, both[1][tensor]) for tensor, value in both[0].items())
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(workplace: Workplace) -> None:
+    shutil.copytree(workplace.folder / "whole", workplace.folder / "hurt")
+    latest = workplace.folder / "hurt" / "checkpoints" / "step_00000012"
+    path = max(latest.glob("model/*.distcp"), key=lambda file: file.stat().st_size)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    config = workplace.config("hurt.yaml", run={"dir": "hurt", "threads": 2})
+    out = workplace.run("pretrain", config).stdout
+    assert f"ignored hurt/checkpoints/step_00000012: hurt/checkpoints/step_00000012/model/{path.name} has another checksum" in out
+    assert "resumed from hurt/checkpoints/step_00000008" in out
+    assert workplace.lines("hurt") == workplace.lines("whole")
+    done = workplace.run("pretrain", _start_from(workplace, "from_hurt", str(latest)))
+    assert done.returncode == 0, "the damaged checkpoint was written anew"
+    for folder in (workplace.folder / "hurt" / "checkpoints").iterdir():
+        (folder / "state.json").write_text("{}")
+    done = workplace.run("pretrain", config, code=2)
+    assert "no checkpoint in hurt/checkpoints is sound" in done.stderr
+    done = workplace.run("pretrain", _start_from(workplace, "from_hurt2", "hurt"), code=2)
+    assert len(done.stderr.splitlines()) == 1
+
+
+FULL_DISK = """
+import errno
+import functools
+from llada.engine import megatron
+from llada.__main__ import main
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+real, saves = filesystem_async._write_item, []
+
+@functools.wraps(real)
+def write(*arguments, **options):
+    if len(saves) > 1:
+        raise OSError(errno.ENOSPC, "No space left on device")
+    return real(*arguments, **options)
+
+start = megatron.MegatronEngine.start_save
+
+def start_save(self, folder):
+    saves.append(folder)
+    return start(self, folder)
+
+filesystem_async._write_item = write
+megatron.MegatronEngine.start_save = start_save
+main()
+"""
+
+
+def test_a_full_disk_leaves_the_checkpoints_before(workplace: Workplace) -> None:
+    """Writing fails in the second save, as on a full disk: one clear line, exit 1, and the first checkpoint is as it was."""
+    (workplace.folder / "full.py").write_text(FULL_DISK)
+    config = workplace.config("full.yaml", run={"dir": "full", "threads": 2})
+    done = workplace.run("pretrain", config, code=1, command=("full.py",))
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("failed: checkpoint after step 8: full/checkpoints cannot be written on rank 0")
+    assert "No space left on device" in last
+    assert [path.name for path in (workplace.folder / "full" / "checkpoints").iterdir()] == ["step_00000004"]
+    assert checkpoint.damage(workplace.folder / "full" / "checkpoints" / "step_00000004") == []
+    workplace.run("pretrain", config)
+    assert workplace.lines("full") == workplace.lines("whole")
 
 
 def _start_from(place: Workplace, name: str, source: str = "whole", **changes: Any) -> str:

@@ -1,0 +1,148 @@
+"""Where a run starts: its latest sound checkpoint, the weights of another run, or nothing."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llada.config import RunConfig, build_config, dump_config
+from llada.data import TrainingData
+from llada.engine.layout import gather_world, world_from_environment
+from llada.errors import UserError
+from llada.model.attention import kernel_name
+from llada.tokenizer import Tokenizer
+from llada.training import checkpoint
+from llada.training.schedule import Schedule
+
+_MAY_CHANGE = (
+    "run",
+    "train",
+    "logging",
+    "checkpoint",
+    "validation",
+    "parallel",
+    "batch.micro",
+    "data.verify_bytes",
+    "data.mixture",
+    "schedule",
+)
+"""Settings that a resumed run may change. The data is compared by fingerprint, the schedule by the learning rates already used."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run starts from.
+
+    Attributes:
+        folder: a checkpoint; None: nothing.
+        step, tokens: done already.
+        optimizer: whether the checkpoint's optimizer counts.
+        lineage: where the weights came from, oldest first.
+        notes: lines for the console.
+    """
+
+    folder: Path | None
+    step: int
+    tokens: int
+    optimizer: bool
+    lineage: list[dict[str, Any]]
+    notes: list[str] = field(default_factory=list)
+
+
+def versions(config: RunConfig, threads: int) -> dict[str, str]:
+    """What decides the arithmetic besides the config."""
+    names = ("torch", "megatron-core", "numpy")
+    found = {name: version(name) for name in names} | {"run.threads": str(threads), "machine": platform.machine()}
+    if torch.cuda.is_available():
+        found |= {"cuda": str(torch.version.cuda), "gpu": torch.cuda.get_device_name(), "attention": kernel_name()}
+        found["run.deterministic"] = str(config.run.deterministic)
+    return found
+
+
+def find_start(config: RunConfig, data: TrainingData, root: Path, threads: int, allow_changed: bool) -> Start:
+    """The latest sound checkpoint of this run, else run.init_from, else nothing; the same on every rank (collective).
+
+    Raises:
+        UserError: a checkpoint of another run, weights that do not fit, damage where there is nothing to go back to.
+    """
+    notes = [f"ignored {folder}: no {checkpoint.MARKER} file, its save was cut off" for folder in checkpoint.ignored(root)]
+    found = checkpoint.committed(root)
+    for folder in reversed(found):
+        problems = _damage(config, folder)
+        if problems:
+            notes.append(f"ignored {folder}: {problems[0]}" + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""))
+            continue
+        return _resume(config, data, folder, threads, allow_changed, notes)
+    if found:
+        raise UserError(f"resume: no checkpoint in {root} is sound: {notes[-1].removeprefix('ignored ')}; move them away to start over")
+    if config.run.init_from:
+        return _from_weights(config, data, notes)
+    return Start(None, 0, 0, False, [], notes)
+
+
+def _damage(config: RunConfig, folder: Path) -> list[str]:
+    """What is wrong with a checkpoint; every rank looks at its share of the files."""
+    if not config.checkpoint.verify:
+        return []
+    rank, size, _ = world_from_environment()
+    return [problem for share in gather_world(checkpoint.damage(folder, rank, size)) for problem in share]
+
+
+def _resume(config: RunConfig, data: TrainingData, folder: Path, threads: int, allow_changed: bool, notes: list[str]) -> Start:
+    state = checkpoint.read_state(folder)
+    changes = _changes(config, data, state, threads)
+    if changes and not allow_changed:
+        raise UserError(f"resume from {folder}: {changes[0]} changed since; restore it, use another run.dir, or pass --allow-changed")
+    lineage = state.lineage + ([{"resumed_at_step": state.step, "changed": changes}] if changes else [])
+    return Start(folder, state.step, state.tokens, True, lineage, notes)
+
+
+def _changes(config: RunConfig, data: TrainingData, state: checkpoint.State, threads: int) -> list[str]:
+    """What differs from the checkpoint and would make the run another one."""
+    found = [checkpoint.first_difference(state.config, dump_config(config), _MAY_CHANGE)]
+    if state.data != data.fingerprint:
+        found.append(f"data.mixture: data {state.data} -> {data.fingerprint}")
+    old = build_config(state.config)
+    before, now = Schedule(old.schedule, old.tokens_per_step), Schedule(config.schedule, config.tokens_per_step)
+    for step in range(state.step):
+        rates = before.learning_rate(step), now.learning_rate(step)
+        if rates[0] != rates[1]:
+            found.append(f"schedule.stages: learning rate of step {step + 1}: {rates[0]:g} -> {rates[1]:g}")
+            break
+    current = versions(config, threads)
+    found += [f"{key}: {state.versions.get(key)} -> {current[key]}" for key in current if state.versions.get(key) != current[key]]
+    return [change for change in found if change is not None]
+
+
+def _from_weights(config: RunConfig, data: TrainingData, notes: list[str]) -> Start:
+    """Weights of another run, if they fit: the same shapes, and ids that mean the same tokens."""
+    assert config.run.init_from is not None
+    source = checkpoint.resolve(config.run.init_from)
+    state = checkpoint.read_state(source)
+    model = state.config["model"], dump_config(config)["model"]
+    difference = checkpoint.first_difference(*model, ("model.rope_theta", "model.embedding_init_std"), "model.")
+    if difference:
+        raise UserError(f"run.init_from: {source} holds another architecture: {difference}")
+    found, wanted = Tokenizer.load(source / "tokenizer").fingerprint, data.manifest.tokenizer_fingerprint
+    if found != wanted:
+        raise UserError(
+            f"run.init_from: {source} was trained with another tokenizer ({found[:16]}) than that of "
+            f"{data.corpora[0].folder} ({wanted[:16]}); prepare the data with {source / 'tokenizer'}"
+        )
+    problems = _damage(config, source)
+    if problems:
+        raise UserError(f"run.init_from: {problems[0]}; the checkpoint is damaged, take another one")
+    if state.data == data.fingerprint and state.config["seed"] == config.seed:
+        notes.append(
+            f"seed: {config.seed} and the data are those of {source}: this run reads the same samples again, from the first; "
+            "set another seed for another order"
+        )
+    what = config.run.init_what
+    own = {"init_from": str(source), "step": state.step, "tokens": state.tokens, "what": what}
+    own["sequence_length"] = state.config["data"]["sequence_length"]
+    return Start(source, 0, 0, what == "weights+optimizer", [*state.lineage, own], notes)
