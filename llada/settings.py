@@ -22,6 +22,8 @@ class RunSection(Section):
     """CPU threads of torch per rank; 0: the cores of this process divided by the ranks on the machine. Compared at resume."""
     deterministic: bool = False
     """On GPU, use deterministic kernels, so that a restart repeats the run bit for bit. On CPU it always does."""
+    hang_timeout: float = Field(default=1800.0, ge=0)
+    """Seconds without a finished step, validation or save after which silent ranks are named and the run exits with 75; 0: never."""
     init_from: str | None = None
     """Checkpoint folder to take weights from when the run starts (not when it resumes); recorded as lineage."""
     init_what: Literal["weights", "weights+optimizer"] = "weights"

@@ -31,6 +31,7 @@ from llada.training.schedule import Schedule
 from llada.training.signals import StopRequest
 from llada.training.start import Start, find_start, versions
 from llada.training.validation import Validator, describe
+from llada.training.watchdog import Watchdog
 
 FINISHED, STOPPED = 0, 75
 """Exit codes: done; checkpoint written, run me again."""
@@ -112,6 +113,7 @@ class Run:
         self.loader: Loader | None = None
         if self.place.is_main:
             self._open_sinks(start)
+        self.watchdog = Watchdog(self.folder / "heartbeats", self.place.rank, self.place.world_size, config.run.hang_timeout)
         self.saving: Saving | None = None
         self.blocked = 0.0
         self._time = time.perf_counter()
@@ -136,6 +138,7 @@ class Run:
         config, now = self.config, time.perf_counter()
         seconds, self._time = now - self._time, now
         self.tokens += plan.tokens
+        self.watchdog.advance(step + 1)
         if self.place.is_main:
             own = plan.maskable > 0
             predicted = self.data.objective.expected_predictions(plan.maskable[own], plan.t[own])
@@ -167,6 +170,7 @@ class Run:
             line = {"step": done, **self.validator(self.engine)}
             self._write(line)
             self.say(f"validation after step {done}: {describe(line)}")
+        self.watchdog.advance(done)
         self._time = time.perf_counter()
 
     def save(self, done: int, wait: bool) -> None:
@@ -202,6 +206,7 @@ class Run:
         saving.finish()
         if self.place.is_main:
             checkpoint.prune(self.root, self.config.checkpoint.keep_last, self.config.checkpoint.keep_every)
+        self.watchdog.advance(saving.step)
         self.blocked += time.perf_counter() - started
 
     def finish(self) -> None:
@@ -264,6 +269,7 @@ class Run:
 
     def close(self) -> None:
         """Stop the loader and close the sinks."""
+        self.watchdog.close()
         if self.loader is not None:
             self.loader.close()
         for sink in self.sinks:

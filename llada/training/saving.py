@@ -30,6 +30,11 @@ class Saving:
         self._together(self._begin if engine.place.is_main else None)
         self._collective(self._start)
 
+    @property
+    def step(self) -> int:
+        """Steps done in the state that is saved."""
+        return self._state.step
+
     def _begin(self) -> None:
         checkpoint.begin(self._partial.parent, self._state.step)
 

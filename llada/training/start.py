@@ -82,6 +82,8 @@ def find_start(config: RunConfig, data: TrainingData, root: Path, threads: int, 
         raise UserError(f"resume: no checkpoint in {root} is sound: {notes[-1].removeprefix('ignored ')}; move them away to start over")
     if config.run.init_from:
         return _from_weights(config, data, notes)
+    if config.task == "sft":
+        notes.append("run.init_from: not given, this fine-tuning starts from random weights")
     return Start(None, 0, 0, False, [], notes)
 
 

@@ -1,0 +1,148 @@
+"""Proof that the suite would notice: known mistakes of diffusion trainers and traps of the libraries, planted one at a time into a
+copy of the code. The named tests must fail on each."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+LAYOUTS = "tests/distributed/test_layouts.py::test_five_steps_equal_the_oracle"
+
+
+class Mutation(NamedTuple):
+    """`file`: where; `old`, `new`: what is replaced, once; `tests`: what must notice."""
+
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+MUTATIONS = {
+    "the same noise on every replica": Mutation(
+        "llada/objectives/masked.py",
+        "mask_uniforms(self.seed, window.sample,",
+        "mask_uniforms(self.seed, 0,",
+        "tests/data/test_pretrain.py",
+    ),
+    "tensor ranks that read different tokens": Mutation(
+        "llada/engine/megatron.py",
+        "replica(self._to_device(batch.inputs[:, first:last])",
+        "replica(self._to_device(batch.inputs[:, first:last].roll(parallel_state.get_tensor_model_parallel_rank(), 1))",
+        f"{LAYOUTS}[TP2 x DP4]",
+    ),
+    "noise that starts over after a resume": Mutation(
+        "llada/data/pretrain.py", "timesteps(config.seed, step, shares", "timesteps(config.seed, 0, shares", "tests/data/test_pretrain.py"
+    ),
+    "a loss scaled by accumulation": Mutation(
+        "llada/engine/megatron.py",
+        "    return loss, torch.zeros((), dtype=torch.int, device=losses.device), {}",
+        "    return loss, {}",
+        "tests/engine/test_parity.py",
+    ),
+    "a normaliser of the local micro-batch": Mutation(
+        "llada/data/base.py",
+        "[self.objective.corrupt(window) for window in windows], plan.normaliser)",
+        "[self.objective.corrupt(window) for window in windows], plan.normaliser * len(windows) / len(plan.samples))",
+        "tests/data/test_pretrain.py",
+    ),
+    "t tied to the place in the batch": Mutation(
+        "llada/noise.py",
+        'order = np.argsort(bits.random_raw(len(shares)), kind="stable")',
+        "order = np.arange(len(shares))",
+        "tests/test_noise.py",
+    ),
+    "division by the number of masked tokens": Mutation(
+        "llada/engine/megatron.py",
+        "(losses * weights_).sum() / normaliser",
+        "(losses * weights_).sum() / max(1, len(losses))",
+        "tests/engine/test_parity.py",
+    ),
+    "no weight 1/p": Mutation(
+        "llada/objectives/masked.py", "np.where(draws < p, 1 / p, 0.0)", "np.where(draws < p, 1.0, 0.0)", "tests/objectives"
+    ),
+    "causal attention": Mutation(
+        "llada/model/attention.py",
+        "F.scaled_dot_product_attention(q, k, v)",
+        "F.scaled_dot_product_attention(q, k, v, is_causal=True)",
+        "tests/engine/test_model.py",
+    ),
+    "an exported model that ignores attention_mask": Mutation(
+        "llada/hf/modeling_llada.py", "mask = None if attention_mask is None else", "mask = None if True else", "tests/hf/test_modeling.py"
+    ),
+    "one t for all documents": Mutation(
+        "llada/data/pretrain.py", "draw_t(lengths), float", "np.full(len(spans), draw_t(lengths)[0]), float", "tests/data/test_pretrain.py"
+    ),
+    "documents that see each other": Mutation(
+        "llada/model/attention.py", "if inputs.layout.whole():", "if len(q) == len(k):", "tests/engine/test_model.py"
+    ),
+    "context ranks that attend to their own part": Mutation(
+        "llada/model/transformer.py", "if self.context_group.size() > 1:", "if self.context_group.size() > 99:", f"{LAYOUTS}[CP2 x DP4]"
+    ),
+    "the head's gradient under sequence parallelism": Mutation(
+        "llada/model/transformer.py", "tensor_parallel_output_grad=True", "tensor_parallel_output_grad=False", f"{LAYOUTS}[TP2+SP x DP4]"
+    ),
+    "batched exchange between two stages with virtual stages": Mutation(
+        "llada/engine/megatron.py",
+        "overlap_p2p_comm=overlapped,\n        batch_p2p_comm=not overlapped,",
+        "overlap_p2p_comm=False,\n        batch_p2p_comm=True,",
+        f"{LAYOUTS}[PP2 x VP2 x DP4]",
+    ),
+    "one step count for all parameters after loading": Mutation(
+        "llada/engine/megatron.py",
+        'moments["step"] = moments["step"].clone()',
+        'moments["step"] = moments["step"]',
+        "tests/engine/test_state.py",
+    ),
+    "a norm's gradient counted twice": Mutation(
+        "llada/engine/megatron.py",
+        "    finalize_model_grads(model, None, **kwargs)",
+        "    finalize_model_grads(model, None, **kwargs)\n"
+        "    for name, p in model[0].named_parameters():\n"
+        '        if name.endswith("layers.0.input_layernorm.weight"):\n'
+        "            p.main_grad.mul_(2)",
+        "tests/engine/test_parity.py",
+    ),
+    "a prompt that is masked": Mutation(
+        "llada/data/sft.py",
+        "spans[own] = np.stack([starts, ends], axis=1)",
+        "spans[own] = np.stack([starts - 1, ends], axis=1)",
+        "tests/data/test_sft_data.py",
+    ),
+    "padding left out of the response": Mutation(
+        "llada/data/sft.py", "np.repeat(longest, group)[: len(ends)][own]", "ends[own]", "tests/data/test_sft_data.py"
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mistake", MUTATIONS)
+def test_the_suite_notices(mistake: str, tmp_path: Path) -> None:
+    mutation = MUTATIONS[mistake]
+    for name in ("llada", "data_tools", "tests", "pyproject.toml"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, tmp_path / name)
+    path = tmp_path / mutation.file
+    source = path.read_text()
+    assert source.count(mutation.old) == 1, f"{mutation.file} no longer holds what is to be replaced"
+    path.write_text(source.replace(mutation.old, mutation.new))
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", mutation.tests, "-x", "-q", "-p", "no:cacheprovider"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 1, f"{mutation.tests} did not fail\n{done.stdout[-2000:]}\n{done.stderr[-500:]}"
+    assert "failed" in done.stdout
+    assert "ImportError" not in done.stdout
+    assert "SyntaxError" not in done.stdout

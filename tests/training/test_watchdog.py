@@ -1,0 +1,90 @@
+"""A run that hangs says who does not answer, and ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from llada.training.watchdog import RESTART, Watchdog
+from tests.workplace import Workplace
+
+
+def wait_for(condition, seconds: float = 10) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return condition()
+
+
+def test_silent_ranks_are_named_by_the_lowest_one_alive(tmp_path: Path) -> None:
+    said: dict[int, list[str]] = {1: [], 2: []}
+    (tmp_path / "rank_00000.json").write_text('{"host": "node7", "step": 17, "time": 1.0}')
+    dogs = [Watchdog(tmp_path, rank, 4, 0.5, said[rank].append) for rank in (1, 2)]
+    assert wait_for(lambda: all(said.values()))
+    for dog in dogs:
+        dog.close()
+    assert said[2] == [""]
+    [line] = said[1]
+    assert line.startswith("hang: no step finished for 0.5 s (run.hang_timeout): rank 0 on host node7 answered")
+    assert "last step 17; rank 3 never answered" in line
+
+
+def test_progress_and_zero_keep_it_quiet(tmp_path: Path) -> None:
+    said: list[str] = []
+    dog = Watchdog(tmp_path / "a", 0, 1, 0.4, said.append)
+    for step in range(10):
+        time.sleep(0.1)
+        dog.advance(step)
+    dog.close()
+    Watchdog(tmp_path / "b", 0, 1, 0, said.append).close()
+    assert said == []
+    assert not any(tmp_path.iterdir())
+
+
+def test_when_all_answer_the_slowest_is_named(tmp_path: Path) -> None:
+    said: list[str] = []
+    dog = Watchdog(tmp_path, 0, 1, 0.3, said.append)
+    dog.advance(5)
+    assert wait_for(lambda: bool(said))
+    dog.close()
+    assert "every rank answers, none finishes a step; rank 0 on host" in said[0]
+    assert said[0].endswith("last step 5")
+
+
+def test_a_stopped_rank_ends_the_run_for_a_restart(workplace: Workplace) -> None:
+    """SIGSTOP, as a frozen node: the other rank waits in a collective until the watchdog ends it."""
+    run = {"dir": "frozen", "threads": 1, "hang_timeout": 6}
+    config = workplace.config("frozen.yaml", run=run, train={"steps": 500}, validation={"every": 1000, "windows": 8})
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    environment = {**workplace.environment(), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-m", "llada", "pretrain", config],
+            cwd=workplace.folder,
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    metrics = workplace.folder / "frozen" / "metrics.jsonl"
+    assert wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= 3, 90)
+    os.kill(ranks[1].pid, signal.SIGSTOP)
+    try:
+        _, error = ranks[0].communicate(timeout=60)
+    finally:
+        ranks[1].kill()
+        ranks[1].communicate()
+    assert ranks[0].returncode == RESTART
+    last = error.strip().splitlines()[-1]
+    assert last.startswith("failed: hang: no step finished for 6 s (run.hang_timeout): rank 1 on host")
+    assert "run the same command again" in last
