@@ -116,3 +116,14 @@ def test_permute_of_a_trillion_windows_needs_no_table() -> None:
     n = 10**12 + 39
     values = noise.permute(np.arange(1000) * 10**9, n, 7)
     assert len(np.unique(values)) == 1000 and values.min() >= 0 and values.max() < n
+
+
+def test_the_place_in_the_batch_says_nothing_about_t() -> None:
+    """Laid end to end in a new order each step: neighbours in the batch are not neighbours in t."""
+    n, steps = 16, 300
+    t = np.stack([noise.timesteps(3, step, np.ones(n), "stratified") for step in range(steps)])
+    gaps = (t[:, 1:] - t[:, :-1]) % 1.0
+    assert abs(float((np.abs(gaps - 1 / n) < 1e-9).mean()) - 1 / (n - 1)) < 4 * np.sqrt((1 / 15) * (14 / 15) / gaps.size)
+    order = np.argsort(t, axis=1)
+    cycles = {tuple(np.roll(row, -int(np.flatnonzero(row == 0)[0])).tolist()) for row in order}
+    assert len(cycles) == steps
