@@ -24,31 +24,34 @@ convert_app = typer.Typer(no_args_is_help=True, help="Checkpoints to the formats
 app.add_typer(convert_app, name="convert")
 
 
+Rewind = Annotated[
+    int | None, typer.Option(min=0, help="Go back to the checkpoint after so many steps; lr=RATE sets the learning rate from there on.")
+]
 AllowChanged = Annotated[bool, typer.Option(help="Resume although settings, data or versions changed; recorded.")]
 
 
 @app.command()
-def pretrain(config: Config, overrides: Overrides = None, allow_changed: AllowChanged = False) -> None:
+def pretrain(config: Config, overrides: Overrides = None, allow_changed: AllowChanged = False, rewind: Rewind = None) -> None:
     """Pretrain CONFIG: alone, or as each rank of torchrun or srun. Continues from the run's latest checkpoint."""
-    _train("pretrain", config, overrides, allow_changed)
+    _train("pretrain", config, overrides, allow_changed, rewind)
 
 
 @app.command()
-def sft(config: Config, overrides: Overrides = None, allow_changed: AllowChanged = False) -> None:
+def sft(config: Config, overrides: Overrides = None, allow_changed: AllowChanged = False, rewind: Rewind = None) -> None:
     """Fine-tune CONFIG on conversations: alone, or as each rank of torchrun or srun. Continues from the latest checkpoint."""
-    _train("sft", config, overrides, allow_changed)
+    _train("sft", config, overrides, allow_changed, rewind)
 
 
-def _train(task: Literal["pretrain", "sft"], config: str, overrides: list[str] | None, allow_changed: bool) -> None:
+def _train(task: Literal["pretrain", "sft"], config: str, overrides: list[str] | None, allow_changed: bool, rewind: int | None) -> None:
     from llada.training.signals import StopRequest
 
     stop = StopRequest().install()  # before the slow imports
     from llada.config import load_config
 
-    resolved = load_config(config, overrides, task=task)
+    resolved = load_config(config, overrides, task=task, rewind=rewind)
     from llada.training.loop import train
 
-    raise typer.Exit(train(resolved, stop, allow_changed))
+    raise typer.Exit(train(resolved, stop, allow_changed, rewind))
 
 
 @app.command("config")

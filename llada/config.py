@@ -147,13 +147,14 @@ class RunConfig(Section):
         return data
 
 
-def load_config(path: str | Path, overrides: list[str] | None = None, task: Task | None = None) -> RunConfig:
+def load_config(path: str | Path, overrides: list[str] | None = None, task: Task | None = None, rewind: int | None = None) -> RunConfig:
     """Read a YAML config, apply dotted overrides, validate.
 
     Args:
         path: YAML file.
         overrides: ``key.sub=value`` strings; values are YAML; list items by index (``data.mixture.0.path=...``).
         task: refuse a config for another task (None: any).
+        rewind: step from which an override ``lr=RATE`` holds; None: there is no such override.
 
     Raises:
         UserError: anything wrong, in one line that names the setting.
@@ -161,7 +162,10 @@ def load_config(path: str | Path, overrides: list[str] | None = None, task: Task
     raw = _read_yaml(Path(path))
     raw.pop(PROVENANCE, None)  # a run's own config.yaml can be used as a config
     for override in overrides or []:
-        _apply(raw, override)
+        if rewind is not None and override.startswith("lr="):
+            _change_rate(raw, rewind, override)
+        else:
+            _apply(raw, override)
     if task is not None and raw.get("task", "pretrain") != task and raw.get("task", "pretrain") in get_args(Task):
         found = raw.get("task", "pretrain")
         raise UserError(f"task: {path} says '{found}', `llada {task}` runs task '{task}' only; use `llada {found}`")
@@ -205,6 +209,17 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise UserError(f"config: {path} must hold a mapping of settings, not a {type(raw).__name__}")
     return raw  # type: ignore[return-value]
+
+
+def _change_rate(raw: dict[str, Any], step: int, override: str) -> None:
+    """Add a constant learning rate from `step` on; it replaces changes at or after that step."""
+    holder: dict[str, Any] = {}
+    _apply(holder, override)
+    schedule = raw.setdefault("schedule", {})
+    if not isinstance(holder["lr"], int | float) or not isinstance(schedule, dict):
+        raise UserError(f"override '{override}': the learning rate must be a number, as in lr=1e-4")
+    earlier = [entry for entry in schedule.get("rewinds") or [] if entry["step"] < step]
+    schedule["rewinds"] = [*earlier, {"step": step, "lr": float(holder["lr"])}]
 
 
 def _apply(raw: dict[str, Any], override: str) -> None:

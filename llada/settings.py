@@ -171,11 +171,22 @@ class StageEntry(Section):
         return self
 
 
+class RewindEntry(Section):
+    """A change of the learning rate by `llada pretrain --rewind STEP lr=RATE`."""
+
+    step: int = Field(ge=0)
+    """Optimizer steps done before it."""
+    lr: float = Field(ge=0)
+    """Learning rate of all steps after it."""
+
+
 class ScheduleSection(Section):
     """The learning rate, piece by piece, in absolute lengths."""
 
     stages: list[StageEntry] = Field(min_length=1)
     """The pieces in order."""
+    rewinds: list[RewindEntry] = []
+    """Later changes of the learning rate; the last one whose step is past counts instead of the stages."""
 
     @model_validator(mode="after")
     def _open_end(self) -> ScheduleSection:

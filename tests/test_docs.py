@@ -219,7 +219,9 @@ def documented_keys(text: str) -> Iterator[tuple[int, str]]:
             parsed = yaml.safe_load(re.sub(r"(?m)^\s*(\.\.\.|…)\s*$", "", block.text))
             yield from ((block.line, key) for key in keys_of(parsed))
     for number, words in llada_commands(text):
-        yield from ((number, found[1]) for word in words if (found := OVERRIDE.match(word)))
+        # `lr=` beside --rewind is that option's own, not a setting.
+        own = [word for word in words if not (word.startswith("lr=") and "--rewind" in words)]
+        yield from ((number, found[1]) for word in own if (found := OVERRIDE.match(word)))
     groups = {name for name, annotation in settings_of(RunConfig).items() if section_of(annotation)}
     for number, span in inline_code(prose):
         found = re.fullmatch(r"([a-z_]+(?:\.[a-z0-9_]+)+)(=\S*)?", span)

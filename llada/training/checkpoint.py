@@ -124,6 +124,14 @@ def prune(root: Path, keep_last: int | None, keep_every: int | None) -> list[Pat
     return old
 
 
+def set_aside(folders: list[Path]) -> None:
+    """Rename checkpoints that a rewind leaves behind, so that none of them is found as the latest; nothing is deleted."""
+    for folder in folders:
+        attempt = 1 + sum(1 for _ in folder.parent.glob(f"{folder.name}.rewound-*"))
+        os.replace(folder, folder.with_name(f"{folder.name}.rewound-{attempt}"))
+        sync_folder(folder.parent)
+
+
 def committed(root: Path) -> list[Path]:
     """Complete checkpoints below `root`, oldest first."""
     return sorted(path for path in _children(root) if _NAME.match(path.name) and (path / MARKER).is_file())

@@ -37,13 +37,14 @@ FINISHED, STOPPED = 0, 75
 """Exit codes: done; checkpoint written, run me again."""
 
 
-def train(config: RunConfig, stop: StopRequest, allow_changed: bool = False) -> int:
+def train(config: RunConfig, stop: StopRequest, allow_changed: bool = False, rewind: int | None = None) -> int:
     """Run `config` from its latest checkpoint, or from the start, to `train.steps`.
 
     Args:
         config: the run.
         stop: asked to stop when true; looked at after every step.
         allow_changed: resume although settings, data or versions changed; recorded in the lineage.
+        rewind: go back to the checkpoint after so many steps; recorded in the lineage.
 
     Returns:
         FINISHED, or STOPPED after a signal.
@@ -52,7 +53,7 @@ def train(config: RunConfig, stop: StopRequest, allow_changed: bool = False) -> 
         UserError: the config, the data or the checkpoint cannot be used.
         RunError: the run failed.
     """
-    run = Run(config, allow_changed)
+    run = Run(config, allow_changed, rewind)
     try:
         return _loop(run, stop)
     finally:
@@ -85,7 +86,7 @@ def _loop(run: Run, stop: StopRequest) -> int:
 class Run:
     """Everything a run needs, from its config: data, engine, schedule, where it stands, and where its numbers go."""
 
-    def __init__(self, config: RunConfig, allow_changed: bool = False) -> None:
+    def __init__(self, config: RunConfig, allow_changed: bool = False, rewind: int | None = None) -> None:
         self.config = config
         self.folder = Path(config.run.dir)
         self.root = self.folder / "checkpoints"
@@ -97,7 +98,7 @@ class Run:
             self.schedule.learning_rate(config.train.steps - 1)  # raises with the setting's name
         self.threads = _set_threads(config, size)
         self.data = open_data(config, verify=rank == 0)
-        start = find_start(config, self.data, self.root, self.threads, allow_changed)
+        start = find_start(config, self.data, self.root, self.threads, allow_changed, rewind)
         if rank == 0:
             _make_folder(self.folder)
         self.engine = MegatronEngine(config, self.data.objective.token_loss)
@@ -111,7 +112,10 @@ class Run:
         self.guard = Guard(config.train.max_skipped)
         self.sinks: list[metrics.Sink] = []
         self.loader: Loader | None = None
+        if start.aside:
+            self.engine.any(False)  # every rank has looked at the folder
         if self.place.is_main:
+            checkpoint.set_aside(start.aside)
             self._open_sinks(start)
         self.watchdog = Watchdog(self.folder / "heartbeats", self.place.rank, self.place.world_size, config.run.hang_timeout)
         self.saving: Saving | None = None

@@ -37,6 +37,7 @@ class Schedule:
     """
 
     def __init__(self, section: ScheduleSection, tokens_per_step: int) -> None:
+        self._rewinds = section.rewinds
         self._pieces: list[_Piece] = []
         first, rate = 0, 0.0
         for stage in section.stages:
@@ -50,10 +51,13 @@ class Schedule:
     def steps(self) -> int | None:
         """Length of the whole schedule in steps; None: the last piece goes on without end."""
         last = self._pieces[-1]
-        return None if last.steps is None else last.first + last.steps
+        return None if last.steps is None or self._rewinds else last.first + last.steps
 
     def learning_rate(self, step: int) -> float:
         """Of training step `step` (0-based). Raises UserError past the schedule's end."""
+        changed = [entry.lr for entry in self._rewinds if entry.step <= step]
+        if changed:
+            return changed[-1]
         piece = next(piece for piece in reversed(self._pieces) if piece.first <= step)
         if piece.steps is None:
             return piece.start

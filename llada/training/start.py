@@ -44,6 +44,7 @@ class Start:
         optimizer: whether the checkpoint's optimizer counts.
         lineage: where the weights came from, oldest first.
         notes: lines for the console.
+        aside: later checkpoints that a rewind leaves behind.
     """
 
     folder: Path | None
@@ -52,6 +53,7 @@ class Start:
     optimizer: bool
     lineage: list[dict[str, Any]]
     notes: list[str] = field(default_factory=list)
+    aside: list[Path] = field(default_factory=list)
 
 
 def versions(config: RunConfig, threads: int) -> dict[str, str]:
@@ -64,14 +66,25 @@ def versions(config: RunConfig, threads: int) -> dict[str, str]:
     return found
 
 
-def find_start(config: RunConfig, data: TrainingData, root: Path, threads: int, allow_changed: bool) -> Start:
+def find_start(config: RunConfig, data: TrainingData, root: Path, threads: int, allow_changed: bool, rewind: int | None = None) -> Start:
     """The latest sound checkpoint of this run, else run.init_from, else nothing; the same on every rank (collective).
+
+    With `rewind`, the checkpoint after that many steps instead of the latest. A run that was rewound so already, with the same
+    schedule, just goes on: the command may be repeated after an interruption.
 
     Raises:
         UserError: a checkpoint of another run, weights that do not fit, damage where there is nothing to go back to.
     """
     notes = [f"ignored {folder}: no {checkpoint.MARKER} file, its save was cut off" for folder in checkpoint.ignored(root)]
     found = checkpoint.committed(root)
+    if rewind is not None:
+        target = root / checkpoint.name(rewind)
+        if target not in found:
+            there = ", ".join(str(int(path.name.removeprefix("step_"))) for path in found) or "none"
+            raise UserError(f"--rewind: no checkpoint after step {rewind} in {root}; there are: {there}")
+        later = found[found.index(target) + 1 :]
+        if later and not _rewound(config, later[-1], rewind):
+            return _rewind(config, data, target, later, threads, allow_changed, notes)
     for folder in reversed(found):
         problems = _damage(config, folder)
         if problems:
@@ -102,6 +115,26 @@ def _resume(config: RunConfig, data: TrainingData, folder: Path, threads: int, a
         raise UserError(f"resume from {folder}: {changes[0]} changed since; restore it, use another run.dir, or pass --allow-changed")
     lineage = state.lineage + ([{"resumed_at_step": state.step, "changed": changes}] if changes else [])
     return Start(folder, state.step, state.tokens, True, lineage, notes)
+
+
+def _rewind(
+    config: RunConfig, data: TrainingData, target: Path, later: list[Path], threads: int, allow_changed: bool, notes: list[str]
+) -> Start:
+    problems = _damage(config, target)
+    if problems:
+        raise UserError(f"--rewind: {problems[0]}; choose another step")
+    start = _resume(config, data, target, threads, allow_changed, notes)
+    left = int(later[-1].name.removeprefix("step_"))
+    record = {"rewound_to_step": start.step, "from_step": left, "schedule": dump_config(config)["schedule"]}
+    notes.append(f"rewound from step {left} to step {start.step}; later checkpoints are set aside as step_*.rewound-*")
+    return Start(target, start.step, start.tokens, True, [*start.lineage, record], notes, later)
+
+
+def _rewound(config: RunConfig, folder: Path, step: int) -> bool:
+    """Whether a checkpoint comes from a run that was rewound to this step with this schedule."""
+    schedule = dump_config(config)["schedule"]
+    lineage = checkpoint.read_state(folder).lineage
+    return any(entry.get("rewound_to_step") == step and entry["schedule"] == schedule for entry in lineage)
 
 
 def _changes(config: RunConfig, data: TrainingData, state: checkpoint.State, threads: int) -> list[str]:
