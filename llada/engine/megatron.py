@@ -218,7 +218,7 @@ class MegatronEngine:
         """Start a save into an existing empty folder and return once later steps cannot change what it holds; collective."""
         write_in_threads()
         self._finish_gather()
-        state = snapshot({**self._weights(), "optimizer": self._moments(loading=False)})
+        state = {**snapshot(self._weights()), "optimizer": self._moments(loading=False)}  # the latter gathers into new tensors
         metadata = {"distrib_optim_sharding_type": SHARDING}
         return BackgroundSave(dist_checkpointing.save(state, str(folder), async_sharded_save=True, content_metadata=metadata))
 
