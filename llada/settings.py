@@ -36,7 +36,13 @@ class TrainSection(Section):
     steps: int = Field(ge=1)
     """Optimizer steps in all. Nothing else derives from it: extending a run never changes what came before."""
     max_skipped: int = Field(default=3, ge=0)
-    """Steps in a row whose loss or gradient may be non-finite (they update nothing) before the run stops."""
+    """Steps in a row that may update nothing (loss or gradient not finite, or a spike with skip_spikes) before the run stops."""
+    spike_sigma: float | None = Field(default=6.0, gt=0)
+    """Standard deviations above the mean of the last spike_window steps from which loss or gradient norm is a spike; null: no rule."""
+    spike_window: int = Field(default=200, ge=2)
+    """Applied steps that the rule looks back on; before there are so many, nothing is a spike."""
+    skip_spikes: bool = False
+    """true: a spike updates nothing; false: it is only named, with its samples. Compared at resume, as are the two above."""
 
 
 class BatchSection(Section):

@@ -2,29 +2,69 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from llada.objectives.base import Batch
 
 
-@dataclass(frozen=True)
 class StepResult:
-    """One optimizer step, the same on every rank.
+    """One optimizer step, the same on every rank. Asking for its numbers waits until the step is done on the device.
 
-    Attributes:
-        loss: of the whole global step, nats, divided by the step's normaliser.
-        grad_norm: global L2 norm before clipping.
-        applied: false when loss or norm was not finite, and then nothing was updated.
+    Args:
+        numbers: loss, squared gradient norm before clipping, and 1 if the step was left out, else 0; float64 [3]. A GPU tensor is
+            copied to the host behind the work queued so far, without waiting for it.
     """
 
-    loss: float
-    grad_norm: float
-    applied: bool
+    def __init__(self, numbers: torch.Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        self._numbers = numbers
+        if numbers.device.type == "cuda":
+            self._numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True).copy_(numbers, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def done(self) -> bool:
+        """Whether the numbers are there."""
+        return self._event is None or self._event.query()
+
+    @cached_property
+    def _read(self) -> list[float]:
+        if self._event is not None:
+            self._event.synchronize()
+        return self._numbers.tolist()
+
+    @property
+    def loss(self) -> float:
+        """Of the whole global step, nats, divided by the step's normaliser."""
+        return self._read[0]
+
+    @property
+    def grad_norm(self) -> float:
+        """Global L2 norm before clipping."""
+        squared = self._read[1]
+        return math.sqrt(squared) if squared >= 0 else math.nan
+
+    @property
+    def applied(self) -> bool:
+        """False when loss or norm was not finite or above its limit, and then nothing was updated."""
+        return self._read[2] == 0
+
+
+class Limits(NamedTuple):
+    """What a step's loss and gradient norm must not exceed to be applied."""
+
+    loss: float = math.inf
+    grad_norm: float = math.inf
+
+
+NO_LIMITS = Limits()
 
 
 @dataclass(frozen=True)
@@ -77,8 +117,8 @@ class Engine(Protocol):
     place: Place
     device: torch.device
 
-    def train_step(self, batches: Sequence[Batch], learning_rate: float) -> StepResult:
-        """Forward and backward over this replica's micro-batches, then one optimizer update."""
+    def train_step(self, batches: Sequence[Batch], learning_rate: float, limits: Limits = NO_LIMITS) -> StepResult:
+        """Forward and backward over this replica's micro-batches, then one optimizer update; none when it is not within the limits."""
         ...
 
     def evaluate(self, batches: Sequence[Batch], num_segments: int) -> torch.Tensor:

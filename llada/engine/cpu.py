@@ -1,8 +1,8 @@
-"""Lets Megatron-Core run on a machine without a GPU. Does nothing where CUDA is available.
+"""Lets Megatron-Core run on a machine without a GPU, and with one optimizer everywhere.
 
 Megatron-Core 0.16.1 has no CPU mode: it asks torch.cuda for the current device, allocates with device="cuda", compares
-tensor type strings and keeps random states of the GPU. `before_import` redirects those names to the CPU; `after_import` mends
-the two places that must be patched inside Megatron-Core. Both are process-wide and happen once.
+tensor type strings and keeps random states of the GPU. `before_import` redirects those names to the CPU, where there is no GPU;
+`after_import` mends what must be patched inside Megatron-Core. Both are process-wide and happen once.
 """
 
 from __future__ import annotations
@@ -50,11 +50,15 @@ def before_import() -> None:
 @functools.cache
 def after_import() -> None:
     """Mend Megatron-Core itself. Call after the first import of megatron.core."""
+    import megatron.core.optimizer as optimizer
     import megatron.core.optimizer.distrib_optimizer as distributed
     import megatron.core.tensor_parallel.random as random
 
-    if not distributed.HAVE_APEX_OR_TE:  # on a GPU too: torch's AdamW keeps a step count that the checkpoint holds once for all
-        distributed.DistributedOptimizer._set_main_param_and_optimizer_states = _load_present_states
+    # On a GPU too: torch's AdamW even where Transformer Engine or Apex are installed. It skips a step on the device, and its step
+    # count, which the checkpoint holds once for all parameters, has a place of its own in the state.
+    optimizer.Adam = torch.optim.AdamW
+    distributed.HAVE_APEX_OR_TE = distributed.USING_TE_OPTIMIZER = distributed.USING_APEX_OPTIMIZER = False
+    distributed.DistributedOptimizer._set_main_param_and_optimizer_states = _load_present_states
     if not available():
         return
     random._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)

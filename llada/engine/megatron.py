@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import resource
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -14,7 +13,7 @@ import torch.distributed as dist
 
 from llada.config import RunConfig
 from llada.engine import cpu
-from llada.engine.base import Place, StepResult
+from llada.engine.base import NO_LIMITS, Limits, Place, StepResult
 from llada.engine.layout import context_part, gather_world, join_world, start_model_parallel, stop_model_parallel
 from llada.objectives.base import Batch
 from llada.settings import ParallelSection
@@ -24,7 +23,6 @@ cpu.before_import()
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel  # noqa: E402
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads  # noqa: E402
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 from megatron.core.transformer import TransformerConfig  # noqa: E402
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset  # noqa: E402
@@ -77,12 +75,16 @@ class MegatronEngine:
 
     # -- training ------------------------------------------------------------------------------------------------------
 
-    def train_step(self, batches: Sequence[Batch], learning_rate: float) -> StepResult:
-        """Forward and backward over this replica's micro-batches, then one update; nothing is updated when it is not finite.
+    def train_step(self, batches: Sequence[Batch], learning_rate: float, limits: Limits = NO_LIMITS) -> StepResult:
+        """Forward and backward over this replica's micro-batches, then one update, without waiting for the device.
+
+        Whether the step is applied is decided on the device: a loss or gradient norm that is not finite, or above its limit, leaves
+        weights, moments and step count as they were, on all ranks.
 
         Args:
             batches: this replica's micro-batches, the same number on every replica.
             learning_rate: of this step.
+            limits: what loss and gradient norm must not exceed.
         """
         for replica in self.replicas:
             replica.zero_grad_buffer()
@@ -90,24 +92,29 @@ class MegatronEngine:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         self._run(batches, partial(_training_loss, total), forward_only=False)
         self.optimizer.prepare_grads()
-        loss, grad_norm = self._read_loss_and_norm(total)
-        finite = math.isfinite(loss) and math.isfinite(grad_norm)
-        if finite:
-            clip_grad_by_total_norm_fp32(self.optimizer.get_parameters(), max_norm=self.config.optimizer.clip, total_norm=grad_norm)
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate * group["lr_mult"]
-                group["weight_decay"] = self.config.optimizer.weight_decay * group["wd_mult"]
-            self.optimizer.step_with_ready_grads()
-        return StepResult(loss, grad_norm, finite)
-
-    def _read_loss_and_norm(self, total: torch.Tensor) -> tuple[float, float]:
-        """The step's one host read: loss and global L2 norm together. Shared and replicated parameters count once in the norm."""
-        grads = self.optimizer.get_main_grads_for_grad_norm()
-        squared = torch.stack(torch._foreach_norm(grads)).double().square().sum() if grads else torch.zeros_like(total)
-        dist.all_reduce(squared, group=self.optimizer.get_grad_stats_parallel_group())
         self._sum_over_replicas(total)
-        loss, squared_norm = torch.stack([total, squared]).tolist()
-        return loss, math.sqrt(squared_norm) if squared_norm >= 0 else math.nan
+        squared = self._squared_norm()
+        # A comparison with nan is false. The largest over all ranks: one that disagreed would go on with other weights.
+        inside = total.isfinite() & squared.isfinite() & (total <= limits.loss) & (squared <= limits.grad_norm**2)
+        left_out = (~inside).float()
+        dist.all_reduce(left_out, op=dist.ReduceOp.MAX)
+        # AdamW divides the gradients by the first and does nothing where the second is 1.
+        scale = ((squared.sqrt() + 1e-6) / self.config.optimizer.clip).clamp(min=1.0).float()
+        for part in self._optimizers():
+            part.optimizer.grad_scale, part.optimizer.found_inf = scale, left_out
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate * group["lr_mult"]
+            group["weight_decay"] = self.config.optimizer.weight_decay * group["wd_mult"]
+        self.optimizer.step_with_ready_grads()
+        return StepResult(torch.stack([total, squared, left_out.double()]))
+
+    def _squared_norm(self) -> torch.Tensor:
+        """Squared global L2 norm of the gradient, float64 []. Shared and replicated parameters count once."""
+        grads = self.optimizer.get_main_grads_for_grad_norm()
+        zero = torch.zeros((), dtype=torch.float64, device=self.device)
+        squared = torch.stack(torch._foreach_norm(grads)).double().square().sum() if grads else zero
+        dist.all_reduce(squared, group=self.optimizer.get_grad_stats_parallel_group())
+        return squared
 
     def _sum_over_replicas(self, total: torch.Tensor) -> None:
         """Sum what the last pipeline stage of every replica and context rank holds; every rank gets the result."""

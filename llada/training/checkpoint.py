@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ class State:
         config: resolved config of the run.
         versions: of the packages that decide the arithmetic, and threads.
         lineage: where the weights came from, oldest first.
+        recent: [step, loss, gradient norm] of the last applied steps (0-based), oldest first.
     """
 
     step: int
@@ -46,6 +47,7 @@ class State:
     config: dict[str, Any]
     versions: dict[str, str]
     lineage: list[dict[str, Any]]
+    recent: Sequence[Sequence[float]]
 
 
 def name(step: int) -> str:

@@ -31,7 +31,7 @@ from llada.training.schedule import Schedule
 from llada.training.signals import StopRequest
 from llada.training.start import Start, find_start, versions
 from llada.training.validation import Validator, describe
-from llada.training.watchdog import Watchdog
+from llada.training.watchdog import Watchdog, record_collectives
 
 FINISHED, STOPPED = 0, 75
 """Exit codes: done; checkpoint written, run me again."""
@@ -65,7 +65,7 @@ def _loop(run: Run, stop: StopRequest) -> int:
     if run.starts_from_weights:
         run.validate(0)
     for step, plan, batches in run.batches():
-        result = run.engine.train_step(batches, run.schedule.learning_rate(step))
+        result = run.engine.train_step(batches, run.schedule.learning_rate(step), run.guard.limits(step))
         run.record(step, plan, result)
         done = step + 1
         last = done == config.train.steps
@@ -92,6 +92,7 @@ class Run:
         self.root = self.folder / "checkpoints"
         rank, size, _ = world_from_environment()
         config.check_world(size)
+        record_collectives(self.folder / "flight_recorder")
         join_world()
         self.schedule = Schedule(config.schedule, config.tokens_per_step)
         if self.schedule.steps is not None and self.schedule.steps < config.train.steps:
@@ -109,7 +110,8 @@ class Run:
         if start.folder is not None:
             self.engine.load(start.folder / "model", optimizer=start.optimizer)
         self.validator = Validator(self.data, self.place)
-        self.guard = Guard(config.train.max_skipped)
+        self.guard = Guard(config.train, start.recent)
+        self._unread: tuple[int, Plan, StepResult] | None = None
         self.sinks: list[metrics.Sink] = []
         self.loader: Loader | None = None
         if start.aside:
@@ -138,38 +140,53 @@ class Run:
         ]
 
     def record(self, step: int, plan: Plan, result: StepResult) -> None:
-        """Note one step (0-based) everywhere, and stop a run that has gone wrong."""
-        config, now = self.config, time.perf_counter()
+        """Note one step (0-based) once its numbers are there; on a GPU that is while the next step computes."""
+        self.settle()
+        self._unread = step, plan, result
+        if result.done():
+            self.settle()
+
+    def settle(self) -> None:
+        """Note the step whose numbers were not there yet, and stop a run that has gone wrong."""
+        if self._unread is None:
+            return
+        (step, plan, result), self._unread = self._unread, None
+        now = time.perf_counter()
         seconds, self._time = now - self._time, now
         self.tokens += plan.tokens
         self.watchdog.advance(step + 1)
         if self.place.is_main:
-            own = plan.maskable > 0
-            predicted = self.data.objective.expected_predictions(plan.maskable[own], plan.t[own])
-            flops = step_flops(config.model, plan.counted.tolist(), predicted, config.data.sequence_length)
-            peak = self._peak * self.place.world_size
-            self._write(
-                {
-                    "step": step + 1,
-                    "tokens": self.tokens,
-                    "loss": result.loss,
-                    "grad_norm": result.grad_norm,
-                    "lr": self.schedule.learning_rate(step),
-                    "skipped": not result.applied,
-                    "seconds": seconds,
-                    "tokens_per_second": plan.tokens / seconds,
-                    "mfu": flops.actual / seconds / peak,
-                    "mfu_full_length": flops.full_length / seconds / peak,
-                    "memory_gb": self.engine.peak_memory_gb(),
-                    "checkpoint_blocked_seconds": self.blocked,
-                }
-            )
+            self._write(self._line(step, plan, result, seconds))
         self.blocked = 0.0
-        first = step * config.batch.global_
-        self.guard.check(step + 1, result, range(first, first + config.batch.global_))
+        first = step * self.config.batch.global_
+        warning = self.guard.check(step, result, range(first, first + self.config.batch.global_))
+        if warning:
+            self.say(warning)
+
+    def _line(self, step: int, plan: Plan, result: StepResult, seconds: float) -> dict[str, Any]:
+        """A step's line of metrics.jsonl."""
+        config, own = self.config, plan.maskable > 0
+        predicted = self.data.objective.expected_predictions(plan.maskable[own], plan.t[own])
+        flops = step_flops(config.model, plan.counted.tolist(), predicted, config.data.sequence_length)
+        peak = self._peak * self.place.world_size
+        return {
+            "step": step + 1,
+            "tokens": self.tokens,
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "lr": self.schedule.learning_rate(step),
+            "skipped": not result.applied,
+            "seconds": seconds,
+            "tokens_per_second": plan.tokens / seconds,
+            "mfu": flops.actual / seconds / peak,
+            "mfu_full_length": flops.full_length / seconds / peak,
+            "memory_gb": self.engine.peak_memory_gb(),
+            "checkpoint_blocked_seconds": self.blocked,
+        }
 
     def validate(self, done: int) -> None:
         """Measure the NELBO after `done` steps; collective."""
+        self.settle()
         if self.validator.corpora:
             line = {"step": done, **self.validator(self.engine)}
             self._write(line)
@@ -179,6 +196,7 @@ class Run:
 
     def save(self, done: int, wait: bool) -> None:
         """Start to write the checkpoint after `done` steps, and with `wait` or without checkpoint.asynchronous finish it; collective."""
+        self.settle()
         self.finish_save()
         for sink in self.sinks:
             if isinstance(sink, metrics.JsonLines):
@@ -194,6 +212,7 @@ class Run:
                 config=dump_config(config),
                 versions=versions(config, self.threads),
                 lineage=self.lineage,
+                recent=self.guard.recent,
             )
             self.saving = Saving(self.root, state, self.data.tokenizer_folder, self.engine)
             self.blocked += time.perf_counter() - started

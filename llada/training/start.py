@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,13 @@ from llada.errors import UserError
 from llada.model.attention import kernel_name
 from llada.tokenizer import Tokenizer
 from llada.training import checkpoint
+from llada.training.guard import Applied
 from llada.training.schedule import Schedule
 
 _MAY_CHANGE = (
     "run",
-    "train",
+    "train.steps",
+    "train.max_skipped",
     "logging",
     "checkpoint",
     "validation",
@@ -41,6 +43,7 @@ class Start:
     Attributes:
         folder: a checkpoint; None: nothing.
         step, tokens: done already.
+        recent: the last applied steps, for the guard.
         optimizer: whether the checkpoint's optimizer counts.
         lineage: where the weights came from, oldest first.
         notes: lines for the console.
@@ -54,6 +57,7 @@ class Start:
     lineage: list[dict[str, Any]]
     notes: list[str] = field(default_factory=list)
     aside: list[Path] = field(default_factory=list)
+    recent: list[Applied] = field(default_factory=list)
 
 
 def versions(config: RunConfig, threads: int) -> dict[str, str]:
@@ -110,11 +114,14 @@ def _damage(config: RunConfig, folder: Path) -> list[str]:
 
 def _resume(config: RunConfig, data: TrainingData, folder: Path, threads: int, allow_changed: bool, notes: list[str]) -> Start:
     state = checkpoint.read_state(folder)
+    _same_architecture(f"resume from {folder}: it", config, state)
     changes = _changes(config, data, state, threads)
     if changes and not allow_changed:
         raise UserError(f"resume from {folder}: {changes[0]} changed since; restore it, use another run.dir, or pass --allow-changed")
     lineage = state.lineage + ([{"resumed_at_step": state.step, "changed": changes}] if changes else [])
-    return Start(folder, state.step, state.tokens, True, lineage, notes)
+    return Start(
+        folder, state.step, state.tokens, True, lineage, notes, recent=[Applied(int(step), loss, norm) for step, loss, norm in state.recent]
+    )
 
 
 def _rewind(
@@ -127,7 +134,7 @@ def _rewind(
     left = int(later[-1].name.removeprefix("step_"))
     record = {"rewound_to_step": start.step, "from_step": left, "schedule": dump_config(config)["schedule"]}
     notes.append(f"rewound from step {left} to step {start.step}; later checkpoints are set aside as step_*.rewound-*")
-    return Start(target, start.step, start.tokens, True, [*start.lineage, record], notes, later)
+    return replace(start, lineage=[*start.lineage, record], notes=notes, aside=later)
 
 
 def _rewound(config: RunConfig, folder: Path, step: int) -> bool:
@@ -139,7 +146,8 @@ def _rewound(config: RunConfig, folder: Path, step: int) -> bool:
 
 def _changes(config: RunConfig, data: TrainingData, state: checkpoint.State, threads: int) -> list[str]:
     """What differs from the checkpoint and would make the run another one."""
-    found = [checkpoint.first_difference(state.config, dump_config(config), _MAY_CHANGE)]
+    watched = () if config.train.skip_spikes else ("train.spike_sigma", "train.spike_window")  # they only name spikes
+    found = [checkpoint.first_difference(state.config, dump_config(config), (*_MAY_CHANGE, *watched))]
     if state.data != data.fingerprint:
         found.append(f"data.mixture: data {state.data} -> {data.fingerprint}")
     old = build_config(state.config)
@@ -154,15 +162,26 @@ def _changes(config: RunConfig, data: TrainingData, state: checkpoint.State, thr
     return [change for change in found if change is not None]
 
 
+def _same_architecture(subject: str, config: RunConfig, state: checkpoint.State) -> None:
+    """Refuse weights that do not fit the model, naming both."""
+    old, new = state.config["model"], dump_config(config)["model"]
+    difference = checkpoint.first_difference(old, new, ("model.rope_theta", "model.embedding_init_std"), "model.")
+    if difference:
+        raise UserError(
+            f"{subject} holds another architecture ({_shape(old)}) than the config ({_shape(new)}); the first difference is {difference}"
+        )
+
+
+def _shape(model: dict[str, Any]) -> str:
+    return f"{model['num_layers']} layers of width {model['hidden_size']}, vocabulary {model['vocab_size']}"
+
+
 def _from_weights(config: RunConfig, data: TrainingData, notes: list[str]) -> Start:
     """Weights of another run, if they fit: the same shapes, and ids that mean the same tokens."""
     assert config.run.init_from is not None
     source = checkpoint.resolve(config.run.init_from)
     state = checkpoint.read_state(source)
-    model = state.config["model"], dump_config(config)["model"]
-    difference = checkpoint.first_difference(*model, ("model.rope_theta", "model.embedding_init_std"), "model.")
-    if difference:
-        raise UserError(f"run.init_from: {source} holds another architecture: {difference}")
+    _same_architecture(f"run.init_from: {source}", config, state)
     found, wanted = Tokenizer.load(source / "tokenizer").fingerprint, data.manifest.tokenizer_fingerprint
     if found != wanted:
         raise UserError(

@@ -7,6 +7,7 @@ silent ones, and every live rank exits for a restart.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -18,9 +19,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+import torch.distributed as dist
+
 RESTART = 75
 """Exit code: run the same command again."""
 _BEATS_PER_TIMEOUT = 10
+_DUMP_SECONDS = 30.0
 
 
 class Beat(NamedTuple):
@@ -88,6 +93,9 @@ class Watchdog:
         limit = time.time() - 3 * self._timeout / _BEATS_PER_TIMEOUT
         alive = [rank for rank, beat in beats.items() if beat is not None and beat.time > limit]
         silent = [rank for rank in beats if rank not in alive]
+        dump = threading.Thread(target=_dump_collectives, args=(self._rank,), daemon=True)
+        dump.start()
+        dump.join(_DUMP_SECONDS)  # not longer: what hangs may hang this too
         if self._rank != min(alive, default=self._rank):
             self._leave("")
             return
@@ -107,6 +115,28 @@ class Watchdog:
 
     def _path(self, rank: int) -> Path:
         return self._folder / f"rank_{rank:05d}.json"
+
+
+def record_collectives(folder: Path) -> None:
+    """Keep the last NCCL operations of this process in memory; torch or the watchdog write them to `folder` when one does not end.
+
+    Call before the first process group. Read them with `torchfrtrace --prefix rank_ FOLDER`. Variables that are set already stay.
+    """
+    if not torch.cuda.is_available():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+    os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(folder / "rank_"))
+
+
+def _dump_collectives(rank: int) -> None:
+    """Write this rank's last NCCL operations to the file that torch itself would use."""
+    prefix = os.environ.get("TORCH_FR_DUMP_TEMP_FILE")
+    if prefix is not None and dist.is_nccl_available():
+        c10d: Any = torch._C._distributed_c10d
+        with contextlib.suppress(OSError, RuntimeError):  # the process is about to end; the report is what matters
+            Path(f"{prefix}{rank}").write_bytes(c10d._dump_nccl_trace())
 
 
 def _describe(rank: int, beat: Beat | None) -> str:

@@ -4,14 +4,17 @@ a single token, and key heads are shared (grouped queries)."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+from llada.engine.base import Limits
 from llada.engine.layout import sample_offsets
 from llada.engine.megatron import MegatronEngine
 from llada.model import weights
+from llada.objectives.base import Batch
 from tests.distributed.pool import RankPool
 from tests.engine.support import OracleTrainer, small_config, step_batches
 
@@ -137,3 +140,42 @@ def test_five_steps_equal_the_oracle(layout: str, pool: RankPool) -> None:
 def test_accumulation_on_two_replicas_changes_nothing(micro: int, pool: RankPool) -> None:
     """Eight sequences on two replicas in four, two or one micro-batches each."""
     check_five_steps(pool, {"tensor": 2, "sequence": True, "context": 2}, {}, micro)
+
+
+def broken_steps(parallel: dict[str, Any]) -> dict[str, Any]:
+    """A good step, one with nan on a single rank, one above a limit, and what they did to weights, moments and step counts."""
+    config = small_config({}, parallel, batch={"global": 8, "micro": 1})
+    engine = MegatronEngine(config)
+    try:
+        place = engine.place
+
+        def own(step: int) -> list[Batch]:
+            return step_batches(config, step)[place.data_rank :: place.data_size]
+
+        def state() -> list[torch.Tensor]:
+            kept = [value for part in engine._optimizers() for moments in part.optimizer.state.values() for value in moments.values()]
+            return [value.detach().clone() for value in [*engine.parameters().values(), *kept]]
+
+        engine.train_step(own(0), 1e-3)
+        before = state()
+        batches = own(1)
+        if place.rank == place.world_size - 1:
+            batches[-1] = replace(batches[-1], weights=batches[-1].weights * float("nan"))
+        results = [
+            engine.train_step(batches, 1e-3),
+            engine.train_step(own(1), 1e-3, Limits(loss=1.0)),
+            engine.train_step(own(1), 1e-3, Limits(grad_norm=1e-3)),
+        ]
+        same = all(torch.equal(a, b) for a, b in zip(before, state(), strict=True))
+        results.append(engine.train_step(own(1), 1e-3, Limits(1e9, 1e9)))
+        return {"applied": [result.applied for result in results], "same": same, "loss": results[-1].loss}
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize("parallel", [{}, {"tensor": 2, "pipeline": 2, "overlap_grad_reduce": True, "overlap_param_gather": True}])
+def test_a_step_that_one_rank_cannot_take_is_left_out_by_all(parallel: dict[str, Any], pool: RankPool) -> None:
+    answers = pool.run(broken_steps, parallel)
+    assert [answer["applied"] for answer in answers] == [[False, False, False, True]] * len(answers)
+    assert all(answer["same"] for answer in answers)
+    assert len({answer["loss"] for answer in answers}) == 1

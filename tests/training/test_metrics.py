@@ -8,11 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from llada.engine.base import StepResult
-from llada.errors import RunError
 from llada.settings import LoggingSection
 from llada.training import metrics
-from llada.training.guard import Guard
 from tests.workplace import Workplace
 
 
@@ -48,14 +45,6 @@ def test_the_console_prints_every_so_many_steps(capsys: pytest.CaptureFixture[st
 def test_nothing_is_drawn_without_steps(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("")
     assert metrics.plot(tmp_path) is None
-
-
-def test_guard_stops_after_too_many_skipped_steps_and_names_the_samples() -> None:
-    guard, bad, good = Guard(2), StepResult(math.nan, 1.0, False), StepResult(1.0, 1.0, True)
-    for step, result in enumerate([bad, bad, good, bad, bad], start=1):
-        guard.check(step, result, range(8 * step, 8 * step + 8))
-    with pytest.raises(RunError, match=r"step 6: loss nan .* 3 steps in a row .* samples 48 to 55"):
-        guard.check(6, bad, range(48, 56))
 
 
 def test_tensorboard_and_wandb_take_the_same_lines(workplace: Workplace) -> None:

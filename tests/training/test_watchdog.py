@@ -10,7 +10,10 @@ import sys
 import time
 from pathlib import Path
 
-from llada.training.watchdog import RESTART, Watchdog
+import pytest
+import torch
+
+from llada.training.watchdog import RESTART, Watchdog, record_collectives
 from tests.workplace import Workplace
 
 
@@ -54,6 +57,26 @@ def test_when_all_answer_the_slowest_is_named(tmp_path: Path) -> None:
     dog.close()
     assert "every rank answers, none finishes a step; rank 0 on host" in said[0]
     assert said[0].endswith("last step 5")
+
+
+def test_the_last_nccl_operations_are_kept_and_written_on_a_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With stand-ins for NCCL, which is not on every machine."""
+    names = {"TORCH_FR_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1", "TORCH_FR_DUMP_TEMP_FILE": str(tmp_path / "fr" / "rank_")}
+    for name in names:
+        monkeypatch.setenv(name, "")  # so that it is restored
+        monkeypatch.delenv(name)
+    record_collectives(tmp_path / "fr")
+    assert torch.cuda.is_available() or not (tmp_path / "fr").exists()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    record_collectives(tmp_path / "fr")
+    assert {name: os.environ[name] for name in names} == names
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    monkeypatch.setattr(torch._C._distributed_c10d, "_dump_nccl_trace", lambda: b"operations", raising=False)
+    said: list[str] = []
+    dog = Watchdog(tmp_path / "beats", 3, 4, 0.3, said.append)
+    assert wait_for(lambda: bool(said))
+    dog.close()
+    assert (tmp_path / "fr" / "rank_3").read_bytes() == b"operations"
 
 
 def test_a_stopped_rank_ends_the_run_for_a_restart(workplace: Workplace) -> None:
