@@ -52,8 +52,6 @@ def main() -> None:
             }
         )
     )
-    for part in engine._optimizers():
-        part._init_optimizer_states_with_dummy_values()
     blocked: dict[str, list[float]] = {"background": [], "foreground": []}
     whole, copies, size = [], [], 0
     with tempfile.TemporaryDirectory(dir=args.folder) as scratch:

@@ -1,11 +1,13 @@
-"""Our training step against a plain PyTorch loop, in one run on one machine.
+"""A training step against plain PyTorch and against the floor, in one run on one machine.
 
     python benchmarks/train_step.py
+    torchrun --nproc-per-node 4 benchmarks/train_step.py --parallel "tensor: 2" "sequence: true"
 
-Both train the same shape on the same masked tokens in one process: ours is the engine of every run (Megatron-Core, head and loss
-on the predicted positions); the plain loop is what one would write first (a module of nn.Linear and scaled dot product attention,
-logits of every position, AdamW). Steps alternate, so that a noisy machine disturbs both alike; the ratio is the median over pairs of steps.
-On a GPU the default is the width of LLaDA 8B with as many layers as fit, and the plain loop runs at two layers.
+Ours is the engine of every run, on the layout that is asked for. Two plain loops (a module of nn.Linear and scaled dot product
+attention, fused AdamW, one process) train the same shape on the same masked tokens: one with the logits of every position, as one
+would write it first, one with those of the predicted positions only, the same arithmetic as ours. Steps alternate, so that a noisy
+machine disturbs all alike; ratios are medians over neighbouring steps. The floor is the step's FLOPs at the rate of a large matrix
+product. On a GPU the default is the width of LLaDA 8B: two layers with the plain loops, then as many layers as fit without them.
 """
 
 from __future__ import annotations
@@ -18,11 +20,14 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+import yaml
 
 from llada.config import RunConfig, build_config
+from llada.engine.layout import join_world, sample_offsets
 from llada.engine.megatron import DTYPES, MegatronEngine
-from llada.model.flops import peak_flops, step_flops
+from llada.model.flops import StepFlops, measured_matmul, peak_flops, step_flops
 from llada.noise import random_lengths, timesteps
 from llada.objectives import Batch, MaskedDiffusion, Window, collate
 
@@ -50,7 +55,7 @@ class PlainModel(torch.nn.Module):
         x = self.embedding(tokens)
         for layer in self.layers:
             x = layer(x, cos, sin)
-        return self.head(self.norm(x))
+        return self.norm(x)
 
 
 class PlainLayer(torch.nn.Module):
@@ -77,33 +82,43 @@ class PlainLayer(torch.nn.Module):
 
 
 class PlainLoop:
-    """Forward on all positions, weighted cross-entropy, backward, clip, AdamW."""
+    """Forward, weighted cross-entropy, backward, clip, AdamW.
 
-    def __init__(self, config: RunConfig, device: torch.device) -> None:
-        self.device = device
+    Args:
+        config: the shape.
+        device: where.
+        every_position: logits of every position, as one would write it first; else of the predicted ones, the engine's arithmetic.
+    """
+
+    def __init__(self, config: RunConfig, device: torch.device, every_position: bool) -> None:
+        self.device, self.every_position = device, every_position
         self.model = PlainModel(config).to(device, DTYPES[config.precision])
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
     def step(self, batches: list[Batch]) -> float:
         self.optimizer.zero_grad()
         total = 0.0
         for batch in batches:
-            clean, weights = batch.inputs.clone(), torch.zeros(batch.inputs.shape)
-            clean[batch.rows, batch.columns] = batch.targets
-            weights[batch.rows, batch.columns] = batch.weights
-            inputs, clean, weights = (x.to(self.device) for x in (batch.inputs, clean, weights))
-            logits = self.model(inputs)
-            each = F.cross_entropy(logits.flatten(0, 1).float(), clean.flatten(), reduction="none")
-            loss = (each * weights.flatten()).sum() / batch.normaliser
+            loss = self.loss(batch) / batch.normaliser
             loss.backward()
             total += loss.item()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         return total
 
+    def loss(self, batch: Batch) -> torch.Tensor:
+        place, targets, weights = (batch.rows, batch.columns), batch.targets, batch.weights
+        if self.every_position:
+            place, everywhere = (slice(None), slice(None)), torch.zeros(batch.inputs.shape)
+            targets = batch.inputs.index_put((batch.rows, batch.columns), targets).flatten()
+            weights = everywhere.index_put((batch.rows, batch.columns), weights).flatten()
+        hidden = self.model(batch.inputs.to(self.device))[place].flatten(0, -2)
+        losses = F.cross_entropy(self.model.head(hidden).float(), targets.to(self.device), reduction="none")
+        return (losses * weights.to(self.device)).sum()
 
-def make_batches(config: RunConfig, step: int, whole_rows: bool) -> tuple[list[Batch], float, float]:
-    """A step of random tokens with the real distribution of t, masks and random lengths; FLOPs (actual, full-length)."""
+
+def make_batches(config: RunConfig, step: int, whole_rows: bool) -> tuple[list[Batch], StepFlops]:
+    """A step of random tokens with the real distribution of t, masks and random lengths."""
     rng = np.random.default_rng(step)
     count, length = config.batch.global_, config.data.sequence_length
     samples = step * count + np.arange(count)
@@ -121,8 +136,7 @@ def make_batches(config: RunConfig, step: int, whole_rows: bool) -> tuple[list[B
     corrupted = [objective.corrupt(window) for window in windows]
     micro = config.batch.micro
     batches = [collate(windows[i : i + micro], corrupted[i : i + micro], float(count * length)) for i in range(0, count, micro)]
-    flops = step_flops(config.model, lengths.tolist(), sum(len(c.predicted) for c in corrupted), length)
-    return batches, flops.actual, flops.full_length
+    return batches, step_flops(config.model, lengths.tolist(), sum(len(c.predicted) for c in corrupted), length)
 
 
 def config_of(args: argparse.Namespace, vocabulary: int, layers: int) -> RunConfig:
@@ -141,51 +155,64 @@ def config_of(args: argparse.Namespace, vocabulary: int, layers: int) -> RunConf
                 "vocab_size": vocabulary,
             },
             "schedule": {"stages": [{"shape": "constant", "start": 1e-4}]},
+            "parallel": yaml.safe_load("{" + ", ".join(args.parallel) + "}"),
         }
     )
 
 
 def timed(call: Any, device: torch.device) -> float:
+    """Seconds of a call on all ranks."""
+    dist.barrier()
     start = time.perf_counter()
     call()
     if device.type == "cuda":
         torch.cuda.synchronize()
+    dist.barrier()
     return time.perf_counter() - start
 
 
-def compare(config: RunConfig, steps: int, plain: bool) -> dict[str, Any]:
-    """Median step times of the engine and, if asked, of the plain loop, alternating."""
+def measure(config: RunConfig, steps: int, plain: bool) -> dict[str, Any]:
+    """Median step time of the engine, and its ratio to the plain loops (on the first rank, alternating) and to the floor."""
     engine = MegatronEngine(config)
-    device = engine.device
+    place, device = engine.place, engine.device
     try:
-        loop = PlainLoop(config, device) if plain else None
-        ours, theirs, flops = [], [], (0.0, 0.0)
+        kinds = {"plain_every_position": True, "plain_same_arithmetic": False} if plain else {}
+        loops = {name: PlainLoop(config, device, every) for name, every in kinds.items()} if place.is_main else {}
+        seconds: dict[str, list[float]] = {name: [] for name in ("ours", *kinds)}
         for step in range(steps + 2):
-            batches, *counts = make_batches(config, step, whole_rows=plain)
-            a = timed(lambda b=batches: engine.train_step(b, 1e-4), device)
-            c = timed(lambda b=batches: loop.step(b), device) if loop else 0.0
+            batches, flops = make_batches(config, step, whole_rows=plain)
+            offsets = sample_offsets(config.batch.global_, config.batch.micro, place.data_rank, place.data_size)
+            own = [batches[part[0] // config.batch.micro] for part in offsets]
+            took = {"ours": timed(lambda own=own: engine.train_step(own, 1e-4).loss, device)}
+            for name in kinds:
+                took[name] = timed(lambda name=name, all_=batches: loops[name].step(all_) if name in loops else None, device)
             if step >= 2:  # two steps to warm up
-                ours.append(a)
-                theirs.append(c)
-                flops = tuple(counts)
+                for name, value in took.items():
+                    seconds[name].append(value)
         peak, source = peak_flops(device, DTYPES[config.precision])
-        seconds = statistics.median(ours)
-        result = {
+        floor = flops.actual / place.world_size / measured_matmul(device, DTYPES[config.precision])
+        step_time, capacity = statistics.median(seconds["ours"]), peak * place.world_size
+        return {
             "vocabulary": config.model.vocab_size,
             "layers": config.model.num_layers,
-            "tokens_per_second": round(config.tokens_per_step / seconds, 1),
-            "tflops": round(flops[0] / seconds / 1e12, 4),
-            "mfu": round(flops[0] / seconds / peak, 4),
-            "mfu_full_length": round(flops[1] / seconds / peak, 4),
-            "peak": f"{peak / 1e12:.3g} TFLOP/s, {source}",
+            "ranks": place.world_size,
+            "tokens_per_second": round(config.tokens_per_step / step_time, 1),
+            "tflops_per_rank": round(flops.actual / step_time / place.world_size / 1e12, 4),
+            "mfu": round(flops.actual / step_time / capacity, 4),
+            "mfu_full_length": round(flops.full_length / step_time / capacity, 4),
+            "mfu_causal_style": round(flops.causal_style / step_time / capacity, 4),
+            "peak": f"{peak / 1e12:.3g} TFLOP/s a rank, {source}",
             "memory_gb": round(engine.peak_memory_gb(), 2),
+            "time_over_floor": round(step_time / floor, 3),
+            **{f"time_over_{name}": _ratio(seconds["ours"], seconds[name]) for name in kinds},
         }
-        if loop:
-            result["plain_tokens_per_second"] = round(config.tokens_per_step / statistics.median(theirs), 1)
-            result["ratio"] = round(statistics.median(b / a for a, b in zip(ours, theirs, strict=True)), 3)
-        return result
     finally:
         engine.close()
+
+
+def _ratio(ours: list[float], theirs: list[float]) -> float:
+    """Median over pairs of neighbouring steps."""
+    return round(statistics.median(a / b for a, b in zip(ours, theirs, strict=True)), 3)
 
 
 def layers_that_fit(args: argparse.Namespace, vocabulary: int) -> int:
@@ -210,16 +237,24 @@ def main() -> None:
     parser.add_argument("--micro", type=int, default=1 if gpu else 16, help="sequences per micro-batch")
     parser.add_argument("--precision", default="bf16" if gpu else "fp32", choices=["fp32", "bf16"])
     parser.add_argument("--steps", type=int, default=8 if gpu else 20, help="measured steps")
+    parser.add_argument("--parallel", nargs="*", default=[], metavar="KEY: VALUE", help="settings of the parallel section, as 'tensor: 2'")
     args = parser.parse_args()
-    print(
-        f"{torch.cuda.get_device_name() if gpu else 'CPU'}, torch {torch.__version__}, {torch.get_num_threads()} threads, {args.precision}"
-    )
+    join_world()
+    main_rank = dist.get_rank() == 0
+
+    def report(vocabulary: int, layers: int, plain: bool) -> None:
+        result = measure(config_of(args, vocabulary, layers), args.steps, plain)
+        if main_rank:
+            print(json.dumps(result), flush=True)
+
+    if main_rank:
+        device = torch.cuda.get_device_name() if gpu else "CPU"
+        print(f"{device}, torch {torch.__version__}, {torch.get_num_threads()} threads a rank, {args.precision}")
     for vocabulary in args.vocabularies:
-        layers = args.layers or (2 if gpu else 4)
-        print(json.dumps(compare(config_of(args, vocabulary, layers), args.steps, plain=True)), flush=True)
+        report(vocabulary, args.layers or (2 if gpu else 4), plain=True)
         if gpu and not args.layers:
             torch.cuda.empty_cache()
-            print(json.dumps(compare(config_of(args, vocabulary, layers_that_fit(args, vocabulary)), args.steps, plain=False)), flush=True)
+            report(vocabulary, layers_that_fit(args, vocabulary), plain=False)
 
 
 if __name__ == "__main__":

@@ -51,29 +51,16 @@ def before_import() -> None:
 def after_import() -> None:
     """Mend Megatron-Core itself. Call after the first import of megatron.core."""
     import megatron.core.optimizer as optimizer
-    import megatron.core.optimizer.distrib_optimizer as distributed
     import megatron.core.tensor_parallel.random as random
 
-    # On a GPU too: torch's AdamW even where Transformer Engine or Apex are installed. It skips a step on the device, and its step
-    # count, which the checkpoint holds once for all parameters, has a place of its own in the state.
+    # On a GPU too, even where Transformer Engine or Apex are installed: it leaves out a step on the device.
     optimizer.Adam = torch.optim.AdamW
-    distributed.HAVE_APEX_OR_TE = distributed.USING_TE_OPTIMIZER = distributed.USING_APEX_OPTIMIZER = False
-    distributed.DistributedOptimizer._set_main_param_and_optimizer_states = _load_present_states
     if not available():
         return
     random._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)
     random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
     # It warns that the CPU state changed inside a GPU random context: here they are one and the same.
     logging.getLogger(random.__name__).setLevel(logging.ERROR)
-
-
-def _load_present_states(self: Any, model_param: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
-    """Copy a loaded parameter and its moments into the optimizer; states that the checkpoint keeps elsewhere are left alone."""
-    group, order = self.model_param_group_index_map[model_param]
-    main = self.optimizer.param_groups[group]["params"][order]
-    for name, target in {"param": main, **self.optimizer.state[main]}.items():
-        if name in tensors:
-            target.copy_(tensors[name])
 
 
 def _is_cuda(device: Any) -> bool:

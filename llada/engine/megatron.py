@@ -27,6 +27,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E
 from megatron.core.transformer import TransformerConfig  # noqa: E402
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset  # noqa: E402
 
+from llada.engine import optimizer_state  # noqa: E402
 from llada.engine.saving import BackgroundSave, snapshot, write_in_threads  # noqa: E402
 from llada.model import weights  # noqa: E402
 from llada.model.attention import attention_inputs, choose_kernel  # noqa: E402
@@ -36,8 +37,6 @@ from llada.model.transformer import BidirectionalTransformer, Predicted  # noqa:
 cpu.after_import()
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-SHARDING = "fully_reshardable"
-"""Format of the distributed optimizer's state in checkpoints: loads on any layout."""
 
 
 class MegatronEngine:
@@ -67,6 +66,7 @@ class MegatronEngine:
             return
         self.replicas = [self._replicate(chunk) for chunk in self.chunks]
         self.optimizer = _optimizer(config, self.dtype, self.replicas)
+        optimizer_state.start_moments(self._optimizers())
         self.transformer_config.finalize_model_grads_func = _finalize
         if config.parallel.overlap_grad_reduce:  # only the last micro-batch's gradients are sent
             contexts = [replica.no_sync for replica in self.replicas]
@@ -225,29 +225,29 @@ class MegatronEngine:
         """Start a save into an existing empty folder and return once later steps cannot change what it holds; collective."""
         write_in_threads()
         self._finish_gather()
-        state = {**snapshot(self._weights()), "optimizer": self._moments(loading=False)}  # the latter gathers into new tensors
-        metadata = {"distrib_optim_sharding_type": SHARDING}
-        return BackgroundSave(dist_checkpointing.save(state, str(folder), async_sharded_save=True, content_metadata=metadata))
+        weights_, parts = self._weights(), self._optimizers()
+        own = optimizer_state.pieces(parts, weights_, optimizer_state.EVERYTHING)
+        state = snapshot({**weights_, "optimizer": {"step": optimizer_state.step_count(parts), "pieces": own}})
+        return BackgroundSave(dist_checkpointing.save(state, str(folder), async_sharded_save=True))
 
     def load(self, folder: Path, optimizer: bool = True) -> None:
         """Read what `save` wrote, on any layout; without `optimizer` the weights alone, and the optimizer starts afresh.
 
-        The optimizer's state is read in both cases: it holds the fp32 master weights of a bf16 run.
+        The fp32 masters of a bf16 run are read in both cases.
         """
-        for part in self._optimizers():  # without a first step the optimizer has no moments to load into
-            part._init_optimizer_states_with_dummy_values()
-        state = dist_checkpointing.load({**self._weights(), "optimizer": self._moments(loading=True)}, str(folder))
-        self._set_weights(state)
-        self.optimizer.load_state_dict(state["optimizer"])
-        for part in self._optimizers():
-            for group in part.optimizer.param_groups:  # loading sets those of the checkpoint
-                group["betas"], group["eps"] = (self.config.optimizer.beta1, self.config.optimizer.beta2), self.config.optimizer.eps
-            for moments in part.optimizer.state.values():
-                # Loading shares one step count among all parameters, which would then grow once per parameter.
-                moments["step"] = moments["step"].clone()
-                if not optimizer:
-                    for value in moments.values():
-                        value.zero_()
+        self.load_weights(folder)  # first: in fp32 the masters are the weights, and those of a bf16 run have more digits
+        parts = self._optimizers()
+        own = optimizer_state.pieces(parts, self._weights(), optimizer_state.EVERYTHING if optimizer else optimizer_state.MASTERS)
+        views = [piece.data for piece in own]
+        state = dist_checkpointing.load({"optimizer": {"pieces": own}}, str(folder))
+        for view, value in zip(views, state["optimizer"]["pieces"], strict=True):
+            view.copy_(value)
+        if optimizer:
+            optimizer_state.set_step_count(parts, state["optimizer"]["step"])
+        else:
+            optimizer_state.start_moments(parts)
+        for replica in self.replicas:  # what other replicas own
+            replica.start_param_sync(force_sync=True)
 
     def _finish_gather(self) -> None:
         """With overlap_param_gather an update's parameters arrive with the next forward pass; whoever reads them before must wait."""
@@ -256,10 +256,8 @@ class MegatronEngine:
                 replica.start_param_sync(force_sync=True)
 
     def load_weights(self, folder: Path) -> None:
-        """Read the model's weights, in its own precision, without masters or optimizer: for looking, not for training."""
-        self._set_weights(dist_checkpointing.load(self._weights(), str(folder)))
-
-    def _set_weights(self, state: dict[str, Any]) -> None:
+        """Read the model's weights, in its own precision, without masters or optimizer: enough for looking, not for training."""
+        state = dist_checkpointing.load(self._weights(), str(folder))
         for index, chunk in enumerate(self.chunks):
             chunk.load_state_dict(state[f"model{index}"], strict=False)  # not strict: Megatron-Core's modules list empty extra states
 
@@ -270,17 +268,9 @@ class MegatronEngine:
         """The sharded state of all chunks; they must be saved and loaded in one call."""
         return {f"model{i}": chunk.sharded_state_dict(metadata=self._sharding()) for i, chunk in enumerate(self.chunks)}
 
-    def _moments(self, loading: bool) -> dict[str, Any]:
-        """The optimizer's sharded state."""
-        state = self._weights()
-        return self.optimizer.sharded_state_dict(
-            state["model0"] if len(self.chunks) == 1 else state, is_loading=loading, metadata=self._sharding()
-        )
-
     @staticmethod
     def _sharding() -> dict[str, Any]:
         return {
-            "distrib_optim_sharding_type": SHARDING,
             "chained_optim_avoid_prefix": True,
             "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
         }

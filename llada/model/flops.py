@@ -36,10 +36,12 @@ class StepFlops:
     Attributes:
         actual: attention within segments, head on the predicted positions.
         full_length: as if every row were one segment and the head ran on every position.
+        causal_style: full_length with half the attention, as trainers of causal models report it.
     """
 
     actual: float
     full_length: float
+    causal_style: float
 
 
 def step_flops(model: ModelSection, lengths: Iterable[float], predicted: float, sequence_length: int) -> StepFlops:
@@ -58,8 +60,8 @@ def step_flops(model: ModelSection, lengths: Iterable[float], predicted: float, 
     attention = 4 * model.num_layers * d
     head = 2 * d * model.vocab_size
     actual = matrices * tokens + attention * sum(n * n for n in lengths) + head * predicted
-    full = (matrices + attention * sequence_length + head) * tokens
-    return StepFlops(3.0 * actual, 3.0 * full)
+    full, causal = ((matrices + share * attention * sequence_length + head) * tokens for share in (1.0, 0.5))
+    return StepFlops(3.0 * actual, 3.0 * full, 3.0 * causal)
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
@@ -70,10 +72,11 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
         for part, peak in _PEAKS_BF16:
             if part in name:
                 return peak, "data sheet"
-    return _measured_matmul(device, dtype), "measured matrix product"
+    return measured_matmul(device, dtype), "measured matrix product"
 
 
-def _measured_matmul(device: torch.device, dtype: torch.dtype) -> float:
+def measured_matmul(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product, the best of 20."""
     n = 8192 if device.type == "cuda" else 1024
     a = torch.randn(n, n, device=device, dtype=dtype)
     best = float("inf")

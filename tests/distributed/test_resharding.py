@@ -73,6 +73,29 @@ def test_every_weight_moment_and_count_moves(target: str, settings: dict[str, An
     assert max(float(value.abs().max()) for name, value in before.items() if ".exp_avg." in name) > 0
 
 
+def weights_on_ranks(load: Path) -> dict[str, torch.Tensor]:
+    """This rank's weights in an fp32 run on eight replicas that starts from the weights of a checkpoint."""
+    engine = MegatronEngine(small_config(batch={"global": 8, "micro": 1}))
+    try:
+        engine.load(load, optimizer=False)
+        return canonical(engine)
+    finally:
+        engine.close()
+
+
+def test_every_replica_gets_the_masters_of_a_bf16_run(pool: RankPool, tmp_path: Path) -> None:
+    first = folder(tmp_path / "first")
+    pool.run(steps_on_ranks, LAYOUTS["DP8"], {"precision": "bf16"}, None, range(3), first)
+    stored = tensors(first)
+    masters = {name: value for name, value in stored.items() if name.startswith("optimizer.state.param.")}
+    wanted = sorted(float(value.double().sum()) for value in masters.values())
+    assert wanted != sorted(float(value.bfloat16().double().sum()) for value in masters.values())
+    answers = pool.run(weights_on_ranks, first)
+    total = sum(value.double().sum() for value in answers[0].values())
+    assert float(total) == pytest.approx(sum(wanted), rel=1e-12)
+    assert all(torch.equal(value, answer[name]) for answer in answers[1:] for name, value in answers[0].items())
+
+
 def test_a_run_moves_twice_and_repeats_the_uninterrupted_one(pool: RankPool, tmp_path: Path) -> None:
     """TP2 x PP2 to step 5, DP8 to step 10, one process to step 15; against the oracle that never stopped."""
     config = small_config()

@@ -84,5 +84,7 @@ def test_changed_settings_of_the_optimizer_hold_after_a_resume(tmp_path: Path) -
         engine.load(tmp_path)
         assert {(group["betas"], group["eps"]) for group in engine.optimizer.param_groups} == {((0.9, 0.8), 1e-6)}
         assert {int(moments["step"]) for moments in engine._optimizers()[0].optimizer.state.values()} == {1}
+        engine.train_step(step_batches(first.config, 1), 1e-3)
+        assert {int(moments["step"]) for moments in engine._optimizers()[0].optimizer.state.values()} == {2}
     finally:
         engine.close()

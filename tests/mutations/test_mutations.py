@@ -96,10 +96,21 @@ MUTATIONS = {
         f"{LAYOUTS}[TP2 x CP2 x PP2 x VP2]",
     ),
     "one step count for all parameters after loading": Mutation(
-        "llada/engine/megatron.py",
-        'moments["step"] = moments["step"].clone()',
-        'moments["step"] = moments["step"]',
+        "llada/engine/optimizer_state.py",
+        """    for part in parts:
+        for master, moments in part.optimizer.state.items():
+            moments["step"] = torch.full((), float(count), dtype=torch.float32, device=master.device)""",
+        """    shared = torch.full((), float(count))
+    for part in parts:
+        for master, moments in part.optimizer.state.items():
+            moments["step"] = shared""",
         "tests/engine/test_state.py",
+    ),
+    "a piece of the moments that no rank writes": Mutation(
+        "llada/engine/optimizer_state.py",
+        "    if max(body, tail) < stop:",
+        "    if max(body, tail) < stop and tail < body:",
+        "tests/distributed/test_resharding.py",
     ),
     "a norm's gradient counted twice": Mutation(
         "llada/engine/megatron.py",
