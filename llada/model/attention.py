@@ -99,11 +99,11 @@ class _Rotation(torch.autograd.Function):
 
 def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     first, second = x.float().chunk(2, dim=-1)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     left, right = out.chunk(2, dim=-1)
-    left.copy_(torch.addcmul(first * cos, second, sin, value=-1))
-    right.copy_(torch.addcmul(second * cos, first, sin))
-    return out
+    torch.mul(first, cos, out=left).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=right).addcmul_(first, sin)
+    return out.to(x.dtype)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -51,7 +51,7 @@ class RMSNorm(torch.nn.Module):
 
 
 class _SwiGLUFunction(torch.autograd.Function):
-    """silu(gate) * up. Keeps its input alone, and writes both gradients into one tensor instead of joining two."""
+    """silu(gate) * up. Keeps its input alone, and writes both gradients into one tensor without any other."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
@@ -65,8 +65,9 @@ class _SwiGLUFunction(torch.autograd.Function):
         gate, up = x.chunk(2, dim=-1)
         out = torch.empty_like(x)
         to_gate, to_up = out.chunk(2, dim=-1)
-        torch.mul(F.silu(gate), gradient, out=to_up)
-        torch.ops.aten.silu_backward.grad_input(gradient * up, gate, grad_input=to_gate)
+        torch.ops.aten.silu.out(gate, out=to_up).mul_(gradient)
+        torch.mul(gradient, up, out=to_gate)
+        torch.ops.aten.silu_backward.grad_input(to_gate, gate, grad_input=to_gate)
         return out
 
 
