@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from datetime import timedelta
 from typing import Any
@@ -82,6 +83,8 @@ def start_model_parallel(parallel: ParallelSection) -> Place:
     from megatron.core import parallel_state as state
     from megatron.core import tensor_parallel
 
+    # An engine that was closed before may live on in reference cycles, and with it the threads of its groups.
+    gc.collect()
     state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
