@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import os
 from pathlib import Path
 from typing import Any
 
@@ -88,3 +90,22 @@ def test_changed_settings_of_the_optimizer_hold_after_a_resume(tmp_path: Path) -
         assert {int(moments["step"]) for moments in engine._optimizers()[0].optimizer.state.values()} == {2}
     finally:
         engine.close()
+
+
+def test_closed_engines_leave_no_threads(tmp_path: Path) -> None:
+    """Every process group has threads; those of engines that are gone would take the processor in the end."""
+    counts = []
+    gc.disable()  # a collection by chance would hide the leak
+    try:
+        for number in range(5):
+            engine = MegatronEngine(small_config())
+            counts.append(len(os.listdir("/proc/self/task")))
+            engine.train_step(step_batches(engine.config, 0), 1e-3)
+            (tmp_path / str(number)).mkdir()
+            engine.save(tmp_path / str(number))
+            engine.load(tmp_path / str(number))
+            engine.close()
+            del engine
+    finally:
+        gc.enable()
+    assert max(counts[2:]) <= counts[1]
