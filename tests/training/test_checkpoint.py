@@ -31,7 +31,7 @@ def test_every_file_is_flushed_before_the_marker(tmp_path: Path, monkeypatch: py
     (tmp_path / "tokenizer" / "tokenizer.json").write_text("{}")
 
     root = tmp_path / "run" / "checkpoints"
-    state = checkpoint.State(3, 12, 100, "data", {}, {}, [])
+    state = checkpoint.State(3, 12, 100, "data", {}, {}, [], [])
     folder = checkpoint.begin(root, 3)
     (folder / "model" / "weights.distcp").write_bytes(b"w")
     final = checkpoint.commit(folder, state, tmp_path / "tokenizer", {"weights.distcp": checksum(folder / "model" / "weights.distcp")})
@@ -56,7 +56,7 @@ def made(root: Path, step: int) -> Path:
     (root / "tokenizer" / "tokenizer.json").write_text("{}")
     folder = checkpoint.begin(root / "checkpoints", step)
     (folder / "model" / "a.distcp").write_bytes(bytes(range(200)))
-    return checkpoint.commit(folder, checkpoint.State(step, 0, 0, "data", {}, {}, []), root / "tokenizer", {})
+    return checkpoint.commit(folder, checkpoint.State(step, 0, 0, "data", {}, {}, [], []), root / "tokenizer", {})
 
 
 @pytest.mark.parametrize("shares", [1, 2, 3])

@@ -30,7 +30,8 @@ def refusal(place: Workplace, monkeypatch: pytest.MonkeyPatch, *arguments: str) 
 
 def test_the_terminal_shows_one_line_and_exit_2(workplace: Workplace) -> None:
     done = workplace.run("pretrain", workplace.config(), "train.stps=3", code=2)
-    assert done.stderr == "error: train.stps: unknown setting (did you mean 'train.steps'?); allowed here: train.steps, train.max_skipped\n"
+    allowed = "train.steps, train.max_skipped, train.spike_sigma, train.spike_window, train.skip_spikes"
+    assert done.stderr == f"error: train.stps: unknown setting (did you mean 'train.steps'?); allowed here: {allowed}\n"
     assert done.stdout == ""
 
 
@@ -49,7 +50,10 @@ def test_the_terminal_shows_one_line_and_exit_2(workplace: Workplace) -> None:
         (["run.dir=whole.yaml"], "run.dir: 'whole.yaml' cannot be made"),
         (["run.dir=/proc/x"], "run.dir: '/proc/x' cannot be made"),
         (["run.init_from=nowhere"], "checkpoint: 'nowhere' is neither a checkpoint"),
-        (["run.init_from=whole", "model.hidden_size=32"], "run.init_from: .* another architecture: model.hidden_size: 64 -> 32"),
+        (
+            ["run.init_from=whole", "model.hidden_size=32"],
+            r"another architecture \(2 layers of width 64, .* is model.hidden_size: 64 -> 32",
+        ),
         (["data.mixture=[{path: corpus}, {path: corpus}]"], "data.mixture.1.path: corpus holds the same data as corpus"),
     ],
 )
@@ -66,7 +70,6 @@ def test_config_and_data(overrides: list[str], message: str, workplace: Workplac
         (["seed=6"], "seed: 5 -> 6 changed since"),
         (["batch.global=16"], "batch.global: 8 -> 16"),
         (["objective.masking=fixed_count"], "objective.masking: 'bernoulli' -> 'fixed_count'"),
-        (["model.ffn_hidden_size=96"], "model.ffn_hidden_size: 128 -> 96"),
         (["data.mixture.0.path=other"], "data.mixture: data "),
         (["schedule.stages.0.end=0.01"], "schedule.stages: learning rate of step 1: 0.0001 -> 0.001"),
         (["run.threads=1"], "run.threads: 2 -> 1"),
@@ -75,6 +78,12 @@ def test_config_and_data(overrides: list[str], message: str, workplace: Workplac
 def test_resuming_another_run(overrides: list[str], message: str, workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
     said = refusal(workplace, monkeypatch, "pretrain", "whole.yaml", *overrides)
     assert message in said and "--allow-changed" in said
+
+
+def test_another_architecture_is_never_resumed(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    for allow in ([], ["--allow-changed"]):
+        said = refusal(workplace, monkeypatch, "pretrain", "whole.yaml", "model.ffn_hidden_size=96", *allow)
+        assert "another architecture" in said and "model.ffn_hidden_size: 128 -> 96" in said
 
 
 def test_a_change_can_be_allowed_and_is_recorded(workplace: Workplace) -> None:
