@@ -41,8 +41,8 @@ def prepare(folder: Path) -> dict[str, str]:
     (folder / "text.txt").write_text("\n\n".join(" ".join(rng.choices(words, k=200)) for _ in range(200)))
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "PYTHONWARNINGS": "ignore"}
     for command in (
-        ["data", "tokenizer", "train", "text.txt", "--vocab-size", "512", "--output", "tokenizer"],
-        ["data", "prepare", "text.txt", "--tokenizer", "tokenizer", "--output", "corpus", "--validation-fraction", "0"],
+        ["data", "tokenizer", "train", "--input", "text.txt", "--vocab-size", "512", "--output", "tokenizer"],
+        ["data", "prepare", "--input", "text.txt", "--tokenizer", "tokenizer", "--output", "corpus", "--validation-fraction", "0"],
     ):
         subprocess.run([*LLADA, *command], cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL)
     return environment
