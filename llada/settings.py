@@ -42,7 +42,7 @@ class TrainSection(Section):
     spike_window: int = Field(default=200, ge=2)
     """Applied steps that the rule looks back on; before there are so many, nothing is a spike."""
     skip_spikes: bool = False
-    """true: a spike updates nothing; false: it is only named, with its samples. Compared at resume, as are the two above."""
+    """true: a spike updates nothing; false: it is only named, with its samples. Compared at resume; if true, the two above too."""
 
 
 class BatchSection(Section):
