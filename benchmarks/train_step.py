@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from typing import Any
 
@@ -27,6 +28,7 @@ import yaml
 from llada.config import RunConfig, build_config
 from llada.engine.layout import join_world, sample_offsets
 from llada.engine.megatron import DTYPES, MegatronEngine
+from llada.errors import UserError
 from llada.model.flops import StepFlops, measured_matmul, peak_flops, step_flops
 from llada.noise import random_lengths, timesteps
 from llada.objectives import Batch, MaskedDiffusion, Window, collate
@@ -234,12 +236,13 @@ def main() -> None:
     parser.add_argument("--ffn-hidden-size", type=int, default=12288 if gpu else 768)
     parser.add_argument("--sequence-length", type=int, default=4096 if gpu else 256)
     parser.add_argument("--rows", type=int, default=4 if gpu else 16, help="sequences per step")
-    parser.add_argument("--micro", type=int, default=1 if gpu else 16, help="sequences per micro-batch")
+    parser.add_argument("--micro", type=int, default=1 if gpu else 0, help="sequences per micro-batch; 0: the rows divided by the ranks")
     parser.add_argument("--precision", default="bf16" if gpu else "fp32", choices=["fp32", "bf16"])
     parser.add_argument("--steps", type=int, default=8 if gpu else 20, help="measured steps")
     parser.add_argument("--parallel", nargs="*", default=[], metavar="KEY: VALUE", help="settings of the parallel section, as 'tensor: 2'")
     args = parser.parse_args()
     join_world()
+    args.micro = args.micro or max(1, args.rows // dist.get_world_size())
     main_rank = dist.get_rank() == 0
 
     def report(vocabulary: int, layers: int, plain: bool) -> None:
@@ -258,4 +261,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")
