@@ -78,6 +78,12 @@ class RunConfig(Section):
             )
         if self.data.document_mask:
             raise ValueError("data.document_mask: true is for pretraining; a row holds one conversation, leave it out")
+        for i, entry in enumerate(self.data.mixture):
+            if entry.weight_at:
+                raise ValueError(
+                    f"data.mixture.{i}.weight_at: changes at token counts are for pretraining; conversations have no fixed number of "
+                    "tokens a step, leave it out"
+                )
         if any(stage.tokens is not None for stage in self.schedule.stages):
             raise ValueError("schedule.stages: tokens: conversations have no fixed number of tokens a step; give the lengths as steps")
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -54,15 +55,40 @@ class BatchSection(Section):
     """Sequences per forward and backward pass of one rank."""
 
 
+class WeightChange(Section):
+    """Another weight for a corpus from some point of the run on."""
+
+    tokens: int = Field(ge=1)
+    """Tokens of the run after which the weight changes, rounded up to whole blocks of 10,000 x data.sequence_length; ascending."""
+    weight: float = Field(ge=0)
+    """Weight from there on, relative to the others' (no unit); 0: not read."""
+
+
 class CorpusEntry(Section):
     """One corpus of the mixture."""
 
     path: str
     """Folder made by `llada data prepare`."""
-    weight: float = Field(default=1.0, gt=0)
-    """Share of the samples, relative to the other weights (no unit)."""
+    weight: float = Field(default=1.0, ge=0)
+    """Share of the samples, relative to the other weights (no unit); 0: not read before a change of weight_at."""
     max_epochs: float | None = Field(default=None, gt=0)
     """Passes over the corpus after which it leaves the mixture and its share goes to the others by weight; null: no cap."""
+    weight_at: list[WeightChange] = []
+    """Changes of the weight at token counts (annealing); pretraining only."""
+
+    @model_validator(mode="after")
+    def _ever_read(self) -> CorpusEntry:
+        counts = [change.tokens for change in self.weight_at]
+        for before, after in itertools.pairwise(counts):
+            if after <= before:
+                raise ValueError(f"weight_at: tokens {after} after {before}; give the changes in ascending order of tokens")
+        if not any((self.weight, *(change.weight for change in self.weight_at))):
+            raise ValueError(f"weight: {self.weight} and never more, so it would not be read; raise it, add weight_at or drop the entry")
+        return self
+
+    def weight_after(self, tokens: int) -> float:
+        """The weight after so many tokens of the run."""
+        return next((change.weight for change in reversed(self.weight_at) if change.tokens <= tokens), self.weight)
 
 
 class DataSection(Section):
@@ -78,6 +104,14 @@ class DataSection(Section):
     """Share of the windows that are cut at a uniform random length into two attention segments (the paper: 0.01)."""
     verify_bytes: int = Field(default=2_000_000_000, ge=0)
     """A corpus of at most this many bytes is verified as a whole when the run starts; for larger ones use `llada data verify`."""
+
+    @model_validator(mode="after")
+    def _never_all_zero(self) -> DataSection:
+        for tokens in sorted({0, *(change.tokens for entry in self.mixture for change in entry.weight_at)}):
+            if not any(entry.weight_after(tokens) for entry in self.mixture):
+                when = f"from {tokens} tokens on" if tokens else "at the start"
+                raise ValueError(f"mixture: the weights of all corpora are 0 {when}; give one of them a weight")
+        return self
 
 
 class ModelSection(Section):

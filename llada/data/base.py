@@ -14,6 +14,7 @@ import numpy.typing as npt
 from llada.config import RunConfig
 from llada.data.corpus import CONVERSATIONS, TEXT, Corpus, Manifest, problems
 from llada.data.mixture import Mixture, Source
+from llada.data.shards import OpenFiles
 from llada.errors import UserError
 from llada.objectives import Batch, MaskedDiffusion, Objective, Window, collate
 
@@ -96,7 +97,8 @@ class TrainingData(ABC):
 
     Args:
         config: the run.
-        verify: check every byte and token of corpora up to `data.verify_bytes` (one rank does).
+        verify: compare the size of every file with the manifests, and check every byte and token of corpora up to
+            `data.verify_bytes` (one rank does; the others meet a damaged file when they read it).
 
     Raises:
         UserError: a folder that is not a sound corpus of the task's kind, corpora of different tokenizers, a model vocabulary
@@ -108,6 +110,8 @@ class TrainingData(ABC):
 
     def __init__(self, config: RunConfig, verify: bool = False) -> None:
         self.config = config
+        self._open_files = OpenFiles()
+        self._check_sizes = verify
         self.corpora = [self._open(i) for i in range(len(config.data.mixture))]
         self._check_vocabulary()
         if verify:
@@ -184,13 +188,27 @@ class TrainingData(ABC):
     def fingerprint(self) -> str:
         """Of all that decides what is read, in order: compared at resume."""
         return "+".join(
-            f"{s.fingerprint[:16]}x{s.weight!r}" + (f"<{s.max_windows}" if s.max_windows is not None else "") for s in self.mixture.sources
+            f"{s.fingerprint[:16]}x{s.weight!r}"
+            + (f"<{s.max_windows}" if s.max_windows is not None else "")
+            + "".join(f"@{samples}x{weight!r}" for samples, weight in s.changes)
+            for s in self.mixture.sources
         )
+
+    def weight_changes(self) -> list[str]:
+        """A line for every change of the weights that the mixture reaches, for the console."""
+        lines, mixture, config = [], self.mixture, self.config
+        for first in (block * mixture.block for block in mixture.changes):
+            if mixture.num_samples is None or first < mixture.num_samples:
+                quotas = mixture.stage_of(first // mixture.block).quotas
+                shares = ", ".join(f"{100 * n / quotas.sum():.4g} % {s.name}" for n, s in zip(quotas, mixture.sources, strict=True))
+                step, tokens = first // config.batch.global_ + 1, first * config.data.sequence_length
+                lines.append(f"weights change in step {step:,}, after {tokens:,} tokens: {shares}")
+        return lines
 
     def _open(self, i: int) -> Corpus:
         path = self.config.data.mixture[i].path
         try:
-            corpus = Corpus.open(path)
+            corpus = Corpus.open(path, self._check_sizes, self._open_files)
         except UserError as error:
             raise UserError(f"data.mixture.{i}.path: {error}") from None
         if corpus.manifest.kind != self.kind:
@@ -225,13 +243,15 @@ class TrainingData(ABC):
     def _source(self, i: int) -> Source:
         entry, count = self.config.data.mixture[i], self.readers[TRAIN][i].count
         cap = None if entry.max_epochs is None else int(entry.max_epochs * count)
-        return Source(entry.path, self.corpora[i].manifest.fingerprint(TRAIN), count, entry.weight, cap)
+        changes = tuple((-(-change.tokens // self.config.data.sequence_length), change.weight) for change in entry.weight_at)
+        return Source(entry.path, self.corpora[i].manifest.fingerprint(TRAIN), count, entry.weight, cap, changes)
 
 
 def check_tokens(corpus: Corpus, tokens: I64, where: str) -> I64:
-    """The tokens, if they can be this corpus's. Raises UserError for [MASK] or an id past the vocabulary."""
+    """The tokens, if they can be this corpus's. Raises UserError for [MASK] or an id that the vocabulary lacks."""
     manifest = corpus.manifest
-    for wrong, what in ((tokens == manifest.mask_id, "the mask token"), (tokens >= manifest.vocab_size, "an id past the vocabulary")):
+    past = tokens.view(np.uint64) >= manifest.vocab_size  # so a negative id is past it too
+    for wrong, what in ((tokens == manifest.mask_id, "the mask token"), (past, "an id past the vocabulary")):
         if wrong.any():
             raise UserError(
                 f"{corpus.folder}: token {int(np.argmax(wrong))} of {where} is {what}, the shard is damaged; run `llada data verify`"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,14 +14,22 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from llada.data.shards import CHUNK, I64, REPLY_FIELDS, Shard, ShardEntry, damaged, map_replies, size_of
+from llada.data.shard_files import damaged, map_file, size_of
+from llada.data.shards import CHUNK, I64, REPLY_FIELDS, OpenFiles, Shard, ShardEntry, map_replies
 from llada.errors import UserError
 from llada.files import write_atomically
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
+LEFT_OUT = "left_out.jsonl"
+"""What was left out of a corpus, one object a line; there is none where nothing was."""
+TRAIN, VALIDATION = SPLITS = ("train", "validation")
+CORPUS_FILES = (MANIFEST, "tokenizer", LEFT_OUT, *(f"{split}-*.{suffix}" for split in SPLITS for suffix in ("bin", "idx", "replies")))
+"""Patterns of all that a corpus holds, for `llada.files.new_folder`."""
 TEXT, CONVERSATIONS = "text", "conversations"
 """Kinds of corpora: documents of `llada data prepare`, conversations of `llada data prepare-sft`."""
+_AT_ONCE = 16
+"""Files whose size is asked at a time: a parallel file system takes about a millisecond for each."""
 
 
 def _canonical(content: Any) -> bytes:
@@ -39,8 +48,11 @@ class Manifest:
         vocab_size, rows, mask_id, eos_id, tokenizer_fingerprint: of the tokenizer.
         options: settings of the preparation.
         sources: {path, bytes, documents} of each file read.
-        skipped: documents left out, by reason.
+        skipped: files, lines and documents left out, by reason.
         shards: in the order in which they are read.
+        noted: documents that were counted and kept, by reason.
+        encoders: what turned text into ids, and how many units of work it did.
+        plan: digest of inputs and settings, by which a repeated preparation knows its own; empty if there is none.
     """
 
     format_version: int
@@ -56,6 +68,9 @@ class Manifest:
     sources: list[dict[str, Any]]
     skipped: dict[str, int]
     shards: list[ShardEntry]
+    noted: dict[str, int] = field(default_factory=dict)
+    encoders: dict[str, int] = field(default_factory=dict)
+    plan: str = ""
 
     def save(self, folder: str | Path) -> None:
         """Write manifest.json with a checksum over its content; it appears complete or not at all."""
@@ -83,7 +98,7 @@ class Manifest:
             raise damaged(path, "its checksum does not match its content")
         if content.get("format_version") != FORMAT_VERSION:
             raise UserError(f"{path}: format_version {content.get('format_version')} is not {FORMAT_VERSION}, the one this version reads")
-        if set(content) != {field.name for field in fields(cls)}:
+        if set(content) != {own.name for own in fields(cls)}:
             raise damaged(path, "its fields are not those of a manifest")
         try:
             content["shards"] = [ShardEntry(**entry) for entry in content["shards"]]
@@ -110,17 +125,29 @@ class Manifest:
 
 
 class Corpus:
-    """A prepared corpus: a folder with a manifest, shards and a copy of the tokenizer."""
+    """A prepared corpus: a folder with a manifest, shards and a copy of the tokenizer.
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
+    Args:
+        folder: of the corpus.
+        manifest: of that folder.
+        open_files: where its shards stay open; several corpora may share it.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, open_files: OpenFiles | None = None) -> None:
         self.folder, self.manifest = folder, manifest
+        self.open_files = open_files or OpenFiles()
 
     @classmethod
-    def open(cls, folder: str | Path) -> Corpus:
-        """Read the manifest and compare the size of every file with it. Raises UserError on the first difference."""
-        corpus = cls(Path(folder), Manifest.load(folder))
-        for file in corpus.files():
-            file.check_size()
+    def open(cls, folder: str | Path, check_sizes: bool = True, open_files: OpenFiles | None = None) -> Corpus:
+        """Read the manifest and compare the size of every file with it. Raises UserError on the first difference.
+
+        Without `check_sizes` no file but the manifest is looked at; each is checked when it is first read.
+        """
+        corpus = cls(Path(folder), Manifest.load(folder), open_files)
+        if check_sizes:
+            with ThreadPoolExecutor(_AT_ONCE) as pool:
+                for _ in pool.map(_File.check_size, corpus.files()):
+                    pass
         return corpus
 
     def files(self) -> Iterator[_File]:
@@ -140,25 +167,80 @@ class Corpus:
         """The rows of REPLY_FIELDS of one shard of conversations, memory-mapped int64 [replies, 5]."""
         return map_replies(self.folder / f"{entry.name}.replies")
 
-    def shards(self, split: str) -> list[Shard]:
-        """The split's shards, opened, in the manifest's order."""
-        return [self.shard(entry) for entry in self.manifest.of(split)]
+    def shards(self, split: str) -> Shards:
+        """The split's shards in the manifest's order; each is opened when it is first read."""
+        return Shards(self, split)
 
     def shard(self, entry: ShardEntry) -> Shard:
         """Open one shard. Raises UserError when it is damaged or holds other counts than the manifest says."""
         shard = Shard(self.folder / entry.name)
+        self.check_counts(entry, shard.idx_path, shard.num_documents, shard.num_tokens, shard.dtype)
+        return shard
+
+    def check_counts(self, entry: ShardEntry, path: Path, documents: int, tokens: int, dtype: np.dtype[Any]) -> None:
+        """Raises UserError, naming `path`, when a shard holds something else than the manifest says."""
         for what, found, expected in (
-            ("documents", shard.num_documents, entry.documents),
-            ("tokens", shard.num_tokens, entry.tokens),
-            ("dtype", shard.dtype.name, self.manifest.dtype),
+            ("documents", documents, entry.documents),
+            ("tokens", tokens, entry.tokens),
+            ("dtype", dtype.name, self.manifest.dtype),
         ):
             if found != expected:
-                raise damaged(shard.idx_path, f"{what}: {found}, the manifest says {expected}")
-        return shard
+                raise damaged(path, f"{what}: {found}, the manifest says {expected}")
 
     @property
     def tokenizer_folder(self) -> Path:
         return self.folder / "tokenizer"
+
+
+class Shards:
+    """The shards of one split of a corpus, in the manifest's order. Nothing is opened before it is read, and of many only some stay
+    open (OpenFiles), so ten thousand cost no more to open than the manifest.
+
+    Every reading raises UserError when it meets a file that is missing, damaged or of other counts than the manifest says.
+
+    Attributes:
+        entries: what the manifest says of each.
+    """
+
+    def __init__(self, corpus: Corpus, split: str) -> None:
+        self.entries = corpus.manifest.of(split)
+        self._corpus, self._files = corpus, corpus.open_files
+        self._dtype = np.dtype(corpus.manifest.dtype)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, i: int) -> Shard:
+        entry = self.entries[i]
+        shard = self._files.shard(self._path(entry))
+        self._corpus.check_counts(entry, shard.idx_path, shard.num_documents, shard.num_tokens, shard.dtype)
+        return shard
+
+    def __iter__(self) -> Iterator[Shard]:
+        for i in range(len(self)):
+            yield self[i]
+
+    def tokens(self, i: int, start: int, stop: int) -> I64:
+        """A copy of the token ids at start..stop-1 of shard i; opens its token file only."""
+        entry = self.entries[i]
+        path = f"{self._path(entry)}.bin"
+        file = self._files.tokens(path, self._dtype, entry.bin_bytes)
+        if file.num_tokens != entry.tokens:
+            self._corpus.check_counts(entry, Path(path), entry.documents, file.num_tokens, self._dtype)
+        return file.tokens(start, stop)
+
+    def document_starts(self, i: int, start: int, stop: int) -> I64:
+        """Offsets (in tokens, from the start of shard i) of the documents that start strictly inside (start, stop); opens its index
+        only."""
+        entry = self.entries[i]
+        path = f"{self._path(entry)}.idx"
+        index = self._files.index(path, entry.bin_bytes)
+        if index.num_documents != entry.documents or index.dtype != self._dtype:
+            self._corpus.check_counts(entry, Path(path), index.num_documents, entry.tokens, index.dtype)
+        return index.document_starts(start, stop)
+
+    def _path(self, entry: ShardEntry) -> str:
+        return f"{self._corpus.folder}/{entry.name}"
 
 
 class _File(NamedTuple):
@@ -183,36 +265,49 @@ class _File(NamedTuple):
             raise damaged(self.path, f"its checksum is {digest.hexdigest()}, the manifest says {self.xxh3}")
 
 
-def problems(folder: str | Path, hashes: bool = True) -> list[str]:
-    """Everything that is wrong with a prepared corpus, one line each; empty when it is sound.
+def problems(
+    folder: str | Path, hashes: bool = True, workers: int = 1, progress: Callable[[ShardEntry], object] = lambda _: None
+) -> list[str]:
+    """Everything that is wrong with a prepared corpus, one line each, shards in order; empty when it is sound.
 
     Args:
         folder: of the corpus.
         hashes: compare checksums too. Without them, only what contradicts itself is found.
+        workers: shards looked at at a time, by threads.
+        progress: called with each shard when it is done.
     """
     try:
         corpus = Corpus(Path(folder), Manifest.load(folder))
     except UserError as error:
         return [str(error)]
+
+    def look(entry: ShardEntry) -> list[str]:
+        found = _shard_problems(corpus, entry, hashes)
+        progress(entry)
+        return found
+
+    with ThreadPoolExecutor(workers) as threads:  # hashing and numpy let go of the interpreter's lock
+        return [line for found in threads.map(look, corpus.manifest.shards) for line in found]
+
+
+def _shard_problems(corpus: Corpus, entry: ShardEntry, hashes: bool) -> list[str]:
+    """Of the files of one shard, then of what they hold."""
     found: list[str] = []
-    for entry in corpus.manifest.shards:
-        damaged_files: list[str] = []
-        for file in corpus.files_of(entry):
-            try:
-                file.check_size()
-                if hashes:
-                    file.check_hash()
-            except UserError as error:
-                damaged_files.append(str(error))
-        found += damaged_files
+    for file in corpus.files_of(entry):
         try:
-            shard = corpus.shard(entry)
+            file.check_size()
+            if hashes:
+                file.check_hash()
         except UserError as error:
-            found += [] if damaged_files else [str(error)]
-            continue
-        found += _index_problems(shard) or _token_problems(shard, corpus.manifest, entry)
-        if corpus.manifest.kind == CONVERSATIONS and not damaged_files:
-            found += _reply_problems(shard, corpus.replies(entry), corpus.folder / f"{entry.name}.replies")
+            found.append(str(error))
+    damaged_files = bool(found)
+    try:
+        shard = corpus.shard(entry)
+    except UserError as error:
+        return found if damaged_files else [str(error)]
+    found += _index_problems(shard) or _token_problems(shard, corpus.manifest, entry)
+    if corpus.manifest.kind == CONVERSATIONS and not damaged_files:
+        found += _reply_problems(shard, corpus.replies(entry), corpus.folder / f"{entry.name}.replies")
     return found
 
 
@@ -241,9 +336,9 @@ def _reply_problems(shard: Shard, replies: I64, path: Path) -> list[str]:
     if not in_order:
         return [f"{path}: its replies are not those of documents 0..{shard.num_documents - 1} in order"]
     ends = shard.lengths[:][owner]
-    wrong = ~(
-        (history_end > 0) & (history_end <= turn_start) & (turn_start <= response_start) & (response_start < turn_end) & (turn_end <= ends)
-    )
+    prompt = history_end + response_start - turn_start
+    in_place = (history_end >= 0) & (history_end <= turn_start) & (turn_start <= response_start) & (response_start < turn_end)
+    wrong = ~(in_place & (prompt > 0) & (turn_end <= ends))
     return [f"{path}: reply {int(np.argmax(wrong))} does not lie inside its document"] if wrong.any() else []
 
 
@@ -263,10 +358,11 @@ def _token_problems(shard: Shard, manifest: Manifest, entry: ShardEntry) -> list
         highest = max(highest, int(tokens.max()))
         note("past", (tokens < 0) | (tokens >= manifest.vocab_size), start)
         note("mask", tokens == manifest.mask_id, start)
+    stored = map_file(shard.bin_path, shard.dtype)
     for first in range(0, shard.num_documents, CHUNK):
         lengths = shard.lengths[first : first + CHUNK].astype(np.int64)
         ends = shard.pointers[first : first + CHUNK].astype(np.int64) // shard.dtype.itemsize + lengths
-        note("open", shard._tokens[ends - 1] != manifest.eos_id, first)
+        note("open", stored[ends - 1] != manifest.eos_id, first)
     found = []
     if counts["past"]:
         found.append(f"{shard.bin_path}: {counts['past']} ids are not in 0..{manifest.vocab_size - 1}, the first at token {firsts['past']}")

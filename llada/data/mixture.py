@@ -6,12 +6,14 @@ block gives each corpus a fixed integer quota, in keyed order. A sample's positi
     windows consumed before the stage + (block - first block of the stage) * quota + rank within the block
 
 and its epoch is position // windows; each epoch is a keyed permutation of the corpus, keyed by the data's fingerprint, so
-neither the path nor the place in the list matters. Stages end where a corpus reaches its cap, always at a block boundary: in a
-block for which it has too few windows left it gives those, and the others share the rest by weight.
+neither the path nor the place in the list matters. Stages end where weights change and where a corpus reaches its cap, always at
+a block boundary. A change takes effect with the first block that starts at or after it. In a block for which a capped corpus has
+too few windows left it gives those, and the others share the rest by weight.
 """
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -34,8 +36,9 @@ class Source:
         name: for messages.
         fingerprint: of the data; the key of its order.
         windows: full windows it holds.
-        weight: share, relative to the other weights.
+        weight: share, relative to the other weights; 0: not read.
         max_windows: windows after which it leaves; None: no cap.
+        changes: (samples of the run, weight from then on), ascending.
     """
 
     name: str
@@ -43,6 +46,16 @@ class Source:
     windows: int
     weight: float
     max_windows: int | None = None
+    changes: tuple[tuple[int, float], ...] = ()
+
+    def weight_in(self, block: int, size: int = SHUFFLE_BLOCK) -> float:
+        """The weight in a block of `size` samples."""
+        return next((weight for samples, weight in reversed(self.changes) if samples <= block * size), self.weight)
+
+    @property
+    def first_weight(self) -> float:
+        """Its first weight that is not 0: what it counts in means over corpora, whenever it is read."""
+        return next(weight for weight in (self.weight, *(weight for _, weight in self.changes)) if weight)
 
 
 @dataclass(frozen=True)
@@ -51,8 +64,8 @@ class Stage:
 
     Attributes:
         first_block: where it starts.
-        quotas: samples per block of each source, int64 [sources]; they add up to the block, except in the last one of an
-            all-capped mixture.
+        quotas: samples per block of each source, int64 [sources]; they add up to the block, except in the last one of a mixture
+            that ends.
         consumed: windows of each source consumed before the stage, int64 [sources].
     """
 
@@ -76,17 +89,19 @@ class Mixture:
     Args:
         sources: the corpora in order.
         seed: key of the order.
+        block: samples per block.
 
     Attributes:
-        num_samples: samples until every source has reached its cap; None: endless.
+        stages: in order.
+        num_samples: samples until no source with a weight has windows left; None: endless.
 
     Raises:
         UserError: a source without a full window, with a weight too small for one sample per block, or the same data twice.
     """
 
-    def __init__(self, sources: Sequence[Source], seed: int) -> None:
+    def __init__(self, sources: Sequence[Source], seed: int, block: int = SHUFFLE_BLOCK) -> None:
         self.sources = tuple(sources)
-        self.seed = seed
+        self.seed, self.block = seed, block
         self._check()
         self.stages, self.num_samples = self._plan()
         self._slots = lru_cache(maxsize=8)(self._block_slots)
@@ -109,42 +124,61 @@ class Mixture:
                     f"data.mixture.{i}.path: {source.name} holds the same data as {twins[0]}; give one entry and a larger weight"
                 )
 
+    @property
+    def changes(self) -> list[int]:
+        """First blocks with other weights than the block before, ascending."""
+        blocks = sorted({-(-samples // self.block) for source in self.sources for samples, _ in source.changes})
+        return [block for block in blocks if self._weights(block) != self._weights(block - 1)]
+
+    def _weights(self, block: int) -> list[float]:
+        return [source.weight_in(block, self.block) for source in self.sources]
+
     def _plan(self) -> tuple[list[Stage], int | None]:
-        """Cut stages where a capped source has too few windows left for another block. Returns them and the number of samples
-        until every source has left (None: never)."""
+        """Cut stages where weights change and where a capped source has too few windows left for another block. Returns them and
+        the number of samples until no source with a weight has windows left (None: never)."""
         stages: list[Stage] = []
         block, consumed = 0, np.zeros(len(self.sources), dtype=np.int64)
-        caps = [source.max_windows for source in self.sources]
-        while active := [i for i, cap in enumerate(caps) if cap is None or cap > consumed[i]]:
+        caps, changes = [source.max_windows for source in self.sources], self.changes
+        while True:
+            weights = self._weights(block)
+            active = [i for i, cap in enumerate(caps) if weights[i] and (cap is None or cap > consumed[i])]
+            if not active:
+                return stages, int(consumed.sum())
             left = {i: cap - int(consumed[i]) for i in active if (cap := caps[i]) is not None}
-            quotas = self._quotas(active)
-            if not left:
+            quotas = self._quotas(active, weights, self.block)
+            self._check_quotas(quotas, active, weights)
+            lengths = [left[i] // int(quotas[i]) for i in left] + [change - block for change in changes if change > block]
+            if not lengths:
                 stages.append(Stage(block, quotas, consumed))
                 return stages, None
-            length = min(left[i] // int(quotas[i]) for i in left)
+            length = min(lengths)
             if not length:
-                quotas, length = self._last_quotas(active, left), 1
+                quotas, length = self._last_quotas(active, weights, left), 1
             stages.append(Stage(block, quotas, consumed))
             block, consumed = block + length, consumed + length * quotas
-        return stages, int(consumed.sum())
+            if quotas.sum() < self.block:  # what a later change would bring cannot follow half a block
+                return stages, int(consumed.sum())
 
-    def _quotas(self, active: list[int], size: int = SHUFFLE_BLOCK) -> I64:
+    def _quotas(self, active: list[int], weights: list[float], size: int) -> I64:
         quotas = np.zeros(len(self.sources), dtype=np.int64)
-        quotas[active] = quotas_of([self.sources[i].weight for i in active], size)
-        for i in active:
-            if quotas[i] == 0 and size == SHUFFLE_BLOCK:
-                source = self.sources[i]
-                raise UserError(
-                    f"data.mixture.{i}.weight: {source.weight} gives {source.name} no sample "
-                    f"in a block of {SHUFFLE_BLOCK}; raise it or drop the entry"
-                )
+        quotas[active] = quotas_of([weights[i] for i in active], size)
         return quotas
 
-    def _last_quotas(self, active: list[int], left: dict[int, int]) -> I64:
+    def _check_quotas(self, quotas: I64, active: list[int], weights: list[float]) -> None:
+        for i in active:
+            if quotas[i] == 0:
+                source = self.sources[i]
+                where = "weight" if weights[i] == source.weight else "weight_at"
+                raise UserError(
+                    f"data.mixture.{i}.{where}: {weights[i]} gives {source.name} no sample "
+                    f"in a block of {self.block}; raise it or drop the entry"
+                )
+
+    def _last_quotas(self, active: list[int], weights: list[float], left: dict[int, int]) -> I64:
         """Of a block in which a source reaches its cap: no source gives more than it has left, the others share the rest."""
         fixed: dict[int, int] = {}
         while rest := [i for i in active if i not in fixed]:
-            quotas = self._quotas(rest, SHUFFLE_BLOCK - sum(fixed.values()))
+            quotas = self._quotas(rest, weights, self.block - sum(fixed.values()))
             over = {i: left[i] for i in rest if i in left and quotas[i] >= left[i]}
             if not over:
                 break
@@ -153,32 +187,50 @@ class Mixture:
         quotas[list(fixed)] = list(fixed.values())
         return quotas
 
+    def stage_of(self, block: int) -> Stage:
+        """The stage in which a block lies."""
+        return self.stages[bisect.bisect_right(self.stages, block, key=lambda stage: stage.first_block) - 1]
+
     def _block_slots(self, block: int) -> tuple[Stage, I64, I64]:
         """The stage of a block, and for each of its samples the source and the rank among that source's samples."""
-        stage = next(stage for stage in reversed(self.stages) if stage.first_block <= block)
+        stage = self.stage_of(block)
         slots = np.repeat(np.arange(len(self.sources)), stage.quotas)
         slots = slots[np.argsort(stream(self.seed, "mixture/block", block).random_raw(len(slots)), kind="stable")]
         ranks = np.empty(len(slots), dtype=np.int64)
-        for i, quota in enumerate(stage.quotas):
-            ranks[slots == i] = np.arange(quota)
+        firsts = np.cumsum(stage.quotas) - stage.quotas
+        ranks[np.argsort(slots, kind="stable")] = np.arange(len(slots)) - np.repeat(firsts, stage.quotas)
         return stage, slots, ranks
 
-    def position(self, sample: int) -> tuple[int, int]:
-        """(source, position in its endless sequence of windows) of a global sample index.
+    def positions(self, samples: I64) -> tuple[I64, I64]:
+        """Source, and position in its endless sequence of windows, of global sample indices; all int64 [n].
 
-        Raises IndexError past the last sample of an all-capped mixture.
+        Raises IndexError past the last sample of a mixture that ends.
         """
-        block, offset = divmod(sample, SHUFFLE_BLOCK)
-        if self.num_samples is not None and sample >= self.num_samples:
-            raise IndexError(f"sample {sample} is past the mixture's last, {self.num_samples - 1}")
-        stage, slots, ranks = self._slots(block)
-        i = int(slots[offset])
-        return i, int(stage.consumed[i] + (block - stage.first_block) * stage.quotas[i] + ranks[offset])
+        if self.num_samples is not None and len(samples) and samples.max() >= self.num_samples:
+            raise IndexError(f"sample {samples.max()} is past the mixture's last, {self.num_samples - 1}")
+        blocks, offsets = np.divmod(samples, self.block)
+        sources, positions = np.empty(len(samples), dtype=np.int64), np.empty(len(samples), dtype=np.int64)
+        for block in np.unique(blocks).tolist():
+            own = blocks == block
+            stage, slots, ranks = self._slots(block)
+            sources[own] = chosen = slots[offsets[own]]
+            positions[own] = stage.consumed[chosen] + (block - stage.first_block) * stage.quotas[chosen] + ranks[offsets[own]]
+        return sources, positions
+
+    def places(self, samples: I64) -> tuple[I64, I64]:
+        """Source and window of global sample indices; all int64 [n]."""
+        sources, positions = self.positions(samples)
+        windows = np.empty(len(samples), dtype=np.int64)
+        for i in np.unique(sources).tolist():
+            source, from_it = self.sources[i], np.flatnonzero(sources == i)
+            epochs, indices = np.divmod(positions[from_it], source.windows)
+            for epoch in np.unique(epochs).tolist():
+                own = epochs == epoch
+                key = derive_key(self.seed, "mixture/order", source.fingerprint, epoch)
+                windows[from_it[own]] = permute(indices[own], source.windows, key)
+        return sources, windows
 
     def locate(self, sample: int) -> tuple[int, int]:
-        """(source, window) of a global sample index."""
-        i, position = self.position(sample)
-        source = self.sources[i]
-        epoch, index = divmod(position, source.windows)
-        key = derive_key(self.seed, "mixture/order", source.fingerprint, epoch)
-        return i, int(permute(index, source.windows, key))
+        """(source, window) of one global sample index."""
+        sources, windows = self.places(np.array([sample], dtype=np.int64))
+        return int(sources[0]), int(windows[0])

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 
 from llada.data.base import F64, I64, TRAIN, VALIDATION, Plan, TrainingData, check_tokens
 from llada.data.corpus import TEXT, Corpus
-from llada.data.shards import Shard
 from llada.noise import random_lengths, timesteps
 
 
 class WindowReader:
     """The windows of one split of a corpus: each shard tiled by `length` tokens, its incomplete last window left out.
+
+    Where a window lies follows from the token counts of the manifest; no table of windows is made.
 
     Attributes:
         corpus: whose split it is.
@@ -23,25 +24,26 @@ class WindowReader:
 
     def __init__(self, corpus: Corpus, split: str, length: int) -> None:
         self.corpus, self.split, self.length = corpus, split, length
-        self.shards: list[Shard] = corpus.shards(split)
-        counts = np.array([shard.num_tokens // length for shard in self.shards], dtype=np.int64)
-        self.firsts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        self.shards = corpus.shards(split)
+        sizes = np.array([entry.tokens for entry in self.shards.entries], dtype=np.int64)
+        self.firsts = np.concatenate([[0], np.cumsum(sizes // length)]).astype(np.int64)
         self.count = int(self.firsts[-1])
-        self.dropped = sum(shard.num_tokens for shard in self.shards) - self.count * length
+        self.dropped = int(sizes.sum()) - self.count * length
 
-    def _place(self, window: int) -> tuple[Shard, int]:
-        i = int(np.searchsorted(self.firsts, window, side="right")) - 1
-        return self.shards[i], (window - int(self.firsts[i])) * self.length
+    def _place(self, window: int) -> tuple[int, int]:
+        """The shard and the window's first token in it."""
+        shard = int(self.firsts.searchsorted(window, side="right")) - 1
+        return shard, (window - int(self.firsts[shard])) * self.length
 
     def tokens(self, window: int) -> I64:
         """Token ids [length]. Raises UserError when they cannot be this corpus's."""
         shard, start = self._place(window)
-        return check_tokens(self.corpus, shard.tokens(start, start + self.length), f"window {window}")
+        return check_tokens(self.corpus, self.shards.tokens(shard, start, start + self.length), f"window {window}")
 
     def document_starts(self, window: int) -> I64:
         """Positions 1..length-1 in the window at which a document starts."""
         shard, start = self._place(window)
-        return shard.document_starts(start, start + self.length) - start
+        return self.shards.document_starts(shard, start, start + self.length) - start
 
     def tokens_per_byte(self) -> float:
         _, tokens, text_bytes = self.corpus.manifest.totals(self.split)
@@ -62,22 +64,34 @@ class PretrainData(TrainingData):
     def plan(self, step: int) -> Plan:
         config = self.config
         samples = step * config.batch.global_ + np.arange(config.batch.global_, dtype=np.int64)
-        sources, windows = self._places(samples)
+        sources, windows = self.mixture.places(samples)
         cuts = random_lengths(config.seed, samples, config.data.sequence_length, config.data.random_length_probability)
-        bounds = [self.bounds(TRAIN, *place) for place in zip(sources.tolist(), windows.tolist(), cuts.tolist(), strict=True)]
-        return _assemble(samples, sources, windows, bounds, lambda shares: timesteps(config.seed, step, shares, config.objective.timesteps))
+        rows, positions = self._bounds(TRAIN, sources, windows, cuts)
+        return _assemble(
+            samples, sources, windows, rows, positions, lambda shares: timesteps(config.seed, step, shares, config.objective.timesteps)
+        )
 
     def validation_plan(self, draws: I64, source: int, items: I64, draw_t: Callable[[F64, I64], F64]) -> Plan:
-        bounds = [self.bounds(VALIDATION, source, window, self.config.data.sequence_length) for window in items.tolist()]
-        owners = np.repeat(draws, [len(b) - 1 for b in bounds])
-        return _assemble(draws, np.full(len(draws), source), items, bounds, lambda shares: draw_t(shares, owners))
+        sources = np.full(len(draws), source)
+        rows, positions = self._bounds(VALIDATION, sources, items, np.full(len(draws), self.config.data.sequence_length))
+        owners = draws[rows[positions > 0]]  # one for each segment, at its end
+        return _assemble(draws, sources, items, rows, positions, lambda shares: draw_t(shares, owners))
 
-    def bounds(self, split: str, source: int, window: int, cut: int) -> I64:
-        """Segment boundaries of a window: its ends, the random length and, with data.document_mask, the document starts."""
-        inner = [np.array([0, cut, self.config.data.sequence_length], dtype=np.int64)]
+    def _bounds(self, split: str, sources: I64, windows: I64, cuts: I64) -> tuple[I64, I64]:
+        """Segment boundaries of windows: their ends, the random lengths and, with data.document_mask, the document starts.
+
+        Returns:
+            int64 [boundaries], int64 [boundaries]: the row of each boundary and its position, sorted by row and position.
+        """
+        length, rows = self.config.data.sequence_length, np.arange(len(windows), dtype=np.int64)
+        width = length + 1  # positions 0..length
+        keys = [rows * width, rows * width + cuts, rows * width + length]
         if self.config.data.document_mask:
-            inner.append(self._windows(split, source).document_starts(window))
-        return np.unique(np.concatenate(inner))
+            starts = [self._windows(split, s).document_starts(w) for s, w in zip(sources.tolist(), windows.tolist(), strict=True)]
+            keys.append(np.repeat(rows * width, [len(row) for row in starts]) + np.concatenate(starts))
+        found = np.unique(np.concatenate(keys))
+        owners = found // width
+        return owners, found - owners * width
 
     def tokens(self, split: str, source: int, item: int) -> I64:
         return self._windows(split, source).tokens(item)
@@ -90,15 +104,19 @@ class PretrainData(TrainingData):
         assert isinstance(reader, WindowReader)
         return reader
 
-    def _places(self, samples: I64) -> tuple[I64, I64]:
-        places = [self.mixture.locate(sample) for sample in samples.tolist()]
-        sources, windows = zip(*places, strict=True)
-        return np.array(sources, dtype=np.int64), np.array(windows, dtype=np.int64)
 
+def _assemble(samples: I64, sources: I64, windows: I64, rows: I64, positions: I64, draw_t: Callable[[F64], F64]) -> Plan:
+    """A plan of whole windows.
 
-def _assemble(samples: I64, sources: I64, windows: I64, bounds: Sequence[I64], draw_t: Callable[[F64], F64]) -> Plan:
-    """A plan of whole windows; `draw_t` maps the lengths of all segments, which are their shares of the loss, to their t."""
-    spans = np.concatenate([np.stack([b[:-1], b[1:]], axis=1) for b in bounds])
-    firsts = np.concatenate([[0], np.cumsum([len(b) - 1 for b in bounds])]).astype(np.int64)
+    Args:
+        samples, sources, windows: see Plan.
+        rows, positions: of the segment boundaries, sorted.
+        draw_t: the lengths of all segments, which are their shares of the loss -> their t.
+    """
+    ends = np.flatnonzero(positions > 0)
+    spans = np.stack([positions[ends - 1], positions[ends]], axis=1)
     lengths = (spans[:, 1] - spans[:, 0]).astype(np.float64)
-    return Plan(samples, sources, windows, list(bounds), firsts, spans, np.ones(len(spans)), draw_t(lengths), float(lengths.sum()))
+    first_bounds = np.searchsorted(rows, np.arange(len(samples) + 1))
+    bounds = [positions[first:last] for first, last in zip(first_bounds[:-1].tolist(), first_bounds[1:].tolist(), strict=True)]
+    firsts = first_bounds - np.arange(len(samples) + 1)  # a row has one boundary more than segments
+    return Plan(samples, sources, windows, bounds, firsts, spans, np.ones(len(spans)), draw_t(lengths), float(lengths.sum()))

@@ -57,19 +57,28 @@ class ReplyReader:
         _, history_end, turn_start, response_start, _ = self.rows[reply].tolist()
         return history_end + response_start - turn_start
 
+    def is_cut(self, reply: int) -> bool:
+        """Whether a reply was cut to a length: it has no EOS then."""
+        document, _, _, _, turn_end = self.rows[reply].tolist()
+        return int(self._slice(document, turn_end - 1, turn_end)[0]) != self.corpus.manifest.eos_id
+
     def choose(self, conversation: int, key: int, sample: int) -> int:
         """The reply of a conversation that a sample reads, uniform over those that fit."""
         first, last = self.starts[conversation : conversation + 2].tolist()
         return first + int(hash64(key, sample)) % (last - first)
 
     def tokens(self, reply: int) -> I64:
-        """Prompt, response and EOS of a reply."""
+        """Prompt, response and EOS of a reply; no EOS of one that was cut."""
         document, history_end, turn_start, _, turn_end = self.rows[reply].tolist()
+        parts = self._slice(document, 0, history_end), self._slice(document, turn_start, turn_end)
+        return check_tokens(self.corpus, np.concatenate(parts), f"conversation {document}")
+
+    def _slice(self, document: int, start: int, end: int) -> I64:
+        """Tokens start..end-1 of a document, counted over all shards."""
         shard = int(np.searchsorted(self.first_documents, document, side="right")) - 1
         source = self.shards[shard]
-        start = int(source.pointers[document - int(self.first_documents[shard])]) // source.dtype.itemsize
-        parts = source.tokens(start, start + history_end), source.tokens(start + turn_start, start + turn_end)
-        return check_tokens(self.corpus, np.concatenate(parts), f"conversation {document}")
+        first = int(source.pointers[document - int(self.first_documents[shard])]) // source.dtype.itemsize
+        return source.tokens(first + start, first + end)
 
     def tokens_per_byte(self) -> float:
         _, _, text_bytes = self.corpus.manifest.totals(self.split)
@@ -114,6 +123,11 @@ class SFTData(TrainingData):
     def reader(self, source: int, split: str) -> ReplyReader:
         reader = ReplyReader(self.corpora[source], split, self.config.data.sequence_length)
         lost = list(reader.too_long()) if split == TRAIN and not reader.count else []
+        first, own = self.corpora[0], self.corpora[source]
+        if own.manifest.options.get("chat_template_sha256") != first.manifest.options.get("chat_template_sha256"):
+            raise UserError(
+                f"data.mixture.{source}.path: {own.folder} was prepared with another chat template than {first.folder}; use one"
+            )
         if lost:
             raise UserError(
                 f"data.sequence_length: {reader.length} is too short: {_name_some(lost, reader.length)} longer, "
@@ -143,7 +157,10 @@ class SFTData(TrainingData):
         return self._assemble(draws, sources, replies, ends, lambda shares: draw_t(shares, draws), published=False, split=VALIDATION)
 
     def _padded(self, first: int, last: int) -> tuple[I64, list[tuple[int, int]]]:
-        """Where the padded response of each of the samples first..last-1 ends, and (source, reply) of each."""
+        """Where the padded response of each of the samples first..last-1 ends, and (source, reply) of each.
+
+        The response of a reply that was cut is not padded: the model would learn to end in the middle of a sentence.
+        """
         group = self.config.sft.pad_group
         low, high = first // group * group, -(-last // group) * group
         if self.mixture.num_samples is not None:
@@ -152,7 +169,8 @@ class SFTData(TrainingData):
         ends = np.array([self._replies(TRAIN, source).total(reply) for source, reply in places], dtype=np.int64)
         longest = np.maximum.reduceat(ends, np.arange(0, len(ends), group))
         own = slice(first - low, last - low)
-        return np.repeat(longest, group)[: len(ends)][own], places[own]
+        cut = np.array([self._replies(TRAIN, source).is_cut(reply) for source, reply in places[own]])
+        return np.where(cut, ends[own], np.repeat(longest, group)[: len(ends)][own]), places[own]
 
     def _locate(self, sample: int) -> tuple[int, int]:
         source, conversation = self.mixture.locate(sample)

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import bisect
 import os
-import struct
+import resource
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -22,31 +24,31 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from llada.errors import UserError
+from llada.data.shard_files import DTYPES, HEADER, MAGIC, IndexFile, TokenFile, damaged, map_file
 from llada.files import sync_folder
 
 I64 = npt.NDArray[np.int64]
 
-_MAGIC = b"MMIDIDX\x00\x00"
-_HEADER = struct.Struct("<9sQBQQ")
-_DTYPES: dict[int, np.dtype[Any]] = {4: np.dtype("<i4"), 8: np.dtype("<u2")}
-_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
 REPLY_FIELDS = ("document", "history_end", "turn_start", "response_start", "turn_end")
 """Of one reply: its document in the shard, and offsets into that document's tokens (llada.chat.Reply)."""
+_MOST_OPEN = 16384
+"""Files of one kind that stay open at most, whatever the system allows."""
 CHUNK = 1 << 22
 """Tokens or documents handled at a time, and bytes hashed at a time: bounds the memory of writing an index and of checks."""
 
 
 def token_dtype(rows: int) -> np.dtype[Any]:
     """The dtype of token ids for a vocabulary of `rows` rows: uint16 below 65500, else int32 (Megatron's rule)."""
-    return _DTYPES[8] if rows < 65500 else _DTYPES[4]
+    return DTYPES[8] if rows < 65500 else DTYPES[4]
 
 
 class _HashedFile:
     """A file under a temporary name whose checksum and size are known when it is complete."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.partial = path, path.with_name(f"{path.name}.partial")
+        # Another process may be writing the same file: a unit of work that two tasks do gives the same bytes twice.
+        self.path, self.partial = path, path.with_name(f"{path.name}.partial-{uuid.uuid4().hex[:8]}")
         self.bytes = 0
         self._published = False
         self._hash = xxhash.xxh3_64()
@@ -196,7 +198,7 @@ class ShardWriter:
         return [file for file in (self._bin, self._idx, self._replies) if file is not None]
 
     def _index(self) -> Iterator[bytes]:
-        yield _HEADER.pack(_MAGIC, 1, _CODES[self.dtype], self.documents, self.documents + 1)
+        yield HEADER.pack(MAGIC, 1, _CODES[self.dtype], self.documents, self.documents + 1)
         for lengths in self._lengths:
             yield lengths.tobytes()
         offset = 0
@@ -218,16 +220,89 @@ class ShardWriter:
                 self.abort()
 
 
+def shard_name(split: str, number: int) -> str:
+    """Of a shard of a split, from 0."""
+    return f"{split}-{number:05d}"
+
+
+class SplitWriter:
+    """The shards of one split: a new one when the current one is full. As a context, it gives up what `finish` has not closed.
+
+    Args:
+        folder: existing folder of the corpus.
+        split: its name, with which the names of its shards begin.
+        dtype: from `token_dtype`.
+        limit: tokens; a shard ends with the document with which it has this many.
+        unit: the shards are parts, of this unit of work: train-00042-000, ...; None: they are train-00000, train-00001, ...
+    """
+
+    def __init__(self, folder: Path, split: str, dtype: npt.DTypeLike, limit: int, unit: int | None = None) -> None:
+        self._folder, self._split, self._dtype, self._limit, self._unit = folder, split, dtype, limit, unit
+        self._writer: ShardWriter | None = None
+        self._entries: list[ShardEntry] = []
+
+    def append(self, flat: I64, lengths: I64, text_bytes: I64, replies: I64 | None = None) -> None:
+        """Add documents; where shards end does not depend on how documents are grouped into calls.
+
+        Args:
+            flat: token ids one after the other, each document's EOS in place.
+            lengths, text_bytes: of each document.
+            replies: rows of REPLY_FIELDS, the document counted from the first of this call; None: not conversations.
+        """
+        ends = np.cumsum(lengths)
+        first, start = 0, 0
+        while first < len(lengths):
+            if self._writer is None:
+                self._writer = ShardWriter(self._folder, self._next_name(), self._dtype, self._split)
+            room = self._limit - self._writer.tokens
+            last = min(int(np.searchsorted(ends, start + room)) + 1, len(lengths))
+            stop = int(ends[last - 1])
+            own = None
+            if replies is not None:
+                low, high = np.searchsorted(replies[:, 0], (first, last))
+                own = replies[low:high] - np.array([first, 0, 0, 0, 0])
+            self._writer.append(flat[start:stop], lengths[first:last], int(text_bytes[first:last].sum()), own)
+            first, start = last, stop
+            if self._writer.tokens >= self._limit:
+                self._close()
+
+    def _next_name(self) -> str:
+        if self._unit is None:
+            return shard_name(self._split, len(self._entries))
+        return f"{shard_name(self._split, self._unit)}-{len(self._entries):03d}"
+
+    def finish(self) -> list[ShardEntry]:
+        """Close the last shard; returns the manifest's entries of all."""
+        self._close()
+        return self._entries
+
+    def abort(self) -> None:
+        """Give up an open shard."""
+        if self._writer is not None:
+            self._writer.abort()
+
+    def _close(self) -> None:
+        if self._writer is not None:
+            self._entries.append(self._writer.close())
+            self._writer = None
+
+    def __enter__(self) -> SplitWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.abort()
+
+
 class Shard:
-    """A shard, memory-mapped.
+    """A shard, both files open.
 
     Args:
         path: of both files, without .bin and .idx.
 
     Attributes:
         num_tokens, num_documents: its size.
-        lengths, pointers, indices: the index's three arrays as stored; its odd header leaves them unaligned in memory, and
-            numpy copies an unaligned array whole before it searches or computes. Slice them.
+        dtype: of its token ids.
+        index: its documents; lengths, pointers and indices are those of the index.
 
     Raises:
         UserError: a missing file, a header or a size that cannot be right.
@@ -235,66 +310,65 @@ class Shard:
 
     def __init__(self, path: str | Path) -> None:
         self.bin_path, self.idx_path = Path(f"{path}.bin"), Path(f"{path}.idx")
-        index = _map(self.idx_path, np.dtype(np.uint8))
-        if index.size < _HEADER.size:
-            raise damaged(self.idx_path, f"{index.size} bytes, shorter than its header")
-        magic, version, code, n, entries = _HEADER.unpack(index[: _HEADER.size].tobytes())
-        if magic != _MAGIC or version != 1 or code not in _DTYPES or entries != n + 1:
-            raise damaged(self.idx_path, "its header is not that of an index with one sequence a document")
-        expected = _HEADER.size + 4 * n + 8 * n + 8 * (n + 1)
-        if index.size != expected:
-            raise damaged(self.idx_path, f"{index.size} bytes, {n} documents need {expected}")
-        self.dtype = _DTYPES[code]
-        self.num_documents = int(n)
-        self.lengths = np.frombuffer(index, "<i4", n, _HEADER.size)
-        self.pointers = np.frombuffer(index, "<i8", n, _HEADER.size + 4 * n)
-        self.indices = np.frombuffer(index, "<i8", n + 1, _HEADER.size + 12 * n)
-        end = int(self.pointers[-1]) + int(self.lengths[-1]) * self.dtype.itemsize if n else 0
-        size = size_of(self.bin_path)
-        if size != end:
-            raise damaged(self.bin_path, f"{size} bytes, its index ends at {end}")
-        self._tokens = _map(self.bin_path, self.dtype)
-        self.num_tokens = int(self._tokens.size)
+        self.index = IndexFile(self.idx_path)
+        self.dtype, self.num_documents = self.index.dtype, self.index.num_documents
+        self._tokens = TokenFile(self.bin_path, self.dtype, self.index.end, "its index ends at")
+        self.num_tokens = self._tokens.num_tokens
+        self.tokens, self.document_starts = self._tokens.tokens, self.index.document_starts
 
-    def tokens(self, start: int, stop: int) -> I64:
-        """A copy of the token ids at start..stop-1."""
-        if not 0 <= start <= stop <= self.num_tokens:
-            raise IndexError(f"{self.bin_path}: tokens {start}..{stop} of {self.num_tokens}")
-        return self._tokens[start:stop].astype(np.int64)
+    @property
+    def lengths(self) -> npt.NDArray[np.int32]:
+        return self.index.lengths
 
-    def document_starts(self, start: int, stop: int) -> I64:
-        """Offsets (in tokens, from the shard's start) of the documents that start strictly inside (start, stop)."""
-        item = self.dtype.itemsize
-        first = bisect.bisect_right(self.pointers, start * item)  # a search that copies nothing, see `pointers`
-        last = bisect.bisect_left(self.pointers, stop * item, lo=first)
-        return self.pointers[first:last].astype(np.int64) // item
+    @property
+    def pointers(self) -> I64:
+        return self.index.pointers
+
+    @property
+    def indices(self) -> I64:
+        return self.index.indices
+
+    def runs(self, first: int = 0, stop: int | None = None, tokens: int = CHUNK) -> Iterator[tuple[int, I64, I64]]:
+        """Whole documents in order, some at a time, so that memory is bounded by `tokens` and the longest document.
+
+        Args:
+            first, stop: documents first..stop-1; None: to the last.
+            tokens: at most, in a run of several documents.
+
+        Yields:
+            The first document of a run, its token ids (a copy), and the length of each of its documents.
+        """
+        stop, item = self.num_documents if stop is None else stop, self.dtype.itemsize
+        while first < stop:
+            start = int(self.pointers[first]) // item
+            last = bisect.bisect_right(self.pointers, (start + tokens) * item, lo=first + 1, hi=stop) - 1
+            last = max(last, first + 1)
+            lengths = self.lengths[first:last].astype(np.int64)
+            yield first, self.tokens(start, start + int(lengths.sum())), lengths
+            first = last
+
+
+class OpenFiles:
+    """Files of shards that stay open, so that the next read needs no opening; the longest unused ones are let go.
+
+    Threads may share it. A file in use is not closed under its reader.
+
+    Args:
+        capacity: of each kind; None: an eighth of the files that this process may have open.
+    """
+
+    def __init__(self, capacity: int | None = None) -> None:
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        known = 0 <= limit < 8 * _MOST_OPEN
+        self.capacity = capacity or (max(1, limit // 8) if known else _MOST_OPEN)
+        self.tokens = lru_cache(maxsize=self.capacity)(TokenFile)
+        self.index = lru_cache(maxsize=self.capacity)(IndexFile)
+        self.shard = lru_cache(maxsize=self.capacity)(Shard)
 
 
 def map_replies(path: Path) -> I64:
     """The rows of a .replies file, memory-mapped int64 [replies, 5]. Raises UserError when it cannot be one."""
-    rows = _map(path, np.dtype("<i8"))
+    rows = map_file(path, np.dtype("<i8"))
     if rows.size % len(REPLY_FIELDS):
         raise damaged(path, f"{8 * rows.size} bytes, not a multiple of {8 * len(REPLY_FIELDS)}")
     return rows.reshape(-1, len(REPLY_FIELDS))
-
-
-def damaged(path: Path, why: str) -> UserError:
-    """The refusal of a file that is not what was written."""
-    return UserError(f"{path}: truncated or altered ({why}); prepare the corpus again")
-
-
-def size_of(path: Path) -> int:
-    """Bytes of a file. Raises UserError when it cannot be read."""
-    try:
-        return path.stat().st_size
-    except OSError as error:
-        raise UserError(f"{path}: truncated or altered, cannot be read ({error.strerror}); prepare the corpus again") from None
-
-
-def _map(path: Path, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-    if size_of(path) == 0:
-        return np.empty(0, dtype)
-    try:
-        return np.asarray(np.memmap(path, dtype, mode="r"))
-    except OSError as error:
-        raise UserError(f"{path}: truncated or altered, cannot be read ({error.strerror}); prepare the corpus again") from None

@@ -36,10 +36,14 @@ class Window:
     spans: I64 | None = None
     scales: F64 | None = None
 
+    def maskable(self) -> tuple[I64, F64]:
+        """Spans and scales of all segments, the defaults filled in."""
+        spans = np.stack([self.bounds[:-1], self.bounds[1:]], axis=1) if self.spans is None else self.spans
+        return spans, np.ones(len(spans)) if self.scales is None else self.scales
+
     def segments(self) -> Iterator[tuple[int, int, float, float]]:
         """Of every segment: first and past-the-last position that may be masked, its t, and the factor on its weights."""
-        spans = np.stack([self.bounds[:-1], self.bounds[1:]], axis=1) if self.spans is None else self.spans
-        scales = np.ones(len(spans)) if self.scales is None else self.scales
+        spans, scales = self.maskable()
         for (start, end), t, scale in zip(spans.tolist(), self.t.tolist(), scales.tolist(), strict=True):
             yield start, end, t, scale
 
@@ -144,15 +148,13 @@ class Batch:
 
 def collate(windows: Sequence[Window], corrupted: Sequence[Corrupted], normaliser: float) -> Batch:
     """Stack corrupted windows of equal length into a Batch."""
-    rows = np.concatenate([np.full(len(c.predicted), i, dtype=np.int64) for i, c in enumerate(corrupted)])
+    length = len(windows[0].tokens)
+    rows = np.repeat(np.arange(len(corrupted), dtype=np.int64), [len(c.predicted) for c in corrupted])
     columns = np.concatenate([c.predicted for c in corrupted])
-    order = np.lexsort((rows, columns))
+    order = _by_column(rows, columns, len(corrupted), length)
     targets = np.concatenate([w.tokens[c.predicted] for w, c in zip(windows, corrupted, strict=True)])
     weights = np.concatenate([c.weights for c in corrupted])
-    segments = np.concatenate(
-        [w.segment + np.searchsorted(w.bounds, c.predicted, side="right") - 1 for w, c in zip(windows, corrupted, strict=True)]
-    )
-    length = len(windows[0].tokens)
+    segments = np.concatenate([_segments_of(w)[c.predicted] for w, c in zip(windows, corrupted, strict=True)])
     return Batch(
         inputs=torch.from_numpy(np.stack([c.inputs for c in corrupted])),
         positions=torch.arange(length),
@@ -161,7 +163,20 @@ def collate(windows: Sequence[Window], corrupted: Sequence[Corrupted], normalise
         columns=torch.from_numpy(columns[order]),
         targets=torch.from_numpy(targets[order]),
         weights=torch.from_numpy(weights[order].astype(np.float32)),
-        segments=torch.from_numpy(segments[order].astype(np.int64)),
+        segments=torch.from_numpy(segments[order]),
         normaliser=float(normaliser),
         samples=tuple(w.sample for w in windows),
     )
+
+
+def _by_column(rows: I64, columns: I64, count: int, length: int) -> I64:
+    """The order of predicted positions, each in at most one place of [count, length], by column and then by row; a counting sort."""
+    slots = np.full(length * count, -1, dtype=np.int64)
+    slots[columns * count + rows] = np.arange(len(rows))
+    return slots[slots >= 0]
+
+
+def _segments_of(window: Window) -> I64:
+    """Id of the segment of every position, int64 [L]."""
+    sizes = np.diff(window.bounds)
+    return np.repeat(window.segment + np.arange(len(sizes), dtype=np.int64), sizes)

@@ -12,9 +12,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from llada.noise import mask_uniforms
-from llada.objectives.base import Corrupted, Window
+from llada.objectives.base import F64, I64, Corrupted, Window
+
+Masked = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -44,12 +47,11 @@ class MaskedDiffusion:
             purpose: name of the noise: "train" or "validation".
         """
         draws = mask_uniforms(self.seed, window.sample, len(window.tokens), purpose)
-        choose = self._fixed_count if (masking or self.masking) == "fixed_count" else self._bernoulli
-        weights = np.zeros(len(window.tokens))
-        for start, end, t, scale in window.segments():
-            if start < end:
-                weights[start:end] = scale * choose(draws[start:end], t)
-        predicted = np.flatnonzero(weights)
+        spans, scales = window.maskable()
+        rule = self._fixed_count if (masking or self.masking) == "fixed_count" else self._bernoulli
+        chosen, weights = rule(draws, spans, window.t)
+        weights = _spread(scales * weights, spans, len(draws))
+        predicted = np.flatnonzero(chosen & (weights != 0)) if (scales == 0).any() else np.flatnonzero(chosen)
         inputs = window.tokens.copy()
         inputs[predicted] = self.mask_id
         return Corrupted(inputs=inputs, predicted=predicted, weights=weights[predicted])
@@ -60,13 +62,40 @@ class MaskedDiffusion:
             return float(np.minimum(1 + np.floor(t * lengths), lengths).sum())
         return float((((1 - self.eps) * t + self.eps) * lengths).sum())
 
-    def _bernoulli(self, draws: np.ndarray, t: float) -> np.ndarray:
-        p = (1 - self.eps) * t + self.eps
-        return np.where(draws < p, 1 / p, 0.0)
+    # Both rules: draws [L], spans [n, 2] and t [n] of the segments -> which positions are masked, bool [L], and the weight of a
+    # masked position of each segment, float64 [n].
 
-    def _fixed_count(self, draws: np.ndarray, t: float) -> np.ndarray:
-        length = len(draws)
-        count = min(1 + int(t * length), length)
-        weights = np.zeros(length)
-        weights[np.argsort(draws, kind="stable")[:count]] = length / count
-        return weights
+    def _bernoulli(self, draws: F64, spans: I64, t: F64) -> tuple[Masked, F64]:
+        p = (1 - self.eps) * t + self.eps
+        return draws < _spread(p, spans, len(draws)), 1 / p
+
+    def _fixed_count(self, draws: F64, spans: I64, t: F64) -> tuple[Masked, F64]:
+        lengths = spans[:, 1] - spans[:, 0]
+        counts = np.minimum(1 + (t * lengths).astype(np.int64), lengths)
+        chosen = np.zeros(len(draws), dtype=bool)
+        for (start, end), count in zip(spans.tolist(), counts.tolist(), strict=True):
+            if start < end:
+                chosen[start:end] = _smallest(draws[start:end], count)
+        return chosen, lengths / np.maximum(counts, 1)
+
+
+def _spread(values: F64, spans: I64, length: int) -> F64:
+    """The value of its segment for each of `length` positions, 0 outside all spans; float64 [length].
+
+    Args:
+        values: one a segment [n].
+        spans: first and past-the-last position of each, ascending and disjoint, int64 [n, 2].
+    """
+    edges = np.concatenate([[0], spans.ravel(), [length]])
+    pieces = np.zeros(len(edges) - 1)
+    pieces[1::2] = values  # between the spans stay gaps of 0, most of them empty
+    return np.repeat(pieces, np.diff(edges))
+
+
+def _smallest(draws: F64, count: int) -> Masked:
+    """Which are the `count` smallest; of equal draws the earlier ones."""
+    chosen = draws <= np.partition(draws, count - 1)[count - 1]
+    if np.count_nonzero(chosen) > count:
+        chosen[:] = False
+        chosen[np.argsort(draws, kind="stable")[:count]] = True
+    return chosen

@@ -14,10 +14,10 @@ import yaml
 
 import llada
 from llada.config import PROVENANCE, RunConfig, dump_config
-from llada.data import open_data
 from llada.data.base import TRAIN, Plan
 from llada.data.loader import Loader, Prepared
 from llada.data.sft import ReplyReader
+from llada.data.tasks import open_data
 from llada.engine.base import StepResult
 from llada.engine.layout import join_world, sample_offsets, world_from_environment
 from llada.engine.megatron import DTYPES, MegatronEngine
@@ -265,6 +265,8 @@ class Run:
         for i, reader in enumerate(self.data.readers[TRAIN]):
             without = "" if i in self.validator.corpora else "; nothing held out that fits: trains without validation"
             self.say(f"{config.data.mixture[i].path}: {reader.summary()}{without}")
+        for line in self.data.weight_changes():
+            self.say(line)
         self._list_too_long()
 
     def _list_too_long(self) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from llada.config import RunConfig
-from llada.data import TrainingData, open_data
-from llada.data.base import TRAIN, Plan
+from llada.data.base import TRAIN, Plan, TrainingData
+from llada.data.tasks import open_data
 from llada.errors import UserError
 from llada.tokenizer import Tokenizer
 

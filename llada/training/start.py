@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from llada.config import RunConfig, build_config, dump_config
-from llada.data import TrainingData
+from llada.data.base import TrainingData
 from llada.engine.layout import gather_world, world_from_environment
 from llada.errors import UserError
 from llada.model.attention import kernel_name

@@ -60,7 +60,7 @@ class Validator:
     def __call__(self, engine: Engine) -> dict[str, Any]:
         """Measure; collective. The fields of a validation line of metrics.jsonl, without the step."""
         measured = {i: self._measure(engine, i) for i in self.corpora}
-        weights = np.array([self._data.mixture.sources[i].weight for i in self.corpora])
+        weights = np.array([self._data.mixture.sources[i].first_weight for i in self.corpora])
         weights = weights / weights.sum()
         line: dict[str, Any] = {}
         for key in ("nelbo_per_token", "bits_per_byte"):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llada.config import SHUFFLE_BLOCK
+from llada.config import SHUFFLE_BLOCK, build_config
 from llada.data.mixture import Mixture, Source, quotas_of
 from llada.errors import UserError
 
@@ -28,7 +31,9 @@ def test_every_block_has_the_exact_quotas_and_no_window_is_skipped_or_repeated_w
     mixture = Mixture([source("a", 7001, 0.7), source("b", 911, 0.3)], seed=3)
     read: list[list[int]] = [[], []]
     for block in range(4):
-        found = [mixture.locate(sample) for sample in range(block * SHUFFLE_BLOCK, (block + 1) * SHUFFLE_BLOCK)]
+        samples = np.arange(block * SHUFFLE_BLOCK, (block + 1) * SHUFFLE_BLOCK)
+        found = list(zip(*(column.tolist() for column in mixture.places(samples)), strict=True))
+        assert found[:9] == [mixture.locate(sample) for sample in samples[:9].tolist()]
         assert [sum(1 for s, _ in found if s == i) for i in (0, 1)] == [7000, 3000]
         for i, window in found:
             read[i].append(window)
@@ -41,7 +46,7 @@ def test_every_block_has_the_exact_quotas_and_no_window_is_skipped_or_repeated_w
 
 def test_the_order_within_a_block_mixes_the_corpora() -> None:
     mixture = Mixture([source("a", 10**6), source("b", 10**6)], seed=3)
-    slots = np.array([mixture.position(sample)[0] for sample in range(SHUFFLE_BLOCK)])
+    slots, _ = mixture.positions(np.arange(SHUFFLE_BLOCK))
     runs = 1 + (np.diff(slots) != 0).sum()
     assert abs(runs - SHUFFLE_BLOCK / 2) < 5 * np.sqrt(SHUFFLE_BLOCK) / 2
 
@@ -51,8 +56,7 @@ def test_a_capped_corpus_is_read_to_its_cap_and_its_quota_goes_to_the_others_by_
     assert [stage.first_block for stage in mixture.stages] == [0, 2, 3]
     assert [stage.quotas.tolist() for stage in mixture.stages] == [[5000, 3000, 2000], [2000, 4800, 3200], [0, 6000, 4000]]
     positions: dict[int, list[int]] = {0: [], 1: [], 2: []}
-    for sample in range(4 * SHUFFLE_BLOCK):
-        i, position = mixture.position(sample)
+    for i, position in zip(*(column.tolist() for column in mixture.positions(np.arange(4 * SHUFFLE_BLOCK))), strict=True):
         positions[i].append(position)
     assert [sorted(p) for p in positions.values()] == [list(range(12_000)), list(range(16_800)), list(range(11_200))]
     assert mixture.num_samples is None
@@ -75,9 +79,9 @@ def test_every_capped_corpus_is_read_exactly_to_its_cap(rows: list[tuple[int, fl
     mixture = Mixture(sources, seed=1)
     assert mixture.num_samples == sum(cap for _, _, cap in rows)
     assert mixture.stages[-1].consumed.tolist() != [cap for _, _, cap in rows]
-    found = [mixture.position(sample) for sample in range(mixture.num_samples)]
+    found, positions = mixture.positions(np.arange(mixture.num_samples))
     for i, (_, _, cap) in enumerate(rows):
-        assert sorted(position for s, position in found if s == i) == list(range(cap))
+        assert sorted(positions[found == i].tolist()) == list(range(cap))
 
 
 def test_the_order_follows_the_data_not_its_path_or_place() -> None:
@@ -106,3 +110,164 @@ def test_a_sample_of_a_huge_mixture_needs_no_table() -> None:
     mixture = Mixture([source("a", 5 * 10**8, 0.9), source("b", 10**8, 0.1)], seed=0)
     i, window = mixture.locate(10**10 + 7)
     assert 0 <= window < mixture.sources[i].windows
+
+
+# -- weights that change -----------------------------------------------------------------------------------------------
+
+BLOCK = 40
+
+changing = st.lists(
+    st.tuples(
+        st.integers(1, 150),  # windows
+        st.sampled_from([0.0, 0.2, 0.7, 1.0, 3.0]),
+        st.dictionaries(st.integers(1, 12 * BLOCK), st.sampled_from([0.0, 0.3, 1.0, 4.0]), max_size=3),
+        st.one_of(st.none(), st.integers(1, 300)),
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+def changing_sources(rows: list[tuple[int, float, dict[int, float], int | None]]) -> list[Source]:
+    return [Source(f"s{i}", f"d{i}", n, weight, cap, tuple(sorted(changes.items()))) for i, (n, weight, changes, cap) in enumerate(rows)]
+
+
+def weight_by_hand(source: Source, block: int) -> float:
+    """Of the changes at or before the block's first sample the last counts."""
+    weight = source.weight
+    for samples, changed in source.changes:
+        if samples <= block * BLOCK:
+            weight = changed
+    return weight
+
+
+@settings(max_examples=300, deadline=None)
+@given(changing)
+def test_no_window_is_skipped_or_read_twice_across_changes_and_caps(rows: list[tuple[int, float, dict[int, float], int | None]]) -> None:
+    """Block by block: what each source gives goes on where it stopped, in shares of the weights of that block."""
+    sources = changing_sources(rows)
+    mixture = Mixture(sources, seed=2, block=BLOCK)
+    total = 15 * BLOCK if mixture.num_samples is None else min(15 * BLOCK, mixture.num_samples)
+    found, positions = mixture.positions(np.arange(total))
+    consumed = [0] * len(sources)
+    for first in range(0, total, BLOCK):
+        own = found[first : first + BLOCK]
+        weights = [weight_by_hand(source, first // BLOCK) for source in sources]
+        left = [np.inf if source.max_windows is None else source.max_windows - c for source, c in zip(sources, consumed, strict=True)]
+        active = [w if rest else 0.0 for w, rest in zip(weights, left, strict=True)]
+        scarce = any(w and w / sum(active) * BLOCK + 1 > rest for w, rest in zip(active, left, strict=True))
+        for i, weight in enumerate(active):
+            given_ = sorted(positions[first : first + BLOCK][own == i].tolist())
+            assert given_ == list(range(consumed[i], consumed[i] + len(given_)))  # none skipped, none twice
+            assert len(given_) <= left[i] and (weight or not given_)
+            assert scarce or abs(len(given_) - weight / sum(active) * BLOCK) < 1
+            consumed[i] += len(given_)
+    if mixture.num_samples is not None and mixture.num_samples == total:  # it ends only where nothing with a weight is left
+        end = -(-total // BLOCK)
+        blocks = range(end - 1, end) if total % BLOCK else range(end, end + 1)
+        for i, source in enumerate(sources):
+            assert all(not weight_by_hand(source, block) or consumed[i] == source.max_windows for block in blocks)
+    _, windows = mixture.places(np.arange(total))
+    for i, source in enumerate(sources):
+        ordered = windows[found == i][np.argsort(positions[found == i])].tolist()
+        for k in range(0, len(ordered), source.windows):
+            epoch = ordered[k : k + source.windows]
+            assert len(set(epoch)) == len(epoch) and set(epoch) <= set(range(source.windows))
+
+
+@settings(max_examples=100, deadline=None)
+@given(changing, st.integers(0, 3), st.integers(1, 12 * BLOCK), st.sampled_from([0.5, 2.0]))
+def test_a_later_change_leaves_everything_before_it_alone(
+    rows: list[tuple[int, float, dict[int, float], int | None]], which: int, samples: int, weight: float
+) -> None:
+    sources = changing_sources(rows)
+    i = which % len(sources)
+    before = [replace(s, changes=tuple((n, w) for n, w in s.changes if n < samples)) for s in sources]
+    after = [replace(s, changes=(*s.changes, (samples, weight))) if k == i else s for k, s in enumerate(before)]
+    plain, changed = Mixture(before, seed=2, block=BLOCK), Mixture(after, seed=2, block=BLOCK)
+    until = -(-samples // BLOCK) * BLOCK
+    until = min(until, *(m.num_samples for m in (plain, changed) if m.num_samples is not None), until)
+    for ours, theirs in zip(plain.places(np.arange(until)), changed.places(np.arange(until)), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_annealing_by_hand() -> None:
+    """Web text and books; at 25,000 samples the web goes down to a tenth and a third corpus comes in, at 45,000 books leave."""
+    mixture = Mixture(
+        [
+            Source("web", "w", 10**6, 8.0, None, ((25_000, 1.0),)),
+            Source("books", "b", 10**6, 2.0, None, ((45_000, 0.0),)),
+            Source("math", "m", 10**6, 0.0, None, ((25_000, 7.0),)),
+        ],
+        seed=0,
+    )
+    assert [(stage.first_block, stage.quotas.tolist(), stage.consumed.tolist()) for stage in mixture.stages] == [
+        (0, [8000, 2000, 0], [0, 0, 0]),
+        (3, [1000, 2000, 7000], [24_000, 6000, 0]),
+        (5, [1250, 0, 8750], [26_000, 10_000, 14_000]),
+    ]
+    assert mixture.changes == [3, 5] and mixture.num_samples is None
+
+
+@pytest.mark.parametrize(("samples", "block"), [(1, 1), (40, 1), (41, 2), (80, 2)])
+def test_a_change_takes_effect_with_the_first_block_at_or_after_it(samples: int, block: int) -> None:
+    mixture = Mixture([Source("a", "a", 99, 1.0), Source("b", "b", 99, 0.0, None, ((samples, 1.0),))], seed=0, block=BLOCK)
+    found, _ = mixture.positions(np.arange(4 * BLOCK))
+    assert int(np.flatnonzero(found == 1)[0]) // BLOCK == block == mixture.changes[0]
+
+
+def test_a_mixture_ends_where_nothing_with_a_weight_is_left_even_if_something_would_come_later() -> None:
+    later = Source("b", "b", 99, 0.0, None, ((3 * BLOCK, 1.0),))
+    assert Mixture([source("a", 50, cap=50), later], seed=0, block=BLOCK).num_samples == 50
+    assert Mixture([source("a", 80, cap=80), later], seed=0, block=BLOCK).num_samples == 80
+    assert Mixture([source("a", 120, cap=120), later], seed=0, block=BLOCK).num_samples is None
+
+
+def test_a_change_to_a_weight_too_small_for_a_block_is_refused() -> None:
+    with pytest.raises(UserError, match=r"data.mixture.1.weight_at: 1e-06 gives b no sample in a block of 10000"):
+        Mixture([source("a", 9), Source("b", "b", 9, 1.0, None, ((5, 1e-6),))], seed=0)
+
+
+def test_in_means_over_corpora_the_first_weight_that_is_not_zero_counts() -> None:
+    assert Source("a", "a", 9, 0.5, None, ((5, 0.0),)).first_weight == 0.5
+    assert Source("a", "a", 9, 0.0, None, ((5, 0.0), (9, 2.0), (12, 3.0))).first_weight == 2.0
+
+
+CONFIG: dict[str, Any] = {
+    "run": {"dir": "unused"},
+    "train": {"steps": 1},
+    "batch": {"global": 4, "micro": 4},
+    "model": {"num_layers": 1, "hidden_size": 64, "num_attention_heads": 4, "ffn_hidden_size": 64, "vocab_size": 384},
+    "schedule": {"stages": [{"shape": "constant", "start": 1e-3}]},
+}
+
+
+def entry(weight: float, *changes: tuple[float, float]) -> dict[str, Any]:
+    return {"path": "x", "weight": weight, "weight_at": [{"tokens": tokens, "weight": w} for tokens, w in changes]}
+
+
+@pytest.mark.parametrize(
+    ("mixture", "message"),
+    [
+        ([entry(1, (5, float("nan")))], "data.mixture.0.weight_at.0.weight: nan is not allowed"),
+        ([entry(1, (5, -1.0))], "data.mixture.0.weight_at.0.weight: -1.0 is not allowed"),
+        ([entry(-1)], "data.mixture.0.weight: -1 is not allowed"),
+        ([entry(1, (0, 1.0))], "data.mixture.0.weight_at.0.tokens: 0 is not allowed"),
+        ([entry(1, (2.5, 1.0))], "data.mixture.0.weight_at.0.tokens: 2.5 is not allowed"),
+        ([entry(1), entry(1, (9, 1.0), (5, 2.0))], "data.mixture.1.weight_at: tokens 5 after 9"),
+        ([entry(1, (9, 1.0), (9, 2.0))], "data.mixture.0.weight_at: tokens 9 after 9"),
+        ([entry(1), entry(0)], "data.mixture.1.weight: 0.0 and never more"),
+        ([entry(0, (5, 1.0))], "data.mixture: the weights of all corpora are 0 at the start"),
+        ([entry(1, (9, 0.0)), entry(0, (7, 1.0), (20, 0.0))], "data.mixture: the weights of all corpora are 0 from 20 tokens on"),
+        ([{"path": "x", "weight_at": [{"token": 1, "weight": 2}]}], "did you mean 'data.mixture.0.weight_at.0.tokens'?"),
+    ],
+)
+def test_settings_that_are_refused(mixture: list[dict[str, Any]], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        build_config({**CONFIG, "data": {"sequence_length": 8, "mixture": mixture}})
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_fine_tuning_refuses_changes_at_token_counts() -> None:
+    with pytest.raises(UserError, match=r"^data.mixture.1.weight_at: changes at token counts are for pretraining"):
+        build_config({**CONFIG, "task": "sft", "data": {"sequence_length": 8, "mixture": [entry(1), entry(1, (5, 2.0))]}})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 from collections.abc import Iterator
@@ -13,10 +14,11 @@ import pytest
 
 from data_tools.prepare import prepare
 from llada.config import build_config
-from llada.data.base import TRAIN
+from llada.data.base import TRAIN, check_tokens
 from llada.data.loader import Loader
 from llada.data.pretrain import PretrainData
-from llada.noise import timesteps
+from llada.errors import UserError
+from llada.noise import mask_uniforms, timesteps
 from llada.tokenizer import Tokenizer, train_byte_level_bpe
 
 LENGTH = 48
@@ -134,6 +136,34 @@ def test_weights_that_differ_in_the_last_digit_are_other_data(folder: Path) -> N
     assert near[0] != near[1]
 
 
+def test_the_fingerprint_names_changes_of_weights_and_is_the_old_one_without(folder: Path) -> None:
+    def fingerprint(**entry: Any) -> str:
+        return data(folder, mixture=[{"path": str(folder / "corpus"), **entry}]).fingerprint
+
+    content = data(folder).corpora[0].manifest.fingerprint(TRAIN)[:16]
+    assert fingerprint() == f"{content}x1.0"
+    assert fingerprint(weight=0.5, max_epochs=50.0).startswith(f"{content}x0.5<")
+    changes = [[], [(900, 2.0)], [(900, 2.5)], [(2000, 2.0)], [(900, 2.0), (2000, 1.0)]]
+    found = {fingerprint(weight_at=[{"tokens": tokens, "weight": weight} for tokens, weight in row]) for row in changes}
+    assert len(found) == len(changes)
+
+
+def test_changes_of_weights_are_counted_in_tokens_and_said(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps({"text": "beta " * n}) + "\n" for n in range(1, 60)))
+    prepare([tmp_path / "b.jsonl"], folder / "tokenizer", tmp_path / "second", validation_fraction=0.0)
+    first, second = str(folder / "corpus"), str(tmp_path / "second")
+    later = {"path": second, "weight": 0.0, "weight_at": [{"tokens": 480_001, "weight": 3.0}, {"tokens": 10**9, "weight": 1.0}]}
+    made = data(folder, mixture=[{"path": first}, later])
+    assert made.mixture.changes == [2, 2084]  # 480,001 tokens are more than one block of 10,000 x 48
+    assert made.weight_changes() == [
+        f"weights change in step 1,251, after 960,000 tokens: 25 % {first}, 75 % {second}",
+        f"weights change in step 1,302,501, after 1,000,320,000 tokens: 50 % {first}, 50 % {second}",
+    ]
+    assert set(made.plan(1249).sources.tolist()) == {0}
+    assert abs(sum(made.plan(step).sources.sum() for step in range(1250, 1310)) - 0.75 * 960) < 60
+    assert data(folder).weight_changes() == []
+
+
 def test_an_epoch_reads_every_window_once(folder: Path) -> None:
     made = data(folder, batch=4)
     count = made.readers[TRAIN][0].count
@@ -177,6 +207,46 @@ def test_later_epochs_get_new_masks(folder: Path) -> None:
             seen.setdefault(int(plan.items[r]), set()).add(tuple(batch.columns[batch.rows == r].tolist()))
     twice = [masks for masks in seen.values() if len(masks) > 1]
     assert len(twice) > len(seen) / 2
+
+
+@pytest.mark.parametrize("masking", ["bernoulli", "fixed_count"])
+def test_batches_against_a_walk_over_positions(masking: str, folder: Path) -> None:
+    """Every mask, weight and segment from the draws of the noise, one position after the other."""
+    made = data(folder, document_mask=True, random_length_probability=0.5, objective={"masking": masking, "eps": 0.05})
+    windows = windows_by_hand(folder)
+    plan = made.plan(3)
+    rows: list[tuple[int, int, int, float, int]] = []
+    segment = 0
+    for row, (sample, item) in enumerate(zip(plan.samples.tolist(), plan.items.tolist(), strict=True)):
+        draws = mask_uniforms(3, sample, LENGTH).tolist()
+        for start, end in itertools.pairwise(plan.bounds[row].tolist()):
+            t = float(plan.t[segment])
+            p, count = (1 - 0.05) * t + 0.05, min(1 + int(t * (end - start)), end - start)
+            limit = sorted(draws[start:end])[count - 1]
+            for place in range(start, end):
+                if draws[place] < p if masking == "bernoulli" else draws[place] <= limit:
+                    weight = 1 / p if masking == "bernoulli" else (end - start) / count
+                    rows.append((place, row, windows[item][0][place], weight, segment))
+            segment += 1
+    batch = made.batch(plan, range(16))
+    columns = (batch.columns, batch.rows, batch.targets, batch.weights, batch.segments)
+    expected = [(*key, np.float32(weight), segment) for *key, weight, segment in sorted(rows)]
+    assert list(zip(*(column.tolist() for column in columns), strict=True)) == expected
+    hidden = {(row, place) for place, row, *_ in rows}
+    for row, item in enumerate(plan.items.tolist()):
+        clean = windows[item][0]
+        assert batch.inputs[row].tolist() == [made.manifest.mask_id if (row, k) in hidden else clean[k] for k in range(LENGTH)]
+
+
+@pytest.mark.parametrize(
+    ("token", "what"), [(-1, "an id past the vocabulary"), (10**6, "an id past the vocabulary"), (None, "the mask token")]
+)
+def test_ids_that_cannot_be_are_refused(token: int | None, what: str, folder: Path) -> None:
+    corpus = data(folder).corpora[0]
+    tokens = np.zeros(LENGTH, dtype=np.int64)
+    tokens[5] = corpus.manifest.mask_id if token is None else token
+    with pytest.raises(UserError, match=f"token 5 of window 3 is {what}, the shard is damaged"):
+        check_tokens(corpus, tokens, "window 3")
 
 
 def test_loader_gives_steps_in_order_and_hands_on_errors() -> None:

@@ -65,8 +65,18 @@ MUTATIONS = {
         "(losses * weights_).sum() / max(1, len(losses))",
         "tests/engine/test_parity.py",
     ),
-    "no weight 1/p": Mutation(
-        "llada/objectives/masked.py", "np.where(draws < p, 1 / p, 0.0)", "np.where(draws < p, 1.0, 0.0)", "tests/objectives"
+    "no weight 1/p": Mutation("llada/objectives/masked.py", "len(draws)), 1 / p", "len(draws)), np.ones_like(p)", "tests/objectives"),
+    "windows that are read again after a change of weights": Mutation(
+        "llada/data/mixture.py",
+        "block + length, consumed + length * quotas",
+        "block + length, consumed + quotas",
+        "tests/data/test_mixture.py",
+    ),
+    "a sequence of windows that skips what a stage has read": Mutation(
+        "llada/data/mixture.py",
+        "stage.consumed[chosen] + (block - stage.first_block)",
+        "stage.consumed[chosen] + block",
+        "tests/data/test_mixture.py",
     ),
     "causal attention": Mutation(
         "llada/model/attention.py",
@@ -129,6 +139,15 @@ MUTATIONS = {
     ),
     "padding left out of the response": Mutation(
         "llada/data/sft.py", "np.repeat(longest, group)[: len(ends)][own]", "ends[own]", "tests/data/test_sft_data.py"
+    ),
+    "EOS taught after a reply that was cut": Mutation(
+        "llada/data/sft.py", "return np.where(cut, ends[own], ", "return np.where(cut & False, ends[own], ", "tests/data/test_sft_data.py"
+    ),
+    "a turn's text read as special tokens": Mutation(
+        "llada/chat_template.py",
+        "for part in self._split(text) if is_own else [text]:",
+        "for part in self._split(text):",
+        "tests/test_chat_template.py",
     ),
 }
 

@@ -142,3 +142,25 @@ def test_expected_predictions_match_the_draws() -> None:
             len(objective.corrupt(Window(s, np.zeros(256, dtype=np.int64), np.array([0, 64, 256]), t, 0)).predicted) for s in range(500)
         ]
         assert objective.expected_predictions(lengths, t) == pytest.approx(np.mean(drawn), rel=0.01)
+
+
+@pytest.mark.parametrize("draws", [[0.5, 0.25, 0.25, 0.25, 0.75], [0.25] * 5, [0.1, 0.9, 0.1, 0.2, 0.2]])
+def test_of_equal_draws_the_earlier_positions_are_masked(draws: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "mask_uniforms", lambda *_: np.array(draws))
+    objective = MaskedDiffusion(0, MASK, "fixed_count")
+    for count in range(1, 6):
+        c = objective.corrupt(Window(0, np.arange(5), np.array([0, 5]), np.array([(count - 0.5) / 5]), 0))
+        assert c.predicted.tolist() == sorted(sorted(range(5), key=lambda i: draws[i])[:count])
+
+
+@pytest.mark.parametrize("masking", ["bernoulli", "fixed_count"])
+def test_positions_outside_the_spans_and_segments_of_scale_zero_are_left_alone(masking: str) -> None:
+    """A prompt before the span, filler behind it, and a segment that counts nothing."""
+    objective = MaskedDiffusion(0, MASK, masking, eps=0.2)
+    spans, scales = np.array([[3, 20], [25, 40], [64, 64]]), np.array([0.25, 0.0, 0.0])
+    for sample in range(50):
+        t = np.array([0.9, 0.9, 0.0])
+        c = objective.corrupt(Window(sample, np.arange(64), np.array([0, 20, 40, 64]), t, 0, spans, scales))
+        assert len(c.predicted) and c.predicted.min() >= 3 and c.predicted.max() < 20
+        weight = 1 / (0.8 * 0.9 + 0.2) if masking == "bernoulli" else 17 / 16
+        assert set(c.weights) == {0.25 * weight}

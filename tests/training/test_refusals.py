@@ -71,6 +71,7 @@ def test_config_and_data(overrides: list[str], message: str, workplace: Workplac
         (["batch.global=16"], "batch.global: 8 -> 16"),
         (["objective.masking=fixed_count"], "objective.masking: 'bernoulli' -> 'fixed_count'"),
         (["data.mixture.0.path=other"], "data.mixture: data "),
+        (["data.mixture.0.weight_at=[{tokens: 1000000000, weight: 2}]"], "data.mixture: data "),
         (["schedule.stages.0.end=0.01"], "schedule.stages: learning rate of step 1: 0.0001 -> 0.001"),
         (["run.threads=1"], "run.threads: 2 -> 1"),
     ],
