@@ -5,12 +5,15 @@
 The pieces of text between special tokens are encoded one by one, as a Hugging Face tokenizer does with the rendered template. A
 prompt ends with "\\n\\n" encoded alone, since that is what the model sees before it answers; in an earlier turn of the history
 "\\n\\n" and the text after it are one piece. The two may be different ids, so each is encoded as it will be at inference.
+
+Other formats are chat templates: llada.chat_template.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -39,8 +42,7 @@ class Message:
     content: str
 
 
-@dataclass(frozen=True)
-class Reply:
+class Reply(NamedTuple):
     """Where a reply of an encoded conversation and its prompt lie, as offsets into the conversation's tokens.
 
     The prompt is tokens[:history_end] + tokens[turn_start:response_start], the response tokens[response_start:turn_end].
@@ -84,6 +86,13 @@ class ChatFormat:
         for message, body in zip(messages, rows, strict=True):
             ids += self._header(message.role) + body + self._end
         return np.array(ids + self._header("assistant") + self._gap, dtype=np.int64)
+
+    def check(self, messages: Sequence[Message]) -> None:
+        """Whether the format can express a conversation: it can express all."""
+
+    def response(self, content: str) -> str:
+        """The text of a reply that is trained on: all of it."""
+        return content
 
     def encode(self, conversations: Sequence[Sequence[Message]]) -> list[tuple[list[int], list[Reply]]]:
         """Tokens and replies of conversations whose last message is the assistant's.

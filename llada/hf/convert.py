@@ -162,9 +162,11 @@ def _longest(config: RunConfig, state: checkpoint.State) -> int:
 
 
 def _write_tokenizer(source: Path, target: Path, tokenizer: Tokenizer) -> str:
-    """Copy the tokenizer and add the chat template, where the tokenizer has its special tokens. Returns what was done."""
+    """Copy the tokenizer with its chat template, or with LLaDA's if it has none but has its special tokens. Returns what was done."""
     for path in sorted(source.iterdir()):
         shutil.copy(path, target)
+    if tokenizer.chat_template not in (None, TEMPLATE):
+        return "its tokenizer's own chat template included"
     try:
         ChatFormat(tokenizer)
     except UserError:

@@ -8,7 +8,8 @@ from dataclasses import replace
 
 import torch
 
-from llada.chat import ChatFormat, Message
+from llada.chat import Message
+from llada.chat_template import chat_format
 from llada.sampling.diffusion import SamplingOptions, cut_at_eos, generate
 from llada.sampling.diffusion import infill as fill
 from llada.sampling.gaps import parse
@@ -19,7 +20,10 @@ from llada.sampling.show import Playback
 def sample(path: str, prompt: str, chat: bool, options: SamplingOptions, show: bool = False) -> str:
     """What the model at `path` writes after a prompt, or answers with `chat`; up to its EOS.
 
-    Raises UserError for a model that cannot be used and, with `chat`, a tokenizer without the chat format's tokens.
+    A question is put into the chat template that the model's tokenizer has, else into LLaDA's format.
+
+    Raises UserError for a model that cannot be used and, with `chat`, a chat template that cannot be used or a tokenizer without the
+    tokens of LLaDA's format.
     """
     return write(load(path), prompt, chat, options, show)[0]
 
@@ -27,7 +31,7 @@ def sample(path: str, prompt: str, chat: bool, options: SamplingOptions, show: b
 def write(model: Sampler, prompt: str, chat: bool, options: SamplingOptions, show: bool = False) -> tuple[str, bool]:
     """The text, and whether it ends with EOS."""
     tokenizer = model.tokenizer
-    ids = ChatFormat(tokenizer).prompt([Message("user", prompt)]) if chat else tokenizer.encode(prompt)
+    ids = chat_format(tokenizer).prompt([Message("user", prompt)]) if chat else tokenizer.encode(prompt)
     _note_if_long(model, len(ids) + options.length)
     with Playback(tokenizer, model.specials.mask_id, len(ids)) if show else nullcontext() as playback:
         out = generate(model, torch.from_numpy(ids)[None].to(model.device), model.specials, options, playback)[0].tolist()

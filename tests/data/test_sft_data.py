@@ -13,8 +13,9 @@ from data_tools.prepare import prepare
 from data_tools.sft import prepare_sft
 from llada.chat import ChatFormat, Message
 from llada.config import build_config
-from llada.data import SFTData, open_data
 from llada.data.base import TRAIN, VALIDATION
+from llada.data.sft import SFTData
+from llada.data.tasks import open_data
 from llada.errors import UserError
 from llada.noise import timesteps
 from llada.tokenizer import Tokenizer, train_byte_level_bpe
@@ -221,3 +222,39 @@ def test_refusals(folder: Path, tmp_path: Path) -> None:
 def test_settings_that_make_no_sense(sections: dict[str, Any], message: str, folder: Path) -> None:
     with pytest.raises(UserError, match=message):
         config(folder, **sections)
+
+
+def test_a_reply_that_was_cut_is_not_padded(folder: Path, tmp_path: Path) -> None:
+    """EOS after it would teach the model to end in the middle of a sentence."""
+    limit = LENGTH - 12
+    prepare_sft(
+        [folder / "rows.jsonl"], folder / "tokenizer", tmp_path / "corpus", max_tokens=limit, truncate=True, validation_fraction=0.2
+    )
+    mixture = [{"path": str(path)} for path in (tmp_path / "corpus", folder / "corpus")]  # the other corpus has longer replies
+    data = made(folder, sft={"pad_group": 8}, data={"sequence_length": LENGTH, "mixture": mixture})
+    readers, eos = data.readers[TRAIN], data.manifest.eos_id
+    seen = {True: 0, False: 0}
+    for step in range(80):
+        plan = data.plan(step)
+        totals = [readers[source].total(int(item)) for source, item in zip(plan.sources, plan.items, strict=True)]
+        for i in range(8):
+            window = data.window(TRAIN, plan, i)
+            start, end = window.spans[0].tolist()
+            longest = max(totals)
+            if int(window.tokens[totals[i] - 1]) == eos:
+                assert end == longest
+            else:
+                assert end == totals[i] == limit
+                assert eos not in window.tokens[start:end]
+                seen[end < longest] += 1
+    assert min(seen.values()) > 5
+
+
+def test_corpora_of_two_chat_templates_are_refused(folder: Path, tmp_path: Path) -> None:
+    template = tmp_path / "own.jinja"
+    template.write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:")
+    prepare_sft([folder / "rows.jsonl"], folder / "tokenizer", tmp_path / "other", chat_template=str(template), validation_fraction=0.2)
+    mixture = [{"path": str(path)} for path in (folder / "corpus", tmp_path / "other")]
+    with pytest.raises(UserError, match=r"data.mixture.1.path: .*/other was prepared with another chat template than .*/corpus"):
+        made(folder, data={"sequence_length": 300, "mixture": mixture})
+    made(folder, data={"sequence_length": 300, "mixture": mixture[1:]})

@@ -20,6 +20,7 @@ from llada.sampling.gaps import parse
 from llada.sampling.models import load
 from llada.sampling.show import Playback
 from llada.tokenizer import Tokenizer
+from llada.training import checkpoint
 from tests.workplace import Workplace
 
 
@@ -86,6 +87,42 @@ def test_an_answer_ends_at_eos(export: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert commands.write(model, "well?", True, SamplingOptions(len(wanted), 1)) == ("yes", True)
     wanted.remove(model.specials.eos_id)
     assert commands.write(model, "well?", True, SamplingOptions(len(wanted), 1)) == ("yesno", False)
+
+
+def test_a_question_is_put_into_the_models_own_chat_template(workplace: Workplace, tmp_path: Path) -> None:
+    """A checkpoint carries the template with its tokenizer; its export has it in place of LLaDA's."""
+    from transformers import AutoTokenizer
+
+    template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content | trim }}<|eot_id|>{% endfor %}{{ 'assistant:' if add_generation_prompt }}"
+    )
+    run_folder = tmp_path / "run"
+    shutil.copytree(workplace.folder / "whole", run_folder)
+    source = checkpoint.resolve(run_folder)
+    tokenizer = Tokenizer.load(source / "tokenizer")
+    tokenizer.chat_template = template
+    tokenizer.save(source / "tokenizer")
+    assert "own chat template" in to_hf(source, tmp_path / "export")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "export")
+    assert theirs.chat_template == template
+    question = " what? "
+    text = theirs.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False)
+    assert text == "user: what?<|eot_id|>assistant:"
+    for model in (load(source), load(tmp_path / "export")):
+        seen: list[list[int]] = []
+        real = type(model).__call__
+
+        def spy(self: Any, tokens: torch.Tensor, seen: list[list[int]] = seen, real: Any = real) -> torch.Tensor:
+            seen.append(tokens[0].tolist())
+            return real(self, tokens)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(model), "__call__", spy)
+            commands.write(model, question, True, SamplingOptions(4, 1))
+        prompt = theirs(text, add_special_tokens=False)["input_ids"]
+        assert seen[0] == [*prompt, *[model.specials.mask_id] * 4]
+    (tmp_path / "export" / "chat_template.jinja").write_text("{{ raise_exception('closed today') }}")
+    assert "closed today" in refusal("sample", tmp_path / "export", "what?", "--chat", "--length", "2")
 
 
 def test_gaps(export: Path) -> None:

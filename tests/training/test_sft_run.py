@@ -16,8 +16,8 @@ import yaml
 
 from data_tools.sft import prepare_sft
 from llada.config import build_config
-from llada.data import open_data
 from llada.data.base import TRAIN
+from llada.data.tasks import open_data
 from llada.engine.megatron import MegatronEngine
 from llada.noise import mask_uniforms
 from tests.engine.support import OracleTrainer, canonical
