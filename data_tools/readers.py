@@ -1,30 +1,29 @@
-"""Documents from files and folders: JSON Lines, text and code, plain or compressed (.gz, .zst). One text file is one document."""
+"""Documents from sources: JSON Lines, text and code, plain or compressed (.gz, .zst); tables are in `data_tools.tables`.
+
+A source is read in slices (`Slice`), so that a large one can be shared out: of plain JSON Lines those lines that start in a range of
+bytes, of Parquet some row groups, of Arrow some record batches, of a dataset some rows. A compressed file is read whole.
+"""
 
 from __future__ import annotations
 
 import codecs
-import gzip
-import io
-import os
-import stat
+import functools
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from data_tools.inputs import JSONL, TEXT, Extent, Slice, Source, find_sources, parse_extensions
+from data_tools.streams import open_file
 from llada.errors import UserError, did_you_mean
 
-_PROSE = ".txt .text .md .rst .tex .org .adoc .html .htm"
-_CODE = (
-    ".py .pyi .c .h .cc .cpp .cxx .hpp .cu .cuh .java .kt .scala .js .mjs .ts .tsx .jsx .go .rs .rb .php .pl .pm .sh .bash .sql .lua "
-    ".r .jl .swift .cs .fs .hs .ml .mli .ex .exs .erl .clj .lisp .el .scm .vim .f90 .asm .s .m .css"
-)
-TEXT_EXTENSIONS = frozenset(f"{_PROSE} {_CODE}".split())
-"""Read as one document each when found in a folder."""
-_COMPRESSED = (".gz", ".zst")
+_RATIO = 4
+"""Bytes of text that a byte of a compressed file is taken for, when work is shared out."""
 _NAMES_SHOWN = 8
+_LISTED = 10_000
+"""Entries of the list of what is left out, per unit of work; the counts go on."""
 
 
 @dataclass
@@ -32,12 +31,20 @@ class Report:
     """What was read and what was left out.
 
     Attributes:
-        sources: {path, bytes, documents} of every file that gave a document; bytes are those on the disk.
+        sources: {path, bytes, documents} of every source that gave a document; bytes are those on the disk.
         skipped: files, folders, lines and documents left out, by reason.
+        listed: {path, line, reason, message} of lines and documents left out, the first 10,000.
     """
 
     sources: list[dict[str, Any]] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)
+    listed: list[dict[str, Any]] = field(default_factory=list)
+
+    def leave_out(self, path: str, line: int | None, reason: str, message: str) -> None:
+        """Count and list one line or document."""
+        self.skipped[reason] += 1
+        if len(self.listed) < _LISTED:
+            self.listed.append({"path": path, "line": line, "reason": reason, "message": message})
 
 
 @dataclass(frozen=True)
@@ -45,21 +52,45 @@ class ReadOptions:
     """How to read.
 
     Attributes:
-        text_field: JSONL field that holds the text.
-        extensions: of the files read in folders; None: TEXT_EXTENSIONS. JSONL files are always read.
-        skip_bad: count bad JSONL lines, and compressed files that break off, instead of stopping.
-        record: makes a document of the JSON value of a line, or raises BadRecord; None: it is the text of `text_field`. With it, only
-            JSONL files are read.
+        text_field: field or column that holds the text.
+        extensions: of the files read in folders; None: TEXT_EXTENSIONS. JSON Lines and tables are always read.
+        skip_bad: count bad lines, and compressed files that break off, instead of stopping.
+        min_length, max_length: bytes of UTF-8 that a text must have; shorter and longer ones are left out and counted. Also bounds
+            memory: a line of more than four times `max_length` is passed over unread.
+        split, name, revision, streaming: of `hf:` inputs, as `datasets.load_dataset` has them.
+        structured: documents are records with several fields, not texts: only JSON Lines and tables are read, all columns of these,
+            and the lengths do not matter.
     """
 
     text_field: str = "text"
     extensions: frozenset[str] | None = None
     skip_bad: bool = False
-    record: Callable[[Any], Any] | None = None
+    min_length: int = 1
+    max_length: int = 64 << 20
+    split: str = "train"
+    name: str | None = None
+    revision: str | None = None
+    streaming: bool = False
+    structured: bool = False
+
+    def __post_init__(self) -> None:
+        if self.min_length < 1:
+            raise UserError(f"--min-length: {self.min_length} is less than 1 byte")
+        if self.max_length < self.min_length:
+            raise UserError(f"--max-length: {self.max_length} is less than --min-length, {self.min_length}")
+
+    @property
+    def max_line(self) -> int:
+        """Bytes of the longest line that is read: room for escapes and other fields."""
+        return 4 * self.max_length
+
+
+Record = Callable[[Any, tuple[str, int]], Any]
+"""Makes a document of the JSON value of a line, or of a row as a dict, found at (path, line); or raises BadRecord."""
 
 
 class BadRecord(Exception):
-    """A line of JSON that is not what is asked for.
+    """A line of JSON, or a row, that is not what is asked for.
 
     Args:
         reason: under which it is counted, a plural: "lines without the field".
@@ -71,57 +102,28 @@ class BadRecord(Exception):
         self.reason = reason
 
 
-@dataclass(frozen=True)
-class _File:
-    path: Path
-    named: bool  # on the command line: a problem with it is the user's mistake
-
-    @property
-    def is_jsonl(self) -> bool:
-        return _extension(self.path) in (".jsonl", ".json")
-
-
-def _extension(path: Path) -> str:
-    """In lower case, without that of the compression: a.TXT.gz -> .txt."""
-    if path.suffix.lower() in _COMPRESSED:
-        path = path.with_suffix("")
-    return path.suffix.lower()
-
-
-def parse_extensions(values: Sequence[str] | None) -> frozenset[str] | None:
-    """`py`, `.py` or `py,md` -> {".py", ".md"}; None stays None."""
-    if not values:
-        return None
-    parts = [part.strip().lower() for value in values for part in value.split(",")]
-    found = frozenset(_extension(Path("x." + part.lstrip("."))) for part in parts if part.strip("."))
-    if not found:
-        raise UserError(f"--ext: {' '.join(values)!r} names no extension; give some as in --ext py,md")
-    return found
-
-
-def read(inputs: Sequence[str | Path], options: ReadOptions, report: Report) -> Iterator[Any]:
-    """The documents of all inputs, none of them empty: inputs in the given order, folders sorted by path. They are texts, or what
-    `options.record` makes.
+def read(inputs: Sequence[str | Path], options: ReadOptions, report: Report) -> Iterator[str]:
+    """The texts of all inputs, none of them empty: inputs in the given order, folders sorted by path.
 
     Args:
-        inputs: files and folders.
+        inputs: see `find_sources`.
         options: how to read.
         report: filled while reading.
 
     Raises:
-        UserError: a named file that is missing, unreadable, not UTF-8 or without a document; a bad JSONL line; no document at all.
+        UserError: a named file that is missing, unreadable, not UTF-8 or without a document; a bad line; no document at all.
     """
     found = False
-    for file in _all_files(inputs, options, report):
+    for source in find_sources(inputs, options, report):
         before = report.skipped.copy()
         given = False
-        for text in _documents(file, options, report):
+        for document in read_slice(source, None, options, report):
             given = found = True
-            yield text
-        if file.named and not given:
-            raise UserError(f"--input: no document in {file.path}{_left_out(report.skipped - before)}")
+            yield document
+        if source.named and not given:
+            raise no_document(source.path, report.skipped - before)
     if not found:
-        raise UserError(f"--input: no document in {', '.join(map(str, inputs))}{_left_out(report.skipped)}")
+        raise no_document(", ".join(map(str, inputs)), report.skipped)
 
 
 def sample_texts(
@@ -136,149 +138,190 @@ def sample_texts(
         options: overrides `extensions`.
     """
     options = options or ReadOptions(extensions=parse_extensions(extensions))
-    files = _all_files(inputs, options, Report())
-    total = sum(file.path.stat().st_size for file in files)
-    every = max(1, -(-total // limit))
-    chosen = files[::every] if len(files) >= 2 * every else files
+    sources = find_sources(inputs, options, Report())
+    return sample_of(sources, limit, options)
+
+
+def sample_of(sources: Sequence[Source], limit: int, options: ReadOptions) -> Iterator[Any]:
+    """The same, of sources."""
+    every = max(1, -(-sum(source.bytes for source in sources) // limit))
+    chosen = sources[::every] if len(sources) >= 2 * every else sources
     left = limit
-    for file in chosen:
-        for text in _documents(file, options, Report()):
+    for source in chosen:
+        for document in read_slice(source, None, options, Report()):
             if left <= 0:
                 return
-            left -= len(text)
-            yield text
+            left -= len(document)
+            yield document
 
 
-def _left_out(skipped: Counter[str]) -> str:
-    return f" (left out: {', '.join(f'{count:,} {reason}' for reason, count in sorted(skipped.items()))})" if skipped else ""
+def no_document(where: str, skipped: Counter[str]) -> UserError:
+    """The refusal of an input without a document."""
+    return UserError(f"--input: no document in {where}{reasons_of(skipped)}")
 
 
-# -- finding files -----------------------------------------------------------------------------------------------------
+def reasons_of(skipped: Counter[str]) -> str:
+    """Counts of what was left out, in brackets; empty if nothing was."""
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(skipped.items()))
+    return f" (left out: {reasons})" if reasons else ""
 
 
-def _all_files(inputs: Sequence[str | Path], options: ReadOptions, report: Report) -> list[_File]:
-    if not inputs:
-        raise UserError("--input: give at least one file or folder")
-    seen: set[str] = set()
-    for given in inputs:
-        place = os.path.realpath(given)
-        if place in seen:
-            raise UserError(f"--input: '{given}' is given twice; its documents would be read twice")
-        seen.add(place)
-    return [file for given in inputs for file in _files(Path(given), options, report)]
+# -- one source --------------------------------------------------------------------------------------------------------
 
 
-def _files(path: Path, options: ReadOptions, report: Report) -> Iterator[_File]:
+def measure(source: Source, options: ReadOptions, report: Report) -> Extent | None:
+    """How a source can be cut, None for a file that is left out and counted. Raises UserError like `read_slice`."""
+    if source.format in (JSONL, TEXT):
+        if source.is_compressed:
+            return Extent(1, _RATIO * source.bytes)
+        return Extent(1 if source.format == TEXT else source.bytes, source.bytes)
+    from data_tools import tables
+
     try:
-        found = path.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"--input: no file or folder '{path}'") from None
+        return tables.measure(source, options)
     except OSError as error:
-        raise UserError(f"--input: {path}: cannot be read ({error.strerror})") from None
-    if stat.S_ISREG(found.st_mode):
-        if not found.st_size:
-            raise UserError(f"--input: {path} is empty")
-        named = _File(path, named=True)
-        if options.record is not None and not named.is_jsonl:
-            raise UserError(f"--input: {path} is not JSON Lines (.jsonl, .json, also with .gz or .zst), which conversations are read from")
-        yield named
-    elif stat.S_ISDIR(found.st_mode):
-        for file in sorted(_walk(path, report)):
-            if _wanted(file, options):
-                yield _File(file, named=False)
-            else:
-                report.skipped["files with another extension"] += 1
-    else:
-        raise UserError(f"--input: '{path}' is neither a file nor a folder")
+        _problem(source, report, "files unreadable", f"cannot be read ({error})")
+        return None
 
 
-def _wanted(file: Path, options: ReadOptions) -> bool:
-    extension = _extension(file)
-    if extension == ".jsonl" or (extension == ".json" and file.suffix.lower() in _COMPRESSED):
-        return True
-    if options.record is not None:
-        return False
-    return extension in (TEXT_EXTENSIONS if options.extensions is None else options.extensions)
+def read_slice(source: Source, part: Slice | None, options: ReadOptions, report: Report, record: Record | None = None) -> Iterator[Any]:
+    """The documents of a source that lie in `part` (None: all), none of them empty: texts, or what `record` makes.
 
-
-def _walk(folder: Path, report: Report) -> Iterator[Path]:
-    """Regular files below a folder; hidden ones and __pycache__ left out. Links to folders are counted and not followed."""
-
-    def unreadable(error: OSError) -> None:
-        if error.filename is None or Path(error.filename) == folder:
-            raise UserError(f"--input: {folder}: cannot be read ({error.strerror})") from None
-        report.skipped["folders unreadable"] += 1
-
-    for root, folders, files in os.walk(folder, onerror=unreadable):
-        folders[:] = [name for name in folders if not name.startswith(".") and name != "__pycache__"]
-        report.skipped.update("links to folders" for name in folders if os.path.islink(os.path.join(root, name)))
-        for name in files:
-            if name.startswith("."):
-                continue
-            path = Path(root, name)
-            if path.is_file():
-                yield path
-            else:  # a link to nothing, a pipe, a socket: opening it could wait for ever
-                report.skipped["files unreadable"] += 1
-
-
-# -- reading files -----------------------------------------------------------------------------------------------------
-
-
-def _documents(file: _File, options: ReadOptions, report: Report) -> Iterator[Any]:
-    source: dict[str, Any] = {"path": str(file.path), "bytes": 0, "documents": 0}
+    Raises:
+        UserError: a named file that cannot be read or is not UTF-8; a bad line or a file that breaks off, without `skip_bad`.
+    """
+    entry: dict[str, Any] = {"path": source.path, "bytes": source.bytes, "documents": 0}
     try:
-        source["bytes"] = file.path.stat().st_size
-        for text in _lines(file, options, report) if file.is_jsonl else _whole(file):
-            if text:
-                source["documents"] += 1
-                yield text
-            else:
+        for document in _documents(source, part, options, report, record):
+            if not document:
                 report.skipped["documents empty"] += 1
+            elif options.structured or _length_fits(document, source, options, report):
+                entry["documents"] += 1
+                yield document
     except UnicodeDecodeError as error:
-        _problem(file, report, "files not UTF-8", f"byte {error.start} is not UTF-8; text, code and JSON Lines are read")
+        _problem(source, report, "files not UTF-8", f"byte {error.start} is not UTF-8; text, code and JSON Lines are read")
     except (OSError, EOFError, zlib.error) as error:
-        if not source["documents"]:
-            _problem(file, report, "files unreadable", f"cannot be read ({error})")
+        if not entry["documents"]:
+            _problem(source, report, "files unreadable", f"cannot be read ({error})")
         elif options.skip_bad:
-            report.skipped["files that break off"] += 1
+            report.leave_out(source.path, None, "files that break off", f"after {entry['documents']:,} documents ({error})")
         else:
-            raise UserError(f"{file.path}: breaks off after {source['documents']:,} documents ({error}); --skip-bad keeps those") from None
-    if source["documents"]:
-        report.sources.append(source)
+            raise UserError(f"{source.path}: breaks off after {entry['documents']:,} documents ({error}); --skip-bad keeps those") from None
+    if entry["documents"]:
+        report.sources.append(entry)
 
 
-def _problem(file: _File, report: Report, reason: str, message: str) -> None:
-    if file.named:
-        raise UserError(f"--input: {file.path}: {message}") from None
-    report.skipped[reason] += 1
+def _documents(source: Source, part: Slice | None, options: ReadOptions, report: Report, record: Record | None) -> Iterator[Any]:
+    if source.format == TEXT:
+        return _whole(source, options, report)
+    if source.format == JSONL:
+        import orjson
+
+        rows = _lines(source, part or Slice(0, source.bytes), options, report)
+        before = functools.cache(lambda: _count_lines(source, part.start if part else 0))
+        return _accepted(rows, source, options, report, record, lambda line: _json(line, orjson.loads), before)
+    from data_tools import tables
+
+    first, values = tables.rows(source, part, options)
+    return _accepted(values, source, options, report, record, lambda value: value, lambda: first)
 
 
-def _whole(file: _File) -> Iterator[str]:
-    with _open(file.path) as stream:
-        yield stream.read().decode("utf-8-sig")
+def _accepted(
+    rows: Iterable[tuple[int, Any]],
+    source: Source,
+    options: ReadOptions,
+    report: Report,
+    record: Record | None,
+    parse: Callable[[Any], Any],
+    lines_before: Callable[[], int],
+) -> Iterator[Any]:
+    """The document of every (number in the slice, line or row); bad ones stop the reading or are counted."""
+    for number, raw in rows:
+        try:
+            if record is None:
+                yield string_field(parse(raw), options.text_field, "choose it with --text-field")
+            else:
+                yield record(parse(raw), (source.path, lines_before() + number))
+        except BadRecord as problem:
+            line = lines_before() + number
+            if not options.skip_bad:
+                raise UserError(f"{source.path}:{line}: {problem}, or count bad lines with --skip-bad") from None
+            report.leave_out(source.path, line, problem.reason, str(problem))
 
 
-def _lines(file: _File, options: ReadOptions, report: Report) -> Iterator[Any]:
-    """The document of every line; blank lines are passed over."""
-    import orjson
+def _length_fits(text: str, source: Source, options: ReadOptions, report: Report) -> bool:
+    if options.min_length <= len(text) <= options.max_length // 4:  # whatever its characters are
+        return True
+    size = len(text.encode("utf-8", "surrogatepass"))
+    if size < options.min_length:
+        report.skipped["documents shorter than --min-length"] += 1
+    elif size > options.max_length:
+        report.leave_out(source.path, None, "documents longer than --max-length", f"{size:,} bytes, it starts {text[:40]!r}")
+    return options.min_length <= size <= options.max_length
 
-    def text_of(value: Any) -> str:
-        return string_field(value, options.text_field, "choose it with --text-field")
 
-    record = options.record or text_of
-    with _open(file.path) as stream:
-        for number, line in enumerate(stream, start=1):
-            if number == 1:
+def _problem(source: Source, report: Report, reason: str, message: str) -> None:
+    if source.named:
+        raise UserError(f"--input: {source.path}: {message}") from None
+    report.leave_out(source.path, None, reason, message)
+
+
+def _whole(source: Source, options: ReadOptions, report: Report) -> Iterator[str]:
+    with open_file(source.path) as stream:
+        data = stream.read(options.max_length + len(codecs.BOM_UTF8) + 1)
+    data = data.removeprefix(codecs.BOM_UTF8)
+    if len(data) > options.max_length:
+        report.leave_out(source.path, None, "documents longer than --max-length", "a file is one document")
+    else:
+        yield data.decode("utf-8")
+
+
+def _lines(source: Source, part: Slice, options: ReadOptions, report: Report) -> Iterator[tuple[int, bytes]]:
+    """Lines that start in a range of bytes, with their number counted from the first of them; blank ones are passed over."""
+    with open_file(source.path) as stream:
+        position, number = part.start, 0
+        stop = None if source.is_compressed else part.stop
+        if part.start:
+            stream.seek(part.start - 1)
+            position += _pass_line(stream) - 1  # the line that holds the byte before belongs to another slice
+        while stop is None or position < stop:
+            line = stream.readline(options.max_line)
+            if not line:
+                return
+            number += 1
+            size = len(line)
+            if size == options.max_line and not line.endswith(b"\n"):
+                size += _pass_line(stream)
+                message = f"{size:,} bytes at byte {position:,}, read are {options.max_line:,}"
+                report.leave_out(source.path, None, "lines too long to read", message)
+                line = b""
+            elif not position:
                 line = line.removeprefix(codecs.BOM_UTF8)
-            if not line.strip():
-                continue
-            try:
-                yield record(_json(line, orjson.loads))
-            except BadRecord as problem:
-                if not options.skip_bad:
-                    raise UserError(f"{file.path}:{number}: {problem}, or count bad lines with --skip-bad") from None
-                report.skipped[problem.reason] += 1
+            position += size
+            if line.strip():
+                yield number, line
+
+
+def _pass_line(stream: BinaryIO) -> int:
+    """Go to the start of the next line; how many bytes that was."""
+    size = 0
+    while piece := stream.readline(1 << 20):
+        size += len(piece)
+        if piece.endswith(b"\n"):
+            break
+    return size
+
+
+def _count_lines(source: Source, start: int) -> int:
+    """Lines before the first one of a slice that starts at this byte: lines are numbered as in the file."""
+    if not start:
+        return 0
+    count, left, piece = 0, start, b""
+    with open_file(source.path) as stream:
+        while left and (piece := stream.read(min(left, 1 << 20))):
+            count += piece.count(b"\n")
+            left -= len(piece)
+    return count + (not piece.endswith(b"\n"))  # a line that goes on past the start of the slice is passed over there
 
 
 def _json(line: bytes, parse: Callable[[bytes], Any]) -> Any:
@@ -308,52 +351,3 @@ def string_field(value: Any, name: str, remedy: str) -> str:
     if not isinstance(text, str):
         raise BadRecord("lines whose field is not a string", f"field '{name}' is not a string but {type(text).__name__}; {remedy}")
     return text
-
-
-def _open(path: Path) -> BinaryIO:
-    if path.suffix.lower() == ".gz":
-        return gzip.open(path, "rb")  # type: ignore[return-value]
-    if path.suffix.lower() == ".zst":
-        return io.BufferedReader(_ZstdFile(path), 1 << 18)
-    return open(path, "rb")
-
-
-class _ZstdFile(io.RawIOBase):
-    """A .zst file of any number of frames. Unlike zstandard's own reader it does not take a file that breaks off for a whole one."""
-
-    def __init__(self, path: Path) -> None:
-        import zstandard
-
-        self._file: BinaryIO = open(path, "rb")  # noqa: SIM115 (outlives this method; closed by close)
-        self._decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
-        self._error: type[Exception] = zstandard.ZstdError
-        self._frame: Any = None
-        self._compressed = b""
-        self._ready = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._ready:
-            self._compressed = self._compressed or self._file.read(1 << 16)
-            if not self._compressed:
-                if self._frame is not None:
-                    raise EOFError("Compressed file ended before the end-of-stream marker was reached")
-                return 0
-            self._frame = self._frame or self._decompressor.decompressobj()
-            try:
-                self._ready = memoryview(self._frame.decompress(self._compressed))
-            except self._error as error:
-                raise OSError(str(error)) from None
-            self._compressed = b""
-            if self._frame.eof:
-                self._compressed, self._frame = self._frame.unused_data, None
-        n = min(len(buffer), len(self._ready))
-        buffer[:n] = self._ready[:n]
-        self._ready = self._ready[n:]
-        return n
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()

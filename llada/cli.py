@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import typer
 
 from data_tools.cli import app as data_app
-from llada.errors import RunError, UserError
+from llada.errors import RunError, TryAgain, UserError
 
 Config = Annotated[str, typer.Argument(help="YAML file of the run.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key.sub=value, as in train.steps=100.")]
@@ -172,8 +172,10 @@ def main() -> None:
         _leave(f"error: {error}", 2)
     except RunError as error:
         _leave(f"failed: {error}", 1)
-    except KeyboardInterrupt:
-        _leave("interrupted", 130)
+    except TryAgain as error:
+        _leave(f"not finished: {error}", 75)
+    except KeyboardInterrupt as interrupt:
+        _leave(f"interrupted{interrupt}", 130)
     except Exception as error:  # not foreseen: the traceback for us, and one clear last line for everyone
         traceback.print_exc()
         _leave(f"failed: {type(error).__name__}: {error}", 1)

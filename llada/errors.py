@@ -1,4 +1,4 @@
-"""The two ways a command ends early, and the one-line messages that go with them."""
+"""The ways in which a command ends early, and the one-line messages that go with them."""
 
 from __future__ import annotations
 
@@ -15,6 +15,10 @@ class UserError(Exception):
 
 class RunError(Exception):
     """A failure that is not the user's mistake (a lost file, a non-finite loss). One line, exit 1."""
+
+
+class TryAgain(Exception):
+    """Not finished and not a failure: what is done is kept, and the same command goes on. One line, exit 75."""
 
 
 def did_you_mean(name: str, allowed: Iterable[str]) -> str:

@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import xxhash
 
@@ -50,7 +50,7 @@ def checksum(path: Path) -> dict[str, Any]:
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a small file so that it is either there whole or not at all; after an error nothing of it is left."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")  # another process may be writing the same file
     try:
         with open(temporary, "w", encoding="utf-8") as file:
             file.write(text)
@@ -61,6 +61,40 @@ def write_atomically(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+@contextmanager
+def new_file(output: str | Path, force: bool, setting: str = "--output") -> Iterator[BinaryIO]:
+    """A file to write, under a temporary name beside `output` whose name it takes when the block ends; after any error nothing is left.
+
+    Args:
+        output: must not exist, unless `force`; a file that is replaced stays until the end. Its folder must exist.
+        force: replace a file.
+        setting: what the user calls `output`, for messages.
+
+    Raises:
+        UserError: an output that may not be made or replaced.
+        RunError: an operating system's error while writing.
+    """
+    final = Path(os.path.realpath(output))
+    if os.path.lexists(output) and not (force and final.is_file()):
+        raise UserError(f"{setting}: '{output}' exists{'; --force replaces it' if final.is_file() else ' and is not a file'}")
+    partial = final.with_name(f".{final.name}.partial-{uuid.uuid4().hex[:8]}")
+    try:
+        try:
+            file = open(partial, "wb")  # noqa: SIM115 (closed below, whatever happens)
+        except OSError as error:
+            raise UserError(f"{setting}: '{output}' cannot be made ({error.strerror})") from None
+        with file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, final)
+        sync_folder(final.parent)
+    except OSError as error:
+        raise RunError(f"{output}: cannot be written ({error}); nothing of it is left") from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -81,7 +115,7 @@ def new_folder(output: str | Path, force: bool, what: str, names: Sequence[str],
     final = Path(os.path.realpath(output))
     replaces = os.path.lexists(output)
     if replaces:
-        _check_replaceable(Path(output), final, force, what, names, setting)
+        check_replaceable(Path(output), final, force, what, names, setting)
     partial = final.with_name(f".{final.name}.partial-{uuid.uuid4().hex[:8]}")
     created: list[Path] = []
     done = False
@@ -96,7 +130,7 @@ def new_folder(output: str | Path, force: bool, what: str, names: Sequence[str],
         yield partial
         sync_tree(partial)
         if replaces:
-            _swap(partial, final)
+            swap(partial, final)
         else:
             os.rename(partial, final)  # refuses a folder that was filled in the meantime
         sync_folder(final.parent)
@@ -111,7 +145,8 @@ def new_folder(output: str | Path, force: bool, what: str, names: Sequence[str],
                     folder.rmdir()
 
 
-def _check_replaceable(output: Path, final: Path, force: bool, what: str, names: Sequence[str], setting: str) -> None:
+def check_replaceable(output: Path, final: Path, force: bool, what: str, names: Sequence[str], setting: str) -> None:
+    """Raises UserError unless `output`, which exists as `final`, may be replaced; see `new_folder`."""
     if not force:
         raise UserError(f"{setting}: '{output}' exists; --force replaces {what}")
     found = sorted(os.listdir(final)) if final.is_dir() else None
@@ -123,9 +158,9 @@ def _check_replaceable(output: Path, final: Path, force: bool, what: str, names:
         raise UserError(f"{setting}: '{output}' is not {what} ({why}); --force replaces only that or an empty folder")
 
 
-def _swap(partial: Path, final: Path) -> None:
+def swap(partial: Path, final: Path) -> None:
     """Rename, with what was there before kept until the new one stands."""
-    old = partial.with_name(partial.name.replace(".partial-", ".old-"))
+    old = final.with_name(f".{final.name}.old-{uuid.uuid4().hex[:8]}")
     os.rename(final, old)
     try:
         os.rename(partial, final)

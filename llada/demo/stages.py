@@ -141,14 +141,15 @@ def _train_tokenizer(inputs: list[str], extensions: list[str] | None, size: int,
 
 
 def _prepare(inputs: list[str], extensions: list[str] | None, tokenizer: Path, target: Path) -> None:
-    from data_tools.prepare import prepare, summary
+    from data_tools.finish import summary
+    from data_tools.prepare import prepare
 
     print(summary(prepare(inputs, tokenizer, target, extensions=extensions, validation_fraction=0.02)), flush=True)
 
 
 def _prepare_talks(tokenizer: Path, pairs: Path, target: Path) -> None:
     """Questions about the standard library, whatever the pretraining read."""
-    from data_tools.prepare import summary
+    from data_tools.finish import summary
     from data_tools.sft import prepare_sft
     from llada.demo.pairs import write_pairs
 

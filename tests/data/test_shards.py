@@ -179,7 +179,7 @@ def test_an_empty_shard(tmp_path: Path):
 def test_nothing_has_its_name_before_close(tmp_path: Path):
     with ShardWriter(tmp_path, "a", UINT16, "train") as writer:
         writer.append([1, EOS], [2], 1)
-        assert [path.suffix for path in tmp_path.iterdir()] == [".partial"]
+        assert [path.suffix.partition("-")[0] for path in tmp_path.iterdir()] == [".partial"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.bin", "a.idx"]
 
 
@@ -316,7 +316,7 @@ def test_an_edited_manifest_is_refused(folder: Path, edit, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda content: content.update(format_version=1), "format_version 1 is not 2"),
+        (lambda content: content.update(format_version=1), "format_version 1 is not 3"),
         (lambda content: content.pop("rows"), "fields are not those"),
         (lambda content: content["shards"][0].pop("tokens"), "fields of a shard"),
     ],
@@ -377,11 +377,11 @@ def test_a_shard_of_other_counts_than_the_manifest_says_is_refused(folder: Path)
     for change in ({"documents": 5}, {"tokens": 11}):
         replace(manifest, shards=[replace(manifest.shards[0], **change)]).save(folder)
         with pytest.raises(UserError, match=r"train_00000.idx: truncated or altered .*the manifest says"):
-            Corpus.open(folder).shards("train")
+            list(Corpus.open(folder).shards("train"))
         assert len(problems(folder)) == 1
     replace(manifest, dtype="int32").save(folder)
     with pytest.raises(UserError, match="dtype: uint16"):
-        Corpus.open(folder).shards("train")
+        list(Corpus.open(folder).shards("train"))
 
 
 @pytest.mark.parametrize(

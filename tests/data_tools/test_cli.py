@@ -57,7 +57,7 @@ def test_inputs_in_every_form(place: Path, tmp_path: Path):
 def test_prepare_prints_what_it_made(place: Path, tmp_path: Path):
     output = tmp_path / "corpus"
     text = shown("prepare", "--input", place / "c.jsonl", "--tokenizer", place / "tok", "--output", output, "--validation-fraction", 0)
-    assert text.startswith("train: 50 documents, ")
+    assert "train: 50 documents, " in text
     assert "validation: no documents; training on this corpus has no validation" in text
     assert text.endswith(f"\n{output}\n")
 
@@ -87,6 +87,12 @@ def test_every_option_arrives(place: Path, tmp_path: Path):
     assert "left out: 1 lines not JSON" in shown(*words, "--skip-bad")
     manifest = Manifest.load(tmp_path / "out")
     assert manifest.options == {
+        "unit_bytes": None,
+        "dedup": False,
+        "decontaminate": None,
+        "min_length": 1,
+        "max_length": 64 << 20,
+        "dataset": {"split": "train", "name": None, "revision": None, "streaming": False},
         "validation_fraction": 0.25,
         "add_special_tokens": True,
         "text_field": "body",
@@ -95,7 +101,7 @@ def test_every_option_arrives(place: Path, tmp_path: Path):
         "shard_tokens": 2,
     }
     assert len(manifest.shards) == sum(entry.documents for entry in manifest.shards) == 3
-    assert "exists" in refusal(*words, "--skip-bad")
+    assert "exists" in refusal(*words, "--skip-bad", "--dedup")
     shown(*words, "--skip-bad", "--force")
 
 
@@ -155,9 +161,16 @@ def test_tokenizer_train(place: Path, tmp_path: Path):
     assert lines[0] == f"{tmp_path / 't'}: 270 ids, 384 rows, mask {made.mask_id}, EOS {made.eos_id}"
     texts = [(place / name).read_text() for name in ("a.txt", "b.txt")]
     ratio = sum(map(len, texts)) / sum(len(made.encode(text)) for text in texts)
-    assert lines[1] == f"{ratio:.2f} bytes per token on a sample of the input"
+    size = sum(map(len, texts))
+    assert lines[1] == f"trained on {size:,} of {size:,} bytes of text"
+    assert lines[2].startswith(f"{ratio:.2f} bytes per token, {1 / ratio:.3f} tokens per byte, ")
     assert "exists; --force replaces a tokenizer" in refusal(*words)
     shown(*words, "--force")
+    sampled = [*words[:-4], "--vocab-size", 295, "--kind", "bpe", "--sample-bytes", 1500, "--output", tmp_path / "piece"]
+    assert f"trained on {size // 2:,} of {size:,} bytes of text" in shown(*sampled)
+    assert (tmp_path / "piece" / "tokenizer.model").is_file()
+    assert "'unigrm' is none of byte-bpe, unigram, bpe (did you mean 'unigram'?)" in refusal(*words, "--force", "--kind", "unigrm")
+    assert "--sample-bytes: 0 is less than 1" in refusal(*words, "--force", "--sample-bytes", 0)
     many = shown("tokenizer", "train", "--input", place / "c.jsonl", "--vocab-size", 5000, "--output", tmp_path / "many")
     assert "(the text has pairs for no more than that, 5,000 were asked for)" in many
 
@@ -165,13 +178,24 @@ def test_tokenizer_train(place: Path, tmp_path: Path):
 def test_tokenizer_info(place: Path, tmp_path: Path):
     made = Tokenizer.load(place / "tok")
     lines = shown("tokenizer", "info", place / "tok").splitlines()
-    assert lines == [
+    assert lines[:-1] == [
         f"{place / 'tok'}: {made.vocab_size} ids, 384 rows, fingerprint {made.fingerprint}",
+        "kind: tokenizer.json, byte-level BPE",
         f" bos: {made.bos_id} <|startoftext|>",
         f" eos: {made.eos_id} <|endoftext|>",
         f" pad: {made.pad_id} <|endoftext|>",
         f"mask: {made.mask_id} <|mdm_mask|>",
+        "further special tokens: "
+        + ", ".join(f"{made.id_of(name)} {name}" for name in ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")),
     ]
+    assert lines[-1].startswith("encoder: ")
+    measured = shown("tokenizer", "info", place / "tok", "--input", place / "c.jsonl", "--input", place / "a.txt").splitlines()
+    texts = [f"line {i}" for i in range(50)] + [(place / "a.txt").read_text()]
+    size, tokens, words = (sum(map(f, texts)) for f in (len, lambda text: len(made.encode(text)), lambda text: len(text.split())))
+    assert measured[:-1] == lines
+    fit = f"{size / tokens:.2f} bytes per token, {tokens / size:.3f} tokens per byte, {tokens / words:.2f} tokens per word"
+    assert measured[-1] == f"{fit} on {size:,} bytes, a sample of the input"
+    assert "no file or folder" in refusal("tokenizer", "info", place / "tok", "--input", "nothing")
     definition = json.loads((place / "tok" / "tokenizer.json").read_text())
     definition["added_tokens"] = []
     (tmp_path / "plain.json").write_text(json.dumps(definition))

@@ -12,7 +12,8 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_tools.readers import ReadOptions, Report, parse_extensions, read, sample_texts
+from data_tools.inputs import parse_extensions
+from data_tools.readers import ReadOptions, Report, read, sample_texts
 from llada.errors import UserError
 
 TEXTS = ["eins", "zwei\nZeilen", "drei é 🙂", " \n"]

@@ -1,0 +1,188 @@
+"""The folder of a corpus while it is made: OUTPUT.partial, which keeps finished units until it takes its name."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from data_tools.dedup import DUPLICATES, HASHES
+from data_tools.passes import ENTRIES, PARTS
+from data_tools.units import PLAN, Plan
+from llada.data.corpus import CORPUS_FILES, MANIFEST, Manifest
+from llada.errors import RunError, UserError
+from llada.files import check_replaceable, swap, sync_folder, sync_tree
+from llada.tokenizer import Tokenizer
+
+_TRIES = 100
+_WORKING = (ENTRIES, PARTS, HASHES, DUPLICATES)
+
+
+class Output:
+    """Where a corpus goes.
+
+    Args:
+        output: as given.
+        force: replace what is there.
+        shared: other tasks work on the same corpus.
+    """
+
+    def __init__(self, output: str | Path, force: bool, shared: bool) -> None:
+        self.given, self._force, self._shared = output, force, shared
+        self.final = Path(os.path.realpath(output))
+        self.partial = self.final.with_name(f"{self.final.name}.partial")
+
+    def finished(self, digest: str) -> Manifest | None:
+        """The manifest if the corpus is there already, made of the same inputs with the same settings. With `force`, it is made
+        again, unless other tasks may just have finished it. Raises UserError if something else is there that may not be replaced."""
+        if not os.path.lexists(self.given):
+            return None
+        manifest = _manifest(self.final)
+        if manifest is not None and manifest.plan == digest and (self._shared or not self._force):
+            return manifest
+        check_replaceable(Path(self.given), self.final, self._force, "a prepared corpus", CORPUS_FILES, "--output")
+        return None
+
+    def unfinished(self, digest: str, settings: dict[str, Any]) -> Plan | None:
+        """The plan of a preparation that was interrupted, of the same inputs and settings. Raises UserError for another's, unless
+        `force`, which discards it."""
+        if not self.partial.exists():
+            return None
+        plan = Plan.load(self.partial)
+        if plan is None and not (self.partial.is_dir() and self._is_begun()):
+            raise UserError(f"--output: '{self.partial}' is in the way: it is no unfinished preparation; move it away")
+        if plan is None or plan.digest == digest:
+            return plan
+        if not self._force:
+            raise UserError(
+                f"--output: '{self.partial}' holds an unfinished preparation {_difference(plan.settings, settings)}; "
+                "--force discards it and starts over"
+            )
+        shutil.rmtree(self.partial)
+        return None
+
+    def _is_begun(self) -> bool:
+        """Nothing but what is made before the plan."""
+        return all(path.name in (*_WORKING, "tokenizer") or PLAN in path.name for path in self.partial.iterdir())
+
+    def finished_by_another(self, digest: str) -> Manifest | None:
+        """The manifest of the same corpus if another process has made it while this one worked on it too."""
+        manifest = None if self.partial.exists() else _manifest(self.final)
+        if manifest is None or manifest.plan != digest:
+            return None
+        _remove_partial_files(self.final)  # that this process has left, if they were renamed with the rest
+        return manifest
+
+    def is_written(self, digest: str) -> bool:
+        """Everything is there but the name."""
+        manifest = _manifest(self.partial)
+        return manifest is not None and manifest.plan == digest
+
+    @contextmanager
+    def working(self, plan: Plan, tokenizer: Tokenizer) -> Iterator[Path]:
+        """The unfinished folder with the plan, and a copy of the tokenizer. It stays after an error if a unit is finished in it.
+
+        Raises:
+            UserError: it cannot be made.
+            RunError: an operating system's error while writing.
+        """
+        created = self._make(plan, tokenizer)
+        try:
+            yield self.partial
+        except OSError as error:
+            self._give_up(created)
+            raise RunError(f"{self.given}: cannot be written ({error}){self._kept(plan)}") from error
+        except UserError as error:
+            self._give_up(created)
+            raise UserError(f"{error}{self._kept(plan)}") from None
+        except BaseException as error:
+            self._give_up(created)
+            if isinstance(error, KeyboardInterrupt):
+                error.args = (self._kept(plan),)
+            raise
+
+    def _make(self, plan: Plan, tokenizer: Tokenizer) -> list[Path]:
+        created = [folder for folder in self.partial.parents if not folder.exists()]
+        try:
+            for folder in _WORKING:
+                (self.partial / folder).mkdir(parents=True, exist_ok=True)
+            if not (self.partial / "tokenizer").exists():
+                own = self.partial / f"{PLAN}.tokenizer-{os.getpid()}"
+                tokenizer.save(own)
+                sync_tree(own)
+                with suppress(OSError):  # another task was faster; its copy is the same
+                    os.rename(own, self.partial / "tokenizer")
+                shutil.rmtree(own, ignore_errors=True)
+            if not (self.partial / PLAN).exists():
+                plan.save(self.partial)
+        except OSError as error:
+            self._give_up(created)
+            raise UserError(f"--output: '{self.given}' cannot be made ({error.strerror})") from None
+        return created
+
+    def _kept(self, plan: Plan) -> str:
+        if (self.partial / MANIFEST).exists():
+            return f"; all is written and kept in '{self.partial}': the same command ends it"
+        done = self._done()
+        kept = f"; {done:,} of {len(plan.units):,} units are finished and kept in '{self.partial}': the same command goes on"
+        return kept if done else ""
+
+    def _done(self) -> int:
+        folder = self.partial / ENTRIES
+        return sum(path.suffix == ".json" for path in folder.iterdir()) if folder.is_dir() else 0
+
+    def _give_up(self, created: list[Path]) -> None:
+        """Leave nothing behind, if nothing is worth keeping."""
+        if self._shared or self._done() or (self.partial / MANIFEST).exists():
+            return
+        shutil.rmtree(self.partial, ignore_errors=True)
+        for folder in created:
+            with suppress(OSError):  # someone else uses it by now
+                folder.rmdir()
+
+    def publish(self) -> Manifest:
+        """Remove what only the work needed, and take the name."""
+        for name in _WORKING:
+            _remove(self.partial / name)
+        _remove_partial_files(self.partial)
+        for path in self.partial.glob(f"{PLAN}?*"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        (self.partial / PLAN).unlink(missing_ok=True)
+        sync_folder(self.partial)
+        if os.path.lexists(self.given):
+            swap(self.partial, self.final)
+        else:
+            os.rename(self.partial, self.final)  # refuses a folder that was filled in the meantime
+        sync_folder(self.final.parent)
+        return Manifest.load(self.final)
+
+
+def _remove(folder: Path) -> None:
+    """Also while another process still adds files: once the folder is gone, it cannot."""
+    for _ in range(_TRIES):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+    raise RunError(f"{folder}: cannot be removed")
+
+
+def _remove_partial_files(folder: Path) -> None:
+    """Of killed workers."""
+    for path in folder.glob("*.partial-*"):
+        path.unlink(missing_ok=True)
+
+
+def _manifest(folder: Path) -> Manifest | None:
+    try:
+        return Manifest.load(folder)
+    except UserError:
+        return None
+
+
+def _difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
+    """Which settings are not the same, else the inputs."""
+    changed = [f"{key} {theirs.get(key)!r}, now {ours.get(key)!r}" for key in sorted({*theirs, *ours}) if theirs.get(key) != ours.get(key)]
+    return f"with other settings ({'; '.join(changed)})" if changed else "of other inputs, or ones that have changed since"

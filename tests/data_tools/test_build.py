@@ -1,0 +1,408 @@
+"""One corpus in many ways: workers, tasks, kills, a full disk; always the same bytes, or one clear line and nothing lost."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_tools import build, dedup, pool
+from data_tools.build import Effort, Unfinished
+from data_tools.inspect import check
+from data_tools.prepare import prepare
+from llada.data.corpus import Manifest
+from llada.errors import RunError, TryAgain, UserError
+from llada.tokenizer import Tokenizer, train_byte_level_bpe
+
+UNIT = 4000
+"""Bytes of text in a unit here: about thirty units."""
+
+
+def texts(n: int, seed: int) -> list[str]:
+    generator = random.Random(seed)
+    words = ["masked", "diffusion", "größer", "🙂", "the", "<|mdm_mask|>", "\n", "0x1F", "model", "a" * 50]
+    return [f"{i} " + " ".join(generator.choices(words, k=generator.randrange(60))) for i in range(n)]
+
+
+def write_lines(path: Path, documents: list[str]) -> None:
+    content = "".join(json.dumps({"text": text}) + "\n" for text in documents).encode()
+    path.write_bytes(gzip.compress(content, mtime=0) if path.suffix == ".gz" else content)
+
+
+DOCUMENTS = {f"{name}.jsonl": texts(count, seed) for seed, (name, count) in enumerate({"a": 250, "b": 1, "c": 40, "d.0": 120}.items())}
+DOCUMENTS["c.jsonl"][7:9] = [DOCUMENTS["a.jsonl"][3]] * 2  # copies, over two files
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with inputs (lines, packed lines, many small files) and a tokenizer."""
+    root = tmp_path_factory.mktemp("build")
+    (root / "in").mkdir()
+    for name, documents in DOCUMENTS.items():
+        write_lines(root / "in" / name, documents)
+    write_lines(root / "in" / "e.jsonl.gz", texts(60, 9))
+    for number, text in enumerate(texts(40, 10)):
+        (root / "in" / f"f{number:02d}.txt").write_text(text)
+    train_byte_level_bpe(iter(DOCUMENTS["a.jsonl"]), 320).save(root / "tokenizer")
+    return root
+
+
+def everything() -> list[str]:
+    lines = [text for name in sorted(DOCUMENTS) for text in DOCUMENTS[name]]
+    return [*lines, *texts(60, 9), *texts(40, 10)]
+
+
+def sums(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.rglob("*") if path.is_file()}
+
+
+def make(place: Path, output: Path, **options) -> Manifest:
+    settings = {
+        "inputs": [place / "in"],
+        "tokenizer_path": place / "tokenizer",
+        "unit_bytes": UNIT,
+        "validation_fraction": 0.1,
+        "shard_tokens": 2000,
+    }
+    return prepare(output=output, **(settings | options))
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["all", "dedup"])
+def whole(request: pytest.FixtureRequest, place: Path) -> tuple[bool, dict[str, str]]:
+    folder = place / f"whole-{request.param}"
+    make(place, folder, dedup=request.param)
+    assert check(folder) == []
+    return request.param, sums(folder)
+
+
+# -- the same bytes ----------------------------------------------------------------------------------------------------
+
+
+def test_every_document_is_there_once_and_megatron_reads_it(place: Path, whole: tuple[bool, dict[str, str]]):
+    deduplicated, _ = whole
+    folder = place / f"whole-{deduplicated}"
+    manifest = Manifest.load(folder)
+    encoder = Tokenizer.load(place / "tokenizer")
+    expected = everything()
+    if deduplicated:
+        expected = list(dict.fromkeys(expected))
+        assert manifest.skipped["documents that repeat an earlier one"] == len(everything()) - len(expected) > 1
+    for split in ("train", "validation"):
+        own = [text for text in expected if (hash_of(text) < 0.1 * 2**64) == (split == "validation")]
+        read = [ids for entry in manifest.of(split) for ids in documents(folder / entry.name)]
+        assert read == [[*encoder.encode(text).tolist(), encoder.eos_id] for text in own]
+        assert manifest.totals(split)[2] == sum(len(text.encode()) for text in own)
+    assert len(manifest.of("train")) > 20
+    assert all(entry.tokens >= 2000 for entry in manifest.of("validation")[:-1])  # of all units together
+    assert sum(source["documents"] for source in manifest.sources) == len(everything())
+
+
+def hash_of(text: str) -> int:
+    import xxhash
+
+    return xxhash.xxh3_64(text.encode()).intdigest()
+
+
+def documents(path: Path) -> list[list[int]]:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset  # not at the top: workers import this module
+
+    dataset = IndexedDataset(str(path))
+    return [dataset[i].tolist() for i in range(len(dataset))]
+
+
+def test_two_workers(place: Path, whole: tuple[bool, dict[str, str]], tmp_path: Path):
+    make(place, tmp_path / "corpus", dedup=whole[0], effort=Effort(workers=2))
+    assert sums(tmp_path / "corpus") == whole[1]
+
+
+def test_five_tasks_in_any_order(place: Path, whole: tuple[bool, dict[str, str]], tmp_path: Path):
+    """Each is run until it has nothing left to do, as an array is that is submitted again."""
+    waiting = [3, 0, 4, 2, 1]
+    random.Random(0).shuffle(waiting)
+    rounds = 0
+    while waiting:
+        task = waiting.pop(0)
+        rounds += 1
+        try:
+            make(place, tmp_path / "corpus", dedup=whole[0], effort=Effort(task=task, tasks=5, wait=0))
+        except TryAgain as error:
+            assert whole[0] and "are still to come from other tasks" in str(error)
+            waiting.append(task)
+        except Unfinished as error:
+            assert f"task {task} of 5 is done" in str(error)
+    assert rounds == (5 if not whole[0] else rounds)
+    assert sums(tmp_path / "corpus") == whole[1]
+    assert make(place, tmp_path / "corpus", dedup=whole[0], effort=Effort(task=2, tasks=5)).plan  # once more: nothing to do
+    assert sums(tmp_path / "corpus") == whole[1]
+
+
+COMMAND = """
+import sys
+from data_tools.build import Effort
+from data_tools.prepare import prepare
+if __name__ == "__main__":
+    place, output, dedup, workers = sys.argv[1:]
+    prepare([place + "/in"], place + "/tokenizer", output, unit_bytes={unit}, validation_fraction=0.1, shard_tokens=2000,
+            dedup=dedup == "True", effort=Effort(workers=int(workers)))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("deduplicated", [False, True], ids=["all", "dedup"])
+def test_ten_kills_at_random_moments(deduplicated: bool, place: Path, tmp_path: Path):
+    """Killed by -9, with one or two workers; started again until it is through."""
+    unit = 1000
+    make(place, tmp_path / "whole", unit_bytes=unit, dedup=deduplicated)
+    script = tmp_path / "prepare.py"
+    script.write_text(COMMAND.format(unit=unit))
+    target = tmp_path / "corpus"
+    generator = random.Random(5)
+    steps = len(Manifest.load(tmp_path / "whole").of("train")) * (1 + deduplicated)
+    for number, moment in enumerate(sorted(generator.sample(range(steps - 20), 10))):
+        process = start(script, place, target, deduplicated, 1 + number % 2)
+        while done(target) < moment:
+            assert process.poll() is None
+            time.sleep(0.001)
+        time.sleep(generator.random() * 0.01)
+        process.kill()
+        process.wait()
+        assert not target.exists()
+    process = start(script, place, target, deduplicated, 2)
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == 0, errors
+    assert sums(target) == sums(tmp_path / "whole")
+    assert not target.with_name("corpus.partial").exists()
+
+
+def start(script: Path, place: Path, target: Path, deduplicated: bool, workers: int) -> subprocess.Popen[str]:
+    arguments = [sys.executable, str(script), str(place), str(target), str(deduplicated), str(workers)]
+    return subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def done(target: Path) -> int:
+    """Units (or hashes of units) that are finished."""
+    partial = target.with_name("corpus.partial")
+    return sum(1 for folder in ("units", "hashes", "duplicates") for _ in (partial / folder).glob("[0-9]*.[jn]*"))
+
+
+def test_units_done_by_two_at_once_are_the_same(place: Path, whole: tuple[bool, dict[str, str]], tmp_path: Path):
+    """The same command twice at the same time, as after a mistaken second submission."""
+    script = tmp_path / "prepare.py"
+    script.write_text(COMMAND.format(unit=UNIT))
+    both = [start(script, place, tmp_path / "corpus", whole[0], 1) for _ in range(2)]
+    ends = [process.communicate(timeout=100) for process in both]
+    assert [process.returncode for process in both] == [0, 0], ends
+    assert sums(tmp_path / "corpus") == whole[1]
+
+
+# -- interruptions -----------------------------------------------------------------------------------------------------
+
+
+def counting(monkeypatch: pytest.MonkeyPatch, fails_at: int, error: BaseException) -> list[int]:
+    """The units that are tokenized; one of them, by its place in the order of work, fails."""
+    from data_tools.passes import _Opened
+
+    units: list[int] = []
+    tokenize = _Opened.tokenize
+
+    def guarded(self: _Opened, unit: int, advance: pool.Advance) -> None:
+        units.append(unit)
+        if len(units) == fails_at:
+            raise error
+        tokenize(self, unit, advance)
+
+    monkeypatch.setattr(_Opened, "tokenize", guarded)
+    return units
+
+
+def test_what_is_finished_is_not_done_again(place: Path, whole: tuple[bool, dict[str, str]], tmp_path: Path, monkeypatch):
+    units = counting(monkeypatch, 6, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt, match=r"5 of \d+ units are finished and kept in '.*corpus.partial': the same command goes on"):
+        make(place, tmp_path / "corpus", dedup=whole[0])
+    assert not (tmp_path / "corpus").exists()
+    with pytest.raises(UserError, match=r"no manifest.json"):
+        Manifest.load(tmp_path / "corpus.partial")
+    make(place, tmp_path / "corpus", dedup=whole[0])
+    assert units == [0, 1, 2, 3, 4, 5, *range(5, max(units) + 1)]
+    assert sums(tmp_path / "corpus") == whole[1]
+
+
+def test_an_unfinished_preparation_of_something_else_is_refused(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    counting(monkeypatch, 3, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        make(place, tmp_path / "corpus")
+    with pytest.raises(UserError, match=r"unfinished preparation with other settings \(shard_tokens 2000, now 3000\); --force discards it"):
+        make(place, tmp_path / "corpus", shard_tokens=3000)
+    with pytest.raises(UserError, match=r"unfinished preparation of other inputs"):
+        prepare(
+            [place / "in" / "a.jsonl"],
+            place / "tokenizer",
+            tmp_path / "corpus",
+            unit_bytes=UNIT,
+            validation_fraction=0.1,
+            shard_tokens=2000,
+        )
+    other = tmp_path / "other"
+    train_byte_level_bpe(iter(["other text"] * 9), 300).save(other)
+    with pytest.raises(UserError, match=r"with other settings \(tokenizer '"):
+        make(place, tmp_path / "corpus", tokenizer_path=other)
+    assert make(place, tmp_path / "corpus", shard_tokens=3000, force=True).options["shard_tokens"] == 3000
+    (tmp_path / "mine.partial").mkdir()
+    (tmp_path / "mine.partial" / "notes").touch()
+    with pytest.raises(UserError, match=r"mine.partial' is in the way"):
+        make(place, tmp_path / "mine")
+
+
+def test_inputs_that_change_meanwhile(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "a.jsonl"
+    write_lines(path, DOCUMENTS["a.jsonl"])
+    counting(monkeypatch, 3, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        prepare([path], place / "tokenizer", tmp_path / "corpus", unit_bytes=UNIT)
+    plan = build.make_plan
+
+    def changed(*arguments):
+        made = plan(*arguments)
+        write_lines(path, DOCUMENTS["a.jsonl"][1:])
+        return made
+
+    with pytest.raises(UserError, match="of other inputs, or ones that have changed since"):
+        os.utime(path, (1, 1))
+        prepare([path], place / "tokenizer", tmp_path / "corpus", unit_bytes=UNIT)
+    monkeypatch.setattr(build, "make_plan", changed)
+    with pytest.raises(UserError, match=r"a.jsonl has changed since the preparation began; start over with --force"):
+        prepare([path], place / "tokenizer", tmp_path / "corpus", unit_bytes=UNIT, force=True)
+
+
+@pytest.fixture()
+def small_disk(tmp_path: Path):
+    """A file system of 1 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(folder)], check=True)
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_full_disk(workers: int, place: Path, whole: tuple[bool, dict[str, str]], small_disk: Path):
+    ballast = small_disk / "ballast"
+    ballast.write_bytes(bytes(700_000))
+    with pytest.raises(
+        RunError, match=r"No space left on device\); \d+ of \d+ units are finished and kept .*: the same command goes on"
+    ) as caught:
+        make(place, small_disk / "corpus", dedup=whole[0], effort=Effort(workers=workers))
+    assert "\n" not in str(caught.value)
+    ballast.unlink()
+    make(place, small_disk / "corpus", dedup=whole[0], effort=Effort(workers=workers))
+    assert sums(small_disk / "corpus") == whole[1]
+
+
+def test_a_worker_that_is_killed(place: Path, tmp_path: Path):
+    with pytest.raises(RunError, match=r"a worker ended with exit code -9; .*fewer --workers"):
+        pool.run(_Killed(), "any", range(5), 2, lambda *_: None)
+
+
+class _Killed:
+    def open(self, step: str) -> pool.Work:
+        def work(unit: int, advance: pool.Advance) -> None:
+            if unit == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        return work
+
+
+class _Failing:
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def open(self, step: str) -> pool.Work:
+        def work(unit: int, advance: pool.Advance) -> None:
+            advance(1, 2, 3)
+            raise self.error
+
+        return work
+
+
+@pytest.mark.parametrize("error", [UserError("a"), RunError("b"), OSError(28, "No space"), ValueError("d")])
+def test_what_a_worker_raises_is_raised(error: Exception):
+    seen: list[tuple[int, ...]] = []
+    with pytest.raises(RuntimeError if isinstance(error, ValueError) else type(error), match=str(error.args[0])):
+        pool.run(_Failing(error), "any", range(2), 2, lambda *numbers: seen.append(numbers))
+    assert (1, 2, 3) in seen
+
+
+# -- duplicates --------------------------------------------------------------------------------------------------------
+
+
+def test_duplicates_are_merged_a_range_at_a_time(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    make(place, tmp_path / "whole", dedup=True)
+    monkeypatch.setattr(dedup, "ROWS_AT_ONCE", 50)
+    seen: list[int] = []
+    merge = dedup.MergeJob._merge
+    monkeypatch.setattr(dedup.MergeJob, "_merge", lambda self, number, advance: (seen.append(number), merge(self, number, advance)))
+    make(place, tmp_path / "corpus", dedup=True)
+    assert seen == list(range(len(everything()) // 50 + 1))
+    assert sums(tmp_path / "corpus") == sums(tmp_path / "whole")
+
+
+def test_the_first_copy_stays(place: Path, tmp_path: Path):
+    generator = np.random.default_rng(3)
+    found = [f"text {k}" for k in generator.integers(0, 150, 600)]
+    for number in range(3):
+        write_lines(tmp_path / f"{number}.jsonl", found[200 * number : 200 * (number + 1)])
+    inputs = [tmp_path / f"{number}.jsonl" for number in (2, 0, 1)]
+    manifest = prepare(inputs, place / "tokenizer", tmp_path / "corpus", unit_bytes=700, validation_fraction=0.0, dedup=True)
+    order = found[400:] + found[:400]
+    encoder = Tokenizer.load(place / "tokenizer")
+    read = [ids for entry in manifest.shards for ids in documents(tmp_path / "corpus" / entry.name)]
+    assert read == [[*encoder.encode(text).tolist(), encoder.eos_id] for text in dict.fromkeys(order)]
+    assert manifest.skipped == {"documents that repeat an earlier one": 600 - len(set(found))}
+
+
+# -- what users get wrong ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("effort", "message"),
+    [
+        ({"workers": 0}, "--workers: 0 is less than 1"),
+        ({"tasks": 0}, "--tasks: 0 is less than 1"),
+        ({"task": 5, "tasks": 5}, r"--task: 5 is not one of 0..4, the numbers of the tasks \(--tasks 5\)"),
+        ({"task": -1}, "--task: -1 is not one of 0..0"),
+    ],
+)
+def test_efforts_that_are_refused(effort: dict[str, int], message: str):
+    with pytest.raises(UserError, match=message):
+        Effort(**effort)
+
+
+def test_another_task_finished_the_corpus(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Between the last unit of this task and its own attempt to finish."""
+    from data_tools import finish
+
+    make(place, tmp_path / "whole")
+    put_together = finish._put_together
+
+    def late(folder: Path, *rest):
+        monkeypatch.setattr(finish, "_put_together", put_together)
+        make(place, tmp_path / "corpus", effort=Effort(task=0, tasks=2))
+        assert not folder.exists()
+        return put_together(folder, *rest)
+
+    with pytest.raises(Unfinished):
+        make(place, tmp_path / "corpus", effort=Effort(task=1, tasks=2))
+    monkeypatch.setattr(finish, "_put_together", late)
+    make(place, tmp_path / "corpus", effort=Effort(task=0, tasks=2))
+    assert sums(tmp_path / "corpus") == sums(tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "whole"]
