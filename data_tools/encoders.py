@@ -55,7 +55,7 @@ def choose_encoder(tokenizer: Tokenizer, sample: Sequence[str], wanted: str = "a
         UserError: `wanted` is none of BACKENDS, or names a library that cannot be used for this tokenizer.
     """
     if wanted not in BACKENDS:
-        raise UserError(f"encoder: '{wanted}' is none of {', '.join(BACKENDS)}{did_you_mean(wanted, BACKENDS)}")
+        raise UserError(f"--backend: '{wanted}' is none of {', '.join(BACKENDS)}{did_you_mean(wanted, BACKENDS)}")
     library = _Library(tokenizer)
     if wanted == "library":
         return library, ""
@@ -69,7 +69,7 @@ def choose_encoder(tokenizer: Tokenizer, sample: Sequence[str], wanted: str = "a
         else:
             return encoder, "; ".join(reasons)
     if wanted != "auto":
-        raise UserError(f"encoder: '{wanted}' cannot be used for {tokenizer.name}: {reasons[0]}; 'auto' takes another one")
+        raise UserError(f"--backend: '{wanted}' cannot be used for {tokenizer.name}: {reasons[0]}; 'auto' takes another one")
     return library, "; ".join(reasons)
 
 
@@ -90,9 +90,9 @@ def open_encoder(tokenizer: Tokenizer, name: str) -> Encoder:
     try:
         encoder = _open_fast(tokenizer, backend) if backend in _FAST else None
     except _Unusable as problem:
-        raise RunError(f"encoder: '{name}' was chosen and cannot be used here: {problem}") from None
+        raise RunError(f"--backend: '{name}' was chosen and cannot be used here: {problem}") from None
     if encoder is None or encoder.name != name:
-        raise RunError(f"encoder: '{name}' was chosen and here is {library.name if encoder is None else encoder.name}")
+        raise RunError(f"--backend: '{name}' was chosen and here is {library.name if encoder is None else encoder.name}")
     return encoder
 
 
@@ -143,10 +143,16 @@ def _open_fast(tokenizer: Tokenizer, backend: str) -> _Fast:
         name = f"{backend} {metadata.version(backend)}"
         with _problems_of(backend):
             definition, prefix = _definition(tokenizer)
-            return _Fast(name, _OPEN[backend](definition), prefix)
+            return _Fast(name, _opened(_OPEN[backend], definition), prefix)
     except (ImportError, metadata.PackageNotFoundError) as error:
         missing = error.name if isinstance(error, ImportError) and error.name else backend
         raise _Unusable(f"{backend} is not installed" if missing == backend else f"{backend} lacks {missing}") from None
+
+
+@lru_cache(maxsize=2)
+def _opened(opener: Callable[[str], Callable[[list[str]], tuple[Any, Any]]], definition: str) -> Callable[[list[str]], tuple[Any, Any]]:
+    """Once a process: a large vocabulary takes half a second."""
+    return opener(definition)
 
 
 @contextmanager
@@ -168,7 +174,7 @@ class _Pair:
 
     name: str
     fingerprint: str
-    encoder: Encoder = field(compare=False)
+    --backend: Encoder = field(compare=False)
     tokenizer: Tokenizer = field(compare=False)
 
 
@@ -178,7 +184,7 @@ def _difference_on_fixed_texts(pair: _Pair) -> str | None:
     return difference(pair.encoder.encode, _Library(pair.tokenizer).encode, fixed_texts(pair.tokenizer))
 
 
-def _check(encoder: _Fast, tokenizer: Tokenizer, sample: Sequence[str]) -> None:
+def _check(--backend: _Fast, tokenizer: Tokenizer, sample: Sequence[str]) -> None:
     backend = encoder.name.split(" ")[0]
     with _problems_of(backend):
         found = _difference_on_fixed_texts(_Pair(encoder.name, tokenizer.fingerprint, encoder, tokenizer))

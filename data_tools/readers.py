@@ -56,7 +56,7 @@ class ReadOptions:
         extensions: of the files read in folders; None: TEXT_EXTENSIONS. JSON Lines and tables are always read.
         skip_bad: count bad lines, and compressed files that break off, instead of stopping.
         min_length, max_length: bytes of UTF-8 that a text must have; shorter and longer ones are left out and counted. Also bounds
-            memory: a line of more than four times `max_length` is passed over unread.
+            memory: a line that is longer than `max_line` is passed over unread.
         split, name, revision, streaming: of `hf:` inputs, as `datasets.load_dataset` has them.
         structured: documents are records with several fields, not texts: only JSON Lines and tables are read, all columns of these,
             and the lengths do not matter.
@@ -81,8 +81,8 @@ class ReadOptions:
 
     @property
     def max_line(self) -> int:
-        """Bytes of the longest line that is read: room for escapes and other fields."""
-        return 4 * self.max_length
+        """Bytes of the longest line that is read: the longest text with every byte escaped, and a MiB of other fields."""
+        return 6 * self.max_length + (1 << 20)
 
 
 Record = Callable[[Any, tuple[str, int]], Any]

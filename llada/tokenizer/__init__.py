@@ -242,7 +242,7 @@ def _tokenizer_file(path: Path) -> Path:
         raise UserError(f"{path}: no tokenizer in this folder (neither {DEFINITION} nor {MODEL})")
     if not path.is_file():
         raise UserError(f"{path}: no such tokenizer folder or file")
-    if path.suffix not in (".json", ".model"):
+    if path.suffix != ".json" and ".model" not in path.suffixes:  # tokenizer.model.v3 is a name in use
         raise UserError(f"{path}: not a tokenizer (a folder, a tokenizer.json or a SentencePiece .model)")
     return path
 

@@ -48,6 +48,12 @@ def _prefix_model(**options: object) -> bytes:
     return model.getvalue()
 
 
+@pytest.fixture(autouse=True)
+def _nothing_is_open() -> None:
+    """What an earlier test opened stays open in the process."""
+    encoders._opened.cache_clear()
+
+
 @pytest.fixture(scope="module")
 def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]:
     from tokenizers import Tokenizer as Fast
@@ -81,7 +87,7 @@ def theirs(tokenizer: Tokenizer) -> Callable[[str], list[int]]:
     return lambda text: fast.encode(text, add_special_tokens=False).ids
 
 
-def rows(encoder: encoders.Encoder, texts: list[str]) -> list[list[int]]:
+def rows(--backend: encoders.Encoder, texts: list[str]) -> list[list[int]]:
     flat, lengths = encoder.encode(texts)
     assert flat.dtype == lengths.dtype == np.int64
     assert len(lengths) == len(texts) and lengths.sum() == len(flat)
@@ -98,7 +104,7 @@ def test_the_ids_are_the_librarys(kinds: dict[str, Tokenizer], kind: str, backen
     package = "sentencepiece" if isinstance(tokenizer.definition, bytes) else "tokenizers"
     expected = {"auto": (*USABLE[kind], package)[0], "library": package}.get(backend, backend)
     if backend not in (*USABLE[kind], "auto", "library"):
-        with pytest.raises(UserError, match=rf"encoder: '{backend}' cannot be used for .*: {backend} .*'auto' takes another one"):
+        with pytest.raises(UserError, match=rf"--backend: '{backend}' cannot be used for .*: {backend} .*'auto' takes another one"):
             choose_encoder(tokenizer, LIBRARY, backend)
         return
     encoder, note = choose_encoder(tokenizer, LIBRARY, backend)
@@ -192,7 +198,7 @@ def test_a_library_that_differs_is_not_used(kinds: dict[str, Tokenizer], monkeyp
     encoder, note = choose_encoder(kinds["bytes"], sample)
     assert encoder.name.startswith("gigatoken ")
     assert note.startswith("fastokens differs on '") and trigger[:9] in note and "\n" not in note
-    with pytest.raises(UserError, match=r"encoder: 'fastokens' cannot be used for .*: fastokens differs on"):
+    with pytest.raises(UserError, match=r"--backend: 'fastokens' cannot be used for .*: fastokens differs on"):
         choose_encoder(kinds["bytes"], sample, "fastokens")
     spoil(monkeypatch, "gigatoken", change)
     encoder, note = choose_encoder(kinds["bytes"], sample)
@@ -224,20 +230,21 @@ def test_without_the_fast_libraries(kinds: dict[str, Tokenizer], monkeypatch: py
     encoder, note = choose_encoder(kinds["bytes"], LIBRARY)
     assert (encoder.name.split(" ")[0], note) == ("gigatoken", "fastokens is not installed")
     monkeypatch.setitem(sys.modules, "awkward", None)
+    encoders._opened.cache_clear()
     assert choose_encoder(kinds["bytes"], LIBRARY)[1] == "fastokens is not installed; gigatoken lacks awkward"
     monkeypatch.setitem(sys.modules, "gigatoken", None)
     monkeypatch.delitem(sys.modules, "awkward")
     encoder, note = choose_encoder(kinds["bytes"], LIBRARY)
     assert (encoder.name.split(" ")[0], note) == ("tokenizers", "fastokens is not installed; gigatoken is not installed")
     with pytest.raises(
-        UserError, match=r"encoder: 'gigatoken' cannot be used for .*: gigatoken is not installed; 'auto' takes another one"
+        UserError, match=r"--backend: 'gigatoken' cannot be used for .*: gigatoken is not installed; 'auto' takes another one"
     ):
         choose_encoder(kinds["bytes"], LIBRARY, "gigatoken")
     assert rows(encoder, LIBRARY) == [theirs(kinds["bytes"])(text) for text in LIBRARY]
 
 
 def test_a_name_that_is_none(kinds: dict[str, Tokenizer]):
-    with pytest.raises(UserError, match=r"encoder: 'fasttokens' is none of auto, .* \(did you mean 'fastokens'\?\)"):
+    with pytest.raises(UserError, match=r"--backend: 'fasttokens' is none of auto, .* \(did you mean 'fastokens'\?\)"):
         choose_encoder(kinds["bytes"], [], "fasttokens")
 
 
@@ -293,11 +300,12 @@ def test_a_worker_opens_it_by_name_and_uses_one_thread(kinds: dict[str, Tokenize
 
 
 def test_a_worker_with_other_libraries_stops(kinds: dict[str, Tokenizer], monkeypatch: pytest.MonkeyPatch):
-    with pytest.raises(RunError, match=r"encoder: 'fastokens 0.0.1' was chosen and here is fastokens \d"):
+    with pytest.raises(RunError, match=r"--backend: 'fastokens 0.0.1' was chosen and here is fastokens \d"):
         open_encoder(kinds["bytes"], "fastokens 0.0.1")
-    with pytest.raises(RunError, match=r"encoder: 'sentencepiece 0.2.3' was chosen and here is tokenizers \d"):
+    with pytest.raises(RunError, match=r"--backend: 'sentencepiece 0.2.3' was chosen and here is tokenizers \d"):
         open_encoder(kinds["bytes"], "sentencepiece 0.2.3")
     name = choose_encoder(kinds["bytes"], [])[0].name
+    encoders._opened.cache_clear()
     monkeypatch.setitem(sys.modules, "fastokens", None)
-    with pytest.raises(RunError, match=f"encoder: '{name}' was chosen and cannot be used here: fastokens is not installed"):
+    with pytest.raises(RunError, match=f"--backend: '{name}' was chosen and cannot be used here: fastokens is not installed"):
         open_encoder(kinds["bytes"], name)

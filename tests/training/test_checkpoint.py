@@ -36,7 +36,7 @@ def test_every_file_is_flushed_before_the_marker(tmp_path: Path, monkeypatch: py
     (folder / "model" / "weights.distcp").write_bytes(b"w")
     final = checkpoint.commit(folder, state, tmp_path / "tokenizer", {"weights.distcp": checksum(folder / "model" / "weights.distcp")})
     partial = "run/checkpoints/step_00000003.partial"
-    marker = flushed.index(f"{partial}/{checkpoint.MARKER}.tmp")
+    [marker] = [i for i, name in enumerate(flushed) if name.startswith(f"{partial}/{checkpoint.MARKER}.") and name.endswith(".tmp")]
     before = set(flushed[:marker])
     files = {str(path.relative_to(final)) for path in final.rglob("*")} - {checkpoint.MARKER}
     assert {f"{partial}/{name}" for name in files} <= before
