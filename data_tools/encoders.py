@@ -174,7 +174,7 @@ class _Pair:
 
     name: str
     fingerprint: str
-    --backend: Encoder = field(compare=False)
+    encoder: Encoder = field(compare=False)
     tokenizer: Tokenizer = field(compare=False)
 
 
@@ -184,7 +184,7 @@ def _difference_on_fixed_texts(pair: _Pair) -> str | None:
     return difference(pair.encoder.encode, _Library(pair.tokenizer).encode, fixed_texts(pair.tokenizer))
 
 
-def _check(--backend: _Fast, tokenizer: Tokenizer, sample: Sequence[str]) -> None:
+def _check(encoder: _Fast, tokenizer: Tokenizer, sample: Sequence[str]) -> None:
     backend = encoder.name.split(" ")[0]
     with _problems_of(backend):
         found = _difference_on_fixed_texts(_Pair(encoder.name, tokenizer.fingerprint, encoder, tokenizer))

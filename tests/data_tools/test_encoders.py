@@ -87,7 +87,7 @@ def theirs(tokenizer: Tokenizer) -> Callable[[str], list[int]]:
     return lambda text: fast.encode(text, add_special_tokens=False).ids
 
 
-def rows(--backend: encoders.Encoder, texts: list[str]) -> list[list[int]]:
+def rows(encoder: encoders.Encoder, texts: list[str]) -> list[list[int]]:
     flat, lengths = encoder.encode(texts)
     assert flat.dtype == lengths.dtype == np.int64
     assert len(lengths) == len(texts) and lengths.sum() == len(flat)
