@@ -133,7 +133,7 @@ def write_corpus(inputs: Sequence[str | Path], output: str | Path, settings: Cor
     plan = place.unfinished(digest, decided) or make_plan(decided, sources, kind.options, settings.unit_bytes, report)
     encoder, note = kind.choose(tokenizer, plan, effort.backend)
     rules = settings.validation_fraction, settings.shard_tokens, settings.dedup, settings.decontamination
-    job = UnitJob(place.partial, kind, encoder, *rules)
+    job = UnitJob(place.partial, kind, tokenizer, encoder, *rules)
     try:
         with place.working(plan, tokenizer), Progress(effort.stream) as progress:
             progress.say(f"{len(plan.units):,} units; {encoder}" + (f" ({note})" if note else ""))

@@ -27,7 +27,7 @@ from llada.files import write_atomically
 from llada.tokenizer import Tokenizer
 
 T = TypeVar("T")
-BATCH_BYTES = 4 << 20
+BATCH_BYTES = 1 << 20
 """Text that is encoded at a time, of documents that are not longer."""
 ENTRIES, PARTS = "units", "parts"
 """Folders of an unfinished preparation: what is known of finished units, and their shards."""
@@ -93,12 +93,14 @@ class UnitJob:
     Attributes:
         folder: of the unfinished preparation, with its plan and its tokenizer.
         kind: of the documents.
+        tokenizer: of the corpus.
         backend: name of the encoder.
         validation_fraction, shard_tokens, dedup, decontamination: see `data_tools.prepare.prepare`.
     """
 
     folder: Path
     kind: Kind
+    tokenizer: Tokenizer
     backend: str
     validation_fraction: float
     shard_tokens: int
@@ -120,7 +122,7 @@ class _Opened:
         if plan is None:
             raise UserError(f"--output: {job.folder} is gone; start again")
         self.plan = plan
-        self.tokenizer = Tokenizer.load(job.folder / "tokenizer")
+        self.tokenizer = job.tokenizer
         self.steps = job.kind.open(self.tokenizer, job.backend)
         self.contamination = None if step == HASHES else open_contamination(job.decontamination)
 

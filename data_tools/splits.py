@@ -36,9 +36,8 @@ class Encoded:
 def write_batch(batch: Encoded, tokenizer: Tokenizer, writers: dict[str, SplitWriter], fraction: float) -> None:
     """Append every document to the split that its hash names. Raises UserError for an id that no text may have."""
     flat = batch.flat
-    wrong = (flat < 0) | (flat >= tokenizer.vocab_size) | (flat == tokenizer.mask_id)
-    if wrong.any():
-        token_id = int(flat[np.argmax(wrong)])
+    if flat.size and (flat.min() < 0 or flat.max() >= tokenizer.vocab_size or (flat == tokenizer.mask_id).any()):
+        token_id = int(flat[np.argmax((flat < 0) | (flat >= tokenizer.vocab_size) | (flat == tokenizer.mask_id))])
         raise UserError(
             f"--tokenizer: {tokenizer.name} gave id {token_id} for text; allowed are 0..{tokenizer.vocab_size - 1} "
             f"without the mask token {tokenizer.mask_id}"

@@ -54,10 +54,10 @@ class _HashedFile:
         self._hash = xxhash.xxh3_64()
         self._file: BinaryIO = open(self.partial, "wb")  # noqa: SIM115 (outlives this method; closed by finish or discard)
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes | memoryview) -> None:
         self._file.write(data)
         self._hash.update(data)
-        self.bytes += len(data)
+        self.bytes += memoryview(data).nbytes
 
     def finish(self) -> str:
         """Everything is on the disk, still under the temporary name; returns the checksum."""
@@ -144,7 +144,7 @@ class ShardWriter:
         low, high = int(flat.min()), int(flat.max())
         if low < 0 or high > np.iinfo(self.dtype).max:
             raise ValueError(f"shard {self.name}: token ids {low}..{high} do not fit {self.dtype}")
-        self._bin.write(flat.astype(self.dtype).tobytes())
+        self._bin.write(flat.astype(self.dtype).data)
         self._lengths.append(counts.astype("<i4"))
         if replies is not None:
             self._replies = self._replies or _HashedFile(self.folder / f"{self.name}.replies")
