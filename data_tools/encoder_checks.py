@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from data_tools.batches import in_batches
 from data_tools.sentencepiece_models import symbols
 from llada.tokenizer import I64, SPECIAL_TOKENS, Tokenizer
 
@@ -60,7 +61,7 @@ _LAST_CODE_POINTS = (*range(0xE0000, 0xE01F0), 0xF0000, 0xFFFFD, 0x100000, 0x10F
 
 def difference(candidate: Encode, reference: Encode, texts: Sequence[str]) -> str | None:
     """The first text to which two encoders give different ids, shortened for people; None when there is none."""
-    for batch in _batches(texts):
+    for batch in in_batches(texts, len, _BATCH_CHARACTERS):
         ids, lengths = candidate(batch)
         right_ids, right_lengths = reference(batch)
         if np.array_equal(lengths, right_lengths) and np.array_equal(ids, right_ids):
@@ -87,19 +88,6 @@ def _shortened(text: str, candidate: Encode, reference: Encode) -> str:
             return f"{text[:_SHOWN]!r}... ({len(text):,} characters)"
         text = wrong[0]
     return repr(text)
-
-
-def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    size = 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
-        if size >= _BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 def fixed_texts(tokenizer: Tokenizer) -> list[str]:

@@ -6,13 +6,14 @@ import functools
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol
 
 import xxhash
 
+from data_tools.batches import in_batches
 from data_tools.contamination import Contamination
 from data_tools.dedup import HASHES, Duplicates, hashes_path, write_hashes
 from data_tools.inputs import DATASET, Source
@@ -26,7 +27,6 @@ from llada.errors import UserError
 from llada.files import write_atomically
 from llada.tokenizer import Tokenizer
 
-T = TypeVar("T")
 BATCH_BYTES = 1 << 20
 """Text that is encoded at a time, of documents that are not longer."""
 ENTRIES, PARTS = "units", "parts"
@@ -264,20 +264,6 @@ def _check_unchanged(source: Source) -> None:
         raise UserError(f"--input: {source.path}: cannot be read any more ({error.strerror})") from None
     if (status.st_size, str(status.st_mtime_ns)) != (source.bytes, source.stamp):
         raise UserError(f"--input: {source.path} has changed since the preparation began; start over with --force")
-
-
-def in_batches(documents: Iterable[T], size_of: Callable[[T], int], limit: int) -> Iterator[list[T]]:
-    """Group documents until their sizes add up to `limit`."""
-    batch: list[T] = []
-    size = 0
-    for document in documents:
-        batch.append(document)
-        size += size_of(document)
-        if size >= limit:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 def held_out_hash(data: bytes) -> int:

@@ -16,10 +16,10 @@ import xxhash
 
 from data_tools import passes
 from data_tools import prepare as module
+from data_tools.batches import in_batches
 from data_tools.build import Effort
 from data_tools.finish import summary
 from data_tools.inspect import check, describe
-from data_tools.passes import in_batches
 from data_tools.prepare import prepare
 from llada.data.corpus import Corpus, Manifest, problems
 from llada.errors import RunError, UserError
