@@ -126,7 +126,8 @@ def write_corpus(inputs: Sequence[str | Path], output: str | Path, settings: Cor
     options = settings.options()
     decided = {**options, "kind": kind.name, "tokenizer": tokenizer.fingerprint, **_evaluation_stamps(settings.decontamination)}
     digest = digest_of(decided, sources)
-    if (done := place.finished(digest)) is not None:
+    if (done := place.finished(digest, decided)) is not None:
+        Progress(effort.stream).say(f"{output} is there already, made of the same inputs with the same settings")
         return done
     if place.is_written(digest):
         return place.publish()

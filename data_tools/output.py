@@ -35,7 +35,7 @@ class Output:
         self.final = Path(os.path.realpath(output))
         self.partial = self.final.with_name(f"{self.final.name}.partial")
 
-    def finished(self, digest: str) -> Manifest | None:
+    def finished(self, digest: str, settings: dict[str, Any]) -> Manifest | None:
         """The manifest if the corpus is there already, made of the same inputs with the same settings. With `force`, it is made
         again, unless other tasks may just have finished it. Raises UserError if something else is there that may not be replaced."""
         if not os.path.lexists(self.given):
@@ -43,6 +43,11 @@ class Output:
         manifest = _manifest(self.final)
         if manifest is not None and manifest.plan == digest and (self._shared or not self._force):
             return manifest
+        if manifest is not None and not self._force:
+            theirs = {**manifest.options, "kind": manifest.kind, "tokenizer": manifest.tokenizer_fingerprint}
+            raise UserError(
+                f"--output: '{self.given}' exists, a corpus prepared {_difference(theirs, settings)}; --force replaces a prepared corpus"
+            )
         check_replaceable(Path(self.given), self.final, self._force, "a prepared corpus", CORPUS_FILES, "--output")
         return None
 
@@ -184,5 +189,6 @@ def _manifest(folder: Path) -> Manifest | None:
 
 def _difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
     """Which settings are not the same, else the inputs."""
-    changed = [f"{key} {theirs.get(key)!r}, now {ours.get(key)!r}" for key in sorted({*theirs, *ours}) if theirs.get(key) != ours.get(key)]
+    keys = sorted(key for key in {*theirs, *ours} - {"evaluation"} if theirs.get(key) != ours.get(key))
+    changed = [f"{key} {theirs.get(key)!r}, now {ours.get(key)!r}" for key in keys]
     return f"with other settings ({'; '.join(changed)})" if changed else "of other inputs, or ones that have changed since"

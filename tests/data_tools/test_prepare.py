@@ -223,7 +223,8 @@ def test_force(tokenizer: Path, source: Path, tmp_path: Path):
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
     prepare([source], tokenizer, output, shard_tokens=1000)  # the same again: it is there already
     assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before
-    with pytest.raises(UserError, match=r"--output: '.*corpus' exists; --force replaces a prepared corpus"):
+    other = r"--output: '.*corpus' exists, a corpus prepared with other settings \(shard_tokens 1000, now 268435456\); --force replaces"
+    with pytest.raises(UserError, match=other):
         prepare([source], tokenizer, output)
     prepare([source], tokenizer, output, force=True)
     assert not (output / "train-00001.bin").exists()
