@@ -17,7 +17,7 @@ from data_tools import dedup as duplicates
 from data_tools.finish import finish
 from data_tools.inputs import find_sources
 from data_tools.output import Output
-from data_tools.passes import Decontamination, Kind, UnitJob, entry_path
+from data_tools.passes import Decontamination, Kind, UnitJob, entry_path, open_contamination
 from data_tools.pool import Job, run
 from data_tools.progress import Progress
 from data_tools.readers import Report
@@ -138,8 +138,13 @@ def write_corpus(inputs: Sequence[str | Path], output: str | Path, settings: Cor
     try:
         with place.working(plan, tokenizer), Progress(effort.stream) as progress:
             progress.say(f"{len(plan.units):,} units; {encoder}" + (f" ({note})" if note else ""))
+            if (evaluation := open_contamination(settings.decontamination)) is not None:
+                progress.say(evaluation.summary())
             _Passes(job, plan, effort, progress).run()
             return finish(place, plan, tokenizer, kind.name, settings.shard_tokens, options)
+    except KeyboardInterrupt as interrupt:
+        Progress(effort.stream).say(f"interrupted{interrupt}")
+        raise
     except (RunError, UserError, Unfinished):
         if (done := _finished_meanwhile(place, digest)) is not None:
             return done

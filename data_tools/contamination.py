@@ -82,6 +82,11 @@ class Contamination:
         self._filter = np.zeros(1 << bits, dtype=np.bool_)
         self._filter[self._hashes >> self._shift] = True
 
+    def summary(self) -> str:
+        """What is looked for, and what cannot be found."""
+        short = f"; {self.too_short:,} of them have fewer than {self.ngram} words and cannot be found" if self.too_short else ""
+        return f"{self.ngrams:,} runs of {self.ngram} words of {self.texts:,} evaluation texts{short}"
+
     def overlaps(self, texts: Sequence[str]) -> npt.NDArray[np.bool_]:
         """Whether each text shares an n-gram with an evaluation text [len(texts)]."""
         found = np.zeros(len(texts), dtype=np.bool_)

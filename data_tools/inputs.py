@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import stat
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,8 +107,9 @@ def find_sources(inputs: Sequence[str | Path], options: ReadOptions, report: Rep
     if not inputs:
         raise UserError("--input: give at least one file or folder")
     places = [given if given.startswith(HUB) else os.path.realpath(given) for given in map(str, inputs)]
+    counts = Counter(places)
     for given, place in zip(inputs, places, strict=True):
-        if places.count(place) > 1:
+        if counts[place] > 1:
             raise UserError(f"--input: '{given}' is given twice; its documents would be read twice")
     found: list[Source] = []
     owners: dict[tuple[int, int] | str, str] = {}

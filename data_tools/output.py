@@ -66,6 +66,10 @@ class Output:
                 f"--output: '{self.partial}' holds an unfinished preparation {_difference(plan.settings, settings)}; "
                 "--force discards it and starts over"
             )
+        if self._shared:
+            raise UserError(
+                f"--force: '{self.partial}' is of other inputs or settings, and other tasks may be at work in it; remove it first"
+            )
         shutil.rmtree(self.partial)
         return None
 
@@ -102,7 +106,8 @@ class Output:
             raise RunError(f"{self.given}: cannot be written ({error}){self._kept(plan)}") from error
         except UserError as error:
             self._give_up(created)
-            raise UserError(f"{error}{self._kept(plan)}") from None
+            kept = f"; {self._done():,} of {len(plan.units):,} units are kept in '{self.partial}', --force discards them"
+            raise UserError(f"{error}{kept if self._done() else ''}") from None
         except BaseException as error:
             self._give_up(created)
             if isinstance(error, KeyboardInterrupt):
@@ -141,7 +146,8 @@ class Output:
 
     def _give_up(self, created: list[Path]) -> None:
         """Leave nothing behind, if nothing is worth keeping."""
-        if self._shared or self._done() or (self.partial / MANIFEST).exists():
+        results = [path for name in (ENTRIES, HASHES, DUPLICATES) for path in (self.partial / name).glob("[0-9]*")]
+        if self._shared or any(path.suffix in (".json", ".npy") for path in results) or (self.partial / MANIFEST).exists():
             return
         shutil.rmtree(self.partial, ignore_errors=True)
         for folder in created:

@@ -46,10 +46,10 @@ class Progress:
         seconds = max(time.monotonic() - self._started, 1e-9)
         rate = self._text / seconds
         left = max(self._total - self._text, 0)
-        ends = f", {_clock(left / rate)} left" if left and rate else ""
+        ends = f"{_clock(left / rate)} to go, " if left and rate else ""
         return (
-            f"{self._what}: {self._text / 1e6:,.0f} MB of text, {rate / 1e6:,.1f} MB/s, {self._tokens:,} tokens, "
-            f"{self._tokens / seconds:,.0f} tokens/s, {self._left_out:,} left out{ends}"
+            f"{self._what}: {ends}{self._text / 1e6:,.0f} MB, {rate / 1e6:,.1f} MB/s, {self._left_out:,} left out, "
+            f"{self._tokens:,} tokens, {self._tokens / seconds:,.0f} tokens/s"
         )
 
     def _show(self) -> None:
@@ -64,8 +64,10 @@ class Progress:
             from rich.console import Console
             from rich.progress import BarColumn, TextColumn
             from rich.progress import Progress as Bar
+            from rich.table import Column
 
-            self._bar = Bar(BarColumn(20), TextColumn("{task.description}"), console=Console(file=self._stream))
+            console = Console(file=self._stream)
+            self._bar = Bar(BarColumn(10), TextColumn("{task.description}", table_column=Column(overflow="fold", ratio=1)), console=console)
             self._task = self._bar.add_task("reading", total=None)
             self._bar.start()
         return self

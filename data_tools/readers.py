@@ -201,7 +201,8 @@ def read_slice(source: Source, part: Slice | None, options: ReadOptions, report:
     except UnicodeDecodeError as error:
         _problem(source, report, "files not UTF-8", f"byte {error.start} is not UTF-8; text, code and JSON Lines are read")
     except (OSError, EOFError, zlib.error) as error:
-        if not entry["documents"]:
+        # A table was read when it was measured, and may be one slice of many: what fails now is never left out silently.
+        if not entry["documents"] and source.format in (TEXT, JSONL):
             _problem(source, report, "files unreadable", f"cannot be read ({error})")
         elif options.skip_bad:
             report.leave_out(source.path, None, "files that break off", f"after {entry['documents']:,} documents ({error})")
@@ -223,7 +224,7 @@ def _documents(source: Source, part: Slice | None, options: ReadOptions, report:
     from data_tools import tables
 
     first, values = tables.rows(source, part, options)
-    return _accepted(values, source, options, report, record, lambda value: value, lambda: first)
+    return _accepted(values, source, options, report, record, _row, lambda: first)
 
 
 def _accepted(
@@ -322,6 +323,12 @@ def _count_lines(source: Source, start: int) -> int:
             count += piece.count(b"\n")
             left -= len(piece)
     return count + (not piece.endswith(b"\n"))  # a line that goes on past the start of the slice is passed over there
+
+
+def _row(value: Any) -> Any:
+    if isinstance(value, UnicodeDecodeError):
+        raise BadRecord("rows not UTF-8", f"not UTF-8 ({value.reason})")
+    return value
 
 
 def _json(line: bytes, parse: Callable[[bytes], Any]) -> Any:

@@ -12,8 +12,8 @@ from llada.errors import UserError, did_you_mean
 if TYPE_CHECKING:
     from data_tools.readers import ReadOptions
 
-_ROWS = 256
-"""Rows taken at a time: bounds memory whatever the size of a row group."""
+_ROWS, _BYTES = 256, 16 << 20
+"""Rows and bytes taken at a time: bounds memory whatever the size of a row group; one row may be larger."""
 _NAMES_SHOWN = 8
 
 
@@ -76,10 +76,26 @@ def _numbered(batches: Iterator[Any]) -> Iterator[tuple[int, dict[str, Any]]]:
     number = 0
     with _refusals():
         for batch in batches:
-            for start in range(0, batch.num_rows, _ROWS):
-                for row in batch.slice(start, _ROWS).to_pylist():
+            step = _rows_at_once(batch.nbytes, batch.num_rows)
+            for start in range(0, batch.num_rows, step):
+                for row in _rows_of(batch.slice(start, step)):
                     number += 1
                     yield number, row
+
+
+def _rows_at_once(size: int, rows: int) -> int:
+    return max(1, min(_ROWS, _BYTES * rows // max(size, 1)))
+
+
+def _rows_of(batch: Any) -> list[Any]:
+    """Rows as dicts; in the place of one that is not UTF-8 the error."""
+    try:
+        rows: list[Any] = batch.to_pylist()
+        return rows
+    except UnicodeDecodeError as error:
+        if batch.num_rows == 1:
+            return [error]
+        return [row for i in range(batch.num_rows) for row in _rows_of(batch.slice(i, 1))]
 
 
 # -- Parquet -----------------------------------------------------------------------------------------------------------
@@ -100,10 +116,12 @@ def _parquet_rows(source: Source, part: Slice | None, options: ReadOptions) -> t
     columns = _columns(source, file.schema_arrow.names, options)
     groups = range(file.num_row_groups) if part is None else range(part.start, part.stop)
     before = sum(file.metadata.row_group(i).num_rows for i in range(groups.start))
+    sizes = [(_group_bytes(group, columns), group.num_rows) for group in map(file.metadata.row_group, groups)]
+    step = min((_rows_at_once(*size) for size in sizes), default=_ROWS)
 
     def batches() -> Iterator[Any]:
         with file:
-            yield from file.iter_batches(batch_size=_ROWS, row_groups=list(groups), columns=columns, use_threads=False)
+            yield from file.iter_batches(batch_size=step, row_groups=list(groups), columns=columns, use_threads=False)
 
     return before, _numbered(batches())
 

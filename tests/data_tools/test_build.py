@@ -237,6 +237,25 @@ def test_what_is_finished_is_not_done_again(place: Path, whole: tuple[bool, dict
     assert sums(tmp_path / "corpus") == whole[1]
 
 
+def test_hashes_are_kept_too(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from data_tools.passes import _Opened
+
+    hashed: list[int] = []
+    hash_unit = _Opened.hash
+
+    def guarded(self: _Opened, unit: int, advance: pool.Advance) -> None:
+        hashed.append(unit)
+        if len(hashed) == 4:
+            raise KeyboardInterrupt
+        hash_unit(self, unit, advance)
+
+    monkeypatch.setattr(_Opened, "hash", guarded)
+    with pytest.raises(KeyboardInterrupt):
+        make(place, tmp_path / "corpus", dedup=True)
+    make(place, tmp_path / "corpus", dedup=True)
+    assert hashed == [0, 1, 2, 3, *range(3, max(hashed) + 1)]
+
+
 def test_an_unfinished_preparation_of_something_else_is_refused(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     counting(monkeypatch, 3, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):

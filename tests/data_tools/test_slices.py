@@ -190,6 +190,37 @@ def test_rows_without_text_have_their_number(tmp_path: Path):
         sliced(tmp_path / "a.parquet", 100)
 
 
+@pytest.mark.parametrize("named", [True, False])
+def test_a_row_that_is_not_utf8_is_one_bad_row(named: bool, tmp_path: Path):
+    raw = [text.encode() for text in TEXTS]
+    raw[20] = b"\xff\xfe"
+    buffers = pa.array(raw, pa.binary()).buffers()
+    column = pa.Array.from_buffers(pa.string(), len(raw), buffers)
+    parquet.write_table(pa.table({"text": column}), tmp_path / "a.parquet", row_group_size=7)
+    place = tmp_path / "a.parquet" if named else tmp_path
+    for size in (100, 10**6):
+        with pytest.raises(UserError, match=r"a.parquet:21: not UTF-8"):
+            sliced(place, size)
+        found, report = sliced(place, size, skip_bad=True)
+        assert [text for unit in found for text in unit] == [*TEXTS[:20], *TEXTS[21:]]
+        assert report.skipped == {"rows not UTF-8": 1}
+
+
+@pytest.mark.parametrize("size", [1, 10**6])
+def test_a_damaged_row_group_is_never_left_out_silently(size: int, tmp_path: Path):
+    parquet.write_table(pa.Table.from_pylist(ROWS), tmp_path / "a.parquet", row_group_size=10, compression="snappy")
+    (tmp_path / "b.txt").write_text("b")
+    column = parquet.ParquetFile(tmp_path / "a.parquet").metadata.row_group(3).column(1)
+    data = bytearray((tmp_path / "a.parquet").read_bytes())
+    start = column.data_page_offset
+    data[start : start + column.total_compressed_size] = b"\xaa" * column.total_compressed_size
+    (tmp_path / "a.parquet").write_bytes(data)
+    with pytest.raises(UserError, match=r"a.parquet: breaks off after \d+ documents"):
+        sliced(tmp_path, size)
+    _, report = sliced(tmp_path, size, skip_bad=True)
+    assert report.skipped == {"files that break off": 1}
+
+
 def test_compressed_tables_are_refused(tmp_path: Path):
     (tmp_path / "a.parquet.gz").write_bytes(gzip.compress(b"PAR1"))
     with pytest.raises(UserError, match=r"a.parquet.gz: unpack it first"):
