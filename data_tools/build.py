@@ -24,6 +24,7 @@ from data_tools.readers import Report
 from data_tools.units import Plan, digest_of, make_plan
 from llada.data.corpus import Manifest
 from llada.errors import RunError, TryAgain, UserError
+from llada.files import checksum
 from llada.tokenizer import Tokenizer
 
 _POLL_SECONDS = 1.0
@@ -166,8 +167,6 @@ def _finished_meanwhile(place: Output, digest: str) -> Manifest | None:
 
 def _evaluation_stamps(rule: Decontamination | None) -> dict[str, Any]:
     """What tells that evaluation texts have changed."""
-    from llada.files import checksum
-
     return {} if rule is None else {"evaluation": [checksum(Path(file))["xxh3"] for file in rule.files if Path(file).is_file()]}
 
 

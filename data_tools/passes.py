@@ -175,26 +175,18 @@ class _Opened:
             source = self.plan.sources[piece.source]
             _check_unchanged(source)
             before, count = report.skipped.copy(), 0
-            # A whole file is read as such: its size is no bound for what it unpacks to.
             for document in read_slice(source, piece.slice, self.job.kind.options, report, self.steps.record):
                 count += 1
                 yield document
             reasons = {} if count else dict(report.skipped - before)
-            if source.named and not count and len(self._pieces(piece.source)) == 1:
+            if source.named and not count and self._num_pieces[piece.source] == 1:
                 raise no_document(source.path, Counter(reasons))
             given.append([piece.source, count, reasons])
 
-    def _pieces(self, source: int) -> list[int]:
-        """Units that have a piece of a source."""
-        return self._units_of[source]
-
     @functools.cached_property
-    def _units_of(self) -> list[list[int]]:
-        units: list[list[int]] = [[] for _ in self.plan.sources]
-        for number, pieces in enumerate(self.plan.units):
-            for piece in pieces:
-                units[piece.source].append(number)
-        return units
+    def _num_pieces(self) -> Counter[int]:
+        """Pieces that each source is cut into."""
+        return Counter(piece.source for unit in self.plan.units for piece in unit)
 
     def _unique(self, unit: int, documents: Iterator[Any], report: Report) -> Iterator[Any]:
         """Without those that are copies of an earlier one."""
