@@ -20,7 +20,7 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Train masked diffusion language models.", pretty_exceptions_enable=False
 )
 app.add_typer(data_app, name="data", help="Tokenize, shard, inspect and verify corpora.")
-convert_app = typer.Typer(no_args_is_help=True, help="Checkpoints to the formats of others.")
+convert_app = typer.Typer(no_args_is_help=True, help="Checkpoints to and from the format of Hugging Face.")
 app.add_typer(convert_app, name="convert")
 
 
@@ -67,14 +67,42 @@ def to_hf(
     checkpoint: Annotated[str, typer.Argument(help="Checkpoint folder, or a run: its latest.")],
     out: Annotated[str, typer.Argument(help="Folder to make.")],
     dtype: Annotated[str | None, typer.Option(help="fp32 or bf16; as the run computed if left out.")] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest weight file, as 5GB or 500MiB.")] = "5GB",
+    average: Annotated[int, typer.Option(help="Write the mean of so many of the run's checkpoints, up to this one.")] = 1,
+    license: Annotated[str, typer.Option(help="Identifier of the licence for the model card, as apache-2.0.")] = "unknown",
     verify: Annotated[bool, typer.Option(help="Compare the folder in plain transformers with the training model.")] = False,
     reference: Annotated[str | None, typer.Option(help="Keep the training model's tokens and logits in this safetensors file.")] = None,
+    skip_checksums: Annotated[bool, typer.Option("--skip-checksums", help="Do not compare the files with their checksums first.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an export that is there.")] = False,
 ) -> None:
     """Write CHECKPOINT as a Hugging Face folder that transformers loads."""
     from llada.hf.convert import convert
 
-    typer.echo(convert(checkpoint, out, dtype, force, verify, reference))
+    options = {"dtype": dtype, "force": force, "max_shard_size": max_shard_size, "average": average, "license_": license}
+    typer.echo(convert(checkpoint, out, verify, reference, checksums=not skip_checksums, **options))
+
+
+@convert_app.command("from-hf")
+def from_hf(
+    folder: Annotated[str, typer.Argument(help="Published LLaDA folder, or a Llama-architecture model.")],
+    out: Annotated[str, typer.Argument(help="Checkpoint folder to make.")],
+    dtype: Annotated[
+        str | None, typer.Option(help="fp32 or bf16 of the stored weights; bf16 stays, fp16 becomes fp32 if left out.")
+    ] = None,
+    add_mask_token: Annotated[bool, typer.Option("--add-mask-token", help="Give the tokenizer a mask token, with a new row.")] = False,
+    add_special_tokens: Annotated[
+        bool, typer.Option("--add-special-tokens", help="Give the tokenizer all of LLaDA's special tokens that it lacks.")
+    ] = False,
+    tokenizer: Annotated[str | None, typer.Option(help="Folder or file of the tokenizer; the model's own folder if left out.")] = None,
+    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read pytorch_model.bin, whose maker you trust.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint that is there.")] = False,
+) -> None:
+    """Write the model of a Hugging Face FOLDER as a checkpoint that a run of any layout starts from (run.init_from)."""
+    from llada.hf.importing import ImportOptions
+    from llada.hf.importing import from_hf as run
+
+    options = ImportOptions(dtype, add_mask_token, add_special_tokens, tokenizer, allow_pickle, force)
+    typer.echo(run(folder, out, options))
 
 
 Model = Annotated[str, typer.Argument(help="Exported folder, checkpoint, or run: its latest checkpoint.")]

@@ -38,6 +38,16 @@ def sync_tree(folder: Path) -> None:
     sync_folder(folder)
 
 
+def require_space(output: str | Path, needed: int, setting: str) -> None:
+    """Raises UserError unless the disk that `output` will lie on has `needed` bytes left."""
+    folder = Path(os.path.realpath(output)).parent
+    while not folder.is_dir():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(f"{setting}: '{output}' needs {needed / 1e9:.2f} GB, and {folder} has {free / 1e9:.2f} GB left")
+
+
 def checksum(path: Path) -> dict[str, Any]:
     """Size in bytes and xxh3_64 (hexadecimal) of a file."""
     digest, size = xxhash.xxh3_64(), 0

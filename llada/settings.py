@@ -26,7 +26,7 @@ class RunSection(Section):
     hang_timeout: float = Field(default=1800.0, ge=0)
     """Seconds without a finished step, validation or save after which silent ranks are named and the run exits with 75; 0: never."""
     init_from: str | None = None
-    """Checkpoint folder to take weights from when the run starts (not when it resumes); recorded as lineage."""
+    """Run, checkpoint or Hugging Face folder to take weights from when the run starts (not when it resumes); recorded as lineage."""
     init_what: Literal["weights", "weights+optimizer"] = "weights"
     """What to take from init_from: the weights alone, or the optimizer's moments and step count too."""
 

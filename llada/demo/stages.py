@@ -162,4 +162,4 @@ def _prepare_talks(tokenizer: Path, pairs: Path, target: Path) -> None:
 def _export(run: Path, target: Path) -> None:
     from llada.hf.convert import convert
 
-    print(convert(str(run), str(target), None, force=False, verify=True, reference=None), flush=True)
+    print(convert(str(run), str(target), verify=True, reference=None), flush=True)

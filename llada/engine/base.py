@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from llada.model.weights import Weights
 from llada.objectives.base import Batch
 
 
@@ -143,6 +144,10 @@ class Engine(Protocol):
 
     def load(self, folder: Path, optimizer: bool = True) -> None:
         """Read what `save` wrote, on any layout; without `optimizer` the weights alone."""
+        ...
+
+    def load_canonical(self, source: Weights) -> None:
+        """Take the weights from canonical tensors; the optimizer starts afresh."""
         ...
 
     def peak_memory_gb(self) -> float:

@@ -21,6 +21,7 @@ from llada.settings import ParallelSection
 cpu.before_import()
 
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel  # noqa: E402
+from megatron.core.dist_checkpointing.mapping import ShardedObject  # noqa: E402
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads  # noqa: E402
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
@@ -31,6 +32,7 @@ from llada.engine import optimizer_state  # noqa: E402
 from llada.engine.saving import BackgroundSave, snapshot, write_in_threads  # noqa: E402
 from llada.model import weights  # noqa: E402
 from llada.model.attention import attention_inputs, choose_kernel  # noqa: E402
+from llada.model.stored import StoredTensors  # noqa: E402
 from llada.model.token_losses import KERNELS  # noqa: E402
 from llada.model.transformer import BidirectionalTransformer, Predicted  # noqa: E402
 
@@ -233,11 +235,14 @@ class MegatronEngine:
     def load(self, folder: Path, optimizer: bool = True) -> None:
         """Read what `save` wrote, on any layout; without `optimizer` the weights alone, and the optimizer starts afresh.
 
-        The fp32 masters of a bf16 run are read in both cases.
+        The fp32 masters of a bf16 run are read in both cases; of a checkpoint without masters the weights take their place.
         """
         self.load_weights(folder)  # first: in fp32 the masters are the weights, and those of a bf16 run have more digits
         parts = self._optimizers()
-        own = optimizer_state.pieces(parts, self._weights(), optimizer_state.EVERYTHING if optimizer else optimizer_state.MASTERS)
+        kinds: tuple[str, ...] = optimizer_state.EVERYTHING
+        if not optimizer:
+            kinds = optimizer_state.MASTERS if StoredTensors(folder).has_masters else optimizer_state.WEIGHTS
+        own = optimizer_state.pieces(parts, self._weights(), kinds)
         views = [piece.data for piece in own]
         state = dist_checkpointing.load({"optimizer": {"pieces": own}}, str(folder))
         for view, value in zip(views, state["optimizer"]["pieces"], strict=True):
@@ -248,6 +253,26 @@ class MegatronEngine:
             optimizer_state.start_moments(parts)
         for replica in self.replicas:  # what other replicas own
             replica.start_param_sync(force_sync=True)
+
+    @torch.no_grad()
+    def load_canonical(self, source: weights.Weights) -> None:
+        """Take the weights from canonical tensors, and start the optimizer afresh; every rank reads the rows that it holds.
+
+        The fp32 masters of a bf16 run take every digit that the source has.
+        """
+        place = self._tensor_place()
+        parameters = self.parameters()
+        names = {id(parameter): name for name, parameter in parameters.items()}
+        for name, parameter in parameters.items():
+            weights.scatter(self.config.model, source, name, parameter, *place)
+        for part in self._optimizers():
+            for parameter in part.model_param_group_index_map:
+                span = part._get_model_param_range_map(parameter)["param"]
+                whole = torch.empty(parameter.shape, dtype=torch.float32)
+                weights.scatter(self.config.model, source, names[id(parameter)], whole, *place)
+                master = part._get_main_param_and_optimizer_states(parameter)["param"]
+                master.copy_(whole.flatten()[span.start : span.end].view(master.shape))
+        optimizer_state.start_moments(self._optimizers())
 
     def _finish_gather(self) -> None:
         """With overlap_param_gather an update's parameters arrive with the next forward pass; whoever reads them before must wait."""
@@ -266,7 +291,9 @@ class MegatronEngine:
 
     def _weights(self) -> dict[str, Any]:
         """The sharded state of all chunks; they must be saved and loaded in one call."""
-        return {f"model{i}": chunk.sharded_state_dict(metadata=self._sharding()) for i, chunk in enumerate(self.chunks)}
+        states = {f"model{i}": chunk.sharded_state_dict(metadata=self._sharding()) for i, chunk in enumerate(self.chunks)}
+        # Not the extra states that Megatron-Core's modules list: they are empty, and a checkpoint made of weights alone has none.
+        return {name: {key: v for key, v in state.items() if not isinstance(v, ShardedObject)} for name, state in states.items()}
 
     @staticmethod
     def _sharding() -> dict[str, Any]:

@@ -15,6 +15,8 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
 MASTERS = ("param",)
+WEIGHTS = ("weight",)
+"""The masters again, read from the weights of a checkpoint that holds no masters."""
 EVERYTHING = ("param", "exp_avg", "exp_avg_sq")
 
 
@@ -49,7 +51,7 @@ def pieces(parts: Sequence[Any], model: dict[str, Any], kinds: Sequence[str]) ->
     Args:
         parts: Megatron-Core's DistributedOptimizers, with moments.
         model: the model's sharded state, which says where each parameter lies in the whole model.
-        kinds: which of EVERYTHING.
+        kinds: which of EVERYTHING, or WEIGHTS.
     """
     homes = {value.data: value for value in nested_values(model) if isinstance(value, (ShardedTensor, ShardedTensorFactory))}
     found: list[ShardedTensor] = []
@@ -60,11 +62,12 @@ def pieces(parts: Sequence[Any], model: dict[str, Any], kinds: Sequence[str]) ->
             span = part._get_model_param_range_map(parameter)["param"]
             state = part._get_main_param_and_optimizer_states(parameter)
             for kind in kinds:
-                found += _cut(kind, state[kind].detach(), span.start, blocks)
+                prefix = "" if kind in WEIGHTS else f"optimizer.state.{kind}."
+                found += _cut(prefix, state["param" if kind in WEIGHTS else kind].detach(), span.start, blocks)
     return found
 
 
-def _cut(kind: str, flat: torch.Tensor, first: int, blocks: list[ShardedTensor]) -> Iterator[ShardedTensor]:
+def _cut(prefix: str, flat: torch.Tensor, first: int, blocks: list[ShardedTensor]) -> Iterator[ShardedTensor]:
     """Rectangles of a flat range of a parameter's elements that begins at element `first`.
 
     The parameter is `blocks` one below the other, each a rectangle of a stored tensor (gate and up of the SwiGLU are two).
@@ -78,7 +81,7 @@ def _cut(kind: str, flat: torch.Tensor, first: int, blocks: list[ShardedTensor])
             data = flat[base + low - first : base + high - first].view((1,) * lead + shape)
             offset = [*block.global_offset[:lead], *(a + b for a, b in zip(block.global_offset[lead:], corner, strict=True))]
             yield ShardedTensor(
-                key=f"optimizer.state.{kind}.{block.key}",
+                key=prefix + block.key,
                 data=data,
                 dtype=data.dtype,
                 local_shape=tuple(data.shape),

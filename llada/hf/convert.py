@@ -3,97 +3,184 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from llada.chat import TEMPLATE, ChatFormat
-from llada.config import RunConfig, build_config
 from llada.errors import UserError
-from llada.files import new_folder
-from llada.hf.stored import StoredTensors, canonical_weights
+from llada.files import new_folder, require_space
+from llada.hf.card import check_license, model_card
+from llada.hf.sources import Mean
+from llada.hf.tensor_files import total_bytes, write_safetensors
 from llada.model import weights
+from llada.model.stored import CheckpointWeights, StoredTensors
+from llada.settings import ModelSection
 from llada.tokenizer import Tokenizer
 from llada.training import checkpoint
+from llada.training.checkpoint import Trained
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-SHARD_BYTES = 5_000_000_000
-"""Largest safetensors file."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SHARD_SIZE = "5GB"
+"""Largest safetensors file if nothing else is asked for."""
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _CODE = ("configuration_llada.py", "modeling_llada.py")
-_FILES = ("config.json", "*.safetensors", "model.safetensors.index.json", "generation_config.json", "*.py", "chat_template.jinja")
+_FILES = (
+    "config.json",
+    "*.safetensors",
+    "model.safetensors.index.json",
+    "generation_config.json",
+    "*.py",
+    "chat_template.jinja",
+    "README.md",
+)
 _TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_special_tokens.json")
-Check = Callable[[Path, Path], None]
+Check = Callable[[list[Path], Path], None]
 
 
-def convert(source: str, output: str, dtype: str | None, force: bool, verify: bool, reference: str | None) -> str:
+def convert(source: str, output: str, verify: bool, reference: str | None, **options: Any) -> str:
     """`llada convert to-hf`: see `to_hf` and `llada.hf.verify.Verification`. Returns what was done, for the console."""
     if not verify and reference is None:
-        return to_hf(source, output, dtype, force)
+        return to_hf(source, output, **options)
     from llada.hf.verify import Verification
 
     if reference is not None:
         path = Path(reference)
         if not path.parent.is_dir():
             raise UserError(f"--reference: no folder '{path.parent}' for the file")
-        if path.exists() and not force:
+        if path.exists() and not options.get("force"):
             raise UserError(f"--reference: '{reference}' exists; --force replaces it")
-    trained = build_config(checkpoint.read_state(checkpoint.resolve(source)).config).precision
-    check = Verification(verify, reference, rounded=dtype == "bf16" and trained == "fp32")
-    return "\n".join(filter(None, (to_hf(source, output, dtype, force, check), check.line)))
+    trained = checkpoint.trained(checkpoint.read_state(checkpoint.resolve(source)))
+    exact = (options.get("dtype") or trained.precision) in ("fp32", trained.precision) and options.get("average", 1) == 1
+    check = Verification(verify, reference, rounded=not exact)
+    return "\n".join(filter(None, (to_hf(source, output, check=check, **options), check.line)))
 
 
-def to_hf(source: str | Path, output: str | Path, dtype: str | None = None, force: bool = False, check: Check | None = None) -> str:
+def to_hf(
+    source: str | Path,
+    output: str | Path,
+    dtype: str | None = None,
+    force: bool = False,
+    check: Check | None = None,
+    max_shard_size: str = SHARD_SIZE,
+    average: int = 1,
+    license_: str = "unknown",
+    checksums: bool = True,
+) -> str:
     """Write a folder that `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` loads.
+
+    Tensors are read and written some rows at a time: memory does not grow with the model. The same checkpoint and options give the
+    same bytes.
 
     Args:
         source: checkpoint folder, or a run whose latest checkpoint is meant.
         output: folder to make; written beside it and renamed at the end.
-        dtype: "fp32" or "bf16"; None: as the run computed.
+        dtype: "fp32", "bf16" or "fp16"; None: as the run computed.
         force: replace an export that is there.
-        check: called with the checkpoint and the finished folder before it takes its name; what it raises leaves nothing behind.
+        check: called with the checkpoints and the finished folder before it takes its name; what it raises leaves nothing behind.
+        max_shard_size: largest weight file, as 5GB or 500MiB.
+        average: the mean of so many checkpoints of the run up to this one, of their fp32 masters.
+        license_: identifier of the licence for the model card.
+        checksums: compare the checkpoint's files with its marker first.
 
     Returns:
         A line that says what was written.
 
     Raises:
-        UserError: no checkpoint, a damaged one, an output that may not be made.
-        RunError: the output cannot be written.
+        UserError: no checkpoint, a damaged one, tensors that are not its config's, an output that may not be made, too little disk.
+        RunError: the output cannot be written, weights that are not finite or that the dtype cannot hold.
     """
+    limit = parse_size(max_shard_size)
+    check_license(license_)
     folder = checkpoint.resolve(source)
     state = checkpoint.read_state(folder)
-    config = build_config(state.config)
-    name = dtype or config.precision
+    trained = checkpoint.trained(state)
+    name = dtype or trained.precision
     if name not in DTYPES:
         raise UserError(f"--dtype: '{name}' is not allowed; one of {', '.join(DTYPES)}")
+    folders = last_checkpoints(folder, trained, average)
+    if checksums:
+        _check_files(folders)
     tokenizer = Tokenizer.load(folder / "tokenizer")
+    tensors = open_weights(folders, trained.model)
+    require_space(output, total_bytes(tensors.shapes, DTYPES[name]), "OUT")
     with new_folder(output, force, "an exported model", (*_FILES, *_TOKENIZER_FILES), setting="OUT") as partial:
-        count = write_weights(partial, canonical_weights(StoredTensors(folder / "model"), config.model), config, DTYPES[name])
-        _write_json(partial / "config.json", model_config(config, tokenizer, name, _longest(config, state)))
+        count = write_safetensors(partial, tensors, DTYPES[name], limit)
+        _write_json(partial / "config.json", model_config(trained, tokenizer, name))
         special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
         _write_json(partial / "generation_config.json", {key: value for key, value in special.items() if value is not None})
         for file in _CODE:
             shutil.copy(Path(__file__).with_name(file), partial)
-        chat = _write_tokenizer(folder / "tokenizer", partial, tokenizer)
+        chat, has_chat = _write_tokenizer(folder / "tokenizer", partial, tokenizer)
+        steps = [checkpoint.read_state(each).step for each in folders] if average > 1 else []
+        card = model_card(state, trained, name, license_, has_chat and state.config.get("task") == "sft", steps)
+        (partial / "README.md").write_text(card, encoding="utf-8")
         if check is not None:
-            check(folder, partial)
-    return f"{output}: {weights.num_parameters(config.model):,} parameters in {name}, {count} weight files, {chat}"
+            check(folders, partial)
+    what = f"{weights.num_parameters(trained.model):,} parameters in {name}, {count} weight files, {chat}"
+    return f"{output}: {what}" + (f", the mean of the checkpoints after steps {', '.join(map(str, steps))}" if steps else "")
 
 
-def model_config(config: RunConfig, tokenizer: Tokenizer, dtype: str, longest: int) -> dict[str, Any]:
+def parse_size(text: str) -> int:
+    """Bytes of a size such as 5GB, 500MiB or 1000000. Raises UserError for anything else."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?B)?", text.strip().upper())
+    unit = (match[2] or "").removesuffix("B") if match else None
+    size = int(float(match[1]) * _UNITS[f"{unit}B" if unit else ""]) if match else 0
+    if size < 1:
+        raise UserError(f"--max-shard-size: '{text}' is not a size; write it as 5GB, 500MB or 2GiB")
+    return size
+
+
+def last_checkpoints(folder: Path, trained: Trained, count: int) -> list[Path]:
+    """A checkpoint and the ones before it in its run, `count` in all, oldest first.
+
+    Raises:
+        UserError: the run has not so many, or not of one model.
+    """
+    if count < 1:
+        raise UserError(f"--average: {count} is less than 1")
+    if count == 1:
+        return [folder]
+    found = [path for path in checkpoint.committed(folder.parent) if path.name <= folder.name]
+    if folder not in found or len(found) < count:
+        raise UserError(f"--average: {count} checkpoints are asked for, {folder.parent} has {len(found)} complete ones up to {folder.name}")
+    for path in found[-count:]:
+        if checkpoint.trained(checkpoint.read_state(path)).model != trained.model:
+            raise UserError(f"--average: {path} holds another model than {folder}")
+    return found[-count:]
+
+
+def open_weights(folders: list[Path], model: ModelSection) -> weights.Weights:
+    """The weights of one checkpoint, or the mean of several: of their masters, which have more digits, where all have them."""
+    stored = [StoredTensors(folder / "model") for folder in folders]
+    if len(stored) == 1:
+        return CheckpointWeights(stored[0], model)
+    masters = all(each.has_masters for each in stored)
+    return Mean([CheckpointWeights(each, model, masters) for each in stored])
+
+
+def _check_files(folders: list[Path]) -> None:
+    problems = [problem for folder in folders for problem in checkpoint.damage(folder)]
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise UserError(f"checkpoint: {problems[0]}{more}; it is damaged, take another one")
+
+
+def model_config(trained: Trained, tokenizer: Tokenizer, dtype: str) -> dict[str, Any]:
     """Every field of the published config.json.
 
     Args:
-        config: of the run.
+        trained: the model.
         tokenizer: whose ids it names.
-        dtype: of the weights, "fp32" or "bf16".
-        longest: sequence the model was trained on, in tokens.
+        dtype: of the weights, one of DTYPES.
     """
     from llada.hf.configuration_llada import LLaDAConfig
 
-    model = config.model
+    model = trained.model
     fields = LLaDAConfig(
         d_model=model.hidden_size,
         n_layers=model.num_layers,
@@ -101,11 +188,11 @@ def model_config(config: RunConfig, tokenizer: Tokenizer, dtype: str, longest: i
         n_kv_heads=model.kv_heads,
         mlp_hidden_size=model.ffn_hidden_size,
         vocab_size=model.vocab_size,
-        max_sequence_length=longest,
+        max_sequence_length=trained.longest,
         rope_theta=model.rope_theta,
         rms_norm_eps=model.norm_eps,
         weight_tying=model.tie_embeddings,
-        precision="amp_bf16" if config.precision == "bf16" else "fp32",
+        precision="amp_bf16" if trained.precision == "bf16" else "fp32",
         mask_token_id=tokenizer.mask_id,
         bos_token_id=tokenizer.bos_id,
         eos_token_id=tokenizer.eos_id,
@@ -114,67 +201,21 @@ def model_config(config: RunConfig, tokenizer: Tokenizer, dtype: str, longest: i
     return {**fields, "torch_dtype": str(DTYPES[dtype]).removeprefix("torch.")}
 
 
-def write_weights(
-    folder: Path, tensors: Iterator[tuple[str, torch.Tensor]], config: RunConfig, dtype: torch.dtype, limit: int = SHARD_BYTES
-) -> int:
-    """Write safetensors files of at most `limit` bytes (a larger tensor gets its own), and their index if there are several.
-
-    Returns how many files. One file is held in memory at a time.
-    """
-    from safetensors.torch import save_file
-
-    files = _deal(weights.canonical_shapes(config.model), dtype, limit)
-    total = sum(torch.Size(shape).numel() * dtype.itemsize for shape in weights.canonical_shapes(config.model).values())
-    index: dict[str, str] = {}
-    for number, names in enumerate(files, start=1):
-        file = "model.safetensors" if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        held: dict[str, torch.Tensor] = {}
-        for wanted in names:
-            name, tensor = next(tensors)
-            if name != wanted:
-                raise AssertionError(f"{name} comes before {wanted}")
-            held[name] = tensor.to(dtype).contiguous()
-            index[name] = file
-        save_file(held, folder / file, metadata={"format": "pt"})
-        (folder / file).chmod(0o644)  # the library makes files for their owner only
-    if len(files) > 1:
-        _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
-    return len(files)
-
-
-def _deal(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, limit: int) -> list[list[str]]:
-    """Which tensors go into which file, in order."""
-    files: list[list[str]] = [[]]
-    used = 0
-    for name, shape in shapes.items():
-        size = torch.Size(shape).numel() * dtype.itemsize
-        if files[-1] and used + size > limit:
-            files.append([])
-            used = 0
-        files[-1].append(name)
-        used += size
-    return files
-
-
-def _longest(config: RunConfig, state: checkpoint.State) -> int:
-    """The longest sequence that the weights were trained on, in this run or one before."""
-    return max([config.data.sequence_length, *(entry.get("sequence_length", 0) for entry in state.lineage)])
-
-
-def _write_tokenizer(source: Path, target: Path, tokenizer: Tokenizer) -> str:
-    """Copy the tokenizer with its chat template, or with LLaDA's if it has none but has its special tokens. Returns what was done."""
+def _write_tokenizer(source: Path, target: Path, tokenizer: Tokenizer) -> tuple[str, bool]:
+    """Copy the tokenizer with its chat template, or with LLaDA's if it has none but has its special tokens. Returns what was done,
+    and whether there is a template."""
     for path in sorted(source.iterdir()):
         shutil.copy(path, target)
     if tokenizer.chat_template not in (None, TEMPLATE):
-        return "its tokenizer's own chat template included"
+        return "its tokenizer's own chat template included", True
     try:
         ChatFormat(tokenizer)
     except UserError:
-        return "no chat template (the tokenizer lacks its special tokens)"
+        return "no chat template (the tokenizer lacks its special tokens)", False
     (target / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
     path = target / "tokenizer_config.json"
     _write_json(path, {**json.loads(path.read_text(encoding="utf-8")), "chat_template": TEMPLATE})
-    return "chat template included"
+    return "chat template included", True
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

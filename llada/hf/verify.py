@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from llada.config import RunConfig, build_config
 from llada.errors import RunError
 from llada.noise import stream, uniforms
 from llada.objectives import MaskedDiffusion, Window, collate
+from llada.settings import ModelSection
 from llada.tokenizer import Tokenizer
 from llada.training import checkpoint
 
@@ -27,7 +29,7 @@ ROWS, LENGTH = 4, 128
 TOLERANCE = 1e-5
 """Largest difference allowed, over the largest logit, where nothing is rounded."""
 _ROUNDED = 5e-2
-"""The same where the folder's weights are rounded to bf16."""
+"""The same where the folder's weights are rounded, or are means of masters that the training model computes with rounded."""
 
 _READER = """
 import sys
@@ -42,12 +44,15 @@ with torch.no_grad():
 """
 
 
-def training_logits(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens, half of them masked, and what the training model makes of them: int64 [4, 128], fp32 [4, 128, vocabulary]."""
+def training_logits(folders: Sequence[Path]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens, half of them masked, and what the training model makes of them: int64 [4, 128], fp32 [4, 128, vocabulary].
+
+    Of several checkpoints the mean of their weights computes them.
+    """
     from llada.engine.megatron import MegatronEngine
 
-    config = _alone(build_config(checkpoint.read_state(folder).config))
-    tokenizer = Tokenizer.load(folder / "tokenizer")
+    config = _alone(checkpoint.trained(checkpoint.read_state(folders[-1])).model)
+    tokenizer = Tokenizer.load(folders[-1] / "tokenizer")
     windows = []
     for row in range(ROWS):
         ids = np.floor(uniforms(stream(0, "verify", row), LENGTH) * tokenizer.vocab_size).astype(np.int64)
@@ -56,18 +61,32 @@ def training_logits(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
     batch = collate(windows, [objective.corrupt(window, masking="fixed_count") for window in windows], 1.0)
     engine = MegatronEngine(config, training=False)
     try:
-        engine.load_weights(folder / "model")
+        means: list[torch.Tensor] = []
+        for folder in folders:
+            engine.load_weights(folder / "model")
+            parts = [parameter.detach() / len(folders) for parameter in engine.parameters().values()]
+            means = parts if not means else [mean + part for mean, part in zip(means, parts, strict=True)]
+        with torch.no_grad():
+            for parameter, mean in zip(engine.parameters().values(), means, strict=True):
+                parameter.copy_(mean)
         return batch.inputs, engine.logits(batch)
     finally:
         engine.close()
 
 
-def _alone(config: RunConfig) -> RunConfig:
-    """The run's model in fp32 on one process."""
-    raw = config.model_dump(by_alias=True)
-    raw.update(precision="fp32", parallel={}, batch={"global": ROWS, "micro": ROWS})
-    raw["data"]["sequence_length"] = LENGTH
-    return build_config(raw)
+def _alone(model: ModelSection) -> RunConfig:
+    """A model in fp32 on one process; what an engine does not ask for without training is made up."""
+    return build_config(
+        {
+            "precision": "fp32",
+            "run": {"dir": "unused"},
+            "train": {"steps": 1},
+            "batch": {"global": ROWS, "micro": ROWS},
+            "data": {"sequence_length": LENGTH, "mixture": [{"path": "unused"}]},
+            "model": model.model_dump(),
+            "schedule": {"stages": [{"shape": "constant", "start": 0.0}]},
+        }
+    )
 
 
 def exported_logits(folder: Path, input_ids: torch.Tensor) -> torch.Tensor:
@@ -108,9 +127,9 @@ class Verification:
         self.compare, self.reference, self.rounded = compare, reference, rounded
         self.line = ""
 
-    def __call__(self, source: Path, folder: Path) -> None:
+    def __call__(self, sources: Sequence[Path], folder: Path) -> None:
         """Raises RunError when the two differ by more than they may."""
-        input_ids, wanted = training_logits(source)
+        input_ids, wanted = training_logits(sources)
         if self.reference is not None:
             temporary = f"{self.reference}.partial"
             save_file({"input_ids": input_ids, "logits": wanted.contiguous()}, temporary)

@@ -8,8 +8,9 @@ up, the vocabulary is cut by rows, output projections by columns.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -19,11 +20,14 @@ from llada.settings import ModelSection
 INIT_BLOCK_ROWS = 64
 """Rows of a weight that share one random stream; a rank generates only the blocks that meet its shard."""
 
-_EMBEDDING = "model.transformer.wte.weight"
-_HEAD = "model.transformer.ff_out.weight"
-_FINAL_NORM = "model.transformer.ln_f.weight"
+BLOCK_ELEMENTS = 1 << 24
+"""Elements read at a time where tensors are streamed."""
+
+EMBEDDING = "model.transformer.wte.weight"
+HEAD = "model.transformer.ff_out.weight"
+FINAL_NORM = "model.transformer.ln_f.weight"
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.(.+)$")
-_BLOCK = re.compile(r"^model\.transformer\.blocks\.(\d+)\.(.+)\.weight$")
+BLOCK = re.compile(r"^model\.transformer\.blocks\.(\d+)\.(.+)\.weight$")
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class Piece:
 def canonical_shapes(model: ModelSection) -> dict[str, tuple[int, ...]]:
     """Every canonical tensor and its shape, in the order of the published files."""
     d, kv, ff, vocab = model.hidden_size, model.kv_heads * model.head_dim, model.ffn_hidden_size, model.vocab_size
-    shapes: dict[str, tuple[int, ...]] = {_EMBEDDING: (vocab, d)}
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (vocab, d)}
     for layer in range(model.num_layers):
         block = f"model.transformer.blocks.{layer}"
         shapes |= {
@@ -60,16 +64,51 @@ def canonical_shapes(model: ModelSection) -> dict[str, tuple[int, ...]]:
             f"{block}.up_proj.weight": (ff, d),
             f"{block}.ff_out.weight": (d, ff),
         }
-    shapes[_FINAL_NORM] = (d,)
+    shapes[FINAL_NORM] = (d,)
     if not model.tie_embeddings:
-        shapes[_HEAD] = (vocab, d)
+        shapes[HEAD] = (vocab, d)
     return shapes
+
+
+class Weights(Protocol):
+    """The canonical tensors of a model, wherever they are, read some rows at a time: none has to fit into memory.
+
+    Attributes:
+        shapes: of every tensor by canonical name, in the order of the published files.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Of a tensor."""
+        ...
+
+    def rows(self, name: str, first: int, last: int) -> torch.Tensor:
+        """Rows `first` to `last` (past the last) of a tensor, elements of a vector; a new tensor on the CPU."""
+        ...
+
+
+def row_blocks(shape: tuple[int, ...], limit: int) -> Iterator[tuple[int, int]]:
+    """First and past-the-last row of consecutive blocks of at most `limit` elements, at least one row each."""
+    step = max(1, limit // torch.Size(shape[1:]).numel())
+    for first in range(0, shape[0], step):
+        yield first, min(first + step, shape[0])
+
+
+def parameter_names(model: ModelSection) -> list[str]:
+    """Megatron names of all parameters of one unsharded model, in the order of the model."""
+    attention = ("input_layernorm", "self_attention.linear_qkv", "self_attention.linear_proj")
+    layer = (*attention, "pre_mlp_layernorm", "mlp.linear_fc1", "mlp.linear_fc2")
+    names = ["embedding.word_embeddings.weight"]
+    names += [f"decoder.layers.{i}.{part}.weight" for i in range(model.num_layers) for part in layer]
+    names.append("decoder.final_layernorm.weight")
+    return names if model.tie_embeddings else [*names, "output_layer.weight"]
 
 
 def num_parameters(model: ModelSection, embedding: bool = True) -> int:
     """Parameters of the model; without embedding and head when `embedding` is false."""
     counts = {name: int(torch.Size(shape).numel()) for name, shape in canonical_shapes(model).items()}
-    return sum(count for name, count in counts.items() if embedding or name not in (_EMBEDDING, _HEAD))
+    return sum(count for name, count in counts.items() if embedding or name not in (EMBEDDING, HEAD))
 
 
 def pieces(model: ModelSection, name: str, tp_rank: int = 0, tp_size: int = 1) -> list[Piece]:
@@ -93,10 +132,10 @@ def pieces(model: ModelSection, name: str, tp_rank: int = 0, tp_size: int = 1) -
         return Piece(canonical, span, (0, d), local_row)
 
     if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
-        canonical = _EMBEDDING if name.startswith("embedding") or model.tie_embeddings else _HEAD
+        canonical = EMBEDDING if name.startswith("embedding") or model.tie_embeddings else HEAD
         return [rows(canonical, share(model.vocab_size))]
     if name == "decoder.final_layernorm.weight":
-        return [Piece(_FINAL_NORM, (0, d), None, 0)]
+        return [Piece(FINAL_NORM, (0, d), None, 0)]
     match = _LAYER.match(name)
     if match is None:
         raise KeyError(name)
@@ -124,6 +163,13 @@ def _qkv_pieces(model: ModelSection, block: str, groups: tuple[int, int]) -> lis
     return found
 
 
+def parameter_shape(model: ModelSection, name: str) -> tuple[int, ...]:
+    """Shape of a whole Megatron parameter."""
+    parts = pieces(model, name)
+    rows = sum(piece.rows[1] - piece.rows[0] for piece in parts)
+    return (rows,) if parts[0].columns is None else (rows, parts[0].columns[1])
+
+
 def global_names(chunk: torch.nn.Module, layer_offset: int) -> dict[str, torch.nn.Parameter]:
     """Parameters of a model chunk by Megatron name, layers numbered over the whole model."""
 
@@ -136,12 +182,12 @@ def global_names(chunk: torch.nn.Module, layer_offset: int) -> dict[str, torch.n
 
 def initial_std(model: ModelSection, name: str) -> float:
     """Standard deviation of the published "mitchell" initialisation of a canonical matrix, before truncation at 3 sigma."""
-    match = _BLOCK.match(name)
+    match = BLOCK.match(name)
     if match and match[2] == "attn_out":
         return (2 * model.hidden_size * (int(match[1]) + 1)) ** -0.5
     if match and match[2] == "ff_out":
         return (2 * model.ffn_hidden_size * (int(match[1]) + 1)) ** -0.5
-    if name == _EMBEDDING and model.embedding_init_std is not None:
+    if name == EMBEDDING and model.embedding_init_std is not None:
         return model.embedding_init_std
     return model.hidden_size**-0.5
 
@@ -175,15 +221,25 @@ def initialise(model: ModelSection, seed: int, parameters: Mapping[str, torch.Te
             _local_view(parameter, piece).copy_(initial_values(model, seed, piece))
 
 
+def parameter_rows(
+    model: ModelSection, source: Weights, name: str, first: int, last: int, tp_rank: int = 0, tp_size: int = 1
+) -> torch.Tensor:
+    """Rows `first` to `last` of what a rank holds of a Megatron parameter (by global name), from the canonical tensors."""
+    found = []
+    for piece in pieces(model, name, tp_rank, tp_size):
+        shift = piece.rows[0] - piece.local_row
+        start, stop = max(first, piece.local_row), min(last, piece.rows[1] - shift)
+        if start < stop:
+            rows = source.rows(piece.name, start + shift, stop + shift)
+            found.append(rows if piece.columns is None else rows[:, slice(*piece.columns)])
+    return torch.cat(found)
+
+
 @torch.no_grad()
-def scatter(
-    model: ModelSection, canonical: Mapping[str, torch.Tensor], parameters: Mapping[str, torch.Tensor], tp_rank: int = 0, tp_size: int = 1
-) -> None:
-    """Copy canonical tensors into a rank's Megatron parameters (by global name)."""
-    for name, parameter in parameters.items():
-        for piece in pieces(model, name, tp_rank, tp_size):
-            source = canonical[piece.name][slice(*piece.rows)]
-            _local_view(parameter, piece).copy_(source if piece.columns is None else source[:, slice(*piece.columns)])
+def scatter(model: ModelSection, source: Weights, name: str, out: torch.Tensor, tp_rank: int = 0, tp_size: int = 1) -> None:
+    """Copy what a rank holds of a Megatron parameter (by global name) from the canonical tensors into `out`, of any dtype."""
+    for first, last in row_blocks(tuple(out.shape), BLOCK_ELEMENTS):
+        out[first:last].copy_(parameter_rows(model, source, name, first, last, tp_rank, tp_size))
 
 
 def gather(model: ModelSection, shards: Iterable[tuple[Mapping[str, torch.Tensor], int, int]]) -> dict[str, torch.Tensor]:

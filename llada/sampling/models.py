@@ -6,10 +6,9 @@ from pathlib import Path
 
 import torch
 
-from llada.config import build_config
 from llada.errors import UserError
 from llada.hf.convert import model_config
-from llada.hf.stored import StoredTensors, canonical_weights
+from llada.model.stored import CheckpointWeights, StoredTensors, all_rows
 from llada.sampling.diffusion import Specials
 from llada.tokenizer import Tokenizer
 from llada.training import checkpoint
@@ -80,12 +79,11 @@ def _trained(source: Path, device: torch.device) -> Sampler:
     from llada.hf.configuration_llada import LLaDAConfig
     from llada.hf.modeling_llada import LLaDAModelLM
 
-    state = checkpoint.read_state(source)
-    config = build_config(state.config)
+    trained = checkpoint.trained(checkpoint.read_state(source))
     tokenizer = Tokenizer.load(source / "tokenizer")
-    fields = model_config(config, tokenizer, config.precision, config.data.sequence_length)
+    fields = model_config(trained, tokenizer, trained.precision)
     with torch.device("meta"):
         model = LLaDAModelLM(LLaDAConfig(**{name: fields[name] for name in LLaDAConfig.published_fields()}))
-    weights = dict(canonical_weights(StoredTensors(source / "model"), config.model))
-    model.load_state_dict(weights, assign=True)
-    return Sampler(model, tokenizer, config.data.sequence_length, device)
+    stored = CheckpointWeights(StoredTensors(source / "model"), trained.model)
+    model.load_state_dict({name: all_rows(stored, name) for name in stored.shapes}, assign=True)
+    return Sampler(model, tokenizer, trained.longest, device)

@@ -106,9 +106,14 @@ class Tokenizer:
         marked = [token for token in (*roles.values(), *SPECIAL_TOKENS) if backend.id_of(token) is not None]
         return cls(backend.with_special(marked), dict(roles), str(path), None if folder is None else _stored_template(folder))
 
-    def with_special_tokens(self) -> Tokenizer:
-        """This tokenizer with those of LLaDA's special tokens that it lacks after its last id; roles it has are kept."""
-        return Tokenizer(self._backend.with_special(SPECIAL_TOKENS), {**_NEW_ROLES, **self._roles}, self.name, self.chat_template)
+    def with_special_tokens(self, tokens: Sequence[str] = SPECIAL_TOKENS) -> Tokenizer:
+        """This tokenizer with those of LLaDA's special tokens that it lacks after its last id; roles it has are kept.
+
+        Args:
+            tokens: which of SPECIAL_TOKENS.
+        """
+        roles = {role: token for role, token in _NEW_ROLES.items() if token in tokens}
+        return Tokenizer(self._backend.with_special(tokens), {**roles, **self._roles}, self.name, self.chat_template)
 
     @cached_property
     def fingerprint(self) -> str:

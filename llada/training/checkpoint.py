@@ -16,8 +16,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from llada.errors import UserError
 from llada.files import checksum, sync_folder, sync_tree, write_atomically
+from llada.settings import ModelSection
 
 MARKER = "COMMITTED"
 STATE = "state.json"
@@ -38,6 +41,7 @@ class State:
         versions: of the packages that decide the arithmetic, and threads.
         lineage: where the weights came from, oldest first.
         recent: [step, loss, gradient norm] of the last applied steps (0-based), oldest first.
+        validation: the last validation line of metrics.jsonl; None: there was none.
     """
 
     step: int
@@ -48,6 +52,32 @@ class State:
     versions: dict[str, str]
     lineage: list[dict[str, Any]]
     recent: Sequence[Sequence[float]]
+    validation: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The model in a checkpoint, of a run or imported.
+
+    Attributes:
+        model: its shape.
+        precision: "fp32" or "bf16", what it computed in; of an imported one what its weights are stored in.
+        longest: longest sequence that it was trained on, in this run or one before, in tokens.
+    """
+
+    model: ModelSection
+    precision: str
+    longest: int
+
+
+def trained(state: State) -> Trained:
+    """The model of a checkpoint. Raises UserError when its state does not describe one."""
+    try:
+        model = ModelSection.model_validate(state.config["model"])
+        lengths = [state.config["data"]["sequence_length"], *(entry.get("sequence_length", 0) for entry in state.lineage)]
+        return Trained(model, state.config["precision"], max(lengths))
+    except (KeyError, TypeError, ValidationError) as error:
+        raise UserError(f"checkpoint: its {STATE} does not describe a model ({' '.join(str(error).split())})") from None
 
 
 def name(step: int) -> str:
@@ -74,16 +104,21 @@ def commit(partial: Path, state: State, tokenizer: Path, written: dict[str, dict
         written: size and checksum of the files in model/ that are known already; the others are read again.
     """
     final = partial.with_name(name(state.step))
-    shutil.copytree(tokenizer, partial / "tokenizer")
-    write_atomically(partial / STATE, json.dumps(asdict(state), indent=1))
-    sync_tree(partial)
-    files = sorted(str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file())
-    sums = {file: written.get(file.removeprefix("model/")) or checksum(partial / file) for file in files}
-    write_atomically(partial / MARKER, json.dumps({"step": state.step, "files": sums}, indent=1))
+    seal(partial, state, tokenizer, written)
     shutil.rmtree(final, ignore_errors=True)  # can only be one without a marker: it was never complete
     os.replace(partial, final)
     sync_folder(partial.parent)
     return final
+
+
+def seal(folder: Path, state: State, tokenizer: Path, written: dict[str, dict[str, Any]]) -> None:
+    """Write all of a checkpoint but its model/, the marker last; see `commit`."""
+    shutil.copytree(tokenizer, folder / "tokenizer")
+    write_atomically(folder / STATE, json.dumps(asdict(state), indent=1))
+    sync_tree(folder)
+    files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    sums = {file: written.get(file.removeprefix("model/")) or checksum(folder / file) for file in files}
+    write_atomically(folder / MARKER, json.dumps({"step": state.step, "files": sums}, indent=1))
 
 
 def damage(folder: Path, share: int = 0, shares: int = 1) -> list[str]:

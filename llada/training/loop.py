@@ -107,9 +107,9 @@ class Run:
         self.lineage: list[dict[str, Any]] = start.lineage
         self.starts_from_weights = start.folder is not None and start.step == 0
         self.first, self.tokens = start.step, start.tokens
-        if start.folder is not None:
-            self.engine.load(start.folder / "model", optimizer=start.optimizer)
+        start.load(self.engine)
         self.validator = Validator(self.data, self.place)
+        self.validation: dict[str, Any] | None = None
         self.guard = Guard(config.train, start.recent)
         self._unread: tuple[int, Plan, StepResult] | None = None
         self.sinks: list[metrics.Sink] = []
@@ -188,7 +188,7 @@ class Run:
         """Measure the NELBO after `done` steps; collective."""
         self.settle()
         if self.validator.corpora:
-            line = {"step": done, **self.validator(self.engine)}
+            line = self.validation = {"step": done, **self.validator(self.engine)}
             self._write(line)
             self.say(f"validation after step {done}: {describe(line)}")
         self.watchdog.advance(done)
@@ -213,6 +213,7 @@ class Run:
                 versions=versions(config, self.threads),
                 lineage=self.lineage,
                 recent=self.guard.recent,
+                validation=self.validation,
             )
             self.saving = Saving(self.root, state, self.data.tokenizer_folder, self.engine)
             self.blocked += time.perf_counter() - started

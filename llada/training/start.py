@@ -12,9 +12,12 @@ import torch
 
 from llada.config import RunConfig, build_config, dump_config
 from llada.data.base import TrainingData
+from llada.engine.base import Engine
 from llada.engine.layout import gather_world, world_from_environment
 from llada.errors import UserError
+from llada.hf import folder as hf
 from llada.model.attention import kernel_name
+from llada.model.stored import StoredTensors
 from llada.tokenizer import Tokenizer
 from llada.training import checkpoint
 from llada.training.guard import Applied
@@ -41,7 +44,7 @@ class Start:
     """What a run starts from.
 
     Attributes:
-        folder: a checkpoint; None: nothing.
+        folder: a checkpoint or a Hugging Face folder; None: nothing.
         step, tokens: done already.
         recent: the last applied steps, for the guard.
         optimizer: whether the checkpoint's optimizer counts.
@@ -58,6 +61,15 @@ class Start:
     notes: list[str] = field(default_factory=list)
     aside: list[Path] = field(default_factory=list)
     recent: list[Applied] = field(default_factory=list)
+
+    def load(self, engine: Engine) -> None:
+        """Give the engine what the run starts from; collective."""
+        if self.folder is None:
+            return
+        if hf.is_folder(self.folder):
+            engine.load_canonical(hf.open_folder(self.folder).weights)
+        else:
+            engine.load(self.folder / "model", optimizer=self.optimizer)
 
 
 def versions(config: RunConfig, threads: int) -> dict[str, str]:
@@ -114,7 +126,7 @@ def _damage(config: RunConfig, folder: Path) -> list[str]:
 
 def _resume(config: RunConfig, data: TrainingData, folder: Path, threads: int, allow_changed: bool, notes: list[str]) -> Start:
     state = checkpoint.read_state(folder)
-    _same_architecture(f"resume from {folder}: it", config, state)
+    _same_architecture(f"resume from {folder}: it", config, state.config["model"])
     changes = _changes(config, data, state, threads)
     if changes and not allow_changed:
         raise UserError(f"resume from {folder}: {changes[0]} changed since; restore it, use another run.dir, or pass --allow-changed")
@@ -162,9 +174,9 @@ def _changes(config: RunConfig, data: TrainingData, state: checkpoint.State, thr
     return [change for change in found if change is not None]
 
 
-def _same_architecture(subject: str, config: RunConfig, state: checkpoint.State) -> None:
-    """Refuse weights that do not fit the model, naming both."""
-    old, new = state.config["model"], dump_config(config)["model"]
+def _same_architecture(subject: str, config: RunConfig, old: dict[str, Any]) -> None:
+    """Refuse weights of a model section that do not fit the run's, naming both."""
+    new = dump_config(config)["model"]
     difference = checkpoint.first_difference(old, new, ("model.rope_theta", "model.embedding_init_std"), "model.")
     if difference:
         raise UserError(
@@ -177,26 +189,51 @@ def _shape(model: dict[str, Any]) -> str:
 
 
 def _from_weights(config: RunConfig, data: TrainingData, notes: list[str]) -> Start:
-    """Weights of another run, if they fit: the same shapes, and ids that mean the same tokens."""
+    """Weights of another run or of a Hugging Face folder, if they fit: the same shapes, and ids that mean the same tokens."""
     assert config.run.init_from is not None
+    if hf.is_folder(config.run.init_from):
+        return _from_folder(config, data, Path(config.run.init_from), notes)
     source = checkpoint.resolve(config.run.init_from)
     state = checkpoint.read_state(source)
-    _same_architecture(f"run.init_from: {source}", config, state)
-    found, wanted = Tokenizer.load(source / "tokenizer").fingerprint, data.manifest.tokenizer_fingerprint
-    if found != wanted:
-        raise UserError(
-            f"run.init_from: {source} was trained with another tokenizer ({found[:16]}) than that of "
-            f"{data.corpora[0].folder} ({wanted[:16]}); prepare the data with {source / 'tokenizer'}"
-        )
+    _same_architecture(f"run.init_from: {source}", config, state.config["model"])
+    _same_tokenizer(source, source / "tokenizer", data)
     problems = _damage(config, source)
     if problems:
         raise UserError(f"run.init_from: {problems[0]}; the checkpoint is damaged, take another one")
+    what = config.run.init_what
+    if what != "weights" and not StoredTensors(source / "model").has_masters:
+        raise UserError(f"run.init_what: '{what}', but {source} is an imported checkpoint, of weights alone; use weights")
     if state.data == data.fingerprint and state.config["seed"] == config.seed:
         notes.append(
             f"seed: {config.seed} and the data are those of {source}: this run reads the same samples again, from the first; "
             "set another seed for another order"
         )
-    what = config.run.init_what
     own = {"init_from": str(source), "step": state.step, "tokens": state.tokens, "what": what}
     own["sequence_length"] = state.config["data"]["sequence_length"]
     return Start(source, 0, 0, what == "weights+optimizer", [*state.lineage, own], notes)
+
+
+def _from_folder(config: RunConfig, data: TrainingData, source: Path, notes: list[str]) -> Start:
+    """Weights of a Hugging Face folder, whose vocabulary has to be complete as it is."""
+    if config.run.init_what != "weights":
+        raise UserError(f"run.init_what: '{config.run.init_what}', but '{source}' is a Hugging Face folder, of weights alone; use weights")
+    folder = hf.open_folder(source)
+    _same_architecture(f"run.init_from: {source}", config, folder.model.model_dump())
+    _same_tokenizer(source, source, data)
+    own = {"imported": source.resolve().name, "architecture": folder.architecture, "sequence_length": folder.longest}
+    return Start(source, 0, 0, False, [own], notes)
+
+
+def _same_tokenizer(source: Path, tokenizer: Path, data: TrainingData) -> None:
+    loaded = Tokenizer.load(tokenizer, require_mask=False)
+    if loaded.mask_id < 0:
+        raise UserError(
+            f"run.init_from: the tokenizer of {source} has no mask token; `llada convert from-hf {source} OUT --add-mask-token` makes a "
+            "checkpoint that has one, with a row of its own"
+        )
+    found, wanted = loaded.fingerprint, data.manifest.tokenizer_fingerprint
+    if found != wanted:
+        raise UserError(
+            f"run.init_from: {source} was trained with another tokenizer ({found[:16]}) than that of "
+            f"{data.corpora[0].folder} ({wanted[:16]}); prepare the data with {tokenizer}"
+        )

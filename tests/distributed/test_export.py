@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from llada.engine.megatron import MegatronEngine
-from llada.hf.stored import StoredTensors, canonical_weights
 from llada.model import weights
+from llada.model.stored import CheckpointWeights, StoredTensors, all_rows
 from tests.distributed.pool import RankPool
 from tests.engine.support import small_config, step_batches
 
@@ -45,7 +45,8 @@ def test_the_stored_weights_are_the_ranks_weights(layout: str, pool: RankPool, t
     folder.mkdir()
     wanted = weights.gather(small_config(model).model, pool.run(save_on_ranks, parallel, model, precision, folder))
     config = small_config(model)
-    found = dict(canonical_weights(StoredTensors(folder), config.model))
+    stored = CheckpointWeights(StoredTensors(folder), config.model)
+    found = {name: all_rows(stored, name) for name in stored.shapes}
     assert list(found) == list(weights.canonical_shapes(config.model))
     for name, value in found.items():
         assert value.dtype == (torch.bfloat16 if precision == "bf16" else torch.float32)

@@ -10,7 +10,7 @@ import torch
 
 from llada.engine.layout import sample_offsets
 from llada.engine.megatron import MegatronEngine
-from llada.hf.stored import StoredTensors
+from llada.model.stored import StoredTensors
 from tests.distributed.pool import RankPool
 from tests.engine.support import OracleTrainer, canonical, small_config, step_batches
 

@@ -16,12 +16,11 @@ import torch
 from safetensors.torch import load_file
 
 from llada.chat import ChatFormat, Message
-from llada.config import build_config
 from llada.errors import RunError, UserError
 from llada.hf import convert as module
-from llada.hf.convert import convert, to_hf, write_weights
-from llada.hf.stored import StoredTensors, canonical_weights
-from llada.model.weights import canonical_shapes
+from llada.hf.convert import convert, to_hf
+from llada.hf.tensor_files import write_safetensors
+from llada.model.stored import CheckpointWeights, StoredTensors, all_rows
 from llada.tokenizer import Tokenizer
 from llada.training import checkpoint
 from tests.workplace import Workplace
@@ -72,7 +71,7 @@ print(json.dumps({
 
 def test_plain_transformers_computes_the_training_models_logits(workplace: Workplace, tmp_path: Path) -> None:
     folder, reference = tmp_path / "export", tmp_path / "reference.safetensors"
-    said = convert(str(workplace.folder / "whole"), str(folder), None, False, True, str(reference))
+    said = convert(str(workplace.folder / "whole"), str(folder), True, str(reference))
     assert "verified on 4 x 128 tokens" in said
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
@@ -101,19 +100,18 @@ def test_plain_transformers_computes_the_training_models_logits(workplace: Workp
     assert ((masked > 0.4) & (masked < 0.6)).all()
 
 
-def parts(workplace: Workplace) -> tuple[Path, Any]:
-    folder = checkpoint.resolve(workplace.folder / "whole")
-    return folder, build_config(checkpoint.read_state(folder).config)
+def weights_of(folder: Path) -> CheckpointWeights:
+    return CheckpointWeights(StoredTensors(folder / "model"), checkpoint.trained(checkpoint.read_state(folder)).model)
 
 
 def test_weights_are_dealt_into_files_of_a_limited_size(workplace: Workplace, tmp_path: Path) -> None:
-    folder, config = parts(workplace)
-    tensors = dict(canonical_weights(StoredTensors(folder / "model"), config.model))
+    source = weights_of(checkpoint.resolve(workplace.folder / "whole"))
+    tensors = {name: all_rows(source, name) for name in source.shapes}
     limit = 100_000
-    count = write_weights(tmp_path, iter(tensors.items()), config, torch.bfloat16, limit)
+    count = write_safetensors(tmp_path, source, torch.bfloat16, limit)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert count == len(list(tmp_path.glob("*.safetensors"))) > 2
-    assert index["weight_map"].keys() == canonical_shapes(config.model).keys()
+    assert index["weight_map"].keys() == source.shapes.keys()
     assert index["metadata"]["total_size"] == sum(2 * tensor.numel() for tensor in tensors.values())
     for file in set(index["weight_map"].values()):
         held = load_file(tmp_path / file)
@@ -130,7 +128,7 @@ def test_the_config_names_the_longest_sequence_of_the_lineage(workplace: Workpla
     state = json.loads(path.read_text())
     state["lineage"] = [{"init_from": "before", "sequence_length": 4096}]
     path.write_text(json.dumps(state))
-    to_hf(source, tmp_path / "out", dtype="bf16")
+    to_hf(source, tmp_path / "out", dtype="bf16", checksums=False)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["max_sequence_length"] == 4096
     assert config["torch_dtype"] == "bfloat16"
@@ -175,7 +173,7 @@ def test_a_damaged_checkpoint_is_refused_and_leaves_nothing(
     for path in source.glob(name):
         damage(path)
     with pytest.raises(UserError) as caught:
-        to_hf(source, tmp_path / "deep" / "out")
+        to_hf(source, tmp_path / "deep" / "out", checksums=False)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged"]
@@ -185,12 +183,16 @@ def test_a_damaged_checkpoint_is_refused_and_leaves_nothing(
 def test_a_config_that_is_not_the_weights_is_refused(workplace: Workplace, tmp_path: Path) -> None:
     source = copy(workplace, tmp_path)
     state = json.loads((source / "state.json").read_text())
-    for change, message in (({"ffn_hidden_size": 96}, "linear_fc1.weight has shape"), ({"num_layers": 3}, "has shape")):
+    norms = r"input|layer_norm_weight is \[2, 64\], not \[3, 64\]"
+    for change, message in (
+        ({"ffn_hidden_size": 96}, r"linear_fc1.weight is \[2, 256, 64\], not \[2, 192, 64\]"),
+        ({"num_layers": 3}, norms),
+    ):
         (source / "state.json").write_text(
             json.dumps({**state, "config": {**state["config"], "model": {**state["config"]["model"], **change}}})
         )
         with pytest.raises(UserError, match=message):
-            to_hf(source, tmp_path / "out")
+            to_hf(source, tmp_path / "out", checksums=False)
 
 
 def test_an_output_that_exists_is_replaced_only_when_asked(workplace: Workplace, tmp_path: Path) -> None:
@@ -209,15 +211,15 @@ def test_an_output_that_exists_is_replaced_only_when_asked(workplace: Workplace,
 
 def test_a_folder_that_computes_something_else_is_not_kept(workplace: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The gate: --verify looks at the folder, and a wrong one never gets its name."""
-    real = module.canonical_weights
 
-    def wrong(*arguments: Any) -> Any:
-        for name, tensor in real(*arguments):
-            yield name, tensor.flip(0) if name.endswith("blocks.1.k_proj.weight") else tensor
+    class Wrong(CheckpointWeights):
+        def rows(self, name: str, first: int, last: int) -> torch.Tensor:
+            tensor = super().rows(name, first, last)
+            return tensor.flip(0) if name.endswith("blocks.1.k_proj.weight") else tensor
 
-    monkeypatch.setattr(module, "canonical_weights", wrong)
+    monkeypatch.setattr(module, "CheckpointWeights", Wrong)
     with pytest.raises(RunError, match="computes other logits"):
-        convert(str(workplace.folder / "whole"), str(tmp_path / "out"), None, False, True, None)
+        convert(str(workplace.folder / "whole"), str(tmp_path / "out"), True, None)
     assert not (tmp_path / "out").exists()
 
 
@@ -225,7 +227,7 @@ def test_a_folder_that_computes_something_else_is_not_kept(workplace: Workplace,
     ("arguments", "message"),
     [
         (["nowhere", "out"], "checkpoint: 'nowhere' is neither a checkpoint"),
-        (["whole", "out", "--dtype", "fp16"], "--dtype: 'fp16' is not allowed; one of fp32, bf16"),
+        (["whole", "out", "--dtype", "fp8"], "--dtype: 'fp8' is not allowed; one of fp32, bf16, fp16"),
         (["whole", "corpus"], "OUT: 'corpus' exists"),
         (["whole", "out", "--reference", "no/such/folder/r.safetensors"], "--reference: no folder 'no/such/folder'"),
     ],

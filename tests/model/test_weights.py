@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from llada.model import weights
 from llada.settings import ModelSection
+from tests.model.in_memory import InMemory
 
 MODEL = ModelSection(num_layers=2, hidden_size=128, num_attention_heads=8, num_query_groups=4, ffn_hidden_size=192, vocab_size=256)
 
@@ -43,7 +44,8 @@ def test_scatter_and_gather_are_inverse_and_cover_every_element(tp: int, tied: b
     canonical = {name: torch.randn(shape) for name, shape in weights.canonical_shapes(model).items()}
     ranks = [{name: torch.full(shape, math.nan) for name, shape in megatron_shapes(model, tp).items()} for _ in range(tp)]
     for rank, parameters in enumerate(ranks):
-        weights.scatter(model, canonical, parameters, rank, tp)
+        for name, parameter in parameters.items():
+            weights.scatter(model, InMemory(canonical), name, parameter, rank, tp)
         assert not any(value.isnan().any() for value in parameters.values())
     back = weights.gather(model, [(parameters, rank, tp) for rank, parameters in enumerate(ranks)])
     assert back.keys() == canonical.keys()

@@ -102,7 +102,7 @@ def test_a_question_is_put_into_the_models_own_chat_template(workplace: Workplac
     tokenizer = Tokenizer.load(source / "tokenizer")
     tokenizer.chat_template = template
     tokenizer.save(source / "tokenizer")
-    assert "own chat template" in to_hf(source, tmp_path / "export")
+    assert "own chat template" in to_hf(source, tmp_path / "export", checksums=False)
     theirs = AutoTokenizer.from_pretrained(tmp_path / "export")
     assert theirs.chat_template == template
     question = " what? "

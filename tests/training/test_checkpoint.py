@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from llada.files import checksum
-from llada.hf.stored import StoredTensors
+from llada.model.stored import StoredTensors
 from llada.training import checkpoint
 from tests.workplace import CONFIG, Workplace
 

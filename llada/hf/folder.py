@@ -1,0 +1,213 @@
+"""A Hugging Face folder as a model of ours: published LLaDA, and Llama-architecture models as where diffusion can start from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+
+from llada.errors import UserError, did_you_mean
+from llada.hf.sources import Renamed, equal
+from llada.hf.tensor_files import TensorFiles, open_tensors
+from llada.model.stored import differences
+from llada.model.weights import BLOCK, EMBEDDING, FINAL_NORM, HEAD, Weights, canonical_shapes
+from llada.settings import ModelSection
+
+LLADA = "LLaDAModelLM"
+_LLAMA_BLOCK = {
+    "attn_norm": "input_layernorm",
+    "q_proj": "self_attn.q_proj",
+    "k_proj": "self_attn.k_proj",
+    "v_proj": "self_attn.v_proj",
+    "attn_out": "self_attn.o_proj",
+    "ff_norm": "post_attention_layernorm",
+    "ff_proj": "mlp.gate_proj",
+    "up_proj": "mlp.up_proj",
+    "ff_out": "mlp.down_proj",
+}
+_LLAMA = {EMBEDDING: "model.embed_tokens.weight", FINAL_NORM: "model.norm.weight", HEAD: "lm_head.weight"}
+_COMPUTED = (".rotary_emb.inv_freq",)
+"""Endings of tensors that older files hold although they follow from the config."""
+
+
+@dataclass(frozen=True)
+class HfFolder:
+    """What a folder holds.
+
+    Attributes:
+        path: of the folder.
+        architecture: as its config names it.
+        model: its shape.
+        weights: by canonical name.
+        longest: sequence it was trained on, in tokens.
+        mask_id: of [MASK] as config.json says; None: it does not say.
+    """
+
+    path: Path
+    architecture: str
+    model: ModelSection
+    weights: Weights
+    longest: int
+    mask_id: int | None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that holds every tensor without rounding."""
+        found = {self.weights.dtype(name) for name in self.weights.shapes}
+        return found.pop() if len(found) == 1 else torch.float32
+
+
+def is_folder(path: str | Path) -> bool:
+    """Whether this is a Hugging Face folder and no checkpoint."""
+    return (Path(path) / "config.json").is_file()
+
+
+def open_folder(path: str | Path, allow_pickle: bool = False) -> HfFolder:
+    """Open a folder; weights are read when they are asked for.
+
+    Raises:
+        UserError: no such folder, an architecture or setting that is not computed here, weights that cannot be read (see
+            `open_tensors`) or that are not those of the config: every missing and surplus tensor and every other shape is named.
+    """
+    folder = Path(path)
+    if not is_folder(folder):
+        raise UserError(f"FOLDER: '{path}' is no Hugging Face folder (it has no config.json)")
+    config = _read_config(folder / "config.json")
+    kind = str(config.get("model_type"))
+    if kind not in _READERS:
+        near = did_you_mean(kind, _READERS)
+        raise UserError(f"{folder / 'config.json'}: model_type {kind!r} is not read{near}; one of {', '.join(_READERS)}")
+    if config.get("quantization_config"):
+        raise UserError(f"{folder / 'config.json'}: quantization_config: quantized weights are not read; take the original ones")
+    architecture = (config.get("architectures") or [_READERS[kind][1]])[0]
+    if architecture != _READERS[kind][1]:
+        raise UserError(
+            f"{folder / 'config.json'}: architectures {architecture!r} is not read with model_type {kind!r}; {_READERS[kind][1]} is"
+        )
+    try:
+        model, longest = _READERS[kind][0](config)
+    except _Unsuitable as error:
+        raise UserError(f"{folder / 'config.json'}: {error}") from None
+    names = {name: name if kind == "llada" else _llama_name(name) for name in canonical_shapes(model)}
+    files = open_tensors(folder, allow_pickle)
+    _check(folder, files, names, model)
+    return HfFolder(folder, architecture, model, Renamed(files, names), longest, config.get("mask_token_id"))
+
+
+class _Unsuitable(Exception):
+    """A config that is not of a model that is computed here."""
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not a JSON object")
+    return content
+
+
+def _section(**sizes: Any) -> ModelSection:
+    try:
+        return ModelSection.model_validate(sizes)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise _Unsuitable(f"{'.'.join(map(str, first['loc']))}: {first['input']!r}: {first['msg']}") from None
+
+
+def _require(config: dict[str, Any], names: tuple[str, ...]) -> None:
+    missing = [name for name in names if config.get(name) is None]
+    if missing:
+        raise _Unsuitable(f"missing {', '.join(missing)}; without it the file describes another model")
+
+
+def _llada(config: dict[str, Any]) -> tuple[ModelSection, int]:
+    """The published configuration. Its class has the defaults of another architecture, so a field that is left out is no LLaDA."""
+    from llada.hf.configuration_llada import LLaDAConfig
+
+    required = ("d_model", "n_layers", "n_heads", "vocab_size", "max_sequence_length", "block_type", "layer_norm_type", "activation_type")
+    _require(config, (*required, "rope", "rope_theta", "rms_norm_eps", "weight_tying", "include_bias"))
+    if config.get("mlp_hidden_size") is None:
+        _require(config, ("mlp_ratio",))
+    given = {name: config[name] for name in LLaDAConfig.published_fields() if name in config}
+    try:
+        whole = LLaDAConfig(**{"mlp_hidden_size": None, **given})
+    except (ValueError, TypeError) as error:
+        raise _Unsuitable(str(error)) from None
+    model = _section(
+        num_layers=whole.n_layers,
+        hidden_size=whole.d_model,
+        num_attention_heads=whole.n_heads,
+        num_query_groups=None if whole.n_kv_heads == whole.n_heads else whole.n_kv_heads,
+        ffn_hidden_size=whole.mlp_hidden_size,
+        vocab_size=whole.embedding_size,
+        rope_theta=float(whole.rope_theta),
+        norm_eps=whole.rms_norm_eps,
+        tie_embeddings=whole.weight_tying,
+    )
+    return model, int(whole.max_sequence_length)
+
+
+def _llama(config: dict[str, Any]) -> tuple[ModelSection, int]:
+    """Llama's configuration (arXiv 2302.13971); what is left out has the default of transformers' LlamaConfig."""
+    _require(config, ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"))
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise _Unsuitable(f"rope_parameters: {rope!r} is not an object")
+    heads = config["num_attention_heads"]
+    only: dict[str, tuple[Any, Any]] = {
+        "hidden_act": (config.get("hidden_act", "silu"), "silu"),
+        "attention_bias": (config.get("attention_bias") or False, False),
+        "mlp_bias": (config.get("mlp_bias") or False, False),
+        "sliding_window": (config.get("sliding_window"), None),
+        "rope_type": (rope.get("rope_type", rope.get("type", "default")), "default"),
+        "partial_rotary_factor": (config.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0)), 1.0),
+        "head_dim x num_attention_heads": ((config.get("head_dim") or config["hidden_size"] // heads) * heads, config["hidden_size"]),
+    }
+    wrong = [f"{name} {found!r} (only {allowed!r})" for name, (found, allowed) in only.items() if found != allowed]
+    if wrong:
+        raise _Unsuitable(f"not computed here: {', '.join(wrong)}")
+    groups = config.get("num_key_value_heads") or heads
+    model = _section(
+        num_layers=config["num_hidden_layers"],
+        hidden_size=config["hidden_size"],
+        num_attention_heads=heads,
+        num_query_groups=None if groups == heads else groups,
+        ffn_hidden_size=config["intermediate_size"],
+        vocab_size=config["vocab_size"],
+        rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
+        norm_eps=config.get("rms_norm_eps", 1e-6),
+        tie_embeddings=config.get("tie_word_embeddings", False),
+    )
+    return model, int(config.get("max_position_embeddings", 2048))
+
+
+_READERS: Mapping[str, tuple[Any, str]] = {
+    "llada": (_llada, LLADA),
+    "llama": (_llama, "LlamaForCausalLM"),
+    "mistral": (_llama, "MistralForCausalLM"),
+}
+"""model_type -> how to read the config, and the only class whose files have these tensors."""
+
+
+def _llama_name(canonical: str) -> str:
+    match = BLOCK.match(canonical)
+    return f"model.layers.{match[1]}.{_LLAMA_BLOCK[match[2]]}.weight" if match else _LLAMA[canonical]
+
+
+def _check(folder: Path, files: TensorFiles, names: dict[str, str], model: ModelSection) -> None:
+    """Compare names and shapes with those of the config's model."""
+    wanted = {names[canonical]: shape for canonical, shape in canonical_shapes(model).items()}
+    found = {name: shape for name, shape in files.shapes.items() if not name.endswith(_COMPUTED)}
+    for head, embedding in ((HEAD, EMBEDDING), (_LLAMA[HEAD], _LLAMA[EMBEDDING])):  # some files of tied models hold both
+        if model.tie_embeddings and head in found and embedding in found and equal(files, head, embedding):
+            del found[head]
+    problems = differences(found, wanted)
+    if problems:
+        raise UserError(f"FOLDER: the weights in '{folder}' are not those of its config.json: {problems}")
