@@ -217,9 +217,9 @@ def _from_folder(config: RunConfig, data: TrainingData, source: Path, notes: lis
     """Weights of a Hugging Face folder, whose vocabulary has to be complete as it is."""
     if config.run.init_what != "weights":
         raise UserError(f"run.init_what: '{config.run.init_what}', but '{source}' is a Hugging Face folder, of weights alone; use weights")
+    _same_tokenizer(source, source, data)  # first: a vocabulary without a mask token is what differs from the config's most often
     folder = hf.open_folder(source)
     _same_architecture(f"run.init_from: {source}", config, folder.model.model_dump())
-    _same_tokenizer(source, source, data)
     own = {"imported": source.resolve().name, "architecture": folder.architecture, "sequence_length": folder.longest}
     return Start(source, 0, 0, False, [own], notes)
 

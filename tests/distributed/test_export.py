@@ -1,18 +1,32 @@
-"""Checkpoints of every kind of layout, read without the training engine."""
+"""Checkpoints of every kind of layout, read without the training engine; and folders that others wrote, loaded on every layout."""
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from llada.config import dump_config
 from llada.engine.megatron import MegatronEngine
+from llada.hf.folder import open_folder
+from llada.hf.importing import from_hf
 from llada.model import weights
 from llada.model.stored import CheckpointWeights, StoredTensors, all_rows
+from llada.settings import ModelSection
+from llada.tokenizer import Tokenizer, train_byte_level_bpe
+from llada.training import checkpoint
 from tests.distributed.pool import RankPool
+from tests.distributed.test_layouts import LAYOUTS as MATRIX
 from tests.engine.support import small_config, step_batches
+from tests.hf.folders import published_config, published_tensors
+from tests.model.oracle import Oracle
 
 LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "DP4": ({}, {}, "fp32"),
@@ -53,3 +67,97 @@ def test_the_stored_weights_are_the_ranks_weights(layout: str, pool: RankPool, t
         assert torch.equal(value, wanted[name]), name
     norms = torch.cat([value.float() for name, value in found.items() if value.dim() == 1])
     assert (norms != 1).float().mean() > 0.9
+
+
+# -- a checkpoint of many ranks in plain transformers -------------------------------------------------------------------
+
+READER = """
+import sys
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+folder, ids, out = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+with torch.no_grad():
+    save_file({"logits": model(load_file(ids)["ids"]).logits}, out)
+assert not {"llada", "megatron"} & sys.modules.keys()
+"""
+
+
+def test_a_checkpoint_of_tp2_pp2_converts_on_one_process_and_has_the_oracles_logits(pool: RankPool, tmp_path: Path) -> None:
+    """The weights of the ranks after a step, in the oracle; and their checkpoint, converted and read by plain transformers."""
+    tokenizer = byte_tokenizer()
+    sizes = {"vocab_size": 384}
+    run = tmp_path / "run" / "checkpoints" / "step_00000001"
+    (run / "model").mkdir(parents=True)
+    ranks = pool.run(save_on_ranks, {"tensor": 2, "sequence": True, "pipeline": 2}, sizes, "fp32", run / "model")
+    config = small_config(sizes)
+    tokenizer.save(tmp_path / "tokenizer")
+    state = checkpoint.State(1, 8, 256, "", dump_config(config), {}, [], [])
+    checkpoint.seal(run, state, tmp_path / "tokenizer", {})
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    convert = ["-m", "llada", "convert", "to-hf", str(tmp_path / "run"), str(tmp_path / "out")]
+    subprocess.run([sys.executable, "-W", "ignore", *convert], check=True, env=environment, capture_output=True, timeout=120)
+    ids = torch.randint(0, 384, (2, 32), generator=torch.Generator().manual_seed(4))
+    save_file({"ids": ids}, tmp_path / "ids.safetensors")
+    environment.pop("PYTHONPATH")
+    read = ["-W", "ignore", "-c", READER, str(tmp_path / "out"), str(tmp_path / "ids.safetensors"), str(tmp_path / "logits.safetensors")]
+    subprocess.run([sys.executable, *read], check=True, env=environment, cwd=tmp_path, timeout=120)
+    found = load_file(tmp_path / "logits.safetensors")["logits"]
+    wanted = Oracle(config.model, weights.gather(config.model, ranks))(ids, torch.zeros_like(ids))
+    assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+def byte_tokenizer() -> Tokenizer:
+    """The smallest of ours: bytes and special tokens."""
+    return train_byte_level_bpe(iter(["a few bytes"]), 262)
+
+
+# -- what others wrote, on every layout ---------------------------------------------------------------------------------
+
+FAST = ("TP2 x PP2 x DP2, everything on", "TP2+SP x CP2 x DP2", "tied head, PP2 x VP2 x DP4")
+
+
+def pass_through(
+    parallel: dict[str, Any], model: dict[str, Any], precision: str, sources: tuple[Path, Path], outs: tuple[Path, Path]
+) -> None:
+    """Load a Hugging Face folder, save; load an imported checkpoint, save."""
+    engine = MegatronEngine(small_config(model, parallel, precision=precision, batch={"global": 8, "micro": 1}))
+    try:
+        engine.load_canonical(open_folder(sources[0]).weights)
+        engine.save(outs[0])
+        engine.load(sources[1] / "model", optimizer=False)
+        engine.save(outs[1])
+    finally:
+        engine.close()
+
+
+def written_folder(path: Path, model: ModelSection, tokenizer: Tokenizer, seed: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    tokenizer.save(path)
+    tensors = {name: tensor.to(dtype) for name, tensor in published_tensors(model, seed).items()}
+    (path / "config.json").write_text(json.dumps(published_config(model, tokenizer)))
+    save_file(tensors, path / "model.safetensors")
+    return tensors
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("layout", [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in MATRIX])
+def test_folders_and_imports_pass_through_every_layout_bit_for_bit(layout: str, precision: str, pool: RankPool, tmp_path: Path) -> None:
+    """Also in bf16 every digit of an fp32 folder is kept, in the masters."""
+    parallel, sizes = MATRIX[layout]
+    model = small_config({**sizes, "vocab_size": 384}).model
+    wanted = [written_folder(tmp_path / f"folder{i}", model, byte_tokenizer(), i, torch.float32) for i in range(2)]
+    from_hf(tmp_path / "folder1", tmp_path / "imported")
+    outs = tmp_path / "out0", tmp_path / "out1"
+    for out in outs:
+        out.mkdir()
+    sources = tmp_path / "folder0", tmp_path / "imported"
+    pool.run(pass_through, parallel, {**sizes, "vocab_size": 384}, precision, sources, outs)
+    for out, tensors in zip(outs, wanted, strict=True):
+        for masters in (False, True):
+            found = CheckpointWeights(StoredTensors(out), model, masters)
+            assert found.shapes.keys() == tensors.keys()
+            for name, tensor in tensors.items():
+                kept = tensor if masters or precision == "fp32" else tensor.bfloat16()
+                assert torch.equal(all_rows(found, name), kept), (out.name, masters, name)
