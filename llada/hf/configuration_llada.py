@@ -27,13 +27,15 @@ class LLaDAConfig(PretrainedConfig):
         rms_norm_eps: epsilon of every RMSNorm.
         weight_tying: the head uses the embedding's weight. transformers' name `tie_word_embeddings` means the same.
         mask_token_id, eos_token_id, pad_token_id: ids of [MASK], the end of a text, and padding.
+        tokenizer_vocab_size: ids of the tokenizer, where it has fewer than there are rows: the rest is never generated. None:
+            vocab_size. Not a published field, and written only when set.
         rope, rope_full_precision, alibi, block_type, block_group_size, layer_norm_type, layer_norm_with_affine,
             bias_for_layer_norm, attention_layer_norm, input_emb_norm, scale_logits, activation_type, include_bias,
             include_qkv_bias, attention_dropout, embedding_dropout, residual_dropout: choices of the published code of which
             only LLaDA's is computed here; any other is refused.
         alibi_bias_max, attention_layer_norm_with_affine, flash_attention, init_fn, init_std, init_cutoff_factor, init_device,
             precision, use_cache: kept for other readers of the file; they change nothing here. New weights are always
-            initialised as init_fn "mitchell", and attention is always torch's scaled dot product.
+            initialised as init_fn "mitchell", and attention is chosen by transformers' `attn_implementation`.
 
     Raises:
         ValueError: a value that this implementation does not compute, or sizes that do not fit together.
@@ -94,6 +96,7 @@ class LLaDAConfig(PretrainedConfig):
         mask_token_id: int | None = 126336,
         eos_token_id: int | None = 126081,
         pad_token_id: int | None = 126081,
+        tokenizer_vocab_size: int | None = None,
         **kwargs: Any,
     ) -> None:
         given = {name: value for name, value in locals().items() if name in self.published_fields()}
@@ -113,6 +116,7 @@ class LLaDAConfig(PretrainedConfig):
         super().__init__(eos_token_id=eos_token_id, pad_token_id=pad_token_id, tie_word_embeddings=weight_tying, **kwargs)
         for name, value in given.items():
             setattr(self, name, value)
+        self.tokenizer_vocab_size = tokenizer_vocab_size
         if n_kv_heads is None:
             self.n_kv_heads = 1 if multi_query_attention else n_heads
         if mlp_hidden_size is None:
@@ -124,11 +128,14 @@ class LLaDAConfig(PretrainedConfig):
     @classmethod
     def published_fields(cls) -> list[str]:
         """Names of the fields that every config.json holds."""
-        return [name for name in inspect.signature(cls.__init__).parameters if name not in ("self", "kwargs")]
+        return [name for name in inspect.signature(cls.__init__).parameters if name not in ("self", "tokenizer_vocab_size", "kwargs")]
 
     def to_diff_dict(self) -> dict[str, Any]:
         """What is written to config.json: every field, since other readers of the file have other defaults."""
-        return {**super().to_diff_dict(), **{name: getattr(self, name) for name in self.published_fields()}}
+        fields = {**super().to_diff_dict(), **{name: getattr(self, name) for name in self.published_fields()}}
+        if self.tokenizer_vocab_size is None:
+            fields.pop("tokenizer_vocab_size", None)
+        return fields
 
     def check(self) -> None:
         """Raise ValueError for what the model in modeling_llada.py does not compute."""
@@ -164,3 +171,7 @@ class LLaDAConfig(PretrainedConfig):
             raise ValueError(f"LLaDAConfig: n_kv_heads={self.n_kv_heads} contradicts multi_query_attention={self.multi_query_attention}")
         if self.embedding_size < self.vocab_size:
             raise ValueError(f"LLaDAConfig: embedding_size={self.embedding_size} is less than vocab_size={self.vocab_size}")
+        if self.tokenizer_vocab_size is not None and not 0 < self.tokenizer_vocab_size <= self.embedding_size:
+            raise ValueError(
+                f"LLaDAConfig: tokenizer_vocab_size={self.tokenizer_vocab_size} is not from 1 to embedding_size={self.embedding_size}"
+            )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -16,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llada.config import ModelSection
-from llada.hf import configuration_llada, modeling_llada
+from llada.hf import configuration_llada, generation_llada, modeling_llada
 from llada.hf.configuration_llada import LLaDAConfig
 from llada.hf.modeling_llada import LLaDAModelLM
 from llada.model.weights import canonical_shapes
@@ -183,9 +184,242 @@ def test_what_forward_takes_and_gives() -> None:
     for arguments in ({}, {"input_ids": inputs, "inputs_embeds": embedded}):
         with pytest.raises(ValueError, match="exactly one"):
             hf(**arguments)
-    for name in ("labels", "position_ids", "past_key_values"):
-        with pytest.raises(ValueError, match=name):
-            hf(inputs, **{name: inputs})
+    for name in ("attention_bias", "past_key_values", "cache_position", "output_attentions"):
+        with pytest.raises(ValueError, match=f"{name} not supported"):
+            hf(inputs, **{name: inputs if name != "output_attentions" else True})
+    with pytest.raises(TypeError, match="num_items_in_batch"):
+        hf(inputs, num_items_in_batch=3)
+
+
+def test_positions_may_be_given() -> None:
+    """Only differences matter: a shift changes nothing, and a gap is that of a longer text whose middle nobody sees."""
+    hf, inputs = made(num_query_groups=2), tokens()
+    assert_near(hf(inputs, position_ids=torch.arange(7, 19)[None]).logits, hf(inputs).logits)
+    seen = torch.tensor([0, 1, 2, 7, 8, 9, 10, 11])
+    mask = torch.zeros(2, 12, dtype=torch.long)
+    mask[:, seen] = 1
+    assert_near(hf(inputs[:, seen], position_ids=seen.expand(2, -1)).logits, hf(inputs, attention_mask=mask).logits[:, seen])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", ["none", "2-D", "boolean", "additive", "-inf"])
+def test_plain_softmax_attention_agrees(shape: str, kind: str) -> None:
+    hf, plain = made(**SHAPES[shape]), made(**SHAPES[shape])
+    plain.config._attn_implementation = "eager"
+    mask = torch.ones(2, 12, dtype=torch.bool)
+    mask[0, :4] = mask[1, 5:] = False
+    if kind != "2-D":
+        mask = mask[:, None, None, :].expand(2, 1, 12, 12)
+    if kind in ("additive", "-inf"):
+        mask = torch.zeros(mask.shape).masked_fill(~mask, -math.inf if kind == "-inf" else -1.5)
+    given = None if kind == "none" else mask
+    assert_near(plain(tokens(), attention_mask=given).logits, hf(tokens(), attention_mask=given).logits)
+
+
+def test_an_attention_that_is_not_there_is_refused() -> None:
+    hf = made()
+    hf.config._attn_implementation = "flex_attention"
+    with pytest.raises(ValueError, match="'flex_attention' is not one of sdpa, eager"):
+        hf(tokens())
+
+
+def flash_kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **settings: Any) -> torch.Tensor:
+    """What the package computes for a batch without padding [b, s, heads, head_dim], by a plain softmax."""
+    assert not settings.pop("causal")
+    assert settings.pop("softmax_scale") is None
+    assert not any(settings.values()), settings
+    k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(q.shape[-1])
+    return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v)
+
+
+def flash_varlen_kernel(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+) -> torch.Tensor:
+    """The same for rows of several lengths one after the other, [tokens, heads, head_dim]."""
+    assert torch.equal(cu_seqlens_q, cu_seqlens_k) and max_seqlen_q == max_seqlen_k == int(cu_seqlens_q.diff().max())
+    assert dropout_p == 0
+    rows = (slice(a, b) for a, b in itertools.pairwise(cu_seqlens_q.tolist()))
+    return torch.cat(
+        [flash_kernel(q[None, row], k[None, row], v[None, row], causal=causal, softmax_scale=softmax_scale)[0] for row in rows]
+    )
+
+
+@pytest.fixture
+def flash(monkeypatch: pytest.MonkeyPatch) -> LLaDAModelLM:
+    """A model on transformers' flash attention, with only the kernels exchanged for those above."""
+    name, hf = "flash_attention_2", made(num_query_groups=2)
+    utils = sys.modules[modeling_llada._flash_attention_forward.__module__]
+    kernels = (flash_kernel, flash_varlen_kernel, None, utils._pad_input, utils._unpad_input)
+    monkeypatch.setattr(utils, "_lazy_imports", lambda *arguments, **settings: kernels)
+    monkeypatch.setattr(utils, "_loaded_implementation", None)
+    hf.config._attn_implementation = name
+    return hf
+
+
+@pytest.mark.parametrize("padding", ["none", "left", "right", "both", "a row of it", "nothing else"])
+def test_flash_attention_is_called_for_what_the_oracle_computes(padding: str, flash: LLaDAModelLM) -> None:
+    mask = torch.ones(2, 12, dtype=torch.long)
+    hidden = {"none": [], "left": [(0, slice(0, 4))], "right": [(1, slice(9, 12))], "a row of it": [(0, slice(0, 12))]}
+    hidden |= {"both": [*hidden["left"], *hidden["right"]], "nothing else": [(slice(0, 2), slice(0, 12))]}
+    for place in hidden[padding]:
+        mask[place] = 0
+    logits = flash(tokens(), attention_mask=mask).logits
+    assert logits.isfinite().all()
+    wanted = Oracle(section(num_query_groups=2), flash.state_dict())(tokens(), mask)
+    assert_near(logits[mask.bool()], wanted[mask.bool()]) if mask.any() else assert_near(logits, wanted)
+    logits.square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in flash.parameters())
+
+
+def test_flash_attention_takes_no_mask_of_pairs(flash: LLaDAModelLM) -> None:
+    with pytest.raises(ValueError, match="flash attention takes no mask of pairs"):
+        flash(tokens(), attention_mask=torch.ones(2, 1, 12, 12, dtype=torch.bool))
+
+
+def test_both_generations_of_transformers_are_told_what_there_is() -> None:
+    """The flags of 4.46 and of 5; a Trainer asks for the last."""
+    flags = ("_supports_sdpa", "_supports_flash_attn_2", "_supports_flash_attn")
+    assert all(getattr(LLaDAModelLM, name) for name in flags)
+    assert LLaDAModelLM.accepts_loss_kwargs is False
+    assert not LLaDAModelLM.can_generate()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_head_is_called_as_a_module(tied: bool) -> None:
+    """Offload hooks and adapters act on calls of modules; a look at the weight passes them by."""
+    hf, inputs = made(tie_embeddings=tied), tokens()
+    wanted = hf(inputs).logits
+    hf.get_output_embeddings().register_forward_hook(lambda module, given, out: 2 * out if out.shape[-1] == 128 else out)
+    assert torch.equal(hf(inputs).logits, 2 * wanted)
+
+
+def noisy_batch(prompt: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Noisy ids, clean ids and p_mask [b, s]; the first tokens are not labelled."""
+    clean, chance = tokens(3, 12) % 126, torch.tensor([0.9, 0.5, 0.2])[:, None].expand(3, 12)
+    masked = torch.rand(3, 12, generator=torch.Generator().manual_seed(2)) < chance
+    noisy = torch.where(masked, 126, clean)
+    labels = clean.clone()
+    labels[:, :prompt] = -100
+    return noisy, labels, chance
+
+
+@pytest.mark.parametrize("prompt", [0, 5])
+def test_the_loss_is_the_papers(prompt: int) -> None:
+    """Token by token, from logits of the oracle."""
+    hf = made()
+    noisy, labels, chance = noisy_batch(prompt)
+    logits = Oracle(section(), hf.state_dict())(noisy, torch.zeros_like(noisy)).detach()
+    rows = []
+    for row in range(3):
+        terms = [
+            -float(logits[row, i].log_softmax(-1)[labels[row, i]]) / float(chance[row, i])
+            for i in range(prompt, 12)
+            if noisy[row, i] == 126
+        ]
+        rows.append(sum(terms) / (12 - prompt))
+    for p_mask in (chance, chance[:, :1], chance[:, 0]):
+        loss = hf(noisy, labels=labels, p_mask=p_mask).loss
+        assert loss.dtype == torch.float32
+        assert abs(loss.item() - sum(rows) / 3) <= 1e-5 * sum(rows) / 3
+    assert torch.equal(hf(noisy, labels=labels, p_mask=chance, return_dict=False)[0], loss)
+
+
+def test_a_row_without_labels_or_masks_counts_as_nothing() -> None:
+    hf = made()
+    noisy, labels, chance = noisy_batch()
+    alone = hf(noisy[1:], labels=labels[1:], p_mask=chance[1:]).loss
+    chance = chance.clone()
+    chance[0] = 0.0
+    labels[0] = -100
+    without_labels = hf(noisy, labels=labels, p_mask=chance).loss
+    without_labels.backward()
+    assert abs(float(without_labels) - float(alone) * 2 / 3) <= 1e-6 * float(alone)
+    assert all(p.grad.isfinite().all() for p in hf.parameters())
+    clean = tokens() % 126
+    assert float(hf(clean, labels=clean, p_mask=torch.zeros(2)).loss) == 0.0
+
+
+def test_the_loss_of_bf16_weights_is_fp32_and_close() -> None:
+    hf = made()
+    noisy, labels, chance = noisy_batch()
+    wanted = hf(noisy, labels=labels, p_mask=chance).loss
+    found = hf.to(torch.bfloat16)(noisy, labels=labels, p_mask=chance).loss
+    assert found.dtype == torch.float32
+    assert abs((found - wanted).item()) <= 0.05 * wanted.item()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"p_mask": None}, "labels and p_mask together"),
+        ({"labels": None}, "labels and p_mask together"),
+        ({"p_mask": torch.ones(12)}, r"p_mask: torch.float32 of shape \(12,\) is not floating of shape \(3, 12\), \(3, 1\) or \(3,\)"),
+        ({"p_mask": torch.ones(3, dtype=torch.long)}, "p_mask: torch.int64"),
+        ({"labels": torch.zeros(3, 11, dtype=torch.long)}, r"labels: shape \(3, 11\) is not \(3, 12\)"),
+        ({"input_ids": None, "inputs_embeds": torch.zeros(3, 12, 64)}, "labels need input_ids"),
+    ],
+)
+def test_a_loss_that_cannot_be_computed_is_refused(change: dict[str, Any], message: str) -> None:
+    noisy, labels, chance = noisy_batch()
+    with pytest.raises(ValueError, match=message):
+        made()(**{"input_ids": noisy, "labels": labels, "p_mask": chance, **change})
+
+
+COMPILED = """
+import sys
+import torch
+from tests.hf.test_modeling import made, noisy_batch, tokens
+
+graphs = []
+def backend(graph, inputs):
+    graphs.append(graph)
+    return graph.forward
+
+hf = made(num_query_groups=2, tie_embeddings=sys.argv[1] == "tied")
+compiled = torch.compile(hf, fullgraph=True, backend="aot_eager")
+inputs, ones = tokens(), torch.ones(2, 12, dtype=torch.bool)
+ones[0, :3] = False
+pairs = ones[:, None, None, :].expand(2, 1, 12, 12)
+bias = torch.zeros(pairs.shape).masked_fill(~pairs, float("-inf"))
+with torch.no_grad():
+    for mask in (None, ones, ones.long(), ones.float(), pairs, bias):
+        torch.testing.assert_close(compiled(inputs, attention_mask=mask).logits, hf(inputs, attention_mask=mask).logits)
+noisy, labels, chance = noisy_batch(3)
+loss = compiled(noisy, labels=labels, p_mask=chance).loss
+loss.backward()
+torch.testing.assert_close(loss, hf(noisy, labels=labels, p_mask=chance).loss)
+assert all(p.grad.isfinite().all() for p in hf.parameters())
+torch.compiler.reset()
+dynamic = torch.compile(hf, fullgraph=True, backend=backend, dynamic=True)
+with torch.no_grad():
+    for length in (5, 9, 31):
+        ids, mask = tokens(2, length), torch.ones(2, length, dtype=torch.long)
+        mask[1, 2:] = 0
+        torch.testing.assert_close(dynamic(ids, attention_mask=mask).logits, hf(ids, attention_mask=mask).logits)
+assert len(graphs) == 1, f"{len(graphs)} graphs for three lengths"
+print("compiled")
+"""
+
+
+@pytest.mark.parametrize("head", ["untied", "tied"])
+def test_it_compiles_as_one_graph_for_any_length(head: str) -> None:
+    """In a fresh process: dynamo may be switched off in this one."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("TORCH")}
+    environment = {**kept, "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-W", "ignore", "-c", COMPILED, head]
+    done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout == "compiled\n"
 
 
 def test_checkpointed_gradients_are_the_same() -> None:
@@ -242,11 +476,14 @@ def test_a_saved_model_comes_back_bit_for_bit(shape: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_resized_vocabulary_can_be_saved(tied: bool, tmp_path: Path) -> None:
     hf = made(tie_embeddings=tied)
+    hf.config.tokenizer_vocab_size = 127
     before = hf(tokens()).logits
     hf.resize_token_embeddings(136, mean_resizing=False)
     hf.save_pretrained(tmp_path)
-    logits = LLaDAModelLM.from_pretrained(tmp_path)(tokens()).logits
+    back = LLaDAModelLM.from_pretrained(tmp_path)
+    logits = back(tokens()).logits
     assert logits.shape[-1] == 136
+    assert (hf.config.tokenizer_vocab_size, back.config.tokenizer_vocab_size) == (None, None), "the new rows are tokens"
     assert_near(logits[..., :128], before)
 
 
@@ -322,6 +559,13 @@ def test_every_field_comes_back_and_transformers_own_names_work(tmp_path: Path) 
     assert (back.intermediate_size, back.max_position_embeddings, back.tie_word_embeddings) == (96, 77, True)
 
 
+def test_the_tokenizers_size_is_written_only_where_it_is_known(tmp_path: Path) -> None:
+    hf_config(section(), tokenizer_vocab_size=127).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["tokenizer_vocab_size"] == 127
+    assert LLaDAConfig.from_pretrained(tmp_path).tokenizer_vocab_size == 127
+    assert "tokenizer_vocab_size" not in hf_config(section()).to_diff_dict()
+
+
 def test_sizes_left_out_follow_from_the_others() -> None:
     config = LLaDAConfig(d_model=64, n_heads=8, mlp_hidden_size=None, mlp_ratio=3, vocab_size=100, eos_token_id=0, pad_token_id=0)
     assert (config.n_kv_heads, config.mlp_hidden_size, config.embedding_size) == (8, 192, 100)
@@ -354,6 +598,8 @@ def test_sizes_left_out_follow_from_the_others() -> None:
         ("multi_query_attention", True),
         ("embedding_size", 100),
         ("tie_word_embeddings", True),
+        ("tokenizer_vocab_size", 126465),
+        ("tokenizer_vocab_size", 0),
     ],
 )
 def test_what_is_not_computed_is_refused(field: str, value: Any) -> None:
@@ -405,7 +651,7 @@ def test_a_folder_loads_where_this_package_is_absent(shape: str, tmp_path: Path)
     folder.mkdir()
     out.mkdir()
     hf.config.save_pretrained(folder)
-    for module in (configuration_llada, modeling_llada):
+    for module in (configuration_llada, generation_llada, modeling_llada):
         shutil.copy(str(module.__file__), folder)
     save_file(hf.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
     torch.save(tokens(), out / "inputs.pt")
@@ -425,4 +671,4 @@ def test_a_folder_loads_where_this_package_is_absent(shape: str, tmp_path: Path)
     assert_near(found["logits"], hf(tokens()).logits)
     assert torch.equal(found["same"], found["logits"])
     again = {path.name for path in (out / "again").iterdir()}
-    assert {"config.json", "model.safetensors", "configuration_llada.py", "modeling_llada.py"} <= again
+    assert {"config.json", "model.safetensors", "configuration_llada.py", "generation_llada.py", "modeling_llada.py"} <= again
