@@ -2,6 +2,8 @@
 #   make demo    train a small model on the Python standard library and report
 #   make test    the test suite, without tests of more than a minute
 #   make test-slow   those: fresh processes by the dozen, kills at random moments
+#   make test-clients   exports in the hands of the oldest and the newest transformers, peft, accelerate
+#   make test-llama-cpp   an export in llama.cpp, which is built first (six minutes on two cores)
 # The first call installs into .venv (a minute or two); later ones find it ready.
 
 SHELL := bash
@@ -13,6 +15,7 @@ PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
 BIN := $(VENV)/bin
+CLIENTS := build/clients
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
@@ -22,7 +25,7 @@ INSTALL := $(PIP) install --constraint constraints.txt
 comma := ,
 fail = { echo "make: $(1)" >&2; exit 1; }
 
-.PHONY: help setup demo test test-slow lint types clean
+.PHONY: help setup demo test test-slow test-clients test-llama-cpp lint types clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -34,10 +37,16 @@ demo: $(READY)
 	@$(BIN)/llada demo $(DEMO_ARGS)
 
 test: $(READY)
-	@$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -m "not slow and not clients and not llama_cpp" $(PYTEST_ARGS)
 
 test-slow: $(READY)
 	@$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+test-clients: $(CLIENTS)/transformers-4.46/.ready $(CLIENTS)/transformers-5/.ready
+	@$(BIN)/python -m pytest -m clients tests/clients $(PYTEST_ARGS)
+
+test-llama-cpp: $(CLIENTS)/llama-cpp/.ready
+	@$(BIN)/python -m pytest -m llama_cpp tests/clients $(PYTEST_ARGS)
 
 lint: $(READY)
 	@$(BIN)/ruff format --check .
@@ -66,4 +75,24 @@ $(READY): pyproject.toml constraints.txt Makefile
 	    || { cat $(VENV)/torch.log >&2; $(call fail,could not install torch==$$version+cpu$(comma) neither from the configured package index nor from $(TORCH_CPU_INDEX)); }; \
 	fi
 	@$(INSTALL) --editable ".[dev]" || $(call fail,could not install the dependencies; pip's message stands above)
+	@touch $@
+
+# Programs of others, each in a folder of its own in front of what $(VENV) has.
+$(CLIENTS)/transformers-%/.ready: tests/clients/transformers-%.txt | $(READY)
+	@echo "make: installing into $(@D) (once)"
+	@rm -rf $(@D)
+	@$(PIP) install --no-deps --target $(@D) --requirement $< || $(call fail,could not install $<; pip's message stands above)
+	@touch $@
+
+$(CLIENTS)/llama-cpp/.ready: tests/clients/llama-cpp.txt | $(READY)
+	@echo "make: building llama.cpp into $(@D) (once; six minutes on two cores)"
+	@rm -rf $(@D)
+	@$(PIP) download --no-deps --no-binary llama_cpp_python --dest $(@D)/source --requirement $< \
+	  || $(call fail,could not download $<; pip's message stands above)
+	@CMAKE_ARGS=-DGGML_NATIVE=OFF $(PIP) install --no-deps --target $(@D) $(@D)/source/* \
+	  || $(call fail,could not build llama.cpp; pip's message stands above)
+	@tar --extract --gzip --file $(@D)/source/llama_cpp_python-*.tar.gz --directory $(@D)/source
+	@mkdir $(@D)/llama.cpp
+	@mv $(@D)/source/*/vendor/llama.cpp/{convert_hf_to_gguf.py,conversion,gguf-py} $(@D)/llama.cpp
+	@rm -rf $(@D)/source
 	@touch $@

@@ -6,16 +6,19 @@ import fnmatch
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import xxhash
 
 from llada.errors import RunError, UserError
 
 _CHUNK = 1 << 24
+T = TypeVar("T")
 
 
 def sync_folder(path: Path) -> None:
@@ -36,6 +39,18 @@ def sync_tree(folder: Path) -> None:
         else:
             sync_folder(path)
     sync_folder(folder)
+
+
+def ahead(calls: Iterable[Callable[[], T]], depth: int = 2) -> Iterator[T]:
+    """Results of calls in their order; up to `depth` of the next ones are computed in a thread meanwhile."""
+    with ThreadPoolExecutor(1) as pool:
+        pending: deque[Future[T]] = deque()
+        for call in calls:
+            pending.append(pool.submit(call))
+            if len(pending) > depth:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
 
 
 def require_space(output: str | Path, needed: int, setting: str) -> None:

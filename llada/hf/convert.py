@@ -28,7 +28,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SHARD_SIZE = "5GB"
 """Largest safetensors file if nothing else is asked for."""
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-_CODE = ("configuration_llada.py", "modeling_llada.py")
+_CODE = ("configuration_llada.py", "generation_llada.py", "modeling_llada.py")
 _FILES = (
     "config.json",
     "*.safetensors",
@@ -194,6 +194,7 @@ def model_config(trained: Trained, tokenizer: Tokenizer, dtype: str) -> dict[str
         weight_tying=model.tie_embeddings,
         precision="amp_bf16" if trained.precision == "bf16" else "fp32",
         mask_token_id=tokenizer.mask_id,
+        tokenizer_vocab_size=tokenizer.vocab_size,
         bos_token_id=tokenizer.bos_id,
         eos_token_id=tokenizer.eos_id,
         pad_token_id=tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id,

@@ -6,6 +6,7 @@ import json
 import math
 import pickle
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,6 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from llada.errors import RunError, UserError
+from llada.files import ahead
+from llada.model.stored import read_into, write_from
 from llada.model.weights import BLOCK_ELEMENTS, Weights, row_blocks
 
 CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -86,31 +89,47 @@ def _compare_with_index(folder: Path, index: str, where: Mapping[str, str]) -> N
 
 
 class _Safetensors:
-    """Tensors of safetensors files, read with pread: a memory map would count as memory of the process."""
+    """Tensors of safetensors files. The library checks a file; rows are then read from their place in it: its own slices would read the
+    whole tensor, or count as memory of the process."""
 
     def __init__(self, folder: Path) -> None:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
-        self._slices: dict[str, Any] = {}
+        self._places: dict[str, tuple[Path, int]] = {}
         where: dict[str, str] = {}
         for name in _files(folder, _INDEX, _SINGLE):
             try:
-                file = safe_open(folder / name, "pt", backend="pread")
-                tensors = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  (it is no dict)
+                with safe_open(folder / name, "pt") as file:
+                    tensors = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  (it is no dict)
+                starts = _value_starts(folder / name)
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{folder / name}: not a sound safetensors file ({' '.join(str(error).split())})") from None
             for key, tensor in tensors.items():
                 if tensor.get_dtype() not in _DTYPES:
                     raise UserError(f"{folder / name}: {key} has dtype {tensor.get_dtype()}; one of {', '.join(_DTYPES)} can be read")
                 self.shapes[key], self.dtypes[key] = tuple(tensor.get_shape()), _DTYPES[tensor.get_dtype()]
-                self._slices[key], where[key] = tensor, name
+                self._places[key], where[key] = (folder / name, starts[key]), name
         _compare_with_index(folder, _INDEX, where)
 
     def rows(self, name: str, first: int, last: int) -> torch.Tensor:
+        path, start = self._places[name]
+        shape = (last - first, *self.shapes[name][1:])
+        values = torch.empty(shape, dtype=self.dtypes[name])
         try:
-            return self._slices[name][first:last]
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"FOLDER: {name} cannot be read ({' '.join(str(error).split())})") from None
+            with open(path, "rb", buffering=0) as file:
+                file.seek(start + first * math.prod(shape[1:]) * values.itemsize)
+                read_into(file, values)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: {name} cannot be read ({error})") from None
+        return values
+
+
+def _value_starts(path: Path) -> dict[str, int]:
+    """Where in a sound safetensors file the values of each tensor start."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    return {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
 
 
 class _Pickles:
@@ -189,15 +208,20 @@ def _write_file(path: Path, source: Weights, names: list[str], dtype: torch.dtyp
         header[name] = {"dtype": CODES[dtype], "shape": list(source.shapes[name]), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
+    with open(path, "wb", buffering=0) as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for name in names:
-            for first, last in row_blocks(source.shapes[name], BLOCK_ELEMENTS):
-                values = source.rows(name, first, last)
-                rounded = values.to(dtype).contiguous()
-                if not rounded.isfinite().all():
-                    _refuse(name, values, rounded, dtype)
-                file.write(rounded.view(torch.uint8).numpy().data)
+        blocks = ((name, *block) for name in names for block in row_blocks(source.shapes[name], BLOCK_ELEMENTS))
+        for values in ahead(partial(_rounded, source, *block, dtype) for block in blocks):
+            write_from(file, values)
+
+
+def _rounded(source: Weights, name: str, first: int, last: int, dtype: torch.dtype) -> torch.Tensor:
+    """Rows of a tensor in a dtype. Raises RunError for a value that is not finite there."""
+    values = source.rows(name, first, last)
+    rounded = values.to(dtype).contiguous()
+    if not all(bound.isfinite() for bound in rounded.aminmax()):  # both are nan if a value is
+        _refuse(name, values, rounded, dtype)
+    return rounded
 
 
 def _refuse(name: str, values: torch.Tensor, rounded: torch.Tensor, dtype: torch.dtype) -> None:

@@ -17,7 +17,7 @@ import zipfile
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
@@ -59,7 +59,7 @@ MASTERS = "optimizer.state.param."
 class _Window(io.RawIOBase):
     """A part of a file as a file."""
 
-    def __init__(self, file: BinaryIO, first: int, length: int) -> None:
+    def __init__(self, file: Any, first: int, length: int) -> None:
         self._file, self._first, self._length, self._position = file, first, length, 0
 
     def readable(self) -> bool:
@@ -78,12 +78,12 @@ class _Window(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         wanted = max(0, min(len(buffer), self._length - self._position))
         self._file.seek(self._first + self._position)
-        count = self._file.readinto(memoryview(buffer)[:wanted])  # type: ignore[attr-defined]
+        count: int = self._file.readinto(memoryview(buffer)[:wanted])
         self._position += count
         return count
 
 
-def _values_start(file: BinaryIO, first: int, length: int, sizes: tuple[int, ...], dtype: torch.dtype) -> int:
+def _values_start(file: Any, first: int, length: int, sizes: tuple[int, ...], dtype: torch.dtype) -> int:
     """Where in a file the values of a torch.save'd tensor start, which lies at byte `first`; it must be a plain one of these sizes."""
     window: Any = _Window(file, first, length)
     like = torch.load(window, map_location="meta", weights_only=True)  # reads no values
@@ -97,6 +97,23 @@ def _values_start(file: BinaryIO, first: int, length: int, sizes: tuple[int, ...
         raise ValueError("its values are not stored as they are")
     file.seek(first + entry.header_offset + 26)  # PKWARE's APPNOTE 4.3.7: lengths of the name and of the extra field
     return first + entry.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
+
+
+def read_into(file: Any, values: torch.Tensor) -> None:
+    """Fill a contiguous tensor from where an unbuffered file stands. Raises ValueError where it ends before."""
+    left = values.view(-1).view(torch.uint8).numpy().data
+    while left:
+        count = file.readinto(left)
+        if not count:
+            raise ValueError("it ends too early")
+        left = left[count:]
+
+
+def write_from(file: Any, values: torch.Tensor) -> None:
+    """Write a contiguous tensor to an unbuffered file."""
+    left = values.view(-1).view(torch.uint8).numpy().data
+    while left:
+        left = left[file.write(left) :]
 
 
 class StoredTensors:
@@ -120,7 +137,7 @@ class StoredTensors:
             raise UserError(f"checkpoint: {folder / '.metadata'} cannot be read ({error.strerror})") from None
         except Exception as error:  # a damaged pickle can raise anything
             raise UserError(f"checkpoint: {folder / '.metadata'} is damaged or not a checkpoint's ({error})") from None
-        self._starts: dict[tuple[str, tuple[int, ...]], tuple[Path, int]] = {}
+        self._starts: dict[tuple[str, tuple[int, ...]], int] = {}
         self._layers: dict[str, dict[int, list[Any]]] = {}
 
     def __contains__(self, name: str) -> bool:
@@ -162,11 +179,12 @@ class StoredTensors:
             start, stop = max(offsets[0], first), min(offsets[0] + shape[0], last)
             if start >= stop:
                 continue
-            width = math.prod(shape[1:])
-            before = (start - offsets[0]) * width + (0 if layer is None else (layer - corner[0]) * math.prod(shape))
-            values = self._values(name, corner, sizes, before, (stop - start) * width)
-            columns = tuple(slice(o, o + n) for o, n in zip(offsets[1:], shape[1:], strict=True))
-            out[(slice(start - first, stop - first), *columns)] = values.view(stop - start, *shape[1:])
+            before = (start - offsets[0]) * math.prod(shape[1:]) + (0 if layer is None else (layer - corner[0]) * math.prod(shape))
+            target = out[(slice(start - first, stop - first), *(slice(o, o + n) for o, n in zip(offsets[1:], shape[1:], strict=True)))]
+            values = target if target.is_contiguous() else torch.empty_like(target)  # whole rows go to their place at once
+            self._read(name, corner, sizes, before, values)
+            if values is not target:
+                target.copy_(values)
             filled += values.numel()
         if filled != out.numel():
             raise UserError(
@@ -184,21 +202,18 @@ class StoredTensors:
                     layers[index].append(chunk)
         return self._layers[name].get(layer, [])
 
-    def _values(self, name: str, corner: tuple[int, ...], sizes: tuple[int, ...], first: int, count: int) -> torch.Tensor:
-        """`count` values of a piece from value `first` on."""
+    def _read(self, name: str, corner: tuple[int, ...], sizes: tuple[int, ...], first: int, values: torch.Tensor) -> None:
+        """Fill a contiguous tensor with the values of a piece from value `first` on."""
         place = self._places[name, corner]
         path = self.folder / Path(place.relative_path).name  # never outside the folder
-        values = torch.empty(count, dtype=self.dtype(name))
         try:
-            with open(path, "rb") as file:
+            with open(path, "rb", buffering=0) as file:
                 if (name, corner) not in self._starts:
-                    self._starts[name, corner] = path, _values_start(file, place.offset, place.length, sizes, values.dtype)
-                file.seek(self._starts[name, corner][1] + first * values.itemsize)
-                if file.readinto(values.view(torch.uint8).numpy().data) != values.nbytes:
-                    raise ValueError("it ends too early")
+                    self._starts[name, corner] = _values_start(file, place.offset, place.length, sizes, values.dtype)
+                file.seek(self._starts[name, corner] + first * values.itemsize)
+                read_into(file, values)
         except Exception as error:  # a damaged archive can raise anything
             raise UserError(f"checkpoint: {path} is damaged at {name} ({' '.join(str(error).split()[:20])})") from None
-        return values
 
 
 class CheckpointWeights:

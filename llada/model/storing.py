@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.distributed.checkpoint.default_planner import create_default_global_s
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, StorageMeta, TensorProperties
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
 
+from llada.files import ahead
 from llada.model import weights
 from llada.model.stored import stored_name
 from llada.settings import ModelSection
@@ -33,6 +35,10 @@ class _Part:
     last: int
 
 
+PIECE_ELEMENTS = 1 << 24
+"""Elements of a piece at most."""
+
+
 class _Planner(SavePlanner):
     """Plans the pieces of a model and reads each only when its turn to be written comes."""
 
@@ -44,7 +50,9 @@ class _Planner(SavePlanner):
         return
 
     def create_local_plan(self) -> SavePlan:
-        return SavePlan([item for name in weights.parameter_names(self._model) for item in self._items(name)])
+        plan = SavePlan([item for name in weights.parameter_names(self._model) for item in self._items(name)])
+        self._read = ahead(partial(self._rows, index) for index in self._parts)  # the writer asks in the order of the plan
+        return plan
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
         return create_default_global_save_plan(all_plans)
@@ -53,17 +61,20 @@ class _Planner(SavePlanner):
         return new_plan
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
-        part = self._parts[MetadataIndex(write_item.index.fqn, write_item.index.offset)]
-        rows = weights.parameter_rows(self._model, self._source, part.parameter, part.first, part.last).to(self._dtype)
-        assert write_item.tensor_data is not None
+        index, rows = next(self._read)
+        assert write_item.tensor_data is not None and index == MetadataIndex(write_item.index.fqn, write_item.index.offset)
         return rows.view(write_item.tensor_data.chunk.sizes)
+
+    def _rows(self, index: MetadataIndex) -> tuple[MetadataIndex, torch.Tensor]:
+        part = self._parts[index]
+        return index, weights.parameter_rows(self._model, self._source, part.parameter, part.first, part.last).to(self._dtype)
 
     def _items(self, parameter: str) -> list[WriteItem]:
         name, layer = stored_name(parameter)
         shape = weights.parameter_shape(self._model, parameter)
         size = shape if layer is None else (self._model.num_layers, *shape)
         items = []
-        for first, last in weights.row_blocks(shape, weights.BLOCK_ELEMENTS):
+        for first, last in weights.row_blocks(shape, PIECE_ELEMENTS):
             corner, sizes = (first, *(0 for _ in shape[1:])), (last - first, *shape[1:])
             if layer is not None:
                 corner, sizes = (layer, *corner), (1, *sizes)

@@ -20,8 +20,8 @@ from llada.settings import ModelSection
 INIT_BLOCK_ROWS = 64
 """Rows of a weight that share one random stream; a rank generates only the blocks that meet its shard."""
 
-BLOCK_ELEMENTS = 1 << 24
-"""Elements read at a time where tensors are streamed."""
+BLOCK_ELEMENTS = 1 << 22
+"""Elements read at a time where tensors are streamed: memory of this size is used again, larger blocks are mapped afresh each time."""
 
 EMBEDDING = "model.transformer.wte.weight"
 HEAD = "model.transformer.ff_out.weight"
@@ -232,7 +232,7 @@ def parameter_rows(
         if start < stop:
             rows = source.rows(piece.name, start + shift, stop + shift)
             found.append(rows if piece.columns is None else rows[:, slice(*piece.columns)])
-    return torch.cat(found)
+    return found[0] if len(found) == 1 else torch.cat(found)
 
 
 @torch.no_grad()

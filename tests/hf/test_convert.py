@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from llada.chat import ChatFormat, Message
 from llada.errors import RunError, UserError
 from llada.hf import convert as module
-from llada.hf.convert import convert, to_hf
+from llada.hf.convert import convert, parse_size, to_hf
 from llada.hf.tensor_files import write_safetensors
 from llada.model.stored import CheckpointWeights, StoredTensors, all_rows
 from llada.tokenizer import Tokenizer
@@ -237,3 +237,83 @@ def test_refusals_of_the_command(arguments: list[str], message: str, workplace: 
     assert done.stderr.startswith(f"error: {message}")
     assert len(done.stderr.splitlines()) == 1
     assert not (workplace.folder / "out").exists()
+
+
+# -- averages, sizes, checksums, the model card ------------------------------------------------------------------------
+
+
+def test_the_mean_of_checkpoints_is_that_of_their_masters(workplace: Workplace, tmp_path: Path) -> None:
+    """Of a bf16 run, whose weights are rounded and whose masters are not; read here with torch's own checkpoint reader."""
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    name = workplace.config("half.yaml", run={"dir": "half", "threads": 2}, precision="bf16")
+    workplace.run("pretrain", name)
+    said = to_hf(workplace.folder / "half", tmp_path / "out", dtype="fp32", average=2)
+    assert said.endswith("the mean of the checkpoints after steps 8, 12")
+    both = []
+    for step in (8, 12):
+        dcp_to_torch_save(workplace.folder / "half" / "checkpoints" / f"step_{step:08d}" / "model", tmp_path / "all.pt")
+        both.append(torch.load(tmp_path / "all.pt", weights_only=False))  # our own file, of the line before
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    for key, stored in (("wte", "embedding.word_embeddings"), ("ff_out", "output_layer"), ("ln_f", "decoder.final_layernorm")):
+        masters = [each[f"optimizer.state.param.{stored}.weight"] for each in both]
+        wanted = ((masters[0].double() + masters[1].double()) / 2).float()
+        assert torch.equal(found[f"model.transformer.{key}.weight"], wanted)
+        assert not torch.equal(wanted, wanted.bfloat16().float())
+    down = [each["optimizer.state.param.decoder.layers.mlp.linear_fc2.weight"] for each in both]
+    wanted = ((down[0].double() + down[1].double()) / 2).float()
+    assert torch.equal(found["model.transformer.blocks.1.ff_out.weight"], wanted[1])
+    assert "mean of the checkpoints after steps 8, 12" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_the_mean_of_one_is_the_checkpoint_and_too_many_are_refused(workplace: Workplace, tmp_path: Path) -> None:
+    source = workplace.folder / "whole"
+    with pytest.raises(UserError, match=r"--average: 4 checkpoints are asked for, .* has 3 complete ones up to step_00000012"):
+        to_hf(source, tmp_path / "out", average=4)
+    with pytest.raises(UserError, match=r"--average: 2 checkpoints are asked for, .* has 1 complete ones up to step_00000004"):
+        to_hf(source / "checkpoints" / "step_00000004", tmp_path / "out", average=2)
+    with pytest.raises(UserError, match=r"--average: 0 is less than 1"):
+        to_hf(source, tmp_path / "out", average=0)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("5GB", 5 * 10**9), ("500MiB", 500 * 2**20), ("1.5 gb", 1_500_000_000), ("4096", 4096), ("7kb", 7000)]
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "5 apples", "-3GB", "0", "5GBit", "1e9"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match=r"--max-shard-size: '.*' is not a size"):
+        parse_size(text)
+
+
+def test_a_flipped_bit_is_found_before_anything_is_written(workplace: Workplace, tmp_path: Path) -> None:
+    source = copy(workplace, tmp_path)
+    path = sorted(source.glob("model/*.distcp"))[0]
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"\.distcp has another checksum than its marker says; it is damaged"):
+        to_hf(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_model_card_says_what_the_checkpoint_knows(workplace: Workplace, tmp_path: Path) -> None:
+    to_hf(workplace.folder / "whole", tmp_path / "out", license_="apache-2.0")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card.startswith("---\nlicense: apache-2.0\nlibrary_name: transformers\n")
+    last = [json.loads(line) for line in (workplace.folder / "whole" / "metrics.jsonl").read_text().splitlines()]
+    nelbo = next(line for line in reversed(last) if "nelbo_per_token" in line)
+    assert f"| corpus | {nelbo['nelbo_per_token']:.4f} ± {nelbo['nelbo_per_token_se']:.4f} | {nelbo['bits_per_byte']:.4f} ±" in card
+    assert "After step 12" in card and "| steps, tokens seen | 12, 6,144 |" in card
+    shapes = load_file(tmp_path / "out" / "model.safetensors")
+    assert f"{sum(tensor.numel() for tensor in shapes.values()):,} (" in card
+    assert str(workplace.folder) not in card
+    code = card.split("```python\n")[1].split("```")[0].replace('folder = "."', f"folder = {str(tmp_path / 'out')!r}")
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    with pytest.raises(UserError, match=r"--license: 'do what you want' is not an identifier of a licence"):
+        to_hf(workplace.folder / "whole", tmp_path / "other", license_="do what you want")
