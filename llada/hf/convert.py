@@ -207,6 +207,8 @@ def _write_tokenizer(source: Path, target: Path, tokenizer: Tokenizer) -> tuple[
     and whether there is a template."""
     for path in sorted(source.iterdir()):
         shutil.copy(path, target)
+    if not (source / "tokenizer.json").is_file():
+        return "its tokenizer is a SentencePiece model, which AutoTokenizer may not read", tokenizer.chat_template is not None
     if tokenizer.chat_template not in (None, TEMPLATE):
         return "its tokenizer's own chat template included", True
     try:

