@@ -225,6 +225,8 @@ def documented_keys(text: str) -> Iterator[tuple[int, str]]:
     groups = {name for name, annotation in settings_of(RunConfig).items() if section_of(annotation)}
     for number, span in inline_code(prose):
         found = re.fullmatch(r"([a-z_]+(?:\.[a-z0-9_]+)+)(=\S*)?", span)
+        if found and re.fullmatch(r"model\..+\.weight", found[1]):
+            continue  # a tensor
         if found and found[1].split(".")[0] in groups and (found[2] or found[1].split(".")[-1] not in FILE_SUFFIXES):
             yield number, found[1]
 
