@@ -10,7 +10,7 @@ import torch
 from llada.hf.modeling_llada import LLaDAModelLM
 from llada.sampling import diffusion
 from llada.sampling.diffusion import SamplingOptions, Specials
-from tests.hf.test_modeling import made
+from tests.hf.models import made
 
 MASK, KNOWN = 100, 120
 """[MASK] in the middle of the ids, and fewer ids than the 128 rows."""

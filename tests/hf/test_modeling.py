@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import json
 import math
 import os
 import shutil
@@ -16,65 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llada.config import ModelSection
 from llada.hf import configuration_llada, generation_llada, modeling_llada
-from llada.hf.configuration_llada import LLaDAConfig
 from llada.hf.modeling_llada import LLaDAModelLM
 from llada.model.weights import canonical_shapes
+from tests.hf.models import SHAPES, assert_near, gradients, hf_config, made, noisy_batch, section, tokens
 from tests.model.oracle import Oracle
-
-SHAPES: dict[str, dict[str, Any]] = {
-    "mha": {},
-    "gqa": {"num_query_groups": 2},
-    "tied": {"num_query_groups": 2, "tie_embeddings": True},
-}
-
-
-def section(**settings: Any) -> ModelSection:
-    sizes = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "ffn_hidden_size": 96, "vocab_size": 128}
-    return ModelSection(**{**sizes, **settings})
-
-
-def hf_config(model: ModelSection, **settings: Any) -> LLaDAConfig:
-    return LLaDAConfig(
-        d_model=model.hidden_size,
-        n_layers=model.num_layers,
-        n_heads=model.num_attention_heads,
-        n_kv_heads=model.kv_heads,
-        mlp_hidden_size=model.ffn_hidden_size,
-        vocab_size=model.vocab_size,
-        rms_norm_eps=model.norm_eps,
-        weight_tying=model.tie_embeddings,
-        **{"rope_theta": model.rope_theta, "mask_token_id": 126, "eos_token_id": 1, "pad_token_id": 1, **settings},
-    )
-
-
-def random_weights(model: ModelSection) -> dict[str, torch.Tensor]:
-    """Norm weights away from 1, so that a norm whose weight is not used shows."""
-    torch.manual_seed(0)
-    shapes = canonical_shapes(model)
-    return {n: torch.rand(s) + 0.5 if len(s) == 1 else torch.randn(s) / math.sqrt(s[1]) for n, s in shapes.items()}
-
-
-def made(**settings: Any) -> LLaDAModelLM:
-    model = section(**settings)
-    hf = LLaDAModelLM(hf_config(model))
-    hf.load_state_dict(random_weights(model))
-    return hf.eval()
-
-
-def tokens(rows: int = 2, length: int = 12) -> torch.Tensor:
-    return torch.randint(0, 128, (rows, length), generator=torch.Generator().manual_seed(1))
-
-
-def assert_near(got: torch.Tensor, wanted: torch.Tensor, relative: float = 1e-5) -> None:
-    assert (got - wanted).abs().max() <= relative * wanted.abs().max()
-
-
-def gradients(hf: LLaDAModelLM, inputs: torch.Tensor, direction: torch.Tensor) -> dict[str, torch.Tensor]:
-    hf.zero_grad()
-    (hf(inputs).logits * direction).sum().backward()
-    return {name: p.grad.clone() for name, p in hf.named_parameters()}
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -223,69 +167,6 @@ def test_an_attention_that_is_not_there_is_refused() -> None:
         hf(tokens())
 
 
-def flash_kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **settings: Any) -> torch.Tensor:
-    """What the package computes for a batch without padding [b, s, heads, head_dim], by a plain softmax."""
-    assert not settings.pop("causal")
-    assert settings.pop("softmax_scale") is None
-    assert not any(settings.values()), settings
-    k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
-    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(q.shape[-1])
-    return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v)
-
-
-def flash_varlen_kernel(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-) -> torch.Tensor:
-    """The same for rows of several lengths one after the other, [tokens, heads, head_dim]."""
-    assert torch.equal(cu_seqlens_q, cu_seqlens_k) and max_seqlen_q == max_seqlen_k == int(cu_seqlens_q.diff().max())
-    assert dropout_p == 0
-    rows = (slice(a, b) for a, b in itertools.pairwise(cu_seqlens_q.tolist()))
-    return torch.cat(
-        [flash_kernel(q[None, row], k[None, row], v[None, row], causal=causal, softmax_scale=softmax_scale)[0] for row in rows]
-    )
-
-
-@pytest.fixture
-def flash(monkeypatch: pytest.MonkeyPatch) -> LLaDAModelLM:
-    """A model on transformers' flash attention, with only the kernels exchanged for those above."""
-    name, hf = "flash_attention_2", made(num_query_groups=2)
-    utils = sys.modules[modeling_llada._flash_attention_forward.__module__]
-    kernels = (flash_kernel, flash_varlen_kernel, None, utils._pad_input, utils._unpad_input)
-    monkeypatch.setattr(utils, "_lazy_imports", lambda *arguments, **settings: kernels)
-    monkeypatch.setattr(utils, "_loaded_implementation", None)
-    hf.config._attn_implementation = name
-    return hf
-
-
-@pytest.mark.parametrize("padding", ["none", "left", "right", "both", "a row of it", "nothing else"])
-def test_flash_attention_is_called_for_what_the_oracle_computes(padding: str, flash: LLaDAModelLM) -> None:
-    mask = torch.ones(2, 12, dtype=torch.long)
-    hidden = {"none": [], "left": [(0, slice(0, 4))], "right": [(1, slice(9, 12))], "a row of it": [(0, slice(0, 12))]}
-    hidden |= {"both": [*hidden["left"], *hidden["right"]], "nothing else": [(slice(0, 2), slice(0, 12))]}
-    for place in hidden[padding]:
-        mask[place] = 0
-    logits = flash(tokens(), attention_mask=mask).logits
-    assert logits.isfinite().all()
-    wanted = Oracle(section(num_query_groups=2), flash.state_dict())(tokens(), mask)
-    assert_near(logits[mask.bool()], wanted[mask.bool()]) if mask.any() else assert_near(logits, wanted)
-    logits.square().sum().backward()
-    assert all(p.grad.isfinite().all() for p in flash.parameters())
-
-
-def test_flash_attention_takes_no_mask_of_pairs(flash: LLaDAModelLM) -> None:
-    with pytest.raises(ValueError, match="flash attention takes no mask of pairs"):
-        flash(tokens(), attention_mask=torch.ones(2, 1, 12, 12, dtype=torch.bool))
-
-
 def test_both_generations_of_transformers_are_told_what_there_is() -> None:
     """The flags of 4.46 and of 5; a Trainer asks for the last."""
     flags = ("_supports_sdpa", "_supports_flash_attn_2", "_supports_flash_attn")
@@ -301,16 +182,6 @@ def test_the_head_is_called_as_a_module(tied: bool) -> None:
     wanted = hf(inputs).logits
     hf.get_output_embeddings().register_forward_hook(lambda module, given, out: 2 * out if out.shape[-1] == 128 else out)
     assert torch.equal(hf(inputs).logits, 2 * wanted)
-
-
-def noisy_batch(prompt: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Noisy ids, clean ids and p_mask [b, s]; the first tokens are not labelled."""
-    clean, chance = tokens(3, 12) % 126, torch.tensor([0.9, 0.5, 0.2])[:, None].expand(3, 12)
-    masked = torch.rand(3, 12, generator=torch.Generator().manual_seed(2)) < chance
-    noisy = torch.where(masked, 126, clean)
-    labels = clean.clone()
-    labels[:, :prompt] = -100
-    return noisy, labels, chance
 
 
 @pytest.mark.parametrize("prompt", [0, 5])
@@ -378,7 +249,7 @@ def test_a_loss_that_cannot_be_computed_is_refused(change: dict[str, Any], messa
 COMPILED = """
 import sys
 import torch
-from tests.hf.test_modeling import made, noisy_batch, tokens
+from tests.hf.models import made, noisy_batch, tokens
 
 graphs = []
 def backend(graph, inputs):
@@ -485,136 +356,6 @@ def test_a_resized_vocabulary_can_be_saved(tied: bool, tmp_path: Path) -> None:
     assert logits.shape[-1] == 136
     assert (hf.config.tokenizer_vocab_size, back.config.tokenizer_vocab_size) == (None, None), "the new rows are tokens"
     assert_near(logits[..., :128], before)
-
-
-PUBLISHED_8B = {
-    "activation_type": "silu",
-    "alibi": False,
-    "alibi_bias_max": 8.0,
-    "architectures": ["LLaDAModelLM"],
-    "attention_dropout": 0.0,
-    "attention_layer_norm": False,
-    "attention_layer_norm_with_affine": True,
-    "auto_map": {
-        "AutoConfig": "configuration_llada.LLaDAConfig",
-        "AutoModel": "modeling_llada.LLaDAModelLM",
-        "AutoModelForCausalLM": "modeling_llada.LLaDAModelLM",
-    },
-    "bias_for_layer_norm": False,
-    "block_group_size": 1,
-    "block_type": "llama",
-    "d_model": 4096,
-    "embedding_dropout": 0.0,
-    "embedding_size": 126464,
-    "eos_token_id": 126081,
-    "flash_attention": False,
-    "include_bias": False,
-    "include_qkv_bias": False,
-    "init_cutoff_factor": None,
-    "init_device": "meta",
-    "init_fn": "mitchell",
-    "init_std": 0.02,
-    "input_emb_norm": False,
-    "layer_norm_type": "rms",
-    "layer_norm_with_affine": True,
-    "mask_token_id": 126336,
-    "max_sequence_length": 4096,
-    "mlp_hidden_size": 12288,
-    "mlp_ratio": 4,
-    "model_type": "llada",
-    "multi_query_attention": None,
-    "n_heads": 32,
-    "n_kv_heads": 32,
-    "n_layers": 32,
-    "pad_token_id": 126081,
-    "precision": "amp_bf16",
-    "residual_dropout": 0.0,
-    "rms_norm_eps": 1e-05,
-    "rope": True,
-    "rope_full_precision": True,
-    "rope_theta": 500000.0,
-    "scale_logits": False,
-    "use_cache": False,
-    "vocab_size": 126464,
-    "weight_tying": False,
-}
-"""The config.json of LLaDA-8B-Instruct, less its dtype, which each version of transformers spells its own way."""
-
-
-@pytest.mark.parametrize("given", [{}, PUBLISHED_8B])
-def test_the_config_is_the_published_one_by_default_and_written_in_full(given: dict[str, Any], tmp_path: Path) -> None:
-    LLaDAConfig(**given).save_pretrained(tmp_path)
-    written = json.loads((tmp_path / "config.json").read_text())
-    written.pop("transformers_version")
-    assert written == PUBLISHED_8B
-
-
-def test_every_field_comes_back_and_transformers_own_names_work(tmp_path: Path) -> None:
-    config = hf_config(section(num_query_groups=2, tie_embeddings=True), embedding_size=192, max_sequence_length=77, rope_theta=1e4)
-    config.save_pretrained(tmp_path)
-    back = LLaDAConfig.from_pretrained(tmp_path)
-    fields = LLaDAConfig.published_fields()
-    assert {name: getattr(back, name) for name in fields} == {name: getattr(config, name) for name in fields}
-    assert (back.hidden_size, back.num_hidden_layers, back.num_attention_heads, back.num_key_value_heads) == (64, 2, 4, 2)
-    assert (back.intermediate_size, back.max_position_embeddings, back.tie_word_embeddings) == (96, 77, True)
-
-
-def test_the_tokenizers_size_is_written_only_where_it_is_known(tmp_path: Path) -> None:
-    hf_config(section(), tokenizer_vocab_size=127).save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["tokenizer_vocab_size"] == 127
-    assert LLaDAConfig.from_pretrained(tmp_path).tokenizer_vocab_size == 127
-    assert "tokenizer_vocab_size" not in hf_config(section()).to_diff_dict()
-
-
-def test_sizes_left_out_follow_from_the_others() -> None:
-    config = LLaDAConfig(d_model=64, n_heads=8, mlp_hidden_size=None, mlp_ratio=3, vocab_size=100, eos_token_id=0, pad_token_id=0)
-    assert (config.n_kv_heads, config.mlp_hidden_size, config.embedding_size) == (8, 192, 100)
-    assert LLaDAConfig(n_kv_heads=None, multi_query_attention=True).n_kv_heads == 1
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("activation_type", "swiglu"),
-        ("alibi", True),
-        ("attention_dropout", 0.1),
-        ("attention_layer_norm", True),
-        ("bias_for_layer_norm", True),
-        ("block_group_size", 2),
-        ("block_type", "sequential"),
-        ("embedding_dropout", 0.1),
-        ("include_bias", True),
-        ("include_qkv_bias", True),
-        ("input_emb_norm", True),
-        ("layer_norm_type", "default"),
-        ("layer_norm_with_affine", False),
-        ("residual_dropout", 0.1),
-        ("rope", False),
-        ("rope_full_precision", False),
-        ("scale_logits", True),
-        # sizes that contradict each other
-        ("n_heads", 33),
-        ("n_kv_heads", 5),
-        ("multi_query_attention", True),
-        ("embedding_size", 100),
-        ("tie_word_embeddings", True),
-        ("tokenizer_vocab_size", 126465),
-        ("tokenizer_vocab_size", 0),
-    ],
-)
-def test_what_is_not_computed_is_refused(field: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=f"{field}={value}|{field}='{value}'") as caught:
-        LLaDAConfig(**{**PUBLISHED_8B, field: value})
-    assert "\n" not in str(caught.value)
-
-
-def test_everything_wrong_is_named_at_once_and_late_changes_are_caught() -> None:
-    with pytest.raises(ValueError, match=r"alibi=True .only False., rope=False .only True."):
-        LLaDAConfig(rope=False, alibi=True)
-    config = hf_config(section())
-    config.alibi = True
-    with pytest.raises(ValueError, match="alibi"):
-        LLaDAModelLM(config)
 
 
 STRANGER = """
