@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import os
 import shutil
+import threading
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -51,6 +52,36 @@ def ahead(calls: Iterable[Callable[[], T]], depth: int = 2) -> Iterator[T]:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
+
+
+@contextmanager
+def flushed_meanwhile(folder: Path) -> Iterator[None]:
+    """While the block writes large files into `folder`, a thread has the system write them to disk, which would else wait for the end.
+
+    Raises OSError at the end of the block if the disk failed: the system tells that once, so a later sync of the file might not.
+    """
+    ended, errors = threading.Event(), list[OSError]()
+
+    def flush() -> None:
+        while not ended.wait(0.2) and not errors:
+            for path in folder.iterdir():
+                try:
+                    with open(path, "rb") as file:
+                        os.fdatasync(file.fileno())
+                except FileNotFoundError:  # renamed meanwhile
+                    continue
+                except OSError as error:
+                    errors.append(error)
+
+    thread = threading.Thread(target=flush, name="flush", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+    if errors:
+        raise errors[0]
 
 
 def require_space(output: str | Path, needed: int, setting: str) -> None:

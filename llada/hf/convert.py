@@ -13,7 +13,7 @@ import torch
 
 from llada.chat import TEMPLATE, ChatFormat
 from llada.errors import UserError
-from llada.files import new_folder, require_space
+from llada.files import flushed_meanwhile, new_folder, require_space
 from llada.hf.card import check_license, model_card
 from llada.hf.sources import Mean
 from llada.hf.tensor_files import total_bytes, write_safetensors
@@ -109,7 +109,8 @@ def to_hf(
     tensors = open_weights(folders, trained.model)
     require_space(output, total_bytes(tensors.shapes, DTYPES[name]), "OUT")
     with new_folder(output, force, "an exported model", (*_FILES, *_TOKENIZER_FILES), setting="OUT") as partial:
-        count = write_safetensors(partial, tensors, DTYPES[name], limit)
+        with flushed_meanwhile(partial):
+            count = write_safetensors(partial, tensors, DTYPES[name], limit)
         _write_json(partial / "config.json", model_config(trained, tokenizer, name))
         special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
         _write_json(partial / "generation_config.json", {key: value for key, value in special.items() if value is not None})

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from llada.errors import UserError
-from llada.files import new_folder, require_space
+from llada.files import flushed_meanwhile, new_folder, require_space
 from llada.hf.folder import HfFolder, open_folder
 from llada.hf.sources import GrownVocabulary
 from llada.hf.tensor_files import total_bytes
@@ -84,7 +84,8 @@ def from_hf(folder: str | Path, output: str | Path, options: ImportOptions | Non
     names = (checkpoint.MARKER, checkpoint.STATE, "model", "tokenizer")
     with new_folder(output, options.force, "a checkpoint", names, setting="OUT") as partial, tempfile.TemporaryDirectory() as scratch:
         (partial / "model").mkdir()
-        write_model(partial / "model", weights, model, dtype)
+        with flushed_meanwhile(partial / "model"):
+            write_model(partial / "model", weights, model, dtype)
         tokenizer.save(scratch)
         checkpoint.seal(partial, state, Path(scratch), {})
     count = f"{output}: {num_parameters(model):,} parameters of {source.architecture} in {precision}"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from safetensors.torch import load_file
 
 from llada.chat import ChatFormat, Message
 from llada.errors import RunError, UserError
+from llada.files import flushed_meanwhile
 from llada.hf import convert as module
 from llada.hf.convert import convert, parse_size, to_hf
 from llada.hf.tensor_files import write_safetensors
@@ -352,3 +355,15 @@ def test_no_tensor_is_ever_in_memory_as_a_whole(tmp_path: Path, monkeypatch: pyt
     assert max(read) <= 1000 and sum(read) == sum(tensor.numel() for tensor in source.tensors.values())
     found = load_file(tmp_path / "out" / "model.safetensors")
     assert all(torch.equal(found[name], tensor) for name, tensor in source.tensors.items())
+
+
+def test_a_disk_that_fails_to_flush_is_no_finished_export(workplace: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the thread that flushes is told is not lost, though the file may be synced without a complaint later."""
+
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("llada.files.os.fdatasync", fail)
+    with pytest.raises(OSError, match="Input/output error"), flushed_meanwhile(tmp_path):
+        (tmp_path / "file").write_text("text")
+        time.sleep(0.5)
