@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import traceback
 import warnings
@@ -66,7 +67,7 @@ def show_config(config: Config, overrides: Overrides = None) -> None:
 def to_hf(
     checkpoint: Annotated[str, typer.Argument(help="Checkpoint folder, or a run: its latest.")],
     out: Annotated[str, typer.Argument(help="Folder to make.")],
-    dtype: Annotated[str | None, typer.Option(help="fp32 or bf16; as the run computed if left out.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; as the run computed if left out.")] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file, as 5GB or 500MiB.")] = "5GB",
     average: Annotated[int, typer.Option(help="Write the mean of so many of the run's checkpoints, up to this one.")] = 1,
     license: Annotated[str, typer.Option(help="Identifier of the licence for the model card, as apache-2.0.")] = "unknown",
@@ -76,6 +77,7 @@ def to_hf(
     force: Annotated[bool, typer.Option("--force", help="Replace an export that is there.")] = False,
 ) -> None:
     """Write CHECKPOINT as a Hugging Face folder that transformers loads."""
+    _clean_up_on_sigterm()
     from llada.hf.convert import convert
 
     options = {"dtype": dtype, "force": force, "max_shard_size": max_shard_size, "average": average, "license_": license}
@@ -101,8 +103,14 @@ def from_hf(
     from llada.hf.importing import ImportOptions
     from llada.hf.importing import from_hf as run
 
+    _clean_up_on_sigterm()
     options = ImportOptions(dtype, add_mask_token, add_special_tokens, tokenizer, allow_pickle, force)
     typer.echo(run(folder, out, options))
+
+
+def _clean_up_on_sigterm() -> None:
+    """End as with Ctrl-C, which removes what is half written: SIGTERM is what schedulers and containers send."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 Model = Annotated[str, typer.Argument(help="Exported folder, checkpoint, or run: its latest checkpoint.")]

@@ -84,13 +84,20 @@ def flushed_meanwhile(folder: Path) -> Iterator[None]:
         raise errors[0]
 
 
+def refuse_inside(output: str | Path, source: Path, setting: str = "OUT") -> None:
+    """Raises UserError where `output` would lie inside the folder that is read."""
+    if source.resolve() in Path(os.path.realpath(output)).parents:
+        raise UserError(f"{setting}: '{output}' lies inside {source}, which is only read; choose a place outside")
+
+
 def require_space(output: str | Path, needed: int, setting: str) -> None:
     """Raises UserError unless the disk that `output` will lie on has `needed` bytes left."""
     folder = Path(os.path.realpath(output)).parent
     while not folder.is_dir():
         folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    if free < needed:
+    usage = shutil.disk_usage(folder)
+    free = usage.free
+    if usage.total and free < needed:  # what has no size, as /proc, is no disk: making the folder says what is wrong
         raise UserError(f"{setting}: '{output}' needs {needed / 1e9:.2f} GB, and {folder} has {free / 1e9:.2f} GB left")
 
 

@@ -21,6 +21,7 @@ from llada.settings import ParallelSection
 cpu.before_import()
 
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel  # noqa: E402
+from megatron.core.dist_checkpointing.dict_utils import nested_values  # noqa: E402
 from megatron.core.dist_checkpointing.mapping import ShardedObject  # noqa: E402
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads  # noqa: E402
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
@@ -32,7 +33,7 @@ from llada.engine import optimizer_state  # noqa: E402
 from llada.engine.saving import BackgroundSave, snapshot, write_in_threads  # noqa: E402
 from llada.model import weights  # noqa: E402
 from llada.model.attention import attention_inputs, choose_kernel  # noqa: E402
-from llada.model.stored import StoredTensors  # noqa: E402
+from llada.model.stored import MASTERS, StoredTensors  # noqa: E402
 from llada.model.token_losses import KERNELS  # noqa: E402
 from llada.model.transformer import BidirectionalTransformer, Predicted  # noqa: E402
 
@@ -280,9 +281,13 @@ class MegatronEngine:
             for replica in self.replicas:
                 replica.start_param_sync(force_sync=True)
 
-    def load_weights(self, folder: Path) -> None:
-        """Read the model's weights, in its own precision, without masters or optimizer: enough for looking, not for training."""
-        state = dist_checkpointing.load(self._weights(), str(folder))
+    def load_weights(self, folder: Path, masters: bool = False) -> None:
+        """Read the model's weights, or with `masters` their fp32 masters, in its own precision, without the optimizer: enough for looking,
+        not for training."""
+        wanted = self._weights()
+        for value in nested_values(wanted) if masters else ():
+            value.key = MASTERS + value.key
+        state = dist_checkpointing.load(wanted, str(folder))
         for index, chunk in enumerate(self.chunks):
             chunk.load_state_dict(state[f"model{index}"], strict=False)  # not strict: Megatron-Core's modules list empty extra states
 

@@ -20,11 +20,14 @@ tags:
 - diffusion-language-model
 ---
 
-# A masked diffusion language model
+# {title}
 
-It predicts masked tokens from the text on both sides, and writes by starting from masks and filling them in
-([LLaDA](https://arxiv.org/abs/2502.09992)). Trained and exported with `llada` {version}.
+{what} Exported with `llada` {version}.
 """
+_TRAINED = """It predicts masked tokens from the text on both sides, and writes by starting from masks and filling them in
+([LLaDA](https://arxiv.org/abs/2502.09992))."""
+_CONVERTED = """The weights of a {architecture} as they were, in the layout of [LLaDA](https://arxiv.org/abs/2502.09992): nothing was
+trained since. What they are good for, and under which licence, is said where they come from."""
 _USE = """
 ## Use
 
@@ -64,9 +67,13 @@ def model_card(state: State, trained: Trained, dtype: str, license_: str, chat: 
         chat: whether the model was trained on conversations and has a chat template.
         averaged: steps of the checkpoints whose mean this is; empty: it is one checkpoint.
     """
-    parts = [_HEAD.format(license=license_, version=llada.__version__)]
+    converted = next((entry["architecture"] for entry in state.lineage if "imported" in entry), None) if not state.step else None
+    title = f"Converted weights of a {converted}" if converted else "A masked diffusion language model"
+    what = _CONVERTED.format(architecture=converted) if converted else _TRAINED
+    parts = [_HEAD.format(license=license_, version=llada.__version__, title=title, what=what)]
     parts.append("\n## Architecture\n\n" + _table(_architecture(trained, dtype)))
-    parts.append("\n## Training\n\n" + _table(_training(state, trained, averaged)))
+    if not converted:
+        parts.append("\n## Training\n\n" + _table(_training(state, averaged)))
     if state.validation and not averaged:
         parts.append("\n## Validation\n\n" + _validation(state.validation))
     parts.append(_USE.format(prompt=_CHAT if chat else _PLAIN))
@@ -93,10 +100,10 @@ def _architecture(trained: Trained, dtype: str) -> list[tuple[str, str]]:
     ]
 
 
-def _training(state: State, trained: Trained, averaged: list[int]) -> list[tuple[str, str]]:
+def _training(state: State, averaged: list[int]) -> list[tuple[str, str]]:
     earlier = [entry for entry in state.lineage if "tokens" in entry]
     imported = [entry for entry in state.lineage if "imported" in entry]
-    kinds = {"pretrain": "pretraining", "sft": "supervised fine-tuning", "import": "none here"}
+    kinds = {"pretrain": "pretraining", "sft": "supervised fine-tuning"}
     rows = [("objective", "masked diffusion (arXiv 2502.09992, Eq. 3)"), ("stage", kinds[state.config["task"]])]
     if imported:
         rows.append(("started from", f"the weights of an imported {imported[0]['architecture']}"))

@@ -13,7 +13,7 @@ import torch
 
 from llada.chat import TEMPLATE, ChatFormat
 from llada.errors import UserError
-from llada.files import flushed_meanwhile, new_folder, require_space
+from llada.files import flushed_meanwhile, new_folder, refuse_inside, require_space
 from llada.hf.card import check_license, model_card
 from llada.hf.sources import Mean
 from llada.hf.tensor_files import total_bytes, write_safetensors
@@ -39,7 +39,7 @@ _FILES = (
     "README.md",
 )
 _TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_special_tokens.json")
-Check = Callable[[list[Path], Path], None]
+Check = Callable[[list[Path], Path, bool], None]
 
 
 def convert(source: str, output: str, verify: bool, reference: str | None, **options: Any) -> str:
@@ -55,7 +55,8 @@ def convert(source: str, output: str, verify: bool, reference: str | None, **opt
         if path.exists() and not options.get("force"):
             raise UserError(f"--reference: '{reference}' exists; --force replaces it")
     trained = checkpoint.trained(checkpoint.read_state(checkpoint.resolve(source)))
-    exact = (options.get("dtype") or trained.precision) in ("fp32", trained.precision) and options.get("average", 1) == 1
+    dtype = options.get("dtype") or trained.precision
+    exact = dtype == "fp32" or (dtype == trained.precision and options.get("average", 1) == 1)
     check = Verification(verify, reference, rounded=not exact)
     return "\n".join(filter(None, (to_hf(source, output, check=check, **options), check.line)))
 
@@ -79,11 +80,12 @@ def to_hf(
     Args:
         source: checkpoint folder, or a run whose latest checkpoint is meant.
         output: folder to make; written beside it and renamed at the end.
-        dtype: "fp32", "bf16" or "fp16"; None: as the run computed.
+        dtype: "fp32", "bf16" or "fp16"; None: as the run computed. Of a bf16 run fp32 and fp16 are made of its fp32 masters.
         force: replace an export that is there.
-        check: called with the checkpoints and the finished folder before it takes its name; what it raises leaves nothing behind.
+        check: called with the checkpoints, the finished folder before it takes its name, and whether it holds the masters; what it
+            raises leaves nothing behind.
         max_shard_size: largest weight file, as 5GB or 500MiB.
-        average: the mean of so many checkpoints of the run up to this one, of their fp32 masters.
+        average: the mean of so many checkpoints of the run up to this one; of a bf16 run of their fp32 masters.
         license_: identifier of the licence for the model card.
         checksums: compare the checkpoint's files with its marker first.
 
@@ -96,7 +98,8 @@ def to_hf(
     """
     limit = parse_size(max_shard_size)
     check_license(license_)
-    folder = checkpoint.resolve(source)
+    folder = checkpoint.resolve(source).resolve()
+    refuse_inside(output, folder)
     state = checkpoint.read_state(folder)
     trained = checkpoint.trained(state)
     name = dtype or trained.precision
@@ -106,7 +109,9 @@ def to_hf(
     if checksums:
         _check_files(folders)
     tokenizer = Tokenizer.load(folder / "tokenizer")
-    tensors = open_weights(folders, trained.model)
+    stored = [StoredTensors(each / "model") for each in folders]
+    masters = (name != "bf16" or average > 1) and trained.precision == "bf16" and all(each.has_masters for each in stored)
+    tensors = _open(stored, trained.model, masters)
     require_space(output, total_bytes(tensors.shapes, DTYPES[name]), "OUT")
     with new_folder(output, force, "an exported model", (*_FILES, *_TOKENIZER_FILES), setting="OUT") as partial:
         with flushed_meanwhile(partial):
@@ -121,8 +126,9 @@ def to_hf(
         card = model_card(state, trained, name, license_, has_chat and state.config.get("task") == "sft", steps)
         (partial / "README.md").write_text(card, encoding="utf-8")
         if check is not None:
-            check(folders, partial)
-    what = f"{weights.num_parameters(trained.model):,} parameters in {name}, {count} weight files, {chat}"
+            check(folders, partial, masters)
+    origin = " from the run's fp32 masters" if masters else ""
+    what = f"{weights.num_parameters(trained.model):,} parameters in {name}{origin}, {count} weight files, {chat}"
     return f"{output}: {what}" + (f", the mean of the checkpoints after steps {', '.join(map(str, steps))}" if steps else "")
 
 
@@ -155,13 +161,10 @@ def last_checkpoints(folder: Path, trained: Trained, count: int) -> list[Path]:
     return found[-count:]
 
 
-def open_weights(folders: list[Path], model: ModelSection) -> weights.Weights:
-    """The weights of one checkpoint, or the mean of several: of their masters, which have more digits, where all have them."""
-    stored = [StoredTensors(folder / "model") for folder in folders]
-    if len(stored) == 1:
-        return CheckpointWeights(stored[0], model)
-    masters = all(each.has_masters for each in stored)
-    return Mean([CheckpointWeights(each, model, masters) for each in stored])
+def _open(stored: list[StoredTensors], model: ModelSection, masters: bool) -> weights.Weights:
+    """The weights of one checkpoint, or the mean of several."""
+    found = [CheckpointWeights(each, model, masters) for each in stored]
+    return found[0] if len(found) == 1 else Mean(found)
 
 
 def _check_files(folders: list[Path]) -> None:
@@ -200,6 +203,7 @@ def model_config(trained: Trained, tokenizer: Tokenizer, dtype: str) -> dict[str
         eos_token_id=tokenizer.eos_id,
         pad_token_id=tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id,
     ).to_diff_dict()
+    del fields["transformers_version"]  # of this machine: the same checkpoint gives the same bytes
     return {**fields, "torch_dtype": str(DTYPES[dtype]).removeprefix("torch.")}
 
 

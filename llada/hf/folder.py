@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from llada.hf.tensor_files import TensorFiles, open_tensors
 from llada.model.stored import differences
 from llada.model.weights import BLOCK, EMBEDDING, FINAL_NORM, HEAD, Weights, canonical_shapes
 from llada.settings import ModelSection
+from llada.tokenizer import Tokenizer
 
 LLADA = "LLaDAModelLM"
 _LLAMA_BLOCK = {
@@ -62,13 +63,26 @@ class HfFolder:
         return found.pop() if len(found) == 1 else torch.float32
 
 
+def check_mask(folder: HfFolder, tokenizer: Tokenizer) -> None:
+    """Raises UserError where config.json and the tokenizer name different mask tokens: one of them is not this model's."""
+    if folder.mask_id is not None and folder.mask_id != tokenizer.mask_id:
+        raise UserError(
+            f"{folder.path / 'config.json'}: mask_token_id {folder.mask_id} is not the tokenizer's mask token, {tokenizer.mask_id}"
+        )
+
+
 def is_folder(path: str | Path) -> bool:
     """Whether this is a Hugging Face folder and no checkpoint."""
     return (Path(path) / "config.json").is_file()
 
 
-def open_folder(path: str | Path, allow_pickle: bool = False) -> HfFolder:
+def open_folder(path: str | Path, allow_pickle: bool = False, setting: str = "FOLDER") -> HfFolder:
     """Open a folder; weights are read when they are asked for.
+
+    Args:
+        path: of the folder.
+        allow_pickle: read pytorch_model.bin where there are no safetensors.
+        setting: what the user calls `path`, for messages.
 
     Raises:
         UserError: no such folder, an architecture or setting that is not computed here, weights that cannot be read (see
@@ -76,27 +90,26 @@ def open_folder(path: str | Path, allow_pickle: bool = False) -> HfFolder:
     """
     folder = Path(path)
     if not is_folder(folder):
-        raise UserError(f"FOLDER: '{path}' is no Hugging Face folder (it has no config.json)")
+        raise UserError(f"{setting}: '{path}' is no Hugging Face folder (it has no config.json)")
     config = _read_config(folder / "config.json")
     kind = str(config.get("model_type"))
     if kind not in _READERS:
         near = did_you_mean(kind, _READERS)
         raise UserError(f"{folder / 'config.json'}: model_type {kind!r} is not read{near}; one of {', '.join(_READERS)}")
-    if config.get("quantization_config"):
-        raise UserError(f"{folder / 'config.json'}: quantization_config: quantized weights are not read; take the original ones")
-    architecture = (config.get("architectures") or [_READERS[kind][1]])[0]
-    if architecture != _READERS[kind][1]:
-        raise UserError(
-            f"{folder / 'config.json'}: architectures {architecture!r} is not read with model_type {kind!r}; {_READERS[kind][1]} is"
-        )
+    read, wanted = _READERS[kind]
     try:
-        model, longest = _READERS[kind][0](config)
+        if config.get("quantization_config"):
+            raise _Unsuitable("quantization_config: quantized weights are not read; take the original ones")
+        named = config.get("architectures") or [wanted]
+        if named != [wanted]:
+            raise _Unsuitable(f"architectures {named!r} is not read with model_type {kind!r}; {[wanted]!r} is")
+        model, longest = read(config)
     except _Unsuitable as error:
         raise UserError(f"{folder / 'config.json'}: {error}") from None
     names = {name: name if kind == "llada" else _llama_name(name) for name in canonical_shapes(model)}
-    files = open_tensors(folder, allow_pickle)
-    _check(folder, files, names, model)
-    return HfFolder(folder, architecture, model, Renamed(files, names), longest, config.get("mask_token_id"))
+    files = open_tensors(folder, allow_pickle, setting)
+    _check(folder, files, names, model, setting)
+    return HfFolder(folder, wanted, model, Renamed(files, names), longest, config.get("mask_token_id"))
 
 
 class _Unsuitable(Exception):
@@ -127,17 +140,34 @@ def _require(config: dict[str, Any], names: tuple[str, ...]) -> None:
         raise _Unsuitable(f"missing {', '.join(missing)}; without it the file describes another model")
 
 
+def _check_numbers(config: dict[str, Any], counts: tuple[str, ...], reals: tuple[str, ...]) -> None:
+    """Counts must be whole and positive, reals positive; a field that is not there or null is for others to judge."""
+    for name in (*counts, *reals):
+        value = config.get(name)
+        kinds = int if name in counts else (int, float)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < float("inf")):
+            raise _Unsuitable(f"{name}: {value!r} is not a positive {'integer' if name in counts else 'number'}")
+
+
 def _llada(config: dict[str, Any]) -> tuple[ModelSection, int]:
     """The published configuration. Its class has the defaults of another architecture, so a field that is left out is no LLaDA."""
+    from transformers import PretrainedConfig
+
     from llada.hf.configuration_llada import LLaDAConfig
 
     required = ("d_model", "n_layers", "n_heads", "vocab_size", "max_sequence_length", "block_type", "layer_norm_type", "activation_type")
     _require(config, (*required, "rope", "rope_theta", "rms_norm_eps", "weight_tying", "include_bias"))
     if config.get("mlp_hidden_size") is None:
         _require(config, ("mlp_ratio",))
-    given = {name: config[name] for name in LLaDAConfig.published_fields() if name in config}
+    counts = ("d_model", "n_layers", "n_heads", "n_kv_heads", "mlp_hidden_size", "mlp_ratio", "vocab_size", "embedding_size")
+    _check_numbers(config, (*counts, "max_sequence_length"), ("rope_theta", "rms_norm_eps"))
+    fields = LLaDAConfig.published_fields()
+    harmless = {*fields, *PretrainedConfig().to_dict(), *LLaDAConfig.attribute_map, *_BESIDE}
+    unknown = [f"{name} {value!r}" for name, value in config.items() if name not in harmless and value not in (None, False)]
+    if unknown:
+        raise _Unsuitable(f"not known here, so not computed: {', '.join(unknown)}")
     try:
-        whole = LLaDAConfig(**{"mlp_hidden_size": None, **given})
+        whole = LLaDAConfig(**{"mlp_hidden_size": None, **{name: config[name] for name in fields if name in config}})
     except (ValueError, TypeError) as error:
         raise _Unsuitable(str(error)) from None
     model = _section(
@@ -154,18 +184,24 @@ def _llada(config: dict[str, Any]) -> tuple[ModelSection, int]:
     return model, int(whole.max_sequence_length)
 
 
-def _llama(config: dict[str, Any]) -> tuple[ModelSection, int]:
-    """Llama's configuration (arXiv 2302.13971); what is left out has the default of transformers' LlamaConfig."""
-    _require(config, ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"))
+def _llama(given: dict[str, Any], **own_defaults: Any) -> tuple[ModelSection, int]:
+    """Llama's configuration (arXiv 2302.13971); what is left out has the default of transformers' class."""
+    _require(given, ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"))
+    config = {**_LLAMA_DEFAULTS, "num_key_value_heads": given["num_attention_heads"], **own_defaults, **given}
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise _Unsuitable(f"rope_parameters: {rope!r} is not an object")
+    if rope.get("rope_theta") is not None:
+        config["rope_theta"] = rope["rope_theta"]
+    counts = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
+    _check_numbers(config, (*counts, "head_dim", "max_position_embeddings"), ("rope_theta", "rms_norm_eps"))
+    _require(config, ("max_position_embeddings", "rope_theta", "rms_norm_eps"))
     heads = config["num_attention_heads"]
     only: dict[str, tuple[Any, Any]] = {
-        "hidden_act": (config.get("hidden_act", "silu"), "silu"),
+        "hidden_act": (config["hidden_act"], "silu"),
         "attention_bias": (config.get("attention_bias") or False, False),
         "mlp_bias": (config.get("mlp_bias") or False, False),
-        "sliding_window": (config.get("sliding_window"), None),
+        "sliding_window": (config["sliding_window"], None),
         "rope_type": (rope.get("rope_type", rope.get("type", "default")), "default"),
         "partial_rotary_factor": (config.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0)), 1.0),
         "head_dim x num_attention_heads": ((config.get("head_dim") or config["hidden_size"] // heads) * heads, config["hidden_size"]),
@@ -173,7 +209,7 @@ def _llama(config: dict[str, Any]) -> tuple[ModelSection, int]:
     wrong = [f"{name} {found!r} (only {allowed!r})" for name, (found, allowed) in only.items() if found != allowed]
     if wrong:
         raise _Unsuitable(f"not computed here: {', '.join(wrong)}")
-    groups = config.get("num_key_value_heads") or heads
+    groups = config["num_key_value_heads"] or heads
     model = _section(
         num_layers=config["num_hidden_layers"],
         hidden_size=config["hidden_size"],
@@ -181,17 +217,32 @@ def _llama(config: dict[str, Any]) -> tuple[ModelSection, int]:
         num_query_groups=None if groups == heads else groups,
         ffn_hidden_size=config["intermediate_size"],
         vocab_size=config["vocab_size"],
-        rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
-        norm_eps=config.get("rms_norm_eps", 1e-6),
-        tie_embeddings=config.get("tie_word_embeddings", False),
+        rope_theta=float(config["rope_theta"]),
+        norm_eps=float(config["rms_norm_eps"]),
+        tie_embeddings=config["tie_word_embeddings"],
     )
-    return model, int(config.get("max_position_embeddings", 2048))
+    return model, config["max_position_embeddings"]
 
 
-_READERS: Mapping[str, tuple[Any, str]] = {
+def _mistral(config: dict[str, Any]) -> tuple[ModelSection, int]:
+    """Mistral's configuration (arXiv 2310.06825): Llama's with defaults of its own."""
+    return _llama(config, num_key_value_heads=8, sliding_window=4096, max_position_embeddings=4096 * 32)
+
+
+_BESIDE = ("auto_map", "bos_token_id", "eos_token_id", "pad_token_id", "model_type", "torch_dtype", "tokenizer_vocab_size", "_name_or_path")
+"""Fields of a published config.json that say nothing about what is computed."""
+_LLAMA_DEFAULTS: dict[str, Any] = {
+    "hidden_act": "silu",
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+}
+_READERS: Mapping[str, tuple[Callable[[dict[str, Any]], tuple[ModelSection, int]], str]] = {
     "llada": (_llada, LLADA),
     "llama": (_llama, "LlamaForCausalLM"),
-    "mistral": (_llama, "MistralForCausalLM"),
+    "mistral": (_mistral, "MistralForCausalLM"),
 }
 """model_type -> how to read the config, and the only class whose files have these tensors."""
 
@@ -201,7 +252,7 @@ def _llama_name(canonical: str) -> str:
     return f"model.layers.{match[1]}.{_LLAMA_BLOCK[match[2]]}.weight" if match else _LLAMA[canonical]
 
 
-def _check(folder: Path, files: TensorFiles, names: dict[str, str], model: ModelSection) -> None:
+def _check(folder: Path, files: TensorFiles, names: dict[str, str], model: ModelSection, setting: str) -> None:
     """Compare names and shapes with those of the config's model."""
     wanted = {names[canonical]: shape for canonical, shape in canonical_shapes(model).items()}
     found = {name: shape for name, shape in files.shapes.items() if not name.endswith(_COMPUTED)}
@@ -210,4 +261,4 @@ def _check(folder: Path, files: TensorFiles, names: dict[str, str], model: Model
             del found[head]
     problems = differences(found, wanted)
     if problems:
-        raise UserError(f"FOLDER: the weights in '{folder}' are not those of its config.json: {problems}")
+        raise UserError(f"{setting}: the weights in '{folder}' are not those of its config.json: {problems}")

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from llada.errors import UserError
-from llada.files import flushed_meanwhile, new_folder, require_space
-from llada.hf.folder import HfFolder, open_folder
+from llada.files import flushed_meanwhile, new_folder, refuse_inside, require_space
+from llada.hf.folder import HfFolder, check_mask, open_folder
 from llada.hf.sources import GrownVocabulary
 from llada.hf.tensor_files import total_bytes
 from llada.model.storing import write_model
@@ -64,6 +64,7 @@ def from_hf(folder: str | Path, output: str | Path, options: ImportOptions | Non
     options = options or ImportOptions()
     if options.dtype not in (None, *PRECISIONS):
         raise UserError(f"--dtype: '{options.dtype}' is not allowed; one of {', '.join(PRECISIONS)}")
+    refuse_inside(output, Path(folder))
     source = open_folder(folder, options.allow_pickle)
     precision = options.dtype or ("bf16" if source.dtype == torch.bfloat16 else "fp32")
     before = Tokenizer.load(options.tokenizer or folder, require_mask=False)
@@ -89,7 +90,8 @@ def from_hf(folder: str | Path, output: str | Path, options: ImportOptions | Non
         tokenizer.save(scratch)
         checkpoint.seal(partial, state, Path(scratch), {})
     count = f"{output}: {num_parameters(model):,} parameters of {source.architecture} in {precision}"
-    return "\n".join(filter(None, (count, note)))
+    roles = ", ".join(f"{role} {token} ({i})" for role, (token, i) in tokenizer.special_tokens().items())
+    return "\n".join(filter(None, (count, note, f"special tokens: {roles}")))
 
 
 def _complete(before: Tokenizer, source: HfFolder, options: ImportOptions) -> Tokenizer:
@@ -105,11 +107,7 @@ def _complete(before: Tokenizer, source: HfFolder, options: ImportOptions) -> To
         )
     if tokenizer.eos_id < 0:
         raise UserError(f"{tokenizer.name}: the tokenizer has no EOS (end of document) token; --add-special-tokens gives it one")
-    if source.mask_id is not None and source.mask_id != tokenizer.mask_id:
-        raise UserError(
-            f"{source.path / 'config.json'}: mask_token_id {source.mask_id} is not the tokenizer's mask token, {tokenizer.mask_id}; "
-            "name the right one with --tokenizer"
-        )
+    check_mask(source, tokenizer)
     if before.vocab_size > source.model.vocab_size:
         raise UserError(
             f"{before.name}: the tokenizer has {before.vocab_size} ids, the embedding of '{source.path}' {source.model.vocab_size} rows"

@@ -39,7 +39,7 @@ class TensorFiles(Protocol):
         ...
 
 
-def open_tensors(folder: Path, allow_pickle: bool) -> TensorFiles:
+def open_tensors(folder: Path, allow_pickle: bool, setting: str) -> TensorFiles:
     """The weights of a folder: safetensors, or with `allow_pickle` pytorch_model.bin.
 
     Raises:
@@ -49,11 +49,11 @@ def open_tensors(folder: Path, allow_pickle: bool) -> TensorFiles:
     if (folder / _INDEX).is_file() or (folder / _SINGLE).is_file():
         return _Safetensors(folder)
     if not ((folder / _PICKLE_INDEX).is_file() or (folder / _PICKLE).is_file()):
-        raise UserError(f"FOLDER: '{folder}' has no weights ({_SINGLE}, {_INDEX} or {_PICKLE})")
+        raise UserError(f"{setting}: '{folder}' has no weights ({_SINGLE}, {_INDEX} or {_PICKLE})")
     if not allow_pickle:
         raise UserError(
-            f"FOLDER: '{folder}' has its weights as pickles ({_PICKLE}), which can run code when they are read; "
-            "convert them to safetensors, or pass --allow-pickle if you trust who made them"
+            f"{setting}: '{folder}' has its weights as pickles ({_PICKLE}), which can run code when they are read; "
+            "convert them to safetensors, or use `llada convert from-hf --allow-pickle` if you trust who made them"
         )
     return _Pickles(folder)
 

@@ -29,7 +29,7 @@ ROWS, LENGTH = 4, 128
 TOLERANCE = 1e-5
 """Largest difference allowed, over the largest logit, where nothing is rounded."""
 _ROUNDED = 5e-2
-"""The same where the folder's weights are rounded, or are means of masters that the training model computes with rounded."""
+"""The same where the folder's weights are rounded."""
 
 _READER = """
 import sys
@@ -44,10 +44,10 @@ with torch.no_grad():
 """
 
 
-def training_logits(folders: Sequence[Path]) -> tuple[torch.Tensor, torch.Tensor]:
+def training_logits(folders: Sequence[Path], masters: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens, half of them masked, and what the training model makes of them: int64 [4, 128], fp32 [4, 128, vocabulary].
 
-    Of several checkpoints the mean of their weights computes them.
+    Of several checkpoints the mean of their weights computes them, of bf16 runs with `masters` the fp32 masters.
     """
     from llada.engine.megatron import MegatronEngine
 
@@ -63,7 +63,7 @@ def training_logits(folders: Sequence[Path]) -> tuple[torch.Tensor, torch.Tensor
     try:
         means: list[torch.Tensor] = []
         for folder in folders:
-            engine.load_weights(folder / "model")
+            engine.load_weights(folder / "model", masters)
             parts = [parameter.detach() / len(folders) for parameter in engine.parameters().values()]
             means = parts if not means else [mean + part for mean, part in zip(means, parts, strict=True)]
         with torch.no_grad():
@@ -127,9 +127,9 @@ class Verification:
         self.compare, self.reference, self.rounded = compare, reference, rounded
         self.line = ""
 
-    def __call__(self, sources: Sequence[Path], folder: Path) -> None:
+    def __call__(self, sources: Sequence[Path], folder: Path, masters: bool = False) -> None:
         """Raises RunError when the two differ by more than they may."""
-        input_ids, wanted = training_logits(sources)
+        input_ids, wanted = training_logits(sources, masters)
         if self.reference is not None:
             temporary = f"{self.reference}.partial"
             save_file({"input_ids": input_ids, "logits": wanted.contiguous()}, temporary)

@@ -109,7 +109,7 @@ class Run:
         self.first, self.tokens = start.step, start.tokens
         start.load(self.engine)
         self.validator = Validator(self.data, self.place)
-        self.validation: dict[str, Any] | None = None
+        self.validation = start.validation
         self.guard = Guard(config.train, start.recent)
         self._unread: tuple[int, Plan, StepResult] | None = None
         self.sinks: list[metrics.Sink] = []

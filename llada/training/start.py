@@ -46,11 +46,11 @@ class Start:
     Attributes:
         folder: a checkpoint or a Hugging Face folder; None: nothing.
         step, tokens: done already.
-        recent: the last applied steps, for the guard.
         optimizer: whether the checkpoint's optimizer counts.
         lineage: where the weights came from, oldest first.
         notes: lines for the console.
         aside: later checkpoints that a rewind leaves behind.
+        recent, validation: of the checkpoint, see `checkpoint.State`.
     """
 
     folder: Path | None
@@ -61,13 +61,14 @@ class Start:
     notes: list[str] = field(default_factory=list)
     aside: list[Path] = field(default_factory=list)
     recent: list[Applied] = field(default_factory=list)
+    validation: dict[str, Any] | None = None
 
     def load(self, engine: Engine) -> None:
         """Give the engine what the run starts from; collective."""
         if self.folder is None:
             return
         if hf.is_folder(self.folder):
-            engine.load_canonical(hf.open_folder(self.folder).weights)
+            engine.load_canonical(hf.open_folder(self.folder, setting="run.init_from").weights)
         else:
             engine.load(self.folder / "model", optimizer=self.optimizer)
 
@@ -131,9 +132,8 @@ def _resume(config: RunConfig, data: TrainingData, folder: Path, threads: int, a
     if changes and not allow_changed:
         raise UserError(f"resume from {folder}: {changes[0]} changed since; restore it, use another run.dir, or pass --allow-changed")
     lineage = state.lineage + ([{"resumed_at_step": state.step, "changed": changes}] if changes else [])
-    return Start(
-        folder, state.step, state.tokens, True, lineage, notes, recent=[Applied(int(step), loss, norm) for step, loss, norm in state.recent]
-    )
+    recent = [Applied(int(step), loss, norm) for step, loss, norm in state.recent]
+    return Start(folder, state.step, state.tokens, True, lineage, notes, recent=recent, validation=state.validation)
 
 
 def _rewind(
@@ -218,7 +218,8 @@ def _from_folder(config: RunConfig, data: TrainingData, source: Path, notes: lis
     if config.run.init_what != "weights":
         raise UserError(f"run.init_what: '{config.run.init_what}', but '{source}' is a Hugging Face folder, of weights alone; use weights")
     _same_tokenizer(source, source, data)  # first: a vocabulary without a mask token is what differs from the config's most often
-    folder = hf.open_folder(source)
+    folder = hf.open_folder(source, setting="run.init_from")
+    hf.check_mask(folder, Tokenizer.load(source))
     _same_architecture(f"run.init_from: {source}", config, folder.model.model_dump())
     own = {"imported": source.resolve().name, "architecture": folder.architecture, "sequence_length": folder.longest}
     return Start(source, 0, 0, False, [own], notes)

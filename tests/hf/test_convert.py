@@ -250,17 +250,24 @@ def test_refusals_of_the_command(arguments: list[str], message: str, workplace: 
 # -- averages, sizes, checksums, the model card ------------------------------------------------------------------------
 
 
-def test_the_mean_of_checkpoints_is_that_of_their_masters(workplace: Workplace, tmp_path: Path) -> None:
-    """Of a bf16 run, whose weights are rounded and whose masters are not; read here with torch's own checkpoint reader."""
+@pytest.fixture(scope="module")
+def half(workplace: Workplace) -> Path:
+    """A run in bf16, whose weights are rounded and whose masters are not. Most of its minute goes into measuring the peak in bf16."""
+    brief = {"train": {"steps": 4}, "checkpoint": {"every": 2}, "validation": {"every": 4, "windows": 8}}
+    workplace.run("pretrain", workplace.config("half.yaml", run={"dir": "half", "threads": 2}, precision="bf16", **brief))
+    return workplace.folder / "half"
+
+
+@pytest.mark.slow
+def test_the_mean_of_checkpoints_is_that_of_their_masters(half: Path, tmp_path: Path) -> None:
+    """Read here with torch's own checkpoint reader."""
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-    name = workplace.config("half.yaml", run={"dir": "half", "threads": 2}, precision="bf16")
-    workplace.run("pretrain", name)
-    said = to_hf(workplace.folder / "half", tmp_path / "out", dtype="fp32", average=2)
-    assert said.endswith("the mean of the checkpoints after steps 8, 12")
+    said = to_hf(half, tmp_path / "out", dtype="fp32", average=2)
+    assert said.endswith("the mean of the checkpoints after steps 2, 4")
     both = []
-    for step in (8, 12):
-        dcp_to_torch_save(workplace.folder / "half" / "checkpoints" / f"step_{step:08d}" / "model", tmp_path / "all.pt")
+    for step in (2, 4):
+        dcp_to_torch_save(half / "checkpoints" / f"step_{step:08d}" / "model", tmp_path / "all.pt")
         both.append(torch.load(tmp_path / "all.pt", weights_only=False))  # our own file, of the line before
     found = load_file(tmp_path / "out" / "model.safetensors")
     for key, stored in (("wte", "embedding.word_embeddings"), ("ff_out", "output_layer"), ("ln_f", "decoder.final_layernorm")):
@@ -271,7 +278,44 @@ def test_the_mean_of_checkpoints_is_that_of_their_masters(workplace: Workplace, 
     down = [each["optimizer.state.param.decoder.layers.mlp.linear_fc2.weight"] for each in both]
     wanted = ((down[0].double() + down[1].double()) / 2).float()
     assert torch.equal(found["model.transformer.blocks.1.ff_out.weight"], wanted[1])
-    assert "mean of the checkpoints after steps 8, 12" in (tmp_path / "out" / "README.md").read_text()
+    assert "mean of the checkpoints after steps 2, 4" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_fp32_of_a_bf16_run_is_its_masters_and_verified_as_such(half: Path, tmp_path: Path) -> None:
+    """The gate is as narrow as for an fp32 run: the training model computes with the masters, or their mean, too."""
+    for name, average in (("out", 1), ("mean", 2)):
+        said = convert(str(half), str(tmp_path / name), True, None, dtype="fp32", average=average)
+        assert "in fp32 from the run's fp32 masters" in said and "allowed 1e-05" in said
+        values = load_file(tmp_path / name / "model.safetensors")["model.transformer.wte.weight"]
+        assert not torch.equal(values, values.bfloat16().float())
+
+
+SLOW_WRITER = """
+import sys, time
+from llada.hf import convert
+real = convert.write_safetensors
+
+def write(*arguments):
+    real(*arguments)
+    print("written", flush=True)
+    time.sleep(60)
+
+convert.write_safetensors = write
+sys.argv = ["llada", "convert", "to-hf", *sys.argv[1:]]
+from llada.cli import main
+main()
+"""
+
+
+def test_sigterm_leaves_nothing_half_written(workplace: Workplace, tmp_path: Path) -> None:
+    process = workplace.start(str(workplace.folder / "whole"), str(tmp_path / "out"), command=("-c", SLOW_WRITER))
+    assert process.stdout is not None and process.stdout.readline() == "written\n"
+    assert list(tmp_path.iterdir())
+    process.terminate()
+    process.communicate(timeout=60)
+    assert process.returncode == 130  # as after Ctrl-C
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_mean_of_one_is_the_checkpoint_and_too_many_are_refused(workplace: Workplace, tmp_path: Path) -> None:

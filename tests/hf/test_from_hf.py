@@ -100,7 +100,7 @@ def test_pickled_weights_are_read_only_with_leave(workplace: Workplace, tmp_path
     wanted = published_folder(folder, workplace.folder / "tokenizer", torch.bfloat16)
     (folder / "model.safetensors").unlink()
     torch.save(wanted, folder / "pytorch_model.bin")
-    with pytest.raises(UserError, match=r"as pickles .*pass --allow-pickle"):
+    with pytest.raises(UserError, match=r"as pickles .*`llada convert from-hf --allow-pickle`"):
         from_hf(folder, tmp_path / "checkpoint")
     from_hf(folder, tmp_path / "checkpoint", ImportOptions(allow_pickle=True))
     found = exported(tmp_path / "checkpoint", tmp_path / "back")
@@ -283,14 +283,19 @@ def cut(name: str, count: int) -> Callable[[Path], None]:
         (cut("config.json", 30), "config.json: not JSON"),
         (change(model_type="qwen2"), r"model_type 'qwen2' is not read; one of llada, llama, mistral"),
         (change(model_type="lada"), r"did you mean 'llada'"),
-        (change(architectures=["LLaDAMoEModelLM"]), r"architectures 'LLaDAMoEModelLM' is not read"),
+        (change(architectures=["LLaDAMoEModelLM"]), r"architectures \['LLaDAMoEModelLM'\] is not read"),
+        (change(rope_scaling={"type": "linear", "factor": 4.0}), r"not known here, so not computed: rope_scaling"),
+        (change(n_heads=0), "n_heads: 0 is not a positive integer"),
+        (change(n_kv_heads=0), "n_kv_heads: 0 is not a positive integer"),
+        (change(max_sequence_length="x"), "max_sequence_length: 'x' is not a positive integer"),
+        (change(rope_theta="x"), "rope_theta: 'x' is not a positive number"),
         (change(rope_theta="gone", weight_tying="gone"), r"missing rope_theta, weight_tying; without it the file describes another model"),
         (change(alibi=True), r"does not compute alibi=True \(only False\)"),
         (change(include_bias=True), r"include_bias=True"),
         (change(quantization_config={"bits": 4}), r"quantization_config"),
         (change(mask_token_id=3), r"mask_token_id 3 is not the tokenizer's mask token"),
         (change(n_heads=5), "n_heads=5"),
-        (change(d_model="wide"), "config.json"),
+        (change(d_model="64"), "d_model: '64' is not a positive integer"),
         (
             retensor(take_two),
             r"missing: model.transformer.blocks.1.q_proj.weight, model.transformer.ln_f.weight; too many: model.transformer.wpe.weight; "
@@ -325,6 +330,12 @@ def test_folders_that_are_refused(damage: Callable[[Path], None], message: str, 
         ({"head_dim": 32}, r"head_dim x num_attention_heads 128 \(only 64\)"),
         ({"hidden_act": "gelu"}, r"hidden_act 'gelu' \(only 'silu'\)"),
         ({"num_hidden_layers": "gone"}, "missing num_hidden_layers"),
+        ({"num_attention_heads": 0}, "num_attention_heads: 0 is not a positive integer"),
+        ({"num_attention_heads": "four"}, "num_attention_heads: 'four' is not a positive integer"),
+        ({"max_position_embeddings": None}, "missing max_position_embeddings"),
+        ({"rope_theta": "x"}, "rope_theta: 'x' is not a positive number"),
+        ({"architectures": "LlamaForCausalLM"}, "architectures 'LlamaForCausalLM' is not read"),
+        ({"model_type": "mistral", "architectures": ["MistralForCausalLM"]}, r"sliding_window 4096 \(only None\)"),
     ],
 )
 def test_llamas_that_are_refused(fields: dict[str, Any], message: str, plain_tokenizer: Path, tmp_path: Path) -> None:
@@ -332,6 +343,24 @@ def test_llamas_that_are_refused(fields: dict[str, Any], message: str, plain_tok
     change(rope_parameters="gone", **fields)(tmp_path / "llama")
     with pytest.raises(UserError, match=message):
         from_hf(tmp_path / "llama", tmp_path / "checkpoint", ImportOptions(add_mask_token=True))
+
+
+def test_a_run_refuses_a_folder_whose_config_names_another_mask(workplace: Workplace, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    published_folder(folder, workplace.folder / "tokenizer")
+    change(mask_token_id=3)(folder)
+    name = workplace.config("mask.yaml", model=SIZES, run={"dir": "mask", "threads": 2, "init_from": str(folder)})
+    assert "mask_token_id 3 is not the tokenizer's mask token" in workplace.run("pretrain", name, code=2).stderr
+    assert not (workplace.folder / "mask").exists()
+
+
+def test_an_output_inside_what_is_read_is_refused(workplace: Workplace, tmp_path: Path) -> None:
+    published_folder(tmp_path / "folder", workplace.folder / "tokenizer")
+    with pytest.raises(UserError, match=r"OUT: .* lies inside .*folder"):
+        from_hf(tmp_path / "folder", tmp_path / "folder" / "checkpoint")
+    from_hf(tmp_path / "folder", tmp_path / "checkpoint")
+    with pytest.raises(UserError, match=r"OUT: .* lies inside .*checkpoint"):
+        to_hf(tmp_path / "checkpoint", tmp_path / "checkpoint" / "model" / "hf")
 
 
 def test_a_tied_folder_may_hold_the_head_once_more_if_it_is_the_same(workplace: Workplace, tmp_path: Path) -> None:
@@ -350,7 +379,7 @@ def test_a_tied_folder_may_hold_the_head_once_more_if_it_is_the_same(workplace: 
 def test_the_disk_is_asked_first(workplace: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     published_folder(tmp_path / "folder", workplace.folder / "tokenizer")
     from_hf(tmp_path / "folder", tmp_path / "checkpoint")
-    usage = type("Usage", (), {"free": 1000})
+    usage = type("Usage", (), {"free": 1000, "total": 2000})
     monkeypatch.setattr("llada.files.shutil.disk_usage", lambda path: usage)
     for work in (from_hf, to_hf):
         source = tmp_path / ("folder" if work is from_hf else "checkpoint")
