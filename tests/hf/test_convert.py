@@ -252,7 +252,7 @@ def test_refusals_of_the_command(arguments: list[str], message: str, workplace: 
 
 @pytest.fixture(scope="module")
 def half(workplace: Workplace) -> Path:
-    """A run in bf16, whose weights are rounded and whose masters are not. Most of its minute goes into measuring the peak in bf16."""
+    """A run in bf16, whose weights are rounded and whose masters are not."""
     brief = {"train": {"steps": 4}, "checkpoint": {"every": 2}, "validation": {"every": 4, "windows": 8}}
     workplace.run("pretrain", workplace.config("half.yaml", run={"dir": "half", "threads": 2}, precision="bf16", **brief))
     return workplace.folder / "half"
