@@ -261,16 +261,13 @@ class MegatronEngine:
 
         The fp32 masters of a bf16 run take every digit that the source has.
         """
-        place = self._tensor_place()
-        parameters = self.parameters()
-        names = {id(parameter): name for name, parameter in parameters.items()}
-        for name, parameter in parameters.items():
-            weights.scatter(self.config.model, source, name, parameter, *place)
-        for part in self._optimizers():
-            for parameter in part.model_param_group_index_map:
+        owners = {id(parameter): part for part in self._optimizers() for parameter in part.model_param_group_index_map}
+        for name, parameter in self.parameters().items():
+            whole = torch.empty(parameter.shape, dtype=torch.float32)
+            weights.scatter(self.config.model, source, name, whole, *self._tensor_place())
+            parameter.copy_(whole)
+            if (part := owners.get(id(parameter))) is not None:  # else other replicas own all of it
                 span = part._get_model_param_range_map(parameter)["param"]
-                whole = torch.empty(parameter.shape, dtype=torch.float32)
-                weights.scatter(self.config.model, source, names[id(parameter)], whole, *place)
                 master = part._get_main_param_and_optimizer_states(parameter)["param"]
                 master.copy_(whole.flatten()[span.start : span.end].view(master.shape))
         optimizer_state.start_moments(self._optimizers())
