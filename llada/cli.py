@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 import typer
 
 from data_tools.cli import app as data_app
+from launch.cli import add_to as add_launch_commands
 from llada.errors import RunError, TryAgain, UserError
 
 Config = Annotated[str, typer.Argument(help="YAML file of the run.")]
@@ -23,6 +24,7 @@ app = typer.Typer(
 app.add_typer(data_app, name="data", help="Tokenize, shard, inspect and verify corpora.")
 convert_app = typer.Typer(no_args_is_help=True, help="Checkpoints to and from the format of Hugging Face.")
 app.add_typer(convert_app, name="convert")
+add_launch_commands(app)
 
 
 Rewind = Annotated[

@@ -165,13 +165,13 @@ def load_config(path: str | Path, overrides: list[str] | None = None, task: Task
     Raises:
         UserError: anything wrong, in one line that names the setting.
     """
-    raw = _read_yaml(Path(path))
+    raw = read_yaml(Path(path))
     raw.pop(PROVENANCE, None)  # a run's own config.yaml can be used as a config
     for override in overrides or []:
         if rewind is not None and override.startswith("lr="):
             _change_rate(raw, rewind, override)
         else:
-            _apply(raw, override)
+            apply_override(raw, override)
     if task is not None and raw.get("task", "pretrain") != task and raw.get("task", "pretrain") in get_args(Task):
         found = raw.get("task", "pretrain")
         raise UserError(f"task: {path} says '{found}', `llada {task}` runs task '{task}' only; use `llada {found}`")
@@ -186,7 +186,7 @@ def build_config(raw: dict[str, Any]) -> RunConfig:
     try:
         return RunConfig.model_validate(raw)
     except ValidationError as error:
-        raise UserError(_one_line(error)) from None
+        raise UserError(one_line(error, RunConfig)) from None
 
 
 def dump_config(config: RunConfig) -> dict[str, Any]:
@@ -201,26 +201,28 @@ def to_yaml(config: RunConfig) -> str:
     return yaml.safe_dump(dump_config(config), sort_keys=False, default_flow_style=False)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, setting: str = "config") -> dict[str, Any]:
+    """The mapping in a YAML file. Raises UserError, with what the user calls the file, when there is none."""
     import yaml
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     if not path.is_file():
-        raise UserError(f"config: no file '{path}'")
+        near = did_you_mean(path.name, [other.name for other in path.parent.glob("*.yaml")] if path.parent.is_dir() else [])
+        raise UserError(f"{setting}: no file '{path}'{near}")
     try:
         raw = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"config: {path} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{setting}: {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
-        raise UserError(f"config: {path} must hold a mapping of settings, not a {type(raw).__name__}")
+        raise UserError(f"{setting}: {path} must hold a mapping of settings, not a {type(raw).__name__}")
     return raw  # type: ignore[return-value]
 
 
 def _change_rate(raw: dict[str, Any], step: int, override: str) -> None:
     """Add a constant learning rate from `step` on; it replaces changes at or after that step."""
     holder: dict[str, Any] = {}
-    _apply(holder, override)
+    apply_override(holder, override)
     schedule = raw.setdefault("schedule", {})
     if not isinstance(holder["lr"], int | float) or not isinstance(schedule, dict):
         raise UserError(f"override '{override}': the learning rate must be a number, as in lr=1e-4")
@@ -228,8 +230,8 @@ def _change_rate(raw: dict[str, Any], step: int, override: str) -> None:
     schedule["rewinds"] = [*earlier, {"step": step, "lr": float(holder["lr"])}]
 
 
-def _apply(raw: dict[str, Any], override: str) -> None:
-    """Set one ``key.sub=value`` in the nested dict, in place."""
+def apply_override(raw: dict[str, Any], override: str) -> None:
+    """Set one ``key.sub=value`` in the nested dict, in place. Raises UserError for a text that is none."""
     from omegaconf import OmegaConf
 
     key, equals, _ = override.partition("=")
@@ -267,7 +269,7 @@ def _index(node: list[Any], part: str, key: str) -> int:
     return int(part)
 
 
-def _one_line(error: ValidationError) -> str:
+def one_line(error: ValidationError, root: type[BaseModel]) -> str:
     """The first problem as `setting: value, what is allowed (nearest name)`; unknown names first, since they explain the missing ones."""
     problems = error.errors(include_url=False)
     problems.sort(key=lambda e: e["type"] != "extra_forbidden")
@@ -275,7 +277,7 @@ def _one_line(error: ValidationError) -> str:
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         prefix = where.removesuffix(str(first["loc"][-1]))
-        names = [prefix + name for name in _setting_names(first["loc"][:-1])]
+        names = [prefix + name for name in _setting_names(first["loc"][:-1], root)]
         return f"{where}: unknown setting{did_you_mean(where, names)}; allowed here: {', '.join(names)}"
     if first["type"] == "missing":
         return f"{where}: missing, this setting has no default"
@@ -289,9 +291,9 @@ def _one_line(error: ValidationError) -> str:
     return f"{where}: {first['input']!r} is not allowed: {message[0].lower()}{message[1:]}{near}"
 
 
-def _setting_names(loc: tuple[int | str, ...]) -> list[str]:
-    """The names allowed in the section at `loc`."""
-    section: type[BaseModel] = RunConfig
+def _setting_names(loc: tuple[int | str, ...], root: type[BaseModel]) -> list[str]:
+    """The names allowed in the section at `loc` of the settings in `root`."""
+    section = root
     for part in loc:
         if isinstance(part, int):
             continue

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 import yaml
 
 import llada
+from llada import events, revision
 from llada.config import PROVENANCE, RunConfig, dump_config
 from llada.data.base import TRAIN, Plan
 from llada.data.loader import Loader, Prepared
@@ -26,6 +26,7 @@ from llada.files import sync_folder, write_atomically
 from llada.model.flops import peak_flops, step_flops
 from llada.training import checkpoint, metrics
 from llada.training.guard import Guard
+from llada.training.lock import RunLock
 from llada.training.saving import Saving
 from llada.training.schedule import Schedule
 from llada.training.signals import StopRequest
@@ -77,6 +78,7 @@ def _loop(run: Run, stop: StopRequest) -> int:
         if done % config.checkpoint.every == 0 or last or stopping:
             run.save(done, wait=last or stopping)
         if stopping and not last:
+            run.note("signal", step=done, signal=stop.signal)
             run.say(f"{stop.signal or 'another rank'}: stopped after step {done} with a checkpoint; run the same command again to continue")
             return STOPPED
     run.finish()
@@ -100,8 +102,11 @@ class Run:
         self.threads = _set_threads(config, size)
         self.data = open_data(config, verify=rank == 0)
         start = find_start(config, self.data, self.root, self.threads, allow_changed, rewind)
+        self.lock: RunLock | None = None
         if rank == 0:
             _make_folder(self.folder)
+            self.lock = RunLock(self.folder)
+            self.events = events.of_this_process(self.folder)
         self.engine = MegatronEngine(config, self.data.objective.token_loss)
         self.place, self.device = self.engine.place, self.engine.device
         self.lineage: list[dict[str, Any]] = start.lineage
@@ -228,6 +233,7 @@ class Run:
         started = time.perf_counter()
         saving, self.saving = self.saving, None
         saving.finish()
+        self.note("checkpoint", step=saving.step)
         if self.place.is_main:
             checkpoint.prune(self.root, self.config.checkpoint.keep_last, self.config.checkpoint.keep_every)
         self.watchdog.advance(saving.step)
@@ -245,11 +251,11 @@ class Run:
         config = self.config
         cut = metrics.cut(self.folder, self.first)
         self._peak, source = peak_flops(self.device, DTYPES[config.precision])
-        provenance = {"llada": llada.__version__, "git": _git_revision(), **versions(config, self.threads), "lineage": self.lineage}
+        provenance = {"llada": llada.__version__, "git": revision.of_code(), **versions(config, self.threads), "lineage": self.lineage}
         text = yaml.safe_dump({**dump_config(config), PROVENANCE: provenance}, sort_keys=False)
         write_atomically(self.folder / "config.yaml", text)
         self.console = metrics.Console(config.train.steps, self.first, config.logging)
-        self.sinks = [metrics.JsonLines(self.folder), self.console]
+        self.sinks = [metrics.JsonLines(self.folder), self.console, metrics.StepEvents(self.events, config.train.steps, config.logging)]
         if config.logging.tensorboard:
             self.sinks.append(metrics.TensorBoard(self.folder))
         if config.logging.wandb:
@@ -288,6 +294,11 @@ class Run:
         for sink in self.sinks:
             sink.write(line)
 
+    def note(self, event: str, **fields: Any) -> None:
+        """Write an event once."""
+        if self.place.is_main:
+            self.events.write(event, **fields)
+
     def say(self, text: str) -> None:
         """Print a line once."""
         if self.place.is_main:
@@ -301,6 +312,8 @@ class Run:
         for sink in self.sinks:
             sink.close()
         self.engine.close()
+        if self.lock is not None:
+            self.lock.release()
 
 
 def _make_folder(folder: Path) -> None:
@@ -314,18 +327,10 @@ def _make_folder(folder: Path) -> None:
 def _set_threads(config: RunConfig, world_size: int) -> int:
     """Fix torch's CPU threads, which decide the order of sums, and the deterministic kernels."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", "1" if world_size == 1 else str(world_size))))
-    threads = config.run.threads or max(1, len(os.sched_getaffinity(0)) // local)
+    # The launcher, which may narrow the cores of a rank to those near its GPU, says how many it has to itself.
+    threads = config.run.threads or int(os.environ.get("LLADA_THREADS", "0")) or max(1, len(os.sched_getaffinity(0)) // local)
     torch.set_num_threads(threads)
     if config.run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     return threads
-
-
-def _git_revision() -> str | None:
-    """Revision of the code this runs from, with -dirty for uncommitted changes; None outside a checkout."""
-    command = ["git", "-C", str(Path(llada.__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip() or None
-    except (OSError, subprocess.SubprocessError):
-        return None

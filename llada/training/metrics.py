@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+from llada import events
 from llada.config import RunConfig, dump_config
+from llada.events import EventLog
 from llada.files import write_atomically
 from llada.settings import LoggingSection
 
@@ -95,6 +97,28 @@ def cut(folder: Path, step: int) -> int:
     return len(dropped)
 
 
+class StepEvents:
+    """Steps in events.jsonl: the first of every start, and then as often as lines on the console.
+
+    Args:
+        log: of the run.
+        total: steps of the run.
+        section: how often.
+    """
+
+    def __init__(self, log: EventLog, total: int, section: LoggingSection) -> None:
+        self._log, self._total, self._every, self._first = log, total, section.every, True
+
+    def write(self, line: dict[str, Any]) -> None:
+        if "loss" in line and (self._first or line["step"] % self._every == 0 or line["step"] == self._total):
+            fields = {key: line[key] for key in ("step", "loss", "tokens_per_second")}
+            self._log.write("step", **_finite(fields), steps=self._total)
+            self._first = False
+
+    def close(self) -> None:
+        """Nothing is kept open."""
+
+
 class TensorBoard:
     """Event files in RUN/tensorboard."""
 
@@ -130,6 +154,7 @@ class WeightsAndBiases:
             config=dump_config(config),
             mode=mode,
         )
+        self._run.summary.update(events.restarts(events.read(folder)))
 
     def write(self, line: dict[str, Any]) -> None:
         self._run.log(dict(_scalars(line)), step=line["step"])

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from llada.config import RunConfig, build_config, dump_config
+from llada.config import RunConfig, build_config, dump_config, load_config
 from llada.data.base import TrainingData
 from llada.engine.base import Engine
 from llada.engine.layout import gather_world, world_from_environment
@@ -83,11 +83,15 @@ def versions(config: RunConfig, threads: int) -> dict[str, str]:
     return found
 
 
-def find_start(config: RunConfig, data: TrainingData, root: Path, threads: int, allow_changed: bool, rewind: int | None = None) -> Start:
+def find_start(
+    config: RunConfig, data: TrainingData, root: Path, threads: int | None, allow_changed: bool, rewind: int | None = None
+) -> Start:
     """The latest sound checkpoint of this run, else run.init_from, else nothing; the same on every rank (collective).
 
     With `rewind`, the checkpoint after that many steps instead of the latest. A run that was rewound so already, with the same
     schedule, just goes on: the command may be repeated after an interruption.
+
+    `threads` of this rank; None for a look from a machine that will not run it, whose versions say nothing.
 
     Raises:
         UserError: a checkpoint of another run, weights that do not fit, damage where there is nothing to go back to.
@@ -125,7 +129,7 @@ def _damage(config: RunConfig, folder: Path) -> list[str]:
     return [problem for share in gather_world(checkpoint.damage(folder, rank, size)) for problem in share]
 
 
-def _resume(config: RunConfig, data: TrainingData, folder: Path, threads: int, allow_changed: bool, notes: list[str]) -> Start:
+def _resume(config: RunConfig, data: TrainingData, folder: Path, threads: int | None, allow_changed: bool, notes: list[str]) -> Start:
     state = checkpoint.read_state(folder)
     _same_architecture(f"resume from {folder}: it", config, state.config["model"])
     changes = _changes(config, data, state, threads)
@@ -137,7 +141,7 @@ def _resume(config: RunConfig, data: TrainingData, folder: Path, threads: int, a
 
 
 def _rewind(
-    config: RunConfig, data: TrainingData, target: Path, later: list[Path], threads: int, allow_changed: bool, notes: list[str]
+    config: RunConfig, data: TrainingData, target: Path, later: list[Path], threads: int | None, allow_changed: bool, notes: list[str]
 ) -> Start:
     problems = _damage(config, target)
     if problems:
@@ -156,7 +160,24 @@ def _rewound(config: RunConfig, folder: Path, step: int) -> bool:
     return any(entry.get("rewound_to_step") == step and entry["schedule"] == schedule for entry in lineage)
 
 
-def _changes(config: RunConfig, data: TrainingData, state: checkpoint.State, threads: int) -> list[str]:
+def foresee(config: RunConfig, data: TrainingData, root: Path, allow_changed: bool, rewind: int | None = None) -> Start:
+    """Where a run would start, without comparing checksums and versions: for whoever submits it elsewhere.
+
+    Raises:
+        UserError: as `find_start`; and for a folder that holds another run, with or without a checkpoint.
+    """
+    written = root.parent / "config.yaml"
+    if written.is_file() and not allow_changed:
+        difference = checkpoint.first_difference(dump_config(load_config(written)), dump_config(config), _MAY_CHANGE)
+        if difference:
+            raise UserError(
+                f"run.dir: '{root.parent}' holds a run of another config, {difference}; choose another run.dir, or pass --allow-changed"
+            )
+    unread = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"verify": False})})
+    return find_start(unread, data, root, None, allow_changed, rewind)
+
+
+def _changes(config: RunConfig, data: TrainingData, state: checkpoint.State, threads: int | None) -> list[str]:
     """What differs from the checkpoint and would make the run another one."""
     watched = () if config.train.skip_spikes else ("train.spike_sigma", "train.spike_window")  # they only name spikes
     found = [checkpoint.first_difference(state.config, dump_config(config), (*_MAY_CHANGE, *watched))]
@@ -169,7 +190,7 @@ def _changes(config: RunConfig, data: TrainingData, state: checkpoint.State, thr
         if rates[0] != rates[1]:
             found.append(f"schedule.stages: learning rate of step {step + 1}: {rates[0]:g} -> {rates[1]:g}")
             break
-    current = versions(config, threads)
+    current = versions(config, threads) if threads is not None else {}
     found += [f"{key}: {state.versions.get(key)} -> {current[key]}" for key in current if state.versions.get(key) != current[key]]
     return [change for change in found if change is not None]
 

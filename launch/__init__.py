@@ -1,0 +1,1 @@
+"""Runs on a cluster: what is submitted, what supervises it there, and what is seen from outside."""

@@ -1,0 +1,85 @@
+"""Everything that can be known to be wrong before a job waits in a queue for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch import scheduler
+from launch.cluster import ClusterProfile, minutes
+from llada.config import RunConfig
+from llada.data.tasks import open_data
+from llada.errors import UserError, did_you_mean
+from llada.files import require_space
+from llada.model.weights import num_parameters
+from llada.training import lock
+from llada.training.schedule import Schedule
+from llada.training.start import foresee
+
+_BYTES = {"fp32": 12, "bf16": 14}
+"""Of a parameter in a checkpoint: fp32 weights and two moments, and of bf16 runs the bf16 weights too."""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What the checks found.
+
+    Attributes:
+        data_parallel: replicas.
+        first: step from which the run goes on; 0: from the start.
+        steps: of the run.
+        checkpoint_gb: size of a checkpoint, GB.
+        notes: lines for the user.
+    """
+
+    data_parallel: int
+    first: int
+    steps: int
+    checkpoint_gb: float
+    notes: list[str]
+
+
+def check_run(config: RunConfig, ranks: int, allow_changed: bool, rewind: int | None = None) -> Checked:
+    """Open the data, look at the run folder, and compare everything with a world of `ranks` processes.
+
+    Raises:
+        UserError: the run could not start, in one line.
+    """
+    data_parallel = config.check_world(ranks)
+    folder = Path(config.run.dir)
+    holder = lock.holder(folder)
+    if holder is not None:
+        raise UserError(f"run.dir: '{folder}' is in use by {holder}; stop that first with `llada stop {folder}`, or choose another run.dir")
+    schedule = Schedule(config.schedule, config.tokens_per_step)
+    schedule.learning_rate(config.train.steps - 1)
+    start = foresee(config, open_data(config), folder / "checkpoints", allow_changed, rewind)
+    size = num_parameters(config.model) * _BYTES[config.precision]
+    # The new one is complete before an old one is deleted.
+    require_space(folder, 2 * size, "run.dir")
+    return Checked(data_parallel, start.step, config.train.steps, size / 1e9, start.notes)
+
+
+def check_profile(profile: ClusterProfile) -> None:
+    """Compare a profile with what Slurm says of itself.
+
+    Raises:
+        UserError: no such partition, or a time limit over the partition's.
+    """
+    for partition, time, setting in (
+        (profile.partition, profile.time, "time"),
+        (profile.cpu_jobs.partition, profile.cpu_jobs.time or profile.time, "cpu_jobs.time"),
+    ):
+        if partition is None:
+            continue
+        known = scheduler.partitions()
+        # A job may name several; Slurm takes the first that is free.
+        for name in partition.split(","):
+            if name not in known:
+                key = setting.replace("time", "partition")
+                raise UserError(f"{key}: Slurm has no partition '{name}'{did_you_mean(name, known)}; there are {', '.join(sorted(known))}")
+            limit = known[name]
+            if limit not in ("infinite", "n/a") and minutes(time) > minutes(limit):
+                raise UserError(
+                    f"{setting}: '{time}' is over the limit {limit} of partition '{name}'; a run that needs longer starts again from its "
+                    "checkpoint by itself"
+                )

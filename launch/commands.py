@@ -1,0 +1,260 @@
+"""What `llada launch` does, step by step: check, prepare, submit, say what comes next."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import typer.main
+
+from data_tools.cli import app as data_app
+from launch import job as jobs
+from launch import scheduler, submit, watch
+from launch.checks import Checked, check_profile, check_run
+from launch.cluster import ClusterProfile
+from launch.job import Submitted
+from launch.submit import Prepared
+from llada.config import RunConfig, load_config
+from llada.errors import UserError
+
+
+@dataclass(frozen=True)
+class LaunchOptions:
+    """Of `llada launch CONFIG`; see the command's help."""
+
+    nodes: int = 1
+    gpus_per_node: int | None = None
+    dry_run: bool = False
+    local: bool = False
+    chain: int = 1
+    then: str | None = None
+    after: str | None = None
+    allow_changed: bool = False
+    rewind: int | None = None
+
+
+def launch_run(path: str, overrides: list[str] | None, profile: ClusterProfile | None, options: LaunchOptions) -> int:
+    """Launch a run; exit code of the command.
+
+    Args:
+        path, overrides: of the run's config.
+        profile: of the cluster; None: this machine.
+        options: see there.
+
+    Raises:
+        UserError: anything that would keep the run from starting.
+    """
+    _check_options(profile, options)
+    if profile is not None and not options.dry_run:
+        scheduler.require()
+    config = load_config(path, overrides, rewind=options.rewind)
+    ranks_per_node = options.gpus_per_node or _gpus_here()
+    checked = check_run(config, options.nodes * ranks_per_node, options.allow_changed, options.rewind)
+    state = Path(config.run.dir).absolute()
+    words = [*(["--allow-changed"] if options.allow_changed else [])]
+    words += [] if options.rewind is None else ["--rewind", str(options.rewind)]
+    folder = state / jobs.FOLDER / "NNNN"
+    prepared = submit.training(config, profile, options.nodes, ranks_per_node, folder, words, options.chain)
+    said = ""
+    if profile is not None and scheduler.installed():
+        _refuse_second(state)
+        check_profile(profile)
+        said = submit.check_with_slurm(prepared)
+    _print_plan(config, checked, prepared, options, ranks_per_node, said)
+    if options.dry_run:
+        if profile is not None:
+            print(f"\n{prepared.script()}")
+        return 0
+    folder = _new_launch(state)
+    prepared = submit.training(config, profile, options.nodes, ranks_per_node, folder, words, options.chain)
+    submit.write(prepared, config)
+    if profile is None:
+        submit.note(prepared, Submitted([]), ranks=ranks_per_node)
+        return submit.run_here(prepared)
+    _submit(prepared, profile, options)
+    return 0
+
+
+def _submit(prepared: Prepared, profile: ClusterProfile, options: LaunchOptions) -> None:
+    after = None if options.after is None else f"afterok:{options.after}"
+    if options.chain > 1:
+        after = "singleton" if after is None else f"{after},singleton"
+    sent: list[str] = []
+    then = None
+    try:
+        for _ in range(options.chain):
+            sent.append(submit.send(prepared, dependency=after))
+        if options.then is not None:
+            then = _convert(prepared, profile, sent[-1])
+    finally:
+        # What is in the queue has to be known, whatever happened after it.
+        if sent:
+            submit.note(prepared, Submitted(sent, then), ranks=prepared.spec.ranks)
+    _print_next(prepared, sent, then)
+
+
+def _convert(prepared: Prepared, profile: ClusterProfile, job: str) -> str:
+    """The job that writes RUN/hf when the run has finished."""
+    state = Path(prepared.spec.state)
+    own = state / "then"
+    folder = _new_launch(own)
+    command = ["convert", "to-hf", str(state), str(state / "hf"), "--verify", "--force"]
+    conversion = submit.single(profile, own, folder, Path(prepared.spec.code), command)
+    submit.write(conversion)
+    # Should the run fail, this job would wait for ever.
+    extra = {**conversion.parameters["additional_parameters"], "kill-on-invalid-dep": "yes"}
+    conversion = replace(conversion, parameters={**conversion.parameters, "additional_parameters": extra})
+    sent = submit.send(conversion, dependency=f"afterok:{job}")
+    submit.note(conversion, Submitted([sent]))
+    return sent
+
+
+def launch_data(command: str, words: list[str], profile: ClusterProfile, tasks: int, dry_run: bool, after: str | None) -> None:
+    """Launch `llada data COMMAND` as a job array.
+
+    Args:
+        command: prepare or prepare-sft.
+        words: its options.
+        profile: of the cluster.
+        tasks: of the array.
+        dry_run: print the plan only.
+        after: id of the job that has to end well before.
+
+    Raises:
+        UserError: anything that would keep it from starting.
+    """
+    if not dry_run:
+        scheduler.require()
+    options = _parse_data(command, words)
+    output = Path(options["output"]).absolute()
+    for source in options["input"]:
+        if not source.startswith("hf:") and not _found(source):
+            raise UserError(f"--input: no file or folder '{source}'")
+    if output.exists() and not options["force"]:
+        raise UserError(f"--output: '{options['output']}' exists; --force replaces it")
+    state = output.with_name(f"{output.name}.launch")
+    task = ["data", command, *words, "--task", "{task}", "--tasks", str(tasks)]
+    folder = state / jobs.FOLDER / "NNNN"
+    prepared = submit.single(profile, state, folder, folder / "code", task, tasks)
+    if scheduler.installed():
+        _refuse_second(state)
+        check_profile(profile)
+        submit.check_with_slurm(prepared)
+    print(f"llada data {command} {shlex.join(words)}\n{tasks} tasks of {profile.cpu_jobs.cpus} cores; events and logs in {state}")
+    if dry_run:
+        print(f"\n{prepared.script()}")
+        return
+    folder = _new_launch(state)
+    prepared = submit.single(profile, state, folder, folder / "code", task, tasks)
+    submit.write(prepared)
+    job = submit.send(prepared, dependency=None if after is None else f"afterok:{after}")
+    submit.note(prepared, Submitted([f"{job}_{number}" for number in range(tasks)]))
+    print(f"\nsubmitted job {job}: logs {state}/logs/job-{job}_*.log")
+    print(f"  llada status {_short(output)}\n  llada logs {_short(output)} --task 0 -f\n  llada stop {_short(output)}")
+    print(f"  llada launch CONFIG ... --after {job}   starts a run when it is done")
+
+
+def _parse_data(command: str, words: list[str]) -> dict[str, Any]:
+    """The options of `llada data COMMAND`, checked as that command checks them."""
+    group: Any = typer.main.get_command(data_app)
+    for word in words:
+        if word.partition("=")[0] in ("--task", "--tasks"):
+            raise UserError(f"{word}: is the number of the array's tasks; give --tasks once, before the other options")
+    try:
+        return dict(group.commands[command].make_context(f"llada data {command}", list(words)).params)
+    except Exception as error:  # typer brings a click of its own, whose errors have no public name
+        if not hasattr(error, "format_message"):
+            raise
+        raise UserError(f"llada data {command}: {error.format_message()}") from None
+
+
+def _found(source: str) -> bool:
+    return Path(source).exists() or any(Path().glob(source) if not Path(source).is_absolute() else Path("/").glob(source[1:]))
+
+
+def _check_options(profile: ClusterProfile | None, options: LaunchOptions) -> None:
+    if options.then not in (None, "convert"):
+        raise UserError(f"--then: '{options.then}' is not allowed; it can be: convert")
+    if profile is None:
+        for name, value, usual in (
+            ("--nodes", options.nodes, 1),
+            ("--chain", options.chain, 1),
+            ("--then", options.then, None),
+            ("--after", options.after, None),
+        ):
+            if value != usual:
+                raise UserError(f"{name}: {value} is for a cluster; --local runs on this machine alone")
+    elif options.gpus_per_node is None:
+        raise UserError("--gpus-per-node: missing; how many GPUs a node has, each of which gets a rank")
+    if options.after is not None and not options.after.isdigit():
+        raise UserError(f"--after: '{options.after}' is no job's number")
+
+
+def _gpus_here() -> int:
+    import torch
+
+    return max(1, torch.cuda.device_count())
+
+
+def _refuse_second(state: Path) -> None:
+    """One run folder, one job: a second one would only wait for the first to be refused then."""
+    live = watch.live_jobs(state)
+    if live:
+        where = f" on {live[0].nodes}" if live[0].nodes else ""
+        raise UserError(
+            f"run.dir: '{state}' belongs to job {live[0].id}, which is {live[0].state}{where}; `llada stop {_short(state)}` ends it, "
+            "or choose another run.dir"
+        )
+
+
+def _new_launch(state: Path) -> Path:
+    try:
+        return jobs.next_folder(state / jobs.FOLDER)[1]
+    except OSError as error:
+        raise UserError(f"run.dir: '{state}' cannot be made ({error.strerror}); choose a folder that can be written") from None
+
+
+def _print_plan(config: RunConfig, checked: Checked, prepared: Prepared, options: LaunchOptions, per_node: int, said: str) -> None:
+    p, batch = config.parallel, config.batch
+    layout = f"tensor {p.tensor} x pipeline {p.pipeline} x context {p.context} x data {checked.data_parallel}"
+    where = "this machine" if options.local else f"{options.nodes} nodes x {per_node} ranks"
+    micro = batch.global_ // (batch.micro * checked.data_parallel)
+    print(f"{config.task} in {config.run.dir}: {where} = {options.nodes * per_node} ranks, {layout}")
+    print(
+        f"a step: {batch.global_} sequences of {config.data.sequence_length} tokens, {micro} micro-batches of {batch.micro} a replica"
+    )
+    print(f"a checkpoint: {checked.checkpoint_gb:.3g} GB every {config.checkpoint.every} steps")
+    start = f"goes on from step {checked.first}" if checked.first else "starts at step 0"
+    print(f"{start} of {checked.steps}" + (", which is its end" if checked.first >= checked.steps else ""))
+    for note in checked.notes:
+        print(note)
+    if said:
+        print(f"Slurm: {said}")
+    if options.chain > 1:
+        print(f"a chain of {options.chain} jobs, each after the one before")
+    if options.then:
+        print(f"then: a job converts the last checkpoint to {Path(prepared.spec.state) / 'hf'}")
+    sys.stdout.flush()
+
+
+def _print_next(prepared: Prepared, sent: list[str], then: str | None) -> None:
+    state = Path(prepared.spec.state)
+    run = _short(state)
+    print(f"\nsubmitted job {', '.join(sent)}" + (f", then job {then}" if then else ""))
+    print(f"  job's log   {state}/logs/job-{sent[0]}.log")
+    print(f"  ranks' logs {state}/logs/attempt-NNNN/rank_NNNNN.log")
+    print(f"  watch       llada status {run};  llada logs {run} -f")
+    print(f"  stop        llada stop {run}")
+    print("  resume      the same `llada launch` again, from the latest checkpoint")
+
+
+def _short(path: Path) -> str:
+    """A path as the user would type it."""
+    try:
+        return shlex.quote(str(path.relative_to(os.getcwd())))
+    except ValueError:
+        return shlex.quote(str(path))

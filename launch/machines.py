@@ -1,0 +1,126 @@
+"""Where ranks run: the nodes of a Slurm job (srun), or this machine (torchrun). Standard library only."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from launch import scheduler
+from launch.attempt import end_process
+from launch.job import JobSpec
+from llada.errors import RunError
+
+_PORTS = range(20000, 30000)
+"""Below the range from which systems take ports for outgoing connections."""
+_QUIET = ["/bin/sh", "-c", "trap '' TERM INT USR1; exec \"$@\"", "sh"]
+"""A signal that comes before Python handles it is ignored (and sent again), not deadly."""
+
+
+class SlurmNodes:
+    """The nodes of the job that this process is the batch script of."""
+
+    def __init__(self, spec: JobSpec) -> None:
+        self._spec = spec
+        self.job = os.environ["SLURM_JOB_ID"]
+        self.hosts = scheduler.hostnames(os.environ["SLURM_JOB_NODELIST"])
+
+    def start(self, command: Sequence[str], ranks: int, folder: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+        """srun, with the first node of the list as master: rank 0 is there, and so is this process, which finds the port."""
+        spec = self._spec
+        environment = {**environment, "MASTER_ADDR": self.hosts[0], "MASTER_PORT": str(free_port(int(self.job)))}
+        # What the batch script's own environment says of tasks is not meant for this step.
+        inherited = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_CPU_BIND", "SLURM_MEM_PER_"))}
+        words = [
+            "srun",
+            f"--nodes={spec.nodes}",
+            f"--ntasks={ranks}",
+            f"--ntasks-per-node={spec.tasks_per_node}",
+            # The ranks say themselves how they end; nobody is killed for it before the others have had their say.
+            "--kill-on-bad-exit=0",
+            "--wait=0",
+            "--unbuffered",
+            f"--chdir={spec.code}",
+            *spec.srun,
+        ]
+        words += [*_QUIET, *spec.python, "-m", "launch.rank", "--folder", str(folder), "--directory", spec.directory]
+        words += [*(["--bind"] if spec.bind else []), "--", *command]
+        with open(folder / "launcher.log", "ab") as log:
+            # Signals of the job's end are for this process to hand on: srun must not end before its ranks.
+            return subprocess.Popen(
+                words, env={**inherited, **environment}, stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=_ignore_stops
+            )
+
+    def deliver(self, name: str, starts: list[dict[str, Any]]) -> None:
+        """Signal every task of the step."""
+        with suppress(RunError):  # tried again while the ranks live
+            scheduler.send_signal(name, f"{self.job}.{starts[0]['step']}")
+
+    def kill(self, process: subprocess.Popen[bytes], starts: list[dict[str, Any]]) -> None:
+        """End the step; without a single rank there is only srun to end."""
+        if starts:
+            with suppress(RunError):
+                scheduler.send_signal("KILL", f"{self.job}.{starts[0]['step']}")
+            end_process(process)
+        else:
+            process.kill()
+
+
+class ThisMachine:
+    """Ranks of this machine, started by torch elastic."""
+
+    def __init__(self, spec: JobSpec) -> None:
+        self._spec = spec
+        self.hosts = [socket.gethostname()]
+
+    def start(self, command: Sequence[str], ranks: int, folder: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+        """torchrun, out of the terminal's reach: Ctrl-C is for this process, which hands it on."""
+        spec = self._spec
+        words = [*spec.python, "-m", "torch.distributed.run", "--nnodes=1", f"--nproc-per-node={ranks}", "--max-restarts=0"]
+        words += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", f"--rdzv-id={os.getpid()}", "--no-python"]
+        words += [*_QUIET, *spec.python, "-m", "launch.rank", "--folder", str(folder), "--directory", spec.directory]
+        words += [*(["--bind"] if spec.bind and ranks > 1 else []), "--", *command]
+        with open(folder / "launcher.log", "ab") as log:
+            return subprocess.Popen(
+                words,
+                cwd=spec.code,
+                env={**os.environ, **environment, "LLADA_LOCAL": "1"},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def deliver(self, name: str, starts: list[dict[str, Any]]) -> None:
+        """Signal every rank's parent, which hands it on."""
+        for entry in starts:
+            with suppress(ProcessLookupError):
+                os.kill(entry["pid"], signal.Signals[f"SIG{name}"])
+
+    def kill(self, process: subprocess.Popen[bytes], starts: list[dict[str, Any]]) -> None:
+        """End the ranks, then torchrun."""
+        self.deliver("KILL", starts)
+        end_process(process)
+
+
+def free_port(seed: int, host: str = "") -> int:
+    """A port nobody listens on now; another one for another job, so that two jobs that share a node do not meet."""
+    for offset in range(len(_PORTS)):
+        port = _PORTS[(seed * 7 + offset) % len(_PORTS)]
+        with socket.socket() as probe:
+            try:
+                probe.bind((host, port))
+                return port
+            except OSError:
+                continue
+    raise RunError(f"no free port between {_PORTS[0]} and {_PORTS[-1]} on {socket.gethostname()}")
+
+
+def _ignore_stops() -> None:
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
