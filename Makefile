@@ -3,6 +3,7 @@
 #   make test    the test suite, without tests of more than a minute
 #   make test-slow   those: fresh processes by the dozen, kills at random moments
 #   make test-clients   exports in the hands of the oldest and the newest transformers, peft, accelerate
+#   make test-slurm   the launcher on a real Slurm: requeue, preemption, lost nodes (root; Debian's packages)
 #   make test-llama-cpp   an export in llama.cpp, which is built first (six minutes on two cores)
 # The first call installs into .venv (a minute or two); later ones find it ready.
 
@@ -25,7 +26,7 @@ INSTALL := $(PIP) install --constraint constraints.txt
 comma := ,
 fail = { echo "make: $(1)" >&2; exit 1; }
 
-.PHONY: help setup demo test test-slow test-clients test-llama-cpp lint types clean
+.PHONY: help setup demo test test-slow test-slurm test-clients test-llama-cpp lint types clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -37,10 +38,14 @@ demo: $(READY)
 	@$(BIN)/llada demo $(DEMO_ARGS)
 
 test: $(READY)
-	@$(BIN)/python -m pytest -m "not slow and not clients and not llama_cpp" $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -m "not slow and not clients and not llama_cpp and not slurm" $(PYTEST_ARGS)
 
 test-slow: $(READY)
 	@$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+test-slurm: $(READY)
+	@tests/slurm/install
+	@$(BIN)/python -m pytest -m slurm tests/slurm $(PYTEST_ARGS)
 
 test-clients: $(CLIENTS)/transformers-4.46/.ready $(CLIENTS)/transformers-5/.ready
 	@$(BIN)/python -m pytest -m clients tests/clients $(PYTEST_ARGS)

@@ -161,6 +161,7 @@ def send(prepared: Prepared, **changes: Any) -> str:
     Raises:
         UserError: Slurm refuses it; its own reason is shown.
     """
+    (prepared.folder / "submitit").mkdir(exist_ok=True)
     executor = SlurmExecutor(folder=prepared.folder / "submitit")
     executor.update_parameters(**prepared.parameters, **changes)
     try:

@@ -1,0 +1,165 @@
+"""What clusters do to a run, done to one on a real Slurm: afterwards its curve is that of a run that nothing happened to."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+from tests.slurm.cluster import until
+from tests.slurm.conftest import STEPS, Place
+
+Curve = list[dict[str, Any]]
+
+
+def test_time_limit_saves_requeues_and_goes_on(place: Place, whole: Curve) -> None:
+    job = place.launch("limit", profile=place.profile("minute", time="1", signal_seconds=45))
+    place.wait_step("limit", 7)
+    with place.paused("limit"):
+        # Slurm looks at time limits every half minute.
+        until(lambda: all(_pending(pid, signal.SIGUSR1) for pid in place.ranks("limit").values()), 60, "the warning before the time limit")
+    requeued = place.wait_event("limit", "requeued")
+    assert "failure" not in requeued and requeued["reason"] == "SIGUSR1: stopped with a checkpoint"
+    assert requeued["step"] == place.events("limit", "signal")[0]["step"] >= 7
+    status = place.wait_state("limit", "FINISHED")
+    assert status.jobs == [f"{job} COMPLETED"] and status.restarts == 1
+    assert place.lines("limit") == whole
+
+
+def test_a_signal_before_the_handlers_stand_is_neither_lost_nor_deadly(place: Place, whole: Curve) -> None:
+    job = place.launch("early")
+    until(lambda: any(place.folder.glob("early/logs/attempt-0001/rank_*.start.json")), 30, "the first rank")
+    place.cluster.run("scancel", "--signal=USR1", "--batch", job)
+    assert "failure" not in place.wait_event("early", "requeued")
+    assert place.events("early", "signal")[0]["step"] == 1  # at the first step boundary
+    place.wait_state("early", "FINISHED")
+    assert place.lines("early") == whole
+
+
+def test_preemption_by_a_higher_priority(place: Place, whole: Curve) -> None:
+    place.launch("preempted", profile=place.profile("scavenge", partition="scavenge"))
+    place.wait_step("preempted", 6)
+    with place.paused("preempted"):
+        urgent = place.cluster.run(
+            "sbatch", "--parsable", "--partition=main", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap", "sleep 4"
+        )
+        until(lambda: all(_pending(pid, signal.SIGUSR1) for pid in place.ranks("preempted").values()), 30, "the preemption")
+    requeued = place.wait_event("preempted", "requeued")
+    assert "failure" not in requeued and requeued["step"] >= 6
+    until(lambda: "COMPLETED" in place.cluster.run("scontrol", "show", "job", urgent), 60, "the other job")
+    place.wait_state("preempted", "FINISHED")
+    assert place.lines("preempted") == whole
+
+
+def test_plain_scontrol_requeue(place: Place, whole: Curve) -> None:
+    job = place.launch("administered")
+    place.wait_step("administered", 6)
+    place.cluster.run("scontrol", "requeue", job)
+    requeued = place.wait_event("administered", "requeued")
+    assert "failure" not in requeued and requeued["reason"] == "Slurm puts the job back into the queue"
+    assert requeued["step"] >= 6  # stopped in order, although nobody asked the run itself
+    place.wait_state("administered", "FINISHED")
+    assert place.status("administered").restarts == 1
+    assert place.lines("administered") == whole
+
+
+def test_a_node_is_lost_while_running(place: Place, whole: Curve) -> None:
+    place.launch("lost")
+    place.wait_step("lost", 6)
+    place.cluster.kill_node(1)
+    requeued = place.wait_event("lost", "requeued", seconds=90)
+    assert requeued["failure"]
+    status = place.wait_state("lost", "FINISHED", seconds=120)
+    nodes = place.events("lost", "started")[-1]["nodes"]
+    assert nodes == ["n0", "n2"] and status.restarts == 1
+    assert place.lines("lost") == whole
+
+
+def test_the_node_of_the_batch_script_is_lost(place: Place, whole: Curve) -> None:
+    job = place.launch("beheaded")
+    place.wait_step("beheaded", 6)
+    place.cluster.kill_node(0)  # and with it rank 0 and the supervisor, who cannot say a word
+    place.wait_event("beheaded", "started", 2, seconds=90)
+    status = place.wait_state("beheaded", "FINISHED", seconds=90)
+    assert status.jobs == [f"{job} COMPLETED"]
+    assert place.events("beheaded", "started")[-1]["nodes"] == ["n1", "n2"]
+    assert place.lines("beheaded") == whole
+
+
+def test_a_node_is_dead_at_launch(place: Place, whole: Curve) -> None:
+    place.cluster.kill_node(1)  # Slurm still takes it for idle
+    job = place.launch("stillborn")
+    requeued = place.wait_event("stillborn", "requeued", seconds=90)
+    assert requeued["reason"].startswith("no rank started on n1") and requeued["excluded"] == ["n1"]
+    place.wait_state("stillborn", "FINISHED", seconds=120)
+    assert "ExcNodeList=n1" in place.cluster.run("scontrol", "show", "job", job)
+    assert place.lines("stillborn") == whole
+
+
+def test_one_rank_exits(place: Place, whole: Curve) -> None:
+    place.launch("crashed")
+    place.wait_step("crashed", 7)
+    os.kill(place.ranks("crashed")[1], signal.SIGKILL)
+    requeued = place.wait_event("crashed", "requeued")
+    assert requeued["failure"] and requeued["reason"] == "rank 1 on n1: killed by SIGKILL" and requeued["delay"] == 1.0
+    status = place.wait_state("crashed", "FINISHED")
+    assert status.restarts == 1 and status.last_error == "rank 1 on n1: killed by SIGKILL"
+    assert place.lines("crashed") == whole
+
+
+def test_a_rank_hangs(place: Place, whole: Curve) -> None:
+    profile = place.profile("impatient", requeue={"grace": 3.0})
+    place.launch("hung", profile=profile, run={"dir": "hung", "threads": 1, "hang_timeout": 10.0})
+    place.wait_step("hung", 7)
+    os.kill(place.ranks("hung")[1], signal.SIGSTOP)
+    requeued = place.wait_event("hung", "requeued")
+    assert requeued["failure"] and "hang: no step finished for 10 s" in requeued["reason"] and "rank 1 on host n1" in requeued["reason"]
+    place.wait_state("hung", "FINISHED")
+    assert place.lines("hung") == whole
+
+
+def test_scancel_is_final(place: Place) -> None:
+    job = place.launch("cancelled")
+    place.wait_step("cancelled", 6)
+    place.cluster.run("scancel", job)
+    assert place.wait_event("cancelled", "cancelled")["step"] >= 6  # with a checkpoint all the same
+    status = place.wait_state("cancelled", "CANCELLED")
+    assert status.jobs == [f"{job} CANCELLED"] and status.restarts == 0
+    assert place.events("cancelled", "requeued") == []
+
+
+def test_stop_ends_with_a_checkpoint_and_the_next_launch_goes_on(place: Place, whole: Curve) -> None:
+    job = place.launch("stopped")
+    place.wait_step("stopped", 6)
+    assert f"job {job} stops with a checkpoint" in place.llada("stop", "stopped")
+    status = place.wait_state("stopped", "STOPPED")
+    assert status.checkpoint is not None and status.checkpoint >= 6 and place.events("stopped", "requeued") == []
+    until(lambda: not place.cluster.run("squeue", "--noheader"), 30, "the job's end")
+    assert "nothing runs" in place.llada("stop", "stopped")
+    place.launch("stopped")
+    place.wait_state("stopped", "FINISHED")
+    assert place.lines("stopped") == whole
+
+
+def test_the_cap_ends_a_run_that_gets_nowhere(place: Place) -> None:
+    profile = place.profile("broken", requeue={"limit": 1}, environment={"variables": {"OMP_NUM_THREADS": "1", "PYTHONHOME": "/nowhere"}})
+    job = place.launch("hopeless", profile=profile, nodes=2)
+    status = place.wait_state("hopeless", "FAILED")
+    assert status.reason is not None
+    assert status.reason.startswith("2 failures in a row without a new checkpoint, and requeue.limit is 1; the last: ")
+    assert [line["event"] for line in place.events("hopeless")] == ["submitted", "started", "requeued", "started", "failed"]
+    until(lambda: "JobState=FAILED" in place.cluster.run("scontrol", "show", "job", job), 20, "Slurm's own word")
+
+
+def _pending(pid: int, number: int) -> bool:
+    """Whether a process that is stopped has a signal waiting for it."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return False
+    masks = [int(line.split()[1], 16) for line in lines if line.startswith(("SigPnd", "ShdPnd"))]
+    return any(mask >> (number - 1) & 1 for mask in masks)
+
+
+assert STEPS > 7, "the tests interrupt runs after step 7"
