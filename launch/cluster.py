@@ -47,7 +47,7 @@ class Environment(Section):
     """Environment modules, loaded in this order."""
     source: list[str] = Field(default_factory=list)
     """Shell files that are sourced after the modules, as an activate script."""
-    variables: dict[str, str] = Field(default_factory=dict)
+    variables: dict[str, str | int] = Field(default_factory=dict)
     """Variables of the ranks; they replace the launcher's own (NCCL, gloo)."""
     python: str | None = None
     """Interpreter of the ranks; null: the one that runs `llada launch`. In a container, the one inside."""
@@ -93,6 +93,16 @@ class Preflight(Section):
     """Size of the all-reduce, MB."""
 
 
+def _time_text(value: Any) -> Any:
+    """A time limit as text. YAML takes 12:00:00 without quotes for a number in base 60, which would be other minutes."""
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} is a number to YAML, even where 12:00:00 was written; put the time in quotes")
+    minutes(value)
+    return value
+
+
 class CpuJobs(Section):
     """Jobs without GPUs: data preparation and conversion. What is left out is as for training."""
 
@@ -108,6 +118,8 @@ class CpuJobs(Section):
     """Cores of a task."""
     memory_gb: float | None = Field(default=None, ge=0)
     """Memory of a task, GB; null: the partition's default."""
+
+    _check_time = field_validator("time", mode="before")(_time_text)
 
 
 class ClusterProfile(Section):
@@ -147,24 +159,15 @@ class ClusterProfile(Section):
     requeue: Requeue = Requeue()
     preflight: Preflight = Preflight()
     cpu_jobs: CpuJobs = CpuJobs()
-    sbatch: dict[str, str] = Field(default_factory=dict)
+    sbatch: dict[str, str | int] = Field(default_factory=dict)
     """Further options of sbatch, as {mail-type: FAIL}."""
     srun: list[str] = Field(default_factory=list)
     """Further words of srun, as [--mpi=none]."""
 
-    @field_validator("time")
-    @classmethod
-    def _time(cls, value: str) -> str:
-        minutes(value)
-        return value
+    _check_time = field_validator("time", mode="before")(_time_text)
 
     @model_validator(mode="after")
     def _checks(self) -> ClusterProfile:
-        if self.cpu_jobs.time is not None:
-            try:
-                minutes(self.cpu_jobs.time)
-            except ValueError as error:
-                raise ValueError(f"cpu_jobs.time: {error!s}") from None
         if self.signal_seconds >= minutes(self.time) * 60:
             raise ValueError(f"signal_seconds: {self.signal_seconds} is not less than time = {self.time}")
         taken = sorted(_RESERVED & set(self.sbatch))
@@ -198,7 +201,9 @@ def load_profile(path: str | Path, overrides: list[str] | None = None) -> Cluste
     """
     raw: dict[str, Any] = read_yaml(Path(path), "--cluster")
     for override in overrides or []:
-        apply_override(raw, override)
+        key, _, value = override.partition("=")
+        # A shell takes the quotes away that YAML would need around a time.
+        apply_override(raw, f'{key}="{value}"' if key in ("time", "cpu_jobs.time") else override)
     try:
         return ClusterProfile.model_validate(raw)
     except ValidationError as error:

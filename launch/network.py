@@ -26,5 +26,5 @@ def rank_environment(profile: ClusterProfile | None, config: RunConfig | None) -
         if profile.network_interface is not None:
             # Connections are made over these; the traffic of InfiniBand itself does not depend on them.
             found["NCCL_SOCKET_IFNAME"] = found["GLOO_SOCKET_IFNAME"] = profile.network_interface
-        found |= profile.environment.variables
+        found |= {name: str(value) for name, value in profile.environment.variables.items()}
     return found

@@ -6,6 +6,7 @@ impossible combinations before anything is loaded. The resolved config is saved 
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -283,8 +284,9 @@ def one_line(error: ValidationError, root: type[BaseModel]) -> str:
         return f"{where}: missing, this setting has no default"
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
-        prefix = f"{where}." if where else ""
-        return f"{prefix}{message}"
+        # Of a group of settings the message names the one that is meant, of a single setting it does not.
+        between = "." if re.match(r"[a-z_]+(\[\d+\])?: ", message) else ": "
+        return f"{where}{between}{message}" if where else message
     near = ""
     if first["type"] == "literal_error":
         near = did_you_mean(str(first["input"]), [part.strip("' ") for part in first["ctx"]["expected"].replace(" or ", ", ").split(", ")])

@@ -153,10 +153,18 @@ def command_problem(root: Any, words: list[str]) -> str | None:
         elif commands := getattr(command, "commands", None):
             if is_placeholder(word):
                 return None
+            if word not in commands and (usual := getattr(command, "default_command", None)):
+                command = commands[usual]  # `llada launch CONFIG`
+                known |= options_of(command)
+                continue
             if word not in commands:
                 return f"no command '{word}'; there are {', '.join(sorted(commands))}"
             command = commands[word]
             known |= options_of(command)
+            if command.context_settings.get(
+                "ignore_unknown_options"
+            ):  # `llada launch data-prepare` hands its options on to `llada data prepare`
+                known |= options_of(root.commands["data"].commands[word.removeprefix("data-")])
     return None
 
 

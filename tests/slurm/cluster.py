@@ -50,6 +50,7 @@ class Cluster:
         index: keeps several clusters of one machine apart.
         nodes, cpus, gpus, memory: how many, and what each has (memory in MB; the GPUs are device files only).
         accounting: with slurmdbd and its database, and accounts that are enforced.
+        forget_seconds: after which a finished job is no longer in slurmctld.
     """
 
     root: Path
@@ -59,6 +60,7 @@ class Cluster:
     gpus: int = 4
     memory: int = 8000
     accounting: bool = False
+    forget_seconds: int = 3600
     _processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     @property
@@ -138,6 +140,13 @@ class Cluster:
             if f"n{node}" not in self._processes:
                 self.start_node(node)
         until(lambda: self._idle() == self.nodes, _READY_SECONDS, f"{self.nodes} idle nodes", self.tail)
+
+    def inside(self, node: int, *words: str) -> None:
+        """Run a command in the namespaces of a node."""
+        leader = self._processes[f"n{node}"].pid
+        # nsenter became unshare, which forked the node's init.
+        init = Path(f"/proc/{leader}/task/{leader}/children").read_text().split()[0]
+        subprocess.run(["nsenter", f"--target={init}", "--all", *words], check=True)
 
     def tail(self) -> str:
         """The ends of the logs, for a message."""
@@ -227,7 +236,8 @@ class Cluster:
         until(
             lambda: "ci" in self.run("sacctmgr", "--noheader", "show", "cluster", check=False) or self._add_cluster(),
             _READY_SECONDS,
-            "slurmdbd", self.tail,
+            "slurmdbd",
+            self.tail,
         )
         self.run(*sacctmgr, "account", "science", "cluster=ci")
         self.run(*sacctmgr, "user", "root", "account=science", check=False)
@@ -283,7 +293,7 @@ SlurmctldTimeout=10
 MessageTimeout=10
 KillWait=5
 UnkillableStepTimeout=30
-MinJobAge=3600
+MinJobAge={self.forget_seconds}
 InactiveLimit=0
 ReturnToService=2
 JobRequeue=1

@@ -1,0 +1,49 @@
+"""The same with slurmdbd: accounts are checked, and jobs that slurmctld has forgotten are still known."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from launch import scheduler
+from llada.errors import UserError
+from tests.slurm.cluster import Cluster, until
+from tests.slurm.conftest import Place, at
+
+
+@pytest.fixture(scope="module")
+def accounted(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Iterator[Place]:
+    """A cluster of two nodes with an accounting database, which forgets finished jobs after some seconds."""
+    cluster = Cluster(tmp_path_factory.mktemp("accounted"), index=1, nodes=2, accounting=True, forget_seconds=5)
+    try:
+        with at(cluster.start(), corpus) as place:
+            yield place
+    finally:
+        cluster.stop()
+
+
+def test_an_account_that_is_none_is_refused(accounted: Place) -> None:
+    with pytest.raises(UserError, match="Slurm refuses the job: Invalid account or account/partition combination specified"):
+        accounted.launch("unpaid", profile=accounted.profile("unpaid", account="scince"))
+
+
+def test_a_job_that_slurm_forgot_is_known_from_accounting(accounted: Place) -> None:
+    profile = accounted.profile("paid", account="science", environment={"source": ["/nowhere/activate"]})
+    job = accounted.launch("forgotten", profile=profile)
+    until(lambda: not scheduler.describe(job), 90, "slurmctld to forget the job")
+    status = accounted.status("forgotten")
+    assert status.state == "FAILED" and status.jobs == [f"{job} FAILED"]
+    assert status.reason == f"Slurm says FAILED of job {job}"
+    assert "/nowhere/activate" in accounted.llada("logs", "forgotten")
+    assert scheduler.jobs([job, "4000000"])["4000000"].state == "UNKNOWN"
+
+
+def test_without_accounting_it_says_so(accounted: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = accounted.cluster.run("sbatch", "--parsable", "--account=science", "--output=/dev/null", "--wrap", "true")
+    until(lambda: not scheduler.describe(job), 90, "slurmctld to forget the job")
+    assert scheduler.jobs([job])[job].state == "COMPLETED"
+    found = scheduler.shutil.which
+    monkeypatch.setattr(scheduler.shutil, "which", lambda name: None if name == "sacct" else found(name))
+    assert scheduler.jobs([job])[job].state == "UNKNOWN"
