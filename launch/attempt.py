@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import sys
@@ -21,6 +22,8 @@ _REPEAT_SECONDS = 10.0
 _OTHERS_SECONDS = 15.0
 """After a failure: for the other ranks' own messages."""
 _KILL_SECONDS = 120.0
+_TASK_ENDED = re.compile(r"srun: error: \S+: tasks? [\d,-]+: ")
+"""srun's word of a task that did not end well."""
 
 
 class Machine(Protocol):
@@ -63,13 +66,15 @@ class StepEnd:
     Attributes:
         exits: of the ranks that ended by themselves or by a signal, in the order of their ends.
         ranks: how many there should have been.
-        absent: hosts of ranks that never started.
+        hosts: where they should have been.
+        absent: those of ranks that never started.
         killed: the others were ended because they did not end by themselves.
         launcher: exit code of srun or torchrun, and its last line.
     """
 
     exits: list[Exit]
     ranks: int
+    hosts: list[str] = field(default_factory=list)
     absent: list[str] = field(default_factory=list)
     killed: bool = False
     launcher: tuple[int, str] = (0, "")
@@ -110,6 +115,8 @@ def run_ranks(
         if len(starts) < ranks and now - started > limits.start_timeout:
             absent = _absent(machine.hosts, ranks, starts)
             deadline = now
+        if len(starts) < ranks and _TASK_ENDED.search(_read(folder / "launcher.log")):
+            deadline = min(deadline, now + _OTHERS_SECONDS)  # it could not even write down that it started
         if stop and starts and now - delivered > _REPEAT_SECONDS:
             machine.deliver("USR1", starts)
             delivered = now
@@ -124,7 +131,7 @@ def run_ranks(
     starts, exits = _records(folder, "start"), _exits(folder)
     if not absent and len(starts) < ranks:
         absent = _absent(machine.hosts, ranks, starts)
-    return StepEnd(exits, ranks, absent, killed, (process.returncode, _last_line(folder / "launcher.log")))
+    return StepEnd(exits, ranks, machine.hosts, absent, killed, (process.returncode, _last_line(folder / "launcher.log")))
 
 
 def end_process(process: subprocess.Popen[bytes]) -> None:
@@ -158,11 +165,17 @@ def _absent(hosts: list[str], ranks: int, starts: list[dict[str, Any]]) -> list[
 
 
 def _last_line(path: Path) -> str:
+    """The last line of a launcher's output that says something of its own: that a task ended is known."""
+    lines = [line.strip() for line in _read(path).splitlines() if line.strip()]
+    telling = [line for line in lines if not _TASK_ENDED.search(line) and "Terminated StepId" not in line]
+    return (telling or lines or [""])[-1][:500]
+
+
+def _read(path: Path) -> str:
     try:
-        lines = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+        return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
-    return lines[-1][:500] if lines else ""
 
 
 class _Console:

@@ -13,6 +13,8 @@ _LONGEST_BACKOFF = 3600.0
 _ASKED = (-2, -9, -10, -15)
 """Ends of a rank that a stop explains: SIGINT, SIGKILL, SIGUSR1, SIGTERM."""
 
+_ENDS = ("finished", "requeued", "stopped", "cancelled", "failed")
+
 JobState = Literal["running", "cancelled", "requeued", "unknown"]
 """What Slurm is doing with the job at the end of its ranks; of a run of this machine always "running"."""
 
@@ -83,7 +85,8 @@ def decide(end: StepEnd, now: Situation, limits: Restarts) -> Decision:
     reason = describe(end, now.unreachable)
     if now.wanted:
         return Decision("stopped", f"as asked with `llada stop`, after a failure: {reason}", failure=True)
-    return restart(reason, end.absent, now, limits)
+    # Where no node has a rank, the nodes are not to blame.
+    return restart(reason, [] if len(end.absent) == len(end.hosts) else end.absent, now, limits)
 
 
 def restart(reason: str, exclude: list[str], now: Situation, limits: Restarts) -> Decision:
@@ -120,22 +123,21 @@ def describe(end: StepEnd, unreachable: list[str]) -> str:
 
 
 def failures_in_a_row(events: list[dict[str, Any]], attempt: int, task: int | None = None) -> tuple[int, str | None]:
-    """How many attempts before `attempt` failed in a row without a new checkpoint, and why the last of them did.
+    """How many attempts of this launch failed in a row without a new checkpoint before `attempt`, and why the last of them did.
 
     An attempt that ended without a word (its node was lost) failed; one that was stopped or requeued in order did not, and ends no row.
     """
-    own = [line for line in events if line.get("task") == task]
+    launches = [i for i, line in enumerate(events) if line["event"] == "submitted"]
+    own = [line for line in events[launches[-1] if launches else 0 :] if line.get("task") == task]
     count, last = 0, None
     for number in range(attempt - 1, 0, -1):
         lines = [line for line in own if line.get("attempt") == number]
-        if not any(line["event"] == "started" for line in lines) or any(line.get("launched") for line in lines):
-            continue
-        ends = [line for line in lines if line["event"] in ("finished", "requeued", "stopped", "cancelled", "failed")]
-        failed = not ends or bool(ends[-1].get("failure"))
-        if failed:
+        ends = [line for line in lines if line["event"] in _ENDS]
+        if not lines or (ends and ends[-1]["event"] != "requeued"):
+            break  # before that the user launched it anew
+        if not ends or ends[-1].get("failure"):
             count += 1
             last = last or (ends[-1]["reason"] if ends else "ended without a word")
-        if any(line["event"] == "checkpoint" for line in lines) or (ends and ends[-1]["event"] in ("finished", "stopped", "cancelled")):
-            # With a new checkpoint the row begins in this attempt.
-            break
+        if any(line["event"] == "checkpoint" for line in lines):
+            break  # the row begins in this attempt
     return count, last

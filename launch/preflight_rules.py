@@ -66,6 +66,7 @@ def judge(folder: Path, hosts: list[str], per_host: int, rules: dict[str, Any], 
         if record is not None:
             found[hosts[rank // per_host]].append(Finding(**record))
     bad = {host: why for host in hosts if (why := _alone(found[host], per_host, rules))}
+    bad |= {host: f"{bad[host]} ({end.launcher[1]})" for host in end.absent if host in bad and end.launcher[1]}
     if not bad:
         bad = _compared(found, rules)
     if not bad and not end.finished:

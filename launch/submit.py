@@ -273,5 +273,5 @@ def _pyxis(container: Container | None) -> list[str]:
 def _reason(text: str) -> str:
     """The line of sbatch's answer that says why."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    telling = [line for line in lines if re.search(r"error|failure|start at", line)] or lines or ["no reason given"]
+    telling = [line for line in lines if re.search(r"error|failure|unrecognized|start at", line)] or lines or ["no reason given"]
     return re.sub(r"^(sbatch: )?(error: |allocation failure: )?(Batch job submission failed: )?", "", telling[-1])

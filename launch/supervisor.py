@@ -91,7 +91,7 @@ class Supervisor:
             if refused is not None:
                 return refused
         if self._signal():
-            return decide(StepEnd([], self.spec.ranks), self._situation(situation, before, machine), limits)
+            return decide(StepEnd([], self.spec.ranks, machine.hosts), self._situation(situation, before, machine), limits)
         end = self._task(logs) if self.spec.kind == "task" else self._ranks(machine, logs)
         return decide(end, self._situation(situation, before, machine), limits)
 

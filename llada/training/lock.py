@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -72,12 +73,19 @@ class RunLock:
                 ) from None
             touched = again
         if touched is not None and _read(self._path) == holder:
-            aside = self._folder / f"{NAME}.{uuid.uuid4().hex[:8]}"
-            try:
-                os.rename(self._path, aside)  # of several that see it stale, one moves it away
-            except FileNotFoundError:
-                return
-            aside.unlink()
+            self._remove(holder)
+
+    def _remove(self, stale: dict[str, Any] | None) -> None:
+        """Remove a lock whose holder is gone; of several processes that saw it, one does."""
+        aside = self._folder / f"{NAME}.{uuid.uuid4().hex[:8]}"
+        try:
+            os.rename(self._path, aside)
+        except FileNotFoundError:
+            return
+        if _read(aside) != stale:  # another was faster, and this is its new lock: back with it
+            with suppress(FileExistsError):
+                os.link(aside, self._path)
+        aside.unlink()
 
     def _touched(self) -> int | None:
         try:
@@ -159,7 +167,10 @@ def _gone(holder: dict[str, Any], own: dict[str, Any]) -> bool:
     if holder.get("host") != own["host"]:
         return False
     pid = holder.get("pid")
-    return pid == own["pid"] or not isinstance(pid, int) or holder.get("born") != _born(pid)
+    if pid == own["pid"] or not isinstance(pid, int):
+        return True
+    born = _born(pid)
+    return (born is None and own["born"] is not None) or holder.get("born") != born
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -26,7 +26,7 @@ def accounted(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Iterato
 
 def test_an_account_that_is_none_is_refused(accounted: Place) -> None:
     with pytest.raises(UserError, match="Slurm refuses the job: Invalid account or account/partition combination specified"):
-        accounted.launch("unpaid", profile=accounted.profile("unpaid", account="scince"))
+        accounted.launch("unpaid", profile=accounted.profile("wrong", account="scince"))
 
 
 def test_a_job_that_slurm_forgot_is_known_from_accounting(accounted: Place) -> None:

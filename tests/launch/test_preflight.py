@@ -1,0 +1,112 @@
+"""Bad nodes are found among synthetic findings, and the tests themselves run on a pool of processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.attempt import Exit, StepEnd
+from launch.preflight_rules import FINDINGS, Finding, Verdict, judge
+
+RULES: dict[str, Any] = {
+    "seconds": 30.0, "gpus": 2, "min_gpu_memory_gb": 70.0, "min_disk_gb": 10.0, "max_clock_skew": 5.0, "slow_factor": 1.5,
+    "matmul_size": 64, "allreduce_mb": 0.1,
+}  # fmt: skip
+HOSTS = ["n0", "n1", "n2", "n3"]
+
+
+def finding(host: str, rank: int, **values: Any) -> Finding:
+    good: dict[str, Any] = {
+        "disk_free_gb": 900.0, "gpus": 2, "gpu_memory_gb": 79.0, "matmul_seconds": 0.01, "joined": True, "clock": 1000.0,
+        "local_gbps": 400.0, "network_gbps": 40.0,
+    }  # fmt: skip
+    return Finding(host, rank, **{**good, **values})
+
+
+def verdict(folder: Path, end: StepEnd | None = None, hosts: list[str] = HOSTS, **bad: dict[str, Any] | None) -> Verdict:
+    """Two ranks a host; `bad` gives host -> what its second rank found otherwise, None: no finding of it."""
+    for rank in range(2 * len(hosts)):
+        host = hosts[rank // 2]
+        other = bad.get(host, {}) if rank % 2 else {}
+        if other is not None:
+            (folder / FINDINGS.format(rank)).write_text(json.dumps(finding(host, rank, **other)._asdict()))
+    count = 2 * len(hosts)
+    return judge(folder, hosts, 2, RULES, end or StepEnd([Exit(r, "h", 0.0, 0, None) for r in range(count)], count, hosts))
+
+
+def test_healthy_nodes_pass_with_their_figures(tmp_path: Path) -> None:
+    found = verdict(tmp_path)
+    assert found.bad == {}
+    assert found.measured["n2"] == {
+        "matmul_seconds": 0.01, "local_gbps": 400.0, "network_gbps": 40.0, "disk_free_gb": 900.0, "gpu_memory_gb": 79.0
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "values, why",
+    [
+        ({"gpus": 1}, "torch sees 1 GPUs, 2 are asked for"),
+        ({"gpu_memory_gb": 3.0}, "rank 3: 3.0 GB of GPU memory free, preflight.min_gpu_memory_gb is 70"),
+        ({"disk_error": "Read-only file system"}, "the run's folder cannot be written (Read-only file system)"),
+        ({"disk_free_gb": 0.5}, "0.5 GB left where the run writes, preflight.min_disk_gb is 10"),
+        ({"clock": 1007.0}, "its clock is off by +3.5 s"),
+        ({"clock": 980.0}, "its clock is off by -10.0 s, preflight.max_clock_skew is 5"),
+        ({"matmul_seconds": 0.016}, "a matrix product takes 16 ms, 1.6 times the usual"),
+        ({"local_gbps": 200.0}, "an all-reduce within the node runs at 200 GB/s, the usual is 400"),
+        ({"network_gbps": 5.0}, "an all-reduce with other nodes runs at 5 GB/s, the usual is 40"),
+        ({"joined": False, "clock": None, "local_gbps": None, "network_gbps": None}, "did not meet the others in 30 s"),
+        ({"matmul_seconds": None, "joined": False}, "rank 3 did not get through a matrix product"),
+        (None, "1 of 2 ranks did not start"),
+    ],
+)
+def test_a_bad_node_is_named_with_the_reason(tmp_path: Path, values: dict[str, Any] | None, why: str) -> None:
+    found = verdict(tmp_path, n1=values)
+    if values is not None and values.get("clock") == 1007.0:  # the median of its two ranks: within what is allowed
+        assert found.bad == {}
+    else:
+        assert found.bad == {"n1": why} and f"n1 is bad: {why}" in found.lines
+
+
+def test_slow_among_two_is_the_slower_one(tmp_path: Path) -> None:
+    assert list(verdict(tmp_path, hosts=["n0", "n1"], n1={"matmul_seconds": 0.02}).bad) == ["n1"]
+
+
+def test_a_test_that_died_blames_the_node_where_it_died_first(tmp_path: Path) -> None:
+    end = StepEnd([Exit(5, "n2", 1.0, -7, None), Exit(0, "n0", 2.0, 1, "failed: peer")], 8, HOSTS)
+    assert verdict(tmp_path, end).bad == {"n2": "rank 5 on n2: killed by SIGBUS"}
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 3, 4])
+def test_the_tests_run_and_meet_in_every_ring(tmp_path: Path, hosts: int) -> None:
+    """Processes that believe to be on several hosts, one or two a host: all make the same groups."""
+    local = 2 if hosts < 3 else 1
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = {
+        **os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(hosts * local),
+        "LOCAL_WORLD_SIZE": str(local),
+        "LLADA_PREFLIGHT": json.dumps(RULES), "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    command = [sys.executable, "-W", "ignore", "-m", "launch.preflight", str(tmp_path), str(tmp_path)]
+    root = Path(__file__).parents[2]
+    processes = [
+        subprocess.Popen(command, cwd=root, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank % local)}, stderr=subprocess.PIPE)
+        for rank in range(hosts * local)
+    ]
+    errors = [process.communicate(timeout=60)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(processes), errors
+    names = [f"n{host}" for host in range(hosts)]
+    end = StepEnd([Exit(rank, "h", 0.0, 0, None) for rank in range(hosts * local)], hosts * local, names)
+    found = judge(tmp_path, names, local, {**RULES, "gpus": 0, "min_disk_gb": 0.0, "slow_factor": 1e9}, end)
+    assert found.bad == {}
+    for figures in found.measured.values():
+        assert figures["matmul_seconds"] > 0 and ("local_gbps" in figures) == (local > 1) and ("network_gbps" in figures) == (hosts > 1)
+    assert list(tmp_path.glob("*.disk")) == []
