@@ -116,12 +116,12 @@ def run_ranks(
             absent = _absent(machine.hosts, ranks, starts)
             deadline = now
         if len(starts) < ranks and _TASK_ENDED.search(_read(folder / "launcher.log")):
-            deadline = min(deadline, now + _OTHERS_SECONDS)  # it could not even write down that it started
+            deadline = min(deadline, now + min(_OTHERS_SECONDS, limits.grace))  # it could not even write down that it started
         if stop and starts and now - delivered > _REPEAT_SECONDS:
             machine.deliver("USR1", starts)
             delivered = now
         if exits:
-            patience = _OTHERS_SECONDS if any(end.code not in IN_ORDER for end in exits) else limits.grace
+            patience = min(_OTHERS_SECONDS, limits.grace) if any(end.code not in IN_ORDER for end in exits) else limits.grace
             deadline = min(deadline, now + patience)
         if now >= deadline and not killed:
             killed = True

@@ -15,6 +15,10 @@ from llada.errors import RunError, UserError
 LIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "REQUEUED", "REQUEUE_HOLD", "RESIZING", "SIGNALING")
 _TIMEOUT = 60.0
 _TRIES = 3
+_AWAY = re.compile(r"Unable to contact slurm controller|Socket timed out|Connection refused|Zero Bytes were transmitted|not responding")
+"""What Slurm's commands say while its controller is being restarted."""
+PATIENCE = 900.0
+"""Seconds that a job waits for the controller: a run must not end because it was away when a node failed."""
 _FORMAT = "%i|%T|%r|%N|%M|%l|%S|%P|%E"
 
 
@@ -58,19 +62,29 @@ def require() -> None:
         )
 
 
-def call(*words: str, tries: int = 1) -> subprocess.CompletedProcess[str]:
+def call(*words: str, tries: int = 1, patience: float = 0.0) -> subprocess.CompletedProcess[str]:
     """Run a command of Slurm's; it is not interrupted by the signals that end a job.
+
+    Args:
+        words: of the command.
+        tries: when it cannot be run or does not answer.
+        patience: seconds in which it is tried again while Slurm's controller is away.
 
     Raises:
         RunError: it could not be run, or did not answer in time, `tries` times.
     """
     problem = ""
+    end = time.monotonic() + patience
     for attempt in range(tries):
         if attempt:
             time.sleep(2.0 * attempt)
         try:
-            # In a job that ends, Slurm signals every process: this one has to finish first.
-            return subprocess.run(words, capture_output=True, text=True, timeout=_TIMEOUT, preexec_fn=_ignore_stops)
+            while True:
+                # In a job that ends, Slurm signals every process: this one has to finish first.
+                answer = subprocess.run(words, capture_output=True, text=True, timeout=_TIMEOUT, preexec_fn=_ignore_stops)
+                if answer.returncode == 0 or not _AWAY.search(answer.stderr) or time.monotonic() > end:
+                    return answer
+                time.sleep(5.0)
         except (OSError, subprocess.TimeoutExpired) as error:
             problem = str(error)
     raise RunError(f"{words[0]}: {problem}")
@@ -124,10 +138,10 @@ def _scontrol(job_id: str) -> Job | None:
     )
 
 
-def describe(job_id: str) -> dict[str, str]:
-    """What `scontrol show job` says of one job; empty when Slurm no longer has it, or does not answer."""
+def describe(job_id: str, patience: float = 0.0) -> dict[str, str]:
+    """What `scontrol show job` says of one job; empty when Slurm no longer has it, or does not answer (with `patience`, see `call`)."""
     try:
-        answer = call("scontrol", "--oneliner", "show", "job", job_id, tries=_TRIES)
+        answer = call("scontrol", "--oneliner", "show", "job", job_id, tries=_TRIES, patience=patience)
     except RunError:
         return {}
     return dict(re.findall(r"(\w[\w:/]*)=(\S*)", answer.stdout.splitlines()[0])) if answer.stdout.strip() else {}
@@ -172,13 +186,13 @@ def partitions() -> dict[str, str]:
 
 def requeue(job_id: str) -> str | None:
     """Put the running job back into the queue; None, or what Slurm says against it."""
-    answer = call("scontrol", "requeue", job_id, tries=_TRIES)
+    answer = call("scontrol", "requeue", job_id, tries=_TRIES, patience=PATIENCE)
     return None if answer.returncode == 0 else _last_line(answer.stderr)
 
 
 def update(job_id: str, *fields: str) -> str | None:
     """Change fields (Name=value) of a pending job; None, or what Slurm says against it."""
-    answer = call("scontrol", "update", f"JobId={job_id}", *fields, tries=_TRIES)
+    answer = call("scontrol", "update", f"JobId={job_id}", *fields, tries=_TRIES, patience=PATIENCE)
     return None if answer.returncode == 0 else _last_line(answer.stderr)
 
 
@@ -203,4 +217,4 @@ def own_job() -> str | None:
 
 def _last_line(text: str) -> str:
     lines = [line for line in text.strip().splitlines() if line.strip()]
-    return re.sub(r"^\w+: (error: )?", "", lines[-1]) if lines else "no reason given"
+    return re.sub(r"^\w+:? (error: )?", "", lines[-1]) if lines else "no reason given"

@@ -137,18 +137,23 @@ class Supervisor:
     def _signal(self) -> str | None:
         return self.stop.signal
 
+    def _signal_of_ranks(self) -> str | None:
+        """The signal at which the ranks agreed to stop: before a preemption, Slurm may tell them alone."""
+        own = [line for line in events.read(self.state) if line["event"] == "signal" and line.get("attempt") == self.attempt]
+        return own[-1].get("signal") or "a signal" if own else None
+
     def _wanted(self) -> bool:
         return (self.folder / jobs.STOP).exists()
 
     def _situation(self, start: Situation, before: int, machine: Machine) -> Situation:
-        signal = self._signal()
+        signal = self._signal() or self._signal_of_ranks()
         gone: list[str] = []
         if not self.local:
             with suppress(RunError):
                 gone = scheduler.unreachable(machine.hosts)
         return Situation(
             signal=signal,
-            wanted=self._wanted() or (self.local and signal is not None),
+            wanted=self._wanted() or (self.local and self._signal() is not None),
             state=self._job_state(),
             progress=self.spec.kind == "train" and jobs.latest_checkpoint(self.state) > before,
             failures=start.failures,
@@ -160,7 +165,7 @@ class Supervisor:
         """What Slurm is doing with this job. A job that is being ended shows as COMPLETING, whatever becomes of it."""
         if self.local or self.job is None:
             return "running"
-        shown = scheduler.describe(self.job)
+        shown = scheduler.describe(self.job, patience=scheduler.PATIENCE)
         state = shown.get("JobState", "")
         if not state:
             return "unknown"

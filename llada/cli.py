@@ -54,7 +54,9 @@ def _train(task: Literal["pretrain", "sft"], config: str, overrides: list[str] |
     resolved = load_config(config, overrides, task=task, rewind=rewind)
     from llada.training.loop import train
 
-    raise typer.Exit(train(resolved, stop, allow_changed, rewind))
+    code = train(resolved, stop, allow_changed, rewind)
+    stop.close()
+    raise typer.Exit(code)
 
 
 @app.command("config")
@@ -196,7 +198,9 @@ def demo(
     stop = StopRequest().install()
     from llada.demo import run_demo
 
-    raise typer.Exit(run_demo(stop, input, (config, sft_config), dir or ("runs/demo_smoke" if smoke else "runs/demo"), smoke, fresh))
+    code = run_demo(stop, input, (config, sft_config), dir or ("runs/demo_smoke" if smoke else "runs/demo"), smoke, fresh)
+    stop.close()
+    raise typer.Exit(code)
 
 
 def main() -> None:

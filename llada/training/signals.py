@@ -24,6 +24,11 @@ class StopRequest:
             signal.signal(number, self._set)
         return self
 
+    def close(self) -> None:
+        """Ignore the stop signals from now on: the process ends, and while Python does, a repeated one would kill it."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
     def _set(self, number: int, frame: FrameType | None) -> None:
         self.signal = signal.Signals(number).name
 

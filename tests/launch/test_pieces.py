@@ -119,6 +119,23 @@ def test_no_slurm_on_the_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         scheduler.require()
 
 
+def test_a_job_waits_for_a_controller_that_is_away(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A run must not end because slurmctld was being restarted when it wanted back into the queue."""
+    script = tmp_path / "scontrol"
+    away = "slurm_requeue error: Unable to contact slurm controller (connect failure)"
+    script.write_text(f'#!/bin/sh\necho x >>{tmp_path}/calls\n[ $(wc -l <{tmp_path}/calls) -gt 3 ] || {{ echo "{away}" >&2; exit 1; }}\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    slept: list[float] = []
+    monkeypatch.setattr(scheduler.time, "sleep", slept.append)
+    assert scheduler.requeue("12") is None and len(slept) == 3
+    (tmp_path / "calls").unlink()
+    # Whoever looks from outside is told at once.
+    assert scheduler.call("scontrol", "show", "job", "12").returncode == 1 and len(slept) == 3
+    script.write_text("#!/bin/sh\necho 'slurm_requeue error: Job is no longer pending execution' >&2; exit 1\n")
+    assert scheduler.requeue("12") == "Job is no longer pending execution"
+
+
 def test_the_last_word_of_a_log(tmp_path: Path) -> None:
     log = tmp_path / "log"
     assert last_message(log) is None

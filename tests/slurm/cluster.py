@@ -288,9 +288,9 @@ SchedulerParameters=sched_interval=2,bf_interval=2,sched_min_interval=0,batch_sc
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 # A lost node is noticed in seconds, and SIGKILL follows SIGTERM after five.
-SlurmdTimeout=10
-SlurmctldTimeout=10
-MessageTimeout=10
+SlurmdTimeout=6
+SlurmctldTimeout=6
+MessageTimeout=5
 KillWait=5
 UnkillableStepTimeout=30
 MinJobAge={self.forget_seconds}

@@ -31,7 +31,7 @@ PROFILE: dict[str, Any] = {
     "time": "10",
     "signal_seconds": 20,
     "numa_binding": False,
-    "requeue": {"backoff": 1.0, "grace": 20.0, "start_timeout": 60.0},
+    "requeue": {"backoff": 1.0, "grace": 8.0, "start_timeout": 60.0},
     "preflight": {"enabled": False, "gpus": 0, "matmul_size": 128, "allreduce_mb": 0.5, "min_disk_gb": 0.1, "slow_factor": 1000.0},
     "cpu_jobs": {"cpus": 1},
 }
@@ -45,19 +45,19 @@ class Place:
     folder: Path
     cluster: Cluster
 
-    def write(self, run: str, **sections: Any) -> str:
+    def write(self, name: str, **sections: Any) -> str:
         """A config of a run of two ranks that share every matrix: when one is gone, the other notices."""
         content = {
             **CONFIG,
-            "run": {"dir": run, "threads": 1, "hang_timeout": 60.0},
+            "run": {"dir": name, "threads": 1, "hang_timeout": 60.0},
             "train": {"steps": STEPS},
             "validation": {"every": 10, "windows": 8},
             "checkpoint": {"every": 5},
             "parallel": {"tensor": 2, "sequence": True},
             **sections,
         }
-        (self.folder / f"{run}.yaml").write_text(yaml.safe_dump(content))
-        return f"{run}.yaml"
+        (self.folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
+        return f"{name}.yaml"
 
     def profile(self, name: str = "profile", **settings: Any) -> str:
         merged = {key: {**PROFILE.get(key, {}), **value} if isinstance(value, dict) else value for key, value in settings.items()}
@@ -72,11 +72,11 @@ class Place:
         assert result.exit_code == 0, f"{words}: {result.output} {result.exception!r}"
         return result.output
 
-    def launch(self, run: str, *words: str, profile: str | None = None, nodes: int = 2, per_node: int = 1, **sections: Any) -> str:
+    def launch(self, name: str, *words: str, profile: str | None = None, nodes: int = 2, per_node: int = 1, **sections: Any) -> str:
         """Submit a run; the job's id."""
         cluster = ["--cluster", profile or self.profile(), "--nodes", str(nodes), "--gpus-per-node", str(per_node)]
-        self.llada("launch", self.write(run, **sections), *cluster, *words)
-        sent = watch.latest(self.folder / run)
+        self.llada("launch", self.write(name, **sections), *cluster, *words)
+        sent = watch.latest(self.folder / name)
         assert sent is not None
         return sent.jobs[0]
 

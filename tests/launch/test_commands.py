@@ -1,0 +1,161 @@
+"""`llada launch` on a machine without Slurm: plans, refusals, and what a run looks like from outside."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from data_tools.sft import prepare_sft
+from launch import watch
+from llada.cli import app
+from llada.errors import UserError
+from llada.events import EventLog, restarts
+from tests.workplace import CONFIG, Workplace
+
+
+@pytest.fixture
+def here(workplace: Workplace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The workplace, without Slurm's commands."""
+    monkeypatch.chdir(workplace.folder)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (workplace.folder / "cluster.yaml").write_text(yaml.safe_dump({"time": "01:00:00"}))
+    return workplace.folder
+
+
+def llada(*words: str) -> str:
+    result = CliRunner().invoke(app, list(words))
+    if isinstance(result.exception, UserError):
+        raise result.exception
+    assert result.exit_code == 0, f"{result.output} {result.exception!r}"
+    return result.output
+
+
+def config(folder: Path, name: str, **sections: Any) -> str:
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump({**CONFIG, "batch": {"global": 8, "micro": 2}, "run": {"dir": name}, **sections}))
+    return f"{name}.yaml"
+
+
+SIZE = ("--nodes", "2", "--gpus-per-node", "2")
+
+
+def test_a_plan_needs_no_slurm_and_writes_nothing(here: Path) -> None:
+    out = llada(
+        "launch",
+        config(here, "planned"),
+        "--cluster",
+        "cluster.yaml",
+        *SIZE,
+        "--dry-run",
+        "--chain",
+        "2",
+        "--then",
+        "convert",
+        "train.steps=7",
+    )
+    assert "pretrain in planned: 2 nodes x 2 ranks = 4 ranks" in out and "starts at step 0 of 7" in out and "a chain of 2 jobs" in out
+    assert "#SBATCH --ntasks-per-node=2" in out and "#SBATCH --no-requeue" in out and "then: a job converts" in out
+    assert not (here / "planned").exists()
+    with pytest.raises(UserError, match="launch: no Slurm on this machine"):
+        llada("launch", config(here, "planned"), "--cluster", "cluster.yaml", *SIZE)
+
+
+def test_fine_tuning_is_launched_alike(here: Path) -> None:
+    (here / "words.jsonl").write_text("".join(json.dumps({"prompt": f"what is {n}?", "response": f"{n} it is"}) + "\n" for n in range(40)))
+    prepare_sft([here / "words.jsonl"], here / "tokenizer", here / "words", validation_fraction=0.2)
+    tuned = config(
+        here, "tuned", task="sft", data={"sequence_length": 64, "mixture": [{"path": "words"}]}, run={"dir": "tuned", "init_from": "whole"}
+    )
+    out = llada("launch", tuned, "--cluster", "cluster.yaml", *SIZE, "--dry-run")
+    assert "sft in tuned: 2 nodes x 2 ranks = 4 ranks" in out
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--cluster", "cluster.yaml"], "--gpus-per-node: missing"),
+        (["--gpus-per-node", "2"], "--cluster: missing"),
+        (["--local", "--cluster", "cluster.yaml"], "--local: this machine has no profile"),
+        (["--local", "--nodes", "2"], "--nodes: 2 is for a cluster"),
+        (["--local", "--chain", "2"], "--chain: 2 is for a cluster"),
+        (["--cluster", "cluster.yaml", *SIZE, "--then", "eval"], "--then: 'eval' is not allowed; it can be: convert"),
+        (["--cluster", "cluster.yaml", *SIZE, "--after", "soon"], "--after: 'soon' is no job's number"),
+        (["--cluster", "cluster.yaml", *SIZE, "--dry-run", "train.step=7"], "train.step: unknown setting"),
+        (["--cluster", "cluster.yaml", *SIZE, "--dry-run", "--set", "tme=3"], "tme: unknown setting .*did you mean 'time'"),
+        (["--cluster", "cluster.yaml", *SIZE, "--dry-run", "run.init_from=nowhere"], "nowhere"),
+        (
+            ["--cluster", "cluster.yaml", *SIZE, "--dry-run", "run.dir=whole", "seed=6"],
+            "run.dir: 'whole' holds a run of another config, seed: 5 -> 6",
+        ),
+    ],
+)
+def test_mistakes(here: Path, words: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        llada("launch", config(here, "mistaken"), *words)
+    assert not (here / "mistaken").exists()
+
+
+def test_too_little_disk_for_two_checkpoints(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = type("Usage", (), {"total": 10**12, "free": 10**6})
+    monkeypatch.setattr("llada.files.shutil.disk_usage", lambda _: usage)
+    with pytest.raises(UserError, match=r"run.dir: 'big' needs 0.00 GB, and .* has 0.00 GB left"):
+        llada("launch", config(here, "big"), "--cluster", "cluster.yaml", *SIZE, "--dry-run")
+
+
+def test_a_run_without_a_launcher_from_outside(here: Path) -> None:
+    found = watch.status(Path("whole"))
+    assert (found.state, found.step, found.steps, found.checkpoint, found.restarts) == ("FINISHED", 12, 12, 12, None)
+    assert found.loss is not None and "12 of 12; latest checkpoint 12" in llada("status", "whole")
+    with pytest.raises(UserError, match="RUN: 'corpus' is no run"):
+        llada("status", "corpus")
+    assert "nothing runs" in llada("stop", "whole")
+    table = llada("runs", ".").splitlines()
+    assert table[0].split() == ["run", "task", "state", "step", "loss", "tokens/s", "to", "go", "restarts"]
+    assert any(line.startswith("whole") and "FINISHED" in line and "12/12" in line for line in table)
+    with pytest.raises(UserError, match="ROOTS: no folder 'nowhere'"):
+        llada("runs", "nowhere")
+
+
+def test_logs_of_attempts_and_ranks(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("{}")
+    for attempt in (1, 2):
+        folder = tmp_path / "logs" / f"attempt-{attempt:04d}"
+        folder.mkdir(parents=True)
+        for rank in (0, 1):
+            (folder / f"rank_{rank:05d}.log").write_text(f"attempt {attempt} rank {rank}\n")
+    run = str(tmp_path)
+    assert llada("logs", run) == "attempt 2 rank 0\n"
+    assert llada("logs", run, "--rank", "1", "--attempt", "1") == "attempt 1 rank 1\n"
+    assert llada("logs", run, "-f") == "attempt 2 rank 0\n"  # nothing runs, so nothing more is to come
+    with pytest.raises(UserError, match="--rank: 7 has no log; there are 0 to 1"):
+        llada("logs", run, "--rank", "7")
+    with pytest.raises(UserError, match="--attempt: 3 is none of 1, 2"):
+        llada("logs", run, "--attempt", "3")
+
+
+def test_events_survive_torn_lines_and_tell_restarts(tmp_path: Path) -> None:
+    log = EventLog(tmp_path)
+    assert restarts([]) == {} and watch.events.read(tmp_path) == []
+    log.write("started", attempt=1)
+    log.write("requeued", attempt=1, failure=True, reason="rank 1 on n1: killed by SIGKILL", excluded=None)
+    with open(tmp_path / "events.jsonl", "a") as file:
+        file.write('{"event": "torn\n[1]\n')
+    log.write("started", attempt=2)
+    found = watch.events.read(tmp_path)
+    assert [line["event"] for line in found] == ["started", "requeued", "started"] and "excluded" not in found[1]
+    assert abs(found[0]["time"] - time.time()) < 60
+    assert restarts(found) == {"attempt": 2, "restarts": 1, "last_error": "rank 1 on n1: killed by SIGKILL"}
+
+
+def test_a_run_that_died_without_a_word_is_lost(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("train: {steps: 9}")
+    EventLog(tmp_path).write("started", attempt=1)
+    assert watch.status(tmp_path).state == "LOST"
+    EventLog(tmp_path).write("failed", attempt=1, reason="why", failure=True)
+    found = watch.status(tmp_path)
+    assert (found.state, found.reason, found.last_error) == ("FAILED", "why", "why")
