@@ -122,13 +122,17 @@ def describe(end: StepEnd, unreachable: list[str]) -> str:
     return f"every rank left to be started again, none says why{gone}"
 
 
+def this_launch(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The events since the run was submitted last."""
+    return events[max((i for i, line in enumerate(events) if line["event"] == "submitted"), default=0) :]
+
+
 def failures_in_a_row(events: list[dict[str, Any]], attempt: int, task: int | None = None) -> tuple[int, str | None]:
     """How many attempts of this launch failed in a row without a new checkpoint before `attempt`, and why the last of them did.
 
     An attempt that ended without a word (its node was lost) failed; one that was stopped or requeued in order did not, and ends no row.
     """
-    launches = [i for i, line in enumerate(events) if line["event"] == "submitted"]
-    own = [line for line in events[launches[-1] if launches else 0 :] if line.get("task") == task]
+    own = [line for line in this_launch(events) if line.get("task") == task]
     count, last = 0, None
     for number in range(attempt - 1, 0, -1):
         lines = [line for line in own if line.get("attempt") == number]

@@ -49,6 +49,7 @@ class JobSpec:
         bind: bind ranks to the cores near their GPU.
         preflight: what the nodes are tested for; None: nothing.
         exclude: nodes that the user excluded.
+        array: the job is an array, and this one of its tasks.
         chain: jobs that were submitted to follow each other.
         restarts: see there.
     """
@@ -66,6 +67,7 @@ class JobSpec:
     bind: bool = True
     preflight: dict[str, Any] | None = None
     exclude: list[str] = field(default_factory=list)
+    array: bool = False
     chain: int = 1
     restarts: Restarts = field(default_factory=Restarts)
 

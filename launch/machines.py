@@ -34,8 +34,8 @@ class SlurmNodes:
         """srun, with the first node of the list as master: rank 0 is there, and so is this process, which finds the port."""
         spec = self._spec
         environment = {**environment, "MASTER_ADDR": self.hosts[0], "MASTER_PORT": str(free_port(int(self.job)))}
-        # What the batch script's own environment says of tasks is not meant for this step.
-        inherited = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_CPU_BIND", "SLURM_MEM_PER_"))}
+        # The batch script's own binding is not meant for this step.
+        inherited = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_CPU_BIND")}
         words = [
             "srun",
             f"--nodes={spec.nodes}",

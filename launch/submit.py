@@ -69,11 +69,11 @@ def training(
         directory=os.getcwd(),
         code=str(folder / "code"),
         command=[config.task, str(folder / "config.yaml"), *options],
-        python=_python(profile),
+        python=_python(profile, folder / "code"),
         nodes=nodes,
         tasks_per_node=ranks_per_node,
         environment=rank_environment(profile, config),
-        srun=_srun(profile),
+        srun=_srun(profile, folder / "code"),
         bind=profile is None or profile.numa_binding,
         preflight=_preflight(profile, ranks_per_node),
         exclude=profile.exclude if profile else [],
@@ -112,9 +112,10 @@ def single(profile: ClusterProfile, state: Path, folder: Path, code: Path, comma
         directory=os.getcwd(),
         code=str(code),
         command=command,
-        python=_python(profile),
+        python=_python(profile, code),
         environment=rank_environment(profile, None),
         exclude=profile.exclude,
+        array=tasks is not None,
         restarts=_restarts(profile, 1),
     )
     parameters = _common(profile, job_name(state), state, spec)
@@ -246,7 +247,7 @@ def _preflight(profile: ClusterProfile | None, ranks_per_node: int) -> dict[str,
     return {**rules, "gpus": 0 if none else ranks_per_node if rules["gpus"] is None else rules["gpus"]}
 
 
-def _python(profile: ClusterProfile | None) -> list[str]:
+def _python(profile: ClusterProfile | None, code: Path) -> list[str]:
     if profile is None:
         return [sys.executable]
     python = profile.environment.python or sys.executable
@@ -254,20 +255,22 @@ def _python(profile: ClusterProfile | None) -> list[str]:
     if container is None or container.kind != "apptainer":
         return [python]
     binds = [word for mount in container.mounts for word in ("--bind", mount)]
-    return ["apptainer", "exec", "--nv", *binds, container.image, python]
+    return ["apptainer", "exec", "--nv", "--pwd", str(code), *binds, container.image, python]
 
 
-def _srun(profile: ClusterProfile | None) -> list[str]:
+def _srun(profile: ClusterProfile | None, code: Path) -> list[str]:
     if profile is None:
         return []
-    return [*_pyxis(profile.environment.container), *profile.srun]
+    # Since 22.05, srun no longer takes this from the job.
+    cpus = [] if profile.cpus_per_task is None else [f"--cpus-per-task={profile.cpus_per_task}"]
+    return [*cpus, *_pyxis(profile.environment.container, code), *profile.srun]
 
 
-def _pyxis(container: Container | None) -> list[str]:
+def _pyxis(container: Container | None, code: Path) -> list[str]:
     if container is None or container.kind != "pyxis":
         return []
     mounts = [f"--container-mounts={','.join(container.mounts)}"] if container.mounts else []
-    return [f"--container-image={container.image}", *mounts]
+    return [f"--container-image={container.image}", f"--container-workdir={code}", *mounts]
 
 
 def _reason(text: str) -> str:

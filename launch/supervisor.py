@@ -10,15 +10,17 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from launch import job as jobs
 from launch import scheduler
 from launch.attempt import Machine, StepEnd, run_ranks
-from launch.decide import Decision, JobState, Situation, decide, failures_in_a_row, restart
+from launch.decide import Decision, JobState, Situation, decide, failures_in_a_row, restart, this_launch
 from launch.job import JobSpec
 from launch.machines import SlurmNodes, ThisMachine
 from launch.preflight_rules import judge, to_environment
@@ -41,7 +43,7 @@ class Supervisor:
         self.folder, self.stop, self.local = folder, stop, local
         self.spec = JobSpec.read(folder)
         self.state = Path(self.spec.state)
-        task = os.environ.get("SLURM_ARRAY_TASK_ID") if self.spec.kind == "task" and not local else None
+        task = os.environ.get("SLURM_ARRAY_TASK_ID") if self.spec.array else None
         self.task = int(task) if task is not None else None
         self.job = None if local else scheduler.own_job()
         self.log = EventLog(self.state)
@@ -50,7 +52,7 @@ class Supervisor:
     def run(self) -> int:
         """Exit code of the job."""
         while True:
-            decision = self._attempt()
+            decision = self._guarded_attempt()
             self._write(
                 decision.event,
                 reason=decision.reason or None,
@@ -73,13 +75,23 @@ class Supervisor:
                 continue
             return self._again(decision)
 
+    def _guarded_attempt(self) -> Decision:
+        """One attempt; trouble of this process itself (a file server that is away) is a failure like a rank's, and may be tried again."""
+        try:
+            return self._attempt()
+        except (OSError, RunError, ValueError) as error:
+            traceback.print_exc()
+            failures, last = failures_in_a_row(events.read(self.state), self.attempt, self.task)
+            reason = f"supervisor: {type(error).__name__}: {error}"
+            return restart(reason, [], Situation(failures=failures, last=last, wanted=self._wanted()), self.spec.restarts)
+
     # -- one attempt ---------------------------------------------------------------------------------------------------
 
     def _attempt(self) -> Decision:
         parent = self.state / "logs" if self.task is None else self.state / "logs" / f"task-{self.task:05d}"
         self.attempt, logs = jobs.next_folder(parent, "attempt-{:04d}")
         failures, last = failures_in_a_row(events.read(self.state), self.attempt, self.task)
-        machine: Machine = ThisMachine(self.spec) if self.local else SlurmNodes(self.spec)
+        machine = self._machine(self.spec)
         self._write("started", nodes=machine.hosts, ranks=self.spec.ranks, host=socket.gethostname(), logs=str(logs), pid=os.getpid())
         before = jobs.latest_checkpoint(self.state)
         limits = self.spec.restarts
@@ -87,13 +99,16 @@ class Supervisor:
         if failures > limits.limit:  # the attempts before ended without a word, so that none could say so
             return restart(last or "", [], situation, limits)
         if self.spec.preflight is not None and self.spec.kind == "train" and not self._signal():
-            refused = self._preflight(machine, logs, situation)
+            refused = self._preflight(logs, situation)
             if refused is not None:
                 return refused
         if self._signal():
             return decide(StepEnd([], self.spec.ranks, machine.hosts), self._situation(situation, before, machine), limits)
         end = self._task(logs) if self.spec.kind == "task" else self._ranks(machine, logs)
         return decide(end, self._situation(situation, before, machine), limits)
+
+    def _machine(self, spec: JobSpec) -> Machine:
+        return ThisMachine(spec) if self.local else SlurmNodes(spec)
 
     def _ranks(self, machine: Machine, logs: Path) -> StepEnd:
         command = [*self.spec.python, self.spec.code, *self.spec.command]
@@ -109,8 +124,10 @@ class Supervisor:
         path = os.pathsep.join(part for part in (self.spec.code, os.environ.get("PYTHONPATH", "")) if part)
         return {**self.spec.environment, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "LLADA_ATTEMPT": str(self.attempt)}
 
-    def _preflight(self, machine: Machine, logs: Path, now: Situation) -> Decision | None:
+    def _preflight(self, logs: Path, now: Situation) -> Decision | None:
         """Test the nodes; None: all is well."""
+        # Where the user started it may be a checkout, whose packages -m would take for those of the snapshot.
+        machine = self._machine(replace(self.spec, directory=self.spec.code))
         rules = self.spec.preflight
         assert rules is not None
         folder = logs / "preflight"
@@ -147,6 +164,7 @@ class Supervisor:
 
     def _situation(self, start: Situation, before: int, machine: Machine) -> Situation:
         signal = self._signal() or self._signal_of_ranks()
+        state = self._job_state()  # first: a job that is being ended has half a minute
         gone: list[str] = []
         if not self.local:
             with suppress(RunError):
@@ -154,7 +172,7 @@ class Supervisor:
         return Situation(
             signal=signal,
             wanted=self._wanted() or (self.local and self._signal() is not None),
-            state=self._job_state(),
+            state=state,
             progress=self.spec.kind == "train" and jobs.latest_checkpoint(self.state) > before,
             failures=start.failures,
             last=start.last,
@@ -183,8 +201,7 @@ class Supervisor:
         """Put this job back into the queue. Slurm then ends this process."""
         assert self.job is not None
         if not self.spec.restarts.requeue:
-            print("llada: the next job of the chain goes on" if self.spec.chain > 1 else "llada: requeue is off", flush=True)
-            return decision.code
+            return self._leave_to_chain(decision)
         self.stop.signal = None
         refused = scheduler.requeue(self.job)
         if refused is not None:
@@ -192,18 +209,36 @@ class Supervisor:
             self._write("failed", reason=reason, failure=True)
             print(f"llada: failed: {reason}", flush=True)
             return 1
+        self._wish(self.job, decision)
+        self._sleep(30)  # until Slurm ends this process, so that the job's end is the requeue and no exit code
+        return decision.code
+
+    def _leave_to_chain(self, decision: Decision) -> int:
+        """The next job of the chain goes on; without one, the run is left as it is."""
+        sent = jobs.submitted(self.folder)
+        ids = sent.jobs if sent is not None else []
+        later = ids[ids.index(self.job) + 1 :] if self.job in ids else []
+        if later:
+            for job in later if decision.exclude else later[:1]:
+                self._wish(job, decision)
+            print(f"llada: job {later[0]} goes on", flush=True)
+        else:
+            reason = f"{decision.reason}; no job is left to go on (requeue.enabled is false): submit the run again"
+            self._write("failed" if decision.failure else "stopped", reason=reason, failure=decision.failure or None)
+        return decision.code
+
+    def _wish(self, job: str, decision: Decision) -> None:
+        """Tell Slurm when and where a job may start."""
         wishes = []
         if decision.delay:
             wishes.append(f"StartTime=now+{int(decision.delay)}")
         if decision.exclude:
-            earlier = [host for line in events.read(self.state) if line.get("job") == self.job for host in line.get("excluded", [])]
+            earlier = [host for line in this_launch(events.read(self.state)) for host in line.get("excluded", [])]
             wishes.append("ExcNodeList=" + ",".join(sorted({*self.spec.exclude, *earlier, *decision.exclude})))
         if wishes:
-            refused = scheduler.update(self.job, *wishes)
+            refused = scheduler.update(job, *wishes)
             if refused is not None:
-                print(f"llada: Slurm refused {' '.join(wishes)}: {refused}", flush=True)
-        self._sleep(30)  # until Slurm ends this process, so that the job's end is the requeue and no exit code
-        return decision.code
+                print(f"llada: Slurm refused {' '.join(wishes)} of job {job}: {refused}", flush=True)
 
     def _end_chain(self, decision: Decision) -> None:
         """The jobs that would go on have nothing to do; the conversion waits for the one that finished."""

@@ -110,7 +110,11 @@ def test_every_setting_reaches_the_script(tmp_path: Path) -> None:
     assert "module load cuda/12.4 || exit 1" in lines and "module load 'odd name' || exit 1" in lines
     assert ". '/opt/my env/activate' || exit 1" in lines
     spec = prepared.spec
-    assert spec.srun == ["--container-image=/i.sqsh", "--container-mounts=/a:/a,/b:/b", "--mpi=none"] and spec.python == ["python"]
+    assert spec.srun == [
+        "--cpus-per-task=6", "--container-image=/i.sqsh", f"--container-workdir={tmp_path}/l/code",
+        "--container-mounts=/a:/a,/b:/b", "--mpi=none",
+    ]  # fmt: skip
+    assert spec.python == ["python"]
     assert spec.environment["NCCL_DEBUG"] == "INFO" and spec.environment["OMP_NUM_THREADS"] == "4"
     assert spec.environment["NCCL_SOCKET_IFNAME"] == spec.environment["GLOO_SOCKET_IFNAME"] == "ib0"
     assert spec.environment["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
@@ -122,7 +126,7 @@ def test_chains_and_containers(tmp_path: Path) -> None:
     prepared = submit.training(run(tmp_path), profile, 1, 2, tmp_path / "l", [], chain=3)
     assert "#SBATCH --no-requeue" in prepared.script() and "#SBATCH --mem=0" in prepared.script()
     assert not prepared.spec.restarts.requeue and prepared.spec.chain == 3
-    assert prepared.spec.python[:5] == ["apptainer", "exec", "--nv", "--bind", "/a"]
+    assert prepared.spec.python[:7] == ["apptainer", "exec", "--nv", "--pwd", str(tmp_path / "l/code"), "--bind", "/a"]
     assert "CUDA_DEVICE_MAX_CONNECTIONS" not in prepared.spec.environment
 
 

@@ -75,6 +75,7 @@ def test_job_descriptions_go_through_the_file(tmp_path: Path) -> None:
         False,
         {"gpus": 1},
         ["n1"],
+        True,
         3,
         Restarts(limit=7),
     )
