@@ -23,6 +23,7 @@ from llada.errors import RunError, UserError
 from llada.training import lock
 
 _TAIL = 1 << 18
+_ENDS = ("finished", "failed", "stopped", "cancelled")
 _ASK_SECONDS = 10.0
 """Between questions to Slurm while a log is followed: its controller serves everybody."""
 _REASONS = {
@@ -115,13 +116,19 @@ def state_folder(path: str) -> Path:
     raise UserError(f"RUN: '{path}' is no run (it has neither {events.FILE} nor config.yaml)")
 
 
-def status(folder: Path) -> Status:
-    """What is known of a run."""
+def status(folder: Path, ask_of_ended: bool = True) -> Status:
+    """What is known of a run.
+
+    Args:
+        folder: of the run.
+        ask_of_ended: ask Slurm for the jobs of a run, too, that itself said how it ended.
+    """
     lines = events.read(folder)
     sent = latest(folder)
     ids = sent.jobs if sent else []
     then = [sent.then] if sent and sent.then else []
-    known = scheduler.jobs([*ids, *then]) if ids and scheduler.installed() else {}
+    ask = ask_of_ended or not (lines and lines[-1]["event"] in _ENDS)
+    known = scheduler.jobs([*ids, *then]) if ids and ask and scheduler.installed() else {}
     config = _config(folder)
     last = _last_steps(folder / "metrics.jsonl")
     step = last[-1] if last else {}
@@ -207,7 +214,7 @@ def runs(roots: list[str]) -> list[Status]:
                 marks = [path for name in (events.FILE, "metrics.jsonl") if (path := folder / name).is_file()]
                 if marks:
                     found[folder] = max(path.stat().st_mtime for path in marks)
-    return [status(folder) for folder in sorted(found, key=lambda folder: -found[folder])]
+    return [status(folder, ask_of_ended=False) for folder in sorted(found, key=lambda folder: -found[folder])]
 
 
 def table(rows: list[Status]) -> str:
@@ -297,12 +304,12 @@ def _state(folder: Path, lines: list[dict[str, Any]], known: list[Job], step: in
             return wanted, None
     if live:
         return live[0].state, _because(live[0]).removeprefix(": ") or None
-    ends = [line for line in lines if line["event"] in ("started", "requeued", "finished", "failed", "stopped", "cancelled", "submitted")]
+    ends = [line for line in lines if line["event"] in ("submitted", "started", "requeued", *_ENDS)]
     last = ends[-1] if ends else None
     holder = lock.holder(folder)
     if holder is not None:
         return "RUNNING", holder
-    if last is not None and last["event"] in ("finished", "failed", "stopped", "cancelled"):
+    if last is not None and last["event"] in _ENDS:
         return last["event"].upper(), last.get("reason")
     if known:
         word = known[-1].state

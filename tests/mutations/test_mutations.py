@@ -178,6 +178,21 @@ MUTATIONS = {
         "for part in self._split(text):",
         "tests/test_chat_template.py",
     ),
+    "a job that comes back after scancel": Mutation(
+        "launch/decide.py", 'if now.state == "cancelled":', "if False:", "tests/launch/test_decide.py"
+    ),
+    "stops in order that use up the restarts": Mutation(
+        "launch/decide.py", 'if not ends or ends[-1].get("failure"):', "if True:", "tests/launch/test_decide.py"
+    ),
+    "a signal that is lost while Python imports": Mutation(
+        "launch/rank.py",
+        "if self._last is not None and time",
+        "if sent == 0.0 and self._last is not None and time",
+        "tests/launch/test_pieces.py",
+    ),
+    "a run folder taken from a living process": Mutation(
+        "llada/training/lock.py", "    return (born is None", "    return True or (born is None", "tests/training/test_lock.py"
+    ),
 }
 
 
@@ -185,7 +200,7 @@ MUTATIONS = {
 @pytest.mark.parametrize("mistake", MUTATIONS)
 def test_the_suite_notices(mistake: str, tmp_path: Path) -> None:
     mutation = MUTATIONS[mistake]
-    for name in ("llada", "data_tools", "tests", "pyproject.toml"):
+    for name in ("llada", "data_tools", "launch", "tests", "pyproject.toml"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, tmp_path / name)
     path = tmp_path / mutation.file
