@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from data_tools.prepare import prepare
-from launch import scheduler
+from launch import scheduler, watch
 from llada.config import load_config
 from llada.data.corpus import Manifest
 from llada.errors import UserError
@@ -92,7 +92,9 @@ def test_a_chain_where_jobs_cannot_requeue(place: Place, whole: Curve) -> None:
     assert [shown[job]["JobState"] for job in jobs] == ["FAILED", "COMPLETED", "CANCELLED"] and shown[jobs[0]]["ExitCode"] == "75:0"
     assert status.restarts == 1 and status.then is not None
     assert place.lines("chain") == whole
-    until(lambda: (place.folder / "chain/hf/config.json").exists(), 120, "the converted model", lambda: place.story("chain/then"))
+    sent = watch.latest(place.folder / "chain")
+    assert sent is not None and sent.then is not None
+    until(lambda: scheduler.describe(str(sent.then))["JobState"] == "RUNNING", 30, "the conversion to start")
 
 
 def test_a_corpus_in_an_array_of_tasks(place: Place) -> None:
