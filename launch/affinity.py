@@ -23,6 +23,10 @@ def bind(local_rank: int, local_size: int) -> set[int]:
 def cpus_near_gpu(local_rank: int, devices: Path = _DEVICES) -> set[int]:
     """Cores next to the GPU that a rank uses; empty when that cannot be told."""
     command = ["nvidia-smi", "--query-gpu=pci.bus_id", "--format=csv,noheader"]
+    # Numbers or identifiers of the GPUs that the rank sees, in its own order.
+    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    if visible:
+        command += ["-i", visible[local_rank % len(visible)]]
     try:
         found = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.split()
     except (OSError, subprocess.SubprocessError):

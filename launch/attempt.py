@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +18,8 @@ from launch.rank import IN_ORDER
 from llada.training.signals import StopRequest
 
 _POLL_SECONDS = 0.25
+_LOOK_SECONDS = 3.0
+"""Between looks at shared folders in a run of weeks."""
 _REPEAT_SECONDS = 10.0
 _OTHERS_SECONDS = 15.0
 """After a failure: for the other ranks' own messages."""
@@ -89,8 +91,46 @@ class StepEnd:
         return next((end for end in self.exits if end.code not in IN_ORDER), None)
 
 
+class Asked:
+    """Whether the run is asked to end: by a signal, or by a file that `llada stop` made.
+
+    Args:
+        stop: signals of this process.
+        wanted: the file.
+    """
+
+    def __init__(self, stop: StopRequest, wanted: Path) -> None:
+        self._stop, self._path = stop, wanted
+        self._looked = float("-inf")
+        self._there = False
+
+    @property
+    def signal(self) -> str | None:
+        """The last signal of this process."""
+        return self._stop.signal
+
+    @property
+    def wanted(self) -> bool:
+        """The user wants an end, not another start."""
+        if not self._there and time.monotonic() - self._looked > _LOOK_SECONDS:
+            self._looked = time.monotonic()
+            self._there = self._path.exists()
+        return self._there
+
+    def __bool__(self) -> bool:
+        return bool(self._stop) or self.wanted
+
+
 def run_ranks(
-    machine: Machine, command: Sequence[str], ranks: int, folder: Path, environment: dict[str, str], stop: StopRequest, limits: Restarts
+    machine: Machine,
+    command: Sequence[str],
+    ranks: int,
+    folder: Path,
+    environment: dict[str, str],
+    asked: Asked,
+    limits: Restarts,
+    end_by: float = float("inf"),
+    on_sigterm: Callable[[], None] | None = None,
 ) -> StepEnd:
     """Start `command` on every rank and watch it.
 
@@ -100,38 +140,81 @@ def run_ranks(
         ranks: how many.
         folder: for the ranks' logs and records; exists.
         environment: further variables of the ranks.
-        stop: asked to stop when true; handed on to the ranks.
+        asked: true when they are to stop.
         limits: of time.
+        end_by: seconds since 1970 at which the ranks are ended, whatever they do: before Slurm ends this process with them.
+        on_sigterm: called once when this process gets SIGTERM, before anything is waited for.
     """
     process = machine.start(command, ranks, folder, environment)
     console = _Console(folder / "rank_00000.log")
+    records = _Records(folder, ranks)
     started = time.monotonic()
-    delivered, deadline, killed = float("-inf"), float("inf"), False
-    absent: list[str] = []
+    delivered, deadline, killed, absent = float("-inf"), float("inf"), False, list[str]()
     while process.poll() is None:
         now = time.monotonic()
-        starts = _records(folder, "start")
-        exits = _exits(folder)
-        if len(starts) < ranks and now - started > limits.start_timeout:
-            absent = _absent(machine.hosts, ranks, starts)
+        records.refresh()
+        if not records.all_started and now - started > limits.start_timeout and not absent:
+            absent = _absent(machine.hosts, ranks, records.starts)
             deadline = now
-        if len(starts) < ranks and _TASK_ENDED.search(_read(folder / "launcher.log")):
+        if not records.all_started and _TASK_ENDED.search(_read(folder / "launcher.log")):
             deadline = min(deadline, now + min(_OTHERS_SECONDS, limits.grace))  # it could not even write down that it started
-        if stop and starts and now - delivered > _REPEAT_SECONDS:
-            machine.deliver("USR1", starts)
+        if asked.signal == "SIGTERM" and on_sigterm is not None:
+            on_sigterm()
+            on_sigterm = None
+        if asked and records.starts and now - delivered > _REPEAT_SECONDS:
+            machine.deliver("USR1", records.starts)
             delivered = now
-        if exits:
-            patience = min(_OTHERS_SECONDS, limits.grace) if any(end.code not in IN_ORDER for end in exits) else limits.grace
-            deadline = min(deadline, now + patience)
+        if records.exits:
+            failed = any(end.code not in IN_ORDER for end in records.exits)
+            deadline = min(deadline, now + (min(_OTHERS_SECONDS, limits.grace) if failed else limits.grace))
+        if time.time() > end_by:
+            deadline = now
         if now >= deadline and not killed:
             killed = True
-            machine.kill(process, starts)
+            machine.kill(process, records.starts)
         time.sleep(_POLL_SECONDS)
     console.close()
-    starts, exits = _records(folder, "start"), _exits(folder)
-    if not absent and len(starts) < ranks:
-        absent = _absent(machine.hosts, ranks, starts)
-    return StepEnd(exits, ranks, machine.hosts, absent, killed, (process.returncode, _last_line(folder / "launcher.log")))
+    records.refresh(everything=True)
+    if not absent and not records.all_started:
+        absent = _absent(machine.hosts, ranks, records.starts)
+    launcher = process.returncode, _last_line(folder / "launcher.log")
+    return StepEnd(records.exits, ranks, machine.hosts, absent, killed, launcher)
+
+
+class _Records:
+    """What the ranks wrote down; each file is read once, and the folder looked at no more often than its file server likes."""
+
+    def __init__(self, folder: Path, ranks: int) -> None:
+        self._folder, self._ranks = folder, ranks
+        self._read: dict[str, dict[str, Any]] = {}
+        self._began = time.monotonic()
+        self._next = 0.0
+
+    @property
+    def all_started(self) -> bool:
+        return len(self.starts) == self._ranks
+
+    @property
+    def starts(self) -> list[dict[str, Any]]:
+        """Of the ranks that started, in their order."""
+        return [self._read[name] for name in sorted(self._read) if name.endswith(".start.json")]
+
+    @property
+    def exits(self) -> list[Exit]:
+        """Of the ranks that ended, the first one first."""
+        found = [entry for name, entry in self._read.items() if name.endswith(".exit.json")]
+        ends = [Exit(entry["rank"], entry["host"], entry["time"], entry["code"], entry["message"]) for entry in found]
+        return sorted(ends, key=lambda end: end.time)
+
+    def refresh(self, everything: bool = False) -> None:
+        """Read what is new, if it is time to look, or at once."""
+        now = time.monotonic()
+        if now < self._next and not everything:
+            return
+        self._next = now + (0.5 if now - self._began < 120 else _LOOK_SECONDS)
+        for path in self._folder.glob("rank_*.json"):
+            if path.name not in self._read and (record := read_record(path)) is not None:
+                self._read[path.name] = {**record, "rank": int(path.name.split(".")[0].removeprefix("rank_"))}
 
 
 def end_process(process: subprocess.Popen[bytes]) -> None:
@@ -141,20 +224,6 @@ def end_process(process: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-
-
-def _records(folder: Path, kind: str) -> list[dict[str, Any]]:
-    found = []
-    for path in sorted(folder.glob(f"rank_*.{kind}.json")):
-        record = read_record(path)
-        if record is not None:
-            found.append({**record, "rank": int(path.name.split(".")[0].removeprefix("rank_"))})
-    return found
-
-
-def _exits(folder: Path) -> list[Exit]:
-    found = [Exit(entry["rank"], entry["host"], entry["time"], entry["code"], entry["message"]) for entry in _records(folder, "exit")]
-    return sorted(found, key=lambda end: end.time)
 
 
 def _absent(hosts: list[str], ranks: int, starts: list[dict[str, Any]]) -> list[str]:

@@ -39,8 +39,10 @@ class Checked:
     notes: list[str]
 
 
-def check_run(config: RunConfig, ranks: int, allow_changed: bool, rewind: int | None = None) -> Checked:
+def check_run(config: RunConfig, ranks: int, allow_changed: bool, rewind: int | None = None, later: bool = False) -> Checked:
     """Open the data, look at the run folder, and compare everything with a world of `ranks` processes.
+
+    With `later`, data that is not there yet is left to the job: another one makes it first.
 
     Raises:
         UserError: the run could not start, in one line.
@@ -52,11 +54,16 @@ def check_run(config: RunConfig, ranks: int, allow_changed: bool, rewind: int | 
         raise UserError(f"run.dir: '{folder}' is in use by {holder}; stop that first with `llada stop {folder}`, or choose another run.dir")
     schedule = Schedule(config.schedule, config.tokens_per_step)
     schedule.learning_rate(config.train.steps - 1)
-    start = foresee(config, open_data(config), folder / "checkpoints", allow_changed, rewind)
+    missing = [entry.path for entry in config.data.mixture if not Path(entry.path).exists()] if later else []
+    if missing:
+        first, notes = 0, [f"{missing[0]} is not there yet: data and checkpoint are compared when the job starts"]
+    else:
+        start = foresee(config, open_data(config), folder / "checkpoints", allow_changed, rewind)
+        first, notes = start.step, start.notes
     size = num_parameters(config.model) * _BYTES[config.precision]
     # The new one is complete before an old one is deleted.
     require_space(folder, 2 * size, "run.dir")
-    return Checked(data_parallel, start.step, config.train.steps, size / 1e9, start.notes)
+    return Checked(data_parallel, first, config.train.steps, size / 1e9, notes)
 
 
 def check_profile(profile: ClusterProfile) -> None:
@@ -78,7 +85,8 @@ def check_profile(profile: ClusterProfile) -> None:
                 key = setting.replace("time", "partition")
                 raise UserError(f"{key}: Slurm has no partition '{name}'{did_you_mean(name, known)}; there are {', '.join(sorted(known))}")
             limit = known[name]
-            if limit not in ("infinite", "n/a") and minutes(time) > minutes(limit):
+            # A quality of service may allow more than its partition.
+            if profile.qos is None and limit not in ("infinite", "n/a") and minutes(time) > minutes(limit):
                 raise UserError(
                     f"{setting}: '{time}' is over the limit {limit} of partition '{name}'; a run that needs longer starts again from its "
                     "checkpoint by itself"

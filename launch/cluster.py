@@ -14,10 +14,12 @@ from llada.settings import Section
 
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d{1,2}))?(?::(?P<third>\d{1,2}))?")
 _RESERVED = {
+    "time",
+    "no-requeue",
+    "ntasks-per-node",
     "job-name",
     "nodes",
     "ntasks",
-    "ntasks-per-node",
     "array",
     "dependency",
     "output",
@@ -159,8 +161,8 @@ class ClusterProfile(Section):
     requeue: Requeue = Requeue()
     preflight: Preflight = Preflight()
     cpu_jobs: CpuJobs = CpuJobs()
-    sbatch: dict[str, str | int] = Field(default_factory=dict)
-    """Further options of sbatch, as {mail-type: FAIL}."""
+    sbatch: dict[str, str | int | bool] = Field(default_factory=dict)
+    """Further options of sbatch, as {mail-type: FAIL}; true: an option without a value."""
     srun: list[str] = Field(default_factory=list)
     """Further words of srun, as [--mpi=none]."""
 
@@ -170,7 +172,7 @@ class ClusterProfile(Section):
     def _checks(self) -> ClusterProfile:
         if self.signal_seconds >= minutes(self.time) * 60:
             raise ValueError(f"signal_seconds: {self.signal_seconds} is not less than time = {self.time}")
-        taken = sorted(_RESERVED & set(self.sbatch))
+        taken = sorted(name for name in self.sbatch if name.replace("_", "-") in _RESERVED)
         if taken:
             raise ValueError(f"sbatch: {taken[0]} is set by the launcher; leave it out")
         return self

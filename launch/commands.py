@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from launch.job import Submitted
 from launch.submit import Prepared
 from llada.config import RunConfig, load_config
 from llada.errors import UserError
+from llada.training.lock import RunLock
 
 
 @dataclass(frozen=True)
@@ -53,30 +56,50 @@ def launch_run(path: str, overrides: list[str] | None, profile: ClusterProfile |
         scheduler.require()
     config = load_config(path, overrides, rewind=options.rewind)
     ranks_per_node = options.gpus_per_node or _gpus_here()
-    checked = check_run(config, options.nodes * ranks_per_node, options.allow_changed, options.rewind)
+    checked = check_run(config, options.nodes * ranks_per_node, options.allow_changed, options.rewind, options.after is not None)
     state = Path(config.run.dir).absolute()
-    words = [*(["--allow-changed"] if options.allow_changed else [])]
-    words += [] if options.rewind is None else ["--rewind", str(options.rewind)]
-    folder = state / jobs.FOLDER / "NNNN"
-    prepared = submit.training(config, profile, options.nodes, ranks_per_node, folder, words, options.chain)
+    words = ["--allow-changed"] if options.allow_changed else []
+
+    def prepare(folder: Path) -> Prepared:
+        return submit.training(config, profile, options.nodes, ranks_per_node, folder, words, options.chain, options.rewind)
+
+    prepared = prepare(state / jobs.FOLDER / "NNNN")
     said = ""
     if profile is not None and scheduler.installed():
         _refuse_second(state)
         check_profile(profile)
         said = submit.check_with_slurm(prepared)
+        if options.then is not None:
+            submit.check_with_slurm(_conversion(prepared, profile, state / "then" / jobs.FOLDER / "NNNN"))
     _print_plan(config, checked, prepared, options, ranks_per_node, said)
     if options.dry_run:
         if profile is not None:
             print(f"\n{prepared.script()}")
         return 0
-    folder = _new_launch(state)
-    prepared = submit.training(config, profile, options.nodes, ranks_per_node, folder, words, options.chain)
-    submit.write(prepared, config)
-    if profile is None:
+    with _only_launch(state):
+        prepared = prepare(_new_launch(state))
+        submit.write(prepared, config)
+        if profile is not None:
+            _submit(prepared, profile, options)
+            return 0
         submit.note(prepared, Submitted([]), ranks=ranks_per_node)
-        return submit.run_here(prepared)
-    _submit(prepared, profile, options)
-    return 0
+    return submit.run_here(prepared)
+
+
+@contextmanager
+def _only_launch(state: Path) -> Iterator[None]:
+    """Of two launches of a run at the same moment, the second finds the first one's job."""
+    try:
+        (state / jobs.FOLDER).mkdir(parents=True, exist_ok=True)
+        own = RunLock(state / jobs.FOLDER, beat=2.0)
+    except OSError as error:
+        raise UserError(f"run.dir: '{state}' cannot be made ({error.strerror}); choose a folder that can be written") from None
+    try:
+        if scheduler.installed():
+            _refuse_second(state)
+        yield
+    finally:
+        own.release()
 
 
 def _submit(prepared: Prepared, profile: ClusterProfile, options: LaunchOptions) -> None:
@@ -90,6 +113,9 @@ def _submit(prepared: Prepared, profile: ClusterProfile, options: LaunchOptions)
             sent.append(submit.send(prepared, dependency=after))
         if options.then is not None:
             then = _convert(prepared, profile, sent[-1])
+    except UserError as error:
+        queued = f"; job {', '.join(sent)} is in the queue, `llada stop {_short(Path(prepared.spec.state))}` cancels it" if sent else ""
+        raise UserError(f"{error}{queued}") from None
     finally:
         # What is in the queue has to be known, whatever happened after it.
         if sent:
@@ -97,17 +123,19 @@ def _submit(prepared: Prepared, profile: ClusterProfile, options: LaunchOptions)
     _print_next(prepared, sent, then)
 
 
-def _convert(prepared: Prepared, profile: ClusterProfile, job: str) -> str:
+def _conversion(prepared: Prepared, profile: ClusterProfile, folder: Path) -> Prepared:
     """The job that writes RUN/hf when the run has finished."""
     state = Path(prepared.spec.state)
-    own = state / "then"
-    folder = _new_launch(own)
     command = ["convert", "to-hf", str(state), str(state / "hf"), "--verify", "--force"]
-    conversion = submit.single(profile, own, folder, Path(prepared.spec.code), command)
-    submit.write(conversion)
+    conversion = submit.single(profile, state / "then", folder, Path(prepared.spec.code), command)
     # Should the run fail, this job would wait for ever.
     extra = {**conversion.parameters["additional_parameters"], "kill-on-invalid-dep": "yes"}
-    conversion = replace(conversion, parameters={**conversion.parameters, "additional_parameters": extra})
+    return replace(conversion, parameters={**conversion.parameters, "additional_parameters": extra})
+
+
+def _convert(prepared: Prepared, profile: ClusterProfile, job: str) -> str:
+    conversion = _conversion(prepared, profile, _new_launch(Path(prepared.spec.state) / "then"))
+    submit.write(conversion)
     sent = submit.send(conversion, dependency=f"afterok:{job}")
     submit.note(conversion, Submitted([sent]))
     return sent
@@ -148,11 +176,12 @@ def launch_data(command: str, words: list[str], profile: ClusterProfile, tasks: 
     if dry_run:
         print(f"\n{prepared.script()}")
         return
-    folder = _new_launch(state)
-    prepared = submit.single(profile, state, folder, folder / "code", task, tasks)
-    submit.write(prepared)
-    job = submit.send(prepared, dependency=None if after is None else f"afterok:{after}")
-    submit.note(prepared, Submitted([f"{job}_{number}" for number in range(tasks)]))
+    with _only_launch(state):
+        folder = _new_launch(state)
+        prepared = submit.single(profile, state, folder, folder / "code", task, tasks)
+        submit.write(prepared)
+        job = submit.send(prepared, dependency=None if after is None else f"afterok:{after}")
+        submit.note(prepared, Submitted([f"{job}_{number}" for number in range(tasks)]))
     print(f"\nsubmitted job {job}: logs {state}/logs/job-{job}_*.log")
     print(f"  llada status {_short(output)}\n  llada logs {_short(output)} --task 0 -f\n  llada stop {_short(output)}")
     print(f"  llada launch CONFIG ... --after {job}   starts a run when it is done")
@@ -212,10 +241,7 @@ def _refuse_second(state: Path) -> None:
 
 
 def _new_launch(state: Path) -> Path:
-    try:
-        return jobs.next_folder(state / jobs.FOLDER)[1]
-    except OSError as error:
-        raise UserError(f"run.dir: '{state}' cannot be made ({error.strerror}); choose a folder that can be written") from None
+    return jobs.next_folder(state / jobs.FOLDER)[1]
 
 
 def _print_plan(config: RunConfig, checked: Checked, prepared: Prepared, options: LaunchOptions, per_node: int, said: str) -> None:

@@ -15,8 +15,8 @@ _ASKED = (-2, -9, -10, -15)
 
 _ENDS = ("finished", "requeued", "stopped", "cancelled", "failed")
 
-JobState = Literal["running", "cancelled", "requeued", "unknown"]
-"""What Slurm is doing with the job at the end of its ranks; of a run of this machine always "running"."""
+JobState = Literal["running", "cancelled", "lost", "requeued", "unknown"]
+"""What Slurm is doing with the job at the end of its ranks ("lost": ends it since a node is gone); on this machine "running"."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,10 @@ def decide(end: StepEnd, now: Situation, limits: Restarts) -> Decision:
     orderly = failure is None or failure.code in _ASKED
     if now.wanted and orderly:
         return Decision("stopped", "as asked with `llada stop`")
-    if now.signal and orderly and not end.absent:
+    if end.killed and now.signal and orderly and not now.progress:
+        late = f"{now.signal}: not stopped in time, so the ranks were ended; signal_seconds of the profile may be too short"
+        return restart(late, [], now, limits)
+    if now.signal and now.state != "lost" and orderly and not end.absent:
         return Decision("requeued", f"{now.signal}: stopped with a checkpoint" if now.progress else f"{now.signal}: stopped")
     reason = describe(end, now.unreachable)
     if now.wanted:
@@ -95,7 +98,7 @@ def restart(reason: str, exclude: list[str], now: Situation, limits: Restarts) -
     if failures > limits.limit:
         many = f"{failures} failures in a row without a new checkpoint, and requeue.limit is {limits.limit}; the last: {reason}"
         return Decision("failed", many if limits.limit else reason, failure=True, code=1, exclude=exclude)
-    if not now.progress and now.last == reason and ": step " in reason:
+    if not now.progress and now.last == reason and not exclude and (": step " in reason or reason.startswith("preflight: ")):
         return Decision("failed", f"twice the same, so a third time would not differ: {reason}", failure=True, code=1, exclude=exclude)
     # A node that is avoided from now on needs no time to recover.
     delay = 0.0 if exclude else min(limits.backoff * 2 ** (failures - 1), _LONGEST_BACKOFF)

@@ -23,6 +23,7 @@ class Restarts:
         backoff: seconds before the start after a first failure; doubled with every further one, an hour at most.
         grace: seconds that the other ranks have to end after the first has ended in order.
         start_timeout: seconds in which every rank has to start.
+        reserve: seconds before the time limit at which ranks that have not stopped are ended, so that the job can still be requeued.
     """
 
     requeue: bool = True
@@ -30,6 +31,7 @@ class Restarts:
     backoff: float = 60.0
     grace: float = 120.0
     start_timeout: float = 600.0
+    reserve: float = 60.0
 
 
 @dataclass(frozen=True)
@@ -42,11 +44,14 @@ class JobSpec:
         directory: where the user started it: relative paths of the config are meant from there.
         code: snapshot of the code.
         command: words of the llada command; {task} is the number of the array task.
-        python: words of the interpreter, container included.
+        python: the interpreter.
+        container: words that lead into the container that the ranks run in, if any.
+        first: words of the command until a first step is done: going back to an earlier checkpoint happens once.
         nodes, tasks_per_node: of "train".
         environment: variables of every rank.
         srun: further words of srun.
         bind: bind ranks to the cores near their GPU.
+        quiet: the ranks handle the stop signals themselves once they can; else these end them.
         preflight: what the nodes are tested for; None: nothing.
         exclude: nodes that the user excluded.
         array: the job is an array, and this one of its tasks.
@@ -59,12 +64,15 @@ class JobSpec:
     directory: str
     code: str
     command: list[str]
-    python: list[str]
+    python: str
+    container: list[str] = field(default_factory=list)
+    first: list[str] = field(default_factory=list)
     nodes: int = 1
     tasks_per_node: int = 1
     environment: dict[str, str] = field(default_factory=dict)
     srun: list[str] = field(default_factory=list)
     bind: bool = True
+    quiet: bool = True
     preflight: dict[str, Any] | None = None
     exclude: list[str] = field(default_factory=list)
     array: bool = False

@@ -27,13 +27,14 @@ class SlurmNodes:
 
     def __init__(self, spec: JobSpec) -> None:
         self._spec = spec
-        self.job = os.environ["SLURM_JOB_ID"]
+        # Steps are named by the number that each task of an array has of its own.
+        self.job_number = os.environ["SLURM_JOB_ID"]
         self.hosts = scheduler.hostnames(os.environ["SLURM_JOB_NODELIST"])
 
     def start(self, command: Sequence[str], ranks: int, folder: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
         """srun, with the first node of the list as master: rank 0 is there, and so is this process, which finds the port."""
         spec = self._spec
-        environment = {**environment, "MASTER_ADDR": self.hosts[0], "MASTER_PORT": str(free_port(int(self.job)))}
+        environment = {**environment, "MASTER_ADDR": self.hosts[0], "MASTER_PORT": str(free_port(int(self.job_number)))}
         # The batch script's own binding is not meant for this step.
         inherited = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_CPU_BIND")}
         words = [
@@ -41,15 +42,17 @@ class SlurmNodes:
             f"--nodes={spec.nodes}",
             f"--ntasks={ranks}",
             f"--ntasks-per-node={spec.tasks_per_node}",
+            # Ranks of a node follow each other: tensor-parallel ranks talk most.
+            "--distribution=block",
             # The ranks say themselves how they end; nobody is killed for it before the others have had their say.
             "--kill-on-bad-exit=0",
             "--wait=0",
             "--unbuffered",
+            "--export=ALL",
             f"--chdir={spec.code}",
             *spec.srun,
         ]
-        words += [*_QUIET, *spec.python, "-m", "launch.rank", "--folder", str(folder), "--directory", spec.directory]
-        words += [*(["--bind"] if spec.bind else []), "--", *command]
+        words += rank_words(spec, folder, command, spec.bind)
         with open(folder / "launcher.log", "ab") as log:
             # Signals of the job's end are for this process to hand on: srun must not end before its ranks.
             return subprocess.Popen(
@@ -59,13 +62,13 @@ class SlurmNodes:
     def deliver(self, name: str, starts: list[dict[str, Any]]) -> None:
         """Signal every task of the step."""
         with suppress(RunError):  # tried again while the ranks live
-            scheduler.send_signal(name, f"{self.job}.{starts[0]['step']}")
+            scheduler.send_signal(name, f"{self.job_number}.{starts[0]['step']}")
 
     def kill(self, process: subprocess.Popen[bytes], starts: list[dict[str, Any]]) -> None:
         """End the step; without a single rank there is only srun to end."""
         if starts:
             with suppress(RunError):
-                scheduler.send_signal("KILL", f"{self.job}.{starts[0]['step']}")
+                scheduler.send_signal("KILL", f"{self.job_number}.{starts[0]['step']}")
             end_process(process)
         else:
             process.kill()
@@ -81,10 +84,9 @@ class ThisMachine:
     def start(self, command: Sequence[str], ranks: int, folder: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
         """torchrun, out of the terminal's reach: Ctrl-C is for this process, which hands it on."""
         spec = self._spec
-        words = [*spec.python, "-m", "torch.distributed.run", "--nnodes=1", f"--nproc-per-node={ranks}", "--max-restarts=0"]
+        words = [spec.python, "-m", "torch.distributed.run", "--nnodes=1", f"--nproc-per-node={ranks}", "--max-restarts=0"]
         words += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", f"--rdzv-id={os.getpid()}", "--no-python"]
-        words += [*_QUIET, *spec.python, "-m", "launch.rank", "--folder", str(folder), "--directory", spec.directory]
-        words += [*(["--bind"] if spec.bind and ranks > 1 else []), "--", *command]
+        words += rank_words(spec, folder, command, spec.bind and ranks > 1)
         with open(folder / "launcher.log", "ab") as log:
             return subprocess.Popen(
                 words,
@@ -106,6 +108,44 @@ class ThisMachine:
         """End the ranks, then torchrun."""
         self.deliver("KILL", starts)
         end_process(process)
+
+
+class OneProcess:
+    """A command of one process beside the batch script; in a container of pyxis a job step of its own."""
+
+    def __init__(self, spec: JobSpec) -> None:
+        self._spec = spec
+        self.hosts = [socket.gethostname()]
+
+    def start(self, command: Sequence[str], ranks: int, folder: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+        """The command, as rank 0 of 1."""
+        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "LLADA_LOCAL": "1"}
+        step = ["srun", "--nodes=1", "--ntasks=1", "--kill-on-bad-exit=0", "--export=ALL", *self._spec.srun] if self._spec.srun else []
+        words = [*step, *rank_words(self._spec, folder, command, bind=False)]
+        with open(folder / "launcher.log", "ab") as log:
+            environment = {**os.environ, **environment, **alone}
+            return subprocess.Popen(
+                words, cwd=self._spec.code, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=_ignore_stops
+            )
+
+    def deliver(self, name: str, starts: list[dict[str, Any]]) -> None:
+        """SIGTERM, whatever was asked: what it is doing is done again from where it was."""
+        for entry in starts:
+            with suppress(ProcessLookupError):
+                os.kill(entry["pid"], signal.SIGTERM)
+
+    def kill(self, process: subprocess.Popen[bytes], starts: list[dict[str, Any]]) -> None:
+        """End it at once; its child does not outlive it."""
+        for entry in starts:
+            with suppress(ProcessLookupError):
+                os.kill(entry["pid"], signal.SIGKILL)
+        process.kill()
+
+
+def rank_words(spec: JobSpec, folder: Path, command: Sequence[str], bind: bool) -> list[str]:
+    """What starts a rank: into the container, to the parent of the command."""
+    words = [*_QUIET, *spec.container, spec.python, "-m", "launch.rank", "--folder", str(folder), "--directory", spec.directory]
+    return [*words, *(["--bind"] if bind else []), *([] if spec.quiet else ["--default-signals"]), "--", *command]
 
 
 def free_port(seed: int, host: str = "") -> int:

@@ -47,7 +47,9 @@ def main() -> int:
     gpus = torch.cuda.device_count() if device.type == "cuda" else 0
     keep(gpus=gpus, gpu_memory_gb=torch.cuda.mem_get_info(device)[0] / 1e9 if gpus else None)
     keep(matmul_seconds=_matmul_seconds(device, rules["matmul_size"]))
-    _join(device, rules["seconds"])
+    store = _connect(rules["join_seconds"])
+    keep(connected=True)
+    _join(device, store, rules)
     keep(joined=True)
     dist.barrier()
     keep(clock=time.time())
@@ -61,9 +63,20 @@ def main() -> int:
     return 0
 
 
-def _join(device: torch.device, seconds: float) -> None:
+def _connect(seconds: float) -> dist.Store:
+    """Reach the first node; who does not is known by that."""
+    rank, size, port = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+    return dist.TCPStore(os.environ["MASTER_ADDR"], port, size, rank == 0, timedelta(seconds=seconds), wait_for_workers=False)
+
+
+def _join(device: torch.device, store: dist.Store, rules: dict[str, Any]) -> None:
+    """Meet the others: first by name, for which the slowest start counts, then by connections."""
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store.set(f"here/{rank}", "1")
+    store.wait([f"here/{other}" for other in range(size)], timedelta(seconds=rules["join_seconds"]))
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=seconds))
+    group = dist.PrefixStore("group", store)
+    dist.init_process_group(backend, store=group, rank=rank, world_size=size, timeout=timedelta(seconds=rules["seconds"]))
 
 
 def _disk_error(folder: Path, rank: int) -> str | None:

@@ -24,6 +24,7 @@ class Finding(NamedTuple):
         gpus: that torch sees.
         gpu_memory_gb: free on this rank's GPU.
         matmul_seconds: of a matrix product.
+        connected: reached the first node.
         joined: met all the others.
         clock: seconds since 1970 at a moment that is the same for all but for milliseconds.
         local_gbps, network_gbps: bus bandwidth of an all-reduce within the host, and with its neighbours.
@@ -36,6 +37,7 @@ class Finding(NamedTuple):
     gpus: int | None = None
     gpu_memory_gb: float | None = None
     matmul_seconds: float | None = None
+    connected: bool = False
     joined: bool = False
     clock: float | None = None
     local_gbps: float | None = None
@@ -43,9 +45,17 @@ class Finding(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """bad: host -> why; measured: host -> figures; lines: for the console."""
+    """What becomes of the nodes.
+
+    Attributes:
+        bad: host -> why.
+        problem: the tests failed, but no host is known to be at fault.
+        measured: host -> figures.
+        lines: for the console.
+    """
 
     bad: dict[str, str]
+    problem: str | None
     measured: dict[str, dict[str, float]]
     lines: list[str]
 
@@ -69,13 +79,25 @@ def judge(folder: Path, hosts: list[str], per_host: int, rules: dict[str, Any], 
     bad |= {host: f"{bad[host]} ({end.launcher[1]})" for host in end.absent if host in bad and end.launcher[1]}
     if not bad:
         bad = _compared(found, rules)
+    problem = None
     if not bad and not end.finished:
-        first = end.first_failure
-        host = first.host if first is not None else (end.absent or [hosts[0]])[0]
-        bad = {host: str(first) if first is not None else f"did not end ({end.launcher[1]})"}
+        bad, problem = _failed(hosts, per_host, end)
     measured = {host: _figures(findings) for host, findings in found.items()}
     lines = [f"{host}: " + ", ".join(f"{name} {value:.3g}" for name, value in figures.items()) for host, figures in measured.items()]
-    return Verdict(bad, measured, lines + [f"{host} is bad: {why}" for host, why in bad.items()])
+    told = [f"{host} is bad: {why}" for host, why in bad.items()] + ([problem] if problem else [])
+    return Verdict(bad, problem, measured, lines + told)
+
+
+def _failed(hosts: list[str], per_host: int, end: StepEnd) -> tuple[dict[str, str], str | None]:
+    """Of tests that did not end well, without a finding that says why: the host that did it, if it is one; else what was said."""
+    failed = [one for one in end.exits if one.code != 0]
+    # Where a rank dies, all others soon fail for want of it: the deadly one counts, or a host that failed alone.
+    deadly = [one for one in failed if one.code < 0 and not end.killed]
+    blamed = deadly or failed
+    of_hosts = {hosts[one.rank // per_host] for one in blamed}
+    if len(of_hosts) == 1 and len(hosts) > 1:
+        return {of_hosts.pop(): str(blamed[0])}, None
+    return {}, str(blamed[0]) if blamed else f"the tests did not end ({end.launcher[1]})"
 
 
 def _alone(findings: list[Finding], per_host: int, rules: dict[str, Any]) -> str | None:
@@ -100,9 +122,10 @@ def _alone(findings: list[Finding], per_host: int, rules: dict[str, Any]) -> str
 def _compared(found: dict[str, list[Finding]], rules: dict[str, Any]) -> dict[str, str]:
     """Hosts that differ from the others: clock, speed, bandwidth. The measure is the median, which one bad node does not move."""
     bad: dict[str, str] = {}
-    strangers = [host for host, findings in found.items() if not all(one.joined for one in findings)]
-    if strangers and len(strangers) < len(found):
-        return {host: f"did not meet the others in {rules['seconds']:g} s" for host in strangers}
+    for name, what in (("connected", "did not reach the first node"), ("joined", "did not meet the others")):
+        strangers = [host for host, findings in found.items() if not all(getattr(one, name) for one in findings)]
+        if strangers and len(strangers) < len(found):
+            return {host: f"{what} in {rules['join_seconds']:g} s" for host in strangers}
     clocks = _by_host(found, "clock", statistics.median)
     if clocks:
         middle = statistics.median_low(clocks.values())

@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     place = Place.of_this_process()
     environment = place.environment()
     if options.bind:
-        environment["LLADA_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // place.local_size))
+        environment["LLADA_THREADS"] = str(_threads(place.local_size))
         affinity.bind(place.local_rank, place.local_size)
     name = f"rank_{place.rank:05d}"
     _record(options.folder / f"{name}.start.json", {"pid": os.getpid(), "step": os.environ.get("SLURM_STEP_ID")})
@@ -60,6 +60,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     message = last_message(options.folder / f"{name}.log")
     _record(options.folder / f"{name}.exit.json", {"code": code, "message": message})
     return 0 if code in IN_ORDER else 1
+
+
+def _threads(local_size: int) -> int:
+    """Cores that a rank has to itself: those Slurm gave it, or its share of those that the ranks of this machine share."""
+    cores = len(os.sched_getaffinity(0))
+    given = os.environ.get("SLURM_CPUS_PER_TASK", "")
+    return min(int(given), cores) if given.isdigit() and int(given) > 0 else max(1, cores // local_size)
 
 
 class Place:

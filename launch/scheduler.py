@@ -106,6 +106,12 @@ def jobs(ids: list[str]) -> dict[str, Job]:
     return found | {job.id: job for job in _sacct(gone)}
 
 
+def live(ids: list[str]) -> list[Job]:
+    """Those of the jobs that wait, run or are being ended, in the order of `ids`; one question, however many there are."""
+    known = {job.id: job for job in (_squeue(ids) if ids else [])}
+    return [known[one] for one in ids if one in known and known[one].live]
+
+
 def _squeue(ids: list[str]) -> list[Job]:
     # All states: a requeued job that is still being cleaned up is listed, too. Not by id: one that is gone would fail the whole call.
     answer = call("squeue", "--noheader", "--me", "--array", "--states=all", f"--format={_FORMAT}", tries=_TRIES)
@@ -178,10 +184,19 @@ def unreachable(names: list[str]) -> list[str]:
 
 def partitions() -> dict[str, str]:
     """Partitions and their time limits as Slurm prints them ("infinite": none)."""
-    answer = call("sinfo", "--noheader", "--format=%R|%l", tries=_TRIES)
+    answer = call("sinfo", "--all", "--noheader", "--format=%R|%l", tries=_TRIES)
     if answer.returncode:
         raise UserError(f"launch: Slurm does not answer ({_last_line(answer.stderr)})")
     return dict(line.split("|") for line in answer.stdout.splitlines() if line.count("|") == 1)
+
+
+def nodes_of_partition(name: str) -> int:
+    """How many nodes a partition has, whatever their state; 0 when Slurm does not say."""
+    try:
+        answer = call("sinfo", "--all", "--noheader", f"--partition={name}", "--Node", "--format=%N", tries=_TRIES)
+    except RunError:
+        return 0
+    return len(set(answer.stdout.split()))
 
 
 def requeue(job_id: str) -> str | None:
@@ -210,8 +225,10 @@ def send_signal(name: str, target: str, batch: bool = False) -> str | None:
     return None if answer.returncode == 0 else _last_line(answer.stderr)
 
 
-def own_job() -> str | None:
-    """The job that this process belongs to."""
+def own_job(array: bool) -> str | None:
+    """The job that this process belongs to, as Slurm's commands take it: the bare number of an array's last task means all of its tasks."""
+    if array:
+        return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     return os.environ.get("SLURM_JOB_ID")
 
 

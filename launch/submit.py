@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -50,7 +52,14 @@ class Prepared:
 
 
 def training(
-    config: RunConfig, profile: ClusterProfile | None, nodes: int, ranks_per_node: int, folder: Path, options: Sequence[str], chain: int = 1
+    config: RunConfig,
+    profile: ClusterProfile | None,
+    nodes: int,
+    ranks_per_node: int,
+    folder: Path,
+    options: Sequence[str] = (),
+    chain: int = 1,
+    rewind: int | None = None,
 ) -> Prepared:
     """The job of a run.
 
@@ -61,6 +70,7 @@ def training(
         folder: RUN/launch/NNNN, perhaps not made yet.
         options: further words of the training command.
         chain: jobs that follow each other.
+        rewind: step to go back to first.
     """
     state = Path(config.run.dir).absolute()
     spec = JobSpec(
@@ -69,7 +79,9 @@ def training(
         directory=os.getcwd(),
         code=str(folder / "code"),
         command=[config.task, str(folder / "config.yaml"), *options],
-        python=_python(profile, folder / "code"),
+        python=_python(profile),
+        container=_apptainer(profile, folder / "code"),
+        first=[] if rewind is None else ["--rewind", str(rewind)],
         nodes=nodes,
         tasks_per_node=ranks_per_node,
         environment=rank_environment(profile, config),
@@ -112,8 +124,10 @@ def single(profile: ClusterProfile, state: Path, folder: Path, code: Path, comma
         directory=os.getcwd(),
         code=str(code),
         command=command,
-        python=_python(profile, code),
+        python=_python(profile),
+        container=_apptainer(profile, code),
         environment=rank_environment(profile, None),
+        srun=_pyxis(profile.environment.container, code),
         exclude=profile.exclude,
         array=tasks is not None,
         restarts=_restarts(profile, 1),
@@ -129,8 +143,9 @@ def single(profile: ClusterProfile, state: Path, folder: Path, code: Path, comma
         "cpus_per_task": own.cpus,
         "mem": None if own.memory_gb is None else f"{int(own.memory_gb * 1024)}M",
     }
-    # The work that is done is kept: a minute before the limit is early enough.
-    parameters["additional_parameters"] |= {"signal": "B:USR1@60"}
+    # The work that is done is kept: shortly before the limit is early enough.
+    warning = min(60, minutes(own.time or profile.time) * 60 // 4)
+    parameters["additional_parameters"] |= {"signal": f"B:USR1@{warning}"}
     if tasks is not None:
         parameters["additional_parameters"] |= {"array": f"0-{tasks - 1}", "output": str(state / "logs" / "job-%A_%a.log")}
     return Prepared(folder, spec, parameters, _command(folder, spec))
@@ -166,7 +181,8 @@ def send(prepared: Prepared, **changes: Any) -> str:
     executor = SlurmExecutor(folder=prepared.folder / "submitit")
     executor.update_parameters(**prepared.parameters, **changes)
     try:
-        return str(executor._submit_command(prepared.command).job_id)
+        with _clean_environment():
+            return str(executor._submit_command(prepared.command).job_id)
     except (FailedJobError, FailedSubmissionError, subprocess.SubprocessError) as error:
         raise UserError(f"launch: Slurm refuses the job: {_reason(str(error))}") from None
 
@@ -177,21 +193,43 @@ def check_with_slurm(prepared: Prepared) -> str:
     Raises:
         UserError: Slurm refuses it; its own reason is shown.
     """
-    answer = subprocess.run(["sbatch", "--test-only"], input=prepared.script(), capture_output=True, text=True, timeout=60)
+    with _clean_environment():
+        answer = subprocess.run(["sbatch", "--test-only"], input=prepared.script(), capture_output=True, text=True, timeout=60)
     if answer.returncode:
         raise UserError(f"launch: Slurm refuses the job: {_reason(answer.stderr)}")
     return _reason(answer.stderr)
 
 
+@contextmanager
+def _clean_environment() -> Iterator[None]:
+    """Without the variables that would change the job behind the profile's back: defaults of sbatch, and those of a job one is in."""
+    kept = {"SLURM_CONF"}
+    removed = {name: value for name, value in os.environ.items() if name.startswith(("SBATCH_", "SLURM_", "SRUN_")) and name not in kept}
+    for name in removed:
+        del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.update(removed)
+
+
 def note(prepared: Prepared, sent: Submitted, **fields: Any) -> None:
     """Keep what was submitted, for status, stop and the jobs themselves."""
     write_atomically(prepared.folder / jobs.SUBMITTED, sent.to_json())
-    EventLog(Path(prepared.spec.state)).write("submitted", jobs=sent.jobs or None, then=sent.then, folder=str(prepared.folder), **fields)
+    EventLog(Path(prepared.spec.state)).write(
+        "submitted",
+        jobs=sent.jobs or None,
+        then=sent.then,
+        folder=str(prepared.folder),
+        # Of a run on this machine the supervisor goes on under this number.
+        **({} if sent.jobs else {"host": socket.gethostname(), "pid": os.getpid()}),
+        **fields,
+    )
 
 
 def run_here(prepared: Prepared) -> int:
     """Supervise the run from this process until it ends; its exit code."""
-    words = [sys.executable, "-m", "launch.supervisor", str(prepared.folder), "--local"]
+    words = [sys.executable, "-m", "launch.batch", str(prepared.folder), "--local"]
     os.chdir(prepared.spec.code)  # the snapshot's packages are the ones that are found
     sys.stdout.flush()
     os.execve(sys.executable, words, {**os.environ, "PYTHONPATH": prepared.spec.code})
@@ -200,7 +238,7 @@ def run_here(prepared: Prepared) -> int:
 def _command(folder: Path, spec: JobSpec) -> str:
     code, job = shlex.quote(spec.code), shlex.quote(str(folder))
     python = shlex.quote(sys.executable)
-    return f"cd {code} || exit 1\ntrap '' USR1 TERM\nPYTHONPATH={code} exec {python} -m launch.supervisor {job}"
+    return f"cd {code} || exit 1\ntrap '' USR1 TERM\nPYTHONPATH={code} exec {python} -m launch.batch {job}"
 
 
 def _common(profile: ClusterProfile, name: str, state: Path, spec: JobSpec) -> dict[str, Any]:
@@ -236,7 +274,8 @@ def _restarts(profile: ClusterProfile | None, chain: int) -> Restarts:
     if profile is None:
         return Restarts(backoff=5.0)
     own = profile.requeue
-    return Restarts(own.enabled and chain == 1, own.limit, own.backoff, own.grace, own.start_timeout)
+    reserve = min(60.0, profile.signal_seconds / 2)
+    return Restarts(own.enabled and chain == 1, own.limit, own.backoff, own.grace, own.start_timeout, reserve)
 
 
 def _preflight(profile: ClusterProfile | None, ranks_per_node: int) -> dict[str, Any] | None:
@@ -247,15 +286,16 @@ def _preflight(profile: ClusterProfile | None, ranks_per_node: int) -> dict[str,
     return {**rules, "gpus": 0 if none else ranks_per_node if rules["gpus"] is None else rules["gpus"]}
 
 
-def _python(profile: ClusterProfile | None, code: Path) -> list[str]:
-    if profile is None:
-        return [sys.executable]
-    python = profile.environment.python or sys.executable
-    container = profile.environment.container
+def _python(profile: ClusterProfile | None) -> str:
+    return sys.executable if profile is None else profile.environment.python or sys.executable
+
+
+def _apptainer(profile: ClusterProfile | None, code: Path) -> list[str]:
+    container = None if profile is None else profile.environment.container
     if container is None or container.kind != "apptainer":
-        return [python]
+        return []
     binds = [word for mount in container.mounts for word in ("--bind", mount)]
-    return ["apptainer", "exec", "--nv", "--pwd", str(code), *binds, container.image, python]
+    return ["apptainer", "exec", "--nv", "--pwd", str(code), *binds, container.image]
 
 
 def _srun(profile: ClusterProfile | None, code: Path) -> list[str]:

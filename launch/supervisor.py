@@ -1,17 +1,14 @@
 """The batch script of a job, in Python: starts the ranks, hands on signals, writes down what happens, and starts the job again.
 
-Standard library only, and its signal handlers stand before anything else is imported that takes time.
+Standard library only. `launch.batch` starts it.
 """
 
 from __future__ import annotations
 
 import os
 import socket
-import subprocess
-import sys
 import time
 import traceback
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -19,15 +16,18 @@ from typing import Any
 
 from launch import job as jobs
 from launch import scheduler
-from launch.attempt import Machine, StepEnd, run_ranks
+from launch.attempt import Asked, Machine, StepEnd, run_ranks
 from launch.decide import Decision, JobState, Situation, decide, failures_in_a_row, restart, this_launch
 from launch.job import JobSpec
-from launch.machines import SlurmNodes, ThisMachine
+from launch.machines import OneProcess, SlurmNodes, ThisMachine
 from launch.preflight_rules import judge, to_environment
 from llada import events
 from llada.errors import RunError
 from llada.events import EventLog
 from llada.training.signals import StopRequest
+
+_EXCLUDED_SECONDS = 86400.0
+"""A bad node is avoided for a day; until then somebody may have mended it."""
 
 
 class Supervisor:
@@ -45,7 +45,9 @@ class Supervisor:
         self.state = Path(self.spec.state)
         task = os.environ.get("SLURM_ARRAY_TASK_ID") if self.spec.array else None
         self.task = int(task) if task is not None else None
-        self.job = None if local else scheduler.own_job()
+        self.job = None if local else scheduler.own_job(self.spec.array)
+        self.asked = Asked(stop, folder / jobs.STOP)
+        self._end_time = float("inf")
         self.log = EventLog(self.state)
         self.attempt = 0
 
@@ -60,6 +62,7 @@ class Supervisor:
                 excluded=decision.exclude or None,
                 delay=decision.delay or None,
                 step=jobs.latest_checkpoint(self.state) if self.spec.kind == "train" else None,
+                **({"host": socket.gethostname(), "pid": os.getpid()} if self.local else {}),
             )
             print(f"llada: {decision.event}{': ' if decision.reason else ''}{decision.reason}", flush=True)
             if decision.event != "requeued":
@@ -69,7 +72,7 @@ class Supervisor:
                 return decision.code
             if self.local:
                 self._sleep(decision.delay)
-                if self.stop or self._wanted():
+                if self.asked:
                     self._write("stopped", reason="as asked, before the next start")
                     return decision.code
                 continue
@@ -79,11 +82,11 @@ class Supervisor:
         """One attempt; trouble of this process itself (a file server that is away) is a failure like a rank's, and may be tried again."""
         try:
             return self._attempt()
-        except (OSError, RunError, ValueError) as error:
+        except Exception as error:  # whatever it is: the run must not end for it
             traceback.print_exc()
             failures, last = failures_in_a_row(events.read(self.state), self.attempt, self.task)
             reason = f"supervisor: {type(error).__name__}: {error}"
-            return restart(reason, [], Situation(failures=failures, last=last, wanted=self._wanted()), self.spec.restarts)
+            return restart(reason, [], Situation(failures=failures, last=last, wanted=self.asked.wanted), self.spec.restarts)
 
     # -- one attempt ---------------------------------------------------------------------------------------------------
 
@@ -93,32 +96,36 @@ class Supervisor:
         failures, last = failures_in_a_row(events.read(self.state), self.attempt, self.task)
         machine = self._machine(self.spec)
         self._write("started", nodes=machine.hosts, ranks=self.spec.ranks, host=socket.gethostname(), logs=str(logs), pid=os.getpid())
-        before = jobs.latest_checkpoint(self.state)
         limits = self.spec.restarts
-        situation = Situation(failures=failures, last=last, wanted=self._wanted())
+        situation = Situation(failures=failures, last=last, wanted=self.asked.wanted)
         if failures > limits.limit:  # the attempts before ended without a word, so that none could say so
             return restart(last or "", [], situation, limits)
-        if self.spec.preflight is not None and self.spec.kind == "train" and not self._signal():
+        self._end_time = self._ends_at()
+        if self.spec.preflight is not None and self.spec.kind == "train" and not self.asked:
             refused = self._preflight(logs, situation)
             if refused is not None:
                 return refused
-        if self._signal():
-            return decide(StepEnd([], self.spec.ranks, machine.hosts), self._situation(situation, before, machine), limits)
+        if self.asked:
+            return decide(StepEnd([], self.spec.ranks, machine.hosts), self._situation(situation, machine), limits)
         end = self._task(logs) if self.spec.kind == "task" else self._ranks(machine, logs)
-        return decide(end, self._situation(situation, before, machine), limits)
+        return decide(end, self._situation(situation, machine), limits)
 
     def _machine(self, spec: JobSpec) -> Machine:
         return ThisMachine(spec) if self.local else SlurmNodes(spec)
 
     def _ranks(self, machine: Machine, logs: Path) -> StepEnd:
-        command = [*self.spec.python, self.spec.code, *self.spec.command]
-        return run_ranks(machine, command, self.spec.ranks, logs, self._environment(), self.stop, self.spec.restarts)
+        lines = this_launch(events.read(self.state))
+        first = [] if any(line["event"] == "step" for line in lines) else self.spec.first
+        return self._run(machine, [self.spec.python, self.spec.code, *self.spec.command, *first], self.spec.ranks, logs)
+
+    def _run(self, machine: Machine, command: list[str], ranks: int, logs: Path) -> StepEnd:
+        limits, environment = self.spec.restarts, self._environment()
+        return run_ranks(machine, command, ranks, logs, environment, self.asked, limits, self._end_time, self._on_sigterm)
 
     def _task(self, logs: Path) -> StepEnd:
         """A command of a single process, of a job array or after a run."""
         words = [word.replace("{task}", str(self.task or 0)) for word in self.spec.command]
-        command = [*self.spec.python, self.spec.code, *words]
-        return run_ranks(_Here(self.spec), command, 1, logs, self._environment(), self.stop, self.spec.restarts)
+        return self._run(OneProcess(self.spec), [self.spec.python, self.spec.code, *words], 1, logs)
 
     def _environment(self) -> dict[str, str]:
         path = os.pathsep.join(part for part in (self.spec.code, os.environ.get("PYTHONPATH", "")) if part)
@@ -127,53 +134,73 @@ class Supervisor:
     def _preflight(self, logs: Path, now: Situation) -> Decision | None:
         """Test the nodes; None: all is well."""
         # Where the user started it may be a checkout, whose packages -m would take for those of the snapshot.
-        machine = self._machine(replace(self.spec, directory=self.spec.code))
+        machine = self._machine(replace(self.spec, directory=self.spec.code, quiet=False))
         rules = self.spec.preflight
         assert rules is not None
         folder = logs / "preflight"
         folder.mkdir()
-        command = [*self.spec.python, "-m", "launch.preflight", str(folder), str(self.state)]
+        command = [self.spec.python, "-m", "launch.preflight", str(folder), str(self.state)]
+        rules = {**rules, "join_seconds": self.spec.restarts.start_timeout}
         environment = {**self._environment(), "LLADA_PREFLIGHT": to_environment(rules)}
         limits = jobs.Restarts(start_timeout=self.spec.restarts.start_timeout, grace=rules["seconds"])
         started = time.time()
-        end = run_ranks(machine, command, self.spec.ranks, folder, environment, StopRequest(), limits)
+        end = run_ranks(machine, command, self.spec.ranks, folder, environment, self.asked, limits, self._end_time)
         verdict = judge(folder, machine.hosts, self.spec.tasks_per_node, rules, end)
         self._write("preflight", seconds=round(time.time() - started, 1), bad=verdict.bad or None, nodes=verdict.measured)
         for line in verdict.lines:
             print(f"llada: preflight: {line}", flush=True)
-        if not verdict.bad or self._signal():
+        if self.asked or (not verdict.bad and verdict.problem is None):
             return None
+        if verdict.problem is not None:
+            return restart(f"preflight: {verdict.problem}", [], now, self.spec.restarts)
         reason = "preflight: " + "; ".join(f"{host}: {why}" for host, why in verdict.bad.items())
-        if len(verdict.bad) * 2 > len(machine.hosts) and not end.absent:
-            # Most nodes alike are no accident of one: the profile asks for what the machines do not have.
-            return Decision("failed", f"{reason}; that is most of the nodes, so none is excluded", failure=True, code=1)
-        return restart(reason, [] if self.local else list(verdict.bad), now, self.spec.restarts)
+        if len(machine.hosts) > 1 and len(verdict.bad) * 2 > len(machine.hosts):
+            # Most nodes alike are no accident of one: it may be that the profile asks for what the machines do not have.
+            return restart(f"{reason}; that is most of the nodes, so none is excluded", [], now, self.spec.restarts)
+        return restart(reason, list(verdict.bad), now, self.spec.restarts)
 
     # -- what Slurm and the user say -----------------------------------------------------------------------------------
 
     def _signal(self) -> str | None:
         return self.stop.signal
 
+    def _own_events(self) -> list[dict[str, Any]]:
+        return [line for line in events.read(self.state) if line.get("attempt") == self.attempt and line.get("task") == self.task]
+
+    def _ends_at(self) -> float:
+        """Seconds since 1970 at which the ranks have to be gone, so that this process can still put the job back into the queue."""
+        if self.local or self.job is None:
+            return float("inf")
+        shown = scheduler.describe(self.job)
+        left = _seconds(shown.get("TimeLimit")) - _seconds(shown.get("RunTime"))
+        return time.time() + left - self.spec.restarts.reserve if left > 0 else float("inf")
+
+    def _on_sigterm(self) -> None:
+        """scancel is final: the rest of a chain goes before anything is waited for, since Slurm soon ends this process, too."""
+        if self.spec.chain > 1 and self._job_state() == "cancelled":
+            machine = self._machine(self.spec)
+            if not scheduler.unreachable(machine.hosts):
+                self._end_chain(Decision("cancelled", "cancelled with scancel, which is final"))
+
     def _signal_of_ranks(self) -> str | None:
         """The signal at which the ranks agreed to stop: before a preemption, Slurm may tell them alone."""
-        own = [line for line in events.read(self.state) if line["event"] == "signal" and line.get("attempt") == self.attempt]
+        own = [line for line in self._own_events() if line["event"] == "signal"]
         return own[-1].get("signal") or "a signal" if own else None
 
-    def _wanted(self) -> bool:
-        return (self.folder / jobs.STOP).exists()
-
-    def _situation(self, start: Situation, before: int, machine: Machine) -> Situation:
+    def _situation(self, start: Situation, machine: Machine) -> Situation:
         signal = self._signal() or self._signal_of_ranks()
         state = self._job_state()  # first: a job that is being ended has half a minute
         gone: list[str] = []
         if not self.local:
             with suppress(RunError):
                 gone = scheduler.unreachable(machine.hosts)
+        if state == "cancelled" and gone:
+            state = "lost"  # Slurm shows both as COMPLETING
         return Situation(
             signal=signal,
-            wanted=self._wanted() or (self.local and self._signal() is not None),
+            wanted=self.asked.wanted or (self.local and self._signal() is not None),
             state=state,
-            progress=self.spec.kind == "train" and jobs.latest_checkpoint(self.state) > before,
+            progress=any(line["event"] == "checkpoint" for line in self._own_events()),
             failures=start.failures,
             last=start.last,
             unreachable=gone,
@@ -200,6 +227,9 @@ class Supervisor:
     def _again(self, decision: Decision) -> int:
         """Put this job back into the queue. Slurm then ends this process."""
         assert self.job is not None
+        if self.asked.wanted:
+            self._write("stopped", reason="as asked, before the next start")
+            return decision.code
         if not self.spec.restarts.requeue:
             return self._leave_to_chain(decision)
         self.stop.signal = None
@@ -233,12 +263,22 @@ class Supervisor:
         if decision.delay:
             wishes.append(f"StartTime=now+{int(decision.delay)}")
         if decision.exclude:
-            earlier = [host for line in this_launch(events.read(self.state)) for host in line.get("excluded", [])]
-            wishes.append("ExcNodeList=" + ",".join(sorted({*self.spec.exclude, *earlier, *decision.exclude})))
-        if wishes:
-            refused = scheduler.update(job, *wishes)
+            wishes.append("ExcNodeList=" + ",".join([*self.spec.exclude, *self._excluded(decision)]))
+        for wish in wishes:  # one by one: a refusal of one must not take the other with it
+            refused = scheduler.update(job, wish)
             if refused is not None:
-                print(f"llada: Slurm refused {' '.join(wishes)} of job {job}: {refused}", flush=True)
+                print(f"llada: Slurm refused {wish} of job {job}: {refused}", flush=True)
+
+    def _excluded(self, decision: Decision) -> list[str]:
+        """Nodes to avoid, the latest last: those of the last day, and no more than the partition can spare."""
+        since = time.time() - _EXCLUDED_SECONDS
+        lines = [line for line in this_launch(events.read(self.state)) if line["time"] > since]
+        found = [host for line in lines for host in line.get("excluded", [])] + decision.exclude
+        latest = list(dict.fromkeys(reversed(found)))[::-1]
+        spare = (
+            scheduler.nodes_of_partition(scheduler.describe(str(self.job)).get("Partition", "")) - self.spec.nodes - len(self.spec.exclude)
+        )
+        return latest[-spare:] if spare > 0 else []
 
     def _end_chain(self, decision: Decision) -> None:
         """The jobs that would go on have nothing to do; the conversion waits for the one that finished."""
@@ -252,33 +292,20 @@ class Supervisor:
 
     def _sleep(self, seconds: float) -> None:
         end = time.monotonic() + seconds
-        while time.monotonic() < end and not self._signal() and not (self.local and self._wanted()):
+        while time.monotonic() < end and not self._signal() and not (self.local and self.asked):
             time.sleep(0.2)
 
     def _write(self, event: str, **fields: Any) -> None:
-        self.log.write(event, attempt=self.attempt, job=self.job, task=self.task, **fields)
-
-
-class _Here:
-    """A single process beside this one, in the batch script's own place."""
-
-    def __init__(self, spec: JobSpec) -> None:
-        self._spec = spec
-        self.hosts = [socket.gethostname()]
-
-    def start(self, command: Sequence[str], ranks: int, folder: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
-        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "LLADA_LOCAL": "1"}
-        words = [*self._spec.python, "-m", "launch.rank", "--folder", str(folder), "--directory", self._spec.directory]
-        words += ["--default-signals", "--", *command]
-        with open(folder / "launcher.log", "ab") as log:
-            environment = {**os.environ, **environment, **alone}
-            return subprocess.Popen(words, cwd=self._spec.code, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-
-    def deliver(self, name: str, starts: list[dict[str, Any]]) -> None:
-        ThisMachine(self._spec).deliver("TERM", starts)  # what it is doing is done again from where it was
-
-    def kill(self, process: subprocess.Popen[bytes], starts: list[dict[str, Any]]) -> None:
-        process.kill()
+        """Write an event. That a file server is away for a while must not end the run, which can do without the line."""
+        for pause in (1.0, 5.0, 15.0, 0.0):
+            try:
+                self.log.write(event, attempt=self.attempt, job=self.job, task=self.task, **fields)
+                return
+            except OSError as error:
+                problem = error
+                time.sleep(pause)
+        with suppress(OSError):
+            print(f"llada: the event {event} was not written ({problem})", flush=True)
 
 
 def _seconds(text: str | None) -> float:
@@ -289,16 +316,3 @@ def _seconds(text: str | None) -> float:
         return int(days or 0) * 86400 + sum(part * 60**power for power, part in enumerate(reversed(parts)))
     except ValueError:
         return 0.0
-
-
-def main() -> int:
-    """`python -m launch.supervisor RUN/launch/NNNN [--local]`, in the folder of the code."""
-    stop = StopRequest().install()
-    if os.environ.pop("LLADA_SIGNALLED", None):  # by the batch script, before this process stood
-        stop.signal = "SIGUSR1"
-    folder, *rest = sys.argv[1:]
-    return Supervisor(Path(folder), stop, "--local" in rest).run()
-
-
-if __name__ == "__main__":
-    sys.exit(main())

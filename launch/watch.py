@@ -9,6 +9,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import yaml
 
 from launch import job as jobs
 from launch import scheduler
+from launch.decide import this_launch
 from launch.scheduler import Job
 from llada import events
 from llada.errors import RunError, UserError
@@ -167,8 +169,7 @@ def live_jobs(folder: Path) -> list[Job]:
     ]
     if not ids or not scheduler.installed():
         return []
-    known = scheduler.jobs(ids)
-    return [known[one] for one in ids if known[one].live]
+    return scheduler.live(ids)
 
 
 def stop(folder: Path) -> str:
@@ -187,15 +188,19 @@ def stop(folder: Path) -> str:
         if refused is not None:
             raise RunError(f"stop: job {job.id}: {refused}")
     if found:
-        waiting = [job.id for job in found if job not in running]
+        ending = [job.id for job in found if job.state == "COMPLETING"]
+        waiting = [job.id for job in found if job not in running and job.id not in ending]
         done = [f"job {', '.join(job.id for job in running)} stops with a checkpoint after its step"] if running else []
         done += [f"job {', '.join(waiting)} is cancelled"] if waiting else []
+        done += [f"job {', '.join(ending)} is being ended; should it come back, it stops at once"] if ending else []
         return f"{folder}: {'; '.join(done)}"
     return _stop_here(folder)
 
 
 def _stop_here(folder: Path) -> str:
     process = lock.holding_process(folder)
+    if process is None and _supervisor(events.read(folder)) is not None:
+        return f"{folder}: it has just started, or waits for its next start, and ends before it"
     if process is None:
         return f"{folder}: nothing runs, so there is nothing to stop"
     host, pid = process
@@ -260,7 +265,8 @@ def logs(folder: Path, rank: int, attempt: int | None, task: int | None, follow:
         if over or not follow:
             return
         if time.monotonic() - asked > _ASK_SECONDS:
-            asked, over = time.monotonic(), not live_jobs(folder) and lock.holder(folder) is None
+            alive = lock.holder(folder) or _supervisor(events.read(folder))
+            asked, over = time.monotonic(), not live_jobs(folder) and alive is None
         else:
             time.sleep(1.0)
 
@@ -306,9 +312,12 @@ def _state(folder: Path, lines: list[dict[str, Any]], known: list[Job], step: in
         return live[0].state, _because(live[0]).removeprefix(": ") or None
     ends = [line for line in lines if line["event"] in ("submitted", "started", "requeued", *_ENDS)]
     last = ends[-1] if ends else None
-    holder = lock.holder(folder)
+    holder = lock.holder(folder) or _supervisor(lines)
     if holder is not None:
         return "RUNNING", holder
+    folded = _tasks(lines)
+    if folded is not None:
+        return folded
     if last is not None and last["event"] in _ENDS:
         return last["event"].upper(), last.get("reason")
     if known:
@@ -319,6 +328,31 @@ def _state(folder: Path, lines: list[dict[str, Any]], known: list[Job], step: in
     if last is not None and last["event"] == "started":
         return "LOST", "it ended without a word; the same command goes on"
     return ("FINISHED" if step is not None and step == steps else "IDLE"), None
+
+
+def _supervisor(lines: list[dict[str, Any]]) -> str | None:
+    """The supervisor of a run on this machine, in words, if it is alive; of one in a job Slurm knows more."""
+    last: dict[str, Any] = next((line for line in reversed(lines) if line["event"] in ("submitted", "started", "requeued", *_ENDS)), {})
+    if (
+        last.get("event") in ("submitted", "started", "requeued")
+        and "job" not in last
+        and last.get("host") == os.uname().nodename
+        and "pid" in last
+    ):
+        with suppress(OSError):
+            if b"launch" in Path(f"/proc/{last['pid']}/cmdline").read_bytes():
+                return f"process {last['pid']} on host {last['host']}"
+    return None
+
+
+def _tasks(lines: list[dict[str, Any]]) -> tuple[str, str | None] | None:
+    """The state of an array, the worst of its tasks'; None: it is none, or nothing of it has ended badly and not all has ended."""
+    last = {line["task"]: line for line in this_launch(lines) if "task" in line and line["event"] in ("started", "requeued", *_ENDS)}
+    for wanted in ("failed", "cancelled", "stopped"):
+        for task, line in sorted(last.items()):
+            if line["event"] == wanted:
+                return wanted.upper(), f"task {task}: {line.get('reason', '')}"
+    return ("FINISHED", None) if last and all(line["event"] == "finished" for line in last.values()) else None
 
 
 def _because(job: Job) -> str:

@@ -30,7 +30,7 @@ class EventLog:
         """Append one event with the time (seconds since 1970); fields that are None are left out."""
         values = {"time": round(time.time(), 3), "event": event, **self._common, **fields}
         line = json.dumps({key: value for key, value in values.items() if value is not None}) + "\n"
-        # One write to a file opened for appending: lines of several writers do not mix.
+        # One write to a file opened for appending: lines of several writers do not mix (where they do, `read` leaves them out).
         descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         try:
             os.write(descriptor, line.encode())
@@ -58,7 +58,8 @@ def read(folder: Path) -> list[dict[str, Any]]:
 
 
 def restarts(events: list[dict[str, Any]]) -> dict[str, Any]:
-    """attempt (number of the latest), restarts (attempts but the first) and last_error of a launched run; empty for any other."""
+    """attempt (number of the latest), restarts (attempts of its latest launch but the first) and last_error; empty without a launcher."""
+    events = events[max((i for i, line in enumerate(events) if line["event"] == "submitted"), default=0) :]
     attempts = {line["attempt"] for line in events if line["event"] == "started" and "attempt" in line}
     if not attempts:
         return {}

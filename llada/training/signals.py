@@ -21,7 +21,7 @@ class StopRequest:
     def install(self) -> StopRequest:
         """Handle the stop signals from now on (main thread only)."""
         for number in STOP_SIGNALS:
-            signal.signal(number, self._set)
+            signal.signal(number, self.note)
         return self
 
     def close(self) -> None:
@@ -29,7 +29,8 @@ class StopRequest:
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 
-    def _set(self, number: int, frame: FrameType | None) -> None:
+    def note(self, number: int, frame: FrameType | None) -> None:
+        """The handler."""
         self.signal = signal.Signals(number).name
 
     def __bool__(self) -> bool:

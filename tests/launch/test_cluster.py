@@ -53,6 +53,7 @@ def test_times_are_slurms(text: str, expected: int) -> None:
         ({"cpu_jobs": {"time": 43200}}, "cpu_jobs.time: 43200 is a number to YAML"),
         ({"time": "5", "signal_seconds": 300}, "signal_seconds: 300 is not less than time = 5"),
         ({"sbatch": {"nodes": "4"}}, "sbatch: nodes is set by the launcher; leave it out"),
+        ({"sbatch": {"ntasks_per_node": 4}}, "sbatch: ntasks_per_node is set by the launcher; leave it out"),
         ({"gpu_request": "gpu"}, "gpu_request: 'gpu' is not allowed"),
         ({"preflight": {"slow_factor": 1.0}}, "preflight.slow_factor: 1.0 is not allowed: input should be greater than 1"),
     ],
@@ -114,7 +115,7 @@ def test_every_setting_reaches_the_script(tmp_path: Path) -> None:
         "--cpus-per-task=6", "--container-image=/i.sqsh", f"--container-workdir={tmp_path}/l/code",
         "--container-mounts=/a:/a,/b:/b", "--mpi=none",
     ]  # fmt: skip
-    assert spec.python == ["python"]
+    assert spec.python == "python"
     assert spec.environment["NCCL_DEBUG"] == "INFO" and spec.environment["OMP_NUM_THREADS"] == "4"
     assert spec.environment["NCCL_SOCKET_IFNAME"] == spec.environment["GLOO_SOCKET_IFNAME"] == "ib0"
     assert spec.environment["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
@@ -126,7 +127,7 @@ def test_chains_and_containers(tmp_path: Path) -> None:
     prepared = submit.training(run(tmp_path), profile, 1, 2, tmp_path / "l", [], chain=3)
     assert "#SBATCH --no-requeue" in prepared.script() and "#SBATCH --mem=0" in prepared.script()
     assert not prepared.spec.restarts.requeue and prepared.spec.chain == 3
-    assert prepared.spec.python[:7] == ["apptainer", "exec", "--nv", "--pwd", str(tmp_path / "l/code"), "--bind", "/a"]
+    assert prepared.spec.container == ["apptainer", "exec", "--nv", "--pwd", str(tmp_path / "l/code"), "--bind", "/a", "/i.sif"]
     assert "CUDA_DEVICE_MAX_CONNECTIONS" not in prepared.spec.environment
 
 

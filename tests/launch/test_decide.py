@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launch.attempt import Exit, StepEnd
-from launch.decide import Situation, decide, failures_in_a_row
+from launch.decide import Situation, decide, failures_in_a_row, restart
 from launch.job import Restarts
 
 LIMITS = Restarts(limit=2, backoff=60.0)
@@ -45,6 +45,19 @@ def test_a_stop_that_the_user_wanted_is_not_started_again() -> None:
     assert decide(ends(75, 75), Situation(signal="SIGUSR1", wanted=True), LIMITS).event == "stopped"
     crashed = decide(ends(1, 1, message="failed: OSError"), Situation(signal="SIGUSR1", wanted=True), LIMITS)
     assert crashed.event == "stopped" and crashed.failure and "OSError" in crashed.reason
+
+
+def test_a_stop_that_takes_too_long_is_a_failure_without_a_new_checkpoint() -> None:
+    late = ends(-9, -9, killed=True)
+    found = decide(late, Situation(signal="SIGUSR1"), LIMITS)
+    assert found.event == "requeued" and found.failure and "signal_seconds" in found.reason
+    assert decide(late, Situation(signal="SIGUSR1", failures=2), LIMITS).event == "failed"
+    assert not decide(late, Situation(signal="SIGUSR1", progress=True), LIMITS).failure
+
+
+def test_a_node_that_is_lost_is_no_scancel() -> None:
+    found = decide(ends(75, 75), Situation(signal="SIGTERM", state="lost", unreachable=["n1"]), LIMITS)
+    assert found.event == "requeued" and found.failure and "Slurm does not reach n1" in found.reason
 
 
 def test_a_mistake_of_the_users_is_not_tried_again() -> None:
@@ -92,6 +105,8 @@ def test_the_same_step_failing_twice_is_no_accident() -> None:
     second = decide(end, Situation(failures=1, last=first.reason), LIMITS)
     assert second.event == "failed" and second.reason.startswith("twice the same")
     assert decide(ends(-9), Situation(failures=1, last="rank 0 on n0: killed by SIGKILL"), LIMITS).event == "requeued"
+    wrong = "preflight: n0: torch sees 0 GPUs, 4 are asked for; that is most of the nodes, so none is excluded"
+    assert [restart(wrong, [], Situation(failures=n, last=wrong if n else None), LIMITS).event for n in (0, 1)] == ["requeued", "failed"]
 
 
 # -- how many failures were there before -------------------------------------------------------------------------------

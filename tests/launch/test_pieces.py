@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from launch import affinity, scheduler, watch
 from launch.job import JobSpec, Restarts, latest_checkpoint, next_folder
-from launch.machines import free_port
+from launch.machines import OneProcess, free_port
 from launch.rank import last_message
 from launch.scheduler import Job
 from launch.supervisor import _seconds
@@ -62,25 +62,30 @@ def test_a_port_that_is_taken_is_not_chosen() -> None:
 
 def test_job_descriptions_go_through_the_file(tmp_path: Path) -> None:
     spec = JobSpec(
-        "train",
-        "/s",
-        "/d",
-        "/c",
-        ["pretrain", "x"],
-        ["python"],
-        2,
-        4,
-        {"A": "1"},
-        ["--x"],
-        False,
-        {"gpus": 1},
-        ["n1"],
-        True,
-        3,
-        Restarts(limit=7),
+        "train", "/s", "/d", "/c", ["pretrain", "x"], "python", nodes=2, tasks_per_node=4, preflight={"gpus": 1}, restarts=Restarts(limit=7)
     )
     (tmp_path / "job.json").write_text(spec.to_json())
     assert JobSpec.read(tmp_path) == spec and spec.ranks == 8
+
+
+def test_only_the_parent_of_a_rank_enters_the_container(tmp_path: Path) -> None:
+    """A stand-in for apptainer that is not there inside: called twice, it would not be found."""
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    stand_in = tmp_path / "apptainer"
+    stand_in.write_text(f'#!/bin/sh\nwhile [ "$1" != image ]; do shift; done; shift\nPATH={inside}:/usr/bin:/bin exec "$@"\n')
+    stand_in.chmod(0o755)
+    spec = JobSpec("task", str(tmp_path), str(tmp_path), str(ROOT), [], sys.executable, ["apptainer", "exec", "--nv", "image"])
+    command = [sys.executable, "-c", "import os; print(os.environ['PATH'])"]
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    before = os.environ["PATH"]
+    os.environ["PATH"] = path
+    try:
+        process = OneProcess(spec).start(command, 1, tmp_path, {})
+        assert process.wait(30) == 0
+    finally:
+        os.environ["PATH"] = before
+    assert (tmp_path / "rank_00000.log").read_text().startswith(str(inside))
 
 
 def test_folders_are_numbered_without_gaps_being_filled(tmp_path: Path) -> None:

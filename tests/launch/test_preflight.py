@@ -16,7 +16,8 @@ from launch.attempt import Exit, StepEnd
 from launch.preflight_rules import FINDINGS, Finding, Verdict, judge
 
 RULES: dict[str, Any] = {
-    "seconds": 30.0, "gpus": 2, "min_gpu_memory_gb": 70.0, "min_disk_gb": 10.0, "max_clock_skew": 5.0, "slow_factor": 1.5,
+    "seconds": 30.0, "join_seconds": 60.0,
+    "gpus": 2, "min_gpu_memory_gb": 70.0, "min_disk_gb": 10.0, "max_clock_skew": 5.0, "slow_factor": 1.5,
     "matmul_size": 64, "allreduce_mb": 0.1,
 }  # fmt: skip
 HOSTS = ["n0", "n1", "n2", "n3"]
@@ -24,7 +25,7 @@ HOSTS = ["n0", "n1", "n2", "n3"]
 
 def finding(host: str, rank: int, **values: Any) -> Finding:
     good: dict[str, Any] = {
-        "disk_free_gb": 900.0, "gpus": 2, "gpu_memory_gb": 79.0, "matmul_seconds": 0.01, "joined": True, "clock": 1000.0,
+        "disk_free_gb": 900.0, "gpus": 2, "gpu_memory_gb": 79.0, "matmul_seconds": 0.01, "connected": True, "joined": True, "clock": 1000.0,
         "local_gbps": 400.0, "network_gbps": 40.0,
     }  # fmt: skip
     return Finding(host, rank, **{**good, **values})
@@ -61,7 +62,8 @@ def test_healthy_nodes_pass_with_their_figures(tmp_path: Path) -> None:
         ({"matmul_seconds": 0.016}, "a matrix product takes 16 ms, 1.6 times the usual"),
         ({"local_gbps": 200.0}, "an all-reduce within the node runs at 200 GB/s, the usual is 400"),
         ({"network_gbps": 5.0}, "an all-reduce with other nodes runs at 5 GB/s, the usual is 40"),
-        ({"joined": False, "clock": None, "local_gbps": None, "network_gbps": None}, "did not meet the others in 30 s"),
+        ({"joined": False, "clock": None, "local_gbps": None, "network_gbps": None}, "did not meet the others in 60 s"),
+        ({"connected": False, "joined": False, "clock": None}, "did not reach the first node in 60 s"),
         ({"matmul_seconds": None, "joined": False}, "rank 3 did not get through a matrix product"),
         (None, "1 of 2 ranks did not start"),
     ],
@@ -79,8 +81,15 @@ def test_slow_among_two_is_the_slower_one(tmp_path: Path) -> None:
 
 
 def test_a_test_that_died_blames_the_node_where_it_died_first(tmp_path: Path) -> None:
-    end = StepEnd([Exit(5, "n2", 1.0, -7, None), Exit(0, "n0", 2.0, 1, "failed: peer")], 8, HOSTS)
-    assert verdict(tmp_path, end).bad == {"n2": "rank 5 on n2: killed by SIGBUS"}
+    end = StepEnd([Exit(5, "n2.example.org", 1.0, -7, None), Exit(0, "n0", 2.0, 1, "failed: peer")], 8, HOSTS)
+    assert verdict(tmp_path, end).bad == {"n2": "rank 5 on n2.example.org: killed by SIGBUS"}
+
+
+def test_where_all_fail_alike_nobody_is_blamed(tmp_path: Path) -> None:
+    """A network interface that no node has is a mistake of the profile's."""
+    end = StepEnd([Exit(rank, f"n{rank // 2}", float(rank), 1, "failed: no interface ib99") for rank in range(8)], 8, HOSTS)
+    found = verdict(tmp_path, end)
+    assert found.bad == {} and found.problem == "rank 0 on n0: no interface ib99" and found.problem in found.lines
 
 
 @pytest.mark.parametrize("hosts", [1, 2, 3, 4])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -97,6 +98,39 @@ def test_a_chain_where_jobs_cannot_requeue(place: Place, whole: Curve) -> None:
     until(lambda: scheduler.describe(str(sent.then))["JobState"] == "RUNNING", 30, "the conversion to start")
 
 
+def test_a_chain_goes_on_after_a_lost_node(place: Place, whole: Curve) -> None:
+    place.launch("links", "--chain", "2", profile=place.profile("chained", requeue={"enabled": False}))
+    place.wait_step("links", 6)
+    place.cluster.kill_node(1)
+    place.wait_event("links", "started", 2, seconds=60)
+    place.wait_state("links", "FINISHED")
+    assert place.lines("links") == whole
+
+
+def test_scancel_of_a_chain_is_final_even_when_the_ranks_take_too_long(place: Place) -> None:
+    first = place.launch("severed", "--chain", "2", profile=place.profile("chained", requeue={"enabled": False}))
+    second = (place.status("severed").jobs or [])[1].split()[0]
+    place.wait_step("severed", 6)
+    for pid in place.ranks("severed").values():
+        os.kill(pid, signal.SIGSTOP)
+    place.cluster.run("scancel", first)
+    until(lambda: scheduler.describe(second).get("JobState") == "CANCELLED", 30, "the second job's end", lambda: place.story("severed"))
+    assert place.wait_state("severed", "CANCELLED").restarts == 0
+
+
+def test_going_back_happens_once_whatever_restarts_come(place: Place) -> None:
+    checkpoint = {"every": 5, "keep_last": 2}
+    place.launch("back", checkpoint=checkpoint)
+    place.wait_state("back", "FINISHED")
+    until(lambda: not place.cluster.run("squeue", "--noheader"), 30, "the job's end")
+    place.launch("back", "lr=0.0005", "--rewind", "15", checkpoint=checkpoint, train={"steps": 40})
+    place.wait_step("back", 32)  # by now step 15 is no longer kept
+    os.kill(place.ranks("back")[0], signal.SIGKILL)
+    assert place.wait_state("back", "FINISHED").restarts == 1
+    rates = [line["lr"] for line in place.lines("back") if "lr" in line]
+    assert len(rates) == 40 and rates[14] == 1e-3 and set(rates[15:]) == {5e-4}
+
+
 def test_a_corpus_in_an_array_of_tasks(place: Place) -> None:
     sources = [str(place.folder / "texts")]
     library = Path(os.__file__).parent
@@ -116,6 +150,17 @@ def test_a_corpus_in_an_array_of_tasks(place: Place) -> None:
     assert "task-00002" in str(sorted((place.folder / "shared.launch/logs").glob("task-*"))[-1])
     with pytest.raises(UserError, match="--output: 'shared' exists"):
         place.llada("launch", "data-prepare", *own, *words)
+
+
+def test_a_task_of_an_array_that_fails_starts_alone_again(place: Place) -> None:
+    """Its number, where it is the last one, is the number of the array: all tasks would start again with it."""
+    own = ["--tasks", "2", "--cluster", place.profile("few", requeue={"limit": 1})]
+    words = ["--input", "tokenizer", "--tokenizer", "tokenizer", "--output", "spoilt", "--ext", "json", "--wait", "0"]
+    (place.folder / "spoilt.partial").write_text("in the way of the second task, and of the first")
+    place.llada("launch", "data-prepare", *own, *words)
+    status = place.wait_state("spoilt.launch", "FAILED")
+    started = [line["task"] for line in place.events("spoilt.launch", "started")]
+    assert sorted(started) == [0, 0, 1, 1] or sorted(started) == [0, 1], (started, status)
 
 
 @pytest.mark.parametrize(
@@ -192,6 +237,36 @@ def test_one_run_folder_has_one_job(place: Place) -> None:
         place.launch("single", seed=6)
 
 
+def test_the_submitters_environment_changes_nothing(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (
+        ("SBATCH_TIMELIMIT", "3"), ("SBATCH_PARTITION", "scavenge"), ("SBATCH_NO_REQUEUE", "1"), ("SBATCH_SIGNAL", "KILL@1"),
+        ("SLURM_DISTRIBUTION", "cyclic"), ("SLURM_GPUS_PER_TASK", "3"), ("SLURM_NTASKS_PER_GPU", "2"), ("RANK", "9"), ("WORLD_SIZE", "99"),
+    ):  # fmt: skip
+        monkeypatch.setenv(name, value)
+    job = place.launch("shielded", per_node=2)
+    shown = scheduler.describe(job)
+    assert (shown["TimeLimit"], shown["Partition"], shown["Requeue"]) == ("00:10:00", "main", "1")
+    place.wait_step("shielded", 1)
+    hosts = [json.loads(path.read_text())["host"] for path in sorted((place.folder / "shielded/logs/attempt-0001").glob("*.start.json"))]
+    assert hosts == ["n0", "n0", "n1", "n1"]
+
+
+def test_a_stop_before_the_first_step_is_kept(place: Place) -> None:
+    place.launch("unborn")
+    until(lambda: place.status("unborn").state == "RUNNING", 30, "the job")
+    (place.folder / "unborn/launch/0001/stop").touch()  # as `llada stop` does, while its signal meets a process that cannot handle it yet
+    assert place.wait_state("unborn", "STOPPED").restarts == 0
+    assert place.steps("unborn") <= 1
+
+
+def test_a_run_can_be_launched_after_its_data(place: Place) -> None:
+    earlier = place.cluster.run("sbatch", "--parsable", "--output=/dev/null", "--wrap", "sleep 30")
+    data = {"sequence_length": 64, "mixture": [{"path": "not_yet"}]}
+    place.launch("later", "--after", earlier, data=data)
+    until(lambda: (place.status("later").reason or "").startswith("Dependency"), 30, "the dependency")
+    place.llada("stop", "later")
+
+
 def test_what_can_never_start_says_why(place: Place) -> None:
     failing = place.cluster.run("sbatch", "--parsable", "--output=/dev/null", "--wrap", "false")
     until(lambda: "FAILED" in place.cluster.run("scontrol", "show", "job", failing), 30, "the failing job")
@@ -244,7 +319,9 @@ def test_no_node_has_what_the_profile_asks_for(place: Place) -> None:
     place.launch("blind", profile=place.profile("gpus", preflight={"enabled": True, "gpus": 4}))
     status = place.wait_state("blind", "FAILED")
     assert status.reason is not None
-    assert status.reason.startswith("preflight: n0: torch sees 0 GPUs, 4 are asked for; n1: torch sees 0 GPUs")
+    assert status.reason.startswith(
+        "twice the same, so a third time would not differ: preflight: n0: torch sees 0 GPUs, 4 are asked for; n1"
+    )
     assert status.reason.endswith("that is most of the nodes, so none is excluded")
 
 

@@ -119,6 +119,19 @@ def test_a_rank_hangs(place: Place, whole: Curve) -> None:
     assert place.lines("hung") == whole
 
 
+def test_a_rank_hangs_when_the_time_limit_comes(place: Place, whole: Curve) -> None:
+    """Slurm would end the supervisor with the ranks, and nobody would put the job back into the queue."""
+    place.launch("late", profile=place.profile("minute", time="1", signal_seconds=20))
+    place.wait_step("late", 7)
+    stopped = place.ranks("late")[1]
+    os.kill(stopped, signal.SIGSTOP)
+    until(lambda: _pending(stopped, signal.SIGUSR1) or place.events("late", "requeued"), 60, "the warning before the time limit")
+    requeued = place.wait_event("late", "requeued", seconds=60)
+    assert requeued["step"] == 5
+    place.wait_state("late", "FINISHED", seconds=150)
+    assert place.lines("late") == whole
+
+
 def test_scancel_is_final(place: Place) -> None:
     job = place.launch("cancelled")
     place.wait_step("cancelled", 6)
