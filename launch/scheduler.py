@@ -193,7 +193,7 @@ def partitions() -> dict[str, str]:
 def nodes_of_partition(name: str) -> int:
     """How many nodes a partition has, whatever their state; 0 when Slurm does not say."""
     try:
-        answer = call("sinfo", "--all", "--noheader", f"--partition={name}", "--Node", "--format=%N", tries=_TRIES)
+        answer = call("sinfo", "--noheader", f"--partition={name}", "--Node", "--format=%N", tries=_TRIES)
     except RunError:
         return 0
     return len(set(answer.stdout.split()))

@@ -275,9 +275,10 @@ class Supervisor:
         lines = [line for line in this_launch(events.read(self.state)) if line["time"] > since]
         found = [host for line in lines for host in line.get("excluded", [])] + decision.exclude
         latest = list(dict.fromkeys(reversed(found)))[::-1]
-        spare = (
-            scheduler.nodes_of_partition(scheduler.describe(str(self.job)).get("Partition", "")) - self.spec.nodes - len(self.spec.exclude)
-        )
+        nodes = scheduler.nodes_of_partition(scheduler.describe(str(self.job)).get("Partition", ""))
+        if not nodes:  # Slurm does not say
+            return latest
+        spare = nodes - self.spec.nodes - len(self.spec.exclude)
         return latest[-spare:] if spare > 0 else []
 
     def _end_chain(self, decision: Decision) -> None:

@@ -33,12 +33,12 @@ def missing(accounting: bool = False) -> str | None:
     return None
 
 
-def until(condition: Callable[[], object], seconds: float, what: str, story: Callable[[], str] = str) -> None:
-    """Wait for something that is expected to happen; `story` explains why it may not have."""
+def until(condition: Callable[[], object], seconds: float, what: str, story: Callable[[], str] = str, pause: float = 0.1) -> None:
+    """Wait for something that is expected to happen, looking every `pause` seconds; `story` explains why it may not have."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"not in {seconds:g} s: {what}\n{story()}"
-        time.sleep(0.1)
+        time.sleep(pause)
 
 
 @dataclass

@@ -107,7 +107,7 @@ class Place:
         return self.events(run, name)[count - 1]
 
     def wait_state(self, run: str, state: str, seconds: float = 90) -> watch.Status:
-        until(lambda: self.status(run).state == state, seconds, f"{run} {state}", lambda: self.story(run))
+        until(lambda: self.status(run).state == state, seconds, f"{run} {state}", lambda: self.story(run), pause=1.0)
         return self.status(run)
 
     def story(self, run: str) -> str:
