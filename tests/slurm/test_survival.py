@@ -16,7 +16,7 @@ Curve = list[dict[str, Any]]
 def test_time_limit_saves_requeues_and_goes_on_also_when_a_rank_hangs(place: Place, whole: Curve) -> None:
     """Two runs at once, since the minute has to pass: one stops in order, of the other a rank never does. There Slurm would end the
     supervisor with the ranks, and nobody would put the job back into the queue."""
-    job = place.launch("limit", profile=place.profile("minute", time="1", signal_seconds=20))
+    job = place.launch("limit", profile=place.profile("minute", time="1", signal_seconds=6))
     place.launch("late", profile="minute.yaml")
     place.wait_step("limit", 7)
     with place.paused("limit"):
