@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +26,7 @@ from llada.cli import app
 from llada.errors import UserError
 from llada.tokenizer import train_byte_level_bpe
 from tests.slurm.cluster import Cluster, missing, until
-from tests.workplace import CONFIG, MEASURED
+from tests.workplace import CONFIG, Workplace
 
 PROFILE: dict[str, Any] = {
     "partition": "main",
@@ -38,11 +40,10 @@ PROFILE: dict[str, Any] = {
 STEPS = 20
 
 
-@dataclass
-class Place:
+@dataclass(frozen=True)
+class Place(Workplace):
     """A folder with a corpus, configs and a profile, and the `llada` command in it, whose Slurm is a cluster of the tests."""
 
-    folder: Path
     cluster: Cluster
 
     def write(self, name: str, **sections: Any) -> str:
@@ -93,11 +94,6 @@ class Place:
         path = self.folder / run / "metrics.jsonl"
         raw = path.read_bytes().splitlines() if path.exists() else []
         return max((json.loads(line)["step"] for line in raw if line.endswith(b"}")), default=0)
-
-    def lines(self, run: str) -> list[dict[str, Any]]:
-        """metrics.jsonl without what is measured."""
-        raw = (self.folder / run / "metrics.jsonl").read_text().splitlines()
-        return [{k: v for k, v in json.loads(line).items() if k not in MEASURED} for line in raw]
 
     def wait_step(self, run: str, step: int, seconds: float = 60) -> None:
         until(lambda: self.steps(run) >= step, seconds, f"step {step} of {run}", lambda: self.story(run))
@@ -211,8 +207,6 @@ def whole(cluster: Cluster, corpus: Path) -> list[dict[str, Any]]:
     with at(cluster, corpus) as place:
         config = place.write("whole")
         place.cluster.run("srun", "--nodes=1", "--ntasks=1", "true")
-        import subprocess
-        import sys
 
         words = ["srun", "--nodes=2", "--ntasks-per-node=1", sys.executable, "-W", "ignore", "-m", "llada", "pretrain", config]
         root = str(Path(__file__).parents[2])

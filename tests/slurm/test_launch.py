@@ -264,6 +264,7 @@ def test_a_run_can_be_launched_after_its_data(place: Place) -> None:
     data = {"sequence_length": 64, "mixture": [{"path": "not_yet"}]}
     place.launch("later", "--after", earlier, data=data)
     until(lambda: (place.status("later").reason or "").startswith("Dependency"), 30, "the dependency")
+    assert place.status("later").state == "PENDING" and not (place.folder / "not_yet").exists()
     place.llada("stop", "later")
 
 
@@ -286,6 +287,7 @@ def test_a_limit_that_came_later_is_shown(place: Place) -> None:
     try:
         place.cluster.run("scancel", blocker)
         until(lambda: (place.status("overdue").reason or "").startswith("PartitionTimeLimit (asks for more time"), 30, "the reason")
+        assert place.status("overdue").state == "PENDING"
     finally:
         place.cluster.run("scontrol", "update", "PartitionName=scavenge", "MaxTime=60")
 
