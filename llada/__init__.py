@@ -1,3 +1,7 @@
 """llada: train masked diffusion language models, from text to a Hugging Face folder."""
 
+from llada.device import hide_unwanted_gpus
+
 __version__ = "0.1.0"
+
+hide_unwanted_gpus()

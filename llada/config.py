@@ -115,7 +115,9 @@ class RunConfig(Section):
                     f"and add up to model.num_layers = {m.num_layers}"
                 )
         if p.overlap_param_gather and not p.overlap_grad_reduce:
-            raise ValueError("parallel.overlap_param_gather: true needs parallel.overlap_grad_reduce: true")
+            raise ValueError(
+                "parallel.overlap_param_gather: true needs parallel.overlap_grad_reduce: true; set both to false to do without overlap"
+            )
         if p.virtual_pipeline is not None and p.pipeline == 1:
             raise ValueError(f"parallel.virtual_pipeline: {p.virtual_pipeline} needs parallel.pipeline > 1, which is 1")
         if p.sequence and p.tensor == 1:

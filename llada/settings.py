@@ -283,9 +283,9 @@ class ParallelSection(Section):
     """Layers of each pipeline stage in order (with virtual_pipeline: of each chunk, in the order of the layers); null: equal shares."""
     context: int = Field(default=1, ge=1)
     """Ranks that share a sequence (context parallelism)."""
-    overlap_grad_reduce: bool = False
+    overlap_grad_reduce: bool = True
     """Reduce gradients between replicas while the backward pass goes on."""
-    overlap_param_gather: bool = False
+    overlap_param_gather: bool = True
     """Gather updated parameters between replicas while the next forward pass goes on; needs overlap_grad_reduce."""
     recompute: Literal["none", "selective", "full"] = "none"
     """What the backward pass computes again instead of keeping it: nothing, the attention, or whole layers."""

@@ -1,38 +1,37 @@
-"""Step -> its plan and this replica's micro-batches, prepared in the background. Its whole state is the step number."""
+"""Step -> its plan and this rank's part of it, prepared in the background. Its whole state is the step number."""
 
 from __future__ import annotations
 
 import queue
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from llada.data.base import Plan
-from llada.objectives import Batch
 
-Prepared = tuple[Plan, list[Batch]]
-"""The plan of a step and this replica's micro-batches of it."""
+Prepared = tuple[Plan, list[Any]]
+"""The plan of a step and what the engine prepared of this replica's micro-batches."""
 
 
 class Loader:
     """Iterates over (step, plan, micro-batches) from `first` to `last` (exclusive), `ahead` steps prepared by a thread.
 
     Args:
-        make: step -> plan and micro-batches of this replica; a pure function of the step.
+        make: step -> plan and prepared micro-batches of this replica; a pure function of the step.
         first, last: steps, 0-based.
         ahead: steps held ready.
-        pin: copy batches to page-locked memory (GPU).
 
     An exception in `make` is raised where the step would have been returned.
     """
 
-    def __init__(self, make: Callable[[int], Prepared], first: int, last: int, ahead: int = 2, pin: bool = False) -> None:
-        self._make, self._steps, self._pin = make, range(first, last), pin
+    def __init__(self, make: Callable[[int], Prepared], first: int, last: int, ahead: int = 2) -> None:
+        self._make, self._steps = make, range(first, last)
         self._ready: queue.Queue[object] = queue.Queue(maxsize=ahead)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work, name="loader", daemon=True)
         self._thread.start()
 
-    def __iter__(self) -> Iterator[tuple[int, Plan, list[Batch]]]:
+    def __iter__(self) -> Iterator[tuple[int, Plan, list[Any]]]:
         for step in self._steps:
             item = self._ready.get()
             if isinstance(item, BaseException):
@@ -52,8 +51,7 @@ class Loader:
         for step in self._steps:
             item: object
             try:
-                plan, batches = self._make(step)
-                item = plan, [batch.pin_memory() for batch in batches] if self._pin else batches
+                item = self._make(step)
             except BaseException as error:  # handed to the consumer, which raises it
                 item = error
             if not self._put(item) or isinstance(item, BaseException):

@@ -118,11 +118,18 @@ class Engine(Protocol):
     place: Place
     device: torch.device
 
-    def train_step(self, batches: Sequence[Batch], learning_rate: float, limits: Limits = NO_LIMITS) -> StepResult:
-        """Forward and backward over this replica's micro-batches, then one optimizer update; none when it is not within the limits."""
+    def prepare(self, batch: Batch) -> Any:
+        """What this rank needs of a micro-batch, ready for `train_step`; may be called in another thread. Not collective."""
         ...
 
-    def evaluate(self, batches: Sequence[Batch], num_segments: int) -> torch.Tensor:
+    def train_step(self, batches: Sequence[Any], learning_rate: float, limits: Limits = NO_LIMITS) -> StepResult:
+        """Forward and backward over this replica's micro-batches, then one optimizer update; none when it is not within the limits.
+
+        The micro-batches may come from `prepare` or be whole batches.
+        """
+        ...
+
+    def evaluate(self, batches: Sequence[Any], num_segments: int) -> torch.Tensor:
         """sum(weights * loss) of every segment id over all replicas, float64 [num_segments] on CPU, on every rank."""
         ...
 

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from llada.device import gpu_available
+
 _FIRST_CALL_RACE = ("sin", "cos", "tan", "exp", "log", "tanh", "erf", "sqrt", "expm1", "log1p", "sigmoid")
 
 
@@ -32,7 +34,7 @@ def settle_math() -> None:
 
 def available() -> bool:
     """Whether this process computes on the CPU."""
-    return not torch.cuda.is_available()
+    return not gpu_available()
 
 
 @functools.cache
@@ -55,6 +57,7 @@ def after_import() -> None:
 
     # On a GPU too, even where Transformer Engine or Apex are installed: it leaves out a step on the device.
     optimizer.Adam = torch.optim.AdamW
+    optimizer.USING_PYTORCH_OPTIMIZER = True  # else it hands AdamW the arguments of Transformer Engine's or Apex's Adam
     if not available():
         return
     random._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)

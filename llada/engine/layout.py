@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import gc
+import math
 import os
+import socket
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from llada.device import VARIABLE, gpu_available
 from llada.engine.base import Place
 from llada.errors import UserError
-from llada.objectives.base import Batch
 from llada.settings import ParallelSection
+
+_DEFAULT_TIMEOUT_S = 1800.0
+"""Seconds that a collective may take where no hang timeout is set."""
 
 
 def world_from_environment() -> tuple[int, int, int]:
@@ -41,7 +46,7 @@ def world_from_environment() -> tuple[int, int, int]:
     return rank, size, local
 
 
-def start_process_group(rank: int, size: int, device: torch.device, timeout_s: float = 1800) -> None:
+def start_process_group(rank: int, size: int, device: torch.device, timeout_s: float = _DEFAULT_TIMEOUT_S) -> None:
     """Join the world: NCCL on GPU (with gloo beside it for CPU tensors), gloo on CPU. Alone, no network is touched."""
     if dist.is_initialized():
         return
@@ -54,18 +59,57 @@ def start_process_group(rank: int, size: int, device: torch.device, timeout_s: f
     dist.init_process_group(backend, init_method=init_method, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s))
 
 
-def join_world() -> torch.device:
-    """Join the world that the environment describes, if this process has not; returns its device (the GPU is selected)."""
+def join_world(hang_timeout_s: float = 0) -> torch.device:
+    """Join the world that the environment describes, if this process has not; returns its device (the GPU is selected).
+
+    Args:
+        hang_timeout_s: after which the run's watchdog reports a hang, seconds; 0: never. A collective waits twice as long, so that
+            the report, which names the ranks that hang, comes before NCCL ends the process.
+
+    Raises:
+        UserError: ranks of one machine would share a GPU.
+    """
     if not dist.is_initialized():
         rank, size, local = world_from_environment()
-        if torch.cuda.is_available():
-            torch.cuda.set_device(local % torch.cuda.device_count())
-        start_process_group(rank, size, _device())
+        gpu = gpu_available()
+        if gpu:
+            # One hardware queue: kernels start in the order they were launched, so communication overlaps with what follows.
+            os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+            torch.cuda.set_device(_own_gpu(local, torch.cuda.device_count()))
+        start_process_group(rank, size, _device(), 2 * hang_timeout_s or _DEFAULT_TIMEOUT_S)
+        if gpu and size > 1:
+            _refuse_shared_gpus()
     return _device()
 
 
+def _own_gpu(local_rank: int, visible: int) -> int:
+    """The GPU of this rank: the one that it is alone to see, or the one with its local rank."""
+    if visible == 1:
+        return 0
+    if local_rank >= visible:
+        raise UserError(
+            f"environment: local rank {local_rank} has no GPU of its own, this machine shows {visible}; "
+            f"start at most {visible} ranks on a machine, or compute on the CPU with {VARIABLE}=cpu"
+        )
+    return local_rank
+
+
+def _refuse_shared_gpus() -> None:
+    """NCCL would end with an internal error, or training would be many times too slow."""
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    own = f"{socket.gethostname()} {properties.uuid}"
+    every: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(every, own)
+    sharing = [rank for rank, other in enumerate(every) if other == own]
+    if len(sharing) > 1:
+        raise UserError(
+            f"environment: ranks {', '.join(map(str, sharing))} would share one GPU ({properties.name}); start one rank for each GPU, "
+            f"or compute on the CPU with {VARIABLE}=cpu"
+        )
+
+
 def _device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device()) if gpu_available() else torch.device("cpu")
 
 
 def gather_world(value: Any) -> list[Any]:
@@ -78,8 +122,8 @@ def gather_world(value: Any) -> list[Any]:
     return values
 
 
-def start_model_parallel(parallel: ParallelSection) -> Place:
-    """Create Megatron-Core's process groups and return this rank's place."""
+def start_model_parallel(parallel: ParallelSection, hang_timeout_s: float = 0) -> Place:
+    """Create Megatron-Core's process groups and return this rank's place. Its collectives wait as long as the world's."""
     from megatron.core import parallel_state as state
     from megatron.core import tensor_parallel
 
@@ -90,6 +134,7 @@ def start_model_parallel(parallel: ParallelSection) -> Place:
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
         context_parallel_size=parallel.context,
+        distributed_timeout_minutes=math.ceil((2 * hang_timeout_s or _DEFAULT_TIMEOUT_S) / 60),
     )
     tensor_parallel.model_parallel_cuda_manual_seed(1234)  # unused by us (weights are keyed, dropout is 0); Megatron-Core wants it set
     return Place(dist.get_rank(), dist.get_world_size(), state.get_data_parallel_rank(), state.get_data_parallel_world_size())
@@ -115,11 +160,3 @@ def sample_offsets(global_batch: int, micro_batch: int, data_rank: int, data_siz
     count = global_batch // (micro_batch * data_size)
     firsts = ((i * data_size + data_rank) * micro_batch for i in range(count))
     return [range(first, first + micro_batch) for first in firsts]
-
-
-def context_part(batch: Batch, rank: int, size: int) -> tuple[int, int, torch.Tensor]:
-    """This context rank's contiguous part of the row: first token, past-the-last token, and which predictions lie in it."""
-    share = batch.inputs.shape[1] // size
-    first = rank * share
-    inside = ((batch.columns >= first) & (batch.columns < first + share)).nonzero().squeeze(1)  # on CPU, in the batch's order
-    return first, first + share, inside

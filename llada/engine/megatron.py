@@ -14,7 +14,7 @@ import torch.distributed as dist
 from llada.config import RunConfig
 from llada.engine import cpu
 from llada.engine.base import NO_LIMITS, Limits, Place, StepResult
-from llada.engine.layout import context_part, gather_world, join_world, start_model_parallel, stop_model_parallel
+from llada.engine.layout import gather_world, join_world, start_model_parallel, stop_model_parallel
 from llada.objectives.base import Batch
 from llada.settings import ParallelSection
 
@@ -30,6 +30,7 @@ from megatron.core.transformer import TransformerConfig  # noqa: E402
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset  # noqa: E402
 
 from llada.engine import optimizer_state  # noqa: E402
+from llada.engine.rank_batch import RankBatch, rank_batch  # noqa: E402
 from llada.engine.saving import BackgroundSave, snapshot, write_in_threads  # noqa: E402
 from llada.model import weights  # noqa: E402
 from llada.model.attention import attention_inputs, choose_kernel  # noqa: E402
@@ -57,7 +58,7 @@ class MegatronEngine:
         self.device = join_world()
         config.check_world(dist.get_world_size())
         self.config = config
-        self.place: Place = start_model_parallel(config.parallel)
+        self.place: Place = start_model_parallel(config.parallel, config.run.hang_timeout)
         self.dtype = DTYPES[config.precision]
         self.kernel = choose_kernel(self.device, self.dtype, config.model.head_dim)
         self.transformer_config = _transformer_config(config, self.dtype, self.device)
@@ -78,14 +79,20 @@ class MegatronEngine:
 
     # -- training ------------------------------------------------------------------------------------------------------
 
-    def train_step(self, batches: Sequence[Batch], learning_rate: float, limits: Limits = NO_LIMITS) -> StepResult:
+    def prepare(self, batch: Batch) -> RankBatch:
+        """Cut out what this rank needs of a micro-batch, in page-locked memory where there is a GPU: work for the loader's thread."""
+        part = rank_batch(batch, parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size(), self.kernel)
+        return part.pin_memory() if self.device.type == "cuda" else part
+
+    def train_step(self, batches: Sequence[Batch | RankBatch], learning_rate: float, limits: Limits = NO_LIMITS) -> StepResult:
         """Forward and backward over this replica's micro-batches, then one update, without waiting for the device.
 
         Whether the step is applied is decided on the device: a loss or gradient norm that is not finite, or above its limit, leaves
         weights, moments and step count as they were, on all ranks.
 
         Args:
-            batches: this replica's micro-batches, the same number on every replica.
+            batches: this replica's micro-batches, the same number on every replica; those that `prepare` made are copied to the GPU
+                while it computes.
             learning_rate: of this step.
             limits: what loss and gradient norm must not exceed.
         """
@@ -125,17 +132,18 @@ class MegatronEngine:
         dist.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())
 
     @torch.no_grad()
-    def evaluate(self, batches: Sequence[Batch], num_segments: int) -> torch.Tensor:
+    def evaluate(self, batches: Sequence[Batch | RankBatch], num_segments: int) -> torch.Tensor:
         """sum(weights * loss) of every segment id over all replicas, float64 [num_segments] on CPU, on every rank."""
         sums = torch.zeros(num_segments, dtype=torch.float64, device=self.device)
         self._run(batches, partial(_segment_losses, sums), forward_only=True)
         self._sum_over_replicas(sums)
         return sums.cpu()
 
-    def _run(self, batches: Sequence[Batch], loss: Callable[..., Any], forward_only: bool) -> None:
+    def _run(self, batches: Sequence[Batch | RankBatch], loss: Callable[..., Any], forward_only: bool) -> None:
         for chunk in self.chunks:
             chunk.train(not forward_only)
-        iterators: list[Iterator[Batch]] = [iter(batches) for _ in self.replicas]
+        prepared = [batch if isinstance(batch, RankBatch) else self.prepare(batch) for batch in batches]
+        iterators: list[Iterator[RankBatch]] = [iter(prepared) for _ in self.replicas]
         get_forward_backward_func()(
             forward_step_func=partial(self._forward, loss),
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
@@ -147,31 +155,24 @@ class MegatronEngine:
         )
 
     def _forward(
-        self, loss: Callable[..., Any], iterator: Iterator[Batch], replica: torch.nn.Module
+        self, loss: Callable[..., Any], iterator: Iterator[RankBatch], replica: torch.nn.Module
     ) -> tuple[torch.Tensor, Callable[..., Any]]:
         """One micro-batch through one chunk, as Megatron-Core's schedules ask for it."""
-        batch = next(iterator)
-        context = parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size()
-        first, last, inside = context_part(batch, *context)
+        batch = next(iterator).to(self.device)
         model = self.config.model
         attention = attention_inputs(
-            batch.layout, self._to_device(batch.positions[first:last]), first, model.head_dim, model.rope_theta, self.kernel
+            batch.layout, batch.positions, batch.first, model.head_dim, model.rope_theta, self.kernel, batch.lengths
         )
-        indices = (batch.columns[inside] - first) * batch.inputs.shape[0] + batch.rows[inside]
-        predicted = Predicted(self._to_device(indices), self._to_device(batch.targets[inside]))
-        output = replica(self._to_device(batch.inputs[:, first:last]), attention, predicted)
-        return output, partial(loss, self._to_device(batch.weights[inside]), self._to_device(batch.segments[inside]), batch.normaliser)
-
-    def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(self.device, non_blocking=True)
+        output = replica(batch.inputs, attention, Predicted(batch.indices, batch.targets))
+        return output, partial(loss, batch.weights, batch.segments, batch.normaliser)
 
     @torch.no_grad()
     def logits(self, batch: Batch) -> torch.Tensor:
         """Logits of every position, fp32 [b, L, vocabulary] on CPU. One process only: for verification, not for training."""
-        model = self.config.model
-        attention = attention_inputs(batch.layout, self._to_device(batch.positions), 0, model.head_dim, model.rope_theta, self.kernel)
+        model, whole = self.config.model, self.prepare(batch).to(self.device)
+        attention = attention_inputs(whole.layout, whole.positions, 0, model.head_dim, model.rope_theta, self.kernel, whole.lengths)
         self.chunks[0].eval()
-        return self.chunks[0](self._to_device(batch.inputs), attention).transpose(0, 1).float().cpu()
+        return self.chunks[0](whole.inputs, attention).transpose(0, 1).float().cpu()
 
     # -- construction --------------------------------------------------------------------------------------------------
 
@@ -440,6 +441,7 @@ def _transformer_config(config: RunConfig, dtype: torch.dtype, device: torch.dev
         # Batched p2p with two stages and virtual stages gives silently wrong gradients: never with virtual stages.
         overlap_p2p_comm=overlapped,
         batch_p2p_comm=not overlapped,
+        batch_p2p_sync=False,  # it works around a fault of torch before 1.13, and waits for the device in every exchange
         deterministic_mode=config.run.deterministic and gpu,
         use_te_activation_func=True,  # our SwiGLU
         bias_activation_fusion=False,

@@ -1,8 +1,9 @@
 """Bidirectional attention over segments, the one place that chooses a kernel.
 
-In bf16 on a GPU: flash-attn (4, 3 or 2, whichever is installed and made for the GPU); without it torch's variable-length flash
-attention where rows are cut into segments, and torch's scaled dot product for whole rows. On CPU, and in fp32 on a GPU, torch's
-scaled dot product per segment. On a GPU the unfused math kernel is never used silently: it is refused.
+In bf16 on a GPU, rows that are cut into segments need a variable-length kernel: flash-attn (4, 3 or 2, whichever is installed and
+made for the GPU), else torch's own. Rows of one segment go to flash-attn too where it is the fastest, and else to torch's scaled dot
+product, which prefers cuDNN on Hopper and newer. On CPU, and in fp32 on a GPU, torch's scaled dot product runs once per segment. On
+a GPU the unfused math kernel is never used silently: it is refused.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import inspect
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +24,8 @@ from llada.errors import RunError, UserError
 from llada.objectives.base import Segments
 
 Varlen = Callable[..., torch.Tensor]
+
+_HOPPER = 9  # major compute capability
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,30 @@ class Kernel:
     call: Varlen
     whole_rows: bool
 
+    def computes(self, layout: Segments) -> bool:
+        """Whether this kernel, and not torch's scaled dot product, computes rows cut like these."""
+        return self.whole_rows or not layout.whole()
+
+
+@dataclass(frozen=True)
+class SegmentLengths:
+    """Where segments begin and end, as variable-length kernels want it: cumulative over the flattened tokens of a micro-batch.
+
+    Rows with equal boundaries need no flattening: attention treats heads alike, so the rows are handed over as further heads of one
+    row, which is a view of [s, b, h, d] tensors and not a copy.
+
+    Attributes:
+        queries, keys: cumulative lengths of the local queries and of all keys, int32 [segments + 1].
+        longest_query, longest_key: of a segment, tokens.
+        rows_are_heads: the lengths are of one row, and hold for every row.
+    """
+
+    queries: torch.Tensor
+    keys: torch.Tensor
+    longest_query: int
+    longest_key: int
+    rows_are_heads: bool
+
 
 @dataclass(frozen=True)
 class AttentionInputs:
@@ -49,9 +77,7 @@ class AttentionInputs:
         offset: position of this rank's first query token (context parallelism), in tokens.
         cos, sin: rotary tables of this rank's tokens, fp32 [s, 1, 1, head_dim / 2].
         kernel: the variable-length kernel that computes it; None: torch's scaled dot product, per segment.
-        cu_seqlens_q, cu_seqlens_k: for it, cumulative segment lengths in the row-major flattening of the local queries and of
-            all keys, int32 [segments + 1] on the GPU.
-        max_q, max_k: longest segment, in tokens.
+        lengths: for the kernel, on the device of the tensors.
     """
 
     layout: Segments
@@ -59,10 +85,7 @@ class AttentionInputs:
     cos: torch.Tensor
     sin: torch.Tensor
     kernel: Kernel | None = None
-    cu_seqlens_q: torch.Tensor | None = None
-    cu_seqlens_k: torch.Tensor | None = None
-    max_q: int = 0
-    max_k: int = 0
+    lengths: SegmentLengths | None = None
 
     @property
     def qkv_format(self) -> str:
@@ -111,18 +134,36 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return _Rotation.apply(x, cos, sin)
 
 
-def segment_lengths(layout: Segments, offset: int, length: int) -> tuple[list[int], list[int]]:
-    """Tokens of every segment, row by row: those among the local queries [offset, offset + length), and all of its keys."""
+def segment_lengths(layout: Segments, offset: int, length: int) -> SegmentLengths:
+    """Lengths of all segments, row by row, on CPU.
+
+    Args:
+        layout: segments of the whole rows, whose keys all ranks have.
+        offset, length: the local queries are tokens [offset, offset + length) of every row. A segment without a local query has a
+            query length of 0.
+    """
+    equal = len(set(layout.bounds)) == 1
     queries, keys = [], []
-    for bounds in layout.bounds:
+    for bounds in layout.bounds[:1] if equal else layout.bounds:
         for start, end in itertools.pairwise(bounds):
             queries.append(max(0, min(end, offset + length) - max(start, offset)))
             keys.append(end - start)
-    return queries, keys
+    return SegmentLengths(_cumulative(queries), _cumulative(keys), max(queries), max(keys), rows_are_heads=equal)
+
+
+def _cumulative(lengths: list[int]) -> torch.Tensor:
+    """0 and the running sums, int32 [n + 1]."""
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
 
 
 def attention_inputs(
-    layout: Segments, positions: torch.Tensor, offset: int, head_dim: int, theta: float, kernel: Kernel | None
+    layout: Segments,
+    positions: torch.Tensor,
+    offset: int,
+    head_dim: int,
+    theta: float,
+    kernel: Kernel | None = None,
+    lengths: SegmentLengths | None = None,
 ) -> AttentionInputs:
     """Prepare what the layers of one micro-batch share.
 
@@ -131,17 +172,11 @@ def attention_inputs(
         positions: this rank's rotary positions [s], on the device.
         offset: index of this rank's first token in the row.
         head_dim, theta: of the rotary embedding.
-        kernel: a variable-length kernel, for which the cumulative lengths are built too; None: torch's scaled dot product.
+        kernel, lengths: a variable-length kernel and, on the device, the lengths for it; without lengths torch's scaled dot product
+            computes this micro-batch.
     """
     cos, sin = rotary_tables(positions, head_dim, theta)
-    if kernel is None or (layout.whole() and not kernel.whole_rows):
-        return AttentionInputs(layout, offset, cos, sin)
-    queries, keys = segment_lengths(layout, offset, len(positions))
-
-    def cumulative(lengths: list[int]) -> torch.Tensor:
-        return F.pad(torch.tensor(lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0)).to(positions.device, non_blocking=True)
-
-    return AttentionInputs(layout, offset, cos, sin, kernel, cumulative(queries), cumulative(keys), max(queries), max(keys))
+    return AttentionInputs(layout, offset, cos, sin, kernel if lengths is not None else None, lengths)
 
 
 def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -162,10 +197,13 @@ def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 
 
 def fused_kernels_only() -> contextlib.AbstractContextManager[None]:
-    """Restrict torch's scaled dot product attention to its fused kernels."""
+    """Restrict torch's scaled dot product attention to its fused kernels, and on Hopper and newer prefer cuDNN's, the fastest there."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION])
+    fused = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+    if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= _HOPPER:
+        fused = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+    return sdpa_kernel(fused, set_priority=True)
 
 
 def segmented_sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, inputs: AttentionInputs) -> torch.Tensor:
@@ -205,12 +243,15 @@ def varlen_kernel(capability: int) -> Kernel | None:
             function = importlib.import_module(module).flash_attn_varlen_func
         except (ImportError, AttributeError):
             continue
-        return Kernel(name, functools.partial(_call_flash_attn, function), whole_rows=True)
+        # On Hopper and newer cuDNN, behind torch's scaled dot product, beats flash-attn 2, which was written for Ampere.
+        whole_rows = name != "flash-attn 2" or capability < _HOPPER
+        return Kernel(name, functools.partial(_call_flash_attn, function), whole_rows)
     try:
         function = importlib.import_module("torch.nn.attention.varlen").varlen_attn
     except (ImportError, AttributeError):
         return None
-    return Kernel("torch varlen", functools.partial(_call_torch_varlen, function), whole_rows=False)
+    shares_keys = "enable_gqa" in inspect.signature(function).parameters  # else every query head needs keys of its own
+    return Kernel("torch varlen", functools.partial(_call_torch_varlen, function, shares_keys), whole_rows=False)
 
 
 def kernel_name() -> str:
@@ -228,11 +269,21 @@ def _call_flash_attn(
 
 
 def _call_torch_varlen(
-    function: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_q: torch.Tensor, cu_k: torch.Tensor, max_q: int, max_k: int
+    function: Any,
+    shares_keys: bool,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_q: torch.Tensor,
+    cu_k: torch.Tensor,
+    max_q: int,
+    max_k: int,
 ) -> torch.Tensor:
-    if k.shape[1] != q.shape[1]:
+    grouped = k.shape[1] != q.shape[1]
+    if grouped and not shares_keys:
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    return function(q, k, v, cu_q, cu_k, max_q, max_k)
+    more = {"enable_gqa": True} if grouped and shares_keys else {}
+    return function(q, k, v, cu_q, cu_k, max_q, max_k, **more)
 
 
 def choose_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> Kernel | None:
@@ -257,9 +308,24 @@ def choose_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> Ke
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, inputs: AttentionInputs) -> torch.Tensor:
     """Attention of q [s, b, h, d] (this rank's tokens) to k, v [L, b, g, d] (whole rows) within segments; [s, b, h, d]."""
-    if inputs.kernel is None:
+    lengths = inputs.lengths
+    if inputs.kernel is None or lengths is None:
         return segmented_sdpa(q, k, v, inputs)
     s, b = q.shape[:2]
-    flat = [x.transpose(0, 1).reshape(-1, *x.shape[2:]) for x in (q, k, v)]
-    out = inputs.kernel.call(*flat, inputs.cu_seqlens_q, inputs.cu_seqlens_k, inputs.max_q, inputs.max_k)
+    # [tokens, heads, d]. With r query heads a key head, query head i of row b is head b h + i here and its key head
+    # (b h + i) // r = b g + i // r: that of the same row.
+    flatten = _rows_as_heads if lengths.rows_are_heads else _rows_end_to_end
+    out = inputs.kernel.call(flatten(q), flatten(k), flatten(v), lengths.queries, lengths.keys, lengths.longest_query, lengths.longest_key)
+    if lengths.rows_are_heads:
+        return out.view(q.shape)
     return out.view(b, s, *q.shape[2:]).transpose(0, 1)
+
+
+def _rows_as_heads(x: torch.Tensor) -> torch.Tensor:
+    """[s, b, h, d] -> [s, b h, d], a view."""
+    return x.flatten(1, 2)
+
+
+def _rows_end_to_end(x: torch.Tensor) -> torch.Tensor:
+    """[s, b, h, d] -> [b s, h, d], a copy."""
+    return x.transpose(0, 1).flatten(0, 1)

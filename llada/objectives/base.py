@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -139,11 +139,6 @@ class Batch:
     segments: torch.Tensor
     normaliser: float
     samples: tuple[int, ...]
-
-    def pin_memory(self) -> Batch:
-        """The same batch in page-locked memory, for asynchronous copies to a GPU."""
-        tensors = {name: value.pin_memory() for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
-        return replace(self, **tensors)  # type: ignore[arg-type]  # only its tensors
 
 
 def collate(windows: Sequence[Window], corrupted: Sequence[Corrupted], normaliser: float) -> Batch:

@@ -19,6 +19,7 @@ from llada.data.loader import Loader, Prepared
 from llada.data.sft import ReplyReader
 from llada.data.tasks import open_data
 from llada.engine.base import StepResult
+from llada.engine.determinism import use_deterministic_algorithms
 from llada.engine.layout import join_world, sample_offsets, world_from_environment
 from llada.engine.megatron import DTYPES, MegatronEngine
 from llada.errors import UserError
@@ -95,7 +96,9 @@ class Run:
         rank, size, _ = world_from_environment()
         config.check_world(size)
         record_collectives(self.folder / "flight_recorder")
-        join_world()
+        if config.run.deterministic:
+            use_deterministic_algorithms()
+        join_world(config.run.hang_timeout)
         self.schedule = Schedule(config.schedule, config.tokens_per_step)
         if self.schedule.steps is not None and self.schedule.steps < config.train.steps:
             self.schedule.learning_rate(config.train.steps - 1)  # raises with the setting's name
@@ -133,16 +136,15 @@ class Run:
 
     def batches(self) -> Loader:
         """(step, plan, micro-batches of this replica) for every step that is left."""
-        self.loader = Loader(self.make_batches, self.first, self.config.train.steps, pin=self.device.type == "cuda")
+        self.loader = Loader(self.make_batches, self.first, self.config.train.steps)
         return self.loader
 
     def make_batches(self, step: int) -> Prepared:
-        """The plan and this replica's micro-batches of a step (0-based); a pure function of config and data."""
+        """The plan and this rank's part of a step's micro-batches (0-based); a pure function of config and data."""
         plan = self.data.plan(step)
         batch, place = self.config.batch, self.place
-        return plan, [
-            self.data.batch(plan, offsets) for offsets in sample_offsets(batch.global_, batch.micro, place.data_rank, place.data_size)
-        ]
+        own = sample_offsets(batch.global_, batch.micro, place.data_rank, place.data_size)
+        return plan, [self.engine.prepare(self.data.batch(plan, offsets)) for offsets in own]
 
     def record(self, step: int, plan: Plan, result: StepResult) -> None:
         """Note one step (0-based) once its numbers are there; on a GPU that is while the next step computes."""
@@ -325,12 +327,9 @@ def _make_folder(folder: Path) -> None:
 
 
 def _set_threads(config: RunConfig, world_size: int) -> int:
-    """Fix torch's CPU threads, which decide the order of sums, and the deterministic kernels."""
+    """Fix torch's CPU threads, which decide the order of sums."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", "1" if world_size == 1 else str(world_size))))
     # The launcher, which may narrow the cores of a rank to those near its GPU, says how many it has to itself.
     threads = config.run.threads or int(os.environ.get("LLADA_THREADS", "0")) or max(1, len(os.sched_getaffinity(0)) // local)
     torch.set_num_threads(threads)
-    if config.run.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
     return threads

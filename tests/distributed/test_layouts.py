@@ -23,13 +23,14 @@ RATES = [1e-3 * (step + 1) / 10 for step in range(STEPS)]
 EIGHT = {"num_layers": 8}
 FOUR_GROUPS = {"num_query_groups": 4}
 TIED = {"tie_embeddings": True}
-OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
-ALL_ON = {"tensor": 2, "sequence": True, "pipeline": 2, "virtual_pipeline": 2, "recompute": "full", **OVERLAP}
+NO_GATHER = {"overlap_param_gather": False}
+NO_OVERLAP = {"overlap_grad_reduce": False, **NO_GATHER}
+ALL_ON = {"tensor": 2, "sequence": True, "pipeline": 2, "virtual_pipeline": 2, "recompute": "full"}
 
 LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "DP8": ({}, {}),
-    "DP8, overlap": (OVERLAP, {}),
-    "DP8, gradients overlap": ({"overlap_grad_reduce": True}, {}),
+    "DP8, no overlap": (NO_OVERLAP, {}),
+    "DP8, gradients alone overlap": (NO_GATHER, {}),
     "DP8, full recompute": ({"recompute": "full"}, {}),
     "TP2 x DP4": ({"tensor": 2}, {}),
     "TP2+SP x DP4": ({"tensor": 2, "sequence": True}, {}),
@@ -173,7 +174,7 @@ def broken_steps(parallel: dict[str, Any]) -> dict[str, Any]:
         engine.close()
 
 
-@pytest.mark.parametrize("parallel", [{}, {"tensor": 2, "pipeline": 2, "overlap_grad_reduce": True, "overlap_param_gather": True}])
+@pytest.mark.parametrize("parallel", [NO_OVERLAP, {"tensor": 2, "pipeline": 2}])
 def test_a_step_that_one_rank_cannot_take_is_left_out_by_all(parallel: dict[str, Any], pool: RankPool) -> None:
     answers = pool.run(broken_steps, parallel)
     assert [answer["applied"] for answer in answers] == [[False, False, False, True]] * len(answers)

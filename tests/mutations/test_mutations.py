@@ -34,8 +34,8 @@ MUTATIONS = {
     ),
     "tensor ranks that read different tokens": Mutation(
         "llada/engine/megatron.py",
-        "replica(self._to_device(batch.inputs[:, first:last])",
-        "replica(self._to_device(batch.inputs[:, first:last].roll(parallel_state.get_tensor_model_parallel_rank(), 1))",
+        "replica(batch.inputs, attention",
+        "replica(batch.inputs.roll(parallel_state.get_tensor_model_parallel_rank(), 1), attention",
         f"{LAYOUTS}[TP2 x DP4]",
     ),
     "noise that starts over after a resume": Mutation(

@@ -1,0 +1,18 @@
+"""Kernels and collectives that give the same bits every time, for run.deterministic on a GPU."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+
+def use_deterministic_algorithms() -> None:
+    """Make torch, cuBLAS and NCCL repeat every sum in the same order; before the first of their calls on a GPU.
+
+    Variables that are set already stay.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS: no workspace shared between streams
+    os.environ.setdefault("NCCL_ALGO", "Ring")  # NCCL otherwise chooses by message size and topology
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a search for bugs that costs a pass over every new tensor
