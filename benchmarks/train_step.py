@@ -5,18 +5,22 @@
 
 Ours is the engine of every run, on the layout that is asked for. Two plain loops (a module of nn.Linear and scaled dot product
 attention, fused AdamW, one process) train the same shape on the same masked tokens: one with the logits of every position, as one
-would write it first, one with those of the predicted positions only, the same arithmetic as ours. Steps alternate, so that a noisy
-machine disturbs all alike; ratios are medians over neighbouring steps. The floor is the step's FLOPs at the rate of a large matrix
-product. On a GPU the default is the width of LLaDA 8B: two layers with the plain loops, then as many layers as fit without them.
+would write it first, one with those of the predicted positions only, the same arithmetic as ours. In bf16 all three keep fp32
+masters, moments and accumulated gradients. Steps alternate, so that a noisy machine disturbs all alike; ratios are medians over
+neighbouring steps. The floor is the step's FLOPs at the rate of a large matrix product. On a GPU the default is the width of LLaDA
+8B: two layers beside each plain loop, then as many layers as fit alone, with 4 and with 16 micro-batches a step.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,6 +36,10 @@ from llada.errors import UserError
 from llada.model.flops import StepFlops, measured_matmul, peak_flops, step_flops
 from llada.noise import random_lengths, timesteps
 from llada.objectives import Batch, MaskedDiffusion, Window, collate
+from llada.settings import ModelSection
+
+PLAIN_LOOPS = {"every_position": True, "same_arithmetic": False}
+"""Name of a plain loop, and whether it computes the logits of every position."""
 
 
 class PlainModel(torch.nn.Module):
@@ -87,7 +95,7 @@ class PlainLoop:
     """Forward, weighted cross-entropy, backward, clip, AdamW.
 
     Args:
-        config: the shape.
+        config: the shape; in bf16 the loop keeps fp32 masters, moments and accumulated gradients, as the engine does.
         device: where.
         every_position: logits of every position, as one would write it first; else of the predicted ones, the engine's arithmetic.
     """
@@ -95,18 +103,35 @@ class PlainLoop:
     def __init__(self, config: RunConfig, device: torch.device, every_position: bool) -> None:
         self.device, self.every_position = device, every_position
         self.model = PlainModel(config).to(device, DTYPES[config.precision])
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+        self.parameters = list(self.model.parameters())
+        self.masters = self.parameters
+        if config.precision == "bf16":
+            self.masters = [torch.nn.Parameter(parameter.detach().float()) for parameter in self.parameters]
+            for master in self.masters:
+                master.grad = torch.zeros_like(master)
+        self.optimizer = torch.optim.AdamW(self.masters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
     def step(self, batches: list[Batch]) -> float:
-        self.optimizer.zero_grad()
-        total = 0.0
+        masters_apart = self.masters is not self.parameters
+        self.optimizer.zero_grad(set_to_none=not masters_apart)
+        total = torch.zeros((), device=self.device)
         for batch in batches:
             loss = self.loss(batch) / batch.normaliser
             loss.backward()
-            total += loss.item()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            total += loss.detach()
+            if masters_apart:
+                self._accumulate()
+        torch.nn.utils.clip_grad_norm_(self.masters, 1.0)
         self.optimizer.step()
-        return total
+        if masters_apart:
+            torch._foreach_copy_([parameter.detach() for parameter in self.parameters], [master.detach() for master in self.masters])
+        return total.item()
+
+    def _accumulate(self) -> None:
+        """Add the gradients of a micro-batch to those in fp32."""
+        for master, parameter in zip(self.masters, self.parameters, strict=True):
+            master.grad.add_(parameter.grad)
+            parameter.grad = None
 
     def loss(self, batch: Batch) -> torch.Tensor:
         place, targets, weights = (batch.rows, batch.columns), batch.targets, batch.weights
@@ -141,13 +166,14 @@ def make_batches(config: RunConfig, step: int, whole_rows: bool) -> tuple[list[B
     return batches, step_flops(config.model, lengths.tolist(), sum(len(c.predicted) for c in corrupted), length)
 
 
-def config_of(args: argparse.Namespace, vocabulary: int, layers: int) -> RunConfig:
+def config_of(args: argparse.Namespace, vocabulary: int, layers: int, rows: int) -> RunConfig:
+    micro = args.micro or max(1, rows // dist.get_world_size())
     return build_config(
         {
             "precision": args.precision,
             "run": {"dir": "unused"},
             "train": {"steps": 1},
-            "batch": {"global": args.rows, "micro": args.micro},
+            "batch": {"global": rows, "micro": micro},
             "data": {"sequence_length": args.sequence_length, "mixture": [{"path": "unused"}]},
             "model": {
                 "num_layers": layers,
@@ -173,30 +199,39 @@ def timed(call: Any, device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def measure(config: RunConfig, steps: int, plain: bool) -> dict[str, Any]:
-    """Median step time of the engine, and its ratio to the plain loops (on the first rank, alternating) and to the floor."""
-    engine = MegatronEngine(config)
+def measure(config: RunConfig, steps: int, plain: str | None, profile: str | None = None) -> dict[str, Any]:
+    """Median step time of the engine, its ratio to a plain loop (on the first rank, alternating) and to the floor.
+
+    Args:
+        config: the shape.
+        steps: measured, after two to warm up.
+        plain: which of PLAIN_LOOPS; None: the engine alone.
+        profile: file for a table of one more step's kernels by time, from the first rank.
+    """
+    engine = MegatronEngine(config, initialise=random_weights)
     place, device = engine.place, engine.device
     try:
-        kinds = {"plain_every_position": True, "plain_same_arithmetic": False} if plain else {}
-        loops = {name: PlainLoop(config, device, every) for name, every in kinds.items()} if place.is_main else {}
-        seconds: dict[str, list[float]] = {name: [] for name in ("ours", *kinds)}
+        loop = PlainLoop(config, device, PLAIN_LOOPS[plain]) if plain and place.is_main else None
+        seconds: dict[str, list[float]] = {"ours": [], "plain": []}
         for step in range(steps + 2):
-            batches, flops = make_batches(config, step, whole_rows=plain)
+            batches, flops = make_batches(config, step, whole_rows=plain is not None)
             offsets = sample_offsets(config.batch.global_, config.batch.micro, place.data_rank, place.data_size)
-            own = [batches[part[0] // config.batch.micro] for part in offsets]
+            own = [engine.prepare(batches[part[0] // config.batch.micro]) for part in offsets]
             took = {"ours": timed(lambda own=own: engine.train_step(own, 1e-4).loss, device)}
-            for name in kinds:
-                took[name] = timed(lambda name=name, all_=batches: loops[name].step(all_) if name in loops else None, device)
-            if step >= 2:  # two steps to warm up
+            if plain:
+                took["plain"] = timed(lambda all_=batches: loop.step(all_) if loop else None, device)
+            if step >= 2:
                 for name, value in took.items():
                     seconds[name].append(value)
+        if profile:
+            write_profile(Path(profile), lambda: engine.train_step(own, 1e-4).loss, place.is_main)
         peak, source = peak_flops(device, DTYPES[config.precision])
         floor = flops.actual / place.world_size / measured_matmul(device, DTYPES[config.precision])
         step_time, capacity = statistics.median(seconds["ours"]), peak * place.world_size
         return {
             "vocabulary": config.model.vocab_size,
             "layers": config.model.num_layers,
+            "micro_batches": len(own),
             "ranks": place.world_size,
             "tokens_per_second": round(config.tokens_per_step / step_time, 1),
             "tflops_per_rank": round(flops.actual / step_time / place.world_size / 1e12, 4),
@@ -206,15 +241,39 @@ def measure(config: RunConfig, steps: int, plain: bool) -> dict[str, Any]:
             "peak": f"{peak / 1e12:.3g} TFLOP/s a rank, {source}",
             "memory_gb": round(engine.peak_memory_gb(), 2),
             "time_over_floor": round(step_time / floor, 3),
-            **{f"time_over_{name}": _ratio(seconds["ours"], seconds[name]) for name in kinds},
+            **({f"time_over_plain_{plain}": _ratio(seconds["ours"], seconds["plain"])} if plain else {}),
         }
     finally:
         engine.close()
 
 
+def random_weights(model: ModelSection, seed: int, parameters: dict[str, torch.nn.Parameter], rank: int, size: int) -> None:
+    """Drawn on the device: the keyed initialisation takes a minute of CPU time for 8B parameters, and values do not matter here."""
+    for parameter in parameters.values():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=model.hidden_size**-0.5)
+
+
+def write_profile(path: Path, step: Callable[[], object], main_rank: bool) -> None:
+    """A table of a step's operators by the device's time."""
+    with torch.profiler.profile() as profiler:
+        step()
+    if main_rank:
+        by = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+        path.write_text(profiler.key_averages().table(sort_by=by, row_limit=40, max_name_column_width=80))
+
+
 def _ratio(ours: list[float], theirs: list[float]) -> float:
     """Median over pairs of neighbouring steps."""
     return round(statistics.median(a / b for a, b in zip(ours, theirs, strict=True)), 3)
+
+
+def free_gpu_memory() -> None:
+    """Engines that were closed live on in reference cycles, and with them their memory."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def layers_that_fit(args: argparse.Namespace, vocabulary: int) -> int:
@@ -235,18 +294,19 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=32 if gpu else 4)
     parser.add_argument("--ffn-hidden-size", type=int, default=12288 if gpu else 768)
     parser.add_argument("--sequence-length", type=int, default=4096 if gpu else 256)
-    parser.add_argument("--rows", type=int, default=4 if gpu else 16, help="sequences per step")
+    parser.add_argument("--rows", type=int, nargs="+", default=[4, 16] if gpu else [16], help="sequences per step")
     parser.add_argument("--micro", type=int, default=1 if gpu else 0, help="sequences per micro-batch; 0: the rows divided by the ranks")
     parser.add_argument("--precision", default="bf16" if gpu else "fp32", choices=["fp32", "bf16"])
     parser.add_argument("--steps", type=int, default=8 if gpu else 20, help="measured steps")
     parser.add_argument("--parallel", nargs="*", default=[], metavar="KEY: VALUE", help="settings of the parallel section, as 'tensor: 2'")
+    parser.add_argument("--profile", metavar="FILE", help="write a table of the kernels of one step, of the last shape measured")
     args = parser.parse_args()
     join_world()
-    args.micro = args.micro or max(1, args.rows // dist.get_world_size())
     main_rank = dist.get_rank() == 0
 
-    def report(vocabulary: int, layers: int, plain: bool) -> None:
-        result = measure(config_of(args, vocabulary, layers), args.steps, plain)
+    def report(vocabulary: int, layers: int, rows: int, plain: str | None, profile: str | None = None) -> None:
+        free_gpu_memory()
+        result = measure(config_of(args, vocabulary, layers, rows), args.steps, plain, profile)
         if main_rank:
             print(json.dumps(result), flush=True)
 
@@ -254,10 +314,13 @@ def main() -> None:
         device = torch.cuda.get_device_name() if gpu else "CPU"
         print(f"{device}, torch {torch.__version__}, {torch.get_num_threads()} threads a rank, {args.precision}")
     for vocabulary in args.vocabularies:
-        report(vocabulary, args.layers or (2 if gpu else 4), plain=True)
+        for plain in PLAIN_LOOPS:
+            report(vocabulary, args.layers or (2 if gpu else 4), args.rows[0], plain)
         if gpu and not args.layers:
-            torch.cuda.empty_cache()
-            report(vocabulary, layers_that_fit(args, vocabulary), plain=False)
+            free_gpu_memory()
+            layers = layers_that_fit(args, vocabulary)
+            for rows in args.rows:
+                report(vocabulary, layers, rows, None, args.profile)
 
 
 if __name__ == "__main__":

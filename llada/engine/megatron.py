@@ -16,7 +16,7 @@ from llada.engine import cpu
 from llada.engine.base import NO_LIMITS, Limits, Place, StepResult
 from llada.engine.layout import gather_world, join_world, start_model_parallel, stop_model_parallel
 from llada.objectives.base import Batch
-from llada.settings import ParallelSection
+from llada.settings import ModelSection, ParallelSection
 
 cpu.before_import()
 
@@ -40,6 +40,9 @@ from llada.model.transformer import BidirectionalTransformer, Predicted  # noqa:
 
 cpu.after_import()
 
+Initialise = Callable[[ModelSection, int, dict[str, torch.nn.Parameter], int, int], None]
+"""Fills a rank's parameters in place, from the model's shape, the seed, and the tensor rank and size."""
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -52,9 +55,12 @@ class MegatronEngine:
         config: the run.
         token_loss: name of the loss kernel, from the objective.
         training: false builds the model alone, for `load_weights` and `logits`: no gradients, no optimizer.
+        initialise: fills a chunk's parameters; the keyed initialisation of `llada.model.weights` unless a benchmark wants less work.
     """
 
-    def __init__(self, config: RunConfig, token_loss: str = "cross_entropy", training: bool = True) -> None:
+    def __init__(
+        self, config: RunConfig, token_loss: str = "cross_entropy", training: bool = True, initialise: Initialise = weights.initialise
+    ) -> None:
         self.device = join_world()
         config.check_world(dist.get_world_size())
         self.config = config
@@ -65,7 +71,7 @@ class MegatronEngine:
         self.chunks = self._build_chunks(KERNELS[token_loss])
         for chunk in self.chunks:
             _mark_sharded(self._parameters(chunk))
-            weights.initialise(config.model, config.seed, self._parameters(chunk), *self._tensor_place())
+            initialise(config.model, config.seed, self._parameters(chunk), *self._tensor_place())
         if not training:
             return
         self.replicas = [self._replicate(chunk) for chunk in self.chunks]

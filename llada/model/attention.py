@@ -233,9 +233,9 @@ _FLASH_ATTN = (
 """Name, module, and the first and last major compute capability whose GPUs it is made for; its kernels fail on others."""
 
 
-@functools.cache
-def varlen_kernel(capability: int) -> Kernel | None:
-    """The variable-length flash kernel for bf16 on a GPU of this major compute capability, newest first; None when there is none."""
+def installed_kernels(capability: int) -> list[Kernel]:
+    """The variable-length flash kernels for bf16 on a GPU of this major compute capability, the fastest first."""
+    found = []
     for name, module, (first, last) in _FLASH_ATTN:
         if not first <= capability <= last:
             continue
@@ -245,13 +245,18 @@ def varlen_kernel(capability: int) -> Kernel | None:
             continue
         # On Hopper and newer cuDNN, behind torch's scaled dot product, beats flash-attn 2, which was written for Ampere.
         whole_rows = name != "flash-attn 2" or capability < _HOPPER
-        return Kernel(name, functools.partial(_call_flash_attn, function), whole_rows)
-    try:
+        found.append(Kernel(name, functools.partial(_call_flash_attn, function), whole_rows))
+    with contextlib.suppress(ImportError, AttributeError):
         function = importlib.import_module("torch.nn.attention.varlen").varlen_attn
-    except (ImportError, AttributeError):
-        return None
-    shares_keys = "enable_gqa" in inspect.signature(function).parameters  # else every query head needs keys of its own
-    return Kernel("torch varlen", functools.partial(_call_torch_varlen, function, shares_keys), whole_rows=False)
+        shares_keys = "enable_gqa" in inspect.signature(function).parameters  # else every query head needs keys of its own
+        found.append(Kernel("torch varlen", functools.partial(_call_torch_varlen, function, shares_keys), whole_rows=False))
+    return found
+
+
+@functools.cache
+def varlen_kernel(capability: int) -> Kernel | None:
+    """The one of `installed_kernels` that runs use; None when there is none."""
+    return next(iter(installed_kernels(capability)), None)
 
 
 def kernel_name() -> str:

@@ -67,9 +67,9 @@ def segment_ids(batch: Batch) -> torch.Tensor:
 
 
 def canonical(engine: MegatronEngine, what: str = "weights") -> dict[str, torch.Tensor]:
-    """The engine's weights or gradients by canonical name; one process."""
+    """Copies of the engine's weights or gradients by canonical name, on CPU; one process."""
     parameters = engine.parameters()
-    tensors = {n: p.detach().clone() if what == "weights" else p.main_grad.clone() for n, p in parameters.items()}
+    tensors = {n: (p.detach() if what == "weights" else p.main_grad).cpu().clone() for n, p in parameters.items()}
     return weights.gather(engine.config.model, [(tensors, 0, 1)])
 
 
