@@ -287,6 +287,8 @@ class ParallelSection(Section):
     """Reduce gradients between replicas while the backward pass goes on."""
     overlap_param_gather: bool = True
     """Gather updated parameters between replicas while the next forward pass goes on; needs overlap_grad_reduce."""
+    bucket_size: int | None = Field(default=None, ge=1)
+    """Parameters whose gradients (and updated values) are exchanged together; null: 40 million, or a million a replica if that is more."""
     recompute: Literal["none", "selective", "full"] = "none"
     """What the backward pass computes again instead of keeping it: nothing, the attention, or whole layers."""
 

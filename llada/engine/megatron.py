@@ -206,6 +206,7 @@ class MegatronEngine:
             grad_reduce_in_fp32=True,
             overlap_grad_reduce=parallel.overlap_grad_reduce,
             overlap_param_gather=parallel.overlap_param_gather,
+            bucket_size=parallel.bucket_size,
         )
         return DistributedDataParallel(self.transformer_config, ddp, chunk)
 

@@ -150,6 +150,9 @@ class BidirectionalTransformer(GPTModel):
             vp_stage=vp_stage,
         )
         self.token_loss = token_loss
+        if post_process:
+            # Called as a module, so that hooks run: with overlap_param_gather one of them waits for the head's updated weights.
+            self.output_layer.forward = self._head
 
     def forward(self, input_ids: torch.Tensor | None, attention: AttentionInputs, predicted: Predicted | None = None) -> torch.Tensor:
         """Run this chunk.
@@ -176,7 +179,11 @@ class BidirectionalTransformer(GPTModel):
         return self.token_loss(self.logits(flat.index_select(0, predicted.indices)), predicted.targets)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The head on [..., d]: [..., vocabulary / tensor] of this rank.
+        """The head on [..., d]: [..., vocabulary / tensor] of this rank."""
+        return self.output_layer(hidden)
+
+    def _head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The forward pass of the output layer.
 
         Megatron-Core's functional linear is called with its flags spelled out. The module's own forward would add a second
         all-reduce of the input gradient once sequence parallelism has gathered outside of it.

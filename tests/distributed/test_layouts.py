@@ -25,10 +25,12 @@ FOUR_GROUPS = {"num_query_groups": 4}
 TIED = {"tie_embeddings": True}
 NO_GATHER = {"overlap_param_gather": False}
 NO_OVERLAP = {"overlap_grad_reduce": False, **NO_GATHER}
-ALL_ON = {"tensor": 2, "sequence": True, "pipeline": 2, "virtual_pipeline": 2, "recompute": "full"}
+SMALL_BUCKETS = {"bucket_size": 5000}  # one a layer or so, and one for the head alone, as in a large model
+ALL_ON = {"tensor": 2, "sequence": True, "pipeline": 2, "virtual_pipeline": 2, "recompute": "full", **SMALL_BUCKETS}
 
 LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "DP8": ({}, {}),
+    "DP8, small buckets": (SMALL_BUCKETS, {}),
     "DP8, no overlap": (NO_OVERLAP, {}),
     "DP8, gradients alone overlap": (NO_GATHER, {}),
     "DP8, full recompute": ({"recompute": "full"}, {}),
@@ -51,7 +53,7 @@ LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "TP2+SP x CP2 x PP2, full recompute": ({"tensor": 2, "sequence": True, "context": 2, "pipeline": 2, "recompute": "full"}, {}),
     "TP2+SP x CP2 x DP2": ({"tensor": 2, "sequence": True, "context": 2}, {}),
     "TP2 x CP2 x PP2 x VP2": ({"tensor": 2, "context": 2, "pipeline": 2, "virtual_pipeline": 2}, {}),
-    "tied head, PP2 x DP4": ({"pipeline": 2}, TIED),
+    "tied head, PP2 x DP4, small buckets": ({"pipeline": 2, **SMALL_BUCKETS}, TIED),
     "tied head, PP2 x VP2 x DP4": ({"pipeline": 2, "virtual_pipeline": 2}, TIED),
     "tied head, TP2+SP x PP2 x DP2": ({"tensor": 2, "sequence": True, "pipeline": 2}, TIED),
 }

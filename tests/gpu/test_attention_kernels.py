@@ -105,7 +105,7 @@ def errors(
     with RecordedOperators() as operators:
         out = attention.attend(*tensors, shared)
     if device == "cuda":
-        check_operators(operators.names, used, dtype)
+        check_operators(operators.names, used, layout)
     direction = torch.randn(out.shape, device=device)
     gradients = torch.autograd.grad(out, tensors, direction.to(dtype))
     wide = [x.detach().float().requires_grad_() for x in tensors]
@@ -116,15 +116,15 @@ def errors(
     return found
 
 
-def check_operators(names: set[str], kernel: attention.Kernel | None, dtype: torch.dtype) -> None:
+def check_operators(names: set[str], kernel: attention.Kernel | None, layout: Segments) -> None:
     """That the kernel which was meant ran, and torch's unfused one did not."""
     scaled = {name for name in names if "scaled_dot_product" in name}
     if kernel is not None:
         assert not scaled
         assert kernel.name != "torch varlen" or any("varlen" in name for name in names), names
-    elif dtype == torch.bfloat16 and torch.cuda.get_device_capability()[0] >= 9:
+    elif layout.whole() and torch.cuda.get_device_capability()[0] >= 9:
         assert scaled == {"aten::_scaled_dot_product_cudnn_attention"}
-    else:
+    else:  # cuDNN has no kernel for a segment of a single token
         assert scaled and not any("math" in name for name in scaled), names
 
 

@@ -22,6 +22,7 @@ from tests.gpu.conftest import Hardware
 
 ROOT = Path(__file__).parents[2]
 RATE = 1e-3
+GPU = Hardware("cuda")
 
 LOSS_TOLERANCE = {"fp32": 2e-6, "bf16": 5e-3}
 GRADIENT_TOLERANCE = {"fp32": 2e-5, "bf16": 4e-2}
@@ -60,21 +61,23 @@ def test_the_engine_equals_the_oracle(precision: str, hardware: Hardware, record
     """Three steps; losses, gradient norms, and every gradient tensor of the first step, against plain PyTorch in fp32 on the CPU."""
     with engine_of(hardware.config(precision=precision)) as engine:
         trainer = OracleTrainer(engine.config, {name: value.float() for name, value in canonical(engine).items()})
-        worst_loss = worst_gradient = 0.0
+        worst_loss = worst_norm = worst_gradient = 0.0
         for step in range(3):
             batches = step_batches(engine.config, step)
-            loss, norm, wanted = trainer.step(batches, RATE)
-            result = engine.train_step(prepared(engine, step), RATE)
+            rate = (step + 1) * RATE / 10  # a warm-up: at full rate the signs of Adam's first update amplify rounding
+            loss, norm, wanted = trainer.step(batches, rate)
+            result = engine.train_step(prepared(engine, step), rate)
             worst_loss = max(worst_loss, abs(result.loss / loss - 1))
-            assert result.grad_norm == pytest.approx(norm, rel=GRADIENT_TOLERANCE[precision])
+            worst_norm = max(worst_norm, abs(result.grad_norm / norm - 1))
             if step == 0:
-                # In fp32 the optimizer clips its gradients in place.
-                scale = max(1.0, norm / engine.config.optimizer.clip) if precision == "fp32" else 1.0
+                scale = max(1.0, result.grad_norm / engine.config.optimizer.clip)  # the optimizer clips its gradients in place
                 ours = canonical(engine, "gradients")
                 worst_gradient = max(relative(ours[name] * scale, wanted[name]) for name in wanted)
         record_property(f"{precision}: largest relative error of a loss", f"{worst_loss:.1e}")
         record_property(f"{precision}: largest relative error of a gradient tensor", f"{worst_gradient:.1e}")
+        record_property(f"{precision}: largest relative error of a gradient norm", f"{worst_norm:.1e}")
         assert worst_loss <= LOSS_TOLERANCE[precision]
+        assert worst_norm <= GRADIENT_TOLERANCE[precision]
         assert worst_gradient <= GRADIENT_TOLERANCE[precision]
 
 
@@ -139,9 +142,9 @@ def test_recomputation_changes_nothing(hardware: Hardware) -> None:
 
 
 @pytest.mark.gpu
-def test_a_step_never_waits_for_the_device(hardware: Hardware) -> None:
+def test_a_step_never_waits_for_the_device() -> None:
     """Any operation that synchronises raises; the numbers of a step are read after the next one was queued."""
-    with engine_of(hardware.config(precision="bf16")) as engine:
+    with engine_of(GPU.config(precision="bf16")) as engine:
         batches = [prepared(engine, step) for step in range(5)]
         engine.train_step(batches[0], RATE)
         engine.train_step(batches[1], RATE)
@@ -155,11 +158,9 @@ def test_a_step_never_waits_for_the_device(hardware: Hardware) -> None:
 
 
 @pytest.mark.gpu
-def test_memory_does_not_grow_with_varying_numbers_of_predictions(
-    hardware: Hardware, record_property: Callable[[str, object], None]
-) -> None:
+def test_memory_does_not_grow_with_varying_numbers_of_predictions(record_property: Callable[[str, object], None]) -> None:
     """Every micro-batch predicts another number of positions, so every logits tensor has another size."""
-    with engine_of(hardware.config(precision="bf16", model={"vocab_size": 65536})) as engine:
+    with engine_of(GPU.config(precision="bf16", model={"vocab_size": 65536})) as engine:
         torch.cuda.reset_peak_memory_stats()
         reserved = []
         for step in range(50):

@@ -96,6 +96,12 @@ MUTATIONS = {
     "context ranks that attend to their own part": Mutation(
         "llada/model/transformer.py", "if self.context_group.size() > 1:", "if self.context_group.size() > 99:", f"{LAYOUTS}[CP2 x DP4]"
     ),
+    "a head that does not wait for its updated weights": Mutation(
+        "llada/model/transformer.py",
+        "return self.output_layer(hidden)",
+        "return self._head(hidden)",
+        f"{LAYOUTS}[DP8, small buckets]",
+    ),
     "the head's gradient under sequence parallelism": Mutation(
         "llada/model/transformer.py", "tensor_parallel_output_grad=True", "tensor_parallel_output_grad=False", f"{LAYOUTS}[TP2+SP x DP4]"
     ),
