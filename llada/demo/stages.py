@@ -115,12 +115,16 @@ def _config(task: Task, path: str, smoke: bool, overrides: list[str]) -> RunConf
     return load_config(path, overrides, task=task)
 
 
-def _library(suffix: str = ".py") -> list[Path]:
-    """Folders and files of the standard library, without installed packages."""
-    library = Path(sysconfig.get_paths()["stdlib"])
+def library_sources(library: Path) -> list[Path]:
+    """Folders and Python files of the standard library, without installed packages and second names of a file (Debian links some)."""
     skipped = {"site-packages", "dist-packages", "__pycache__"}
-    children = (child for child in sorted(library.iterdir()) if child.name not in skipped and not child.name.startswith("."))
-    return [child for child in children if child.is_dir() or child.suffix == suffix]
+    children = [child for child in sorted(library.iterdir()) if not child.is_symlink()]
+    children = [child for child in children if child.name not in skipped and not child.name.startswith(".")]
+    return [child for child in children if child.is_dir() or child.suffix == ".py"]
+
+
+def _library() -> list[Path]:
+    return library_sources(Path(sysconfig.get_paths()["stdlib"]))
 
 
 def _sources(inputs: list[str] | None) -> tuple[list[str], list[str] | None]:

@@ -58,23 +58,26 @@ def state(engine: MegatronEngine) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_engine_equals_the_oracle(precision: str, hardware: Hardware, record_property: Callable[[str, object], None]) -> None:
-    """Three steps; losses, gradient norms, and every gradient tensor of the first step, against plain PyTorch in fp32 on the CPU."""
-    with engine_of(hardware.config(precision=precision)) as engine:
+    """Three steps; losses, gradient norms, and every gradient tensor of the first step, against plain PyTorch in fp32 on the CPU.
+
+    Adam's eps is far above the gradients: at its usual value the first update is the sign of a gradient, which rounding flips where
+    the gradient is nearly zero, and what is compared afterwards is two different models.
+    """
+    with engine_of(hardware.config(precision=precision, optimizer={"eps": 1e-2})) as engine:
         trainer = OracleTrainer(engine.config, {name: value.float() for name, value in canonical(engine).items()})
         worst_loss = worst_norm = worst_gradient = 0.0
         for step in range(3):
             batches = step_batches(engine.config, step)
-            rate = (step + 1) * RATE / 10  # a warm-up: at full rate the signs of Adam's first update amplify rounding
-            loss, norm, wanted = trainer.step(batches, rate)
-            result = engine.train_step(prepared(engine, step), rate)
+            loss, norm, wanted = trainer.step(batches, 30 * RATE)
+            result = engine.train_step(prepared(engine, step), 30 * RATE)
             worst_loss = max(worst_loss, abs(result.loss / loss - 1))
             worst_norm = max(worst_norm, abs(result.grad_norm / norm - 1))
             if step == 0:
                 scale = max(1.0, result.grad_norm / engine.config.optimizer.clip)  # the optimizer clips its gradients in place
                 ours = canonical(engine, "gradients")
-                worst_gradient = max(relative(ours[name] * scale, wanted[name]) for name in wanted)
+                worst_gradient, tensor = max((relative(ours[name] * scale, wanted[name]), name) for name in wanted)
         record_property(f"{precision}: largest relative error of a loss", f"{worst_loss:.1e}")
-        record_property(f"{precision}: largest relative error of a gradient tensor", f"{worst_gradient:.1e}")
+        record_property(f"{precision}: largest relative error of a gradient tensor", f"{worst_gradient:.1e} ({tensor})")
         record_property(f"{precision}: largest relative error of a gradient norm", f"{worst_norm:.1e}")
         assert worst_loss <= LOSS_TOLERANCE[precision]
         assert worst_norm <= GRADIENT_TOLERANCE[precision]
