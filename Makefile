@@ -5,6 +5,7 @@
 #   make test-clients   exports in the hands of the oldest and the newest transformers, peft, accelerate
 #   make test-slurm   the launcher on a real Slurm: requeue, preemption, lost nodes (root; Debian's packages)
 #   make test-llama-cpp   an export in llama.cpp, which is built first (six minutes on two cores)
+#   make gpu     what this machine's GPU proves in under ten minutes: tests, speed, a table (on the CPU: toy sizes)
 # The first call installs into .venv (a minute or two); later ones find it ready.
 
 SHELL := bash
@@ -19,6 +20,8 @@ BIN := $(VENV)/bin
 CLIENTS := build/clients
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 DEMO_ARGS ?=
+GPU_ARGS ?=
+GPU_PYTHON ?=
 PYTEST_ARGS ?=
 
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check --no-input
@@ -26,7 +29,7 @@ INSTALL := $(PIP) install --constraint constraints.txt
 comma := ,
 fail = { echo "make: $(1)" >&2; exit 1; }
 
-.PHONY: help setup demo test test-slow test-slurm test-clients test-llama-cpp lint types clean
+.PHONY: help setup demo test test-slow test-slurm test-clients test-llama-cpp gpu lint types clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -52,6 +55,10 @@ test-clients: $(CLIENTS)/transformers-4.46/.ready $(CLIENTS)/transformers-5/.rea
 
 test-llama-cpp: $(CLIENTS)/llama-cpp/.ready
 	@$(BIN)/python -m pytest -m llama_cpp tests/clients $(PYTEST_ARGS)
+
+# Where the project's needs are installed in another Python, as on a machine without a network: make gpu GPU_PYTHON=python3
+gpu: $(if $(GPU_PYTHON),,$(READY))
+	@$(or $(GPU_PYTHON),$(BIN)/python) benchmarks/gpu.py $(GPU_ARGS)
 
 lint: $(READY)
 	@$(BIN)/ruff format --check .
