@@ -2,6 +2,6 @@
 
 from llada.device import hide_unwanted_gpus
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 hide_unwanted_gpus()
