@@ -1,22 +1,23 @@
-"""Tests compute on the CPU, also where there is a GPU; those marked `gpu` are for `pytest -m gpu`.
-
-The latter are skipped where there is no CUDA device, and CI accepts no other skip (see .ci/run).
-"""
+"""Tests marked `gpu` are skipped where there is no CUDA device; CI accepts no other skip (see .ci/run). Programs that tests start
+are forked from one process, if they do not ask for a new one (tests/processes.py)."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 import pytest
 
-from llada import device
+from tests.processes import SERVER, fork_server
 from tests.workplace import workplace  # noqa: F401  (a fixture of several packages' tests)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.option.markexpr != "gpu":
-        os.environ.setdefault(device.VARIABLE, "cpu")
-        device.hide_unwanted_gpus()
+    if hasattr(config, "workerinput"):
+        return  # a worker of pytest-xdist: all share the server of the process that started them
+    held = contextlib.ExitStack()
+    os.environ[SERVER] = held.enter_context(fork_server())
+    config.add_cleanup(held.close)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
