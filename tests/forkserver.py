@@ -46,6 +46,7 @@ MODULES = (
     "matplotlib.backends.backend_agg",
     "matplotlib.pyplot",
     "omegaconf",
+    "pytest",
     "torch._dynamo",
     "transformers.models.llama.modeling_llama",
 )
@@ -89,6 +90,7 @@ class Server:
 
     def __init__(self, listener: socket.socket, modules: tuple[str, ...]) -> None:
         self._listener = listener
+        self._pid = os.getpid()
         self._children: dict[int, socket.socket] = {}
         self._selector = selectors.DefaultSelector()
         self._started_with = dict(os.environ)
@@ -191,6 +193,8 @@ class Server:
     def _leave(self) -> None:
         """In a program just forked: nothing of the server stays."""
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != self._pid:
+            os._exit(1)  # the server ended before this process could ask to end with it
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)

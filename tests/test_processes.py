@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.processes import PIPE, ROOT, SERVER, Forked, fork_server, start
+from tests.workplace import Workplace
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -50,7 +51,7 @@ PROGRAMS = {
     "warnings": "import sys, warnings; warnings.warn('unheard'); print(sys.warnoptions)",
     "exit handlers": "import atexit; atexit.register(print, 'bye'); print('hi')",
     "threads": "import threading; threading.Timer(0.05, print, ['from a thread']).start()",
-    "streams": "import sys; print(*((s.name, s.mode, s.encoding, s.errors, s.line_buffering) for s in (sys.stdin, sys.stdout, sys.stderr)))",
+    "streams": "import sys; print(*((s.name, s.mode, s.errors, s.line_buffering) for s in (sys.stdin, sys.stdout, sys.stderr)))",
     "unflushed": "import os, sys; sys.stdout.write('kept'); sys.stderr.write('said')",
     "a closed pipe": "import os, sys; os.close(1); print('lost')",
     "signals": "import signal; print([signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE, signal.SIGCHLD)])",
@@ -116,6 +117,11 @@ def test_it_is_waited_for_and_signalled(tmp_path: Path) -> None:
     process = start("-c", code, cwd=tmp_path, env=dict(os.environ))
     process.kill()
     assert process.wait(60) == -signal.SIGKILL
+
+
+def test_what_torch_says_of_a_missing_gpu_is_no_line_of_ours(tmp_path: Path) -> None:
+    code = "import sys; print('No CUDA runtime is found, using CUDA_HOME=/usr\\nerror: ours', file=sys.stderr)"
+    assert Workplace(tmp_path).run(command=("-c", code)).stderr == "error: ours\n"
 
 
 def test_many_at_once_end_in_their_own_time(tmp_path: Path) -> None:

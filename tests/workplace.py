@@ -35,6 +35,8 @@ MEASURED = ("seconds", "tokens_per_second", "mfu", "mfu_full_length", "memory_gb
 """Fields of metrics.jsonl that are measured, not computed."""
 
 
+FOREIGN = ("No CUDA runtime is found",)
+"""Beginnings of lines on standard error that are not ours: torch's CUDA build says this when it is imported where there is no GPU."""
 LIMIT = 600
 """Seconds until a command counts as hung: many times what it takes, for machines that do other work."""
 
@@ -64,6 +66,7 @@ class Workplace:
         process = self.start(*arguments, command=command, fresh=fresh)
         out, error = process.communicate(timeout=LIMIT)
         assert process.returncode == code, f"exit {process.returncode}\n{out[-2000:]}\n{error[-2000:]}"
+        error = "".join(line for line in error.splitlines(keepends=True) if not line.startswith(FOREIGN))
         return subprocess.CompletedProcess(process.args, process.returncode, out, error)
 
     def lines(self, run: str) -> list[dict[str, Any]]:
