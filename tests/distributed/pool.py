@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import sys
 import traceback
@@ -32,6 +33,8 @@ class RankPool:
                 for rank in range(size)
             ]
             accepted = [listener.accept() for _ in range(size)]
+        for end in accepted:
+            end.send(bytes(multiprocessing.current_process().authkey))  # tensors are handed over in shared memory, under this key
         self._ends: list[Connection] = [end for _, end in sorted((end.recv(), end) for end in accepted)]
 
     def run(self, function: Callable[..., Any], *args: Any, timeout: float = 600) -> list[Any]:
@@ -67,6 +70,7 @@ def work(address: str, store: str, size: int, rank: int) -> None:
     torch.set_num_threads(1)
     with Client(address) as end:
         end.send(rank)
+        multiprocessing.current_process().authkey = end.recv()
         dist.init_process_group("gloo", store=dist.FileStore(store, size), rank=rank, world_size=size, timeout=timedelta(seconds=300))
         while (task := end.recv()) is not None:
             function, args = task
