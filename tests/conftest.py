@@ -1,6 +1,7 @@
-"""What all tests share: order and grouping for pytest-xdist, a server of forked programs, scratch folders in memory.
+"""What all tests share: the device, order and grouping for pytest-xdist, a server of forked programs, scratch folders in memory.
 
-Tests marked `gpu` are skipped where there is no CUDA device; CI accepts no other skip (see .ci/run).
+Tests compute on the CPU, also where there is a GPU; those marked `gpu` are for `pytest -m gpu`. The latter are skipped where there is
+no CUDA device, and CI accepts no other skip (see .ci/run).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+from llada import device
 from tests.processes import SERVER, fork_server
 from tests.workplace import workplace  # noqa: F401  (a fixture of several packages' tests)
 
@@ -27,11 +29,16 @@ LONGEST = ("distributed", "slurm", "mutations", "training", "hf", "engine", "sam
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    on_gpu = config.option.markexpr == "gpu"
+    if not on_gpu:
+        os.environ.setdefault(device.VARIABLE, "cpu")
+        device.hide_unwanted_gpus()
     if hasattr(config, "workerinput"):
         return  # a worker of pytest-xdist: all share what the process that started them holds
-    held = contextlib.ExitStack()
-    config.add_cleanup(held.close)
-    os.environ[SERVER] = held.enter_context(fork_server())
+    if not on_gpu:  # a fork has no use of CUDA
+        held = contextlib.ExitStack()
+        config.add_cleanup(held.close)
+        os.environ[SERVER] = held.enter_context(fork_server())
     if has_room(MEMORY):
         # What is written for good is flushed, which takes a disk milliseconds, thousands of times.
         os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
