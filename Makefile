@@ -29,12 +29,16 @@ DEMO_ARGS ?=
 GPU_ARGS ?=
 GPU_PYTHON ?=
 PYTEST_ARGS ?=
+TEST_WORKERS ?= 2
 
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check --no-input
 OFFLINE := $(if $(WHEELS),--no-index --find-links $(abspath $(WHEELS)))
 INSTALL := $(PIP) install $(OFFLINE) --constraint constraints.txt --constraint constraints-gpu.txt
 TORCH := $(VENV)/.torch
 TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
+# Tests side by side, and at the end what the suite cost. PYTEST_ARGS="-n 0" runs one at a time, in pytest's own process.
+PYTEST = TIMEFORMAT='make: $@ took %1R s, and %1U + %1S s of CPU'; time $(BIN)/python -m pytest
+SIDE_BY_SIDE := -n $(TEST_WORKERS) --dist loadgroup --no-loadscope-reorder
 comma := ,
 fail = { echo "make: $(1)" >&2; exit 1; }
 check_build = [ "$$(cat $(TORCH))" = "$(TORCH_BUILD)" ] \
@@ -54,20 +58,20 @@ demo: $(READY)
 	@$(BIN)/llada demo $(DEMO_ARGS)
 
 test: $(READY)
-	@$(BIN)/python -m pytest -m "not slow and not clients and not llama_cpp and not slurm" $(PYTEST_ARGS)
+	@$(PYTEST) $(SIDE_BY_SIDE) -m "not slow and not clients and not llama_cpp and not slurm" $(PYTEST_ARGS)
 
 test-slow: $(READY)
-	@$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+	@$(PYTEST) $(SIDE_BY_SIDE) -m slow $(PYTEST_ARGS)
 
 test-slurm: $(READY)
 	@tests/slurm/install
-	@$(BIN)/python -m pytest -m slurm tests/slurm $(PYTEST_ARGS)
+	@$(PYTEST) -m slurm tests/slurm $(PYTEST_ARGS)
 
 test-clients: $(CLIENTS)/transformers-4.46/.ready $(CLIENTS)/transformers-5/.ready
-	@$(BIN)/python -m pytest -m clients tests/clients $(PYTEST_ARGS)
+	@$(PYTEST) -m clients tests/clients $(PYTEST_ARGS)
 
 test-llama-cpp: $(CLIENTS)/llama-cpp/.ready
-	@$(BIN)/python -m pytest -m llama_cpp tests/clients $(PYTEST_ARGS)
+	@$(PYTEST) -m llama_cpp tests/clients $(PYTEST_ARGS)
 
 # Where the project's needs are installed in another Python, as on a machine without a network: make gpu GPU_PYTHON=python3
 gpu: $(if $(GPU_PYTHON),,$(READY))

@@ -9,7 +9,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from data_tools.prepare import prepare
 from llada.data.corpus import Manifest
 from llada.errors import RunError, TryAgain, UserError
 from llada.tokenizer import Tokenizer, train_byte_level_bpe
+from tests import processes
 
 UNIT = 4000
 """Bytes of text in a unit here: about thirty units."""
@@ -178,15 +178,16 @@ def test_ten_kills_at_random_moments(deduplicated: bool, place: Path, tmp_path: 
         process.wait()
         assert not target.exists()
     process = start(script, place, target, deduplicated, 2)
-    _, errors = process.communicate(timeout=100)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
     assert sums(target) == sums(tmp_path / "whole")
     assert not target.with_name("corpus.partial").exists()
 
 
-def start(script: Path, place: Path, target: Path, deduplicated: bool, workers: int) -> subprocess.Popen[str]:
-    arguments = [sys.executable, str(script), str(place), str(target), str(deduplicated), str(workers)]
-    return subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+def start(script: Path, place: Path, target: Path, deduplicated: bool, workers: int) -> processes.Process:
+    words = (str(script), str(place), str(target), str(deduplicated), str(workers))
+    environment = {**os.environ, "PYTHONPATH": str(processes.ROOT)}
+    return processes.start(*words, cwd=place, env=environment, stdout=processes.DEVNULL)
 
 
 def done(target: Path) -> int:
@@ -200,7 +201,7 @@ def test_units_done_by_two_at_once_are_the_same(place: Path, whole: tuple[bool, 
     script = tmp_path / "prepare.py"
     script.write_text(COMMAND.format(unit=UNIT))
     both = [start(script, place, tmp_path / "corpus", whole[0], 1) for _ in range(2)]
-    ends = [process.communicate(timeout=100) for process in both]
+    ends = [process.communicate(timeout=600) for process in both]
     assert [process.returncode for process in both] == [0, 0], ends
     assert sums(tmp_path / "corpus") == whole[1]
 

@@ -1,18 +1,18 @@
-"""A pool of gloo ranks, spawned once for many tests: importing torch and Megatron-Core for every test would be too slow."""
+"""A pool of gloo ranks, started once for many tests."""
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
-import signal
+import os
+import sys
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 from typing import Any
 
-_PR_SET_PDEATHSIG = 1
+from tests import processes
 
 
 class RankPool:
@@ -24,15 +24,20 @@ class RankPool:
     """
 
     def __init__(self, size: int, folder: Path) -> None:
-        context = multiprocessing.get_context("spawn")
         self.size = size
-        pipes = [context.Pipe() for _ in range(size)]
-        self._ends: list[Connection] = [ours for ours, _ in pipes]
-        self._processes = [context.Process(target=_work, args=(rank, size, str(folder / "store"), pipes[rank][1])) for rank in range(size)]
-        for process in self._processes:
-            process.start()
+        with Listener(family="AF_UNIX") as listener:
+            words = ("-m", "tests.distributed.pool", listener.address, str(folder / "store"), str(size))
+            environment = {**os.environ, "PYTHONPATH": str(processes.ROOT)}
+            self._processes = [
+                processes.start(*words, str(rank), cwd=processes.ROOT, env=environment, stdout=processes.DEVNULL, stderr=None)
+                for rank in range(size)
+            ]
+            accepted = [listener.accept() for _ in range(size)]
+        for end in accepted:
+            end.send(bytes(multiprocessing.current_process().authkey))  # tensors are handed over in shared memory, under this key
+        self._ends: list[Connection] = [end for _, end in sorted((end.recv(), end) for end in accepted)]
 
-    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
+    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 600) -> list[Any]:
         """The results of `function(*args)` on every rank; a rank's exception fails the test with its traceback."""
         for end in self._ends:
             end.send((function, args))
@@ -51,13 +56,11 @@ class RankPool:
         for end in self._ends:
             end.send(None)
         for process in self._processes:
-            process.join(timeout=10)
-            if process.is_alive():
-                process.kill()
+            process.wait(timeout=600)
 
 
-def _work(rank: int, size: int, store: str, end: Connection) -> None:
-    ctypes.CDLL("libc.so.6").prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # never outlive the test run
+def work(address: str, store: str, size: int, rank: int) -> None:
+    """Take tasks from the pool until it closes or is gone."""
     from llada.engine import cpu
 
     cpu.before_import()
@@ -65,10 +68,17 @@ def _work(rank: int, size: int, store: str, end: Connection) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(store, size), rank=rank, world_size=size, timeout=timedelta(seconds=60))
-    while (task := end.recv()) is not None:
-        function, args = task
-        try:
-            end.send((True, function(*args)))
-        except BaseException:
-            end.send((False, f"rank {rank}:\n{traceback.format_exc()}"))
+    with Client(address) as end:
+        end.send(rank)
+        multiprocessing.current_process().authkey = end.recv()
+        dist.init_process_group("gloo", store=dist.FileStore(store, size), rank=rank, world_size=size, timeout=timedelta(seconds=300))
+        while (task := end.recv()) is not None:
+            function, args = task
+            try:
+                end.send((True, function(*args)))
+            except BaseException:
+                end.send((False, f"rank {rank}:\n{traceback.format_exc()}"))
+
+
+if __name__ == "__main__":
+    work(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))

@@ -22,6 +22,7 @@ from llada.model.stored import CheckpointWeights, StoredTensors, all_rows
 from llada.settings import ModelSection
 from llada.tokenizer import Tokenizer, train_byte_level_bpe
 from llada.training import checkpoint
+from tests import processes
 from tests.distributed.pool import RankPool
 from tests.distributed.test_layouts import LAYOUTS as MATRIX
 from tests.engine.support import small_config, step_batches
@@ -97,13 +98,13 @@ def test_a_checkpoint_of_tp2_pp2_converts_on_one_process_and_has_the_oracles_log
     state = checkpoint.State(1, 8, 256, "", dump_config(config), {}, [], [])
     checkpoint.seal(run, state, tmp_path / "tokenizer", {})
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    convert = ["-m", "llada", "convert", "to-hf", str(tmp_path / "run"), str(tmp_path / "out")]
-    subprocess.run([sys.executable, "-W", "ignore", *convert], check=True, env=environment, capture_output=True, timeout=120)
+    convert = ("-m", "llada", "convert", "to-hf", str(tmp_path / "run"), str(tmp_path / "out"))
+    assert processes.start(*convert, cwd=tmp_path, env=environment, stdout=None, stderr=None).wait(600) == 0
     ids = torch.randint(0, 384, (2, 32), generator=torch.Generator().manual_seed(4))
     save_file({"ids": ids}, tmp_path / "ids.safetensors")
     environment.pop("PYTHONPATH")
     read = ["-W", "ignore", "-c", READER, str(tmp_path / "out"), str(tmp_path / "ids.safetensors"), str(tmp_path / "logits.safetensors")]
-    subprocess.run([sys.executable, *read], check=True, env=environment, cwd=tmp_path, timeout=120)
+    subprocess.run([sys.executable, *read], check=True, env=environment, cwd=tmp_path, timeout=600)
     found = load_file(tmp_path / "logits.safetensors")["logits"]
     wanted = Oracle(config.model, weights.gather(config.model, ranks))(ids, torch.zeros_like(ids))
     assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()

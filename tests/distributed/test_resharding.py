@@ -57,12 +57,22 @@ def tensors(path: Path) -> dict[str, torch.Tensor]:
     return {name: stored.read(name) for name in stored.names()}
 
 
-@pytest.mark.parametrize("settings", [{}, {"precision": "bf16"}, {"model": {"tie_embeddings": True}}], ids=["fp32", "bf16", "tied"])
-@pytest.mark.parametrize("target", ["DP8", "PP2 x VP2 x DP4", "TP2+SP x CP2 x DP2", "PP2 uneven x DP4, overlap"])
-def test_every_weight_moment_and_count_moves(target: str, settings: dict[str, Any], pool: RankPool, tmp_path: Path) -> None:
-    """Saved under TP2 x PP2 x DP2 after three steps, loaded on another layout, saved there again."""
-    first, second = folder(tmp_path / "first"), folder(tmp_path / "second")
+SETTINGS: dict[str, dict[str, Any]] = {"fp32": {}, "bf16": {"precision": "bf16"}, "tied": {"model": {"tie_embeddings": True}}}
+
+
+@pytest.fixture(scope="module", params=SETTINGS)
+def saved(request: pytest.FixtureRequest, pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    """Settings, and the folder of a checkpoint under TP2 x PP2 x DP2 after three steps."""
+    settings, first = SETTINGS[request.param], folder(tmp_path_factory.mktemp(request.param) / "first")
     pool.run(steps_on_ranks, LAYOUTS["TP2 x PP2 x DP2"], settings, None, range(3), first)
+    return settings, first
+
+
+@pytest.mark.parametrize("target", ["DP8", "PP2 x VP2 x DP4", "TP2+SP x CP2 x DP2", "PP2 uneven x DP4, overlap"])
+def test_every_weight_moment_and_count_moves(target: str, saved: tuple[dict[str, Any], Path], pool: RankPool, tmp_path: Path) -> None:
+    """Loaded on another layout, and saved there again."""
+    settings, first = saved
+    second = folder(tmp_path / "second")
     answers = pool.run(steps_on_ranks, LAYOUTS[target], settings, first, range(3, 3), second)
     assert {count for _, counts in answers for count in counts} == {3.0}
     before, after = tensors(first), tensors(second)

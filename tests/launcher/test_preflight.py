@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import pytest
 
 from launch.attempt import Exit, StepEnd
 from launch.preflight_rules import FINDINGS, Finding, Verdict, judge
+from tests import processes
 
 RULES: dict[str, Any] = {
     "seconds": 30.0, "join_seconds": 60.0,
@@ -104,14 +103,13 @@ def test_the_tests_run_and_meet_in_every_ring(tmp_path: Path, hosts: int) -> Non
         "LOCAL_WORLD_SIZE": str(local),
         "LLADA_PREFLIGHT": json.dumps(RULES), "OMP_NUM_THREADS": "1",
     }  # fmt: skip
-    command = [sys.executable, "-W", "ignore", "-m", "launch.preflight", str(tmp_path), str(tmp_path)]
-    root = Path(__file__).parents[2]
-    processes = [
-        subprocess.Popen(command, cwd=root, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank % local)}, stderr=subprocess.PIPE)
+    command = ("-m", "launch.preflight", str(tmp_path), str(tmp_path))
+    ranks = [
+        processes.start(*command, cwd=processes.ROOT, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank % local)})
         for rank in range(hosts * local)
     ]
-    errors = [process.communicate(timeout=60)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0] * len(processes), errors
+    errors = [process.communicate(timeout=600)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [0] * len(ranks), errors
     names = [f"n{host}" for host in range(hosts)]
     end = StepEnd([Exit(rank, "h", 0.0, 0, None) for rank in range(hosts * local)], hosts * local, names)
     found = judge(tmp_path, names, local, {**RULES, "gpus": 0, "min_disk_gb": 0.0, "slow_factor": 1e9}, end)

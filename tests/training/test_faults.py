@@ -2,68 +2,63 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import random
 import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from llada.training import checkpoint
+from tests import processes
 from tests.workplace import Workplace
 
 RANKS, ROUNDS = 4, 20
 LAYOUT = {"tensor": 2, "sequence": True}
 
 
-def start(place: Workplace, config: str) -> list[subprocess.Popen[bytes]]:
+def start(place: Workplace, config: str) -> list[processes.Process]:
     """Every rank as a process of its own, as srun starts them."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     common = {**place.environment(), "WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    command = [sys.executable, "-W", "ignore", "-m", "llada", "pretrain", config]
     return [
-        subprocess.Popen(
-            command,
+        processes.start(
+            *("-m", "llada", "pretrain", config),
             cwd=place.folder,
             env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+            stdout=processes.DEVNULL,
+            stderr=processes.DEVNULL,
         )
         for rank in range(RANKS)
     ]
 
 
-def end(processes: list[subprocess.Popen[bytes]], seconds: float) -> list[int]:
+def end(ranks: list[processes.Process], seconds: float) -> list[int]:
     """Exit codes; ranks that do not end in time are killed, as a launcher does, and count as -9."""
     deadline = time.monotonic() + seconds
-    for process in processes:
+    for process in ranks:
         try:
             process.wait(max(0.1, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-    return [process.returncode for process in processes]
+    return [process.wait() for process in ranks]
 
 
-def strays(config: str) -> list[str]:
-    """Command lines of living processes that belong to a run."""
+def strays(folder: Path) -> list[str]:
+    """Command lines of the processes that work in a folder."""
     found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            line = path.read_bytes()
-        except OSError:
-            continue
-        if config.encode() in line and int(path.parent.name) != os.getpid():
-            found.append(line.decode(errors="replace").replace("\0", " "))
+    for link in Path("/proc").glob("[0-9]*/cwd"):
+        with contextlib.suppress(OSError):  # it has ended
+            if link.readlink() == folder:
+                found.append(f"{link.parent.name}: " + (link.parent / "cmdline").read_text().replace("\0", " "))
     return found
 
 
@@ -78,25 +73,25 @@ def test_twenty_kills_of_a_random_rank_at_random_moments(workplace: Workplace) -
     settings = {"parallel": LAYOUT, "checkpoint": {"every": 2, "keep_last": 2}, "batch": {"global": 8, "micro": 2}, "train": {"steps": 24}}
     whole = workplace.config("undisturbed.yaml", run={"dir": "undisturbed", "threads": 1}, **settings)
     began = time.monotonic()
-    assert end(start(workplace, whole), 180) == [0] * RANKS
+    assert end(start(workplace, whole), 600) == [0] * RANKS
     duration = time.monotonic() - began
     wanted = workplace.lines("undisturbed")
     name = workplace.config("disturbed.yaml", run={"dir": "disturbed", "threads": 1}, **settings)
     kills = finished = slow_survivors = 0
     while kills < ROUNDS:
-        processes = start(workplace, name)
+        ranks = start(workplace, name)
         deadline = time.monotonic() + rng.uniform(0.1, duration)
-        while time.monotonic() < deadline and any(process.poll() is None for process in processes):
+        while time.monotonic() < deadline and any(process.poll() is None for process in ranks):
             time.sleep(0.01)
-        alive = [process for process in processes if process.poll() is None]
+        alive = [process for process in ranks if process.poll() is None]
         if alive:
             rng.choice(alive).send_signal(signal.SIGKILL)
             kills += 1
-            codes = end(processes, 45)
+            codes = end(ranks, 120)
             slow_survivors += sum(code == -signal.SIGKILL for code in codes) - 1
-        assert strays(name) == []
+        assert strays(workplace.folder) == []
         if not alive or kills == ROUNDS:
-            assert end(start(workplace, name), 180) == [0] * RANKS
+            assert end(start(workplace, name), 600) == [0] * RANKS
             assert workplace.lines("disturbed") == wanted
             assert leftovers(workplace.folder / "disturbed") == []
             folders = checkpoint.committed(workplace.folder / "disturbed" / "checkpoints")

@@ -12,18 +12,18 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.workplace import Workplace
+from tests.workplace import LIMIT, Workplace
 
 
 def kill_when(place: Workplace, config: str, ready: Callable[[], bool], number: int = signal.SIGKILL) -> tuple[int, str]:
-    """Start a run, send it `number` once `ready`, and return its exit code and output."""
-    process = place.start("pretrain", config)
-    deadline = time.monotonic() + 60
+    """Start a run, send it `number` once `ready`, and return its exit code and output. One that handles the signal is a new process."""
+    process = place.start("pretrain", config, fresh=number != signal.SIGKILL)
+    deadline = time.monotonic() + LIMIT
     while not ready() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
     assert process.poll() is None, f"the run ended before the signal\n{process.communicate()}"
     process.send_signal(number)
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=LIMIT)
     return process.returncode, out
 
 
@@ -95,7 +95,7 @@ def test_twenty_processes_give_one_result(workplace: Workplace) -> None:
             train={"steps": 3},
             validation={"every": 99, "windows": 8},
         )
-        workplace.run("pretrain", config)
+        workplace.run("pretrain", config, fresh=True)
         seen.add(json.dumps(workplace.lines(f"fresh{i}")))
         shutil.rmtree(workplace.folder / f"fresh{i}")
     assert len(seen) == 1

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import pytest
 import torch
 
 from llada.training.watchdog import RESTART, Watchdog, record_collectives
+from tests import processes
 from tests.workplace import Workplace
 
 
@@ -88,22 +87,19 @@ def test_a_stopped_rank_ends_the_run_for_a_restart(workplace: Workplace) -> None
         port = str(probe.getsockname()[1])
     environment = {**workplace.environment(), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     ranks = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", "llada", "pretrain", config],
+        processes.start(
+            *("-m", "llada", "pretrain", config),
             cwd=workplace.folder,
             env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
+            stdout=processes.DEVNULL,
         )
         for rank in range(2)
     ]
     metrics = workplace.folder / "frozen" / "metrics.jsonl"
-    assert wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= 3, 90)
+    assert wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= 3, 600)
     os.kill(ranks[1].pid, signal.SIGSTOP)
     try:
-        _, error = ranks[0].communicate(timeout=60)
+        _, error = ranks[0].communicate(timeout=600)
     finally:
         ranks[1].kill()
         ranks[1].communicate()
