@@ -141,17 +141,20 @@ class Asked:
     @property
     def wanted(self) -> bool:
         """The user wants an end, not another start; some seconds old."""
-        return self._look(_LOOK_SECONDS)
+        if not self._there and time.monotonic() - self._looked > _LOOK_SECONDS:
+            self._looked = time.monotonic()
+            self._there = self._path.exists()
+        return self._there
 
     @property
     def wanted_now(self) -> bool:
         """The same at this moment, for a decision that depends on it."""
-        return self._look(0.0)
-
-    def _look(self, age: float) -> bool:
-        if not self._there and time.monotonic() - self._looked >= age:
-            self._looked = time.monotonic()
-            self._there = _exists(self._path)
+        with suppress(OSError):
+            # An NFS client remembers for a while that a name was absent. A new name beside it makes it ask its server again.
+            probe = self._path.with_name(f"{self._path.name}.{os.getpid()}.probe")
+            probe.touch()
+            probe.unlink()
+        self._there = self._there or self._path.exists()
         return self._there
 
     def __bool__(self) -> bool:
@@ -329,15 +332,6 @@ def _last_line(path: Path) -> str:
     lines = [line.strip() for line in _read(path).splitlines() if line.strip()]
     telling = [line for line in lines if not _TASK_ENDED.search(line) and "Terminated StepId" not in line and line.strip("=-*")]
     return (telling or lines or [""])[-1][:500]
-
-
-def _exists(path: Path) -> bool:
-    """Whether another host made a file. An NFS client remembers for a while that a name was absent; a new name beside it makes it ask."""
-    with suppress(OSError):
-        probe = path.with_name(f"{path.name}.{os.getpid()}.probe")
-        probe.touch()
-        probe.unlink()
-    return path.exists()
 
 
 def _read(path: Path) -> str:

@@ -20,8 +20,8 @@ def accounted(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Iterato
     """A cluster of two nodes with an accounting database, which forgets finished jobs after some seconds."""
     cluster = Cluster(tmp_path_factory.mktemp("accounted"), index=1, nodes=2, accounting=True, forget_seconds=5)
     try:
-        with at(cluster.start(), corpus) as place:
-            yield place
+        with at(cluster.start(), corpus):
+            yield Place(corpus, cluster)
     finally:
         cluster.stop()
 
