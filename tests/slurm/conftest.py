@@ -13,11 +13,11 @@ import sys
 import sysconfig
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import pytest
@@ -89,7 +89,7 @@ class Place(Workplace):
         return self.cluster.run("squeue", "--noheader", f"--partition={self.main},{self.scavenge}")
 
     def clear(self) -> None:
-        """Leave no job, and every node idle."""
+        """Cancel the jobs that are left, and wait until every node is idle."""
         self.cluster.run("scancel", "--user=root", f"--partition={self.main}", check=False)
         self.cluster.run("scancel", "--user=root", f"--partition={self.scavenge}", check=False)
         self.cluster.revive(self.island)
@@ -283,28 +283,40 @@ class Scenarios:
     def __init__(self, cluster: Cluster, folder: Path, bodies: list[Body]) -> None:
         self._cluster, self._folder = cluster, folder
         self._alone = threading.Lock()
-        self._islands: SimpleQueue[int] = SimpleQueue()
-        for island in range(cluster.islands):
-            self._islands.put(island)
-        self._pool = ThreadPoolExecutor(cluster.islands)
+        self._over = threading.Event()
         self._whole: Future[Curve] = Future()
-        self._ends = {body: self._pool.submit(self._run, body) for body in [self._run_whole, *bodies]}
+        self._ends: dict[Body, Future[None]] = {body: Future() for body in [self._run_whole, *bodies]}
+        self._waiting: SimpleQueue[Body] = SimpleQueue()
+        for body in self._ends:
+            self._waiting.put(body)
+        for island in range(cluster.islands):
+            # Daemons: after Ctrl-C nobody waits for what they wait for.
+            threading.Thread(target=self._work, args=(island,), daemon=True).start()
 
     def result(self, body: Body) -> None:
         """Wait for a body's end; what it raised is raised here."""
         self._ends[body].result()
 
     def close(self) -> None:
-        self._pool.shutdown(cancel_futures=True)
+        """Start no further one."""
+        self._over.set()
 
-    def _run(self, body: Body) -> None:
-        island = self._islands.get()
+    def _work(self, island: int) -> None:
+        """Run one body after the other on an island."""
         place = Place(self._folder, self._cluster, island, self._alone, self._whole)
-        try:
-            body(place)
-        finally:
-            place.clear()
-            self._islands.put(island)
+        while not self._over.is_set():
+            try:
+                body = self._waiting.get_nowait()
+            except Empty:
+                return
+            try:
+                body(place)
+                place.clear()
+                self._ends[body].set_result(None)
+            except BaseException as error:  # whatever it is, the test raises it
+                self._ends[body].set_exception(error)
+                with suppress(Exception):  # the next one will tell
+                    place.clear()
 
     def _run_whole(self, place: Place) -> None:
         """An uninterrupted run of the same config, without a launcher: each rank started by srun itself."""
