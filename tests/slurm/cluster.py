@@ -86,7 +86,7 @@ class Cluster:
 
     def run(self, *words: str, check: bool = True) -> str:
         """Output of a command that talks to this cluster."""
-        done = subprocess.run(words, env=self.environment(), capture_output=True, text=True, timeout=60)
+        done = subprocess.run(words, env=self.environment(), capture_output=True, text=True, timeout=300)
         assert not check or done.returncode == 0, f"{' '.join(words)}: {done.stderr}"
         return done.stdout.strip()
 

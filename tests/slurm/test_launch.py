@@ -61,7 +61,7 @@ def test_the_curve_is_that_of_torchrun_on_one_machine(place: Place) -> None:
     with pytest.raises(UserError, match=r"run.dir: '.*here' is in use by process"):
         place.launch("here")
     os.kill(place.ranks("here")[0], 9)
-    out, _ = process.communicate(timeout=90)
+    out, _ = process.communicate(timeout=600)
     assert process.returncode == 0, out
     assert "llada: requeued: rank 0 on" in out and "killed by SIGKILL" in out and "llada: finished" in out
     assert place.status("here").state == "FINISHED" and place.status("here").restarts == 1
@@ -75,7 +75,7 @@ def test_local_stops_with_a_checkpoint(place: Place) -> None:
     process = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     place.wait_step("halt", 6)
     assert "stops with a checkpoint" in place.llada("stop", "halt")
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=600)
     assert process.returncode == 75, out
     assert place.status("halt").state == "STOPPED" and place.status("halt").checkpoint == place.steps("halt") >= 6
 
@@ -237,7 +237,7 @@ def test_one_run_folder_has_one_job(place: Place) -> None:
     # Without the launcher, the run itself refuses.
     words = [sys.executable, "-m", "llada", "pretrain", "single.yaml", "parallel.tensor=1", "parallel.sequence=false"]
     alone = subprocess.run(
-        words, capture_output=True, text=True, timeout=60, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+        words, capture_output=True, text=True, timeout=600, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     )
     assert alone.returncode == 2 and f"'single' is in use by job {job}, process" in alone.stderr, alone.stderr
     place.llada("stop", "single")
@@ -256,9 +256,9 @@ def test_the_submitters_environment_changes_nothing(place: Place, monkeypatch: p
     job = place.launch("shielded", per_node=2)
     shown = scheduler.describe(job)
     assert (shown["TimeLimit"], shown["Partition"], shown["Requeue"]) == ("00:10:00", "main", "1")
-    place.wait_step("shielded", 1)
-    hosts = [json.loads(path.read_text())["host"] for path in sorted((place.folder / "shielded/logs/attempt-0001").glob("*.start.json"))]
-    assert hosts == ["n0", "n0", "n1", "n1"]
+    started = [place.folder / f"shielded/logs/attempt-0001/rank_{rank:05d}.start.json" for rank in range(4)]
+    until(lambda: all(path.exists() for path in started), 60, "four ranks", lambda: place.story("shielded"))
+    assert [json.loads(path.read_text())["host"] for path in started] == ["n0", "n0", "n1", "n1"]
 
 
 @scenario
