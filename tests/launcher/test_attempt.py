@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import compileall
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -15,11 +17,13 @@ from typing import Any
 
 import pytest
 
+from launch import snapshot
 from launch.attempt import Asked, StepEnd, ended_tasks, run_ranks
 from launch.decide import Decision, Situation, decide
 from launch.job import STOP, JobSpec, Restarts
 from launch.machines import OneProcess, ThisMachine
 from launch.supervisor import Supervisor
+from llada import events
 from llada.training.signals import StopRequest
 
 LIMITS = Restarts(grace=0.1)
@@ -137,3 +141,13 @@ def test_a_stop_between_the_decision_and_the_requeue_is_seen(tmp_path: Path) -> 
     supervisor._again(Decision("requeued", "SIGUSR1: stopped with a checkpoint"))  # would ask Slurm, which is not here
     last = json.loads((tmp_path / "events.jsonl").read_text().splitlines()[-1])
     assert (last["event"], last["reason"]) == ("stopped", "as asked, before the next start")
+
+
+def test_a_snapshot_holds_valid_bytecode(tmp_path: Path) -> None:
+    """Else every rank would compile the whole package again, at every launch."""
+    compileall.compile_file(str(Path(events.__file__)), quiet=1)
+    code = snapshot.take(tmp_path / "code")
+    (copy,) = (code / "llada" / "__pycache__").glob(f"events.{sys.implementation.cache_tag}.pyc")
+    modified, size = struct.unpack("<II", copy.read_bytes()[8:16])  # PEP 552: what Python compares with the source
+    source = (code / "llada" / "events.py").stat()
+    assert (modified, size) == (int(source.st_mtime), source.st_size)
