@@ -87,6 +87,7 @@ def test_a_rank_that_only_lost_its_peer_is_not_the_cause(code: int, message: str
     assert decide(end, Situation(), LIMITS).reason == "rank 1 on n1: killed by SIGKILL"
     alone = StepEnd([Exit(0, "n0", 1.0, code, message), Exit(1, "n1", 2.0, 75, None)], 2)
     assert decide(alone, Situation(), LIMITS).reason.startswith("rank 0 on n0: ")
+    assert decide(alone, Situation(unreachable=["n1"]), LIMITS).reason.startswith("Slurm does not reach n1; rank 0 on n0: ")
 
 
 def test_a_hang_is_told_by_the_rank_that_noticed_it() -> None:
