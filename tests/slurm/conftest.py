@@ -38,7 +38,7 @@ PROFILE: dict[str, Any] = {
     "time": "10",
     "signal_seconds": 20,
     "numa_binding": False,
-    "requeue": {"backoff": 1.0, "grace": 120.0, "start_timeout": 300.0},
+    "requeue": {"backoff": 1.0, "grace": 120.0, "start_timeout": 60.0},
     "preflight": {"enabled": False, "gpus": 0, "matmul_size": 128, "allreduce_mb": 0.5, "min_disk_gb": 0.1, "slow_factor": 1000.0},
     "cpu_jobs": {"cpus": 1},
 }
