@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,8 +26,16 @@ _REPEAT_SECONDS = 10.0
 _OTHERS_SECONDS = 15.0
 """After a failure: for the other ranks' own messages."""
 _KILL_SECONDS = 120.0
-_TASK_ENDED = re.compile(r"srun: error: \S+: tasks? [\d,-]+: ")
+_TASK_ENDED = re.compile(r"srun: error: \S+: tasks? (?P<tasks>[\d,-]+): (?P<how>.*)")
 """srun's word of a task that did not end well."""
+_LOST_PEER = re.compile(
+    r"connection (was )?(reset|closed|refused|aborted)|broken pipe|remote process exited|ncclRemoteError|NCCL communicator was aborted"
+    r"|socket timeout|pair closure|recvValue failed|sendBytes failed|failed to recv|client socket has timed out",
+    re.IGNORECASE,
+)
+"""What gloo, NCCL and torch's store say in a rank whose peer is gone."""
+_ENDED_BY_OTHERS = (-signal.SIGABRT, -signal.SIGTERM, -signal.SIGINT, -signal.SIGUSR1)
+"""NCCL aborts a process whose peer is gone; torchrun sends SIGTERM to the other ranks when one has failed."""
 
 
 class Machine(Protocol):
@@ -42,19 +52,37 @@ class Machine(Protocol):
     def kill(self, process: subprocess.Popen[bytes], starts: list[dict[str, Any]]) -> None:
         """End every rank at once."""
 
+    def gone(self, starts: list[dict[str, Any]], launcher_log: str) -> dict[int, str]:
+        """Ranks whose parent process ended without being able to write down how: rank -> what is known of it."""
+
 
 @dataclass(frozen=True)
 class Exit:
-    """How a rank ended: exit code, or minus the signal; the last line that says why."""
+    """How a rank ended: exit code, or minus the signal; the last line that says why.
+
+    Attributes:
+        rank, host, time: of the end.
+        code: exit code, or minus the signal.
+        message: last line of the rank that says why.
+        parent: what is known of the end of its parent process, which could not write down the rank's; None: it did.
+    """
 
     rank: int
     host: str
     time: float
     code: int
     message: str | None
+    parent: str | None = None
+
+    @property
+    def blames_another(self) -> bool:
+        """It ended because another rank was gone, or was made to end."""
+        return self.code in _ENDED_BY_OTHERS or bool(self.message and _LOST_PEER.search(self.message))
 
     def __str__(self) -> str:
-        if self.code < 0:
+        if self.parent is not None:
+            how = f"gone together with its parent process ({self.parent}); a lack of memory does this"
+        elif self.code < 0:
             how = f"killed by {signal.Signals(-self.code).name}"
         else:
             how = (self.message or f"exit code {self.code}").removeprefix("failed: ")
@@ -87,8 +115,9 @@ class StepEnd:
 
     @property
     def first_failure(self) -> Exit | None:
-        """The first rank that did not end in order."""
-        return next((end for end in self.exits if end.code not in IN_ORDER), None)
+        """The first rank that did not end in order; one that only noticed that another was gone comes after that one."""
+        failed = [end for end in self.exits if end.code not in IN_ORDER]
+        return min(failed, key=lambda end: (end.blames_another, end.time), default=None)
 
 
 class Asked:
@@ -111,10 +140,21 @@ class Asked:
 
     @property
     def wanted(self) -> bool:
-        """The user wants an end, not another start."""
+        """The user wants an end, not another start; some seconds old."""
         if not self._there and time.monotonic() - self._looked > _LOOK_SECONDS:
             self._looked = time.monotonic()
             self._there = self._path.exists()
+        return self._there
+
+    @property
+    def wanted_now(self) -> bool:
+        """The same at this moment, for a decision that depends on it."""
+        with suppress(OSError):
+            # An NFS client remembers for a while that a name was absent. A new name beside it makes it ask its server again.
+            probe = self._path.with_name(f"{self._path.name}.{os.getpid()}.probe")
+            probe.touch()
+            probe.unlink()
+        self._there = self._there or self._path.exists()
         return self._there
 
     def __bool__(self) -> bool:
@@ -150,9 +190,13 @@ def run_ranks(
     records = _Records(folder, ranks)
     started = time.monotonic()
     delivered, deadline, killed, absent = float("-inf"), float("inf"), False, list[str]()
+    lost = _Lost(machine, folder / "launcher.log")
     while process.poll() is None:
         now = time.monotonic()
-        records.refresh()
+        if records.refresh() and not killed:
+            lost.look(records)
+        if lost.exits:
+            deadline = min(deadline, now + min(_OTHERS_SECONDS, limits.grace))
         if not records.all_started and now - started > limits.start_timeout and not absent:
             absent = _absent(machine.hosts, ranks, records.starts)
             deadline = now
@@ -171,14 +215,63 @@ def run_ranks(
             deadline = now
         if now >= deadline and not killed:
             killed = True
+            lost.look(records, at_last=True)
             machine.kill(process, records.starts)
         time.sleep(_POLL_SECONDS)
     console.close()
     records.refresh(everything=True)
+    if not killed:
+        lost.look(records, at_last=True)
     if not absent and not records.all_started:
         absent = _absent(machine.hosts, ranks, records.starts)
     launcher = process.returncode, _last_line(folder / "launcher.log")
-    return StepEnd(records.exits, ranks, machine.hosts, absent, killed, launcher)
+    exits = sorted([*records.exits, *lost.without_record(records)], key=lambda end: end.time)
+    return StepEnd(exits, ranks, machine.hosts, absent, killed, launcher)
+
+
+class _Lost:
+    """Ranks whose parent was killed with them: nobody is left to write down their end.
+
+    Args:
+        machine: that knows which parents are gone.
+        log: of srun or torchrun.
+    """
+
+    def __init__(self, machine: Machine, log: Path) -> None:
+        self._machine, self._log = machine, log
+        self._suspected: dict[int, str] = {}
+        self.exits: list[Exit] = []
+
+    def look(self, records: _Records, at_last: bool = False) -> None:
+        """Note the parents that are gone. One that ended in order wrote its record just before: it counts at the second look only.
+
+        With `at_last`, this is the second one: what has no record yet gets none.
+        """
+        gone = self._machine.gone(records.starts, _read(self._log))
+        if at_last:
+            self._suspected = gone
+        named = {end.rank for end in self.exits}
+        hosts = {entry["rank"]: entry["host"] for entry in records.starts}
+        ended = {end.rank for end in records.exits}
+        for rank, how in self._suspected.items():
+            if rank in hosts and rank not in ended and rank not in named:
+                self.exits.append(Exit(rank, hosts[rank], time.time(), -signal.SIGKILL, None, how))
+        self._suspected = gone
+
+    def without_record(self, records: _Records) -> list[Exit]:
+        """Their ends; a record that came late counts more."""
+        ended = {end.rank for end in records.exits}
+        return [end for end in self.exits if end.rank not in ended]
+
+
+def ended_tasks(launcher_log: str) -> dict[int, str]:
+    """Tasks that srun says ended badly, with its own words; of n2's "tasks 2,4-5: Killed" three."""
+    found: dict[int, str] = {}
+    for line in _TASK_ENDED.finditer(launcher_log):
+        for part in line["tasks"].split(","):
+            first, _, last = part.partition("-")
+            found |= dict.fromkeys(range(int(first), int(last or first) + 1), f"srun: {line['how'].strip()}")
+    return found
 
 
 class _Records:
@@ -206,15 +299,16 @@ class _Records:
         ends = [Exit(entry["rank"], entry["host"], entry["time"], entry["code"], entry["message"]) for entry in found]
         return sorted(ends, key=lambda end: end.time)
 
-    def refresh(self, everything: bool = False) -> None:
-        """Read what is new, if it is time to look, or at once."""
+    def refresh(self, everything: bool = False) -> bool:
+        """Read what is new, if it is time to look, or at once; whether it was."""
         now = time.monotonic()
         if now < self._next and not everything:
-            return
+            return False
         self._next = now + (0.5 if now - self._began < 120 else _LOOK_SECONDS)
         for path in self._folder.glob("rank_*.json"):
             if path.name not in self._read and (record := read_record(path)) is not None:
                 self._read[path.name] = {**record, "rank": int(path.name.split(".")[0].removeprefix("rank_"))}
+        return True
 
 
 def end_process(process: subprocess.Popen[bytes]) -> None:
@@ -236,7 +330,7 @@ def _absent(hosts: list[str], ranks: int, starts: list[dict[str, Any]]) -> list[
 def _last_line(path: Path) -> str:
     """The last line of a launcher's output that says something of its own: that a task ended is known."""
     lines = [line.strip() for line in _read(path).splitlines() if line.strip()]
-    telling = [line for line in lines if not _TASK_ENDED.search(line) and "Terminated StepId" not in line]
+    telling = [line for line in lines if not _TASK_ENDED.search(line) and "Terminated StepId" not in line and line.strip("=-*")]
     return (telling or lines or [""])[-1][:500]
 
 

@@ -39,10 +39,13 @@ class Checked:
     notes: list[str]
 
 
-def check_run(config: RunConfig, ranks: int, allow_changed: bool, rewind: int | None = None, later: bool = False) -> Checked:
+def check_run(
+    config: RunConfig, ranks: int, allow_changed: bool, rewind: int | None = None, later: bool = False, elsewhere: bool = False
+) -> Checked:
     """Open the data, look at the run folder, and compare everything with a world of `ranks` processes.
 
-    With `later`, data that is not there yet is left to the job: another one makes it first.
+    With `later`, data that is not there yet is left to the job: another one makes it first. With `elsewhere`, the run will not be on
+    this machine, so that too small a disk is a note.
 
     Raises:
         UserError: the run could not start, in one line.
@@ -61,8 +64,13 @@ def check_run(config: RunConfig, ranks: int, allow_changed: bool, rewind: int | 
         start = foresee(config, open_data(config), folder / "checkpoints", allow_changed, rewind)
         first, notes = start.step, start.notes
     size = num_parameters(config.model) * _BYTES[config.precision]
-    # The new one is complete before an old one is deleted.
-    require_space(folder, 2 * size, "run.dir")
+    try:
+        # The new one is complete before an old one is deleted.
+        require_space(folder, 2 * size, "run.dir")
+    except UserError as error:
+        if not elsewhere:
+            raise
+        notes = [*notes, f"{error}; on this machine, so that the cluster's disk is compared when the run is launched there"]
     return Checked(data_parallel, first, config.train.steps, size / 1e9, notes)
 
 

@@ -120,6 +120,8 @@ class CpuJobs(Section):
     """Cores of a task."""
     memory_gb: float | None = Field(default=None, ge=0)
     """Memory of a task, GB; null: the partition's default."""
+    exclusive: bool = False
+    """Share the nodes with no other job: a whole node for every task, whatever `exclusive` is for training."""
 
     _check_time = field_validator("time", mode="before")(_time_text)
 

@@ -56,7 +56,9 @@ def launch_run(path: str, overrides: list[str] | None, profile: ClusterProfile |
         scheduler.require()
     config = load_config(path, overrides, rewind=options.rewind)
     ranks_per_node = options.gpus_per_node or _gpus_here()
-    checked = check_run(config, options.nodes * ranks_per_node, options.allow_changed, options.rewind, options.after is not None)
+    elsewhere = profile is not None and options.dry_run and not scheduler.installed()
+    ranks = options.nodes * ranks_per_node
+    checked = check_run(config, ranks, options.allow_changed, options.rewind, options.after is not None, elsewhere)
     state = Path(config.run.dir).absolute()
     words = ["--allow-changed"] if options.allow_changed else []
 

@@ -112,6 +112,8 @@ def describe(end: StepEnd, unreachable: list[str]) -> str:
         return f"{reason} ({end.launcher[1]})" if end.launcher[1] else reason
     gone = f"; Slurm does not reach {', '.join(unreachable)}" if unreachable else ""
     failure = end.first_failure
+    if failure is not None and failure.blames_another and gone:
+        return f"{gone.removeprefix('; ')}; {failure}"
     if failure is not None:
         return f"{failure}{gone}"
     hang = next((one for one in end.exits if one.message and "hang" in one.message), None)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from launch import scheduler
-from launch.attempt import end_process
+from launch.attempt import end_process, ended_tasks
 from launch.job import JobSpec
 from llada.errors import RunError
 
@@ -73,6 +73,10 @@ class SlurmNodes:
         else:
             process.kill()
 
+    def gone(self, starts: list[dict[str, Any]], launcher_log: str) -> dict[int, str]:
+        """What srun says: it hears at once of a task that ended."""
+        return ended_tasks(launcher_log)
+
 
 class ThisMachine:
     """Ranks of this machine, started by torch elastic."""
@@ -109,6 +113,10 @@ class ThisMachine:
         self.deliver("KILL", starts)
         end_process(process)
 
+    def gone(self, starts: list[dict[str, Any]], launcher_log: str) -> dict[int, str]:
+        """Parents that no longer run on this machine."""
+        return _without_process(starts)
+
 
 class OneProcess:
     """A command of one process beside the batch script; in a container of pyxis a job step of its own."""
@@ -141,11 +149,25 @@ class OneProcess:
                 os.kill(entry["pid"], signal.SIGKILL)
         process.kill()
 
+    def gone(self, starts: list[dict[str, Any]], launcher_log: str) -> dict[int, str]:
+        """The parent, if it no longer runs on this machine."""
+        return _without_process(starts)
+
 
 def rank_words(spec: JobSpec, folder: Path, command: Sequence[str], bind: bool) -> list[str]:
     """What starts a rank: into the container, to the parent of the command."""
     words = [*_QUIET, *spec.container, spec.python, "-m", "launch.rank", "--folder", str(folder), "--directory", spec.directory]
     return [*words, *(["--bind"] if bind else []), *([] if spec.quiet else ["--default-signals"]), "--", *command]
+
+
+def _without_process(starts: list[dict[str, Any]]) -> dict[int, str]:
+    gone = {}
+    for entry in starts:
+        try:
+            os.kill(entry["pid"], 0)
+        except ProcessLookupError:
+            gone[entry["rank"]] = f"process {entry['pid']} is gone"
+    return gone
 
 
 def free_port(seed: int, host: str = "") -> int:

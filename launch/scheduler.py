@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 from llada.errors import RunError, UserError
@@ -62,13 +63,16 @@ def require() -> None:
         )
 
 
-def call(*words: str, tries: int = 1, patience: float = 0.0) -> subprocess.CompletedProcess[str]:
+def call(
+    *words: str, tries: int = 1, patience: float = 0.0, sleep: Callable[[float], None] = time.sleep
+) -> subprocess.CompletedProcess[str]:
     """Run a command of Slurm's; it is not interrupted by the signals that end a job.
 
     Args:
         words: of the command.
         tries: when it cannot be run or does not answer.
         patience: seconds in which it is tried again while Slurm's controller is away.
+        sleep: waits between two tries.
 
     Raises:
         RunError: it could not be run, or did not answer in time, `tries` times.
@@ -77,14 +81,14 @@ def call(*words: str, tries: int = 1, patience: float = 0.0) -> subprocess.Compl
     end = time.monotonic() + patience
     for attempt in range(tries):
         if attempt:
-            time.sleep(2.0 * attempt)
+            sleep(2.0 * attempt)
         try:
             while True:
                 # In a job that ends, Slurm signals every process: this one has to finish first.
                 answer = subprocess.run(words, capture_output=True, text=True, timeout=_TIMEOUT, preexec_fn=_ignore_stops)
                 if answer.returncode == 0 or not _AWAY.search(answer.stderr) or time.monotonic() > end:
                     return answer
-                time.sleep(5.0)
+                sleep(5.0)
         except (OSError, subprocess.TimeoutExpired) as error:
             problem = str(error)
     raise RunError(f"{words[0]}: {problem}")
@@ -199,9 +203,9 @@ def nodes_of_partition(name: str) -> int:
     return len(set(answer.stdout.split()))
 
 
-def requeue(job_id: str) -> str | None:
+def requeue(job_id: str, sleep: Callable[[float], None] = time.sleep) -> str | None:
     """Put the running job back into the queue; None, or what Slurm says against it."""
-    answer = call("scontrol", "requeue", job_id, tries=_TRIES, patience=PATIENCE)
+    answer = call("scontrol", "requeue", job_id, tries=_TRIES, patience=PATIENCE, sleep=sleep)
     return None if answer.returncode == 0 else _last_line(answer.stderr)
 
 

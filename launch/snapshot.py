@@ -23,7 +23,9 @@ def take(target: Path) -> Path:
     target.mkdir(parents=True)
     for package in PACKAGES:
         source = Path(str(package.__file__)).parent
-        shutil.copytree(source, target / source.name, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
+        # With the bytecode, which is valid where the source's time is kept, as here: else every rank of the run would compile it.
+        # What another process is just writing there comes and goes under a name like cli.cpython-311.pyc.1400.
+        shutil.copytree(source, target / source.name, ignore=shutil.ignore_patterns("*.pyc.*"))
     shutil.copyfile(target / "llada" / "__main__.py", target / "__main__.py")
     write_atomically(target / revision.FILE, f"{revision.of_code() or ''}\n")
     sync_tree(target)

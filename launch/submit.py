@@ -103,6 +103,7 @@ def training(
         "nodes": nodes,
         "ntasks_per_node": ranks_per_node,
         "cpus_per_task": profile.cpus_per_task,
+        "exclusive": True if profile.exclusive else None,
     }
     if profile.memory_per_task_gb is not None:
         parameters["mem"] = "0" if profile.memory_per_task_gb == 0 else f"{int(profile.memory_per_task_gb * ranks_per_node * 1024)}M"
@@ -141,6 +142,7 @@ def single(profile: ClusterProfile, state: Path, folder: Path, code: Path, comma
         "nodes": 1,
         "ntasks_per_node": 1,
         "cpus_per_task": own.cpus,
+        "exclusive": True if own.exclusive else None,
         "mem": None if own.memory_gb is None else f"{int(own.memory_gb * 1024)}M",
     }
     # The work that is done is kept: shortly before the limit is early enough.
@@ -261,7 +263,6 @@ def _common(profile: ClusterProfile, name: str, state: Path, spec: JobSpec) -> d
         "job_name": name,
         "constraint": profile.constraint,
         "exclude": ",".join(profile.exclude) or None,
-        "exclusive": True if profile.exclusive else None,
         "setup": setup,
         "use_srun": False,
         "stderr_to_stdout": True,

@@ -72,7 +72,7 @@ class Supervisor:
                 return decision.code
             if self.local:
                 self._sleep(decision.delay)
-                if self.asked:
+                if self.stop or self.asked.wanted_now:
                     self._write("stopped", reason="as asked, before the next start")
                     return decision.code
                 continue
@@ -86,7 +86,7 @@ class Supervisor:
             traceback.print_exc()
             failures, last = failures_in_a_row(events.read(self.state), self.attempt, self.task)
             reason = f"supervisor: {type(error).__name__}: {error}"
-            return restart(reason, [], Situation(failures=failures, last=last, wanted=self.asked.wanted), self.spec.restarts)
+            return restart(reason, [], Situation(failures=failures, last=last, wanted=self.asked.wanted_now), self.spec.restarts)
 
     # -- one attempt ---------------------------------------------------------------------------------------------------
 
@@ -97,7 +97,7 @@ class Supervisor:
         machine = self._machine(self.spec)
         self._write("started", nodes=machine.hosts, ranks=self.spec.ranks, host=socket.gethostname(), logs=str(logs), pid=os.getpid())
         limits = self.spec.restarts
-        situation = Situation(failures=failures, last=last, wanted=self.asked.wanted)
+        situation = Situation(failures=failures, last=last, wanted=self.asked.wanted_now)
         if failures > limits.limit:  # the attempts before ended without a word, so that none could say so
             return restart(last or "", [], situation, limits)
         self._end_time = self._ends_at()
@@ -198,7 +198,8 @@ class Supervisor:
             state = "lost"  # Slurm shows both as COMPLETING
         return Situation(
             signal=signal,
-            wanted=self.asked.wanted or (self.local and self._signal() is not None),
+            # Read now: the ranks may have stopped because the user asked for it a moment ago.
+            wanted=self.asked.wanted_now or (self.local and self._signal() is not None),
             state=state,
             progress=any(line["event"] == "checkpoint" for line in self._own_events()),
             failures=start.failures,
@@ -227,7 +228,7 @@ class Supervisor:
     def _again(self, decision: Decision) -> int:
         """Put this job back into the queue. Slurm then ends this process."""
         assert self.job is not None
-        if self.asked.wanted:
+        if self.asked.wanted_now:
             self._write("stopped", reason="as asked, before the next start")
             return decision.code
         if not self.spec.restarts.requeue:

@@ -14,6 +14,7 @@ import typer
 from data_tools.cli import app as data_app
 from launch.cli import add_to as add_launch_commands
 from llada.errors import RunError, TryAgain, UserError
+from llada.torchrun import explain_exit
 
 Config = Annotated[str, typer.Argument(help="YAML file of the run.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key.sub=value, as in train.steps=100.")]
@@ -56,6 +57,8 @@ def _train(task: Literal["pretrain", "sft"], config: str, overrides: list[str] |
 
     code = train(resolved, stop, allow_changed, rewind)
     stop.close()
+    if code:
+        explain_exit("not finished: stopped with a checkpoint; run the same command again to continue")
     raise typer.Exit(code)
 
 
@@ -225,6 +228,9 @@ def main() -> None:
 
 def _leave(message: str, code: int) -> None:
     sys.stdout.flush()
-    print(" ".join(message.split()), file=sys.stderr, flush=True)
+    line = " ".join(message.split())
+    print(line, file=sys.stderr, flush=True)
+    if code in (2, 75):  # of a failure, the first rank that had it is not always the cause
+        explain_exit(line)
     # Not sys.exit: other ranks may be stuck in a collective with this one, and their threads must not delay the end.
     os._exit(code)

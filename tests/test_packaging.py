@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-import sysconfig
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -58,12 +58,40 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     python = fresh / "bin" / "python"
     _run([sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-index", wheel], cwd=fresh.parent)
 
-    # A folder named in a .pth file joins sys.path, but its own .pth files are not read: the editable install of this
-    # project in the parent environment stays invisible, and the fresh site-packages come first.
-    site_packages = next((fresh / "lib").glob("python*/site-packages"))
-    parents = dict.fromkeys([sysconfig.get_path("purelib"), sysconfig.get_path("platlib")])
-    (site_packages / "parent.pth").write_text("".join(f"{folder}\n" for folder in parents))
+    _borrow_dependencies(fresh)
     return fresh
+
+
+def _borrow_dependencies(fresh: Path) -> Path:
+    """Let a virtual environment see the packages of this one; its own site-packages, which come first.
+
+    A folder named in a .pth file joins sys.path, but its own .pth files are not read: the editable install of this project in the
+    parent environment stays invisible.
+    """
+    site_packages = next((fresh / "lib").glob("python*/site-packages"))
+    parents = [folder for folder in sys.path if Path(folder).name in ("site-packages", "dist-packages")]
+    (site_packages / "parent.pth").write_text("".join(f"{folder}\n" for folder in parents))
+    return site_packages
+
+
+def test_an_editable_clone_runs_from_its_parent_folder(tmp_path: Path):
+    """There `llada` in the working folder, which comes first with -m as with -c, is the clone and not the package in it."""
+    clone = tmp_path / "llada"
+    clone.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy2(ROOT / name, clone)
+    for package in PACKAGES:
+        shutil.copytree(ROOT / package, clone / package, ignore=shutil.ignore_patterns("__pycache__"))
+    build = "from setuptools import build_meta; build_meta.build_editable('..')"  # what `pip install --editable` calls
+    _run([sys.executable, "-c", build], cwd=clone)
+    (wheel,) = tmp_path.glob("llada-*.whl")
+    fresh = tmp_path / "venv"
+    _run([sys.executable, "-m", "venv", "--without-pip", fresh], cwd=tmp_path)
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(_borrow_dependencies(fresh))
+    code = "import llada, launch, data_tools; print(llada.__version__, llada.__file__)"
+    version, file = _run([fresh / "bin" / "python", "-c", code], cwd=tmp_path).split()
+    assert version and Path(file) == clone / "llada" / "__init__.py"
 
 
 def test_the_package_comes_from_the_wheel(installed: Path, tmp_path: Path):

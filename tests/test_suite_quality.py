@@ -1,13 +1,17 @@
-"""The tests themselves: every test function asserts something."""
+"""The tests themselves: every one asserts something, waits for conditions, and leaves the standard library as it is."""
 
 from __future__ import annotations
 
 import ast
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 TESTS = Path(__file__).parent
 HELPER_PREFIXES = ("assert_", "check_", "expect_")
 PYTEST_CHECKS = {"raises", "warns", "fail"}
+PATCHES = {"setattr", "delattr", "patch", "object"}
+"""Of pytest's monkeypatch and of unittest.mock."""
 
 
 def _last_name(node: ast.expr) -> str:
@@ -64,3 +68,91 @@ def test_every_test_asserts_something():
         for line, name in _silent_tests(path.read_text(encoding="utf-8"))
     ]
     assert not silent, "tests that assert nothing:\n" + "\n".join(silent)
+
+
+def _fixed_waits(source: str) -> list[tuple[int, str]]:
+    """Line and text of every sleep of a constant time that is not part of a loop which waits for a condition.
+
+    Such a wait is too short on a busy machine and too long on an idle one.
+    """
+    found = []
+
+    def visit(node: ast.AST, polling: bool) -> None:
+        if isinstance(node, ast.Call) and _last_name(node.func) == "sleep" and not polling:
+            found.extend([(node.lineno, ast.unparse(node))] if all(isinstance(part, ast.Constant) for part in node.args) else [])
+        if isinstance(node, ast.While | ast.FunctionDef | ast.AsyncFunctionDef):
+            polling = isinstance(node, ast.While)
+        for child in ast.iter_child_nodes(node):
+            visit(child, polling)
+
+    visit(ast.parse(source), False)
+    return found
+
+
+def _patches_of_the_standard_library(source: str) -> list[tuple[int, str]]:
+    """Line and text of every replaced attribute of one of its modules, which is replaced for pytest, subprocess and every thread, too."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not (isinstance(node, ast.Call) and node.args and _last_name(node.func) in PATCHES):
+            continue
+        target = node.args[0]
+        if isinstance(target, ast.Constant) and isinstance(target.value, str):
+            owner = target.value.rpartition(".")[0]  # "llada.files.shutil" is a name of ours, "llada.files.shutil.disk_usage" is not
+        elif _last_name(node.func) != "patch" and isinstance(target, ast.Name | ast.Attribute):
+            owner = ast.unparse(target)
+        else:
+            continue
+        if owner.rpartition(".")[2] in sys.stdlib_module_names:
+            found.append((node.lineno, ast.unparse(node)))
+    return found
+
+
+def _in_all_tests(check: Callable[[str], list[tuple[int, str]]]) -> list[str]:
+    return [
+        f"{path.relative_to(TESTS.parent)}:{line} {text}"
+        for path in sorted(TESTS.rglob("*.py"))
+        for line, text in check(path.read_text(encoding="utf-8"))
+    ]
+
+
+def test_fixed_waits_are_found():
+    source = """
+def test_wait():
+    time.sleep(0.3)
+    await asyncio.sleep(1)
+    for _ in range(3):
+        sleep(2)
+    while not ready():
+        time.sleep(0.01)
+    time.sleep(generator.random())
+    while True:
+        def late():
+            time.sleep(5)
+"""
+    assert [text for _, text in _fixed_waits(source)] == ["time.sleep(0.3)", "asyncio.sleep(1)", "sleep(2)", "time.sleep(5)"]
+
+
+def test_patches_of_the_standard_library_are_found():
+    source = """
+monkeypatch.setattr(time, "sleep", f)
+monkeypatch.setattr(scheduler.time, "sleep", f)
+monkeypatch.setattr("llada.files.shutil.disk_usage", f)
+monkeypatch.delattr("builtins.open")
+mock.patch("os.rename", f)
+mock.patch.object(os, "rename", f)
+monkeypatch.setattr("llada.files.shutil", like(shutil, disk_usage=f))
+monkeypatch.setattr(scheduler, "shutil", f)
+monkeypatch.setattr(module, "open", f)
+monkeypatch.setenv("PATH", "")
+"""
+    assert [line for line, _ in _patches_of_the_standard_library(source)] == [2, 3, 4, 5, 6, 7]
+
+
+def test_no_test_waits_a_fixed_time():
+    waits = _in_all_tests(_fixed_waits)
+    assert not waits, "wait for a condition instead:\n" + "\n".join(waits)
+
+
+def test_no_test_patches_the_standard_library():
+    patches = _in_all_tests(_patches_of_the_standard_library)
+    assert not patches, "replace the name in the module that uses it (tests/stand_ins.py):\n" + "\n".join(patches)

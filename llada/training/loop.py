@@ -57,7 +57,13 @@ def train(config: RunConfig, stop: StopRequest, allow_changed: bool = False, rew
     """
     run = Run(config, allow_changed, rewind)
     try:
-        return _loop(run, stop)
+        run.tell("started")
+        code = _loop(run, stop)
+        run.tell("finished" if code == FINISHED else "stopped")
+        return code
+    except Exception as error:
+        run.tell("failed", reason=str(error), failure=True)
+        raise
     finally:
         run.close()
 
@@ -300,6 +306,11 @@ class Run:
         """Write an event once."""
         if self.place.is_main:
             self.events.write(event, **fields)
+
+    def tell(self, event: str, **fields: Any) -> None:
+        """Write once how a run without a launcher goes; with one, its supervisor knows more and writes it."""
+        if "LLADA_ATTEMPT" not in os.environ:
+            self.note(event, **fields)
 
     def say(self, text: str) -> None:
         """Print a line once."""

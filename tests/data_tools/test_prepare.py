@@ -24,6 +24,7 @@ from data_tools.prepare import prepare
 from llada.data.corpus import Corpus, Manifest, problems
 from llada.errors import RunError, UserError
 from llada.tokenizer import Tokenizer, train_byte_level_bpe
+from tests.stand_ins import like
 
 WORDS = ["masked", "diffusion", "größer", "🙂", "the", "<|mdm_mask|>", "<|endoftext|>", "\n", "0x1F", "model"]
 
@@ -200,14 +201,12 @@ def test_a_failed_replacement_keeps_what_was_there(tokenizer: Path, source: Path
         prepare([source, tmp_path / "bad.jsonl"], tokenizer, output, force=True)
     assert contents(output) == before
 
-    rename = os.rename
-
     def no_second_rename(old: Path, new: Path) -> None:
         if Path(new) == output and str(old).endswith(".partial"):
             raise OSError(errno.EIO, "Input/output error")
-        rename(old, new)
+        os.rename(old, new)
 
-    monkeypatch.setattr(os, "rename", no_second_rename)
+    monkeypatch.setattr("llada.files.os", like(os, rename=no_second_rename))
     with pytest.raises(RunError, match=r"Input/output error.*all is written and kept in .*corpus.partial"):
         prepare([source], tokenizer, output, force=True, validation_fraction=0.5)
     assert contents(output) == before

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from data_tools.inputs import parse_extensions
 from data_tools.readers import ReadOptions, Report, read, sample_texts
 from llada.errors import UserError
+from tests.stand_ins import like
 
 TEXTS = ["eins", "zwei\nZeilen", "drei é 🙂", " \n"]
 
@@ -227,20 +228,22 @@ def test_unreadable_files_and_folders(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "in" / "closed").mkdir(parents=True)
     for name in ("a.txt", "b.txt"):
         (tmp_path / "in" / name).write_text(name)
-    really_open, really_scan = open, os.scandir
 
     def guarded_open(path, *arguments, **options):
         if str(path).endswith("a.txt"):
             raise PermissionError(13, "Permission denied", str(path))
-        return really_open(path, *arguments, **options)
+        return open(path, *arguments, **options)
 
-    def guarded_scan(path):
-        if str(path).endswith("closed"):
-            raise PermissionError(13, "Permission denied", str(path))
-        return really_scan(path)
+    def guarded_walk(folder, onerror):
+        for path, folders, files in os.walk(folder, onerror=onerror):
+            if path.endswith("closed"):
+                onerror(PermissionError(13, "Permission denied", path))
+            else:
+                yield path, folders, files
 
-    monkeypatch.setattr("builtins.open", guarded_open)  # not by chmod: root may read everything
-    monkeypatch.setattr(os, "scandir", guarded_scan)
+    # Not by chmod: root may read everything.
+    monkeypatch.setattr("data_tools.streams.open", guarded_open, raising=False)
+    monkeypatch.setattr("data_tools.inputs.os", like(os, walk=guarded_walk))
     texts, report = read_all(tmp_path / "in")
     assert texts == ["b.txt"]
     assert report.skipped == {"files unreadable": 1, "folders unreadable": 1}

@@ -9,7 +9,7 @@ import pickle
 import shutil
 import subprocess
 import sys
-import time
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from llada.tokenizer import Tokenizer
 from llada.training import checkpoint
 from tests.hf.folders import SIZES, published_tensors
 from tests.model.in_memory import InMemory
+from tests.stand_ins import like
 from tests.workplace import Workplace
 
 STRANGER = """
@@ -404,10 +405,13 @@ def test_no_tensor_is_ever_in_memory_as_a_whole(tmp_path: Path, monkeypatch: pyt
 def test_a_disk_that_fails_to_flush_is_no_finished_export(workplace: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the thread that flushes is told is not lost, though the file may be synced without a complaint later."""
 
+    flushed = threading.Event()
+
     def fail(descriptor: int) -> None:
+        flushed.set()
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr("llada.files.os.fdatasync", fail)
+    monkeypatch.setattr("llada.files.os", like(os, fdatasync=fail))
     with pytest.raises(OSError, match="Input/output error"), flushed_meanwhile(tmp_path):
         (tmp_path / "file").write_text("text")
-        time.sleep(0.5)
+        assert flushed.wait(60)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,7 @@ from llada.training import checkpoint
 from tests.engine.support import OracleTrainer
 from tests.hf.folders import SIZES, llama_folder, published_folder
 from tests.model.oracle import Oracle
+from tests.stand_ins import like
 from tests.workplace import Workplace
 
 
@@ -380,7 +382,7 @@ def test_the_disk_is_asked_first(workplace: Workplace, tmp_path: Path, monkeypat
     published_folder(tmp_path / "folder", workplace.folder / "tokenizer")
     from_hf(tmp_path / "folder", tmp_path / "checkpoint")
     usage = type("Usage", (), {"free": 1000, "total": 2000})
-    monkeypatch.setattr("llada.files.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("llada.files.shutil", like(shutil, disk_usage=lambda path: usage))
     for work in (from_hf, to_hf):
         source = tmp_path / ("folder" if work is from_hf else "checkpoint")
         with pytest.raises(UserError, match=r"OUT: '.*' needs 0.00 GB, and .* has 0.00 GB left"):

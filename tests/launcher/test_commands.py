@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,12 @@ from typer.testing import CliRunner
 from data_tools.sft import prepare_sft
 from launch import watch
 from llada.cli import app
-from llada.errors import UserError
+from llada.config import load_config
+from llada.errors import RunError, UserError
 from llada.events import EventLog, restarts
+from llada.training.loop import train
+from llada.training.signals import StopRequest
+from tests.stand_ins import like
 from tests.workplace import CONFIG, Workplace
 
 
@@ -102,9 +107,32 @@ def test_mistakes(here: Path, words: list[str], message: str) -> None:
 
 def test_too_little_disk_for_two_checkpoints(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = type("Usage", (), {"total": 10**12, "free": 10**6})
-    monkeypatch.setattr("llada.files.shutil.disk_usage", lambda _: usage)
-    with pytest.raises(UserError, match=r"run.dir: 'big' needs 0.00 GB, and .* has 0.00 GB left"):
-        llada("launch", config(here, "big"), "--cluster", "cluster.yaml", *SIZE, "--dry-run")
+    monkeypatch.setattr("llada.files.shutil", like(shutil, disk_usage=lambda _: usage))
+    with pytest.raises(UserError, match=r"run.dir: 'big' needs .* GB, and .* has .* GB left"):
+        llada("launch", config(here, "big"), "--local", "--gpus-per-node", "2", "--dry-run")
+    # A machine without Slurm is not the one that the run will be on.
+    out = llada("launch", config(here, "big"), "--cluster", "cluster.yaml", *SIZE, "--dry-run")
+    assert "GB left; on this machine, so that the cluster's disk is compared when the run is launched there" in out
+
+
+def test_only_training_takes_whole_nodes(here: Path) -> None:
+    (here / "whole_nodes.yaml").write_text(yaml.safe_dump({"time": "01:00:00", "exclusive": True}))
+    own = ["--cluster", "whole_nodes.yaml", "--dry-run"]
+    data = ["launch", "data-prepare", "--tasks", "2", *own]
+    words = ["--input", "tokenizer", "--tokenizer", "tokenizer", "--output", "new"]
+    training = llada("launch", config(here, "planned"), *own, *SIZE, "--then", "convert")
+    assert training.count("#SBATCH --exclusive") == 1
+    assert "#SBATCH --exclusive" not in llada(*data, *words)
+    assert "#SBATCH --exclusive" in llada(*data, "--set", "cpu_jobs.exclusive=true", *words)
+
+
+def test_a_run_that_diverged_has_failed(here: Path) -> None:
+    """Without a launcher the run writes its own events."""
+    name = config(here, "diverged", train={"steps": 30, "max_skipped": 0})
+    with pytest.raises(RunError, match="not finite"):
+        train(load_config(here / name, ["schedule.stages.0.end=1e30"]), StopRequest())
+    status = watch.status(Path("diverged"))
+    assert status.state == "FAILED" and status.reason is not None and "not finite" in status.reason
 
 
 def test_a_run_without_a_launcher_from_outside(here: Path) -> None:

@@ -71,6 +71,25 @@ def test_the_first_rank_that_failed_is_named() -> None:
     assert found.reason == "rank 3 on n1: killed by SIGSEGV; Slurm does not reach n1" and found.failure
 
 
+@pytest.mark.parametrize(
+    "code, message",
+    [
+        (1, "failed: RuntimeError: [gloo/transport/tcp/pair.cc:538] Read error [10.77.0.10]:4172: Connection reset by peer"),
+        (1, "failed: RuntimeError: Connection closed by peer [10.77.0.10]:4172"),
+        (1, "failed: DistBackendError: NCCL error: remote process exited or there was a network error"),
+        (-6, None),  # as NCCL's watchdog ends a process
+        (-15, None),  # as torchrun ends the others
+    ],
+)
+def test_a_rank_that_only_lost_its_peer_is_not_the_cause(code: int, message: str | None) -> None:
+    """Clocks differ and records take time, so the one that noticed it may come first."""
+    end = StepEnd([Exit(0, "n0", 1.0, code, message), Exit(1, "n1", 2.0, -9, None)], 2)
+    assert decide(end, Situation(), LIMITS).reason == "rank 1 on n1: killed by SIGKILL"
+    alone = StepEnd([Exit(0, "n0", 1.0, code, message), Exit(1, "n1", 2.0, 75, None)], 2)
+    assert decide(alone, Situation(), LIMITS).reason.startswith("rank 0 on n0: ")
+    assert decide(alone, Situation(unreachable=["n1"]), LIMITS).reason.startswith("Slurm does not reach n1; rank 0 on n0: ")
+
+
 def test_a_hang_is_told_by_the_rank_that_noticed_it() -> None:
     message = "failed: hang: no step finished for 10 s (run.hang_timeout): rank 1 never answered; run the same command again"
     end = StepEnd([Exit(0, "n0", 1.0, 75, message)], 2, killed=True)

@@ -126,18 +126,17 @@ def test_no_slurm_on_the_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
 
 def test_a_job_waits_for_a_controller_that_is_away(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A run must not end because slurmctld was being restarted when it wanted back into the queue."""
+    """A run must not end because slurmctld was being restarted when it wanted back into the queue; the clock is a list."""
     script = tmp_path / "scontrol"
     away = "slurm_requeue error: Unable to contact slurm controller (connect failure)"
     script.write_text(f'#!/bin/sh\necho x >>{tmp_path}/calls\n[ $(wc -l <{tmp_path}/calls) -gt 3 ] || {{ echo "{away}" >&2; exit 1; }}\n')
     script.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     slept: list[float] = []
-    monkeypatch.setattr(scheduler.time, "sleep", slept.append)
-    assert scheduler.requeue("12") is None and len(slept) == 3
+    assert scheduler.requeue("12", sleep=slept.append) is None and slept == [5.0] * 3
     (tmp_path / "calls").unlink()
     # Whoever looks from outside is told at once.
-    assert scheduler.call("scontrol", "show", "job", "12").returncode == 1 and len(slept) == 3
+    assert scheduler.call("scontrol", "show", "job", "12", sleep=slept.append).returncode == 1 and len(slept) == 3
     script.write_text("#!/bin/sh\necho 'slurm_requeue error: Job is no longer pending execution' >&2; exit 1\n")
     assert scheduler.requeue("12") == "Job is no longer pending execution"
 
@@ -201,10 +200,9 @@ def test_a_signal_is_repeated_until_the_rank_handles_it(tmp_path: Path) -> None:
 
 
 def test_a_task_that_handles_no_signal_ends_by_it(tmp_path: Path) -> None:
-    rank = start_rank(tmp_path, "import time; time.sleep(20)", "--default-signals")
-    while not (tmp_path / "rank_00003.start.json").exists():
+    rank = start_rank(tmp_path, "import time; open('ready', 'w'); time.sleep(60)", "--default-signals")
+    while not (tmp_path / "ready").exists():
         time.sleep(0.02)
-    time.sleep(0.3)
     rank.send_signal(signal.SIGTERM)
     assert rank.wait(30) == 1 and exit_record(tmp_path)["code"] == -signal.SIGTERM
 

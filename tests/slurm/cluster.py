@@ -19,6 +19,7 @@ from pathlib import Path
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "ip", "nsenter", "unshare")
 ACCOUNTING_PROGRAMS = ("slurmdbd", "mariadbd", "mariadb-install-db", "sacctmgr")
 _READY_SECONDS = 60.0
+_PATIENCE = 5.0
 
 
 def missing(accounting: bool = False) -> str | None:
@@ -34,10 +35,14 @@ def missing(accounting: bool = False) -> str | None:
 
 
 def until(condition: Callable[[], object], seconds: float, what: str, story: Callable[[], str] = str, pause: float = 0.1) -> None:
-    """Wait for something that is expected to happen, looking every `pause` seconds; `story` explains why it may not have."""
-    deadline = time.monotonic() + seconds
+    """Wait for something that is expected to happen, looking every `pause` seconds; `story` explains why it may not have.
+
+    `seconds` are those of an idle machine; other work beside it is given time.
+    """
+    limit = seconds * _PATIENCE
+    deadline = time.monotonic() + limit
     while not condition():
-        assert time.monotonic() < deadline, f"not in {seconds:g} s: {what}\n{story()}"
+        assert time.monotonic() < deadline, f"not in {limit:g} s: {what}\n{story()}"
         time.sleep(pause)
 
 
@@ -48,13 +53,15 @@ class Cluster:
     Attributes:
         root: folder of all its files.
         index: keeps several clusters of one machine apart.
-        nodes, cpus, gpus, memory: how many, and what each has (memory in MB; the GPUs are device files only).
+        islands: groups of nodes with partitions of their own (main and scavenge; main1 and scavenge1; ...), for tests side by side.
+        nodes, cpus, gpus, memory: nodes of an island, and what each has (memory in MB; the GPUs are device files only).
         accounting: with slurmdbd and its database, and accounts that are enforced.
         forget_seconds: after which a finished job is no longer in slurmctld.
     """
 
     root: Path
     index: int = 0
+    islands: int = 1
     nodes: int = 3
     cpus: int = 8
     gpus: int = 4
@@ -67,12 +74,19 @@ class Cluster:
     def conf(self) -> Path:
         return self.root / "slurm.conf"
 
+    @property
+    def all_nodes(self) -> range:
+        return range(self.islands * self.nodes)
+
+    def nodes_of(self, island: int) -> range:
+        return range(island * self.nodes, (island + 1) * self.nodes)
+
     def environment(self) -> dict[str, str]:
         return {**os.environ, "SLURM_CONF": str(self.conf)}
 
     def run(self, *words: str, check: bool = True) -> str:
         """Output of a command that talks to this cluster."""
-        done = subprocess.run(words, env=self.environment(), capture_output=True, text=True, timeout=60)
+        done = subprocess.run(words, env=self.environment(), capture_output=True, text=True, timeout=300)
         assert not check or done.returncode == 0, f"{' '.join(words)}: {done.stderr}"
         return done.stdout.strip()
 
@@ -97,18 +111,18 @@ class Cluster:
         if self.accounting:
             self._start_accounting()
         self._spawn("slurmctld", "slurmctld", "-D", "-i")
-        for node in range(self.nodes):
+        for node in self.all_nodes:
             self.start_node(node)
-        until(lambda: self._idle() == self.nodes, _READY_SECONDS, f"{self.nodes} idle nodes", self.tail)
+        self._wait_idle(self.all_nodes)
         return self
 
     def stop(self) -> None:
         """End everything that was started here, and remove its network."""
-        for node in range(self.nodes):
+        for node in self.all_nodes:
             self.kill_node(node)
         for name in reversed(list(self._processes)):
             self._end(name)
-        for node in range(self.nodes):
+        for node in self.all_nodes:
             subprocess.run(["ip", "netns", "del", self._namespace(node)], capture_output=True)
         subprocess.run(["ip", "link", "del", self._bridge], capture_output=True)
 
@@ -134,12 +148,12 @@ class Cluster:
             process.kill()
             process.wait()
 
-    def revive(self) -> None:
-        """Start the nodes that were killed, and wait until every one is back."""
-        for node in range(self.nodes):
+    def revive(self, island: int) -> None:
+        """Start the nodes of an island that were killed, and wait until every one is idle."""
+        for node in self.nodes_of(island):
             if f"n{node}" not in self._processes:
                 self.start_node(node)
-        until(lambda: self._idle() == self.nodes, _READY_SECONDS, f"{self.nodes} idle nodes", self.tail)
+        self._wait_idle(self.nodes_of(island))
 
     def inside(self, node: int, *words: str) -> None:
         """Run a command in the namespaces of a node."""
@@ -164,9 +178,13 @@ class Cluster:
     def _address(self, last: int) -> str:
         return f"10.77.{self.index}.{last}"
 
-    def _idle(self) -> int:
+    def _wait_idle(self, nodes: range) -> None:
+        wanted = {f"n{node}" for node in nodes}
+        until(lambda: wanted <= self._idle(), _READY_SECONDS, f"idle nodes: {sorted(wanted)}", self.tail)
+
+    def _idle(self) -> set[str]:
         rows = self.run("sinfo", "--noheader", "--Node", "--format=%N %t", check=False).splitlines()
-        return len({row.split()[0] for row in rows if row.endswith(" idle")})
+        return {row.split()[0] for row in rows if row.endswith(" idle")}
 
     def _network(self) -> None:
         self.stop()  # what a killed earlier session left under these names
@@ -192,7 +210,7 @@ class Cluster:
 
     def _configure(self) -> None:
         host = os.uname().nodename.split(".")[0]
-        hosts = ["127.0.0.1 localhost", f"{self._address(1)} {host}", *(f"{self._address(10 + i)} n{i}" for i in range(self.nodes))]
+        hosts = ["127.0.0.1 localhost", f"{self._address(1)} {host}", *(f"{self._address(10 + i)} n{i}" for i in self.all_nodes)]
         (self.root / "hosts").write_text("\n".join(hosts) + "\n")
         # No DNS inside: without this, looking up an IPv6 address of a node takes ten seconds.
         (self.root / "nsswitch.conf").write_text("passwd: files\ngroup: files\nshadow: files\nhosts: files\n")
@@ -200,7 +218,7 @@ class Cluster:
             device = self.root / "dev" / f"nvidia{gpu}"
             if not device.exists():
                 os.mknod(device, 0o666 | stat.S_IFCHR, os.makedev(1, 3))
-        names = f"n[0-{self.nodes - 1}]"
+        names = f"n[0-{self.all_nodes[-1]}]"
         (self.root / "gres.conf").write_text(f"NodeName={names} Name=gpu File={self.root}/dev/nvidia[0-{self.gpus - 1}]\n")
         accounting = (
             f"AccountingStorageType=accounting_storage/slurmdbd\nAccountingStorageHost=localhost\nAccountingStoragePort={self._port + 2}\n"
@@ -208,10 +226,12 @@ class Cluster:
             if self.accounting
             else "AccountingStorageType=accounting_storage/none\n"
         )
-        addresses = f"10.77.{self.index}.[10-{9 + self.nodes}]"
-        self.conf.write_text(
-            _CONF.format(host=host, self=self, addresses=addresses, names=names, accounting=accounting, slurmd=self._port + 1)
-        )
+        addresses = f"10.77.{self.index}.[10-{10 + self.all_nodes[-1]}]"
+        text = _CONF.format(host=host, self=self, addresses=addresses, names=names, accounting=accounting, slurmd=self._port + 1)
+        for island in range(self.islands):
+            own = self.nodes_of(island)
+            text += _PARTITIONS.format(suffix=island or "", nodes=f"n[{own[0]}-{own[-1]}]", default="NO" if island else "YES")
+        self.conf.write_text(text)
 
     @property
     def _port(self) -> int:
@@ -300,8 +320,10 @@ JobRequeue=1
 SlurmdParameters=config_overrides
 GresTypes=gpu
 NodeName={names} NodeAddr={addresses} CPUs={self.cpus} RealMemory={self.memory} Gres=gpu:{self.gpus} State=UNKNOWN
-PartitionName=main Nodes=ALL Default=YES MaxTime=120 DefaultTime=10 PriorityTier=10 PreemptMode=OFF State=UP
-PartitionName=scavenge Nodes=ALL MaxTime=60 PriorityTier=1 PreemptMode=REQUEUE GraceTime=20 State=UP
+"""
+_PARTITIONS = """\
+PartitionName=main{suffix} Nodes={nodes} Default={default} MaxTime=120 DefaultTime=10 PriorityTier=10 PreemptMode=OFF State=UP
+PartitionName=scavenge{suffix} Nodes={nodes} MaxTime=60 PriorityTier=1 PreemptMode=REQUEUE GraceTime=20 State=UP
 """
 _DBD = """\
 AuthType=auth/munge

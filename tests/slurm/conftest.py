@@ -1,4 +1,7 @@
-"""One Slurm cluster, one corpus and one uninterrupted run for all tests of this folder."""
+"""One Slurm cluster, one corpus and one uninterrupted run for all tests of this folder.
+
+A test marked with @scenario runs beside the others on an island of nodes of its own; it needs more patience than processor time.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,13 @@ import signal
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import pytest
@@ -29,28 +35,72 @@ from tests.slurm.cluster import Cluster, missing, until
 from tests.workplace import CONFIG, Workplace
 
 PROFILE: dict[str, Any] = {
-    "partition": "main",
     "time": "10",
     "signal_seconds": 20,
     "numa_binding": False,
-    "requeue": {"backoff": 1.0, "grace": 8.0, "start_timeout": 60.0},
+    "requeue": {"backoff": 1.0, "grace": 120.0, "start_timeout": 60.0},
     "preflight": {"enabled": False, "gpus": 0, "matmul_size": 128, "allreduce_mb": 0.5, "min_disk_gb": 0.1, "slow_factor": 1000.0},
     "cpu_jobs": {"cpus": 1},
 }
 STEPS = 20
+ISLANDS = 4
+Curve = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Place(Workplace):
-    """A folder with a corpus, configs and a profile, and the `llada` command in it, whose Slurm is a cluster of the tests."""
+    """A folder with a corpus, configs and a profile, and the `llada` command in it, whose Slurm is a cluster of the tests.
+
+    Attributes:
+        cluster: of the tests.
+        island: whose nodes and partitions these are.
+        alone: held while a command runs in this process, whose output it catches.
+        whole: the curve of a run that nothing happens to.
+    """
 
     cluster: Cluster
+    island: int = 0
+    alone: threading.Lock = field(default_factory=threading.Lock)
+    whole: Future[Curve] = field(default_factory=Future)
+
+    # -- the island ----------------------------------------------------------------------------------------------------
+
+    @property
+    def main(self) -> str:
+        return f"main{self.island or ''}"
+
+    @property
+    def scavenge(self) -> str:
+        """The partition that is preempted."""
+        return f"scavenge{self.island or ''}"
+
+    def node(self, number: int) -> str:
+        """Name of one of the island's nodes."""
+        return f"n{self.cluster.nodes_of(self.island)[number]}"
+
+    def kill_node(self, number: int) -> None:
+        self.cluster.kill_node(self.cluster.nodes_of(self.island)[number])
+
+    def inside(self, number: int, *words: str) -> None:
+        self.cluster.inside(self.cluster.nodes_of(self.island)[number], *words)
+
+    def queue(self) -> str:
+        """The island's jobs."""
+        return self.cluster.run("squeue", "--noheader", f"--partition={self.main},{self.scavenge}")
+
+    def clear(self) -> None:
+        """Cancel the jobs that are left, and wait until every node is idle."""
+        self.cluster.run("scancel", "--user=root", f"--partition={self.main}", check=False)
+        self.cluster.run("scancel", "--user=root", f"--partition={self.scavenge}", check=False)
+        self.cluster.revive(self.island)
+
+    # -- commands ------------------------------------------------------------------------------------------------------
 
     def write(self, name: str, **sections: Any) -> str:
         """A config of a run of two ranks that share every matrix: when one is gone, the other notices."""
         content = {
             **CONFIG,
-            "run": {"dir": name, "threads": 1, "hang_timeout": 60.0},
+            "run": {"dir": name, "threads": 1, "hang_timeout": 300.0},
             "train": {"steps": STEPS},
             "validation": {"every": 10, "windows": 8},
             "checkpoint": {"every": 5},
@@ -62,12 +112,14 @@ class Place(Workplace):
 
     def profile(self, name: str = "profile", **settings: Any) -> str:
         merged = {key: {**PROFILE.get(key, {}), **value} if isinstance(value, dict) else value for key, value in settings.items()}
-        (self.folder / f"{name}.yaml").write_text(yaml.safe_dump({**PROFILE, **merged}))
-        return f"{name}.yaml"
+        path = f"{name}-{self.main}.yaml"
+        (self.folder / path).write_text(yaml.safe_dump({"partition": self.main, **PROFILE, **merged}))
+        return path
 
     def llada(self, *words: str) -> str:
         """Output of a command; a user's mistake is raised as such."""
-        result = CliRunner().invoke(app, list(words), catch_exceptions=True)
+        with self.alone:
+            result = CliRunner().invoke(app, list(words), catch_exceptions=True)
         if isinstance(result.exception, UserError):
             raise result.exception
         assert result.exit_code == 0, f"{words}: {result.output} {result.exception!r}"
@@ -132,7 +184,7 @@ class Place(Workplace):
     @contextmanager
     def paused(self, run: str, ranks: int = 2) -> Iterator[None]:
         """Nobody takes a step meanwhile."""
-        until(lambda: len(self.ranks(run)) == ranks, 30, f"{ranks} ranks of {run}")
+        until(lambda: len(self.ranks(run)) == ranks, 60, f"{ranks} ranks of {run}")
         pids = self.ranks(run).values()
         try:
             for pid in pids:
@@ -149,6 +201,9 @@ class Place(Workplace):
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     own = [item for item in items if Path(str(item.fspath)).is_relative_to(Path(__file__).parent)]
     reason = missing(accounting=True) if own else None
+    # Scenarios first: the other tests change what belongs to the whole process. Of them first those that have to wait for the clock.
+    beside = sorted((item for item in own if hasattr(getattr(item, "obj", None), "body")), key=lambda item: "time_limit" not in item.name)
+    items[:] = [*beside, *(item for item in items if item not in beside)]
     for item in own:
         item.add_marker(pytest.mark.slurm)
         if reason is not None:
@@ -167,13 +222,13 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def at(cluster: Cluster, folder: Path) -> Iterator[Place]:
+def at(cluster: Cluster, folder: Path) -> Iterator[None]:
     """The commands of this process talk to a cluster, from a folder."""
     before = os.getcwd(), os.environ.get("SLURM_CONF")
     os.environ["SLURM_CONF"] = str(cluster.conf)
     os.chdir(folder)
     try:
-        yield Place(folder, cluster)
+        yield
     finally:
         os.chdir(before[0])
         if before[1] is None:
@@ -184,8 +239,8 @@ def at(cluster: Cluster, folder: Path) -> Iterator[Place]:
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Three nodes of eight cores and four GPUs, without accounting."""
-    cluster = Cluster(tmp_path_factory.mktemp("cluster"))
+    """Islands of three nodes of eight cores and four GPUs, without accounting."""
+    cluster = Cluster(tmp_path_factory.mktemp("cluster"), islands=ISLANDS)
     try:
         yield cluster.start()
     finally:
@@ -194,23 +249,97 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.fixture
 def place(cluster: Cluster, corpus: Path) -> Iterator[Place]:
-    """The corpus's folder, with every node of the cluster idle and no job left."""
-    with at(cluster, corpus) as place:
+    """The corpus's folder and the first island, with every node idle and no job left; for tests that run alone."""
+    with at(cluster, corpus):
+        place = Place(corpus, cluster)
         yield place
-        cluster.run("scancel", "--user=root", check=False)
-        cluster.revive()
+        place.clear()
+
+
+# -- tests side by side ------------------------------------------------------------------------------------------------
+
+Body = Callable[[Place], None]
+
+
+def scenario(body: Body) -> Callable[[Scenarios], None]:
+    """A test whose body runs beside others'; what pytest calls waits for its end."""
+
+    def test(scenarios: Scenarios) -> None:
+        scenarios.result(body)
+
+    test.__name__, test.__doc__, test.__module__ = body.__name__, body.__doc__, body.__module__
+    test.body = body  # type: ignore[attr-defined]
+    return test
+
+
+class Scenarios:
+    """Runs the bodies, as many at once as there are islands, in the order of the tests.
+
+    Args:
+        cluster, folder: for all of them.
+        bodies: of the tests that were selected.
+    """
+
+    def __init__(self, cluster: Cluster, folder: Path, bodies: list[Body]) -> None:
+        self._cluster, self._folder = cluster, folder
+        self._alone = threading.Lock()
+        self._over = threading.Event()
+        self._whole: Future[Curve] = Future()
+        self._ends: dict[Body, Future[None]] = {body: Future() for body in [self._run_whole, *bodies]}
+        self._waiting: SimpleQueue[Body] = SimpleQueue()
+        for body in self._ends:
+            self._waiting.put(body)
+        for island in range(cluster.islands):
+            # Daemons: after Ctrl-C nobody waits for what they wait for.
+            threading.Thread(target=self._work, args=(island,), daemon=True).start()
+
+    def result(self, body: Body) -> None:
+        """Wait for a body's end; what it raised is raised here."""
+        self._ends[body].result()
+
+    def close(self) -> None:
+        """Start no further one."""
+        self._over.set()
+
+    def _work(self, island: int) -> None:
+        """Run one body after the other on an island."""
+        place = Place(self._folder, self._cluster, island, self._alone, self._whole)
+        while not self._over.is_set():
+            try:
+                body = self._waiting.get_nowait()
+            except Empty:
+                return
+            try:
+                body(place)
+                place.clear()
+                self._ends[body].set_result(None)
+            except BaseException as error:  # whatever it is, the test raises it
+                self._ends[body].set_exception(error)
+                with suppress(Exception):  # the next one will tell
+                    place.clear()
+
+    def _run_whole(self, place: Place) -> None:
+        """An uninterrupted run of the same config, without a launcher: each rank started by srun itself."""
+        try:
+            words = ["srun", f"--partition={place.main}", "--nodes=2", "--ntasks-per-node=1", sys.executable, "-W", "ignore"]
+            root = str(Path(__file__).parents[2])
+            environment = {**self._cluster.environment(), "MASTER_ADDR": place.node(0), "MASTER_PORT": "29500", "PYTHONPATH": root}
+            words += ["-m", "llada", "pretrain", place.write("whole")]
+            done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=600)
+            assert done.returncode == 0, done.stderr[-3000:]
+            self._whole.set_result(place.lines("whole"))
+        except BaseException as error:
+            self._whole.set_exception(error)
+            raise
 
 
 @pytest.fixture(scope="session")
-def whole(cluster: Cluster, corpus: Path) -> list[dict[str, Any]]:
-    """The curve of an uninterrupted run of the same config, without a launcher: each rank started by srun itself."""
-    with at(cluster, corpus) as place:
-        config = place.write("whole")
-        place.cluster.run("srun", "--nodes=1", "--ntasks=1", "true")
-
-        words = ["srun", "--nodes=2", "--ntasks-per-node=1", sys.executable, "-W", "ignore", "-m", "llada", "pretrain", config]
-        root = str(Path(__file__).parents[2])
-        environment = {**cluster.environment(), "MASTER_ADDR": "n0", "MASTER_PORT": "29500", "PYTHONPATH": root}
-        done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr[-3000:]
-        return place.lines("whole")
+def scenarios(request: pytest.FixtureRequest, cluster: Cluster, corpus: Path) -> Iterator[Scenarios]:
+    """All selected scenarios, started."""
+    bodies = [item.obj.body for item in request.session.items if isinstance(item, pytest.Function) and hasattr(item.obj, "body")]
+    with at(cluster, corpus):
+        running = Scenarios(cluster, corpus, bodies)
+        try:
+            yield running
+        finally:
+            running.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from launch import scheduler
 from llada.errors import UserError
 from tests.slurm.cluster import Cluster, until
 from tests.slurm.conftest import Place, at
+from tests.stand_ins import like
 
 
 @pytest.fixture(scope="module")
@@ -18,8 +20,8 @@ def accounted(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Iterato
     """A cluster of two nodes with an accounting database, which forgets finished jobs after some seconds."""
     cluster = Cluster(tmp_path_factory.mktemp("accounted"), index=1, nodes=2, accounting=True, forget_seconds=5)
     try:
-        with at(cluster.start(), corpus) as place:
-            yield place
+        with at(cluster.start(), corpus):
+            yield Place(corpus, cluster)
     finally:
         cluster.stop()
 
@@ -44,6 +46,6 @@ def test_without_accounting_it_says_so(accounted: Place, monkeypatch: pytest.Mon
     job = accounted.cluster.run("sbatch", "--parsable", "--account=science", "--output=/dev/null", "--wrap", "true")
     until(lambda: not scheduler.describe(job), 90, "slurmctld to forget the job")
     assert scheduler.jobs([job])[job].state == "COMPLETED"
-    found = scheduler.shutil.which
-    monkeypatch.setattr(scheduler.shutil, "which", lambda name: None if name == "sacct" else found(name))
+    without_sacct = like(shutil, which=lambda name: None if name == "sacct" else shutil.which(name))
+    monkeypatch.setattr(scheduler, "shutil", without_sacct)
     assert scheduler.jobs([job])[job].state == "UNKNOWN"

@@ -15,18 +15,18 @@ import yaml
 from llada.files import checksum
 from llada.model.stored import StoredTensors
 from llada.training import checkpoint
+from tests.stand_ins import like
 from tests.workplace import CONFIG, Workplace
 
 
 def test_every_file_is_flushed_before_the_marker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flushed: list[str] = []
-    real = os.fsync
 
     def noted(descriptor: int) -> None:
         flushed.append(os.path.relpath(os.readlink(f"/proc/self/fd/{descriptor}"), tmp_path))
-        real(descriptor)
+        os.fsync(descriptor)
 
-    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr("llada.files.os", like(os, fsync=noted))
     (tmp_path / "tokenizer").mkdir()
     (tmp_path / "tokenizer" / "tokenizer.json").write_text("{}")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,14 @@ from typer.testing import CliRunner
 from llada.cli import app
 from llada.data.corpus import Manifest
 from llada.errors import UserError
+from tests.stand_ins import like
 from tests.workplace import Workplace
 
 
 def refusal(place: Workplace, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:
     """The message of the UserError that the command ends with; the terminal shows it as one line and exits with 2."""
     monkeypatch.chdir(place.folder)
-    monkeypatch.setattr("llada.training.signals.signal.signal", lambda *_: None)  # keep pytest's own handlers
+    monkeypatch.setattr("llada.training.signals.signal", like(signal, signal=lambda *_: None))  # keep pytest's own handlers
     result = CliRunner().invoke(app, list(arguments))
     assert isinstance(result.exception, UserError), result.output
     return str(result.exception)

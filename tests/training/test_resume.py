@@ -59,7 +59,10 @@ def test_killed_inside_a_save(workplace: Workplace) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_stops_at_the_next_step_with_a_checkpoint(number: signal.Signals, workplace: Workplace) -> None:
+def test_a_signal_stops_at_the_next_step_with_a_checkpoint(
+    number: signal.Signals, workplace: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))  # as torchrun does
     name = f"stopped{number.name}"
     config = slow_config(workplace, name)
     metrics = workplace.folder / name / "metrics.jsonl"
@@ -68,6 +71,9 @@ def test_a_signal_stops_at_the_next_step_with_a_checkpoint(number: signal.Signal
     done = workplace.lines(name)[-1]["step"]
     assert done < 12 and (workplace.folder / name / "checkpoints" / f"step_{done:08d}" / "COMMITTED").is_file()
     assert f"{number.name}: stopped after step {done} with a checkpoint" in out
+    told = json.loads((tmp_path / "error.json").read_text())["message"]["message"]
+    assert told == "not finished: stopped with a checkpoint; run the same command again to continue"
+    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE")
     workplace.run("pretrain", config)
     assert workplace.lines(name) == workplace.lines("whole")
 

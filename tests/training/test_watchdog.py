@@ -13,6 +13,7 @@ import torch
 
 from llada.training.watchdog import RESTART, Watchdog, record_collectives
 from tests import processes
+from tests.stand_ins import like
 from tests.workplace import Workplace
 
 
@@ -36,11 +37,21 @@ def test_silent_ranks_are_named_by_the_lowest_one_alive(tmp_path: Path) -> None:
     assert "last step 17; rank 3 never answered" in line
 
 
-def test_progress_and_zero_keep_it_quiet(tmp_path: Path) -> None:
+def test_progress_and_zero_keep_it_quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten steps of 0.3 s by a clock of the test's; at every one the watchdog looks at it."""
+    clock = {"now": 0.0, "looks": 0}
+
+    def monotonic() -> float:
+        clock["looks"] += 1
+        return clock["now"]
+
+    monkeypatch.setattr("llada.training.watchdog.time", like(time, monotonic=monotonic))
     said: list[str] = []
     dog = Watchdog(tmp_path / "a", 0, 1, 0.4, said.append)
     for step in range(10):
-        time.sleep(0.1)
+        clock["now"] += 0.3
+        looks = clock["looks"]
+        assert wait_for(lambda before=looks: clock["looks"] > before, 60)
         dog.advance(step)
     dog.close()
     Watchdog(tmp_path / "b", 0, 1, 0, said.append).close()

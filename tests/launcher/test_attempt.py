@@ -1,0 +1,153 @@
+"""One start of ranks, with stand-ins for srun and for the ranks' records."""
+
+from __future__ import annotations
+
+import compileall
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch import snapshot
+from launch.attempt import Asked, StepEnd, ended_tasks, run_ranks
+from launch.decide import Decision, Situation, decide
+from launch.job import STOP, JobSpec, Restarts
+from launch.machines import OneProcess, ThisMachine
+from launch.supervisor import Supervisor
+from llada import events
+from llada.training.signals import StopRequest
+
+LIMITS = Restarts(grace=0.1)
+KILLED = "srun: error: n1: task 1: Killed\n"
+
+
+@dataclass
+class StandIn:
+    """Two ranks on two nodes: `files` appear in the folder, then srun goes on until it is killed.
+
+    Attributes:
+        files: name -> content; launcher.log is what srun says.
+        ends: srun ends by itself.
+    """
+
+    files: dict[str, str]
+    ends: bool = False
+    hosts: list[str] = field(default_factory=lambda: ["n0", "n1"])
+    kills: int = 0
+
+    def start(self, command: Sequence[str], ranks: int, folder: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+        for name, text in self.files.items():
+            (folder / name).write_text(text)
+        return subprocess.Popen(["true"] if self.ends else ["sleep", "600"])
+
+    def deliver(self, name: str, starts: list[dict[str, Any]]) -> None: ...
+
+    def kill(self, process: subprocess.Popen[bytes], starts: list[dict[str, Any]]) -> None:
+        self.kills += 1
+        process.kill()
+
+    def gone(self, starts: list[dict[str, Any]], launcher_log: str) -> dict[int, str]:
+        return ended_tasks(launcher_log)
+
+
+def started(rank: int) -> dict[str, str]:
+    return {f"rank_{rank:05d}.start.json": json.dumps({"host": f"n{rank}", "time": 1.0, "pid": 1, "step": "0"})}
+
+
+def ended(rank: int, code: int, message: str | None = None) -> dict[str, str]:
+    return {f"rank_{rank:05d}.exit.json": json.dumps({"host": f"n{rank}", "time": 2.0, "code": code, "message": message})}
+
+
+def run(machine: StandIn, folder: Path) -> StepEnd:
+    return run_ranks(machine, [], 2, folder, {}, Asked(StopRequest(), folder / STOP), LIMITS)
+
+
+def test_what_srun_says_of_tasks() -> None:
+    text = (
+        "srun: error: n1: task 1: Killed\nsrun: error: n[2-3]: tasks 2,4-5: Out Of Memory\n"
+        "slurmstepd: error: Detected 1 oom-kill event(s)\nsrun: error: n0: task 0: Exited with exit code 1\n"
+    )
+    assert ended_tasks(text) == {
+        0: "srun: Exited with exit code 1", 1: "srun: Killed", 2: "srun: Out Of Memory", 4: "srun: Out Of Memory", 5: "srun: Out Of Memory",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "others, ends",
+    [({}, False), (ended(0, 1, "failed: RuntimeError: Connection reset by peer"), False), ({}, True)],
+    ids=["the other rank waits for it", "the other rank noticed", "both are over"],
+)
+def test_a_parent_that_is_killed_with_its_rank_is_named(tmp_path: Path, others: dict[str, str], ends: bool) -> None:
+    """Nobody is left to write rank 1's record; srun hears of it."""
+    machine = StandIn({**started(0), **started(1), **others, "launcher.log": KILLED}, ends)
+    end = run(machine, tmp_path)
+    assert machine.kills == (0 if ends else 1)
+    reason = "rank 1 on n1: gone together with its parent process (srun: Killed); a lack of memory does this"
+    assert decide(end, Situation(), LIMITS).reason == reason
+
+
+def test_the_tasks_that_are_killed_by_us_are_not_to_blame(tmp_path: Path) -> None:
+    machine = StandIn({**started(0), **started(1), **ended(0, 1, "failed: OSError: disk")})
+    machine.kill = lambda process, starts: ((tmp_path / "launcher.log").write_text(KILLED), process.kill())  # type: ignore[method-assign]
+    end = run(machine, tmp_path)
+    assert [one.rank for one in end.exits] == [0] and decide(end, Situation(), LIMITS).reason == "rank 0 on n0: OSError: disk"
+
+
+@pytest.mark.parametrize("kind", [ThisMachine, OneProcess])
+def test_a_parent_of_this_machine_is_looked_for(kind: Callable[[JobSpec], Any]) -> None:
+    process = subprocess.Popen(["true"])
+    process.wait()
+    machine = kind(JobSpec("task", "", "", "", [], sys.executable))
+    entries = [{"rank": 0, "pid": os.getpid()}, {"rank": 1, "pid": process.pid}]
+    assert machine.gone(entries, "") == {1: f"process {process.pid} is gone"}
+
+
+def test_a_parent_killed_with_its_rank_ends_a_single_process_too(tmp_path: Path) -> None:
+    machine = OneProcess(JobSpec("task", str(tmp_path), str(tmp_path), str(Path(__file__).parents[2]), [], sys.executable))
+    code = "import os, signal, time; os.kill(os.getppid(), signal.SIGKILL); time.sleep(600)"
+    asked = Asked(StopRequest(), tmp_path / STOP)
+    end = run_ranks(machine, [sys.executable, "-c", code], 1, tmp_path, {}, asked, LIMITS)
+    assert end.first_failure is not None and end.first_failure.parent is not None and end.first_failure.code == -signal.SIGKILL
+
+
+def test_a_stop_of_the_last_moment_is_seen_by_the_decision(tmp_path: Path) -> None:
+    """`llada stop` touches a file and signals the ranks, which may be through within the seconds for which a look holds."""
+    spec = JobSpec("train", str(tmp_path), str(tmp_path), str(tmp_path), [], sys.executable)
+    (tmp_path / "job.json").write_text(spec.to_json())
+    supervisor = Supervisor(tmp_path, StopRequest(), local=True)
+    deadline = time.monotonic() + 60
+    assert not supervisor.asked.wanted
+    (tmp_path / STOP).touch()
+    situation = supervisor._situation(Situation(), ThisMachine(spec))
+    assert situation.wanted and time.monotonic() < deadline
+
+
+def test_a_stop_between_the_decision_and_the_requeue_is_seen(tmp_path: Path) -> None:
+    spec = JobSpec("train", str(tmp_path), str(tmp_path), str(tmp_path), [], sys.executable)
+    (tmp_path / "job.json").write_text(spec.to_json())
+    supervisor = Supervisor(tmp_path, StopRequest(), local=True)
+    supervisor.job = "12"
+    assert not supervisor.asked.wanted
+    (tmp_path / STOP).touch()
+    supervisor._again(Decision("requeued", "SIGUSR1: stopped with a checkpoint"))  # would ask Slurm, which is not here
+    last = json.loads((tmp_path / "events.jsonl").read_text().splitlines()[-1])
+    assert (last["event"], last["reason"]) == ("stopped", "as asked, before the next start")
+
+
+def test_a_snapshot_holds_valid_bytecode(tmp_path: Path) -> None:
+    """Else every rank would compile the whole package again, at every launch."""
+    compileall.compile_file(str(Path(events.__file__)), quiet=1)
+    code = snapshot.take(tmp_path / "code")
+    (copy,) = (code / "llada" / "__pycache__").glob(f"events.{sys.implementation.cache_tag}.pyc")
+    modified, size = struct.unpack("<II", copy.read_bytes()[8:16])  # PEP 552: what Python compares with the source
+    source = (code / "llada" / "events.py").stat()
+    assert (modified, size) == (int(source.st_mtime), source.st_size)
