@@ -6,6 +6,7 @@ in any order. Everything is written to OUTPUT.partial, where each finished unit 
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -24,11 +25,13 @@ from data_tools.readers import Report
 from data_tools.units import Plan, digest_of, make_plan
 from llada.data.corpus import Manifest
 from llada.errors import RunError, TryAgain, UserError
-from llada.files import checksum
+from llada.files import checksum, refuse_inside
 from llada.tokenizer import Tokenizer
 
 _POLL_SECONDS = 1.0
 _TRIES, _RETRY_SECONDS = 10, 0.1
+MOST_WORKERS, MOST_TASKS = 4096, 1_000_000
+"""More are a slip of the keyboard."""
 
 
 class Unfinished(Exception):
@@ -55,11 +58,20 @@ class Effort:
     stream: Any = None
 
     def __post_init__(self) -> None:
-        for name, value in (("workers", self.workers), ("tasks", self.tasks)):
-            if value < 1:
-                raise UserError(f"--{name}: {value} is less than 1")
+        check_count("--workers", self.workers, MOST_WORKERS)
+        check_count("--tasks", self.tasks, MOST_TASKS)
+        if not self.wait >= 0:
+            raise UserError(f"--wait: {self.wait} is not a number of seconds, 0 or more")
         if not 0 <= self.task < self.tasks:
             raise UserError(f"--task: {self.task} is not one of 0..{self.tasks - 1}, the numbers of the tasks (--tasks {self.tasks})")
+
+
+def check_count(setting: str, value: int, most: int) -> None:
+    """Raises UserError unless a number of processes or tasks is in 1..most."""
+    if value < 1:
+        raise UserError(f"{setting}: {value} is less than 1")
+    if value > most:
+        raise UserError(f"{setting}: {value} is more than {most:,}, the most that are allowed")
 
 
 @dataclass(frozen=True)
@@ -117,6 +129,8 @@ def write_corpus(inputs: Sequence[str | Path], output: str | Path, settings: Cor
         Unfinished: other tasks have units left.
     """
     place = Output(output, settings.force, effort.tasks > 1)
+    for folder in filter(os.path.isdir, inputs):
+        refuse_inside(output, Path(folder), "--output")  # else the next preparation reads what this one wrote
     tokenizer = Tokenizer.load(settings.tokenizer_path, require_mask=not settings.add_special_tokens)
     if settings.add_special_tokens:
         tokenizer = tokenizer.with_special_tokens()

@@ -25,7 +25,7 @@ TextField = Annotated[str, typer.Option(help="JSONL field with the text.")]
 Extensions = Annotated[
     list[str] | None, typer.Option("--ext", help="Extensions read in folders, as in --ext py,md; default: text and code.")
 ]
-SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Count bad JSONL lines instead of stopping.")]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Count bad lines, elements and rows instead of stopping.")]
 AddSpecial = Annotated[bool, typer.Option("--add-special-tokens", help="Append LLaDA's special tokens that the tokenizer lacks.")]
 TokenizerPath = Annotated[str, typer.Option(help="Hugging Face folder, tokenizer.json or SentencePiece model.")]
 Split = Annotated[str, typer.Option(help="Of hf: inputs, as in train[:1%].")]
@@ -137,7 +137,9 @@ def prepare_sft(
     conversations_field: Annotated[str, typer.Option(help="JSONL field with a list of turns, each with from and value.")] = "conversations",
     system_field: Annotated[str, typer.Option(help="JSONL field with a system prompt, if there is one.")] = "system",
     context_field: Annotated[str | None, typer.Option(help="JSONL field whose text, if any, follows the prompt of a pair.")] = None,
-    format: Annotated[str, typer.Option(help="auto, prompt-response, messages or sharegpt; auto: by the fields of the record.")] = "auto",
+    format: Annotated[
+        str, typer.Option(help="auto, prompt-response, messages, sharegpt or alpaca; auto: by the fields of the record.")
+    ] = "auto",
     chat_template: Annotated[
         str, typer.Option(help="llada (its own format), tokenizer (the tokenizer's chat template) or a Jinja file.")
     ] = "llada",
@@ -273,6 +275,8 @@ def import_(
     typer.echo(summary(made.manifest))
     if made.eos_added:
         typer.echo(f"EOS appended to {made.eos_added:,} documents that did not end with it")
+    for doubt in made.doubts:
+        typer.echo(f"warning: {doubt}", err=True)
     if made.special_inside:
         typer.echo(f"{made.special_inside:,} documents hold BOS or EOS before their end; kept as they are")
     typer.echo(output)
@@ -312,10 +316,12 @@ def verify(folder: Folder, workers: Annotated[int, typer.Option(help="Shards loo
         total = 0  # `check` says what is wrong
     with progress_bar(sys.stderr.isatty(), "verifying", total) as done:
         found = check(folder, workers, lambda entry: done(entry.tokens))
+    if len(found) == 1:
+        raise UserError(found[0])
     for line in found:
         typer.echo(line)
     if found:
-        raise UserError(f"{folder}: {len(found)} problem{'s' if len(found) > 1 else ''}, the first: {found[0]}")
+        raise UserError(f"{folder}: {len(found)} problems, the first: {found[0]}")
     shards = Manifest.load(folder).shards
     typer.echo(f"ok: {len(shards)} shards, {sum(s.documents for s in shards):,} documents, {sum(s.tokens for s in shards):,} tokens")
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import codecs
 import re
+import sys
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
+from data_tools.arrays import BrokenArray, elements, holds_array
 from data_tools.streams import open_file
 from llada.errors import UserError
 
@@ -142,7 +144,8 @@ def _hashes(words: I32, starts: npt.NDArray[np.int64], ngram: int) -> U64:
 
 
 def evaluation_texts(paths: Sequence[str | Path], setting: str = "--decontaminate") -> Iterator[str]:
-    """The texts of files: every string in a record of JSON Lines (.jsonl, .json; .gz and .zst too), nested ones too; any other whole.
+    """The texts of files: every string in a record of JSON Lines or of a JSON array (.jsonl, .json; .gz and .zst too), nested ones too;
+    any other file whole.
 
     Args:
         paths: files.
@@ -161,7 +164,7 @@ def evaluation_texts(paths: Sequence[str | Path], setting: str = "--decontaminat
                 yield text
         except UnicodeDecodeError as error:
             raise UserError(f"{setting}: {path} is not UTF-8 ({error})") from None
-        except (OSError, EOFError, zlib.error) as error:
+        except (OSError, EOFError, zlib.error, BrokenArray) as error:
             raise UserError(f"{setting}: {path}: cannot be read ({error})") from None
         if not found:
             raise UserError(f"{setting}: no text in {path}")
@@ -174,14 +177,24 @@ def _texts_of(path: Path, setting: str) -> Iterator[str]:
         if not _is_json(path):
             yield file.read().decode("utf-8-sig")
             return
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
+        for where, raw in _records(path, file):
             try:
-                record = orjson.loads(line.removeprefix(codecs.BOM_UTF8))
+                record = orjson.loads(raw)
             except ValueError as error:
-                raise UserError(f"{setting}: {path}:{number}: not JSON ({error}); every line must be a JSON value") from None
+                raise UserError(f"{setting}: {path}{where}: not JSON ({error})") from None
             yield from _strings(record)
+
+
+def _records(path: Path, file: BinaryIO) -> Iterator[tuple[str, bytes]]:
+    """The elements of an array, else the lines that are not blank, and how messages say which one it is."""
+    if holds_array(str(path)):
+        for number, element in enumerate(elements(file, sys.maxsize), start=1):
+            assert element.content is not None
+            yield f", element {number}", element.content
+        return
+    for number, line in enumerate(file, start=1):
+        if line.strip():
+            yield f":{number}", line.removeprefix(codecs.BOM_UTF8)
 
 
 def _is_json(path: Path) -> bool:

@@ -1,4 +1,5 @@
-"""Records of conversations: prompt and response, or a list of turns in one of the usual spellings -> turns of llada.chat."""
+"""Records of conversations: prompt and response, Alpaca's fields, or a list of turns in one of the usual spellings -> turns of
+llada.chat."""
 
 from __future__ import annotations
 
@@ -12,10 +13,12 @@ from llada.errors import UserError, did_you_mean
 
 Conversation = tuple[Message, ...]
 
-FORMS = ("auto", "prompt-response", "messages", "sharegpt")
+FORMS = ("auto", "prompt-response", "messages", "sharegpt", "alpaca")
 ALIASES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
 """Other names of the roles; capital letters make no difference."""
 _GAP = "\n\n"
+_INSTRUCTION, _INPUT, _OUTPUT, _HISTORY = "instruction", "input", "output", "history"
+"""Alpaca's fields: what is wanted, a text that it is wanted of (may be empty), the answer, and earlier pairs of both."""
 _FIELDS = (
     "name the fields with --prompt-field and --response-field, or that of a list of turns with --messages-field or --conversations-field"
 )
@@ -77,9 +80,10 @@ class Fields:
         """
         form = self._form_of(record)
         if form == "prompt-response":
-            prompt, response = (string_field(record, name, _FIELDS) for name in (self.prompt, self.response))
-            context = self._optional(record, self.context)
-            found = [Message("user", prompt + (_GAP + context if context else "")), Message("assistant", response)]
+            found = self._pair(record, self.prompt, self.response, self.context, _FIELDS)
+        elif form == "alpaca":
+            pair = self._pair(record, _INSTRUCTION, _OUTPUT, _INPUT, f"--format alpaca reads {_INSTRUCTION}, {_INPUT} and {_OUTPUT}")
+            found = [*_earlier(record.get(_HISTORY)), *pair]
         else:
             name = self.messages if form == "messages" else self.conversations
             if not isinstance(record, dict) or name not in record:
@@ -92,12 +96,20 @@ class Fields:
             found.insert(0, Message("system", system))
         return self._checked(_joined(found) if self.join_turns else found)
 
+    def _pair(self, record: Any, prompt: str, response: str, context: str | None, remedy: str) -> list[Message]:
+        """A question with its context, where there is one, and the answer, from fields with these names."""
+        question, answer = (string_field(record, name, remedy) for name in (prompt, response))
+        more = self._optional(record, context)
+        return [Message("user", question + (_GAP + more if more else "")), Message("assistant", answer)]
+
     def _form_of(self, record: Any) -> str:
         """The form of a record by its fields; a field that is null counts as none. A record of no form is read as a pair, which says
         what it lacks."""
         if self.form != "auto" or not isinstance(record, dict):
             return "prompt-response" if self.form == "auto" else self.form
         names = {"prompt-response": (self.prompt, self.response), "messages": (self.messages,), "sharegpt": (self.conversations,)}
+        if not {_INSTRUCTION, _OUTPUT} & {self.prompt, self.response}:  # else the user has said how such records are read
+            names["alpaca"] = (_INSTRUCTION, _OUTPUT)
         found = [form for form, own in names.items() if all(record.get(name) is not None for name in own)]
         if len(found) > 1:
             fields = " and ".join("'" + "' with '".join(names[form]) + "'" for form in found)
@@ -114,7 +126,7 @@ class Fields:
         """The conversation, if its last turn is a reply and no reply is empty."""
         last = max((i for i, message in enumerate(messages) if message.role == "assistant"), default=None)
         if last is None:
-            raise BadRecord("conversations without any reply", "no turn is the assistant's")
+            raise BadRecord("conversations without any reply", "no turn is the assistant's, so there is no reply to learn")
         more = messages[last + 1 :]
         if more and not self.drop_trailing:
             raise BadRecord(
@@ -126,6 +138,18 @@ class Fields:
                 raise BadRecord("conversations with an empty response", f"the response (turn {number}) is empty")
         notes = ((_TRAILING, f"the last {len(more)} of {len(messages)} turns have no reply and are left out"),) if more else ()
         return Talk(tuple(messages[: last + 1]), notes)
+
+
+def _earlier(history: Any) -> list[Message]:
+    """The turns of Alpaca's history, a list of [question, answer]."""
+    pairs = [] if history is None else history
+    if not isinstance(pairs, list) or not all(_is_pair(pair) for pair in pairs):
+        raise BadRecord("conversations with a bad history", f"field '{_HISTORY}' is not a list of pairs of strings, [question, answer]")
+    return [Message(role, text) for pair in pairs for role, text in zip(("user", "assistant"), pair, strict=True)]
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(text, str) for text in value)
 
 
 def _turns(turns: Any, name: str) -> list[Message]:

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import xxhash
 
+from data_tools.agreement import Agreement
 from data_tools.finish import new_manifest
 from data_tools.megatron import IndexedDataset
 from data_tools.progress import progress_bar
@@ -21,7 +22,7 @@ from data_tools.rewrite import SHARD_TOKENS
 from llada.data.corpus import CONVERSATIONS, CORPUS_FILES, SPLITS, TEXT, Corpus, Manifest
 from llada.data.shards import I64, SplitWriter, token_dtype
 from llada.errors import UserError, did_you_mean
-from llada.files import new_file, new_folder
+from llada.files import new_file, new_folder, refuse_inside
 from llada.tokenizer import Tokenizer
 
 # -- export ------------------------------------------------------------------------------------------------------------
@@ -71,11 +72,12 @@ def export(
     if split is not None and split not in SPLITS:
         raise UserError(f"--split: unknown split '{split}'{did_you_mean(split, SPLITS)}; allowed: {', '.join(SPLITS)}")
     corpus = Corpus.open(folder)
+    refuse_inside(output, corpus.folder, "--output")
     if corpus.manifest.kind == CONVERSATIONS:
         raise UserError(f"export: {folder} holds conversations; only corpora of text can be exported")
     if not Path(output).name.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst")):
         raise UserError(f"--output: '{output}' does not end with .jsonl, .jsonl.gz or .jsonl.zst")
-    tokenizer = Tokenizer.load(corpus.tokenizer_folder)
+    tokenizer = corpus.tokenizer()
     entries = [entry for name in SPLITS if split in (None, name) for entry in corpus.manifest.of(name)]
     documents = text_bytes = 0
     with (
@@ -128,11 +130,13 @@ class Imported:
         manifest: of the corpus.
         eos_added: documents that did not end with EOS.
         special_inside: documents with BOS or EOS before their end; kept as they are.
+        doubts: what suggests that the tokenizer is another one than the data was made with, one sentence each.
     """
 
     manifest: Manifest
     eos_added: int
     special_inside: int
+    doubts: list[str]
 
 
 def import_datasets(
@@ -156,7 +160,8 @@ def import_datasets(
         progress: show a bar on stderr.
 
     Raises:
-        UserError: anything wrong with shards, tokenizer, options or output, an id that the tokenizer does not give; nothing is left behind.
+        UserError: anything wrong with shards, tokenizer, options or output, an id that the tokenizer does not give, ids that are clearly
+            another tokenizer's; nothing is left behind.
         RunError: the output cannot be written; nothing is left behind.
     """
     if not 0 <= validation_fraction < 1:
@@ -174,9 +179,11 @@ def import_datasets(
         sources = []
         for dataset in datasets:
             before = work.documents
+            work.agreement = Agreement(tokenizer)
             for first, flat, lengths in dataset.runs():
                 work.add(dataset, first, flat, lengths)
                 done(len(flat))
+            work.doubts += work.agreement.doubts(str(dataset.bin_path))
             sources.append({"path": str(dataset.bin_path), "bytes": dataset.bin_path.stat().st_size, "documents": work.documents - before})
         if not work.documents:
             raise UserError(f"import: no document in {', '.join(map(str, shards))} that is not empty")
@@ -195,7 +202,7 @@ def import_datasets(
             shards=[entry for split in SPLITS for entry in writers[split].finish()],
         )
         manifest.save(folder)
-    return Imported(manifest, work.eos_added, work.special_inside)
+    return Imported(manifest, work.eos_added, work.special_inside, work.doubts)
 
 
 def _opened(shards: Sequence[str | Path]) -> list[IndexedDataset]:
@@ -217,12 +224,18 @@ class _Import:
         own_ids: ids below this are those of the tokenizer as it was given; no other can be in the data.
         fraction: of the documents that is held out.
         writers: of the splits.
+
+    Attributes:
+        agreement: of the tokenizer with the dataset that is read.
+        doubts: of all datasets.
     """
 
     def __init__(self, tokenizer: Tokenizer, own_ids: int, fraction: float, writers: dict[str, SplitWriter]) -> None:
         self._tokenizer, self._own_ids, self._fraction, self._writers = tokenizer, own_ids, fraction, writers
         self.documents = self.eos_added = self.special_inside = 0
         self.skipped: Counter[str] = Counter()
+        self.agreement = Agreement(tokenizer)
+        self.doubts: list[str] = []
 
     def add(self, dataset: IndexedDataset, first: int, flat: I64, lengths: I64) -> None:
         """Take the documents of a run that begins with document `first`."""
@@ -234,6 +247,7 @@ class _Import:
             if not raw:
                 self.skipped["empty documents"] += 1
                 continue
+            self.agreement.add(flat[start:end], text)
             held_out = xxhash.xxh3_64_intdigest(raw) / 2**64 < self._fraction
             found[SPLITS[held_out]].append((self._with_eos(flat[start:end]), len(raw)))
         for split, documents in found.items():

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from data_tools.arrays import holds_array
 from llada.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ TEXT_EXTENSIONS = frozenset(f"{_PROSE} {_CODE}".split())
 COMPRESSED = (".gz", ".zst")
 HUB = "hf:"
 """Prefix of an input that the `datasets` library loads."""
-TEXT, JSONL, PARQUET, ARROW, DATASET = "text", "jsonl", "parquet", "arrow", "dataset"
+TEXT, JSONL, ARRAY, PARQUET, ARROW, DATASET = "text", "jsonl", "json array", "parquet", "arrow", "dataset"
 """Formats of sources."""
 _FORMATS = {".jsonl": JSONL, ".json": JSONL, ".parquet": PARQUET, ".arrow": ARROW}
 
@@ -106,6 +107,8 @@ def find_sources(inputs: Sequence[str | Path], options: ReadOptions, report: Rep
     """
     if not inputs:
         raise UserError("--input: give at least one file or folder")
+    if "" in map(str, inputs):
+        raise UserError("--input: '' names no file or folder")
     places = [given if given.startswith(HUB) else os.path.realpath(given) for given in map(str, inputs)]
     counts = Counter(places)
     for given, place in zip(inputs, places, strict=True):
@@ -169,11 +172,13 @@ def _of_path(path: Path, options: ReadOptions, report: Report) -> Iterator[_Foun
 
 def _file(path: Path, status: os.stat_result, options: ReadOptions, named: bool) -> _Found:
     format = _FORMATS.get(extension(path), TEXT)
+    if extension(path) == ".json" and holds_array(str(path)):
+        format = ARRAY
     if format in (PARQUET, ARROW) and path.suffix.lower() in COMPRESSED:
         raise UserError(f"--input: {path}: unpack it first; {format} files are compressed inside")
     if options.structured and format == TEXT:
         raise UserError(
-            f"--input: {path} is neither JSON Lines (.jsonl, .json, also with .gz or .zst) nor .parquet nor .arrow, "
+            f"--input: {path} is neither JSON Lines nor a JSON array (.jsonl, .json, also with .gz or .zst) nor .parquet nor .arrow, "
             "which conversations are read from"
         )
     return Source(str(path), format, named, status.st_size, str(status.st_mtime_ns)), (status.st_dev, status.st_ino)

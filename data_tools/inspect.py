@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from data_tools.build import MOST_WORKERS, check_count
 from data_tools.finish import summary
 from data_tools.reply_lengths import length_statistics
 from llada.data.corpus import SPLITS, Corpus, Manifest, Shards, problems
@@ -44,7 +45,7 @@ def statistics(corpus: Corpus, samples: int = 3, sequence_length: int | None = N
     if sequence_length is not None and sequence_length < 1:
         raise UserError(f"--sequence-length: {sequence_length} is less than 1")
     manifest = corpus.manifest
-    tokenizer = Tokenizer.load(corpus.tokenizer_folder)
+    tokenizer = corpus.tokenizer()
     splits: dict[str, Any] = {}
     for split in SPLITS:
         if manifest.of(split):
@@ -205,17 +206,14 @@ def check(folder: str | Path, workers: int = 1, progress: Callable[[ShardEntry],
         folder: of the corpus.
         workers, progress: see `llada.data.corpus.problems`.
     """
-    if workers < 1:
-        raise UserError(f"--workers: {workers} is less than 1")
+    check_count("--workers", workers, MOST_WORKERS)
     found = problems(folder, workers=workers, progress=progress)
     try:
         manifest = Manifest.load(folder)
     except UserError:
         return found  # it says so
     try:
-        tokenizer = Tokenizer.load(Path(folder) / "tokenizer")
+        Corpus(Path(folder), manifest).tokenizer()
     except UserError as error:
-        return [*found, str(error)]
-    if tokenizer.fingerprint != manifest.tokenizer_fingerprint:
-        found.append(f"{Path(folder) / 'tokenizer'}: not the tokenizer of this corpus, its fingerprint differs from the manifest's")
+        found.append(str(error))
     return found

@@ -1,20 +1,26 @@
-"""The folder of a corpus while it is made: OUTPUT.partial, which keeps finished units until it takes its name."""
+"""The folder of a corpus while it is made: OUTPUT.partial, which keeps finished units until it takes its name.
+
+Any number of processes with the same inputs and settings may work in it. Those with others are kept out: the folder appears with its
+plan in it, by one rename, and every process compares the plan with its own.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from data_tools.dedup import DUPLICATES, HASHES
 from data_tools.passes import ENTRIES, PARTS
 from data_tools.units import PLAN, Plan
 from llada.data.corpus import CORPUS_FILES, MANIFEST, Manifest
 from llada.errors import RunError, UserError
-from llada.files import check_replaceable, swap, sync_folder, sync_tree
+from llada.files import check_replaceable, final_path, name_new_folder, swap, sync_folder, sync_tree, taken_meanwhile
 from llada.tokenizer import Tokenizer
 
 _TRIES = 100
@@ -28,12 +34,17 @@ class Output:
         output: as given.
         force: replace what is there.
         shared: other tasks work on the same corpus.
+
+    Raises:
+        UserError: an output that can be no folder.
     """
 
     def __init__(self, output: str | Path, force: bool, shared: bool) -> None:
         self.given, self._force, self._shared = output, force, shared
-        self.final = Path(os.path.realpath(output))
+        self.final = final_path(output, "--output")
         self.partial = self.final.with_name(f"{self.final.name}.partial")
+        self._replaces = False
+        self._in_use: BinaryIO | None = None
 
     def finished(self, digest: str, settings: dict[str, Any]) -> Manifest | None:
         """The manifest if the corpus is there already, made of the same inputs with the same settings. With `force`, it is made
@@ -49,6 +60,7 @@ class Output:
                 f"--output: '{self.given}' exists, a corpus prepared {_difference(theirs, settings)}; --force replaces a prepared corpus"
             )
         check_replaceable(Path(self.given), self.final, self._force, "a prepared corpus", CORPUS_FILES, "--output")
+        self._replaces = True
         return None
 
     def unfinished(self, digest: str, settings: dict[str, Any]) -> Plan | None:
@@ -57,25 +69,24 @@ class Output:
         if not self.partial.exists():
             return None
         plan = Plan.load(self.partial)
-        if plan is None and not (self.partial.is_dir() and self._is_begun()):
+        if plan is None:
+            if self.partial.is_dir() and not any(self.partial.iterdir()):
+                return None
             raise UserError(f"--output: '{self.partial}' is in the way: it is no unfinished preparation; move it away")
-        if plan is None or plan.digest == digest:
+        if plan.digest == digest:
             return plan
         if not self._force:
             raise UserError(
                 f"--output: '{self.partial}' holds an unfinished preparation {_difference(plan.settings, settings)}; "
                 "--force discards it and starts over"
             )
-        if self._shared:
+        if self._shared or _is_in_use(self.partial / PLAN):
             raise UserError(
-                f"--force: '{self.partial}' is of other inputs or settings, and other tasks may be at work in it; remove it first"
+                f"--force: '{self.partial}' is of other inputs or settings, and other processes may be at work in it; "
+                "end them and remove it first"
             )
         shutil.rmtree(self.partial)
         return None
-
-    def _is_begun(self) -> bool:
-        """Nothing but what is made before the plan."""
-        return all(path.name in (*_WORKING, "tokenizer") or PLAN in path.name for path in self.partial.iterdir())
 
     def finished_by_another(self, digest: str) -> Manifest | None:
         """The manifest of the same corpus if another process has made it while this one worked on it too."""
@@ -113,25 +124,58 @@ class Output:
             if isinstance(error, KeyboardInterrupt):
                 error.args = (self._kept(plan),)
             raise
+        finally:
+            self._leave()
 
     def _make(self, plan: Plan, tokenizer: Tokenizer) -> list[Path]:
+        """Begin the folder, or join those that work in it; returns the parent folders that had to be made."""
         created = [folder for folder in self.partial.parents if not folder.exists()]
+        begun = False
+        try:
+            if not (self.partial / PLAN).exists():
+                begun = self._begin(plan, tokenizer)
+            self._in_use = _shared_lock(self.partial / PLAN)
+        except OSError as error:
+            _remove_empty(created)
+            raise UserError(f"--output: '{self.given}' cannot be made ({error.strerror})") from None
+        theirs = Plan.load(self.partial)
+        if theirs is None or theirs.digest != plan.digest:
+            self._leave()
+            what = "it" if theirs is None else f"it {_difference(theirs.settings, plan.settings)}"
+            raise UserError(f"--output: '{self.given}': another command is preparing {what}; choose another folder")
+        if os.path.lexists(self.given) and not self._replaces:  # it came after `finished` looked, before this folder kept others out
+            self._leave()
+            if begun:
+                shutil.rmtree(self.partial, ignore_errors=True)
+            raise UserError(taken_meanwhile(self.given, "--output"))
+        return created
+
+    def _begin(self, plan: Plan, tokenizer: Tokenizer) -> bool:
+        """Make the folder with all it needs under another name, then rename it; False if another process was faster."""
+        own = self.partial.with_name(f".{self.partial.name}-{uuid.uuid4().hex[:8]}")
         try:
             for folder in _WORKING:
-                (self.partial / folder).mkdir(parents=True, exist_ok=True)
-            if not (self.partial / "tokenizer").exists():
-                own = self.partial / f"{PLAN}.tokenizer-{os.getpid()}"
-                tokenizer.save(own)
-                sync_tree(own)
-                with suppress(OSError):  # another task was faster; its copy is the same
-                    os.rename(own, self.partial / "tokenizer")
-                shutil.rmtree(own, ignore_errors=True)
-            if not (self.partial / PLAN).exists():
-                plan.save(self.partial)
-        except OSError as error:
-            self._give_up(created)
-            raise UserError(f"--output: '{self.given}' cannot be made ({error.strerror})") from None
-        return created
+                (own / folder).mkdir(parents=True)
+            tokenizer.save(own / "tokenizer")
+            plan.save(own)
+            sync_tree(own)
+            try:
+                name_new_folder(own, self.partial, self.partial, "--output")
+            except UserError:
+                return False
+            sync_folder(self.partial.parent)
+            return True
+        finally:
+            shutil.rmtree(own, ignore_errors=True)
+
+    def _leave(self) -> bool:
+        """Stop working in the folder; whether no other process is known to."""
+        if self._in_use is None:
+            return True
+        alone = _is_only_user(self._in_use)
+        self._in_use.close()
+        self._in_use = None
+        return alone
 
     def _kept(self, plan: Plan) -> str:
         if (self.partial / MANIFEST).exists():
@@ -146,13 +190,13 @@ class Output:
 
     def _give_up(self, created: list[Path]) -> None:
         """Leave nothing behind, if nothing is worth keeping."""
+        if not self._leave() or self._shared or (self.partial / MANIFEST).exists():
+            return
         results = [path for name in (ENTRIES, HASHES, DUPLICATES) for path in (self.partial / name).glob("[0-9]*")]
-        if self._shared or any(path.suffix in (".json", ".npy") for path in results) or (self.partial / MANIFEST).exists():
+        if any(path.suffix in (".json", ".npy") for path in results):
             return
         shutil.rmtree(self.partial, ignore_errors=True)
-        for folder in created:
-            with suppress(OSError):  # someone else uses it by now
-                folder.rmdir()
+        _remove_empty(created)
 
     def publish(self) -> Manifest:
         """Remove what only the work needed, and take the name."""
@@ -163,12 +207,49 @@ class Output:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         (self.partial / PLAN).unlink(missing_ok=True)
         sync_folder(self.partial)
-        if os.path.lexists(self.given):
+        if self._replaces:
             swap(self.partial, self.final)
         else:
-            os.rename(self.partial, self.final)  # refuses a folder that was filled in the meantime
+            self._take_free_name()
         sync_folder(self.final.parent)
         return Manifest.load(self.final)
+
+    def _take_free_name(self) -> None:
+        try:
+            name_new_folder(self.partial, self.given, self.final, "--output")
+        except UserError as taken:
+            raise UserError(f"{taken}; this corpus is whole in '{self.partial}': move one away and run the same command again") from None
+
+
+def _shared_lock(path: Path) -> BinaryIO:
+    """The file, with a lock that any number of processes may hold as long as they keep it open; without one where the file system has
+    no locks."""
+    file = open(path, "r+b")  # noqa: SIM115 (open while this process works; for writing, which locks on network file systems need)
+    with suppress(OSError):
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    return file
+
+
+def _is_only_user(file: BinaryIO) -> bool:
+    """Whether no other process holds a lock on the file, as far as the file system tells."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # no locks here
+        return True
+    return True
+
+
+def _is_in_use(path: Path) -> bool:
+    with open(path, "r+b") as file:
+        return not _is_only_user(file)
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        with suppress(OSError):  # someone else uses it by now
+            folder.rmdir()
 
 
 def _remove(folder: Path) -> None:

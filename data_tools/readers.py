@@ -1,7 +1,7 @@
-"""Documents from sources: JSON Lines, text and code, plain or compressed (.gz, .zst); tables are in `data_tools.tables`.
+"""Documents from sources: JSON Lines, JSON arrays, text and code, plain or compressed (.gz, .zst); tables are in `data_tools.tables`.
 
 A source is read in slices (`Slice`), so that a large one can be shared out: of plain JSON Lines those lines that start in a range of
-bytes, of Parquet some row groups, of Arrow some record batches, of a dataset some rows. A compressed file is read whole.
+bytes, of Parquet some row groups, of Arrow some record batches, of a dataset some rows. A compressed file and an array are read whole.
 """
 
 from __future__ import annotations
@@ -15,13 +15,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from data_tools.inputs import JSONL, TEXT, Extent, Slice, Source, find_sources, parse_extensions
+from data_tools.arrays import BrokenArray, elements
+from data_tools.inputs import ARRAY, JSONL, TEXT, Extent, Slice, Source, find_sources, parse_extensions
 from data_tools.streams import open_file
 from llada.errors import UserError, did_you_mean
 
 _RATIO = 4
 """Bytes of text that a byte of a compressed file is taken for, when work is shared out."""
 _NAMES_SHOWN = 8
+_LONGEST = 1 << 40
+_ARRAYS = "a file that is one JSON array has to end with .json"
 _LISTED = 10_000
 """Entries of the list of what is left out, per unit of work; the counts go on."""
 
@@ -33,7 +36,8 @@ class Report:
     Attributes:
         sources: {path, bytes, documents} of every source that gave a document; bytes are those on the disk.
         skipped: files, folders, lines and documents left out, by reason.
-        listed: {path, line, reason, message} of lines and documents left out, the first 10,000.
+        listed: {path, line, reason, message} of lines and documents left out, the first 10,000; of an array, `line` is the number of the
+            element.
     """
 
     sources: list[dict[str, Any]] = field(default_factory=list)
@@ -78,6 +82,8 @@ class ReadOptions:
             raise UserError(f"--min-length: {self.min_length} is less than 1 byte")
         if self.max_length < self.min_length:
             raise UserError(f"--max-length: {self.max_length} is less than --min-length, {self.min_length}")
+        if self.max_length > _LONGEST:
+            raise UserError(f"--max-length: {self.max_length} is more than {_LONGEST:,} bytes, and a document has to fit into memory")
 
     @property
     def max_line(self) -> int:
@@ -171,10 +177,10 @@ def reasons_of(skipped: Counter[str]) -> str:
 
 def measure(source: Source, options: ReadOptions, report: Report) -> Extent | None:
     """How a source can be cut, None for a file that is left out and counted. Raises UserError like `read_slice`."""
-    if source.format in (JSONL, TEXT):
+    if source.format in (JSONL, ARRAY, TEXT):
         if source.is_compressed:
             return Extent(1, _RATIO * source.bytes)
-        return Extent(1 if source.format == TEXT else source.bytes, source.bytes)
+        return Extent(source.bytes if source.format == JSONL else 1, source.bytes)
     from data_tools import tables
 
     try:
@@ -200,9 +206,9 @@ def read_slice(source: Source, part: Slice | None, options: ReadOptions, report:
                 yield document
     except UnicodeDecodeError as error:
         _problem(source, report, "files not UTF-8", f"byte {error.start} is not UTF-8; text, code and JSON Lines are read")
-    except (OSError, EOFError, zlib.error) as error:
+    except (OSError, EOFError, zlib.error, BrokenArray) as error:
         # A table was read when it was measured, and may be one slice of many: what fails now is never left out silently.
-        if not entry["documents"] and source.format in (TEXT, JSONL):
+        if not entry["documents"] and source.format in (TEXT, JSONL, ARRAY):
             _problem(source, report, "files unreadable", f"cannot be read ({error})")
         elif options.skip_bad:
             report.leave_out(source.path, None, "files that break off", f"after {entry['documents']:,} documents ({error})")
@@ -215,12 +221,17 @@ def read_slice(source: Source, part: Slice | None, options: ReadOptions, report:
 def _documents(source: Source, part: Slice | None, options: ReadOptions, report: Report, record: Record | None) -> Iterator[Any]:
     if source.format == TEXT:
         return _whole(source, options, report)
-    if source.format == JSONL:
+    if source.format in (JSONL, ARRAY):
         import orjson
 
+        def parse(raw: bytes) -> Any:
+            return _json(raw, orjson.loads, source.format)
+
+        if source.format == ARRAY:
+            return _accepted(_elements(source, options, report), source, options, report, record, parse, lambda: 0)
         rows = _lines(source, part or Slice(0, source.bytes), options, report)
         before = functools.cache(lambda: _count_lines(source, part.start if part else 0))
-        return _accepted(rows, source, options, report, record, lambda line: _json(line, orjson.loads), before)
+        return _accepted(rows, source, options, report, record, parse, before)
     from data_tools import tables
 
     first, values = tables.rows(source, part, options)
@@ -246,7 +257,8 @@ def _accepted(
         except BadRecord as problem:
             line = lines_before() + number
             if not options.skip_bad:
-                raise UserError(f"{source.path}:{line}: {problem}, or count bad lines with --skip-bad") from None
+                place, what = (", element ", "elements") if source.format == ARRAY else (":", "lines")
+                raise UserError(f"{source.path}{place}{line}: {problem}; --skip-bad counts such {what} and leaves them out") from None
             report.leave_out(source.path, line, problem.reason, str(problem))
 
 
@@ -303,6 +315,17 @@ def _lines(source: Source, part: Slice, options: ReadOptions, report: Report) ->
                 yield number, line
 
 
+def _elements(source: Source, options: ReadOptions, report: Report) -> Iterator[tuple[int, bytes]]:
+    """The elements of an array with their numbers, from 1."""
+    with open_file(source.path) as stream:
+        for number, (start, content) in enumerate(elements(stream, options.max_line), start=1):
+            if content is None:
+                message = f"more than {options.max_line:,} bytes, from byte {start:,} on"
+                report.leave_out(source.path, number, "elements too long to read", message)
+            else:
+                yield number, content
+
+
 def _pass_line(stream: BinaryIO) -> int:
     """Go to the start of the next line; how many bytes that was."""
     size = 0
@@ -331,11 +354,13 @@ def _row(value: Any) -> Any:
     return value
 
 
-def _json(line: bytes, parse: Callable[[bytes], Any]) -> Any:
+def _json(raw: bytes, parse: Callable[[bytes], Any], format: str) -> Any:
     try:
-        return parse(line)
+        return parse(raw)
     except ValueError as error:
-        raise BadRecord("lines not JSON", f"not JSON ({error}); every line must be one JSON object") from None
+        if format == ARRAY:
+            raise BadRecord("elements not JSON", f"not JSON ({error})") from None
+        raise BadRecord("lines not JSON", f"not JSON ({error}); every line must be one JSON object; {_ARRAYS}") from None
 
 
 def string_field(value: Any, name: str, remedy: str) -> str:

@@ -17,7 +17,7 @@ from data_tools.progress import progress_bar
 from llada.data.corpus import CONVERSATIONS, CORPUS_FILES, SPLITS, Corpus, Manifest
 from llada.data.shards import I64, Shard, ShardEntry, SplitWriter, damaged, token_dtype
 from llada.errors import UserError
-from llada.files import new_folder
+from llada.files import new_folder, refuse_inside
 from llada.tokenizer import Tokenizer
 
 SHARD_TOKENS = 2**28
@@ -49,6 +49,8 @@ def merge(
         raise UserError("merge: give two folders or more")
     corpora = [Corpus.open(folder) for folder in folders]
     _check_mergeable(corpora)
+    for corpus in corpora:
+        refuse_inside(output, corpus.folder, "--output")
     manifests = [corpus.manifest for corpus in corpora]
     with new_folder(output, force, "a prepared corpus", CORPUS_FILES) as folder:
         sources = [_Source(corpus) for corpus in corpora]
@@ -149,6 +151,7 @@ def split(folder: str | Path, parts: int, output: str | Path, *, force: bool = F
     documents = manifest.totals("train")[0]
     if not 1 <= parts <= documents:
         raise UserError(f"--parts: {parts} is not in 1..{documents}, the training documents of {folder}")
+    refuse_inside(output, corpus.folder, "--output")
     names = [f"part-{number:05d}" for number in range(parts)]
     bounds = {name: _bounds(corpus, name, parts, at_least=int(name == "train")) for name in SPLITS}
     with new_folder(output, force, "a split corpus", (names[0], "part-*")) as whole:
@@ -219,7 +222,7 @@ class _Source:
 
     def __init__(self, corpus: Corpus) -> None:
         self.corpus = corpus
-        self._token_bytes = token_bytes(Tokenizer.load(corpus.tokenizer_folder))
+        self._token_bytes = token_bytes(corpus.tokenizer())
         self._opened: tuple[str, Shard, _TextBytes] | None = None  # the last one: shards are asked for in order
 
     def copy(self, entry: ShardEntry, first: int, stop: int, writer: SplitWriter, done: Callable[[int], None]) -> None:

@@ -24,6 +24,8 @@ from llada.tokenizer import SPECIAL_TOKENS, Tokenizer, train_byte_level_bpe
 
 KINDS = ("byte-bpe", "unigram", "bpe")
 SAMPLE_BYTES = 100_000_000
+LARGEST_VOCABULARY = 10_000_000
+"""Ids; the trainers set memory aside for every one."""
 _PASSAGE_CHARACTERS = 4096
 _MEASURED_BYTES = 1 << 20
 _NAMES_SHOWN = 8
@@ -104,6 +106,8 @@ def train_tokenizer(
     """
     if kind not in KINDS:
         raise UserError(f"--kind: '{kind}' is none of {', '.join(KINDS)}{did_you_mean(kind, KINDS)}")
+    if vocab_size > LARGEST_VOCABULARY:
+        raise UserError(f"--vocab-size: {vocab_size} is more than {LARGEST_VOCABULARY:,}, the most that is trained")
     if sample_bytes < 1:
         raise UserError(f"--sample-bytes: {sample_bytes} is less than 1")
     options = ReadOptions(text_field, parse_extensions(extensions), skip_bad)

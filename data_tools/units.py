@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from data_tools.inputs import Extent, Slice, Source
 from data_tools.readers import ReadOptions, Report, measure
+from llada.errors import UserError
 from llada.files import write_atomically
 
 LARGEST_UNIT, SMALLEST_UNIT = 256 << 20, 4 << 20
@@ -65,14 +66,18 @@ class Plan:
 
     @classmethod
     def load(cls, folder: Path) -> Plan | None:
-        """The plan of an unfinished preparation; None when there is none."""
+        """The plan of an unfinished preparation; None when there is none. Raises UserError for one that is damaged."""
         try:
             content = json.loads((folder / PLAN).read_bytes())
+            content["sources"] = [Source(**source) for source in content["sources"]]
+            content["units"] = [[Piece(*piece) for piece in unit] for unit in content["units"]]
+            return cls(**content)
         except (FileNotFoundError, NotADirectoryError):
             return None
-        content["sources"] = [Source(**source) for source in content["sources"]]
-        content["units"] = [[Piece(*piece) for piece in unit] for unit in content["units"]]
-        return cls(**content)
+        except OSError as error:
+            raise UserError(f"{folder / PLAN}: cannot be read ({error.strerror})") from None
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise UserError(f"{folder / PLAN}: damaged, or of another version of this tool; remove '{folder}' to start over") from None
 
 
 def digest_of(settings: dict[str, Any], sources: Sequence[Source]) -> str:

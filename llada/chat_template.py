@@ -266,6 +266,8 @@ def _compiled(template: str, name: str) -> jinja2.Template:
         compiled = environment.from_string(template)
     except jinja2.TemplateSyntaxError as error:
         raise UserError(f"{name} is not valid Jinja: line {error.lineno}: {error.message}") from None
+    except RecursionError:
+        raise UserError(f"{name} is nested too deep for Jinja") from None
     asked = meta.find_undeclared_variables(tree)
     if "strftime_now" in asked:
         raise UserError(f"{name} calls strftime_now: prompts would change with the day; write a fixed date into a copy of it")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fnmatch
 import os
 import shutil
@@ -126,38 +127,69 @@ def write_atomically(path: Path, text: str) -> None:
     sync_folder(path.parent)
 
 
+def final_path(output: str | Path, setting: str) -> Path:
+    """Where something new will lie, links followed. Raises UserError for what can be no name of a file or folder."""
+    final = Path(os.path.realpath(output))
+    if not str(output) or not final.name:
+        raise UserError(f"{setting}: '{output}' names no file or folder to make")
+    try:
+        os.lstat(final.with_name(f".{final.name}.partial-{'0' * 8}"))  # the longest name that is used on the way
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise UserError(f"{setting}: '{output}' cannot be made ({error.strerror})") from None
+    return final
+
+
 @contextmanager
 def new_file(output: str | Path, force: bool, setting: str = "--output") -> Iterator[BinaryIO]:
     """A file to write, under a temporary name beside `output` whose name it takes when the block ends; after any error nothing is left.
 
     Args:
-        output: must not exist, unless `force`; a file that is replaced stays until the end. Its folder must exist.
+        output: must not exist, unless `force`; a file that is replaced stays until the end. Missing parent folders are made.
         force: replace a file.
         setting: what the user calls `output`, for messages.
 
     Raises:
-        UserError: an output that may not be made or replaced.
+        UserError: an output that may not be made or replaced, or that another command made meanwhile.
         RunError: an operating system's error while writing.
     """
-    final = Path(os.path.realpath(output))
+    final = final_path(output, setting)
     if os.path.lexists(output) and not (force and final.is_file()):
         raise UserError(f"{setting}: '{output}' exists{'; --force replaces it' if final.is_file() else ' and is not a file'}")
     partial = final.with_name(f".{final.name}.partial-{uuid.uuid4().hex[:8]}")
-    try:
+    with _new_parents(output, final, setting):
         try:
-            file = open(partial, "wb")  # noqa: SIM115 (closed below, whatever happens)
+            try:
+                file = open(partial, "wb")  # noqa: SIM115 (closed below, whatever happens)
+            except OSError as error:
+                raise UserError(f"{setting}: '{output}' cannot be made ({error.strerror})") from None
+            with file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            if force:
+                os.replace(partial, final)
+            else:
+                _name_new_file(partial, output, final, setting)
+            sync_folder(final.parent)
         except OSError as error:
-            raise UserError(f"{setting}: '{output}' cannot be made ({error.strerror})") from None
-        with file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, final)
-        sync_folder(final.parent)
-    except OSError as error:
-        raise RunError(f"{output}: cannot be written ({error}); nothing of it is left") from error
-    finally:
-        partial.unlink(missing_ok=True)
+            raise RunError(f"{output}: cannot be written ({error}); nothing of it is left") from error
+        finally:
+            with suppress(OSError):  # what went wrong with the folder is said already
+                partial.unlink(missing_ok=True)
+
+
+def _name_new_file(partial: Path, output: str | Path, final: Path, setting: str) -> None:
+    """Give a finished file a name that is still free. Raises UserError if another command took it meanwhile."""
+    try:
+        os.link(partial, final)  # unlike a rename, it replaces nothing
+    except FileExistsError:
+        raise UserError(taken_meanwhile(output, setting)) from None
+    except OSError:  # a file system without hard links
+        if os.path.lexists(final):
+            raise UserError(taken_meanwhile(output, setting)) from None
+        os.rename(partial, final)
 
 
 @contextmanager
@@ -165,47 +197,75 @@ def new_folder(output: str | Path, force: bool, what: str, names: Sequence[str],
     """A temporary folder beside `output` that takes its name when the block ends; after any error nothing of it is left.
 
     Args:
-        output: must not exist, unless `force`.
+        output: must not exist, unless `force`. Missing parent folders are made.
         force: replace what is there if it is empty or holds only `names`, the first of them included. It stays until the end.
         what: what such a folder is, for messages.
         names: patterns.
         setting: what the user calls `output`, for messages.
 
     Raises:
-        UserError: an output that may not be made or replaced.
+        UserError: an output that may not be made or replaced, or that another command made meanwhile.
         RunError: an operating system's error while writing.
     """
-    final = Path(os.path.realpath(output))
+    final = final_path(output, setting)
     replaces = os.path.lexists(output)
     if replaces:
         check_replaceable(Path(output), final, force, what, names, setting)
     partial = final.with_name(f".{final.name}.partial-{uuid.uuid4().hex[:8]}")
-    created: list[Path] = []
     done = False
+    with _new_parents(output, final, setting):
+        try:
+            try:
+                partial.mkdir()
+            except OSError as error:
+                raise UserError(f"{setting}: '{output}' cannot be made ({error.strerror})") from None
+            yield partial
+            sync_tree(partial)
+            if replaces:
+                swap(partial, final)
+            else:
+                name_new_folder(partial, output, final, setting)
+            sync_folder(final.parent)
+            done = True
+        except OSError as error:
+            raise RunError(f"{output}: cannot be written ({error}); nothing of it is left") from error
+        finally:
+            if not done:
+                shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def _new_parents(output: str | Path, final: Path, setting: str) -> Iterator[None]:
+    """Make the missing parent folders of `final`; after an error in the block they are removed again."""
+    created: list[Path] = []
     try:
         try:
             for parent in [folder for folder in reversed(final.parents) if not folder.exists()]:
                 parent.mkdir(exist_ok=True)
                 created.append(parent)
-            partial.mkdir()
         except OSError as error:
             raise UserError(f"{setting}: '{output}' cannot be made ({error.strerror})") from None
-        yield partial
-        sync_tree(partial)
-        if replaces:
-            swap(partial, final)
-        else:
-            os.rename(partial, final)  # refuses a folder that was filled in the meantime
-        sync_folder(final.parent)
-        done = True
+        yield
+    except BaseException:
+        for folder in reversed(created):
+            with suppress(OSError):  # someone else uses it by now
+                folder.rmdir()
+        raise
+
+
+def name_new_folder(partial: Path, output: str | Path, final: Path, setting: str) -> None:
+    """Give a finished folder a name that is still free. Raises UserError if another command took it meanwhile."""
+    try:
+        os.rename(partial, final)  # replaces nothing but an empty folder
     except OSError as error:
-        raise RunError(f"{output}: cannot be written ({error}); nothing of it is left") from error
-    finally:
-        if not done:
-            shutil.rmtree(partial, ignore_errors=True)
-            for folder in reversed(created):
-                with suppress(OSError):  # someone else uses it by now
-                    folder.rmdir()
+        if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+            raise UserError(taken_meanwhile(output, setting)) from None
+        raise
+
+
+def taken_meanwhile(output: str | Path, setting: str) -> str:
+    """The refusal of an output that was free when the command began."""
+    return f"{setting}: '{output}' was made by another command while this one ran, and stays as it is"
 
 
 def check_replaceable(output: Path, final: Path, force: bool, what: str, names: Sequence[str], setting: str) -> None:

@@ -101,7 +101,9 @@ class ReplyReader:
         if lost:
             text += f"; {_name_some(lost, self.length)} longer than data.sequence_length = {self.length} and not trained on"
         later = int((~self._fits & np.isin(self._all[:, 0], self.rows[:, 0])).sum())
-        return text + (f"; nor are {later:,} too long replies of the others" if later else "")
+        if later:
+            text += f"; replies of the others that are longer than {self.length} tokens with their prompt, and not trained on: {later:,}"
+        return text
 
 
 def _name_some(lost: list[dict[str, int]], length: int) -> str:

@@ -10,6 +10,7 @@ import random
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +25,8 @@ from llada.errors import RunError, TryAgain, UserError
 from llada.tokenizer import Tokenizer, train_byte_level_bpe
 from tests import processes
 
-UNIT = 4000
-"""Bytes of text in a unit here: about thirty units."""
+UNIT = 9000
+"""Bytes of text in a unit here: about fifteen units."""
 
 
 def texts(n: int, seed: int) -> list[str]:
@@ -102,7 +103,7 @@ def test_every_document_is_there_once_and_megatron_reads_it(place: Path, whole: 
         read = [ids for entry in manifest.of(split) for ids in documents(folder / entry.name)]
         assert read == [[*encoder.encode(text).tolist(), encoder.eos_id] for text in own]
         assert manifest.totals(split)[2] == sum(len(text.encode()) for text in own)
-    assert len(manifest.of("train")) > 20
+    assert len(manifest.of("train")) > 10
     assert all(entry.tokens >= 2000 for entry in manifest.of("validation")[:-1])  # of all units together
     assert sum(source["documents"] for source in manifest.sources) == len(everything())
 
@@ -281,6 +282,9 @@ def test_an_unfinished_preparation_of_something_else_is_refused(place: Path, tmp
     (tmp_path / "mine.partial" / "notes").touch()
     with pytest.raises(UserError, match=r"mine.partial' is in the way"):
         make(place, tmp_path / "mine")
+    (tmp_path / "mine.partial" / "plan.json").write_text('{"sources": []}')
+    with pytest.raises(UserError, match=r"mine.partial/plan.json: damaged, .*; remove '.*mine.partial' to start over"):
+        make(place, tmp_path / "mine")
 
 
 def test_inputs_that_change_meanwhile(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -400,9 +404,12 @@ def test_the_first_copy_stays(place: Path, tmp_path: Path):
         ({"tasks": 0}, "--tasks: 0 is less than 1"),
         ({"task": 5, "tasks": 5}, r"--task: 5 is not one of 0..4, the numbers of the tasks \(--tasks 5\)"),
         ({"task": -1}, "--task: -1 is not one of 0..0"),
+        ({"workers": 10**6}, "--workers: 1000000 is more than 4,096, the most that are allowed"),
+        ({"tasks": 10**12}, "--tasks: 1000000000000 is more than 1,000,000"),
+        ({"wait": float("nan")}, "--wait: nan is not a number of seconds"),
     ],
 )
-def test_efforts_that_are_refused(effort: dict[str, int], message: str):
+def test_efforts_that_are_refused(effort: dict[str, float], message: str):
     with pytest.raises(UserError, match=message):
         Effort(**effort)
 
@@ -426,3 +433,79 @@ def test_another_task_finished_the_corpus(place: Path, tmp_path: Path, monkeypat
     make(place, tmp_path / "corpus", effort=Effort(task=0, tasks=2))
     assert sums(tmp_path / "corpus") == sums(tmp_path / "whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "whole"]
+
+
+# -- two commands, one output ------------------------------------------------------------------------------------------
+
+
+def instead_of(monkeypatch: pytest.MonkeyPatch, module: object, name: str, first: Callable[[], object]) -> None:
+    """The next call of a function runs `first` before it does its work."""
+    function = getattr(module, name)
+
+    def late(*arguments):
+        monkeypatch.setattr(module, name, function)
+        first()
+        return function(*arguments)
+
+    monkeypatch.setattr(module, name, late)
+
+
+def test_another_command_finishes_first(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """After this one looked whether the output is free."""
+    instead_of(monkeypatch, build, "make_plan", lambda: make(place, tmp_path / "corpus", shard_tokens=3000))
+    with pytest.raises(UserError, match="corpus' was made by another command while this one ran, and stays as it is"):
+        make(place, tmp_path / "corpus")
+    assert Manifest.load(tmp_path / "corpus").options["shard_tokens"] == 3000
+    assert os.listdir(tmp_path) == ["corpus"]
+
+
+def test_another_command_begins_first(place: Path, whole: tuple[bool, dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its settings are others: this one neither works in its folder nor, with --force, removes it while it is in use."""
+    from data_tools import finish
+
+    refusals: list[str] = []
+
+    def refused(force: bool, message: str) -> None:
+        with pytest.raises(UserError, match=message) as caught:
+            make(place, tmp_path / "corpus", shard_tokens=3000, force=force)
+        refusals.append(str(caught.value))
+
+    def while_it_works() -> None:
+        refused(False, r"unfinished preparation with other settings \(.*shard_tokens 2000, now 3000")
+        refused(True, "other processes may be at work in it")
+
+    instead_of(monkeypatch, finish, "_put_together", while_it_works)
+    make(place, tmp_path / "corpus", dedup=whole[0])
+    assert len(refusals) == 2
+    assert sums(tmp_path / "corpus") == whole[1]
+
+    (tmp_path / "late").mkdir()
+    counting(monkeypatch, 2, KeyboardInterrupt())
+
+    def begun() -> None:
+        with pytest.raises(KeyboardInterrupt):
+            make(place, tmp_path / "late" / "corpus")
+
+    instead_of(monkeypatch, build, "make_plan", begun)
+    with pytest.raises(UserError, match=r"another command is preparing it with other settings \(shard_tokens 2000, now 3000\)"):
+        make(place, tmp_path / "late" / "corpus", shard_tokens=3000)
+    assert os.listdir(tmp_path / "late") == ["corpus.partial"]
+
+
+def test_an_output_that_appears_at_the_end(place: Path, whole: tuple[bool, dict[str, str]], tmp_path: Path, monkeypatch):
+    from data_tools import finish
+
+    output = tmp_path / "corpus"
+
+    def taken() -> None:
+        output.mkdir()
+        (output / "notes").touch()
+
+    instead_of(monkeypatch, finish, "_put_together", taken)
+    with pytest.raises(UserError, match=r"was made by another command .* this corpus is whole in '.*corpus.partial': move one away"):
+        make(place, output, dedup=whole[0])
+    assert os.listdir(output) == ["notes"]
+    output.rename(tmp_path / "notes")
+    make(place, output, dedup=whole[0])
+    assert sums(output) == whole[1]
+    assert sorted(os.listdir(tmp_path)) == ["corpus", "notes"]

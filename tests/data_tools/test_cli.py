@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +15,7 @@ from typer.testing import CliRunner, Result
 from data_tools.cli import app
 from llada.data.corpus import Manifest
 from llada.errors import UserError
-from llada.tokenizer import Tokenizer
+from llada.tokenizer import Tokenizer, train_byte_level_bpe
 
 
 def llada_data(*words: object) -> Result:
@@ -113,9 +115,19 @@ def test_every_option_arrives(place: Path, tmp_path: Path):
         (["--tokenizer", "nothing"], "nothing: no such tokenizer"),
         (["--ext", "."], "--ext: '.' names no extension"),
         (["--text-field", "body"], "field 'body' is missing, there are: text"),
+        (["--input", ""], "--input: '' names no file or folder"),
+        (["--output", ""], "--output: '' names no file or folder to make"),
+        (["--output", "/"], "--output: '/' names no file or folder to make"),
+        (["--output", "x" * 250], "cannot be made (File name too long)"),
+        (
+            ["--input", "data_tools", "--output", "data_tools/corpus"],
+            "--output: 'data_tools/corpus' lies inside data_tools, which is only read",
+        ),
+        (["--max-length", str(10**30)], "is more than 1,099,511,627,776 bytes, and a document has to fit into memory"),
     ],
 )
-def test_mistakes_are_one_line(words: list[str], message: str, place: Path, tmp_path: Path):
+def test_mistakes_are_one_line(words: list[str], message: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(Path(__file__).parents[2])
     given = ["--input", place / "c.jsonl", "--tokenizer", place / "tok", "--output", tmp_path / "out"]
     assert message in refusal("prepare", *given, *words)
     assert not list(tmp_path.iterdir())
@@ -152,6 +164,44 @@ def test_verify(place: Path, tmp_path: Path):
     assert "train-00000.bin" in lines[0]
     assert "validation-00000.idx" in lines[1]
     assert str(result.exception) == f"{damaged}: 2 problems, the first: {lines[0]}"
+    shown("prepare", "--input", place / "c.jsonl", "--tokenizer", place / "tok", "--output", damaged, "--force")
+    (damaged / "train-00000.bin").unlink()
+    result = llada_data("verify", damaged)
+    assert "train-00000.bin" in str(result.exception)
+    assert result.output == ""  # a single problem is said once
+
+
+def test_a_tokenizer_that_was_replaced(place: Path, tmp_path: Path):
+    """By another valid one of the same size: every command that reads token ids with it refuses."""
+    shown("prepare", "--input", place / "c.jsonl", "--tokenizer", place / "tok", "--output", tmp_path / "corpus")
+    shutil.rmtree(tmp_path / "corpus" / "tokenizer")
+    train_byte_level_bpe(iter(["sphinx of black quartz judge my vow"] * 9), 300).save(tmp_path / "corpus" / "tokenizer")
+    message = f"{tmp_path / 'corpus' / 'tokenizer'}: not the tokenizer of this corpus"
+    for words in (
+        ["verify", tmp_path / "corpus"],
+        ["inspect", tmp_path / "corpus"],
+        ["merge", place / "corpus", tmp_path / "corpus", "--output", tmp_path / "out"],
+        ["split", tmp_path / "corpus", "--parts", 2, "--output", tmp_path / "out"],
+        ["export", tmp_path / "corpus", "--output", tmp_path / "out.jsonl"],
+    ):
+        assert message in refusal(*words)
+    assert os.listdir(tmp_path) == ["corpus"]
+
+
+def test_outputs_inside_a_corpus(place: Path, tmp_path: Path):
+    inside = place / "corpus" / "new"
+    for words in (["split", place / "corpus", "--parts", 2], ["export", place / "corpus"], ["merge", place / "corpus", tmp_path / "other"]):
+        if words[0] == "merge":
+            shown("prepare", "--input", place / "b.txt", "--tokenizer", place / "tok", "--output", tmp_path / "other")
+        output = inside.with_suffix(".jsonl") if words[0] == "export" else inside
+        assert f"--output: '{output}' lies inside {place / 'corpus'}, which is only read" in refusal(*words, "--output", output)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"])
+def test_files_that_are_nested_too_deep(name: str, place: Path, tmp_path: Path):
+    shutil.copytree(place / "corpus", tmp_path / "corpus")
+    (tmp_path / "corpus" / name).write_text('{"a":' * 3000 + "1" + "}" * 3000)
+    assert "not JSON" in refusal("verify", tmp_path / "corpus")
 
 
 def test_tokenizer_train(place: Path, tmp_path: Path):
@@ -171,6 +221,7 @@ def test_tokenizer_train(place: Path, tmp_path: Path):
     assert (tmp_path / "piece" / "tokenizer.model").is_file()
     assert "'unigrm' is none of byte-bpe, unigram, bpe (did you mean 'unigram'?)" in refusal(*words, "--force", "--kind", "unigrm")
     assert "--sample-bytes: 0 is less than 1" in refusal(*words, "--force", "--sample-bytes", 0)
+    assert "--vocab-size: 1000000000000 is more than 10,000,000" in refusal(*words, "--force", "--vocab-size", 10**12)
     many = shown("tokenizer", "train", "--input", place / "c.jsonl", "--vocab-size", 5000, "--output", tmp_path / "many")
     assert "(the text has pairs for no more than that, 5,000 were asked for)" in many
 

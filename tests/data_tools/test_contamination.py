@@ -153,7 +153,9 @@ def test_texts_of_files(tmp_path: Path):
     (tmp_path / "e.json.gz").write_bytes(gzip.compress(lines.encode()))
     (tmp_path / "t.txt").write_text("\ufeffwhole\ntext\n")
     (tmp_path / "t.md.gz").write_bytes(gzip.compress(b"packed"))
+    (tmp_path / "array.json").write_text(json.dumps(records, indent=1))
     strings = ["q one", "a", "b", "bare", "x", "z"]
+    assert list(evaluation_texts([tmp_path / "array.json"])) == strings
     assert list(evaluation_texts([tmp_path / "e.jsonl"])) == strings
     everything = [str(tmp_path / name) for name in ("t.txt", "e.json.gz", "t.md.gz")]
     assert list(evaluation_texts(everything)) == ["whole\ntext\n", *strings, "packed"]
@@ -164,6 +166,8 @@ def test_texts_of_files(tmp_path: Path):
     [
         ("missing.txt", None, "no file '"),
         ("a.jsonl", b'{"a": "b"}\n{"a"\n', "a.jsonl:2: not JSON"),
+        ("a.json", b'["b", {"a"]', "a.json: cannot be read (element 2, which begins at byte 5, does not end)"),
+        ("a.json", b'["b", {"a"}]', "a.json, element 2: not JSON"),
         ("a.jsonl", b'{"a": 1}\n', "no text in"),
         ("a.txt", b" \n", "no text in"),
         ("a.txt", b"\xff\xfe", "is not UTF-8"),

@@ -53,6 +53,15 @@ GOOD = [
     ),
     ({"instruction": "q", "input": "", "output": "a"}, {"prompt": "instruction", "context": "input", "response": "output"}, [Q, A]),
     ({"instruction": "q", "output": "a"}, {"prompt": "instruction", "context": "input", "response": "output"}, [Q, A]),
+    ({"instruction": "q", "input": "", "output": "a", "text": "x"}, {}, [Q, A]),
+    ({"instruction": "q", "input": None, "output": "a", "system": "s", "history": []}, {}, [S, Q, A]),
+    ({"instruction": "Add.", "input": "1 2", "output": "3"}, {}, [Message("user", "Add.\n\n1 2"), Message("assistant", "3")]),
+    (
+        {"instruction": "q", "output": "a", "history": [["r", "b"]], "system": "s"},
+        {},
+        [S, Message("user", "r"), Message("assistant", "b"), Q, A],
+    ),
+    ({"instruction": "q", "output": "a", "messages": "x"}, {"form": "alpaca"}, [Q, A]),
     ({"messages": turns(("user", "q"), ("user", "q"), ("assistant", "a"))}, {}, [Q, Q, A]),
     (
         {"messages": turns(("user", "q"), ("user", "r"), ("assistant", "a"), ("assistant", "b"))},
@@ -96,6 +105,10 @@ BAD = [
     ({"messages": turns(("system", "t"), ("user", "q"), ("assistant", "a")), "system": "s"}, {}, "field 'system'", "two system prompts"),
     ({"prompt": "q", "response": "a", "system": 3}, {}, "field 'system' is not a string but int", "not a string"),
     ({"prompt": "q", "response": " "}, {}, "(turn 2) is empty", "empty response"),
+    ({"instruction": "q", "output": "a", "conversations": SHARE}, {}, "choose with --format", "more than one conversation"),
+    ({"instruction": "q", "input": "a"}, {"form": "alpaca"}, "field 'output' is missing", "lines without the field"),
+    ({"instruction": "q", "output": "a", "history": [["r"]]}, {}, "'history' is not a list of pairs", "bad history"),
+    ({"instruction": "q", "output": "a", "history": "r"}, {}, "'history' is not a list of pairs", "bad history"),
 ]
 
 
@@ -126,4 +139,4 @@ def test_the_examples_in_the_documents() -> None:
     text = (Path(__file__).parents[2] / "docs" / "sft.md").read_text(encoding="utf-8")
     examples = [json.loads(line) for block in re.findall(r"(?ms)^```json\n(.*?)^```", text) for line in block.splitlines()]
     roles = [[message.role for message in Fields().conversation(example).messages] for example in examples]
-    assert roles == [["user", "assistant"], *[["system", "user", "assistant"]] * 3]
+    assert roles == [["user", "assistant"], *[["system", "user", "assistant"]] * 3, ["user", "assistant"]]

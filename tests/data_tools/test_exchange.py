@@ -110,9 +110,9 @@ def test_what_cannot_be_exported(place: Path, tmp_path: Path):
     before = sorted(place.iterdir())
     expect_refusal(lambda: export(corpus, tmp_path / "o.jsonl", split="valid"), "--split", "'valid'", "did you mean 'validation'?")
     expect_refusal(lambda: export(corpus, tmp_path / "o.txt"), "--output", ".jsonl.zst")
-    expect_refusal(lambda: export(corpus, tmp_path / "no" / "o.jsonl"), "--output", "No such file")
     expect_refusal(lambda: export(tmp_path, tmp_path / "o.jsonl"), "not a prepared corpus")
     (tmp_path / "c.jsonl").write_text('{"prompt": "a", "response": "b"}\n' * 3)
+    expect_refusal(lambda: export(corpus, tmp_path / "c.jsonl" / "o.jsonl"), "--output", "Not a directory")
     shown("prepare-sft", "--input", tmp_path / "c.jsonl", "--tokenizer", place / "tok", "--output", tmp_path / "sft")
     expect_refusal(lambda: export(tmp_path / "sft", tmp_path / "o.jsonl"), "conversations")
     assert not list(tmp_path.glob("*o.*"))
@@ -215,6 +215,30 @@ def test_bos_inside_is_said(place: Path, tmp_path: Path, tokenizer):
     made = import_datasets([data], place / "tok", tmp_path / "out", validation_fraction=0)
     assert (made.special_inside, made.eos_added) == (2, 3)
     assert made.manifest.totals("train")[2] == 5  # the letters alone
+
+
+def test_another_tokenizer_is_noticed(place: Path, tmp_path: Path, tokenizer):
+    """Of the same size, so no id is beyond it: by its EOS and by what the decoded text is encoded to."""
+    code = Path(__file__).read_text()
+    other = train_byte_level_bpe(iter([code]), tokenizer.vocab_size)
+    ids = [other.encode(code[start : start + 100]).tolist() for start in range(0, 4000, 100)]
+    without, with_eos = (
+        build(tmp_path / "without", [[own] for own in ids]),
+        build(tmp_path / "with", [[[*own, other.eos_id]] for own in ids]),
+    )
+    words = ("--tokenizer", place / "tok", "--output", tmp_path / "out")
+    assert other.eos_id == tokenizer.eos_id
+    message = refusal("import", without, *words)
+    assert message.startswith(f"import: {without}.bin was made with another tokenizer: encoding the text of its ids gives ")
+    assert f"; none of its 40 documents ends with this tokenizer's EOS, id {tokenizer.eos_id}; --tokenizer must be" in message
+    assert not (tmp_path / "out").exists()
+    assert f"warning: {with_eos}.bin: encoding the text of its ids gives" in shown("import", with_eos, *words)
+    # The right tokenizer, of a tool that appends no EOS: the documents say nothing else against it.
+    other.save(tmp_path / "right")
+    made = import_datasets([without], tmp_path / "right", tmp_path / "out", force=True)
+    assert (made.eos_added, len(made.doubts)) == (40, 1)
+    assert made.doubts[0].startswith(f"{without}.bin: none of its 40 documents ends with this tokenizer's EOS")
+    assert import_datasets([with_eos], tmp_path / "right", tmp_path / "out", force=True).doubts == []
 
 
 @pytest.mark.parametrize(("bad", "what"), [(-1, "not one of"), (400, "not one of"), ("mask", "the mask token")])

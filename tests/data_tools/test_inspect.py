@@ -97,7 +97,7 @@ def test_the_picture_is_one(corpus: Path, tmp_path: Path):
         assert picture.format == "PNG"
         assert len(set(picture.convert("L").resize((40, 40)).tobytes())) > 5  # not blank
     assert "does not end with .png" in refusal("inspect", corpus, "--png", tmp_path / "lengths.svg")
-    assert "--png: " in refusal("inspect", corpus, "--png", tmp_path / "no" / "lengths.png")
+    assert "--png: " in refusal("inspect", corpus, "--png", tmp_path / "lengths.png" / "lengths.png")
     assert [path.name for path in tmp_path.iterdir()] == ["lengths.png"]
 
 

@@ -218,7 +218,10 @@ def test_a_conversation_that_the_template_refuses_is_a_bad_line(tokenizer: Path,
     own = with_template(tokenizer, tmp_path / "own")
     late = {"messages": [message("user"), message("system"), message("assistant")]}
     source = write(tmp_path / "talks.jsonl", [*PAIRS[:3], late])
-    with pytest.raises(UserError, match=r"talks.jsonl:4: the chat template refuses it: a late system turn, or count bad lines"):
+    with pytest.raises(
+        UserError,
+        match=r"talks.jsonl:4: the chat template refuses it: a late system turn; --skip-bad counts such lines and leaves them out",
+    ):
         prepare_sft([source], own, tmp_path / "corpus", chat_template="tokenizer")
     manifest = prepare_sft([source], own, tmp_path / "corpus", chat_template="tokenizer", skip_bad=True)
     assert manifest.skipped == {"conversations that the chat template refuses": 1}

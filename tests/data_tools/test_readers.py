@@ -108,7 +108,7 @@ BAD_LINES = [
 def test_a_bad_line_is_refused_or_counted(line: bytes, message: str, reason: str | None, tmp_path: Path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(jsonl(["eins"]) + b"\n" + line + b"\n" + jsonl(["zwei"]))
-    with pytest.raises(UserError, match=rf"^{path}:3: {message}.*--skip-bad$"):
+    with pytest.raises(UserError, match=rf"^{path}:3: {message}.*--skip-bad counts such lines and leaves them out$"):
         read_all(path)
     texts, report = read_all(path, skip_bad=True)
     assert texts == ["eins", "zwei"]
