@@ -75,7 +75,7 @@ def export(
         raise UserError(f"export: {folder} holds conversations; only corpora of text can be exported")
     if not Path(output).name.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst")):
         raise UserError(f"--output: '{output}' does not end with .jsonl, .jsonl.gz or .jsonl.zst")
-    tokenizer = Tokenizer.load(corpus.tokenizer_folder)
+    tokenizer = corpus.tokenizer()
     entries = [entry for name in SPLITS if split in (None, name) for entry in corpus.manifest.of(name)]
     documents = text_bytes = 0
     with (

@@ -44,7 +44,7 @@ def statistics(corpus: Corpus, samples: int = 3, sequence_length: int | None = N
     if sequence_length is not None and sequence_length < 1:
         raise UserError(f"--sequence-length: {sequence_length} is less than 1")
     manifest = corpus.manifest
-    tokenizer = Tokenizer.load(corpus.tokenizer_folder)
+    tokenizer = corpus.tokenizer()
     splits: dict[str, Any] = {}
     for split in SPLITS:
         if manifest.of(split):
@@ -213,9 +213,7 @@ def check(folder: str | Path, workers: int = 1, progress: Callable[[ShardEntry],
     except UserError:
         return found  # it says so
     try:
-        tokenizer = Tokenizer.load(Path(folder) / "tokenizer")
+        Corpus(Path(folder), manifest).tokenizer()
     except UserError as error:
-        return [*found, str(error)]
-    if tokenizer.fingerprint != manifest.tokenizer_fingerprint:
-        found.append(f"{Path(folder) / 'tokenizer'}: not the tokenizer of this corpus, its fingerprint differs from the manifest's")
+        found.append(str(error))
     return found

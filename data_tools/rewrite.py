@@ -219,7 +219,7 @@ class _Source:
 
     def __init__(self, corpus: Corpus) -> None:
         self.corpus = corpus
-        self._token_bytes = token_bytes(Tokenizer.load(corpus.tokenizer_folder))
+        self._token_bytes = token_bytes(corpus.tokenizer())
         self._opened: tuple[str, Shard, _TextBytes] | None = None  # the last one: shards are asked for in order
 
     def copy(self, entry: ShardEntry, first: int, stop: int, writer: SplitWriter, done: Callable[[int], None]) -> None:

@@ -18,6 +18,7 @@ from llada.data.shard_files import damaged, map_file, size_of
 from llada.data.shards import CHUNK, I64, REPLY_FIELDS, OpenFiles, Shard, ShardEntry, map_replies
 from llada.errors import UserError
 from llada.files import write_atomically
+from llada.tokenizer import Tokenizer
 
 FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
@@ -190,6 +191,25 @@ class Corpus:
     @property
     def tokenizer_folder(self) -> Path:
         return self.folder / "tokenizer"
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that the token ids are of.
+
+        Raises:
+            UserError: it cannot be read, or it is not the one that the manifest names.
+        """
+        tokenizer = Tokenizer.load(self.tokenizer_folder)
+        template = self.manifest.options.get("chat_template_sha256")
+        remedy = "put the right one back, or prepare the corpus again"
+        if tokenizer.fingerprint != self.manifest.tokenizer_fingerprint:
+            raise UserError(
+                f"{self.tokenizer_folder}: not the tokenizer of this corpus, its fingerprint differs from the manifest's; {remedy}"
+            )
+        if template is not None and template != hashlib.sha256((tokenizer.chat_template or "").encode()).hexdigest():
+            raise UserError(
+                f"{self.tokenizer_folder}: not the chat template of this corpus, its checksum differs from the manifest's; {remedy}"
+            )
+        return tokenizer
 
 
 class Shards:
