@@ -16,6 +16,7 @@ from llada.data.corpus import CONVERSATIONS, TEXT, Corpus, Manifest, problems
 from llada.data.mixture import Mixture, Source
 from llada.data.shards import OpenFiles
 from llada.errors import UserError
+from llada.files import read_files
 from llada.objectives import Batch, MaskedDiffusion, Objective, Window, collate
 from llada.tokenizer import Tokenizer
 
@@ -187,13 +188,18 @@ class TrainingData(ABC):
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of all corpora. Raises UserError where a corpus holds another one than its manifest names."""
-        found = []
+        found: Tokenizer | None = None
+        files: dict[str, bytes] = {}
         for i, corpus in enumerate(self.corpora):
             try:
-                found.append(corpus.tokenizer())
+                # The manifests name one tokenizer. To read a large one takes a second, equal files of the next corpus none.
+                if found is None or not corpus.tokenizer_folder.is_dir() or read_files(corpus.tokenizer_folder) != files:
+                    found = corpus.tokenizer()
+                    files = read_files(corpus.tokenizer_folder)
             except UserError as error:
                 raise UserError(f"data.mixture.{i}.path: {error}") from None
-        return found[0]
+        assert found is not None
+        return found
 
     @property
     def fingerprint(self) -> str:

@@ -123,7 +123,7 @@ class Run:
     def _prepare(self, start: Start) -> None:
         """Build what trains, and load what it starts from; collective."""
         config = self.config
-        if torch.cuda.is_available():
+        if torch.cuda.is_available() and self.held is not None:
             with folder.naming(self.folder):
                 (self.folder / FLIGHT_RECORDER).mkdir(exist_ok=True)
         self.events = events.of_this_process(self.folder)
