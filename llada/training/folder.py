@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from llada.data.corpus import MANIFEST
-from llada.engine.layout import gather_world, world_from_environment
+from llada.engine.layout import gather_world
 from llada.errors import RunError, TryAgain, UserError
 from llada.files import readable_size, sync_folder
 from llada.training import checkpoint
@@ -57,8 +57,13 @@ class RunFolder:
                 folder.rmdir()
 
 
-def hold(path: Path, stopped: Callable[[], bool]) -> RunFolder | None:
+def hold(path: Path, rank: int, stopped: Callable[[], bool]) -> RunFolder | None:
     """Hold the run folder on rank 0, while the others wait; collective.
+
+    Args:
+        path: of the folder.
+        rank: of this process.
+        stopped: see RunFolder.
 
     Returns:
         What rank 0 has to release; None on the others.
@@ -68,7 +73,7 @@ def hold(path: Path, stopped: Callable[[], bool]) -> RunFolder | None:
     """
     held: RunFolder | None = None
     problem: UserError | RunError | TryAgain | None = None
-    if world_from_environment()[0] == 0:
+    if rank == 0:
         try:
             held = RunFolder(path, stopped)
         except (UserError, RunError, TryAgain) as error:

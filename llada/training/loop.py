@@ -111,7 +111,7 @@ class Run:
         self.data = open_data(config, verify=rank == 0)
         # Now, since the corpus may be gone by the time of a checkpoint.
         self.tokenizer_files = read_files(self.data.tokenizer_folder) if rank == 0 else {}
-        self.held = folder.hold(self.folder, lambda: bool(stop))
+        self.held = folder.hold(self.folder, rank, lambda: bool(stop))
         try:
             # Only now: a process that held the folder until a moment ago may have written checkpoints.
             self._prepare(find_start(config, self.data, self.root, self.threads, allow_changed, rewind))
