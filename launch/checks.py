@@ -11,13 +11,9 @@ from llada.config import RunConfig
 from llada.data.tasks import open_data
 from llada.errors import UserError, did_you_mean
 from llada.files import require_space
-from llada.model.weights import num_parameters
-from llada.training import lock
+from llada.training import checkpoint, lock
 from llada.training.schedule import Schedule
 from llada.training.start import foresee
-
-_BYTES = {"fp32": 12, "bf16": 14}
-"""Of a parameter in a checkpoint: fp32 weights and two moments, and of bf16 runs the bf16 weights too."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +59,7 @@ def check_run(
     else:
         start = foresee(config, open_data(config), folder / "checkpoints", allow_changed, rewind)
         first, notes = start.step, start.notes
-    size = num_parameters(config.model) * _BYTES[config.precision]
+    size = checkpoint.expected_bytes(config)
     try:
         # The new one is complete before an old one is deleted.
         require_space(folder, 2 * size, "run.dir")

@@ -99,7 +99,22 @@ def require_space(output: str | Path, needed: int, setting: str) -> None:
     usage = shutil.disk_usage(folder)
     free = usage.free
     if usage.total and free < needed:  # what has no size, as /proc, is no disk: making the folder says what is wrong
-        raise UserError(f"{setting}: '{output}' needs {needed / 1e9:.2f} GB, and {folder} has {free / 1e9:.2f} GB left")
+        raise UserError(f"{setting}: '{output}' needs {readable_size(needed)}, and {folder} has {readable_size(free)} left")
+
+
+def readable_size(count: int) -> str:
+    """A number of bytes for people, with three digits: 870 bytes, 1.05 MB, 14.2 GB."""
+    size, unit = float(count), "bytes"
+    for larger in ("kB", "MB", "GB", "TB", "PB"):
+        if size < 999.5:
+            break
+        size, unit = size / 1000, larger
+    return f"{size:.3g} {unit}"
+
+
+def read_files(folder: Path) -> dict[str, bytes]:
+    """The files of a folder, without its subfolders: name -> content."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
 
 
 def checksum(path: Path) -> dict[str, Any]:

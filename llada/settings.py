@@ -20,7 +20,8 @@ class RunSection(Section):
     dir: str
     """Folder of the run: config.yaml, metrics.jsonl, checkpoints/. A run that finds a committed checkpoint here continues from it."""
     threads: int = Field(default=0, ge=0)
-    """CPU threads of torch per rank; 0: the cores of this process divided by the ranks on the machine. Compared at resume."""
+    """CPU threads of torch per rank; 0: the cores of this process divided by the ranks on the machine. Compared at resume, on another
+    layout only where it was set."""
     deterministic: bool = False
     """On GPU, use deterministic kernels, so that a restart repeats the run bit for bit. On CPU it always does."""
     hang_timeout: float = Field(default=1800.0, ge=0)

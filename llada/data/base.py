@@ -16,7 +16,9 @@ from llada.data.corpus import CONVERSATIONS, TEXT, Corpus, Manifest, problems
 from llada.data.mixture import Mixture, Source
 from llada.data.shards import OpenFiles
 from llada.errors import UserError
+from llada.files import read_files
 from llada.objectives import Batch, MaskedDiffusion, Objective, Window, collate
+from llada.tokenizer import Tokenizer
 
 I64 = npt.NDArray[np.int64]
 F64 = npt.NDArray[np.float64]
@@ -97,8 +99,8 @@ class TrainingData(ABC):
 
     Args:
         config: the run.
-        verify: compare the size of every file with the manifests, and check every byte and token of corpora up to
-            `data.verify_bytes` (one rank does; the others meet a damaged file when they read it).
+        verify: compare the size of every file and the tokenizers with the manifests, and check every byte and token of corpora up
+            to `data.verify_bytes` (one rank does; the others meet a damaged file when they read it).
 
     Raises:
         UserError: a folder that is not a sound corpus of the task's kind, corpora of different tokenizers, a model vocabulary
@@ -184,6 +186,21 @@ class TrainingData(ABC):
     def tokenizer_folder(self) -> Path:
         return self.corpora[0].tokenizer_folder
 
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of all corpora. Raises UserError where a corpus holds another one than its manifest names."""
+        found: Tokenizer | None = None
+        files: dict[str, bytes] = {}
+        for i, corpus in enumerate(self.corpora):
+            try:
+                # The manifests name one tokenizer. To read a large one takes a second, equal files of the next corpus none.
+                if found is None or not corpus.tokenizer_folder.is_dir() or read_files(corpus.tokenizer_folder) != files:
+                    found = corpus.tokenizer()
+                    files = read_files(corpus.tokenizer_folder)
+            except UserError as error:
+                raise UserError(f"data.mixture.{i}.path: {error}") from None
+        assert found is not None
+        return found
+
     @property
     def fingerprint(self) -> str:
         """Of all that decides what is read, in order: compared at resume."""
@@ -234,6 +251,7 @@ class TrainingData(ABC):
                 )
 
     def _verify(self) -> None:
+        self.tokenizer()  # raises
         for corpus in self.corpora:
             small = sum(s.bin_bytes + s.idx_bytes for s in corpus.manifest.shards) <= self.config.data.verify_bytes
             found = problems(corpus.folder) if small else []

@@ -192,6 +192,8 @@ def damaged(path: Path, why: str) -> UserError:
 
 def unreadable(path: Path, error: OSError) -> UserError:
     """The refusal of a file that the system does not give."""
+    if isinstance(error, FileNotFoundError):
+        return UserError(f"{path}: missing from the corpus {path.parent}; put it back, or prepare the corpus again")
     return UserError(f"{path}: truncated or altered, cannot be read ({error.strerror}); prepare the corpus again")
 
 

@@ -24,9 +24,13 @@ _DEFAULT_TIMEOUT_S = 1800.0
 def world_from_environment() -> tuple[int, int, int]:
     """(rank, world size, local rank) as set by torchrun or srun; (0, 1, 0) when started alone.
 
-    Raises UserError when the variables contradict each other, or when srun started several tasks that cannot find each other.
+    Raises UserError when variables are missing or contradict each other, or when srun started several tasks that cannot find each other.
     """
     env = os.environ
+    if "RANK" in env and "WORLD_SIZE" not in env:
+        raise UserError(
+            f"environment: RANK={env['RANK']} is set and WORLD_SIZE is not; set both, as torchrun does, or neither to train alone"
+        )
     tasks = env.get("SLURM_STEP_NUM_TASKS", "1")
     if "WORLD_SIZE" not in env and "MASTER_ADDR" not in env and tasks != "1":
         raise UserError(
@@ -40,9 +44,13 @@ def world_from_environment() -> tuple[int, int, int]:
         rank, size = int(env[names[0]]), int(env[names[1]])
         local = int(env.get(names[2], rank))
     except (KeyError, ValueError) as error:
-        raise UserError(f"environment: {'/'.join(names)} must be integers, set by torchrun or srun ({error})") from None
+        what = f"{error.args[0]} is not set" if isinstance(error, KeyError) else str(error)
+        raise UserError(f"environment: {'/'.join(names)} must be integers, set by torchrun or srun; {what}") from None
     if not 0 <= rank < size:
         raise UserError(f"environment: {names[0]}={rank} is outside the world of {names[1]}={size}")
+    for name in ("MASTER_ADDR", "MASTER_PORT") if size > 1 else ():
+        if not env.get(name):
+            raise UserError(f"environment: {names[1]}={size}, but {name} is not set; torchrun sets it, for srun export it first")
     return rank, size, local
 
 

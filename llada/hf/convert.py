@@ -108,7 +108,7 @@ def to_hf(
     folders = last_checkpoints(folder, trained, average)
     if checksums:
         _check_files(folders)
-    tokenizer = Tokenizer.load(folder / "tokenizer")
+    tokenizer = checkpoint.load_tokenizer(folder)
     stored = [StoredTensors(each / "model") for each in folders]
     masters = (name != "bf16" or average > 1) and trained.precision == "bf16" and all(each.has_masters for each in stored)
     tensors = _open(stored, trained.model, masters)

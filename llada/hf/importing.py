@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from llada.errors import UserError
-from llada.files import flushed_meanwhile, new_folder, refuse_inside, require_space
+from llada.files import flushed_meanwhile, new_folder, read_files, refuse_inside, require_space
 from llada.hf.folder import HfFolder, check_mask, open_folder
 from llada.hf.sources import GrownVocabulary
 from llada.hf.tensor_files import total_bytes
@@ -81,6 +81,7 @@ def from_hf(folder: str | Path, output: str | Path, options: ImportOptions | Non
         versions={name: version(name) for name in ("torch", "safetensors")},
         lineage=[{"imported": source.path.resolve().name, "architecture": source.architecture, "vocabulary": note}],
         recent=[],
+        tokenizer=tokenizer.fingerprint,
     )
     names = (checkpoint.MARKER, checkpoint.STATE, "model", "tokenizer")
     with new_folder(output, options.force, "a checkpoint", names, setting="OUT") as partial, tempfile.TemporaryDirectory() as scratch:
@@ -88,7 +89,7 @@ def from_hf(folder: str | Path, output: str | Path, options: ImportOptions | Non
         with flushed_meanwhile(partial / "model"):
             write_model(partial / "model", weights, model, dtype)
         tokenizer.save(scratch)
-        checkpoint.seal(partial, state, Path(scratch), {})
+        checkpoint.seal(partial, state, read_files(Path(scratch)), {})
     count = f"{output}: {num_parameters(model):,} parameters of {source.architecture} in {precision}"
     roles = ", ".join(f"{role} {token} ({i})" for role, (token, i) in tokenizer.special_tokens().items())
     return "\n".join(filter(None, (count, note, f"special tokens: {roles}")))

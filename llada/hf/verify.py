@@ -22,7 +22,6 @@ from llada.errors import RunError
 from llada.noise import stream, uniforms
 from llada.objectives import MaskedDiffusion, Window, collate
 from llada.settings import ModelSection
-from llada.tokenizer import Tokenizer
 from llada.training import checkpoint
 
 ROWS, LENGTH = 4, 128
@@ -52,7 +51,7 @@ def training_logits(folders: Sequence[Path], masters: bool) -> tuple[torch.Tenso
     from llada.engine.megatron import MegatronEngine
 
     config = _alone(checkpoint.trained(checkpoint.read_state(folders[-1])).model)
-    tokenizer = Tokenizer.load(folders[-1] / "tokenizer")
+    tokenizer = checkpoint.load_tokenizer(folders[-1])
     windows = []
     for row in range(ROWS):
         ids = np.floor(uniforms(stream(0, "verify", row), LENGTH) * tokenizer.vocab_size).astype(np.int64)

@@ -80,7 +80,7 @@ def _trained(source: Path, device: torch.device) -> Sampler:
     from llada.hf.modeling_llada import LLaDAModelLM
 
     trained = checkpoint.trained(checkpoint.read_state(source))
-    tokenizer = Tokenizer.load(source / "tokenizer")
+    tokenizer = checkpoint.load_tokenizer(source)
     fields = model_config(trained, tokenizer, trained.precision)
     with torch.device("meta"):
         model = LLaDAModelLM(LLaDAConfig(**{name: fields[name] for name in LLaDAConfig.published_fields()}))

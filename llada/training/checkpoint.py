@@ -11,19 +11,25 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from llada.config import RunConfig
 from llada.errors import UserError
 from llada.files import checksum, sync_folder, sync_tree, write_atomically
+from llada.model.weights import num_parameters
 from llada.settings import ModelSection
+from llada.tokenizer import Tokenizer
 
 MARKER = "COMMITTED"
 STATE = "state.json"
+TOKENIZER = "tokenizer"
+_PARAMETER_BYTES = {"fp32": 12, "bf16": 14}
+"""Of a parameter in a checkpoint: fp32 weights and two moments, and of bf16 runs the bf16 weights too."""
 _NAME = re.compile(r"^step_(\d{8})$")
 _UNFINISHED = re.compile(r"^step_\d{8}\.(partial|deleted)$")
 
@@ -42,6 +48,8 @@ class State:
         lineage: where the weights came from, oldest first.
         recent: [step, loss, gradient norm] of the last applied steps (0-based), oldest first.
         validation: the last validation line of metrics.jsonl; None: there was none.
+        tokenizer: fingerprint of the tokenizer; empty in checkpoints of versions that did not record it.
+        ranks: world size of the run; 0 in checkpoints of versions that did not record it.
     """
 
     step: int
@@ -53,6 +61,8 @@ class State:
     lineage: list[dict[str, Any]]
     recent: Sequence[Sequence[float]]
     validation: dict[str, Any] | None = None
+    tokenizer: str = ""
+    ranks: int = 0
 
 
 @dataclass(frozen=True)
@@ -85,22 +95,56 @@ def name(step: int) -> str:
     return f"step_{step:08d}"
 
 
+def step_of(folder: Path) -> int:
+    """Steps done in a checkpoint, by its folder's name."""
+    return int(folder.name.removeprefix("step_"))
+
+
+def expected_bytes(config: RunConfig) -> int:
+    """Size of a checkpoint of a run; the few kilobytes of metadata are left out."""
+    return num_parameters(config.model) * _PARAMETER_BYTES[config.precision]
+
+
+def load_tokenizer(folder: Path, setting: str = "checkpoint") -> Tokenizer:
+    """The tokenizer in a checkpoint.
+
+    Args:
+        folder: of the checkpoint.
+        setting: what the user calls it, for messages.
+
+    Raises:
+        UserError: it cannot be read, or the model was trained with another one.
+    """
+    tokenizer = Tokenizer.load(folder / TOKENIZER)
+    wanted = read_state(folder, setting).tokenizer
+    if wanted and tokenizer.fingerprint != wanted:
+        raise UserError(
+            f"{setting}: {folder / TOKENIZER} is not the tokenizer that the model was trained with, its fingerprint differs from the one "
+            f"in {STATE}; put the right one back, or take another checkpoint"
+        )
+    return tokenizer
+
+
 def begin(root: Path, step: int) -> Path:
-    """Make the temporary folder of a checkpoint, with an empty model/ for the engine; what an earlier attempt left there is removed."""
+    """Make the temporary folder of a checkpoint, with an empty model/ for the engine; what an earlier attempt left there is removed.
+
+    The folder of the run must exist: it is not made again where it was deleted.
+    """
     partial = root / f"{name(step)}.partial"
     shutil.rmtree(partial, ignore_errors=True)
+    root.mkdir(exist_ok=True)
     (partial / "model").mkdir(parents=True)
     sync_folder(root.parent)  # the entry of `root` itself
     return partial
 
 
-def commit(partial: Path, state: State, tokenizer: Path, written: dict[str, dict[str, Any]]) -> Path:
+def commit(partial: Path, state: State, tokenizer: Mapping[str, bytes], written: dict[str, dict[str, Any]]) -> Path:
     """Complete a checkpoint and give it its name.
 
     Args:
         partial: from `begin`, with the engine's files in model/.
         state: of the run.
-        tokenizer: folder that is copied into the checkpoint.
+        tokenizer: files of the tokenizer, name -> content.
         written: size and checksum of the files in model/ that are known already; the others are read again.
     """
     final = partial.with_name(name(state.step))
@@ -111,9 +155,11 @@ def commit(partial: Path, state: State, tokenizer: Path, written: dict[str, dict
     return final
 
 
-def seal(folder: Path, state: State, tokenizer: Path, written: dict[str, dict[str, Any]]) -> None:
+def seal(folder: Path, state: State, tokenizer: Mapping[str, bytes], written: dict[str, dict[str, Any]]) -> None:
     """Write all of a checkpoint but its model/, the marker last; see `commit`."""
-    shutil.copytree(tokenizer, folder / "tokenizer")
+    (folder / TOKENIZER).mkdir()
+    for file, content in tokenizer.items():
+        (folder / TOKENIZER / file).write_bytes(content)
     write_atomically(folder / STATE, json.dumps(asdict(state), indent=1))
     sync_tree(folder)
     files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
@@ -153,7 +199,7 @@ def prune(root: Path, keep_last: int | None, keep_every: int | None) -> list[Pat
         shutil.rmtree(left, ignore_errors=True)
     if keep_last is None:
         return []
-    old = [path for path in committed(root)[:-keep_last] if keep_every is None or int(path.name.removeprefix("step_")) % keep_every]
+    old = [path for path in committed(root)[:-keep_last] if keep_every is None or step_of(path) % keep_every]
     for path in old:
         gone = path.with_name(f"{path.name}.deleted")
         os.replace(path, gone)
@@ -181,24 +227,32 @@ def ignored(root: Path) -> list[Path]:
     )
 
 
+def unmarked(root: Path) -> list[Path]:
+    """Folders with a complete checkpoint's name but no marker: it was lost, since a folder gets the name after the marker."""
+    return [path for path in ignored(root) if _NAME.match(path.name)]
+
+
 def _children(root: Path) -> Iterator[Path]:
     return root.iterdir() if root.is_dir() else iter(())
 
 
-def read_state(folder: Path) -> State:
-    """The state of a checkpoint. Raises UserError for a folder that is not a complete one."""
+def read_state(folder: Path, setting: str = "checkpoint") -> State:
+    """The state of a checkpoint. Raises UserError, with what the user calls the folder, when it is not a complete one."""
     if not folder.is_dir():
-        raise UserError(f"checkpoint: no folder '{folder}'")
+        raise UserError(f"{setting}: no folder '{folder}'")
     if not (folder / MARKER).is_file():
-        raise UserError(f"checkpoint: {folder} has no {MARKER} file, its save was cut off or it is no checkpoint")
+        raise UserError(f"{setting}: {folder} has no {MARKER} file, its save was cut off or it is no checkpoint")
     try:
         return State(**json.loads((folder / STATE).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"checkpoint: {folder / STATE} is damaged ({error})") from None
+        raise UserError(f"{setting}: {folder / STATE} is damaged ({error})") from None
 
 
-def resolve(path: str | Path) -> Path:
-    """The checkpoint meant by a checkpoint folder, or the latest one of a run folder."""
+def resolve(path: str | Path, setting: str = "checkpoint") -> Path:
+    """The checkpoint meant by a checkpoint folder, or the latest one of a run folder.
+
+    Raises UserError, with what the user calls the folder, when there is none.
+    """
     path = Path(path)
     if (path / MARKER).is_file() or _NAME.match(path.name):
         return path
@@ -206,7 +260,9 @@ def resolve(path: str | Path) -> Path:
         found = committed(root)
         if found:
             return found[-1]
-    raise UserError(f"checkpoint: '{path}' is neither a checkpoint with a {MARKER} file nor a run with one")
+    if not path.exists():
+        raise UserError(f"{setting}: no folder '{path}'")
+    raise UserError(f"{setting}: '{path}' is neither a checkpoint with a {MARKER} file nor a run with one")
 
 
 def first_difference(old: dict[str, Any], new: dict[str, Any], allowed: tuple[str, ...], prefix: str = "") -> str | None:

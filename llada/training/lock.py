@@ -9,11 +9,12 @@ import sys
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from llada.errors import UserError
+from llada.errors import TryAgain, UserError
 
 NAME = "lock"
 
@@ -28,15 +29,19 @@ class RunLock:
         folder: of the run; exists.
         beat: seconds between touches.
         stale: seconds without a touch after which the holder counts as gone.
+        stopped: true once this process is asked to stop, which ends the waiting.
 
     Raises:
-        UserError: the holder is alive; it is named.
+        UserError: the holder is alive and is named; or the lock is a folder, or a file that no run wrote.
+        TryAgain: asked to stop while waiting.
+        OSError: the lock cannot be written; nothing of it is left.
     """
 
-    def __init__(self, folder: Path, beat: float = 10.0, stale: float = 60.0) -> None:
+    def __init__(self, folder: Path, beat: float = 10.0, stale: float = 60.0, stopped: Callable[[], bool] = lambda: False) -> None:
         self._folder, self._path = folder, folder / NAME
-        self._beat, self._stale = beat, stale
+        self._beat, self._stale, self._stopped = beat, stale, stopped
         self._own = _this_process()
+        self._announced = False
         while not self._create():
             self._wait_for_holder()
         self._ended = threading.Event()
@@ -52,20 +57,29 @@ class RunLock:
 
     def _create(self) -> bool:
         try:
-            with open(self._path, "x", encoding="utf-8") as file:
-                file.write(json.dumps(self._own))
-            return True
+            file = open(self._path, "x", encoding="utf-8")  # noqa: SIM115 (closed below, where a full disk may show)
         except FileExistsError:
             return False
+        try:
+            with file:
+                file.write(json.dumps(self._own))
+        except BaseException:
+            self._path.unlink(missing_ok=True)
+            raise
+        return True
 
     def _wait_for_holder(self) -> None:
         """Return when the lock may be tried again."""
+        self._refuse_foreign()
         holder = _read(self._path)
         touched = self._touched()
         while holder is not None and touched is not None and not _gone(holder, self._own):
             if self._now() - touched > self._stale * 1e9:
                 break
+            if self._stopped():
+                raise TryAgain(f"stopped while waiting for {self._path}, held by {_describe(holder)}; run the same command again")
             time.sleep(min(1.0, self._beat / 4))
+            self._announce(holder)
             again, holder = self._touched(), _read(self._path)
             if again is not None and again != touched:
                 raise UserError(
@@ -74,6 +88,26 @@ class RunLock:
             touched = again
         if touched is not None and _read(self._path) == holder:
             self._remove(holder)
+
+    def _refuse_foreign(self) -> None:
+        """Raises UserError for a lock that no run can have left, which must not be deleted."""
+        if self._path.is_dir():
+            what = "a folder"
+        elif _is_foreign(self._path):
+            what = "a file that no run wrote"
+        else:
+            return
+        raise UserError(f"run.dir: '{self._path}' is {what}, and a run keeps its lock there; move it away, or choose another run.dir")
+
+    def _announce(self, holder: dict[str, Any]) -> None:
+        """Say once what is waited for."""
+        if not self._announced:
+            print(
+                f"waiting for {self._path}, held by {_describe(holder)}; it counts as left behind after {self._stale:.0f} s without a sign",
+                file=sys.stderr,
+                flush=True,
+            )
+        self._announced = True
 
     def _remove(self, stale: dict[str, Any] | None) -> None:
         """Remove a lock whose holder is gone; of several processes that saw it, one does."""
@@ -183,7 +217,18 @@ def _read(path: Path) -> dict[str, Any] | None:
         return {}
 
 
+def _is_foreign(path: Path) -> bool:
+    """Whether a file holds something else than a lock, a torn one or the nothing that a crash leaves."""
+    try:
+        content = path.read_bytes().strip(b"\0 \r\n\t")
+    except OSError:
+        return False
+    return bool(content) and not content.startswith(b"{")
+
+
 def _describe(holder: dict[str, Any] | None) -> str:
     holder = holder or {}
+    if "pid" not in holder:
+        return "a process that it does not name"
     job = f"job {holder['job']}, " if holder.get("job") else ""
     return f"{job}process {holder.get('pid', '?')} on host {holder.get('host', '?')} since {holder.get('since', '?')}"

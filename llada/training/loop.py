@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,10 @@ from llada.engine.base import StepResult
 from llada.engine.determinism import use_deterministic_algorithms
 from llada.engine.layout import join_world, sample_offsets, world_from_environment
 from llada.engine.megatron import DTYPES, MegatronEngine
-from llada.errors import UserError
-from llada.files import sync_folder, write_atomically
+from llada.files import read_files, write_atomically
 from llada.model.flops import peak_flops, step_flops
-from llada.training import checkpoint, metrics
+from llada.training import checkpoint, folder, metrics
 from llada.training.guard import Guard
-from llada.training.lock import RunLock
 from llada.training.saving import Saving
 from llada.training.schedule import Schedule
 from llada.training.signals import StopRequest
@@ -35,6 +34,7 @@ from llada.training.start import Start, find_start, versions
 from llada.training.validation import Validator, describe
 from llada.training.watchdog import Watchdog, record_collectives
 
+FLIGHT_RECORDER = "flight_recorder"
 FINISHED, STOPPED = 0, 75
 """Exit codes: done; checkpoint written, run me again."""
 
@@ -54,18 +54,21 @@ def train(config: RunConfig, stop: StopRequest, allow_changed: bool = False, rew
     Raises:
         UserError: the config, the data or the checkpoint cannot be used.
         RunError: the run failed.
+        TryAgain: asked to stop while another process held the run folder.
     """
-    run = Run(config, allow_changed, rewind)
+    run = Run(config, stop, allow_changed, rewind)
     try:
         run.tell("started")
         code = _loop(run, stop)
         run.tell("finished" if code == FINISHED else "stopped")
-        return code
-    except Exception as error:
-        run.tell("failed", reason=str(error), failure=True)
+    except BaseException as error:
+        with suppress(Exception):  # what failed first is what the user has to know
+            if isinstance(error, Exception):
+                run.tell("failed", reason=str(error), failure=True)
+            run.close()
         raise
-    finally:
-        run.close()
+    run.close()
+    return code
 
 
 def _loop(run: Run, stop: StopRequest) -> int:
@@ -95,13 +98,13 @@ def _loop(run: Run, stop: StopRequest) -> int:
 class Run:
     """Everything a run needs, from its config: data, engine, schedule, where it stands, and where its numbers go."""
 
-    def __init__(self, config: RunConfig, allow_changed: bool = False, rewind: int | None = None) -> None:
+    def __init__(self, config: RunConfig, stop: StopRequest, allow_changed: bool = False, rewind: int | None = None) -> None:
         self.config = config
         self.folder = Path(config.run.dir)
         self.root = self.folder / "checkpoints"
         rank, size, _ = world_from_environment()
         config.check_world(size)
-        record_collectives(self.folder / "flight_recorder")
+        record_collectives(self.folder / FLIGHT_RECORDER)
         if config.run.deterministic:
             use_deterministic_algorithms()
         join_world(config.run.hang_timeout)
@@ -110,12 +113,24 @@ class Run:
             self.schedule.learning_rate(config.train.steps - 1)  # raises with the setting's name
         self.threads = _set_threads(config, size)
         self.data = open_data(config, verify=rank == 0)
-        start = find_start(config, self.data, self.root, self.threads, allow_changed, rewind)
-        self.lock: RunLock | None = None
-        if rank == 0:
-            _make_folder(self.folder)
-            self.lock = RunLock(self.folder)
-            self.events = events.of_this_process(self.folder)
+        # Now, since the corpus may be gone by the time of a checkpoint.
+        self.tokenizer_files = read_files(self.data.tokenizer_folder) if rank == 0 else {}
+        self.held = folder.hold(self.folder, rank, lambda: bool(stop))
+        try:
+            # Only now: a process that held the folder until a moment ago may have written checkpoints.
+            self._prepare(find_start(config, self.data, self.root, self.threads, allow_changed, rewind))
+        except BaseException:
+            if self.held is not None:
+                self.held.release()
+            raise
+
+    def _prepare(self, start: Start) -> None:
+        """Build what trains, and load what it starts from; collective."""
+        config = self.config
+        if torch.cuda.is_available() and self.held is not None:
+            with folder.naming(self.folder):
+                (self.folder / FLIGHT_RECORDER).mkdir(exist_ok=True)
+        self.events = events.of_this_process(self.folder)
         self.engine = MegatronEngine(config, self.data.objective.token_loss)
         self.place, self.device = self.engine.place, self.engine.device
         self.lineage: list[dict[str, Any]] = start.lineage
@@ -131,8 +146,9 @@ class Run:
         if start.aside:
             self.engine.any(False)  # every rank has looked at the folder
         if self.place.is_main:
-            checkpoint.set_aside(start.aside)
-            self._open_sinks(start)
+            with folder.naming(self.folder):
+                checkpoint.set_aside(start.aside)
+                self._open_sinks(start)
         self.watchdog = Watchdog(self.folder / "heartbeats", self.place.rank, self.place.world_size, config.run.hang_timeout)
         self.saving: Saving | None = None
         self.blocked = 0.0
@@ -211,9 +227,10 @@ class Run:
         """Start to write the checkpoint after `done` steps, and with `wait` or without checkpoint.asynchronous finish it; collective."""
         self.settle()
         self.finish_save()
-        for sink in self.sinks:
-            if isinstance(sink, metrics.JsonLines):
-                sink.sync()
+        with folder.naming(self.folder):
+            for sink in self.sinks:
+                if isinstance(sink, metrics.JsonLines):
+                    sink.sync()
         if done > self.first:  # else it is the one this run started from
             started = time.perf_counter()
             config = self.config
@@ -227,8 +244,10 @@ class Run:
                 lineage=self.lineage,
                 recent=self.guard.recent,
                 validation=self.validation,
+                tokenizer=self.data.manifest.tokenizer_fingerprint,
+                ranks=self.place.world_size,
             )
-            self.saving = Saving(self.root, state, self.data.tokenizer_folder, self.engine)
+            self.saving = Saving(self.root, state, self.tokenizer_files, checkpoint.expected_bytes(config), self.engine)
             self.blocked += time.perf_counter() - started
         if wait or not self.config.checkpoint.asynchronous:
             self.finish_save()
@@ -250,8 +269,13 @@ class Run:
     def finish(self) -> None:
         """Draw the curve and say where everything is."""
         if self.place.is_main:
-            picture = metrics.plot(self.folder)
-            self.say(f"finished {self.config.train.steps} steps: {self.folder}" + (f", curve {picture}" if picture else ""))
+            with folder.naming(self.folder):
+                picture = metrics.plot(self.folder)
+            steps = self.config.train.steps
+            said = f"finished {steps} steps: {self.folder}"
+            if self.first >= steps:
+                said = f"nothing to do: {self.folder} is at step {self.first}, train.steps is {steps}; a larger one trains on"
+            self.say(said + (f", curve {picture}" if picture else ""))
 
     # -- where its numbers go ------------------------------------------------------------------------------------------
 
@@ -261,7 +285,8 @@ class Run:
         self._peak, source = peak_flops(self.device, DTYPES[config.precision])
         provenance = {"llada": llada.__version__, "git": revision.of_code(), **versions(config, self.threads), "lineage": self.lineage}
         text = yaml.safe_dump({**dump_config(config), PROVENANCE: provenance}, sort_keys=False)
-        write_atomically(self.folder / "config.yaml", text)
+        if self.first < config.train.steps or not (self.folder / "config.yaml").exists():
+            write_atomically(self.folder / "config.yaml", text)
         self.console = metrics.Console(config.train.steps, self.first, config.logging)
         self.sinks = [metrics.JsonLines(self.folder), self.console, metrics.StepEvents(self.events, config.train.steps, config.logging)]
         if config.logging.tensorboard:
@@ -299,13 +324,15 @@ class Run:
             self.say(f"all conversations that are too long are listed in {path}")
 
     def _write(self, line: dict[str, Any]) -> None:
-        for sink in self.sinks:
-            sink.write(line)
+        with folder.naming(self.folder):
+            for sink in self.sinks:
+                sink.write(line)
 
     def note(self, event: str, **fields: Any) -> None:
         """Write an event once."""
         if self.place.is_main:
-            self.events.write(event, **fields)
+            with folder.naming(self.folder):
+                self.events.write(event, **fields)
 
     def tell(self, event: str, **fields: Any) -> None:
         """Write once how a run without a launcher goes; with one, its supervisor knows more and writes it."""
@@ -318,23 +345,16 @@ class Run:
             self.console.say(text)
 
     def close(self) -> None:
-        """Stop the loader and close the sinks."""
-        self.watchdog.close()
-        if self.loader is not None:
-            self.loader.close()
-        for sink in self.sinks:
-            sink.close()
-        self.engine.close()
-        if self.lock is not None:
-            self.lock.release()
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        sync_folder(folder.parent)
-    except OSError as error:
-        raise UserError(f"run.dir: '{folder}' cannot be made ({error.strerror}); choose a folder that can be written") from None
+        """Stop the loader, close the sinks, let go of the folder; each of them even where another fails."""
+        with folder.naming(self.folder), ExitStack() as last_first:
+            if self.held is not None:
+                last_first.callback(self.held.release)
+            last_first.callback(self.engine.close)
+            for sink in reversed(self.sinks):
+                last_first.callback(sink.close)
+            if self.loader is not None:
+                last_first.callback(self.loader.close)
+            last_first.callback(self.watchdog.close)
 
 
 def _set_threads(config: RunConfig, world_size: int) -> int:

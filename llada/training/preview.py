@@ -19,7 +19,7 @@ def describe_step(config: RunConfig, step: int, samples: int) -> str:
         raise UserError(f"step: {step} is past the run's last, train.steps = {config.train.steps}")
     data = open_data(config)
     plan = data.plan(step - 1)
-    tokenizer = Tokenizer.load(data.tokenizer_folder)
+    tokenizer = data.tokenizer()
     own = plan.maskable > 0
     t, maskable = plan.t[own], plan.maskable[own]
     expected = data.objective.expected_predictions(maskable, t)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from llada.engine.base import Engine
 from llada.errors import RunError
+from llada.files import readable_size
 from llada.training import checkpoint
+from llada.training.folder import FULL
+
+_PROBE = bytes(1 << 20)
 
 
 class Saving:
@@ -17,15 +23,16 @@ class Saving:
     Args:
         root: RUN/checkpoints.
         state: of the run.
-        tokenizer: folder that is copied into the checkpoint.
+        tokenizer: files of the tokenizer, name -> content.
+        size: bytes of a whole checkpoint, nearly; for messages.
         engine: whose state is saved.
 
     Raises:
         RunError: it cannot be written; what was written of it is removed, earlier checkpoints stay.
     """
 
-    def __init__(self, root: Path, state: checkpoint.State, tokenizer: Path, engine: Engine) -> None:
-        self._state, self._tokenizer, self._engine = state, tokenizer, engine
+    def __init__(self, root: Path, state: checkpoint.State, tokenizer: Mapping[str, bytes], size: int, engine: Engine) -> None:
+        self._state, self._tokenizer, self._size, self._engine = state, tokenizer, size, engine
         self._partial = root / f"{checkpoint.name(state.step)}.partial"
         self._together(self._begin if engine.place.is_main else None)
         self._collective(self._start)
@@ -68,7 +75,7 @@ class Saving:
             if work is not None:
                 work()
         except Exception as error:  # whatever a file system or the writer makes of it
-            problem = _one_line(error)
+            problem = self._reason(error)
         problems = [(rank, text) for rank, text in enumerate(self._engine.gather(problem)) if text is not None]
         if problems:
             self._fail(*problems[0])
@@ -78,7 +85,20 @@ class Saving:
         try:
             work()
         except Exception as error:
-            self._fail(self._engine.place.rank, _one_line(error))
+            self._fail(self._engine.place.rank, self._reason(error))
+
+    def _reason(self, error: Exception) -> str:
+        root = self._partial.parent
+        cause = system_error(error, root)
+        if cause is None:
+            return _one_line(error)
+        if not root.parent.is_dir():
+            return f"{root.parent} is gone: it was moved or deleted, or its disk is away"
+        reason = cause.strerror or _one_line(cause)
+        if cause.errno in FULL:
+            left = readable_size(shutil.disk_usage(root.parent).free)
+            reason += f": a checkpoint needs about {readable_size(self._size)}, {left} are left"
+        return reason
 
     def _fail(self, rank: int, text: str) -> None:
         if self._engine.place.is_main:
@@ -87,6 +107,31 @@ class Saving:
             f"checkpoint after step {self._state.step}: {self._partial.parent} cannot be written on rank {rank} ({text}); "
             "earlier checkpoints are as they were"
         )
+
+
+def system_error(error: BaseException, folder: Path) -> OSError | None:
+    """What the system said when a write into a folder failed; None where it was not the system that failed.
+
+    The writer of tensors puts a message of its own in the place of the system's ("enforce fail at inline_container.cc"). Then a file
+    is written to the same disk, to hear it.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError):
+            return cause
+        cause = cause.__cause__ or cause.__context__
+    probe = folder / f"probe.{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        with open(probe, "wb", buffering=0) as file:
+            written = 0
+            while written < len(_PROBE):
+                written += file.write(_PROBE[written:])
+            os.fsync(file.fileno())
+    except OSError as found:
+        return found
+    finally:
+        probe.unlink(missing_ok=True)
+    return None
 
 
 def _one_line(error: Exception) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from llada import events
 from llada.config import RunConfig, build_config, dump_config, load_config
 from llada.data.base import TrainingData
 from llada.engine.base import Engine
@@ -20,6 +21,7 @@ from llada.model.attention import kernel_name
 from llada.model.stored import StoredTensors
 from llada.tokenizer import Tokenizer
 from llada.training import checkpoint
+from llada.training.folder import refuse_others
 from llada.training.guard import Applied
 from llada.training.schedule import Schedule
 
@@ -94,14 +96,15 @@ def find_start(
     `threads` of this rank; None for a look from a machine that will not run it, whose versions say nothing.
 
     Raises:
-        UserError: a checkpoint of another run, weights that do not fit, damage where there is nothing to go back to.
+        UserError: a checkpoint of another run, weights that do not fit, damage where there is nothing to go back to, checkpoints that
+            were written and are not there any more.
     """
     notes = [f"ignored {folder}: no {checkpoint.MARKER} file, its save was cut off" for folder in checkpoint.ignored(root)]
     found = checkpoint.committed(root)
     if rewind is not None:
         target = root / checkpoint.name(rewind)
         if target not in found:
-            there = ", ".join(str(int(path.name.removeprefix("step_"))) for path in found) or "none"
+            there = ", ".join(str(checkpoint.step_of(path)) for path in found) or "none"
             raise UserError(f"--rewind: no checkpoint after step {rewind} in {root}; there are: {there}")
         later = found[found.index(target) + 1 :]
         if later and not _rewound(config, later[-1], rewind):
@@ -113,12 +116,32 @@ def find_start(
             continue
         return _resume(config, data, folder, threads, allow_changed, notes)
     if found:
-        raise UserError(f"resume: no checkpoint in {root} is sound: {notes[-1].removeprefix('ignored ')}; move them away to start over")
+        raise UserError(
+            f"resume: no checkpoint in {root} is sound: {notes[-1].removeprefix('ignored ')}; "
+            "choose another run.dir to start over, or move the run folder away"
+        )
+    _refuse_lost(root)
     if config.run.init_from:
         return _from_weights(config, data, notes)
     if config.task == "sft":
         notes.append("run.init_from: not given, this fine-tuning starts from random weights")
     return Start(None, 0, 0, False, [], notes)
+
+
+def _refuse_lost(root: Path) -> None:
+    """Raises UserError where a run without a complete checkpoint once had one: starting over would replace what it did.
+
+    A run that was killed before its first checkpoint has none either; its event log names no checkpoint.
+    """
+    steps = [line["step"] for line in events.read(root.parent) if line["event"] == "checkpoint" and "step" in line]
+    without_marker = checkpoint.unmarked(root)
+    if not steps and not without_marker:
+        return
+    had = f"the checkpoint after step {steps[-1]} was written" if steps else f"{without_marker[-1]} lost its {checkpoint.MARKER} file"
+    raise UserError(
+        f"run.dir: '{root.parent}' has lost its checkpoints: {had}, and {root} holds no complete one; put them back, "
+        "choose another run.dir to start over, or move the run folder away"
+    )
 
 
 def _damage(config: RunConfig, folder: Path) -> list[str]:
@@ -147,7 +170,7 @@ def _rewind(
     if problems:
         raise UserError(f"--rewind: {problems[0]}; choose another step")
     start = _resume(config, data, target, threads, allow_changed, notes)
-    left = int(later[-1].name.removeprefix("step_"))
+    left = checkpoint.step_of(later[-1])
     record = {"rewound_to_step": start.step, "from_step": left, "schedule": dump_config(config)["schedule"]}
     notes.append(f"rewound from step {left} to step {start.step}; later checkpoints are set aside as step_*.rewound-*")
     return replace(start, lineage=[*start.lineage, record], notes=notes, aside=later)
@@ -164,8 +187,11 @@ def foresee(config: RunConfig, data: TrainingData, root: Path, allow_changed: bo
     """Where a run would start, without comparing checksums and versions: for whoever submits it elsewhere.
 
     Raises:
-        UserError: as `find_start`; and for a folder that holds another run, with or without a checkpoint.
+        UserError: as `find_start`; and for a folder that holds another run, with or without a checkpoint, or something else than a
+            run, and for a corpus whose tokenizer was replaced.
     """
+    refuse_others(root.parent)
+    data.tokenizer()  # raises
     written = root.parent / "config.yaml"
     if written.is_file() and not allow_changed:
         difference = checkpoint.first_difference(dump_config(load_config(written)), dump_config(config), _MAY_CHANGE)
@@ -191,8 +217,22 @@ def _changes(config: RunConfig, data: TrainingData, state: checkpoint.State, thr
             found.append(f"schedule.stages: learning rate of step {step + 1}: {rates[0]:g} -> {rates[1]:g}")
             break
     current = versions(config, threads) if threads is not None else {}
+    if not _threads_matter(config, old, state):
+        current.pop("run.threads", None)
     found += [f"{key}: {state.versions.get(key)} -> {current[key]}" for key in current if state.versions.get(key) != current[key]]
     return [change for change in found if change is not None]
+
+
+def _threads_matter(config: RunConfig, old: RunConfig, state: checkpoint.State) -> bool:
+    """Whether another number of CPU threads a rank would make another run.
+
+    It would where both configs set it. Where the machine decides it, it changes with the number of ranks, and then the layout has
+    changed, which is allowed; on the same layout it decides the order of sums on the CPU.
+    """
+    if config.run.threads and old.run.threads:
+        return True
+    same_layout = state.ranks in (0, world_from_environment()[1]) and config.parallel == old.parallel
+    return same_layout and not torch.cuda.is_available()
 
 
 def _same_architecture(subject: str, config: RunConfig, old: dict[str, Any]) -> None:
@@ -214,10 +254,10 @@ def _from_weights(config: RunConfig, data: TrainingData, notes: list[str]) -> St
     assert config.run.init_from is not None
     if hf.is_folder(config.run.init_from):
         return _from_folder(config, data, Path(config.run.init_from), notes)
-    source = checkpoint.resolve(config.run.init_from)
-    state = checkpoint.read_state(source)
+    source = checkpoint.resolve(config.run.init_from, "run.init_from")
+    state = checkpoint.read_state(source, "run.init_from")
     _same_architecture(f"run.init_from: {source}", config, state.config["model"])
-    _same_tokenizer(source, source / "tokenizer", data)
+    _same_tokenizer(source, checkpoint.load_tokenizer(source, "run.init_from"), data, source / checkpoint.TOKENIZER)
     problems = _damage(config, source)
     if problems:
         raise UserError(f"run.init_from: {problems[0]}; the checkpoint is damaged, take another one")
@@ -238,16 +278,17 @@ def _from_folder(config: RunConfig, data: TrainingData, source: Path, notes: lis
     """Weights of a Hugging Face folder, whose vocabulary has to be complete as it is."""
     if config.run.init_what != "weights":
         raise UserError(f"run.init_what: '{config.run.init_what}', but '{source}' is a Hugging Face folder, of weights alone; use weights")
-    _same_tokenizer(source, source, data)  # first: a vocabulary without a mask token is what differs from the config's most often
+    # First: a vocabulary without a mask token is what differs from the config's most often.
+    tokenizer = Tokenizer.load(source, require_mask=False)
+    _same_tokenizer(source, tokenizer, data, source)
     folder = hf.open_folder(source, setting="run.init_from")
-    hf.check_mask(folder, Tokenizer.load(source))
+    hf.check_mask(folder, tokenizer)
     _same_architecture(f"run.init_from: {source}", config, folder.model.model_dump())
     own = {"imported": source.resolve().name, "architecture": folder.architecture, "sequence_length": folder.longest}
     return Start(source, 0, 0, False, [own], notes)
 
 
-def _same_tokenizer(source: Path, tokenizer: Path, data: TrainingData) -> None:
-    loaded = Tokenizer.load(tokenizer, require_mask=False)
+def _same_tokenizer(source: Path, loaded: Tokenizer, data: TrainingData, tokenizer: Path) -> None:
     if loaded.mask_id < 0:
         raise UserError(
             f"run.init_from: the tokenizer of {source} has no mask token; `llada convert from-hf {source} OUT --add-mask-token` makes a "

@@ -82,7 +82,7 @@ class Watchdog:
     def _beat(self) -> None:
         path = self._path(self._rank)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(exist_ok=True)  # not the run folder: one that was deleted stays so
             path.with_suffix(".tmp").write_text(json.dumps(Beat(self._host, self._step, time.time())._asdict()))
             os.replace(path.with_suffix(".tmp"), path)
         except OSError:
@@ -120,11 +120,11 @@ class Watchdog:
 def record_collectives(folder: Path) -> None:
     """Keep the last NCCL operations of this process in memory; torch or the watchdog write them to `folder` when one does not end.
 
-    Call before the first process group. Read them with `torchfrtrace --prefix rank_ FOLDER`. Variables that are set already stay.
+    Call before the first process group; `folder` may be made later, where it is missing nothing is written. Read them with
+    `torchfrtrace --prefix rank_ FOLDER`. Variables that are set already stay.
     """
     if not torch.cuda.is_available():
         return
-    folder.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
     os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(folder / "rank_"))

@@ -241,7 +241,7 @@ def test_a_shard_of_another_size_is_refused_when_opened(tmp_path: Path, kind, ch
     else:
         content = path.read_bytes()
         path.write_bytes({"shorter": content[:-1], "longer": content + b"\0\0", "empty": b""}[change])
-    with pytest.raises(UserError, match=f"train_00000.{kind}: truncated or altered"):
+    with pytest.raises(UserError, match=f"train_00000.{kind}: {'missing from' if change == 'missing' else 'truncated or altered'}"):
         Shard(tmp_path / "train_00000")
 
 
@@ -354,7 +354,7 @@ def test_a_lost_or_truncated_file_is_refused_when_opened(folder: Path, name, cha
         path.unlink()
     else:
         path.write_bytes(path.read_bytes()[:-2])
-    with pytest.raises(UserError, match=f"{name}: truncated or altered"):
+    with pytest.raises(UserError, match=f"{name}: {'missing from the corpus' if change == 'missing' else 'truncated or altered'}"):
         Corpus.open(folder)
     found = problems(folder, hashes=False)
     assert len(found) == 1 and name in found[0]

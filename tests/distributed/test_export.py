@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from llada.config import dump_config
 from llada.engine.megatron import MegatronEngine
+from llada.files import read_files
 from llada.hf.folder import open_folder
 from llada.hf.importing import from_hf
 from llada.model import weights
@@ -96,7 +97,7 @@ def test_a_checkpoint_of_tp2_pp2_converts_on_one_process_and_has_the_oracles_log
     config = small_config(sizes)
     tokenizer.save(tmp_path / "tokenizer")
     state = checkpoint.State(1, 8, 256, "", dump_config(config), {}, [], [])
-    checkpoint.seal(run, state, tmp_path / "tokenizer", {})
+    checkpoint.seal(run, state, read_files(tmp_path / "tokenizer"), {})
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "HF_MODULES_CACHE": str(tmp_path / "modules")}
     convert = ("-m", "llada", "convert", "to-hf", str(tmp_path / "run"), str(tmp_path / "out"))
     assert processes.start(*convert, cwd=tmp_path, env=environment, stdout=None, stderr=None).wait(600) == 0

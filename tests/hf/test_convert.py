@@ -235,7 +235,7 @@ def test_a_folder_that_computes_something_else_is_not_kept(workplace: Workplace,
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere", "out"], "checkpoint: 'nowhere' is neither a checkpoint"),
+        (["nowhere", "out"], "checkpoint: no folder 'nowhere'"),
         (["whole", "out", "--dtype", "fp8"], "--dtype: 'fp8' is not allowed; one of fp32, bf16, fp16"),
         (["whole", "corpus"], "OUT: 'corpus' exists"),
         (["whole", "out", "--reference", "no/such/folder/r.safetensors"], "--reference: no folder 'no/such/folder'"),

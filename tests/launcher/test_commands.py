@@ -108,11 +108,11 @@ def test_mistakes(here: Path, words: list[str], message: str) -> None:
 def test_too_little_disk_for_two_checkpoints(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = type("Usage", (), {"total": 10**12, "free": 10**6})
     monkeypatch.setattr("llada.files.shutil", like(shutil, disk_usage=lambda _: usage))
-    with pytest.raises(UserError, match=r"run.dir: 'big' needs .* GB, and .* has .* GB left"):
+    with pytest.raises(UserError, match=r"run.dir: 'big' needs [\d.]+ [kM]B, and .* has 1 MB left"):
         llada("launch", config(here, "big"), "--local", "--gpus-per-node", "2", "--dry-run")
     # A machine without Slurm is not the one that the run will be on.
     out = llada("launch", config(here, "big"), "--cluster", "cluster.yaml", *SIZE, "--dry-run")
-    assert "GB left; on this machine, so that the cluster's disk is compared when the run is launched there" in out
+    assert "MB left; on this machine, so that the cluster's disk is compared when the run is launched there" in out
 
 
 def test_only_training_takes_whole_nodes(here: Path) -> None:

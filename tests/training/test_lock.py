@@ -117,7 +117,20 @@ def test_who_lost_the_folder_does_not_go_on(tmp_path: Path) -> None:
     assert holder.wait(10) == 1
 
 
-def test_a_torn_lock_is_waited_out(tmp_path: Path) -> None:
-    (tmp_path / lock.NAME).write_text('{"host": "n')
+@pytest.mark.parametrize("content", ['{"host": "n', "", "\0" * 80], ids=["torn", "empty", "zeros"])
+def test_a_torn_lock_is_waited_out(content: str, tmp_path: Path) -> None:
+    (tmp_path / lock.NAME).write_text(content)
     RunLock(tmp_path, beat=0.2, stale=0.5).release()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("what", "content"), [("a folder", None), ("a file that no run wrote", "key: value")])
+def test_a_lock_that_no_run_left_is_refused_and_kept(what: str, content: str | None, tmp_path: Path) -> None:
+    path = tmp_path / lock.NAME
+    if content is None:
+        path.mkdir()
+    else:
+        path.write_text(content)
+    with pytest.raises(UserError, match=f"^run.dir: '{path}' is {what}, and a run keeps its lock there; move it away, or choose"):
+        RunLock(tmp_path)
+    assert path.is_dir() if content is None else path.read_text() == content

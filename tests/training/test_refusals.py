@@ -51,7 +51,9 @@ def test_the_terminal_shows_one_line_and_exit_2(workplace: Workplace) -> None:
         (["parallel.tensor=2"], "do not divide the world size 1"),
         (["run.dir=whole.yaml"], "run.dir: 'whole.yaml' cannot be made"),
         (["run.dir=/proc/x"], "run.dir: '/proc/x' cannot be made"),
-        (["run.init_from=nowhere"], "checkpoint: 'nowhere' is neither a checkpoint"),
+        (["run.init_from=nowhere"], "run.init_from: no folder 'nowhere'"),
+        (["run.init_from=corpus"], "run.init_from: 'corpus' is neither a checkpoint"),
+        (["run.dir=corpus"], r"run.dir: 'corpus' is a prepared corpus \(it holds manifest.json\)"),
         (
             ["run.init_from=whole", "model.hidden_size=32"],
             r"another architecture \(2 layers of width 64, .* is model.hidden_size: 64 -> 32",

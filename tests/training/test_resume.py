@@ -113,6 +113,7 @@ def test_two_ranks_give_the_losses_of_one(workplace: Workplace) -> None:
     for ours, whole in zip(workplace.lines("two"), workplace.lines("whole"), strict=True):
         for key in ("loss", "grad_norm", "nelbo_per_token"):
             assert ours.get(key) == (pytest.approx(whole[key], rel=1e-5) if key in whole else None)
+    assert json.loads((workplace.folder / "two" / "checkpoints" / "step_00000012" / "state.json").read_text())["ranks"] == 2
 
 
 def test_a_new_run_starts_from_a_checkpoint_and_records_where_its_weights_came_from(workplace: Workplace) -> None:

@@ -1,0 +1,30 @@
+"""The folder of a run of several ranks: one holds it, all learn why it cannot be held."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch.distributed as dist
+
+from llada.errors import UserError
+from llada.training.folder import hold
+from tests.distributed.pool import RankPool
+
+
+def hold_and_release(path: Path) -> tuple[bool, str]:
+    """Whether this rank held the folder, and what it was refused for."""
+    try:
+        held = hold(path, dist.get_rank(), lambda: False)
+    except UserError as error:
+        return False, str(error)
+    if held is not None:
+        held.release()
+    return held is not None, ""
+
+
+def test_rank_0_holds_the_folder_and_all_are_refused_together(pool: RankPool, tmp_path: Path) -> None:
+    assert pool.run(hold_and_release, tmp_path / "run") == [(rank == 0, "") for rank in range(pool.size)]
+    (tmp_path / "run").write_text("a file")
+    found = pool.run(hold_and_release, tmp_path / "run")
+    assert found == [(False, found[0][1])] * pool.size
+    assert found[0][1].startswith(f"run.dir: '{tmp_path}/run' cannot be made (File exists)")
