@@ -24,7 +24,7 @@ from llada.engine.layout import join_world, sample_offsets, world_from_environme
 from llada.engine.megatron import DTYPES, MegatronEngine
 from llada.errors import UserError
 from llada.files import sync_folder, write_atomically
-from llada.model.flops import peak_flops, step_flops
+from llada.model.flops import Peak, step_flops
 from llada.training import checkpoint, metrics
 from llada.training.guard import Guard
 from llada.training.lock import RunLock
@@ -175,7 +175,8 @@ class Run:
         config, own = self.config, plan.maskable > 0
         predicted = self.data.objective.expected_predictions(plan.maskable[own], plan.t[own])
         flops = step_flops(config.model, plan.counted.tolist(), predicted, config.data.sequence_length)
-        peak = self._peak * self.place.world_size
+        rate = flops.actual / seconds / self.place.world_size
+        mfu = self._peak.mfu(rate)
         return {
             "step": step + 1,
             "tokens": self.tokens,
@@ -185,8 +186,8 @@ class Run:
             "skipped": not result.applied,
             "seconds": seconds,
             "tokens_per_second": plan.tokens / seconds,
-            "mfu": flops.actual / seconds / peak,
-            "mfu_full_length": flops.full_length / seconds / peak,
+            "mfu": mfu,
+            "mfu_full_length": mfu * flops.full_length / flops.actual,
             "memory_gb": self.engine.peak_memory_gb(),
             "checkpoint_blocked_seconds": self.blocked,
         }
@@ -198,6 +199,8 @@ class Run:
             line = self.validation = {"step": done, **self.validator(self.engine)}
             self._write(line)
             self.say(f"validation after step {done}: {describe(line)}")
+        if self.place.is_main:
+            self._peak.refresh()
         self.watchdog.advance(done)
         self._time = time.perf_counter()
 
@@ -252,7 +255,7 @@ class Run:
     def _open_sinks(self, start: Start) -> None:
         config = self.config
         cut = metrics.cut(self.folder, self.first)
-        self._peak, source = peak_flops(self.device, DTYPES[config.precision])
+        self._peak = Peak(self.device, DTYPES[config.precision])
         provenance = {"llada": llada.__version__, "git": revision.of_code(), **versions(config, self.threads), "lineage": self.lineage}
         text = yaml.safe_dump({**dump_config(config), PROVENANCE: provenance}, sort_keys=False)
         write_atomically(self.folder / "config.yaml", text)
@@ -270,7 +273,8 @@ class Run:
             )
         elif start.folder:
             self.say(f"initialised from {start.folder} ({config.run.init_what})")
-        self.say(f"peak {self._peak / 1e12:.3g} TFLOP/s per rank ({source}); {self.place.world_size} ranks, {self.threads} threads each")
+        peak = f"{self._peak.flops / 1e12:.3g} TFLOP/s per rank ({self._peak.source})"
+        self.say(f"peak {peak}; {self.place.world_size} ranks, {self.threads} threads each")
         for i, reader in enumerate(self.data.readers[TRAIN]):
             without = "" if i in self.validator.corpora else "; nothing held out that fits: trains without validation"
             self.say(f"{config.data.mixture[i].path}: {reader.summary()}{without}")
