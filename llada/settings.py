@@ -39,11 +39,15 @@ class TrainSection(Section):
     max_skipped: int = Field(default=3, ge=0)
     """Steps in a row that may update nothing (loss or gradient not finite, or a spike with skip_spikes) before the run stops."""
     spike_sigma: float | None = Field(default=6.0, gt=0)
-    """Standard deviations above the mean of the last spike_window steps from which loss or gradient norm is a spike; null: no rule."""
-    spike_window: int = Field(default=200, ge=2)
+    """Deviations of the logarithm above the recent level from which loss or gradient norm is a spike; heavy tails count; null: no rule."""
+    spike_loss_factor: float = Field(default=1.1, ge=1)
+    """Factor over its recent level below which no loss is a spike."""
+    spike_norm_factor: float = Field(default=3.0, ge=1)
+    """Factor over its recent level below which no gradient norm is a spike."""
+    spike_window: int = Field(default=200, ge=20)
     """Applied steps that the rule looks back on; before there are so many, nothing is a spike."""
     skip_spikes: bool = False
-    """true: a spike updates nothing; false: it is only named, with its samples. Compared at resume; if true, the two above too."""
+    """true: a spike updates nothing; false: it is only named, with its samples. Compared at resume; if true, the four above too."""
 
 
 class BatchSection(Section):

@@ -37,6 +37,8 @@ _MAY_CHANGE = (
     "schedule",
 )
 """Settings that a resumed run may change. The data is compared by fingerprint, the schedule by the learning rates already used."""
+_NAME_SPIKES = ("train.spike_sigma", "train.spike_loss_factor", "train.spike_norm_factor", "train.spike_window")
+"""Settings that a resumed run may change, too, unless train.skip_spikes: without it they only name spikes."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +181,7 @@ def foresee(config: RunConfig, data: TrainingData, root: Path, allow_changed: bo
 
 def _changes(config: RunConfig, data: TrainingData, state: checkpoint.State, threads: int | None) -> list[str]:
     """What differs from the checkpoint and would make the run another one."""
-    watched = () if config.train.skip_spikes else ("train.spike_sigma", "train.spike_window")  # they only name spikes
+    watched = () if config.train.skip_spikes else _NAME_SPIKES
     found = [checkpoint.first_difference(state.config, dump_config(config), (*_MAY_CHANGE, *watched))]
     if state.data != data.fingerprint:
         found.append(f"data.mixture: data {state.data} -> {data.fingerprint}")
