@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from llada.errors import UserError, did_you_mean
+from llada.initial_model import complete_model
 from llada.settings import (
     BatchSection,
     CheckpointSection,
@@ -157,7 +158,7 @@ class RunConfig(Section):
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None, task: Task | None = None, rewind: int | None = None) -> RunConfig:
-    """Read a YAML config, apply dotted overrides, validate.
+    """Read a YAML config, apply dotted overrides, take the model from the folder it names, validate.
 
     Args:
         path: YAML file.
@@ -178,7 +179,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None, task: Task
     if task is not None and raw.get("task", "pretrain") != task and raw.get("task", "pretrain") in get_args(Task):
         found = raw.get("task", "pretrain")
         raise UserError(f"task: {path} says '{found}', `llada {task}` runs task '{task}' only; use `llada {found}`")
-    return build_config(raw)
+    return build_config(complete_model(raw))
 
 
 def build_config(raw: dict[str, Any]) -> RunConfig:
