@@ -11,13 +11,10 @@ from llada.config import RunConfig
 from llada.data.tasks import open_data
 from llada.errors import UserError, did_you_mean
 from llada.files import require_space
-from llada.model.weights import num_parameters
+from llada.summary import CheckpointVolume, checkpoint_volume
 from llada.training import lock
 from llada.training.schedule import Schedule
 from llada.training.start import foresee
-
-_BYTES = {"fp32": 12, "bf16": 14}
-"""Of a parameter in a checkpoint: fp32 weights and two moments, and of bf16 runs the bf16 weights too."""
 
 
 @dataclass(frozen=True)
@@ -28,14 +25,14 @@ class Checked:
         data_parallel: replicas.
         first: step from which the run goes on; 0: from the start.
         steps: of the run.
-        checkpoint_gb: size of a checkpoint, GB.
+        checkpoints: their size and number.
         notes: lines for the user.
     """
 
     data_parallel: int
     first: int
     steps: int
-    checkpoint_gb: float
+    checkpoints: CheckpointVolume
     notes: list[str]
 
 
@@ -60,10 +57,10 @@ def check_run(config: RunConfig, ranks: int, allow_changed: bool, rewind: int | 
     else:
         start = foresee(config, open_data(config), folder / "checkpoints", allow_changed, rewind)
         first, notes = start.step, start.notes
-    size = num_parameters(config.model) * _BYTES[config.precision]
+    checkpoints = checkpoint_volume(config)
     # The new one is complete before an old one is deleted.
-    require_space(folder, 2 * size, "run.dir")
-    return Checked(data_parallel, first, config.train.steps, size / 1e9, notes)
+    require_space(folder, 2 * checkpoints.bytes_each, "run.dir")
+    return Checked(data_parallel, first, config.train.steps, checkpoints, notes)
 
 
 def check_profile(profile: ClusterProfile) -> None:

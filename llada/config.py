@@ -6,6 +6,7 @@ impossible combinations before anything is loaded. The resolved config is saved 
 
 from __future__ import annotations
 
+import difflib
 import re
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -30,6 +31,7 @@ from llada.settings import (
     TrainSection,
     ValidationSection,
 )
+from llada.strict_yaml import refuse_ambiguous
 
 Task = Literal["pretrain", "sft"]
 PROVENANCE = "provenance"
@@ -212,15 +214,22 @@ def read_yaml(path: Path, setting: str = "config") -> dict[str, Any]:
     from omegaconf.errors import OmegaConfBaseException
 
     if not path.is_file():
-        near = did_you_mean(path.name, [other.name for other in path.parent.glob("*.yaml")] if path.parent.is_dir() else [])
-        raise UserError(f"{setting}: no file '{path}'{near}")
+        raise UserError(f"{setting}: no file '{path}'{_near_file(path)}")
     try:
+        refuse_ambiguous(path.read_text(encoding="utf-8"), f"{setting}: {path}")
         raw = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, OSError) as error:
         raise UserError(f"{setting}: {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
         raise UserError(f"{setting}: {path} must hold a mapping of settings, not a {type(raw).__name__}")
     return raw  # type: ignore[return-value]
+
+
+def _near_file(path: Path) -> str:
+    """A file beside it with a similar name; the ending is not what makes names similar."""
+    beside = {other.stem: other for other in path.parent.glob("*.yaml")} if path.parent.is_dir() else {}
+    near = difflib.get_close_matches(path.stem, beside, n=1)
+    return f" (did you mean '{beside[near[0]]}'?)" if near else ""
 
 
 def _change_rate(raw: dict[str, Any], step: int, override: str) -> None:
@@ -238,11 +247,14 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
     """Set one ``key.sub=value`` in the nested dict, in place. Raises UserError for a text that is none."""
     from omegaconf import OmegaConf
 
-    key, equals, _ = override.partition("=")
+    key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(f"override '{override}': write key.sub=value, as in train.steps=100")
     try:
-        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={override.partition('=')[2]}"]))["value"]  # type: ignore[index,call-overload]
+        refuse_ambiguous(text, f"override '{override}'")
+        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[index,call-overload]
+    except UserError:
+        raise
     except Exception as error:  # any parser complaint is the user's typo
         raise UserError(f"override '{override}': the value is not valid YAML: {' '.join(str(error).split())}") from None
     *parents, last = key.split(".")

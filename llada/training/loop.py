@@ -247,7 +247,7 @@ class Run:
     def finish(self) -> None:
         """Draw the curve and say where everything is."""
         if self.place.is_main:
-            picture = metrics.plot(self.folder)
+            picture = metrics.plot(self.folder, self.config.task)
             self.say(f"finished {self.config.train.steps} steps: {self.folder}" + (f", curve {picture}" if picture else ""))
 
     # -- where its numbers go ------------------------------------------------------------------------------------------
@@ -278,7 +278,7 @@ class Run:
         for i, reader in enumerate(self.data.readers[TRAIN]):
             without = "" if i in self.validator.corpora else "; nothing held out that fits: trains without validation"
             self.say(f"{config.data.mixture[i].path}: {reader.summary()}{without}")
-        for line in self.data.weight_changes():
+        for line in (*self.data.weight_changes(), *self.data.use()):
             self.say(line)
         self._list_too_long()
 
