@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -47,6 +50,13 @@ def test_the_command_prints_yaml_and_what_it_amounts_to() -> None:
     assert "# checkpoints: 112 GB each, 11 kept at the end, 1.23 TB in all (every 1,000 steps)\n" in done.stdout
     assert "# FLOPs: 4.99e+10 a token" in done.stdout
     assert "# state: 48.1 GB of weights and gradients on each replica, 96.2 GB of optimizer state divided over all\n" in done.stdout
+
+
+def test_a_terminal_without_unicode_shows_escapes() -> None:
+    code = "import sys, llada.cli as cli; cli.app = lambda **_: print('2.5 ± 0.1'); cli.main()"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=CONFIGS.parent, capture_output=True, text=True, check=True)
+    assert done.stdout == "2.5 \\xb1 0.1\n"
 
 
 def test_sizes_in_words() -> None:
