@@ -33,7 +33,7 @@ from llada.config import RunConfig, build_config
 from llada.engine.layout import join_world, sample_offsets
 from llada.engine.megatron import DTYPES, MegatronEngine
 from llada.errors import UserError
-from llada.model.flops import StepFlops, measured_matmul, peak_flops, step_flops
+from llada.model.flops import Peak, StepFlops, measured_matmul, step_flops
 from llada.noise import random_lengths, timesteps
 from llada.objectives import Batch, MaskedDiffusion, Window, collate
 from llada.settings import ModelSection
@@ -225,9 +225,9 @@ def measure(config: RunConfig, steps: int, plain: str | None, profile: str | Non
                     seconds[name].append(value)
         if profile:
             write_profile(Path(profile), lambda: engine.train_step(own, 1e-4).loss, place.is_main)
-        peak, source = peak_flops(device, DTYPES[config.precision])
+        peak = Peak(device, DTYPES[config.precision])
         floor = flops.actual / place.world_size / measured_matmul(device, DTYPES[config.precision])
-        step_time, capacity = statistics.median(seconds["ours"]), peak * place.world_size
+        step_time, capacity = statistics.median(seconds["ours"]), peak.flops * place.world_size
         return {
             "vocabulary": config.model.vocab_size,
             "layers": config.model.num_layers,
@@ -238,7 +238,7 @@ def measure(config: RunConfig, steps: int, plain: str | None, profile: str | Non
             "mfu": round(flops.actual / step_time / capacity, 4),
             "mfu_full_length": round(flops.full_length / step_time / capacity, 4),
             "mfu_causal_style": round(flops.causal_style / step_time / capacity, 4),
-            "peak": f"{peak / 1e12:.3g} TFLOP/s a rank, {source}",
+            "peak": f"{peak.flops / 1e12:.3g} TFLOP/s a rank, {peak.source}",
             "memory_gb": round(engine.peak_memory_gb(), 2),
             "time_over_floor": round(step_time / floor, 3),
             **({f"time_over_plain_{plain}": _ratio(seconds["ours"], seconds["plain"])} if plain else {}),

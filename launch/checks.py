@@ -11,7 +11,8 @@ from llada.config import RunConfig
 from llada.data.tasks import open_data
 from llada.errors import UserError, did_you_mean
 from llada.files import require_space
-from llada.training import checkpoint, lock
+from llada.summary import CheckpointVolume, checkpoint_volume
+from llada.training import lock
 from llada.training.schedule import Schedule
 from llada.training.start import foresee
 
@@ -24,14 +25,14 @@ class Checked:
         data_parallel: replicas.
         first: step from which the run goes on; 0: from the start.
         steps: of the run.
-        checkpoint_gb: size of a checkpoint, GB.
+        checkpoints: their size and number.
         notes: lines for the user.
     """
 
     data_parallel: int
     first: int
     steps: int
-    checkpoint_gb: float
+    checkpoints: CheckpointVolume
     notes: list[str]
 
 
@@ -59,15 +60,15 @@ def check_run(
     else:
         start = foresee(config, open_data(config), folder / "checkpoints", allow_changed, rewind)
         first, notes = start.step, start.notes
-    size = checkpoint.expected_bytes(config)
+    checkpoints = checkpoint_volume(config)
     try:
         # The new one is complete before an old one is deleted.
-        require_space(folder, 2 * size, "run.dir")
+        require_space(folder, 2 * checkpoints.bytes_each, "run.dir")
     except UserError as error:
         if not elsewhere:
             raise
         notes = [*notes, f"{error}; on this machine, so that the cluster's disk is compared when the run is launched there"]
-    return Checked(data_parallel, first, config.train.steps, size / 1e9, notes)
+    return Checked(data_parallel, first, config.train.steps, checkpoints, notes)
 
 
 def check_profile(profile: ClusterProfile) -> None:

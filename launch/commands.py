@@ -253,7 +253,7 @@ def _print_plan(config: RunConfig, checked: Checked, prepared: Prepared, options
     micro = batch.global_ // (batch.micro * checked.data_parallel)
     print(f"{config.task} in {config.run.dir}: {where} = {options.nodes * per_node} ranks, {layout}")
     print(f"a step: {batch.global_} sequences of {config.data.sequence_length} tokens, {micro} micro-batches of {batch.micro} a replica")
-    print(f"a checkpoint: {checked.checkpoint_gb:.3g} GB every {config.checkpoint.every} steps")
+    print(f"checkpoints: {checked.checkpoints} (every {config.checkpoint.every:,} steps)")
     start = f"goes on from step {checked.first}" if checked.first else "starts at step 0"
     print(f"{start} of {checked.steps}" + (", which is its end" if checked.first >= checked.steps else ""))
     for note in checked.notes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -26,6 +27,21 @@ app.add_typer(data_app, name="data", help="Tokenize, shard, inspect and verify c
 convert_app = typer.Typer(no_args_is_help=True, help="Checkpoints to and from the format of Hugging Face.")
 app.add_typer(convert_app, name="convert")
 add_launch_commands(app)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from llada import __version__
+
+        typer.echo(f"llada {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and end.")] = False,
+) -> None:
+    """Train masked diffusion language models."""
 
 
 Rewind = Annotated[
@@ -64,10 +80,14 @@ def _train(task: Literal["pretrain", "sft"], config: str, overrides: list[str] |
 
 @app.command("config")
 def show_config(config: Config, overrides: Overrides = None) -> None:
-    """Print the resolved CONFIG: every setting, defaults and overrides applied."""
+    """Print the resolved CONFIG: every setting, defaults and overrides applied; then its size, FLOPs and checkpoints as comments."""
     from llada.config import load_config, to_yaml
+    from llada.summary import describe
 
-    typer.echo(to_yaml(load_config(config, overrides)), nl=False)
+    resolved = load_config(config, overrides)
+    typer.echo(to_yaml(resolved), nl=False)
+    for line in describe(resolved):
+        typer.echo(f"# {line}")
 
 
 @convert_app.command("to-hf")
@@ -206,8 +226,21 @@ def demo(
     raise typer.Exit(code)
 
 
+@app.command()
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="As one JSON object.")] = False) -> None:
+    """Report what this machine has for training, and what to do about what it lacks. Exit 1 if that blocks training."""
+    from llada.doctor import examine
+
+    found = examine()
+    typer.echo(found.to_json() if as_json else str(found))
+    raise typer.Exit(found.code)
+
+
 def main() -> None:
     """Entry point. Users' mistakes: one line, exit 2. Failures: one last line, exit 1."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal without ± shows \xb1 instead of a traceback
+            stream.reconfigure(errors="backslashreplace")
     for category in (UserWarning, FutureWarning, DeprecationWarning):
         # Megatron-Core and torch announce absent extras and coming renames, 20 lines a start; nothing a user could act on.
         warnings.filterwarnings("ignore", category=category, module=r"(megatron|torch)\.")

@@ -6,6 +6,7 @@ impossible combinations before anything is loaded. The resolved config is saved 
 
 from __future__ import annotations
 
+import difflib
 import re
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -13,6 +14,7 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from llada.errors import UserError, did_you_mean
+from llada.initial_model import complete_model
 from llada.settings import (
     BatchSection,
     CheckpointSection,
@@ -29,6 +31,7 @@ from llada.settings import (
     TrainSection,
     ValidationSection,
 )
+from llada.strict_yaml import refuse_ambiguous
 
 Task = Literal["pretrain", "sft"]
 PROVENANCE = "provenance"
@@ -157,7 +160,7 @@ class RunConfig(Section):
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None, task: Task | None = None, rewind: int | None = None) -> RunConfig:
-    """Read a YAML config, apply dotted overrides, validate.
+    """Read a YAML config, apply dotted overrides, take the model from the folder it names, validate.
 
     Args:
         path: YAML file.
@@ -178,7 +181,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None, task: Task
     if task is not None and raw.get("task", "pretrain") != task and raw.get("task", "pretrain") in get_args(Task):
         found = raw.get("task", "pretrain")
         raise UserError(f"task: {path} says '{found}', `llada {task}` runs task '{task}' only; use `llada {found}`")
-    return build_config(raw)
+    return build_config(complete_model(raw))
 
 
 def build_config(raw: dict[str, Any]) -> RunConfig:
@@ -211,15 +214,22 @@ def read_yaml(path: Path, setting: str = "config") -> dict[str, Any]:
     from omegaconf.errors import OmegaConfBaseException
 
     if not path.is_file():
-        near = did_you_mean(path.name, [other.name for other in path.parent.glob("*.yaml")] if path.parent.is_dir() else [])
-        raise UserError(f"{setting}: no file '{path}'{near}")
+        raise UserError(f"{setting}: no file '{path}'{_near_file(path)}")
     try:
+        refuse_ambiguous(path.read_text(encoding="utf-8"), f"{setting}: {path}")
         raw = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, OSError) as error:
         raise UserError(f"{setting}: {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
         raise UserError(f"{setting}: {path} must hold a mapping of settings, not a {type(raw).__name__}")
     return raw  # type: ignore[return-value]
+
+
+def _near_file(path: Path) -> str:
+    """A file beside it with a similar name; the ending is not what makes names similar."""
+    beside = {other.stem: other for other in path.parent.glob("*.yaml")} if path.parent.is_dir() else {}
+    near = difflib.get_close_matches(path.stem, beside, n=1)
+    return f" (did you mean '{beside[near[0]]}'?)" if near else ""
 
 
 def _change_rate(raw: dict[str, Any], step: int, override: str) -> None:
@@ -237,11 +247,14 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
     """Set one ``key.sub=value`` in the nested dict, in place. Raises UserError for a text that is none."""
     from omegaconf import OmegaConf
 
-    key, equals, _ = override.partition("=")
+    key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(f"override '{override}': write key.sub=value, as in train.steps=100")
     try:
-        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={override.partition('=')[2]}"]))["value"]  # type: ignore[index,call-overload]
+        refuse_ambiguous(text, f"override '{override}'")
+        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[index,call-overload]
+    except UserError:
+        raise
     except Exception as error:  # any parser complaint is the user's typo
         raise UserError(f"override '{override}': the value is not valid YAML: {' '.join(str(error).split())}") from None
     *parents, last = key.split(".")

@@ -19,12 +19,12 @@ class RunSection(Section):
 
     dir: str
     """Folder of the run: config.yaml, metrics.jsonl, checkpoints/. A run that finds a committed checkpoint here continues from it."""
-    threads: int = Field(default=0, ge=0)
+    threads: int = Field(default=0, ge=0, le=4096)
     """CPU threads of torch per rank; 0: the cores of this process divided by the ranks on the machine. Compared at resume, on another
     layout only where it was set."""
     deterministic: bool = False
     """On GPU, use deterministic kernels, so that a restart repeats the run bit for bit. On CPU it always does."""
-    hang_timeout: float = Field(default=1800.0, ge=0)
+    hang_timeout: float = Field(default=1800.0, ge=0, le=1e9)
     """Seconds without a finished step, validation or save after which silent ranks are named and the run exits with 75; 0: never."""
     init_from: str | None = None
     """Run, checkpoint or Hugging Face folder to take weights from when the run starts (not when it resumes); recorded as lineage."""
@@ -35,31 +35,35 @@ class RunSection(Section):
 class TrainSection(Section):
     """How long."""
 
-    steps: int = Field(ge=1)
+    steps: int = Field(ge=1, le=10**9)
     """Optimizer steps in all. Nothing else derives from it: extending a run never changes what came before."""
     max_skipped: int = Field(default=3, ge=0)
     """Steps in a row that may update nothing (loss or gradient not finite, or a spike with skip_spikes) before the run stops."""
     spike_sigma: float | None = Field(default=6.0, gt=0)
-    """Standard deviations above the mean of the last spike_window steps from which loss or gradient norm is a spike; null: no rule."""
-    spike_window: int = Field(default=200, ge=2)
+    """Deviations of the logarithm above the recent level from which loss or gradient norm is a spike; heavy tails count; null: no rule."""
+    spike_loss_factor: float = Field(default=1.1, ge=1)
+    """Factor over its recent level below which no loss is a spike."""
+    spike_norm_factor: float = Field(default=3.0, ge=1)
+    """Factor over its recent level below which no gradient norm is a spike."""
+    spike_window: int = Field(default=200, ge=20, le=100_000)
     """Applied steps that the rule looks back on; before there are so many, nothing is a spike."""
     skip_spikes: bool = False
-    """true: a spike updates nothing; false: it is only named, with its samples. Compared at resume; if true, the two above too."""
+    """true: a spike updates nothing; false: it is only named, with its samples. Compared at resume; if true, the four above too."""
 
 
 class BatchSection(Section):
     """Sizes of a step, in sequences."""
 
-    global_: int = Field(alias="global", ge=1)
+    global_: int = Field(alias="global", ge=1, le=10**7)
     """Sequences per optimizer step, over all ranks and accumulation steps."""
-    micro: int = Field(ge=1)
+    micro: int = Field(ge=1, le=10**7)
     """Sequences per forward and backward pass of one rank."""
 
 
 class WeightChange(Section):
     """Another weight for a corpus from some point of the run on."""
 
-    tokens: int = Field(ge=1)
+    tokens: int = Field(ge=1, le=10**18)
     """Tokens of the run after which the weight changes, rounded up to whole blocks of 10,000 x data.sequence_length; ascending."""
     weight: float = Field(ge=0)
     """Weight from there on, relative to the others' (no unit); 0: not read."""
@@ -95,7 +99,7 @@ class CorpusEntry(Section):
 class DataSection(Section):
     """What is read."""
 
-    sequence_length: int = Field(ge=8)
+    sequence_length: int = Field(ge=8, le=2**24)
     """Tokens per sequence (window)."""
     mixture: list[CorpusEntry] = Field(min_length=1)
     """The corpora. All must have been prepared with the same tokenizer."""
@@ -118,17 +122,17 @@ class DataSection(Section):
 class ModelSection(Section):
     """Shape of the transformer: Llama-like, bidirectional, no biases, RMSNorm, RoPE, SwiGLU, dropout 0."""
 
-    num_layers: int = Field(ge=1)
+    num_layers: int = Field(ge=1, le=10_000)
     """Transformer layers."""
-    hidden_size: int = Field(ge=2)
+    hidden_size: int = Field(ge=2, le=10**6)
     """Width of the residual stream (d_model)."""
-    num_attention_heads: int = Field(ge=1)
+    num_attention_heads: int = Field(ge=1, le=10**6)
     """Query heads; the head dimension is hidden_size / num_attention_heads."""
     num_query_groups: int | None = Field(default=None, ge=1)
     """Key/value heads (grouped-query attention); null: as many as query heads."""
-    ffn_hidden_size: int = Field(ge=1)
+    ffn_hidden_size: int = Field(ge=1, le=10**7)
     """Inner width of the SwiGLU."""
-    vocab_size: int = Field(ge=2)
+    vocab_size: int = Field(ge=2, le=10**8)
     """Rows of the embedding and the head (padding rows included); at least the rows of the corpora's tokenizer."""
     rope_theta: float = Field(default=500000.0, gt=0)
     """Base of the rotary embedding."""
@@ -196,9 +200,9 @@ class StageEntry(Section):
     """Learning rate at the piece's start; null: where the piece before ended (0 for the first)."""
     end: float | None = Field(default=None, ge=0)
     """Learning rate at the piece's end; for `constant` leave it out."""
-    steps: int | None = Field(default=None, ge=1)
+    steps: int | None = Field(default=None, ge=1, le=10**9)
     """Length in optimizer steps."""
-    tokens: int | None = Field(default=None, ge=1)
+    tokens: int | None = Field(default=None, ge=1, le=10**18)
     """Length in tokens (rounded up to whole steps of batch.global x data.sequence_length)."""
 
     @model_validator(mode="after")
@@ -215,7 +219,7 @@ class StageEntry(Section):
 class RewindEntry(Section):
     """A change of the learning rate by `llada pretrain --rewind STEP lr=RATE`."""
 
-    step: int = Field(ge=0)
+    step: int = Field(ge=0, le=10**9)
     """Optimizer steps done before it."""
     lr: float = Field(ge=0)
     """Learning rate of all steps after it."""
@@ -241,7 +245,7 @@ class ScheduleSection(Section):
 class SFTSection(Section):
     """Fine-tuning on conversations; for `task: sft` alone."""
 
-    pad_group: int = Field(default=2, ge=1)
+    pad_group: int = Field(default=2, ge=1, le=10**6)
     """Consecutive samples whose responses are padded with EOS to the longest row among them (the paper: its local batch of 2)."""
 
 
@@ -250,7 +254,7 @@ class ValidationSection(Section):
 
     every: int = Field(default=500, ge=1)
     """Optimizer steps between validations; one more at the end of the run."""
-    windows: int = Field(default=256, ge=8, multiple_of=8)
+    windows: int = Field(default=256, ge=8, le=10**7, multiple_of=8)
     """Windows per corpus and validation; a corpus with fewer is read again with other masks. Split over 8 independent rotations of t."""
 
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from launch.cluster import ClusterProfile
-from llada.config import RunConfig, build_config, dump_config, load_config, to_yaml
+from llada.config import RunConfig, build_config, dump_config, load_config, read_yaml, to_yaml
 from llada.errors import UserError
 from llada.training.schedule import Schedule
 
@@ -99,6 +99,16 @@ def test_overrides() -> None:
         ("parallel.context=3", "data.sequence_length: "),
         ("schedule.stages.0.end=null", "schedule.stages.0.end: missing"),
         ("validation.windows=12", "validation.windows: 12 is not allowed"),
+        ("model.hidden_size=1000000000000", "model.hidden_size: 1000000000000 is not allowed"),
+        ("model.num_layers=1000000000", "model.num_layers: 1000000000 is not allowed: input should be less than or equal to 10000"),
+        ("batch.global=1000000000000000000", "batch.global: 1000000000000000000 is not allowed"),
+        ("data.sequence_length=1000000000000", "data.sequence_length: 1000000000000 is not allowed"),
+        ("train.steps=" + "9" * 30, "train.steps: "),
+        ("train.steps=" + "9" * 5000, "not valid YAML"),
+        ("seed=010", "override 'seed=010': 010 is an octal number to some YAML readers"),
+        ("seed=1:30", "1:30 is a number to base 60"),
+        ("run.dir=no", "no is false to some YAML readers and text to others; write false, or 'no' in quotes"),
+        ("run.dir=" + "[" * 3000 + "]" * 3000, "nested too deeply"),
         ("steps", "write key.sub=value"),
         ("train.steps.x=1", "is a single value and has no setting"),
     ],
@@ -114,8 +124,40 @@ def test_unreadable_files(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match=message):
             load_config(tmp_path / name)
-    with pytest.raises(UserError, match="no file"):
-        load_config(tmp_path / "none")
+    (tmp_path / "sex.yaml").touch()
+    with pytest.raises(UserError, match=r"no file '.*none.yaml'$"):
+        load_config(tmp_path / "none.yaml")
+    with pytest.raises(UserError, match=r"no file '.*six.yaml' \(did you mean '.*sex.yaml'\?\)$"):
+        load_config(tmp_path / "six.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: 1\nseed: 010", "line 2: 010 is an octal number"),
+        ("seed: 1:30", "1:30 is a number to base 60"),
+        ("run: {dir: off}", "off is false to some"),
+        ("a: " + "[" * 3000 + "]" * 3000, "nested too deeply"),
+        ("seed: " + "9" * 5000, "not valid YAML"),
+        (
+            "a: &a [1,1,1,1,1,1,1,1,1,1]\n"
+            + "".join(f"{y}: &{y} [" + ",".join([f"*{x}"] * 10) + "]\n" for x, y in ("ab", "bc", "cd", "de", "ef")),
+            "more than 100,000",
+        ),
+    ],
+)
+def test_yaml_that_readers_disagree_about_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as refused:
+        load_config(path)
+    assert message in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_what_all_yaml_readers_agree_about_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("a: '010'\nb: \"yes\"\nc: True\nd: 0\ne: 0.5\nf: 1e-3\ng: 12:x\nh: 0x10")
+    assert read_yaml(path) == {"a": "010", "b": "yes", "c": True, "d": 0, "e": 0.5, "f": 1e-3, "g": "12:x", "h": 16}
 
 
 def test_a_missing_setting_is_named() -> None:

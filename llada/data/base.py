@@ -222,6 +222,20 @@ class TrainingData(ABC):
                 lines.append(f"weights change in step {step:,}, after {tokens:,} tokens: {shares}")
         return lines
 
+    def use(self) -> list[str]:
+        """A line for every corpus: its share of the run, how often it is read, and where its cap ends that; for the console."""
+        config, samples = self.config, self.config.train.steps * self.config.batch.global_
+        lines = []
+        for i, (source, count) in enumerate(zip(self.mixture.sources, self.mixture.consumed(samples).tolist(), strict=True)):
+            line = f"{source.name}: {100 * count / samples:.4g} % of the run's samples, {count / source.windows:.3g} passes"
+            end = self.mixture.exhausted_after(i)
+            if end is not None and end <= samples:
+                step = -(-end // config.batch.global_)
+                tokens = f", after {end * config.data.sequence_length:,} tokens" if config.task == "pretrain" else ""
+                line += f"; its cap (max_epochs {config.data.mixture[i].max_epochs:g}) ends it by step {step:,}{tokens}"
+            lines.append(line)
+        return lines
+
     def _open(self, i: int) -> Corpus:
         path = self.config.data.mixture[i].path
         try:

@@ -201,6 +201,23 @@ class Mixture:
         ranks[np.argsort(slots, kind="stable")] = np.arange(len(slots)) - np.repeat(firsts, stage.quotas)
         return stage, slots, ranks
 
+    def consumed(self, samples: int) -> I64:
+        """Windows of each source that the first `samples` samples read, int64 [sources]."""
+        block, rest = divmod(samples, self.block)
+        stage, slots, _ = self._slots(block)
+        part = np.bincount(slots[:rest], minlength=len(self.sources))
+        return stage.consumed + (block - stage.first_block) * stage.quotas + part
+
+    def exhausted_after(self, source: int) -> int | None:
+        """Samples after which a source has reached its cap, rounded up to a whole block; None: it has none, or is not read so far."""
+        cap = self.sources[source].max_windows
+        if cap is None:
+            return None
+        for stage in self.stages:
+            if stage.consumed[source] >= cap:
+                return stage.first_block * self.block
+        return self.num_samples
+
     def positions(self, samples: I64) -> tuple[I64, I64]:
         """Source, and position in its endless sequence of windows, of global sample indices; all int64 [n].
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import ValidationError
@@ -76,18 +76,17 @@ def is_folder(path: str | Path) -> bool:
     return (Path(path) / "config.json").is_file()
 
 
-def open_folder(path: str | Path, allow_pickle: bool = False, setting: str = "FOLDER") -> HfFolder:
-    """Open a folder; weights are read when they are asked for.
+class ReadModel(NamedTuple):
+    """What a folder's config.json says; see HfFolder."""
 
-    Args:
-        path: of the folder.
-        allow_pickle: read pytorch_model.bin where there are no safetensors.
-        setting: what the user calls `path`, for messages.
+    architecture: str
+    model: ModelSection
+    longest: int
+    mask_id: int | None
 
-    Raises:
-        UserError: no such folder, an architecture or setting that is not computed here, weights that cannot be read (see
-            `open_tensors`) or that are not those of the config: every missing and surplus tensor and every other shape is named.
-    """
+
+def read_model(path: str | Path, setting: str = "FOLDER") -> ReadModel:
+    """Read config.json alone. Raises UserError as `open_folder` does."""
     folder = Path(path)
     if not is_folder(folder):
         raise UserError(f"{setting}: '{path}' is no Hugging Face folder (it has no config.json)")
@@ -106,10 +105,27 @@ def open_folder(path: str | Path, allow_pickle: bool = False, setting: str = "FO
         model, longest = read(config)
     except _Unsuitable as error:
         raise UserError(f"{folder / 'config.json'}: {error}") from None
-    names = {name: name if kind == "llada" else _llama_name(name) for name in canonical_shapes(model)}
+    return ReadModel(wanted, model, longest, config.get("mask_token_id"))
+
+
+def open_folder(path: str | Path, allow_pickle: bool = False, setting: str = "FOLDER") -> HfFolder:
+    """Open a folder; weights are read when they are asked for.
+
+    Args:
+        path: of the folder.
+        allow_pickle: read pytorch_model.bin where there are no safetensors.
+        setting: what the user calls `path`, for messages.
+
+    Raises:
+        UserError: no such folder, an architecture or setting that is not computed here, weights that cannot be read (see
+            `open_tensors`) or that are not those of the config: every missing and surplus tensor and every other shape is named.
+    """
+    read = read_model(path, setting)
+    folder, model = Path(path), read.model
+    names = {name: name if read.architecture == LLADA else _llama_name(name) for name in canonical_shapes(model)}
     files = open_tensors(folder, allow_pickle, setting)
     _check(folder, files, names, model, setting)
-    return HfFolder(folder, wanted, model, Renamed(files, names), longest, config.get("mask_token_id"))
+    return HfFolder(folder, read.architecture, model, Renamed(files, names), read.longest, read.mask_id)
 
 
 class _Unsuitable(Exception):

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+import yaml
 
 from llada.errors import UserError
 from llada.files import flushed_meanwhile, new_folder, read_files, refuse_inside, require_space
@@ -92,7 +93,9 @@ def from_hf(folder: str | Path, output: str | Path, options: ImportOptions | Non
         checkpoint.seal(partial, state, read_files(Path(scratch)), {})
     count = f"{output}: {num_parameters(model):,} parameters of {source.architecture} in {precision}"
     roles = ", ".join(f"{role} {token} ({i})" for role, (token, i) in tokenizer.special_tokens().items())
-    return "\n".join(filter(None, (count, note, f"special tokens: {roles}")))
+    section = yaml.safe_dump({"model": model.model_dump(exclude={"embedding_init_std"})}, sort_keys=False).rstrip()
+    lines = (count, note, f"special tokens: {roles}", f"model section of a run that starts from it (may be left out):\n{section}")
+    return "\n".join(filter(None, lines))
 
 
 def _complete(before: Tokenizer, source: HfFolder, options: ImportOptions) -> Tokenizer:

@@ -64,28 +64,68 @@ def step_flops(model: ModelSection, lengths: Iterable[float], predicted: float, 
     return StepFlops(3.0 * actual, 3.0 * full, 3.0 * causal)
 
 
-def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
-    """Peak FLOP/s of one device and where the figure comes from: the data sheet for bf16 on a known GPU, else a measured
-    matrix product (on CPU of all threads of this process)."""
-    if device.type == "cuda" and dtype == torch.bfloat16:
-        name = torch.cuda.get_device_name(device)
-        for part, peak in _PEAKS_BF16:
-            if part in name:
-                return peak, "data sheet"
-    return measured_matmul(device, dtype), "measured matrix product"
+class Peak:
+    """FLOP/s that one device can reach, which a step's are compared with.
+
+    Args:
+        device: of this rank.
+        dtype: of the matrix products.
+
+    Attributes:
+        flops: the peak, FLOP/s.
+        source: where it comes from: the data sheet for bf16 on a known GPU, else the best of many measured matrix products
+            (on CPU over all threads of this process).
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self._device, self._dtype = device, dtype
+        listed = _data_sheet(torch.cuda.get_device_name(device)) if device.type == "cuda" and dtype == torch.bfloat16 else None
+        self.source = "measured matrix product" if listed is None else "data sheet"
+        self.flops = measured_matmul(device, dtype) if listed is None else listed
+        self._measured_at = time.perf_counter()
+
+    def mfu(self, rate: float) -> float:
+        """The share of the peak that `rate` FLOP/s of one device are.
+
+        A measured peak below the rate was measured beside other work. It is measured again, and the rate itself bounds it from below.
+        """
+        if rate > self.flops and self.source != "data sheet":
+            self._measure_again(0.5)
+            self.flops = max(rate, self.flops)
+        return rate / self.flops
+
+    def refresh(self, share: float = 0.01) -> None:
+        """Spend `share` of the time since the last measurement on another one and keep the better; a data sheet's figure stays."""
+        if self.source != "data sheet":
+            self._measure_again(share * (time.perf_counter() - self._measured_at))
+
+    def _measure_again(self, seconds: float) -> None:
+        if self._device.type == "cpu":  # a GPU's memory is full by now, and no other work is on it
+            self.flops = max(self.flops, measured_matmul(self._device, self._dtype, seconds))
+        self._measured_at = time.perf_counter()
 
 
-def measured_matmul(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large matrix product, the best of 20, or of as many as fit into two seconds (bf16 is slow on many CPUs)."""
+def _data_sheet(name: str) -> float | None:
+    """The bf16 peak of a GPU by its device name; None: not listed."""
+    return next((peak for part, peak in _PEAKS_BF16 if part in name), None)
+
+
+def measured_matmul(device: torch.device, dtype: torch.dtype, seconds: float = 2.0) -> float:
+    """FLOP/s of a large matrix product: the best of many, since another process may take a core for a while.
+
+    Ends after `seconds`, or earlier once 20 products in a row were not 1 % better than the best before them.
+    """
     n = 8192 if device.type == "cuda" else 1024
     a = torch.randn(n, n, device=device, dtype=dtype)
-    best, begun = float("inf"), time.perf_counter()
-    for _ in range(20):  # the best of many: another process may take a core for a while
+    best, since_best, begun = float("inf"), 0, time.perf_counter()
+    while since_best < 20:
         start = time.perf_counter()
         a @ a
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - start)
-        if time.perf_counter() - begun > 2:
+        end = time.perf_counter()
+        since_best = 0 if end - start < 0.99 * best else since_best + 1
+        best = min(best, end - start)
+        if end - begun > seconds:
             break
     return 2 * n**3 / best

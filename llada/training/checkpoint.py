@@ -18,18 +18,14 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from llada.config import RunConfig
 from llada.errors import UserError
 from llada.files import checksum, sync_folder, sync_tree, write_atomically
-from llada.model.weights import num_parameters
 from llada.settings import ModelSection
 from llada.tokenizer import Tokenizer
 
 MARKER = "COMMITTED"
 STATE = "state.json"
 TOKENIZER = "tokenizer"
-_PARAMETER_BYTES = {"fp32": 12, "bf16": 14}
-"""Of a parameter in a checkpoint: fp32 weights and two moments, and of bf16 runs the bf16 weights too."""
 _NAME = re.compile(r"^step_(\d{8})$")
 _UNFINISHED = re.compile(r"^step_\d{8}\.(partial|deleted)$")
 
@@ -98,11 +94,6 @@ def name(step: int) -> str:
 def step_of(folder: Path) -> int:
     """Steps done in a checkpoint, by its folder's name."""
     return int(folder.name.removeprefix("step_"))
-
-
-def expected_bytes(config: RunConfig) -> int:
-    """Size of a checkpoint of a run; the few kilobytes of metadata are left out."""
-    return num_parameters(config.model) * _PARAMETER_BYTES[config.precision]
 
 
 def load_tokenizer(folder: Path, setting: str = "checkpoint") -> Tokenizer:

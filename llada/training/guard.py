@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
+
+import numpy as np
 
 from llada.engine.base import Limits, StepResult
 from llada.errors import RunError
@@ -13,6 +14,11 @@ from llada.settings import TrainSection
 
 _LAG = 2
 """Steps between a step and the last one its limits come from: a GPU reports a step's numbers while it computes the next."""
+
+_TAIL_START = 1.2816
+"""Of a normal distribution: the standard deviations above the median where its upper tenth starts."""
+_TAIL_MEDIAN = 0.3633
+"""Of a normal distribution: the standard deviations between that start and the median of its upper tenth."""
 
 
 class Applied(NamedTuple):
@@ -24,7 +30,7 @@ class Applied(NamedTuple):
 
 
 class Guard:
-    """The sigma rule over the last `train.spike_window` applied steps, and the count of steps left out in a row.
+    """The spike rule over the last `train.spike_window` applied steps, and the count of steps left out in a row.
 
     Args:
         section: the run's settings.
@@ -42,19 +48,18 @@ class Guard:
         return list(self._recent)
 
     def spike_limits(self, step: int) -> Limits:
-        """Mean + sigma standard deviations of loss and norm before `step` (0-based); infinite until the window is full.
+        """What loss and norm of `step` (0-based) must exceed to be a spike, see `upper_limit`; infinite until the window is full.
 
         A function of the results of steps up to `step` - 2 alone, whenever they were read.
         """
-        sigma, window = self._section.spike_sigma, self._section.spike_window
-        known = [entry for entry in self._recent if entry.step <= step - _LAG][-window:]
-        if sigma is None or len(known) < window:
+        section = self._section
+        known = [entry for entry in self._recent if entry.step <= step - _LAG][-section.spike_window :]
+        if section.spike_sigma is None or len(known) < section.spike_window:
             return Limits()
-
-        def bound(values: list[float]) -> float:
-            return statistics.fmean(values) + sigma * statistics.pstdev(values)
-
-        return Limits(bound([entry.loss for entry in known]), bound([entry.grad_norm for entry in known]))
+        return Limits(
+            upper_limit([entry.loss for entry in known], section.spike_sigma, section.spike_loss_factor),
+            upper_limit([entry.grad_norm for entry in known], section.spike_sigma, section.spike_norm_factor),
+        )
 
     def limits(self, step: int) -> Limits:
         """What the engine must leave out at `step` (0-based) besides what is not finite."""
@@ -87,6 +92,34 @@ class Guard:
         if self._left_out > self._section.max_skipped:
             raise RunError(f"{named}; {self._left_out} steps in a row updated nothing (train.max_skipped: {self._section.max_skipped})")
         return named + ("" if result.applied else "; the step updated nothing")
+
+
+def upper_limit(values: Sequence[float], sigma: float, factor: float) -> float:
+    """What the next value must exceed to be a spike: far out in the tail of the recent values, and far above their level.
+
+    Losses and gradient norms are positive, noisy by a factor, and skewed: a healthy run has single norms of twice the usual. So the
+    rule works on logarithms, and takes the width of the upper tail from the largest tenth of the window itself, not from a mean and
+    standard deviation. For normal logarithms the limit is the level plus `sigma` standard deviations; a heavier tail moves it up.
+    Only the median of that tenth counts, so a few past spikes in the window do not hide the next.
+
+    The level follows the window's trend where it rises (warm-up), and is that of the newer half where it falls.
+
+    Args:
+        values: of the applied steps of the window, oldest first.
+        sigma: standard deviations of a normal distribution.
+        factor: of the level; no value below it is a spike.
+    """
+    logs = np.log(np.maximum(values, np.finfo(np.float64).tiny))
+    half = len(logs) // 2
+    slope = float(np.median(logs[-half:]) - np.median(logs[:half])) / (len(logs) - half)
+    carried = logs - slope * np.arange(1 - len(logs), 1)  # each value where the trend would have it at the newest step
+    level = float(np.median(carried))
+    ordered = np.sort(carried) - level
+    tail = ordered[-len(ordered) // 10 :]
+    start = float(ordered[-len(tail) - 1])
+    deviation = float(np.median(tail) - start) / _TAIL_MEDIAN
+    ahead = slope * (_LAG if slope > 0 else -half / 2)
+    return math.exp(min(level + ahead + max(start + (sigma - _TAIL_START) * deviation, math.log(factor)), 700.0))
 
 
 def _above(result: StepResult, limits: Limits) -> str | None:

@@ -24,7 +24,8 @@ from llada.engine.determinism import use_deterministic_algorithms
 from llada.engine.layout import join_world, sample_offsets, world_from_environment
 from llada.engine.megatron import DTYPES, MegatronEngine
 from llada.files import read_files, write_atomically
-from llada.model.flops import peak_flops, step_flops
+from llada.model.flops import Peak, step_flops
+from llada.summary import checkpoint_volume
 from llada.training import checkpoint, folder, metrics
 from llada.training.guard import Guard
 from llada.training.saving import Saving
@@ -197,7 +198,8 @@ class Run:
         config, own = self.config, plan.maskable > 0
         predicted = self.data.objective.expected_predictions(plan.maskable[own], plan.t[own])
         flops = step_flops(config.model, plan.counted.tolist(), predicted, config.data.sequence_length)
-        peak = self._peak * self.place.world_size
+        rate = flops.actual / seconds / self.place.world_size
+        mfu = self._peak.mfu(rate)
         return {
             "step": step + 1,
             "tokens": self.tokens,
@@ -207,8 +209,8 @@ class Run:
             "skipped": not result.applied,
             "seconds": seconds,
             "tokens_per_second": plan.tokens / seconds,
-            "mfu": flops.actual / seconds / peak,
-            "mfu_full_length": flops.full_length / seconds / peak,
+            "mfu": mfu,
+            "mfu_full_length": mfu * flops.full_length / flops.actual,
             "memory_gb": self.engine.peak_memory_gb(),
             "checkpoint_blocked_seconds": self.blocked,
         }
@@ -220,6 +222,8 @@ class Run:
             line = self.validation = {"step": done, **self.validator(self.engine)}
             self._write(line)
             self.say(f"validation after step {done}: {describe(line)}")
+        if self.place.is_main:
+            self._peak.refresh()
         self.watchdog.advance(done)
         self._time = time.perf_counter()
 
@@ -247,7 +251,7 @@ class Run:
                 tokenizer=self.data.manifest.tokenizer_fingerprint,
                 ranks=self.place.world_size,
             )
-            self.saving = Saving(self.root, state, self.tokenizer_files, checkpoint.expected_bytes(config), self.engine)
+            self.saving = Saving(self.root, state, self.tokenizer_files, checkpoint_volume(config).bytes_each, self.engine)
             self.blocked += time.perf_counter() - started
         if wait or not self.config.checkpoint.asynchronous:
             self.finish_save()
@@ -270,7 +274,7 @@ class Run:
         """Draw the curve and say where everything is."""
         if self.place.is_main:
             with folder.naming(self.folder):
-                picture = metrics.plot(self.folder)
+                picture = metrics.plot(self.folder, self.config.task)
             steps = self.config.train.steps
             said = f"finished {steps} steps: {self.folder}"
             if self.first >= steps:
@@ -282,7 +286,7 @@ class Run:
     def _open_sinks(self, start: Start) -> None:
         config = self.config
         cut = metrics.cut(self.folder, self.first)
-        self._peak, source = peak_flops(self.device, DTYPES[config.precision])
+        self._peak = Peak(self.device, DTYPES[config.precision])
         provenance = {"llada": llada.__version__, "git": revision.of_code(), **versions(config, self.threads), "lineage": self.lineage}
         text = yaml.safe_dump({**dump_config(config), PROVENANCE: provenance}, sort_keys=False)
         if self.first < config.train.steps or not (self.folder / "config.yaml").exists():
@@ -301,11 +305,12 @@ class Run:
             )
         elif start.folder:
             self.say(f"initialised from {start.folder} ({config.run.init_what})")
-        self.say(f"peak {self._peak / 1e12:.3g} TFLOP/s per rank ({source}); {self.place.world_size} ranks, {self.threads} threads each")
+        peak = f"{self._peak.flops / 1e12:.3g} TFLOP/s per rank ({self._peak.source})"
+        self.say(f"peak {peak}; {self.place.world_size} ranks, {self.threads} threads each")
         for i, reader in enumerate(self.data.readers[TRAIN]):
             without = "" if i in self.validator.corpora else "; nothing held out that fits: trains without validation"
             self.say(f"{config.data.mixture[i].path}: {reader.summary()}{without}")
-        for line in self.data.weight_changes():
+        for line in (*self.data.weight_changes(), *self.data.use()):
             self.say(line)
         self._list_too_long()
 

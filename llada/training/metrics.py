@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from llada import events
-from llada.config import RunConfig, dump_config
+from llada.config import RunConfig, Task, dump_config
 from llada.events import EventLog
 from llada.files import write_atomically
 from llada.settings import LoggingSection
@@ -206,8 +206,8 @@ class Console:
         if self._progress:
             self._progress.update(self._task, completed=line["step"], description=text)
         elif line["step"] % self._every == 0 or line["step"] == self._total:
-            eta = (self._total - line["step"]) * line["seconds"]
-            print(f"step {line['step']}/{self._total} | {text} | lr {line['lr']:.2e} | ETA {eta:,.0f} s", flush=True)
+            eta = clock((self._total - line["step"]) * line["seconds"])
+            print(f"step {line['step']}/{self._total} | {text} | lr {line['lr']:.2e} | ETA {eta}", flush=True)
 
     def say(self, text: str) -> None:
         """Print a line above the progress line."""
@@ -221,8 +221,18 @@ class Console:
             self._progress.stop()
 
 
-def plot(folder: Path) -> Path | None:
-    """Draw the loss curve of a run to RUN/loss.png; None when there is nothing to draw."""
+def clock(seconds: float) -> str:
+    """A duration as h:mm:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+
+
+def plot(folder: Path, task: Task = "pretrain") -> Path | None:
+    """Draw the loss curve of a run to RUN/loss.png; None when there is nothing to draw.
+
+    In fine-tuning the training loss is a mean over conversations, padding included, and the NELBO one over the tokens of replies:
+    they are no common quantity and have axes of their own.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -233,15 +243,19 @@ def plot(folder: Path) -> Path | None:
     valid = [(line["step"], line["nelbo_per_token"]) for line in lines if isinstance(line.get("nelbo_per_token"), float)]
     if not train:
         return None
-    figure, axes = plt.subplots(figsize=(8, 4.5), dpi=120)
+    apart = task == "sft" and bool(valid)
+    figure, panels = plt.subplots(1 + apart, sharex=True, squeeze=False, figsize=(8, 4.5 + 2.5 * apart), dpi=120)
+    axes, below = panels[0, 0], panels[-1, 0]
     axes.plot(*zip(*train, strict=True), color="tab:blue", alpha=0.25, linewidth=0.8, label="training loss, each step")
     axes.plot(*zip(*_smooth(train), strict=True), color="tab:blue", label="training loss, moving average")
     if valid:
-        axes.plot(*zip(*valid, strict=True), "o-", color="tab:red", label="validation NELBO")
-    axes.set_xlabel("optimizer step")
-    axes.set_ylabel("nats per token")
-    axes.grid(alpha=0.3)
-    axes.legend()
+        below.plot(*zip(*valid, strict=True), "o-", color="tab:red", label="validation NELBO")
+    axes.set_ylabel("nats per token, padded replies" if apart else "nats per token")
+    below.set_ylabel("nats per token")
+    below.set_xlabel("optimizer step")
+    for panel in panels.flat:
+        panel.grid(alpha=0.3)
+        panel.legend()
     target = folder / "loss.png"
     figure.savefig(target, bbox_inches="tight")
     plt.close(figure)

@@ -39,6 +39,10 @@ _MAY_CHANGE = (
     "schedule",
 )
 """Settings that a resumed run may change. The data is compared by fingerprint, the schedule by the learning rates already used."""
+_CONSTANTS = ("rope_theta", "norm_eps")
+"""Settings of the model that no tensor's shape shows: another value quietly makes another model of the same weights."""
+_NAME_SPIKES = ("train.spike_sigma", "train.spike_loss_factor", "train.spike_norm_factor", "train.spike_window")
+"""Settings that a resumed run may change, too, unless train.skip_spikes: without it they only name spikes."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +126,7 @@ def find_start(
         )
     _refuse_lost(root)
     if config.run.init_from:
-        return _from_weights(config, data, notes)
+        return _from_weights(config, data, allow_changed, notes)
     if config.task == "sft":
         notes.append("run.init_from: not given, this fine-tuning starts from random weights")
     return Start(None, 0, 0, False, [], notes)
@@ -205,7 +209,7 @@ def foresee(config: RunConfig, data: TrainingData, root: Path, allow_changed: bo
 
 def _changes(config: RunConfig, data: TrainingData, state: checkpoint.State, threads: int | None) -> list[str]:
     """What differs from the checkpoint and would make the run another one."""
-    watched = () if config.train.skip_spikes else ("train.spike_sigma", "train.spike_window")  # they only name spikes
+    watched = () if config.train.skip_spikes else _NAME_SPIKES
     found = [checkpoint.first_difference(state.config, dump_config(config), (*_MAY_CHANGE, *watched))]
     if state.data != data.fingerprint:
         found.append(f"data.mixture: data {state.data} -> {data.fingerprint}")
@@ -238,25 +242,48 @@ def _threads_matter(config: RunConfig, old: RunConfig, state: checkpoint.State) 
 def _same_architecture(subject: str, config: RunConfig, old: dict[str, Any]) -> None:
     """Refuse weights of a model section that do not fit the run's, naming both."""
     new = dump_config(config)["model"]
-    difference = checkpoint.first_difference(old, new, ("model.rope_theta", "model.embedding_init_std"), "model.")
+    allowed = tuple(f"model.{key}" for key in ("embedding_init_std", *_CONSTANTS))
+    difference = checkpoint.first_difference(_comparable(old), _comparable(new), allowed, "model.")
     if difference:
         raise UserError(
             f"{subject} holds another architecture ({_shape(old)}) than the config ({_shape(new)}); the first difference is {difference}"
         )
 
 
+def _comparable(model: dict[str, Any]) -> dict[str, Any]:
+    """A model section with the number of its key/value heads in figures."""
+    return {**model, "num_query_groups": model.get("num_query_groups") or model.get("num_attention_heads")}
+
+
+def _same_constants(source: Path, config: RunConfig, old: dict[str, Any], allow_changed: bool) -> list[str]:
+    """What the config states otherwise than the weights were trained with, though every tensor fits; refused unless it is allowed."""
+    changed = []
+    for key in _CONSTANTS:
+        before, now = old.get(key), getattr(config.model, key)
+        if before is None or before == now:
+            continue
+        if not allow_changed:
+            raise UserError(
+                f"model.{key}: {now!r}, but run.init_from: {source} has {before!r}; leave it out of the config to take that, or pass "
+                "--allow-changed where the change is meant"
+            )
+        changed.append(f"model.{key}: {before!r} -> {now!r}")
+    return changed
+
+
 def _shape(model: dict[str, Any]) -> str:
     return f"{model['num_layers']} layers of width {model['hidden_size']}, vocabulary {model['vocab_size']}"
 
 
-def _from_weights(config: RunConfig, data: TrainingData, notes: list[str]) -> Start:
+def _from_weights(config: RunConfig, data: TrainingData, allow_changed: bool, notes: list[str]) -> Start:
     """Weights of another run or of a Hugging Face folder, if they fit: the same shapes, and ids that mean the same tokens."""
     assert config.run.init_from is not None
     if hf.is_folder(config.run.init_from):
-        return _from_folder(config, data, Path(config.run.init_from), notes)
+        return _from_folder(config, data, Path(config.run.init_from), allow_changed, notes)
     source = checkpoint.resolve(config.run.init_from, "run.init_from")
     state = checkpoint.read_state(source, "run.init_from")
     _same_architecture(f"run.init_from: {source}", config, state.config["model"])
+    changed = _same_constants(source, config, state.config["model"], allow_changed)
     _same_tokenizer(source, checkpoint.load_tokenizer(source, "run.init_from"), data, source / checkpoint.TOKENIZER)
     problems = _damage(config, source)
     if problems:
@@ -271,10 +298,12 @@ def _from_weights(config: RunConfig, data: TrainingData, notes: list[str]) -> St
         )
     own = {"init_from": str(source), "step": state.step, "tokens": state.tokens, "what": what}
     own["sequence_length"] = state.config["data"]["sequence_length"]
+    own |= {"changed": changed} if changed else {}
+    notes.append(_model_line(config))
     return Start(source, 0, 0, what == "weights+optimizer", [*state.lineage, own], notes)
 
 
-def _from_folder(config: RunConfig, data: TrainingData, source: Path, notes: list[str]) -> Start:
+def _from_folder(config: RunConfig, data: TrainingData, source: Path, allow_changed: bool, notes: list[str]) -> Start:
     """Weights of a Hugging Face folder, whose vocabulary has to be complete as it is."""
     if config.run.init_what != "weights":
         raise UserError(f"run.init_what: '{config.run.init_what}', but '{source}' is a Hugging Face folder, of weights alone; use weights")
@@ -284,8 +313,16 @@ def _from_folder(config: RunConfig, data: TrainingData, source: Path, notes: lis
     folder = hf.open_folder(source, setting="run.init_from")
     hf.check_mask(folder, tokenizer)
     _same_architecture(f"run.init_from: {source}", config, folder.model.model_dump())
-    own = {"imported": source.resolve().name, "architecture": folder.architecture, "sequence_length": folder.longest}
+    changed = _same_constants(source, config, folder.model.model_dump(), allow_changed)
+    own: dict[str, Any] = {"imported": source.resolve().name, "architecture": folder.architecture, "sequence_length": folder.longest}
+    own |= {"changed": changed} if changed else {}
+    notes.append(_model_line(config))
     return Start(source, 0, 0, False, [own], notes)
+
+
+def _model_line(config: RunConfig) -> str:
+    model = config.model.model_dump(exclude={"embedding_init_std"}, exclude_none=True)
+    return f"model: {', '.join(f'{key} {value}' for key, value in model.items())}"
 
 
 def _same_tokenizer(source: Path, loaded: Tokenizer, data: TrainingData, tokenizer: Path) -> None:

@@ -61,6 +61,16 @@ def test_a_capped_corpus_is_read_to_its_cap_and_its_quota_goes_to_the_others_by_
     assert mixture.num_samples is None
 
 
+def test_what_a_run_reads_of_each_corpus_is_known_before_it_starts() -> None:
+    mixture = Mixture([source("a", 5000, 0.5, cap=12_000), source("b", 10**6, 0.3), source("c", 10**6, 0.2, cap=900_000)], seed=0)
+    for samples in (0, 7, 12_345, 3 * SHUFFLE_BLOCK, 3 * SHUFFLE_BLOCK + 1):
+        found, _ = mixture.positions(np.arange(samples))
+        assert mixture.consumed(samples).tolist() == [int((found == i).sum()) for i in range(3)]
+    assert mixture.exhausted_after(0) == 3 * SHUFFLE_BLOCK and mixture.exhausted_after(1) is None
+    whole = Mixture([source("a", 30, cap=60)], seed=0)
+    assert whole.exhausted_after(0) == whole.num_samples == 60 and whole.consumed(60).tolist() == [60]
+
+
 def test_a_mixture_of_capped_corpora_ends_when_all_are_read() -> None:
     mixture = Mixture([source("a", 12_000, cap=24_000), source("b", 50_000, cap=10_001)], seed=0)
     # 5000 each a block for two blocks; then 9999 and 1; then a's last 4001.

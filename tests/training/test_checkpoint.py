@@ -196,7 +196,13 @@ def _start_from(place: Workplace, name: str, source: str = "whole", **changes: A
 def test_a_start_from_weights_with_another_rope_base(workplace: Workplace) -> None:
     """Longer sequences are a named use of init_from: they want another base."""
     model = {**CONFIG["model"], "rope_theta": 1e4}
-    out = workplace.run("pretrain", _start_from(workplace, "longer", model=model, seed=8)).stdout
+    config = _start_from(workplace, "longer", model=model, seed=8)
+    refused = workplace.run("pretrain", config, code=2).stderr
+    assert "model.rope_theta: 10000.0, but run.init_from: whole/checkpoints/step_00000012 has 500000.0; leave it out" in refused
+    out = workplace.run("pretrain", config, "--allow-changed").stdout
+    assert "rope_theta 10000.0, norm_eps 1e-05" in out
+    state = checkpoint.read_state(workplace.folder / "longer" / "checkpoints" / "step_00000001")
+    assert state.lineage[-1]["changed"] == ["model.rope_theta: 500000.0 -> 10000.0"]
     assert "initialised from whole/checkpoints/step_00000012 (weights)" in out
     assert "reads the same samples again" not in out
 

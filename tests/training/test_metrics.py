@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from llada.config import Task
 from llada.settings import LoggingSection
 from llada.training import metrics
 from tests.workplace import Workplace
@@ -45,6 +46,26 @@ def test_the_console_prints_every_so_many_steps(capsys: pytest.CaptureFixture[st
 def test_nothing_is_drawn_without_steps(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("")
     assert metrics.plot(tmp_path) is None
+
+
+def test_durations_are_clock_times(capsys: pytest.CaptureFixture[str]) -> None:
+    assert [metrics.clock(s) for s in (0.4, 61, 3600, 93_784.6)] == ["0:00:00", "0:01:01", "1:00:00", "26:03:05"]
+    metrics.Console(110, 0, LoggingSection()).write(
+        {"step": 10, "loss": 2.0, "tokens_per_second": 1.0, "mfu": 0.5, "lr": 1e-3, "seconds": 40.0}
+    )
+    assert capsys.readouterr().out.endswith("| ETA 1:06:40\n")
+
+
+@pytest.mark.parametrize(("task", "panels"), [("pretrain", 1), ("sft", 2)])
+def test_losses_that_are_no_common_quantity_have_axes_of_their_own(task: Task, panels: int, tmp_path: Path) -> None:
+    import matplotlib.image
+
+    rows = [{"step": k, "loss": 1.0 / k} for k in range(1, 5)] + [{"step": 4, "nelbo_per_token": 2.5}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    picture = metrics.plot(tmp_path, task)
+    assert picture is not None
+    height, width, _ = matplotlib.image.imread(picture).shape
+    assert (height / width > 0.7) == (panels == 2)
 
 
 def test_tensorboard_and_wandb_take_the_same_lines(workplace: Workplace) -> None:
