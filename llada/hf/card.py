@@ -119,7 +119,7 @@ def _validation(line: dict[str, Any]) -> str:
     """NELBO of the held-out text, by corpus and in all, with standard errors."""
 
     def cells(values: dict[str, Any]) -> str:
-        return " | ".join(f"{values[key]:.4f} ± {values[key + '_se']:.4f}" for key in ("nelbo_per_token", "bits_per_byte"))
+        return " | ".join(_with_error(values, key) for key in ("nelbo_per_token", "bits_per_byte"))
 
     rows = [f"| {name} | {cells(values)} |\n" for name, values in line["corpora"].items()]
     if len(rows) > 1:

@@ -25,7 +25,7 @@ from llada.engine.megatron import DTYPES, MegatronEngine
 from llada.errors import UserError
 from llada.files import sync_folder, write_atomically
 from llada.model.flops import peak_flops, step_flops
-from llada.training import checkpoint, metrics
+from llada.training import checkpoint, metrics, validation_files
 from llada.training.guard import Guard
 from llada.training.lock import RunLock
 from llada.training.saving import Saving
@@ -195,7 +195,10 @@ class Run:
         """Measure the NELBO after `done` steps; collective."""
         self.settle()
         if self.validator.corpora:
-            line = self.validation = {"step": done, **self.validator(self.engine)}
+            measured = self.validator(self.engine)
+            line = self.validation = {"step": done, **measured.line}
+            if self.place.is_main:
+                validation_files.write(self.folder, done, measured.corpora)
             self._write(line)
             self.say(f"validation after step {done}: {describe(line)}")
         self.watchdog.advance(done)

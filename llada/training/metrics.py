@@ -16,6 +16,7 @@ from llada.config import RunConfig, dump_config
 from llada.events import EventLog
 from llada.files import write_atomically
 from llada.settings import LoggingSection
+from llada.training import validation_files
 
 FILE = "metrics.jsonl"
 
@@ -77,12 +78,15 @@ def _parse(raw: str) -> dict[str, Any] | None:
 
 
 def cut(folder: Path, step: int) -> int:
-    """Cut metrics.jsonl back to the lines up to `step`; the others, a torn one included, go to metrics.attempt-N.jsonl.
+    """Cut metrics.jsonl back to the lines up to `step`; the others, a torn one included, go to metrics.attempt-N.jsonl, and the files
+    of later validations to validation.attempt-N.
 
     Returns:
         How many lines were cut.
     """
     path = folder / FILE
+    attempt = 1 + sum(1 for _ in folder.glob("metrics.attempt-*.jsonl"))
+    validation_files.set_aside(folder, step, attempt)
     if not path.exists():
         return 0
     kept: list[str] = []
@@ -91,7 +95,6 @@ def cut(folder: Path, step: int) -> int:
         line = _parse(raw)
         (kept if step and line is not None and line["step"] <= step else dropped).append(raw)
     if dropped:
-        attempt = 1 + sum(1 for _ in folder.glob("metrics.attempt-*.jsonl"))
         write_atomically(folder / f"metrics.attempt-{attempt}.jsonl", "\n".join(dropped) + "\n")
         write_atomically(path, "".join(raw + "\n" for raw in kept))
     return len(dropped)
