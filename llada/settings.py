@@ -250,8 +250,8 @@ class ValidationSection(Section):
     every: int = Field(default=500, ge=1)
     """Optimizer steps between validations; one more at the end of the run."""
     windows: int = Field(default=1024, ge=8, multiple_of=4)
-    """Windows (in fine-tuning conversations) read per corpus and validation: a quarter as many different ones, each at 4 values of t. Those of a
-    corpus with fewer are read at more values of t."""
+    """Windows (in fine-tuning conversations) read per corpus and validation: a quarter as many different ones, each at 4 values of t. Those
+    of a corpus with fewer are read at more values of t."""
 
 
 class CheckpointSection(Section):

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -134,17 +135,26 @@ def _root_of_squares(weights: F64, errors: Sequence[float | None]) -> float | No
     return math.hypot(*(w * e for w, e in zip(weights, known, strict=True))) if len(known) == len(errors) else None
 
 
+def with_error(values: dict[str, Any], key: str, digits: int = 4) -> str:
+    """A figure of a validation line and its standard error, which a single item does not have."""
+    error = values[f"{key}_se"]
+    return f"{values[key]:.{digits}f} ± " + ("unknown" if error is None else f"{error:.{digits}f}")
+
+
 def t_quantile(level: float, degrees: float) -> float:
     """x with P(-x < T < x) = `level` for Student's T of `degrees` degrees of freedom (at least 1)."""
     nodes, weights = np.polynomial.legendre.leggauss(64)
     scale = math.exp(math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)) / math.sqrt(math.pi)
 
-    def probability(angle: float) -> float:
-        """P(|T| < sqrt(degrees) tan(angle)): the density is a power of the cosine there."""
+    def probability(x: float) -> float:
+        """P(|T| < x), integrated over the angle arctan(x / sqrt(degrees)), where the density is a power of the cosine."""
+        angle = math.atan(x / math.sqrt(degrees))
         return scale * angle * float(weights @ np.cos(angle * nodes) ** (degrees - 1))
 
-    low, high = 0.0, math.atan(1e3 / math.sqrt(degrees))
-    for _ in range(60):
+    low, high = 0.0, 1.0
+    while probability(high) < level:
+        low, high = high, 2 * high
+    for _ in range(50):
         middle = (low + high) / 2
         low, high = (middle, high) if probability(middle) < level else (low, middle)
-    return math.sqrt(degrees) * math.tan(low)
+    return high

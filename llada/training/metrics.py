@@ -233,14 +233,18 @@ def plot(folder: Path) -> Path | None:
 
     lines = list(read(folder / FILE))
     train = [(line["step"], line["loss"]) for line in lines if isinstance(line.get("loss"), float)]
-    valid = [(line["step"], line["nelbo_per_token"]) for line in lines if isinstance(line.get("nelbo_per_token"), float)]
+    valid = [
+        (line["step"], line["nelbo_per_token"], line.get("nelbo_per_token_se") or 0.0)
+        for line in lines
+        if isinstance(line.get("nelbo_per_token"), float)
+    ]
     if not train:
         return None
     figure, axes = plt.subplots(figsize=(8, 4.5), dpi=120)
     axes.plot(*zip(*train, strict=True), color="tab:blue", alpha=0.25, linewidth=0.8, label="training loss, each step")
     axes.plot(*zip(*_smooth(train), strict=True), color="tab:blue", label="training loss, moving average")
     if valid:
-        axes.plot(*zip(*valid, strict=True), "o-", color="tab:red", label="validation NELBO")
+        axes.errorbar(*zip(*valid, strict=True), fmt="o-", capsize=2, color="tab:red", label="validation NELBO ± standard error")
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("nats per token")
     axes.grid(alpha=0.3)

@@ -21,7 +21,7 @@ from llada.data.base import F64, I64, VALIDATION, Plan, TrainingData
 from llada.engine.base import Engine, Place
 from llada.noise import derive_key, hash64, permute, to_unit
 from llada.objectives import Batch, collate
-from llada.training.estimates import SWEEP, Estimate, Sample, pooled, weighted
+from llada.training.estimates import SWEEP, Estimate, Sample, pooled, weighted, with_error
 from llada.training.validation_files import Measure, Measured
 
 _SEED = 0  # the noise is part of the measure, not of the run
@@ -213,12 +213,6 @@ def _by_decile(sample: Sample, t: F64) -> list[dict[str, float | None] | None]:
 def describe(line: dict[str, Any]) -> str:
     """One line for the console."""
     return f"NELBO {with_error(line, 'nelbo_per_token')} nats/token, {with_error(line, 'bits_per_byte')} bits/byte"
-
-
-def with_error(values: dict[str, Any], key: str, digits: int = 4) -> str:
-    """A figure of a validation line and its standard error, which a single item does not have."""
-    error = values[f"{key}_se"]
-    return f"{values[key]:.{digits}f} ± " + ("unknown" if error is None else f"{error:.{digits}f}")
 
 
 def unigram_entropy(counts: torch.Tensor | np.ndarray) -> float:
