@@ -125,5 +125,8 @@ def _validation(line: dict[str, Any]) -> str:
     rows = [f"| {name} | {cells(values)} |\n" for name, values in line["corpora"].items()]
     if len(rows) > 1:
         rows.append(f"| all, by weight | {cells(line)} |\n")
-    note = f"\nAfter step {line['step']:,}, on held-out text with fixed noise; an upper bound of the negative log likelihood.\n"
+    note = (
+        f"\nAfter step {line['step']:,}, on held-out text with fixed noise, ± the standard error over such text; "
+        "an upper bound of the negative log likelihood.\n"
+    )
     return "| corpus | NELBO, nats per token | bits per byte |\n|---|---|---|\n" + "".join(rows) + note

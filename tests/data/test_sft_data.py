@@ -200,6 +200,8 @@ def test_validation_reads_every_reply_of_a_conversation_and_counts_the_conversat
     for text in range(design.text.max() + 1):
         assert len(set(replies[design.text == text].ravel().tolist())) == 1
     np.testing.assert_allclose(np.diff(design.t, axis=1), 0.25, atol=1e-12)
+    offsets = {round(float(t), 9) for t in design.t[:, 0]}
+    assert len(offsets) == len(design.t), "no two sweeps share their t"
     read = design.plan.maskable[design.segments[:, 0]]
     assert read.tolist() == [reader.total(int(r)) - reader.prompt_length(int(r)) for r in replies[:, 0]]
 
