@@ -77,14 +77,16 @@ def compare(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Compare the validations of RUNS item by item: differences with their errors."""
-    import json
+    import orjson
 
     from llada.training import comparison
 
     opened = comparison.open_runs(runs, step, corpus)
     differences = comparison.compare(opened)
-    text = json.dumps(comparison.as_json(opened, differences), indent=1) if as_json else comparison.in_words(opened, differences)
-    typer.echo(text)
+    if as_json:
+        typer.echo(orjson.dumps(comparison.as_json(opened, differences), option=orjson.OPT_INDENT_2))
+    else:
+        typer.echo(comparison.in_words(opened, differences))
 
 
 @convert_app.command("to-hf")

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from llada.errors import UserError, did_you_mean
 from llada.training import validation_files
-from llada.training.estimates import Estimate, weighted
+from llada.training.estimates import FEW, Estimate, weighted
 from llada.training.validation_files import Measured
 
 LAST = "last"
@@ -184,8 +184,11 @@ def in_words(runs: Sequence[Run], differences: Sequence[Difference]) -> str:
     """What a reader wants to know: each run's NELBO, and which is better by how much."""
     lines = []
     for m in runs[0].corpora:
-        times = m.measure.draws_per_item
-        lines.append(f"{m.name}: {len(m.items):,} {m.measure.unit}, read at {times} values of t each; the same text and noise in all runs")
+        read = f"each text read at {m.measure.draws_per_item} values of t; the same text and noise in all runs"
+        lines.append(f"{m.name}: {len(m.items):,} {m.measure.unit}, {read}")
+        if m.sample.effective_items() < FEW:
+            even = f"{m.sample.effective_items():.1f} of equal length"
+            lines.append(f"{m.name}: the errors are rough, so few {m.measure.unit} (they weigh like {even}) say little of other text")
     width = max(len(run.path) for run in runs)
     for run in runs:
         each = [f"{m.name} {_plain(m.sample.estimate())}" if len(run.corpora) > 1 else _plain(m.sample.estimate()) for m in run.corpora]
@@ -206,6 +209,8 @@ def _plain(estimate: Estimate) -> str:
 
 
 def _verdict(first: str, second: str, estimate: Estimate, where: str) -> str:
+    if not math.isfinite(estimate.mean):
+        return f"{second} and {first} cannot be compared{where}: a loss is not finite"
     better, worse = (second, first) if estimate.mean < 0 else (first, second)
     size, half = abs(estimate.mean), estimate.half_width()
     if half is None:

@@ -26,6 +26,8 @@ SWEEP = 4
 """Draws of a sweep."""
 LEVEL = 0.95
 """Of the intervals."""
+FEW = 9
+"""Effective items below which a standard error is rough; the simulations start there."""
 _CONTRAST = np.array([1.0, -1.0, -1.0, 1.0])
 
 
@@ -47,8 +49,8 @@ class Estimate:
 
     def scaled(self, factor: float) -> Estimate:
         """In another unit."""
-        errors = [None if error is None else error * abs(factor) for error in (self.se, self.se_noise)]
-        return Estimate(self.mean * factor, *errors, self.degrees)
+        se, noise = (None if error is None else error * abs(factor) for error in (self.se, self.se_noise))
+        return Estimate(self.mean * factor, se, noise, self.degrees)
 
     def half_width(self, level: float = LEVEL) -> float | None:
         """Of the interval around the mean that holds the truth with probability `level`."""
@@ -78,7 +80,13 @@ class Sample:
 
     def by_item(self) -> tuple[F64, F64]:
         """Sums of loss and length over all draws of each item, float64 [k] each."""
-        return np.bincount(self.item, self.loss.sum(axis=1)), np.bincount(self.item, SWEEP * self.length.astype(np.float64))
+        loss, length = (np.bincount(self.item, values) for values in (self.loss.sum(axis=1), SWEEP * self.length))
+        return loss.astype(np.float64), length.astype(np.float64)
+
+    def effective_items(self) -> float:
+        """How many items of equal length would weigh as evenly (Kish): a single one that holds most of the text leaves about one."""
+        _, length = self.by_item()
+        return float(length.sum() ** 2 / (length**2).sum())
 
     def estimate(self) -> Estimate:
         """Loss per token with its errors."""

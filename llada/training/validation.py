@@ -21,7 +21,7 @@ from llada.data.base import F64, I64, VALIDATION, Plan, TrainingData
 from llada.engine.base import Engine, Place
 from llada.noise import derive_key, hash64, permute, to_unit
 from llada.objectives import Batch, collate
-from llada.training.estimates import SWEEP, Estimate, Sample, pooled, weighted, with_error
+from llada.training.estimates import FEW, SWEEP, Estimate, Sample, pooled, weighted, with_error
 from llada.training.validation_files import Measure, Measured
 
 _SEED = 0  # the noise is part of the measure, not of the run
@@ -97,6 +97,7 @@ class Validator:
                 **_fields("nelbo_per_token", estimate),
                 **_fields("bits_per_byte", estimate.scaled(factor)),
                 "items": len(m.items),
+                "items_effective": m.sample.effective_items(),
                 "unit": m.measure.unit,
                 "measure": m.measure.fingerprint,
                 "t_deciles": _by_decile(m.sample, self._designs[i].t),
@@ -212,7 +213,9 @@ def _by_decile(sample: Sample, t: F64) -> list[dict[str, float | None] | None]:
 
 def describe(line: dict[str, Any]) -> str:
     """One line for the console."""
-    return f"NELBO {with_error(line, 'nelbo_per_token')} nats/token, {with_error(line, 'bits_per_byte')} bits/byte"
+    few = [name for name, values in line["corpora"].items() if values["items_effective"] < FEW]
+    rough = f" (rough: few {' and '.join(dict.fromkeys(line['corpora'][name]['unit'] for name in few))} of {', '.join(few)})" if few else ""
+    return f"NELBO {with_error(line, 'nelbo_per_token')} nats/token, {with_error(line, 'bits_per_byte')} bits/byte{rough}"
 
 
 def unigram_entropy(counts: torch.Tensor | np.ndarray) -> float:

@@ -61,7 +61,7 @@ def test_said_in_words_and_in_json(tmp_path: Path) -> None:
     mean = -differences(a, b)[0].corpora["wiki"].mean
     done = CliRunner().invoke(app, ["compare", *paths])
     lines = done.output.splitlines()
-    assert lines[0] == "wiki: 40 windows, read at 4 values of t each; the same text and noise in all runs"
+    assert lines[0] == "wiki: 40 windows, each text read at 4 values of t; the same text and noise in all runs"
     assert lines[-2:] == [f"{b} is better than {a} by {mean:.4f} ± {half:.4f} nats per token (95 %)", f"{c} equals {a}"]
     assert CliRunner().invoke(app, ["compare", b, a]).output.splitlines()[-1].startswith(f"{b} is better than {a} by {mean:.4f} ±")
     answer = json.loads(CliRunner().invoke(app, ["compare", a, b, "--json"]).output)
@@ -71,11 +71,22 @@ def test_said_in_words_and_in_json(tmp_path: Path) -> None:
     assert found["corpora"]["wiki"]["ci95"] == pytest.approx([-mean - half, -mean + half])
 
 
+def test_errors_of_few_items_are_called_rough(tmp_path: Path) -> None:
+    a = measured(0)
+    length = np.where(np.arange(ITEMS) == 3, 100_000, 10)
+    long = [replace(a, sample=replace(a.sample, loss=a.sample.loss * gain, length=length)) for gain in (1.0, 0.9)]
+    paths = run(tmp_path, "a", long[0]), run(tmp_path, "b", long[1])
+    said = comparison.in_words(comparison.open_runs(paths, None, None), differences(*paths))
+    assert "wiki: the errors are rough, so few windows (they weigh like 1.0 of equal length) say little of other text" in said
+
+
 def test_a_difference_within_its_error_is_called_so(tmp_path: Path) -> None:
     a, b = measured(0), measured(0)
     other = replace(b.sample, loss=b.sample.loss + np.random.default_rng(0).normal(0, 1, b.sample.loss.shape))
     paths = run(tmp_path, "a", a), run(tmp_path, "b", replace(b, sample=other))
     assert "cannot be told apart" in comparison.in_words(comparison.open_runs(paths, None, None), differences(*paths))
+    diverged = (paths[0], run(tmp_path, "c", replace(b, sample=replace(b.sample, loss=b.sample.loss * math.nan))))
+    assert "a loss is not finite" in comparison.in_words(comparison.open_runs(diverged, None, None), differences(*diverged))
 
 
 @pytest.mark.parametrize(
