@@ -80,8 +80,7 @@ class Sample:
 
     def by_item(self) -> tuple[F64, F64]:
         """Sums of loss and length over all draws of each item, float64 [k] each."""
-        loss, length = (np.bincount(self.item, values) for values in (self.loss.sum(axis=1), SWEEP * self.length))
-        return loss.astype(np.float64), length.astype(np.float64)
+        return sums(self.item, self.loss.sum(axis=1)), sums(self.item, SWEEP * self.length)
 
     def effective_items(self) -> float:
         """How many items of equal length would weigh as evenly (Kish): a single one that holds most of the text leaves about one."""
@@ -93,6 +92,11 @@ class Sample:
         loss, length = self.by_item()
         mean, se = pooled(loss, length)
         return Estimate(mean, se, noise_error(self), max(1, len(loss) - 1))
+
+
+def sums(item: I64, values: npt.NDArray[np.number]) -> F64:
+    """Sum of the values of each item, float64 [largest item + 1]."""
+    return np.bincount(item, values).astype(np.float64)
 
 
 def pooled(loss: F64, length: F64) -> tuple[float, float | None]:

@@ -244,7 +244,8 @@ def plot(folder: Path) -> Path | None:
     axes.plot(*zip(*train, strict=True), color="tab:blue", alpha=0.25, linewidth=0.8, label="training loss, each step")
     axes.plot(*zip(*_smooth(train), strict=True), color="tab:blue", label="training loss, moving average")
     if valid:
-        axes.errorbar(*zip(*valid, strict=True), fmt="o-", capsize=2, color="tab:red", label="validation NELBO ± standard error")
+        steps, means, errors = zip(*valid, strict=True)
+        axes.errorbar(steps, means, errors, fmt="o-", capsize=2, color="tab:red", label="validation NELBO ± standard error")
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("nats per token")
     axes.grid(alpha=0.3)

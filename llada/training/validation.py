@@ -21,7 +21,7 @@ from llada.data.base import F64, I64, VALIDATION, Plan, TrainingData
 from llada.engine.base import Engine, Place
 from llada.noise import derive_key, hash64, permute, to_unit
 from llada.objectives import Batch, collate
-from llada.training.estimates import FEW, SWEEP, Estimate, Sample, pooled, weighted, with_error
+from llada.training.estimates import FEW, SWEEP, Estimate, Sample, pooled, sums, weighted, with_error
 from llada.training.validation_files import Measure, Measured
 
 _SEED = 0  # the noise is part of the measure, not of the run
@@ -52,9 +52,9 @@ class Design:
         """Diffusion time of each draw, float64 [sweeps, 4]."""
         return self.plan.t[self.segments]
 
-    def sample(self, sums: F64) -> Sample:
+    def sample(self, losses: F64) -> Sample:
         """The losses of the draws from those of the plan's segments."""
-        return Sample(sums[self.segments], self.plan.maskable[self.segments[:, 0]], self.owner, self.text)
+        return Sample(losses[self.segments], self.plan.maskable[self.segments[:, 0]], self.owner, self.text)
 
 
 @dataclass(frozen=True)
@@ -173,14 +173,14 @@ class Validator:
 
     def _measure(self, engine: Engine, corpus: int) -> Measured:
         data, design = self._data, self._designs[corpus]
-        sums = engine.evaluate(self._batches(design.plan, corpus), len(design.plan.t)).numpy()
+        losses = engine.evaluate(self._batches(design.plan, corpus), len(design.plan.t)).numpy()
         return Measured(
             name=data.names[corpus],
             weight=data.mixture.sources[corpus].first_weight,
             tokens_per_byte=data.readers[VALIDATION][corpus].tokens_per_byte(),
             measure=design.measure,
             items=design.items,
-            sample=design.sample(sums),
+            sample=design.sample(losses),
         )
 
 
@@ -201,12 +201,12 @@ def _by_decile(sample: Sample, t: F64) -> list[dict[str, float | None] | None]:
     rows: list[dict[str, float | None] | None] = []
     for d in range(10):
         chosen = decile == d
-        lengths = np.bincount(item[chosen], length[chosen])
+        lengths = sums(item[chosen], length[chosen])
         own = np.flatnonzero(lengths)
         if not len(own):
             rows.append(None)
             continue
-        mean, se = pooled(np.bincount(item[chosen], sample.loss[chosen])[own], lengths[own])
+        mean, se = pooled(sums(item[chosen], sample.loss[chosen])[own], lengths[own])
         rows.append({"nelbo_per_token": mean, "nelbo_per_token_se": se, "items": len(own)})
     return rows
 
