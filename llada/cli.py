@@ -90,6 +90,28 @@ def show_config(config: Config, overrides: Overrides = None) -> None:
         typer.echo(f"# {line}")
 
 
+@app.command()
+def compare(
+    runs: Annotated[list[str], typer.Argument(help="Run folders; the others are compared with the first.")],
+    step: Annotated[
+        str | None, typer.Option(help="Validation to compare: a number of steps, or `last` of each; the newest that all have if left out.")
+    ] = None,
+    corpus: Annotated[str | None, typer.Option(help="Compare this corpus only.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Compare the validations of RUNS item by item: differences with their errors."""
+    import orjson
+
+    from llada.training import comparison
+
+    opened = comparison.open_runs(runs, step, corpus)
+    differences = comparison.compare(opened)
+    if as_json:
+        typer.echo(orjson.dumps(comparison.as_json(opened, differences), option=orjson.OPT_INDENT_2))
+    else:
+        typer.echo(comparison.in_words(opened, differences))
+
+
 @convert_app.command("to-hf")
 def to_hf(
     checkpoint: Annotated[str, typer.Argument(help="Checkpoint folder, or a run: its latest.")],

@@ -89,7 +89,7 @@ def timesteps(seed: int, step: int, shares: npt.ArrayLike, mode: str, purpose: s
     and a segment's place in the batch says nothing about its t. iid: independent uniforms.
 
     Args:
-        step: global step (training) or rotation (validation).
+        step: global step.
         shares: each segment's share of the step's loss, any unit, [n], > 0, in order of the global sample index.
         mode: "stratified" or "iid".
     """

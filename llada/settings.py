@@ -254,8 +254,9 @@ class ValidationSection(Section):
 
     every: int = Field(default=500, ge=1)
     """Optimizer steps between validations; one more at the end of the run."""
-    windows: int = Field(default=256, ge=8, le=10**7, multiple_of=8)
-    """Windows per corpus and validation; a corpus with fewer is read again with other masks. Split over 8 independent rotations of t."""
+    windows: int = Field(default=1024, ge=8, le=10**7, multiple_of=4)
+    """Windows (in fine-tuning conversations) read per corpus and validation: a quarter as many different ones, each at 4 values of t. Those
+    of a corpus with fewer are read at more values of t."""
 
 
 class CheckpointSection(Section):

@@ -98,7 +98,7 @@ def test_overrides() -> None:
         ("parallel.virtual_pipeline=2", "parallel.virtual_pipeline: 2 needs parallel.pipeline > 1"),
         ("parallel.context=3", "data.sequence_length: "),
         ("schedule.stages.0.end=null", "schedule.stages.0.end: missing"),
-        ("validation.windows=12", "validation.windows: 12 is not allowed"),
+        ("validation.windows=10", "validation.windows: 10 is not allowed"),
         ("model.hidden_size=1000000000000", "model.hidden_size: 1000000000000 is not allowed"),
         ("model.num_layers=1000000000", "model.num_layers: 1000000000 is not allowed: input should be less than or equal to 10000"),
         ("batch.global=1000000000000000000", "batch.global: 1000000000000000000 is not allowed"),

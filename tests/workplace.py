@@ -27,7 +27,7 @@ CONFIG: dict[str, Any] = {
     "data": {"sequence_length": 64, "document_mask": True, "random_length_probability": 0.3, "mixture": [{"path": "corpus"}]},
     "model": {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "ffn_hidden_size": 128, "vocab_size": 512},
     "schedule": {"stages": [{"shape": "linear", "end": 1e-3, "steps": 10}, {"shape": "constant"}]},
-    "validation": {"every": 4, "windows": 16},
+    "validation": {"every": 4, "windows": 64},
     "checkpoint": {"every": 4},
     "logging": {"every": 1},
 }

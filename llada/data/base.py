@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from llada.tokenizer import Tokenizer
 I64 = npt.NDArray[np.int64]
 F64 = npt.NDArray[np.float64]
 TRAIN, VALIDATION = "train", "validation"
+DrawT = Callable[[I64, I64], F64]
+"""(row of each segment in the plan, a number that segments of the same text share) -> t of each."""
 _MADE_BY = {TEXT: "llada data prepare", CONVERSATIONS: "llada data prepare-sft"}
 _TRAINED_BY = {TEXT: "llada pretrain", CONVERSATIONS: "llada sft"}
 
@@ -110,11 +113,15 @@ class TrainingData(ABC):
     kind: ClassVar[str]
     """Of the corpora it reads."""
 
+    unit: str
+    """What the error of a validation counts, in the plural: windows, documents or conversations."""
+
     def __init__(self, config: RunConfig, verify: bool = False) -> None:
         self.config = config
         self._open_files = OpenFiles()
         self._check_sizes = verify
         self.corpora = [self._open(i) for i in range(len(config.data.mixture))]
+        self.names = short_names([entry.path for entry in config.data.mixture])
         self._check_vocabulary()
         if verify:
             self._verify()
@@ -141,15 +148,20 @@ class TrainingData(ABC):
         """The plan of training step `step` (0-based)."""
 
     @abstractmethod
-    def validation_plan(self, draws: I64, source: int, items: I64, draw_t: Callable[[F64, I64], F64]) -> Plan:
+    def validation_plan(self, draws: I64, source: int, items: I64, sweeps: I64, draw_t: DrawT) -> Plan:
         """The plan of a validation.
 
         Args:
             draws: sample indices, the keys of the masks [n].
             source: corpus.
             items: of its validation split, one a draw [n].
-            draw_t: (shares of the segments in the loss, draw of each) -> t of each.
+            sweeps: which sweep over t of its item a draw belongs to [n]; a conversation gives another reply in the next one.
+            draw_t: gives every segment its t.
         """
+
+    @abstractmethod
+    def owners(self, plan: Plan) -> I64:
+        """Of every segment of a validation plan, the number of its window, document or conversation in the split [segments]."""
 
     @abstractmethod
     def tokens(self, split: str, source: int, item: int) -> I64:
@@ -277,6 +289,20 @@ class TrainingData(ABC):
         cap = None if entry.max_epochs is None else int(entry.max_epochs * count)
         changes = tuple((-(-change.tokens // self.config.data.sequence_length), change.weight) for change in entry.weight_at)
         return Source(entry.path, self.corpora[i].manifest.fingerprint(TRAIN), count, entry.weight, cap, changes)
+
+
+def short_names(paths: Sequence[str]) -> list[str]:
+    """Names of corpora in metrics: the last folders of their paths, as many as tell them apart; numbered if one is listed again."""
+    parts = [Path(os.path.abspath(path)).parts[1:] for path in paths]
+    depths = [1] * len(parts)
+    while True:
+        names = ["/".join(own[-depth:]) for own, depth in zip(parts, depths, strict=True)]
+        others = {name: {own for own, other in zip(parts, names, strict=True) if other == name} for name in names}
+        if all(len(same) == 1 for same in others.values()):
+            break
+        depths = [depth + (len(others[name]) > 1) for depth, name in zip(depths, names, strict=True)]
+    seen = [names[:i].count(name) for i, name in enumerate(names)]
+    return [f"{name}.{before + 1}" if before else name for name, before in zip(names, seen, strict=True)]
 
 
 def check_tokens(corpus: Corpus, tokens: I64, where: str) -> I64:

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from llada.data.shard_files import damaged, map_file, size_of
+from llada.data.shard_files import IndexFile, damaged, map_file, size_of
 from llada.data.shards import CHUNK, I64, REPLY_FIELDS, OpenFiles, Shard, ShardEntry, map_replies
 from llada.errors import UserError
 from llada.files import write_atomically
@@ -252,12 +252,19 @@ class Shards:
     def document_starts(self, i: int, start: int, stop: int) -> I64:
         """Offsets (in tokens, from the start of shard i) of the documents that start strictly inside (start, stop); opens its index
         only."""
+        return self._index(i).document_starts(start, stop)
+
+    def document_at(self, i: int, position: int) -> int:
+        """The document of shard i that holds the token at `position`; opens its index only."""
+        return self._index(i).document_at(position)
+
+    def _index(self, i: int) -> IndexFile:
         entry = self.entries[i]
         path = f"{self._path(entry)}.idx"
         index = self._files.index(path, entry.bin_bytes)
         if index.num_documents != entry.documents or index.dtype != self._dtype:
             self._corpus.check_counts(entry, Path(path), index.num_documents, entry.tokens, index.dtype)
-        return index.document_starts(start, stop)
+        return index
 
     def _path(self, entry: ShardEntry) -> str:
         return f"{self._corpus.folder}/{entry.name}"

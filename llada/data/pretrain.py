@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from llada.data.base import F64, I64, TRAIN, VALIDATION, Plan, TrainingData, check_tokens
+from llada.data.base import F64, I64, TRAIN, VALIDATION, DrawT, Plan, TrainingData, check_tokens
 from llada.data.corpus import TEXT, Corpus
 from llada.noise import random_lengths, timesteps
 
@@ -27,6 +27,7 @@ class WindowReader:
         self.shards = corpus.shards(split)
         sizes = np.array([entry.tokens for entry in self.shards.entries], dtype=np.int64)
         self.firsts = np.concatenate([[0], np.cumsum(sizes // length)]).astype(np.int64)
+        self.first_documents = np.cumsum([0, *(entry.documents for entry in self.shards.entries)], dtype=np.int64)
         self.count = int(self.firsts[-1])
         self.dropped = int(sizes.sum()) - self.count * length
 
@@ -44,6 +45,12 @@ class WindowReader:
         """Positions 1..length-1 in the window at which a document starts."""
         shard, start = self._place(window)
         return self.shards.document_starts(shard, start, start + self.length) - start
+
+    def documents(self, window: int) -> I64:
+        """Number in the split of every document of which the window holds a part, in order."""
+        shard, start = self._place(window)
+        first = self.first_documents[shard] + self.shards.document_at(shard, start)
+        return first + np.arange(len(self.document_starts(window)) + 1, dtype=np.int64)
 
     def tokens_per_byte(self) -> float:
         _, tokens, text_bytes = self.corpus.manifest.totals(self.split)
@@ -71,11 +78,22 @@ class PretrainData(TrainingData):
             samples, sources, windows, rows, positions, lambda shares: timesteps(config.seed, step, shares, config.objective.timesteps)
         )
 
-    def validation_plan(self, draws: I64, source: int, items: I64, draw_t: Callable[[F64, I64], F64]) -> Plan:
-        sources = np.full(len(draws), source)
-        rows, positions = self._bounds(VALIDATION, sources, items, np.full(len(draws), self.config.data.sequence_length))
-        owners = draws[rows[positions > 0]]  # one for each segment, at its end
-        return _assemble(draws, sources, items, rows, positions, lambda shares: draw_t(shares, owners))
+    @property
+    def unit(self) -> str:  # type: ignore[override]  # it follows from a setting
+        return "documents" if self.config.data.document_mask else "windows"
+
+    def validation_plan(self, draws: I64, source: int, items: I64, sweeps: I64, draw_t: DrawT) -> Plan:
+        length, sources = self.config.data.sequence_length, np.full(len(draws), source)
+        rows, positions = self._bounds(VALIDATION, sources, items, np.full(len(draws), length))
+        ends = np.flatnonzero(positions > 0)
+        texts = items[rows[ends]] * length + positions[ends - 1]  # its first token in the split names a segment
+        return _assemble(draws, sources, items, rows, positions, lambda _: draw_t(rows[ends], texts))
+
+    def owners(self, plan: Plan) -> I64:
+        if not self.config.data.document_mask:
+            return plan.items
+        parts = [self._windows(VALIDATION, s).documents(w) for s, w in zip(plan.sources.tolist(), plan.items.tolist(), strict=True)]
+        return np.concatenate(parts)
 
     def _bounds(self, split: str, sources: I64, windows: I64, cuts: I64) -> tuple[I64, I64]:
         """Segment boundaries of windows: their ends, the random lengths and, with data.document_mask, the document starts.

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from llada.data.base import F64, I64, TRAIN, VALIDATION, Plan, TrainingData, check_tokens
+from llada.data.base import F64, I64, TRAIN, VALIDATION, DrawT, Plan, TrainingData, check_tokens
 from llada.data.corpus import CONVERSATIONS, Corpus
 from llada.errors import UserError
 from llada.noise import derive_key, hash64, timesteps
@@ -67,6 +67,11 @@ class ReplyReader:
         first, last = self.starts[conversation : conversation + 2].tolist()
         return first + int(hash64(key, sample)) % (last - first)
 
+    def in_turn(self, conversation: int, key: int, sweep: int) -> int:
+        """The reply of a conversation that a sweep of the validation reads: all that fit, one after the other, from a keyed one on."""
+        first, last = self.starts[conversation : conversation + 2].tolist()
+        return first + (int(hash64(key, conversation)) + sweep) % (last - first)
+
     def tokens(self, reply: int) -> I64:
         """Prompt, response and EOS of a reply; no EOS of one that was cut."""
         document, history_end, turn_start, _, turn_end = self.rows[reply].tolist()
@@ -121,6 +126,7 @@ class SFTData(TrainingData):
     """Conversations. The loss of a step is normalised by its conversations; each counts the same, whatever its length."""
 
     kind = CONVERSATIONS
+    unit = "conversations"
 
     def reader(self, source: int, split: str) -> ReplyReader:
         reader = ReplyReader(self.corpora[source], split, self.config.data.sequence_length)
@@ -149,14 +155,19 @@ class SFTData(TrainingData):
         sources, replies = (np.array(column, dtype=np.int64) for column in zip(*places, strict=True))
         return self._assemble(samples, sources, replies, padded, draw_t, published=True)
 
-    def validation_plan(self, draws: I64, source: int, items: I64, draw_t: Callable[[F64, I64], F64]) -> Plan:
+    def validation_plan(self, draws: I64, source: int, items: I64, sweeps: I64, draw_t: DrawT) -> Plan:
         """Responses with their own EOS and no padding: the bound of what the model would have to write."""
         reader = self._replies(VALIDATION, source)
         key = derive_key(0, "validation/reply", self.corpora[source].manifest.fingerprint(VALIDATION))
-        replies = np.array([reader.choose(int(c), key, int(d)) for c, d in zip(items, draws, strict=True)], dtype=np.int64)
-        ends = np.array([reader.total(int(reply)) for reply in replies], dtype=np.int64)
-        sources = np.full(len(draws), source)
-        return self._assemble(draws, sources, replies, ends, lambda shares: draw_t(shares, draws), published=False, split=VALIDATION)
+        chosen = [reader.in_turn(c, key, sweep) for c, sweep in zip(items.tolist(), sweeps.tolist(), strict=True)]
+        replies = np.array(chosen, dtype=np.int64)
+        ends = np.array([reader.total(reply) for reply in chosen], dtype=np.int64)
+        sources, rows = np.full(len(draws), source), np.arange(len(draws), dtype=np.int64)
+        return self._assemble(draws, sources, replies, ends, lambda _: draw_t(rows, replies), published=False, split=VALIDATION)
+
+    def owners(self, plan: Plan) -> I64:
+        conversations = [self._replies(VALIDATION, s).rows[r, 0] for s, r in zip(plan.sources.tolist(), plan.items.tolist(), strict=True)]
+        return np.repeat(np.array(conversations, dtype=np.int64), np.diff(plan.firsts))
 
     def _padded(self, first: int, last: int) -> tuple[I64, list[tuple[int, int]]]:
         """Where the padded response of each of the samples first..last-1 ends, and (source, reply) of each.

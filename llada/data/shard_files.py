@@ -152,6 +152,12 @@ class IndexFile:
         inside = np.concatenate(parts) if len(parts) > 1 else found
         return inside[: np.searchsorted(inside, stop * item)] // item
 
+    def document_at(self, position: int) -> int:
+        """The document that holds the token at `position`, counted from the shard's start."""
+        value = position * self.dtype.itemsize
+        first, block = self._around(value)
+        return first + int(np.searchsorted(block, value, side="right")) - 1
+
     def _around(self, value: int) -> tuple[int, I64]:
         """A piece of the pointers, and where it starts, such that all before it are <= value and all behind it are > value.
 

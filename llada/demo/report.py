@@ -23,6 +23,7 @@ from llada.sampling.models import Sampler, load
 from llada.tokenizer import Tokenizer
 from llada.training import metrics
 from llada.training.checkpoint import committed
+from llada.training.estimates import with_error
 from llada.training.validation import unigram_entropy
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ def _measured(config: RunConfig, root: Path) -> dict[str, Any]:
     return {
         "nelbo_per_token": last["nelbo_per_token"],
         "nelbo_per_token_se": last["nelbo_per_token_se"],
+        "nelbo_per_token_se_noise": last["nelbo_per_token_se_noise"],
         "unigram_entropy_per_token": entropy,
         "share_of_unigram_entropy": last["nelbo_per_token"] / entropy,
         "bits_per_byte": last["bits_per_byte"],
@@ -182,10 +184,7 @@ def _print(found: dict[str, Any], root: Path) -> None:
     print(f"a completion of {found['completion']['prompt']!r}\n{_indented(found['completion']['text'])}\n")
     for row in found["answers"][:3]:
         print(f"a question  {row['question']}\n  docstring {row['docstring']}\n  answer    {row['answer']}\n")
-    print(
-        f"validation NELBO   {found['nelbo_per_token']:.3f} ± {found['nelbo_per_token_se']:.3f} nats/token "
-        f"({found['bits_per_byte']:.3f} bits/byte)"
-    )
+    print(f"validation NELBO   {with_error(found, 'nelbo_per_token', 3)} nats/token ({found['bits_per_byte']:.3f} bits/byte)")
     print(
         f"unigram entropy    {found['unigram_entropy_per_token']:.3f} nats/token of the validation text: "
         f"the model needs {100 * found['share_of_unigram_entropy']:.1f} % of it"

@@ -9,6 +9,7 @@ import llada
 from llada.errors import UserError
 from llada.model.weights import num_parameters
 from llada.training.checkpoint import State, Trained
+from llada.training.estimates import with_error
 
 _HEAD = """---
 license: {license}
@@ -119,10 +120,13 @@ def _validation(line: dict[str, Any]) -> str:
     """NELBO of the held-out text, by corpus and in all, with standard errors."""
 
     def cells(values: dict[str, Any]) -> str:
-        return " | ".join(f"{values[key]:.4f} ± {values[key + '_se']:.4f}" for key in ("nelbo_per_token", "bits_per_byte"))
+        return " | ".join(with_error(values, key) for key in ("nelbo_per_token", "bits_per_byte"))
 
     rows = [f"| {name} | {cells(values)} |\n" for name, values in line["corpora"].items()]
     if len(rows) > 1:
         rows.append(f"| all, by weight | {cells(line)} |\n")
-    note = f"\nAfter step {line['step']:,}, on held-out text with fixed noise; an upper bound of the negative log likelihood.\n"
+    note = (
+        f"\nAfter step {line['step']:,}, on held-out text with fixed noise, ± the standard error over such text; "
+        "an upper bound of the negative log likelihood.\n"
+    )
     return "| corpus | NELBO, nats per token | bits per byte |\n|---|---|---|\n" + "".join(rows) + note

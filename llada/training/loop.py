@@ -26,7 +26,7 @@ from llada.engine.megatron import DTYPES, MegatronEngine
 from llada.files import read_files, write_atomically
 from llada.model.flops import Peak, step_flops
 from llada.summary import checkpoint_volume
-from llada.training import checkpoint, folder, metrics
+from llada.training import checkpoint, folder, metrics, validation_files
 from llada.training.guard import Guard
 from llada.training.saving import Saving
 from llada.training.schedule import Schedule
@@ -219,7 +219,10 @@ class Run:
         """Measure the NELBO after `done` steps; collective."""
         self.settle()
         if self.validator.corpora:
-            line = self.validation = {"step": done, **self.validator(self.engine)}
+            measured = self.validator(self.engine)
+            line = self.validation = {"step": done, **measured.line}
+            if self.place.is_main:
+                validation_files.write(self.folder, done, measured.corpora)
             self._write(line)
             self.say(f"validation after step {done}: {describe(line)}")
         if self.place.is_main:

@@ -16,6 +16,7 @@ from llada.config import RunConfig, Task, dump_config
 from llada.events import EventLog
 from llada.files import write_atomically
 from llada.settings import LoggingSection
+from llada.training import validation_files
 
 FILE = "metrics.jsonl"
 
@@ -77,12 +78,15 @@ def _parse(raw: str) -> dict[str, Any] | None:
 
 
 def cut(folder: Path, step: int) -> int:
-    """Cut metrics.jsonl back to the lines up to `step`; the others, a torn one included, go to metrics.attempt-N.jsonl.
+    """Cut metrics.jsonl back to the lines up to `step`; the others, a torn one included, go to metrics.attempt-N.jsonl, and the files
+    of later validations to validation.attempt-N.
 
     Returns:
         How many lines were cut.
     """
     path = folder / FILE
+    attempt = 1 + sum(1 for _ in folder.glob("metrics.attempt-*.jsonl"))
+    validation_files.set_aside(folder, step, attempt)
     if not path.exists():
         return 0
     kept: list[str] = []
@@ -91,7 +95,6 @@ def cut(folder: Path, step: int) -> int:
         line = _parse(raw)
         (kept if step and line is not None and line["step"] <= step else dropped).append(raw)
     if dropped:
-        attempt = 1 + sum(1 for _ in folder.glob("metrics.attempt-*.jsonl"))
         write_atomically(folder / f"metrics.attempt-{attempt}.jsonl", "\n".join(dropped) + "\n")
         write_atomically(path, "".join(raw + "\n" for raw in kept))
     return len(dropped)
@@ -240,7 +243,11 @@ def plot(folder: Path, task: Task = "pretrain") -> Path | None:
 
     lines = list(read(folder / FILE))
     train = [(line["step"], line["loss"]) for line in lines if isinstance(line.get("loss"), float)]
-    valid = [(line["step"], line["nelbo_per_token"]) for line in lines if isinstance(line.get("nelbo_per_token"), float)]
+    valid = [
+        (line["step"], line["nelbo_per_token"], line.get("nelbo_per_token_se") or 0.0)
+        for line in lines
+        if isinstance(line.get("nelbo_per_token"), float)
+    ]
     if not train:
         return None
     apart = task == "sft" and bool(valid)
@@ -249,7 +256,8 @@ def plot(folder: Path, task: Task = "pretrain") -> Path | None:
     axes.plot(*zip(*train, strict=True), color="tab:blue", alpha=0.25, linewidth=0.8, label="training loss, each step")
     axes.plot(*zip(*_smooth(train), strict=True), color="tab:blue", label="training loss, moving average")
     if valid:
-        below.plot(*zip(*valid, strict=True), "o-", color="tab:red", label="validation NELBO")
+        steps, means, errors = zip(*valid, strict=True)
+        below.errorbar(steps, means, errors, fmt="o-", capsize=2, color="tab:red", label="validation NELBO ± standard error")
     axes.set_ylabel("nats per token, padded replies" if apart else "nats per token")
     below.set_ylabel("nats per token")
     below.set_xlabel("optimizer step")

@@ -1,16 +1,16 @@
-"""Validation: the NELBO of held-out documents on fixed noise, with its standard error.
+"""Validation: the NELBO of held-out documents on fixed noise, with its errors.
 
 Always fixed-count masking (its expectation is the exact NELBO, whatever the training uses) and the same noise in every run,
 whatever its seed, and at every step. Of conversations, the NELBO of the responses given their prompts, without padding.
 
-The windows of a corpus are dealt to 8 rotations; within a rotation t is stratified, between rotations all noise is independent,
-so the spread of the 8 means gives an honest standard error with the small variance of stratified t.
+Every window (or conversation) that is read is read in one or more sweeps of four draws. The draws of a text lie evenly over [0, 1) in t,
+from an offset of its own; no two texts share noise. What follows from the losses stands in `estimates`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,29 +19,55 @@ import torch
 
 from llada.data.base import F64, I64, VALIDATION, Plan, TrainingData
 from llada.engine.base import Engine, Place
-from llada.noise import derive_key, permute, timesteps
+from llada.noise import derive_key, hash64, permute, to_unit
 from llada.objectives import Batch, collate
+from llada.training.estimates import FEW, SWEEP, Estimate, Sample, pooled, sums, weighted, with_error
+from llada.training.validation_files import Measure, Measured
 
-ROTATIONS = 8
 _SEED = 0  # the noise is part of the measure, not of the run
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """A mean and its standard error."""
+class Design:
+    """What a validation reads of one corpus; fixed through the run.
 
-    mean: float
-    error: float
+    Attributes:
+        plan: every draw.
+        segments: segment of each draw in the plan, t ascending within a sweep, int64 [sweeps, 4].
+        items: number in the split of every item: window, document or conversation, int64 [k].
+        owner: item of each sweep, 0..k-1, int64 [sweeps].
+        text: a number that sweeps of the same text share, int64 [sweeps].
+        measure: all of that in short, for comparisons.
+    """
 
-    def scaled(self, factor: float) -> Estimate:
-        return Estimate(self.mean * factor, self.error * factor)
+    plan: Plan
+    segments: I64
+    items: I64
+    owner: I64
+    text: I64
+    measure: Measure
+
+    @property
+    def t(self) -> F64:
+        """Diffusion time of each draw, float64 [sweeps, 4]."""
+        return self.plan.t[self.segments]
+
+    def sample(self, losses: F64) -> Sample:
+        """The losses of the draws from those of the plan's segments."""
+        return Sample(losses[self.segments], self.plan.maskable[self.segments[:, 0]], self.owner, self.text)
 
 
-def estimate(values: Sequence[float] | np.ndarray) -> Estimate:
-    """Mean of independent values and the standard error of that mean (nan for a single value)."""
-    values = np.asarray(values, dtype=np.float64)
-    error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return Estimate(float(values.mean()), float(error))
+@dataclass(frozen=True)
+class Validation:
+    """One validation.
+
+    Attributes:
+        line: its fields of metrics.jsonl, without the step.
+        corpora: the losses behind it.
+    """
+
+    line: dict[str, Any]
+    corpora: list[Measured]
 
 
 class Validator:
@@ -56,35 +82,71 @@ class Validator:
         self._data, self._place = data, place
         self.objective = data.make_objective(_SEED)
         self.corpora = [i for i, reader in enumerate(data.readers[VALIDATION]) if reader.count > 0]
+        self._designs = {i: self.design(i) for i in self.corpora}
 
-    def __call__(self, engine: Engine) -> dict[str, Any]:
-        """Measure; collective. The fields of a validation line of metrics.jsonl, without the step."""
-        measured = {i: self._measure(engine, i) for i in self.corpora}
-        weights = np.array([self._data.mixture.sources[i].first_weight for i in self.corpora])
-        weights = weights / weights.sum()
-        line: dict[str, Any] = {}
-        for key in ("nelbo_per_token", "bits_per_byte"):
-            line[key] = float(sum(w * measured[i][key] for w, i in zip(weights, self.corpora, strict=True)))
-            line[key + "_se"] = math.sqrt(sum((w * measured[i][key + "_se"]) ** 2 for w, i in zip(weights, self.corpora, strict=True)))
-        line["corpora"] = {self._data.mixture.sources[i].name: measured[i] for i in self.corpora}
-        return line
+    def __call__(self, engine: Engine) -> Validation:
+        """Measure; collective."""
+        corpora = [self._measure(engine, i) for i in self.corpora]
+        estimates = [(m.sample.estimate(), m.tokens_per_byte / math.log(2)) for m in corpora]
+        weights = [m.weight for m in corpora]
+        nelbo = weighted([e for e, _ in estimates], weights)
+        bits = weighted([e.scaled(factor) for e, factor in estimates], weights)
+        line = {**_fields("nelbo_per_token", nelbo), **_fields("bits_per_byte", bits), "corpora": {}}
+        for i, m, (estimate, factor) in zip(self.corpora, corpora, estimates, strict=True):
+            line["corpora"][m.name] = {
+                **_fields("nelbo_per_token", estimate),
+                **_fields("bits_per_byte", estimate.scaled(factor)),
+                "items": len(m.items),
+                "items_effective": m.sample.effective_items(),
+                "unit": m.measure.unit,
+                "measure": m.measure.fingerprint,
+                "t_deciles": _by_decile(m.sample, self._designs[i].t),
+            }
+        return Validation(line, corpora)
 
-    def plan(self, corpus: int) -> Plan:
-        """The draws of a corpus: window or conversation, segments and t of each; draw d belongs to rotation d mod 8."""
+    def design(self, corpus: int) -> Design:
+        """The draws of a corpus: at most validation.windows, of as many different windows (conversations) as get four each."""
         data = self._data
-        count = data.readers[VALIDATION][corpus].count
-        draws = np.arange(data.config.validation.windows, dtype=np.int64)
+        plan, sweeps = self._plan(corpus)
+        rows = np.repeat(np.arange(len(plan.samples)), np.diff(plan.firsts))
+        within = np.arange(len(rows)) - plan.firsts[rows]
+        read = np.flatnonzero(plan.maskable > 0)
+        # The four draws of a sweep follow each other in the plan, and their windows are cut alike.
+        segments = read[np.lexsort((plan.t[read], within[read], rows[read] // SWEEP))].reshape(-1, SWEEP)
+        first = segments[:, 0]
+        items, owner = np.unique(data.owners(plan)[first], return_inverse=True)
+        _, text = np.unique(np.stack([plan.items[rows[first]], within[first]]), axis=1, return_inverse=True)
+        config, manifest = data.config, data.corpora[corpus].manifest
+        digest = hashlib.sha256()
+        for array in (items, owner, plan.maskable[segments], plan.t[segments]):
+            digest.update(np.ascontiguousarray(array).tobytes())
+        measure = Measure(
+            text=manifest.fingerprint(VALIDATION),
+            tokenizer=manifest.tokenizer_fingerprint,
+            unit=data.unit,
+            sequence_length=config.data.sequence_length,
+            document_mask=config.data.document_mask,
+            windows=config.validation.windows,
+            draws_per_item=SWEEP * sweeps,
+            items=digest.hexdigest(),
+        )
+        return Design(plan, segments, items, owner.reshape(-1), text.reshape(-1), measure)
+
+    def _plan(self, corpus: int) -> tuple[Plan, int]:
+        """Every draw of a corpus, and the sweeps of each window or conversation."""
+        data, windows = self._data, self._data.config.validation.windows
+        count = min(data.readers[VALIDATION][corpus].count, windows // SWEEP)
+        sweeps = windows // (SWEEP * count)
+        draws = np.arange(count * sweeps * SWEEP, dtype=np.int64)
         purpose = self.purpose(corpus)
-        order = permute(draws % count, count, derive_key(_SEED, purpose, "order"))
+        order = permute(np.arange(count), data.readers[VALIDATION][corpus].count, derive_key(_SEED, purpose, "order"))
+        sweep = draws // SWEEP % sweeps
 
-        def draw_t(shares: F64, owners: I64) -> F64:
-            t = np.empty(len(shares))
-            for r in range(ROTATIONS):
-                own = owners % ROTATIONS == r
-                t[own] = timesteps(_SEED, r, shares[own], "stratified", purpose)
-            return t
+        def draw_t(rows: I64, texts: I64) -> F64:
+            offset = to_unit(hash64(derive_key(_SEED, purpose, "offset"), texts))
+            return (offset + draws[rows] % SWEEP / SWEEP + sweep[rows] / (SWEEP * sweeps)) % 1.0
 
-        return data.validation_plan(draws, corpus, order, draw_t)
+        return data.validation_plan(draws, corpus, order[draws // (SWEEP * sweeps)], sweep, draw_t), sweeps
 
     def purpose(self, corpus: int) -> str:
         """Name of the noise of a corpus: it follows the text, not its path."""
@@ -109,47 +171,51 @@ class Validator:
             batches.append(collate(windows, corrupted, plan.normaliser))
         return batches
 
-    def _measure(self, engine: Engine, corpus: int) -> dict[str, Any]:
-        plan = self.plan(corpus)
-        sums = engine.evaluate(self._batches(plan, corpus), len(plan.t)).numpy()
-        owner = np.repeat(plan.samples, np.diff(plan.firsts)) % ROTATIONS
-        means = [sums[owner == r].sum() / plan.maskable[owner == r].sum() for r in range(ROTATIONS)]
-        nelbo = estimate(means)
-        bits = nelbo.scaled(self._data.readers[VALIDATION][corpus].tokens_per_byte() / math.log(2))
-        return {
-            "nelbo_per_token": nelbo.mean,
-            "nelbo_per_token_se": nelbo.error,
-            "bits_per_byte": bits.mean,
-            "bits_per_byte_se": bits.error,
-            "t_deciles": _by_decile(plan, sums),
-        }
+    def _measure(self, engine: Engine, corpus: int) -> Measured:
+        data, design = self._data, self._designs[corpus]
+        losses = engine.evaluate(self._batches(design.plan, corpus), len(design.plan.t)).numpy()
+        return Measured(
+            name=data.names[corpus],
+            weight=data.mixture.sources[corpus].first_weight,
+            tokens_per_byte=data.readers[VALIDATION][corpus].tokens_per_byte(),
+            measure=design.measure,
+            items=design.items,
+            sample=design.sample(losses),
+        )
 
 
-def _by_decile(plan: Plan, sums: np.ndarray) -> list[dict[str, float] | None]:
-    """NELBO per token of the segments in each tenth of t, with its standard error over segments; None where there is none."""
-    decile = np.where(plan.maskable > 0, np.minimum((plan.t * 10).astype(int), 9), -1)
-    rows: list[dict[str, float] | None] = []
+def _fields(name: str, estimate: Estimate) -> dict[str, Any]:
+    return {
+        name: estimate.mean,
+        f"{name}_se": estimate.se,
+        f"{name}_se_noise": estimate.se_noise,
+        f"{name}_ci95": estimate.interval(),
+    }
+
+
+def _by_decile(sample: Sample, t: F64) -> list[dict[str, float | None] | None]:
+    """NELBO per token of the draws in each tenth of t, with its standard error over items; None where there is none."""
+    decile = np.minimum((t * 10).astype(int), 9)
+    item = np.repeat(sample.item[:, None], SWEEP, axis=1)
+    length = np.repeat(sample.length[:, None], SWEEP, axis=1)
+    rows: list[dict[str, float | None] | None] = []
     for d in range(10):
         chosen = decile == d
-        rows.append(_ratio(sums[chosen], plan.maskable[chosen]) if chosen.any() else None)
+        lengths = sums(item[chosen], length[chosen])
+        own = np.flatnonzero(lengths)
+        if not len(own):
+            rows.append(None)
+            continue
+        mean, se = pooled(sums(item[chosen], sample.loss[chosen])[own], lengths[own])
+        rows.append({"nelbo_per_token": mean, "nelbo_per_token_se": se, "items": len(own)})
     return rows
-
-
-def _ratio(sums: np.ndarray, lengths: np.ndarray) -> dict[str, float]:
-    """Summed loss over summed tokens, and the standard error of that ratio (Cochran, Sampling Techniques, section 2.11)."""
-    n, mean = len(sums), sums.sum() / lengths.sum()
-    row = {"nelbo_per_token": float(mean), "segments": n}
-    if n > 1:
-        row["nelbo_per_token_se"] = float(np.sqrt(((sums - mean * lengths) ** 2).sum() * n / (n - 1)) / lengths.sum())
-    return row
 
 
 def describe(line: dict[str, Any]) -> str:
     """One line for the console."""
-    return (
-        f"NELBO {line['nelbo_per_token']:.4f} ± {line['nelbo_per_token_se']:.4f} nats/token, "
-        f"{line['bits_per_byte']:.4f} ± {line['bits_per_byte_se']:.4f} bits/byte"
-    )
+    few = [name for name, values in line["corpora"].items() if values["items_effective"] < FEW]
+    rough = f" (rough: few {' and '.join(dict.fromkeys(line['corpora'][name]['unit'] for name in few))} of {', '.join(few)})" if few else ""
+    return f"NELBO {with_error(line, 'nelbo_per_token')} nats/token, {with_error(line, 'bits_per_byte')} bits/byte{rough}"
 
 
 def unigram_entropy(counts: torch.Tensor | np.ndarray) -> float:

@@ -16,9 +16,11 @@ from llada.config import build_config
 from llada.data.base import TRAIN, VALIDATION
 from llada.data.sft import SFTData
 from llada.data.tasks import open_data
+from llada.engine.base import Place
 from llada.errors import UserError
 from llada.noise import timesteps
 from llada.tokenizer import Tokenizer, train_byte_level_bpe
+from llada.training.validation import Validator
 
 LENGTH = 40
 WORDS = ["alpha", "beta", "gamma", "delta", "\n", "<|mdm_mask|>"]
@@ -174,7 +176,7 @@ def test_validation_is_the_response_with_its_own_eos(folder: Path) -> None:
     data = made(folder)
     reader = data.readers[VALIDATION][0]
     draws = np.arange(16)
-    plan = data.validation_plan(draws, 0, draws % reader.count, lambda shares, owners: np.full(len(shares), 0.5))
+    plan = data.validation_plan(draws, 0, draws % reader.count, draws // reader.count, lambda rows, texts: np.full(len(rows), 0.5))
     for i in range(16):
         window = data.window(VALIDATION, plan, i)
         reply = int(plan.items[i])
@@ -183,6 +185,25 @@ def test_validation_is_the_response_with_its_own_eos(folder: Path) -> None:
         assert window.tokens[reader.total(reply) - 1] == data.manifest.eos_id
     responses = reader._all[:, 4] - reader._all[:, 3]
     assert reader.tokens_per_byte() == responses.sum() / data.manifest.totals(VALIDATION)[2]
+
+
+def test_validation_reads_every_reply_of_a_conversation_and_counts_the_conversation(folder: Path) -> None:
+    data = made(folder, validation={"windows": 400})
+    reader = data.readers[VALIDATION][0]
+    assert reader.count < 100 and len(reader.rows) > reader.count
+    design = Validator(data, Place(0, 1, 0, 1)).design(0)
+    assert set(design.plan.items.tolist()) == set(range(len(reader.rows)))
+    assert design.measure.unit == "conversations" and len(design.items) == reader.count
+    replies = design.plan.items[np.searchsorted(design.plan.firsts, design.segments, side="right") - 1]
+    assert (replies == replies[:, :1]).all(), "a sweep reads one reply"
+    assert (design.items[design.owner] == reader.rows[replies[:, 0], 0]).all()
+    for text in range(design.text.max() + 1):
+        assert len(set(replies[design.text == text].ravel().tolist())) == 1
+    np.testing.assert_allclose(np.diff(design.t, axis=1), 0.25, atol=1e-12)
+    offsets = {round(float(t), 9) for t in design.t[:, 0]}
+    assert len(offsets) == len(design.t), "no two sweeps share their t"
+    read = design.plan.maskable[design.segments[:, 0]]
+    assert read.tolist() == [reader.total(int(r)) - reader.prompt_length(int(r)) for r in replies[:, 0]]
 
 
 def test_what_does_not_fit_is_counted_and_listed(folder: Path) -> None:

@@ -53,6 +53,24 @@ MUTATIONS = {
         "[self.objective.corrupt(window) for window in windows], plan.normaliser * len(windows) / len(plan.samples))",
         "tests/data/test_pretrain.py",
     ),
+    "a mean of ratios": Mutation(
+        "llada/training/estimates.py",
+        "ratio = loss.sum() / total",
+        "ratio = (loss / length).mean()",
+        "tests/training/test_estimates.py::test_intervals_cover_the_truth",
+    ),
+    "held-out texts that share their noise": Mutation(
+        "llada/training/validation.py",
+        '"offset"), texts))',
+        '"offset"), 0 * texts))',
+        "tests/data/test_sft_data.py::test_validation_reads_every_reply_of_a_conversation_and_counts_the_conversation",
+    ),
+    "an error without its degrees of freedom": Mutation(
+        "llada/training/estimates.py",
+        "* t_quantile(level, self.degrees)",
+        "* t_quantile(level, 1e9)",
+        "tests/training/test_comparison.py::test_said_in_words_and_in_json",
+    ),
     "t tied to the place in the batch": Mutation(
         "llada/noise.py",
         'order = np.argsort(bits.random_raw(len(shares)), kind="stable")',

@@ -19,12 +19,18 @@ def test_cut_keeps_what_the_checkpoint_knows_and_sets_the_rest_aside(tmp_path: P
     rows.insert(4, json.dumps({"step": 4, "nelbo_per_token": 1.5}))
     path = tmp_path / "metrics.jsonl"
     path.write_text("\n".join(rows) + '\n{"step": 7, "lo')
+    (tmp_path / "validation").mkdir()
+    for step in (4, 6):
+        (tmp_path / "validation" / f"step_{step:08d}.npz").touch()
     assert metrics.cut(tmp_path, 4) == 3
     assert path.read_text().splitlines() == rows[:5]
     assert (tmp_path / "metrics.attempt-1.jsonl").read_text().splitlines() == [*rows[5:], '{"step": 7, "lo']
+    assert (tmp_path / "validation.attempt-1" / "step_00000006.npz").exists()
     assert metrics.cut(tmp_path, 4) == 0
+    assert (tmp_path / "validation" / "step_00000004.npz").exists()
     assert metrics.cut(tmp_path, 0) == 5
     assert path.read_text() == "" and (tmp_path / "metrics.attempt-2.jsonl").exists()
+    assert (tmp_path / "validation.attempt-2" / "step_00000004.npz").exists()
 
 
 def test_lines_are_json_even_when_a_value_is_not_finite(tmp_path: Path) -> None:

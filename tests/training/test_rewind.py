@@ -23,6 +23,10 @@ def test_back_to_a_checkpoint_with_another_rate(workplace: Workplace) -> None:
     assert "rewound from step 12 to step 8" in out
     assert "resumed from back/checkpoints/step_00000008 at step 8; 5 later lines of metrics.jsonl set aside" in out
     assert folders(workplace, "back") == ["step_00000004", "step_00000008", "step_00000012", "step_00000012.rewound-1"]
+    assert [path.name for path in (workplace.folder / "back" / "validation.attempt-1").iterdir()] == ["step_00000012.npz"]
+    assert [path.name for path in sorted((workplace.folder / "back" / "validation").iterdir())] == [
+        f"step_{step:08d}.npz" for step in (4, 8, 12)
+    ]
     before, after = workplace.lines("whole"), workplace.lines("back")
     losses = [[line for line in lines if "loss" in line] for lines in (before, after)]
     assert losses[1][:8] == losses[0][:8]

@@ -1,4 +1,4 @@
-"""Validation: the same noise every time, an honest standard error, and the sum it claims to be."""
+"""Validation: the same noise every time, draws that share none, and the sums and errors it claims to be."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ import torch
 
 from data_tools.prepare import prepare
 from llada.config import build_config
-from llada.data.base import VALIDATION
+from llada.data.base import VALIDATION, short_names
 from llada.data.pretrain import PretrainData
 from llada.engine.megatron import MegatronEngine
+from llada.errors import UserError
 from llada.objectives import MaskedDiffusion
-from llada.training.validation import ROTATIONS, Validator, estimate, unigram_entropy
+from llada.training import validation_files
+from llada.training.validation import Validator, unigram_entropy
 from tests.engine.support import OracleTrainer, canonical
 from tests.workplace import CONFIG, Workplace
 
 
-def made(workplace: Workplace, micro: int, windows: int = 16, **data: object) -> tuple[PretrainData, MegatronEngine]:
+def made(workplace: Workplace, micro: int, windows: int = 64, **data: object) -> tuple[PretrainData, MegatronEngine]:
     raw = {**CONFIG, "batch": {"global": 8, "micro": micro}, "validation": {"every": 4, "windows": windows}}
     raw["data"] = {**CONFIG["data"], "mixture": [{"path": str(workplace.folder / "corpus")}], **data}
     config = build_config(raw)
@@ -40,13 +42,14 @@ def test_equals_a_plain_computation_of_the_bound(parts: tuple[PretrainData, Mega
     """Every draw alone through the oracle: mean over the segments of L/n times the summed loss, per token."""
     data, engine = parts
     validator = Validator(data, engine.place)
-    line = validator(engine)
-    plan = validator.plan(0)
+    measured = validator(engine)
+    line, plan = measured.line, validator.design(0).plan
     trainer = OracleTrainer(data.config, canonical(engine))
     purpose = f"validation/{data.corpora[0].manifest.fingerprint(VALIDATION)}"
     objective = MaskedDiffusion(0, data.manifest.mask_id)  # the noise is the measure's, whatever the run's seed
     assert data.config.seed != 0
-    total, deciles = 0.0, {}
+    total, deciles, documents = 0.0, {}, {}
+    starts = np.cumsum([0, *data.corpora[0].shards(VALIDATION)[0].lengths])
     for i in range(len(plan.samples)):
         window = data.window(VALIDATION, plan, i)
         corrupted = objective.corrupt(window, masking="fixed_count", purpose=purpose)
@@ -61,10 +64,22 @@ def test_equals_a_plain_computation_of_the_bound(parts: tuple[PretrainData, Mega
             size = window.bounds[k + 1] - window.bounds[k]
             loss = size / len(positions) * each[positions].sum()
             total += loss
+            # Of a document all parts in all windows that are read belong together.
+            document = int(np.searchsorted(starts, plan.items[i] * 64 + window.bounds[k], side="right"))
+            own = documents.setdefault(document, [0.0, 0])
+            own[0], own[1] = own[0] + loss, own[1] + size
             sums = deciles.setdefault(int(window.t[k] * 10), [0.0, 0])
             sums[0], sums[1] = sums[0] + loss, sums[1] + size
     assert line["nelbo_per_token"] == pytest.approx(total / plan.lengths.sum(), rel=1e-5)
-    for d, row in enumerate(line["corpora"][data.mixture.sources[0].name]["t_deciles"]):
+    errors = [loss - total / plan.lengths.sum() * size for loss, size in documents.values()]
+    k = len(documents)
+    assert k > 1 and (line["corpora"]["corpus"]["items"], line["corpora"]["corpus"]["unit"]) == (k, "documents")
+    expected = math.sqrt(k / (k - 1) * sum(e**2 for e in errors)) / plan.lengths.sum()
+    assert line["nelbo_per_token_se"] == pytest.approx(expected, rel=1e-3)
+    assert line["nelbo_per_token_se_noise"] > 0
+    low, high = line["nelbo_per_token_ci95"]
+    assert (low + high) / 2 == pytest.approx(line["nelbo_per_token"]) and high - low > 2 * 1.96 * line["nelbo_per_token_se"]
+    for d, row in enumerate(line["corpora"]["corpus"]["t_deciles"]):
         assert (row is None) == (d not in deciles)
         if row is not None:
             assert row["nelbo_per_token"] == pytest.approx(deciles[d][0] / deciles[d][1], rel=1e-5)
@@ -77,7 +92,7 @@ def test_the_same_noise_whatever_the_micro_batch_or_the_seed(workplace: Workplac
     for micro in (1, 2, 8):
         data, engine = made(workplace, micro)
         try:
-            lines.append(Validator(data, engine.place)(engine)["nelbo_per_token"])
+            lines.append(Validator(data, engine.place)(engine).line["nelbo_per_token"])
         finally:
             engine.close()
     assert lines[1:] == [pytest.approx(lines[0], rel=1e-6)] * 2
@@ -87,45 +102,66 @@ def test_the_same_noise_whatever_the_micro_batch_or_the_seed(workplace: Workplac
             build_config({**CONFIG, "seed": seed, "data": {**CONFIG["data"], "mixture": [{"path": str(workplace.folder / "corpus")}]}})
         )
         validator = Validator(data, engine.place)
-        plan = validator.plan(0)
+        plan = validator.design(0).plan
         seen.append((plan.t.tolist(), [batch.inputs.tolist() for batch in validator._batches(plan, 0)]))
     assert seen[0] == seen[1]
 
 
-def test_t_is_stratified_within_a_rotation_and_masks_differ_when_windows_repeat(
-    parts: tuple[PretrainData, MegatronEngine], workplace: Workplace
+@pytest.mark.parametrize("document_mask", [False, True])
+@pytest.mark.parametrize("few", [False, True])
+def test_every_text_is_read_at_evenly_spaced_t_from_its_own_offset_and_shares_no_noise(
+    few: bool, document_mask: bool, parts: tuple[PretrainData, MegatronEngine], workplace: Workplace
 ) -> None:
+    """With fewer windows than a quarter of validation.windows, all of them are read, at more values of t."""
+    count = parts[0].readers[VALIDATION][0].count
+    windows = count * 13 // 4 * 4 if few else count // 2 // 4 * 4
+    mixture = [{"path": str(workplace.folder / "corpus")}]
+    raw = {**CONFIG, "validation": {"windows": windows}}
+    config = build_config({**raw, "data": {"sequence_length": 64, "document_mask": document_mask, "mixture": mixture}})
+    data = PretrainData(config)
+    design = Validator(data, parts[1].place).design(0)
+    plan, each = design.plan, 12 if few else 4
+    assert len(plan.samples) == (12 * count if few else windows)
+    assert sorted(np.unique(plan.items, return_counts=True)[1]) == [each] * (count if few else windows // 4)
+    assert len(set(plan.samples.tolist())) == len(plan.samples), "every draw has masks of its own"
+    assert sorted(design.segments.ravel().tolist()) == list(range(len(plan.t))), "every segment is one draw"
+    assert (plan.maskable[design.segments] == plan.maskable[design.segments[:, :1]]).all()
+    offsets = []
+    for text in range(design.text.max() + 1):
+        t = np.sort(design.t[design.text == text].ravel())
+        np.testing.assert_allclose(np.diff(t), 1 / each, atol=1e-12)
+        offsets.append(t[0] * each)
+    assert len({round(offset, 9) for offset in offsets}) == len(offsets), "the offsets are independent draws"
+    assert np.std(offsets) == pytest.approx(math.sqrt(1 / 12), rel=0.35)
+    if document_mask:
+        assert len(design.items) < len(np.unique(design.text)), "the parts of a document are one item"
+    else:
+        assert design.items.tolist() == sorted(set(plan.items.tolist()))
+
+
+def test_the_file_of_a_validation_holds_the_losses_behind_its_line(parts: tuple[PretrainData, MegatronEngine], tmp_path: Path) -> None:
     data, engine = parts
-    count = 10 * data.readers[VALIDATION][0].count // ROTATIONS * ROTATIONS
-    config = build_config(
-        {
-            **CONFIG,
-            "validation": {"every": 1, "windows": count},
-            "data": {"sequence_length": 64, "mixture": [{"path": str(workplace.folder / "corpus")}]},
-        }
-    )
-    validator = Validator(PretrainData(config), engine.place)
-    plan = validator.plan(0)
-    for rotation in range(ROTATIONS):
-        gaps = np.diff(np.sort(plan.t[np.arange(count) % ROTATIONS == rotation]))
-        np.testing.assert_allclose(gaps, ROTATIONS / count, atol=1e-12)
-    firsts = {round(float(plan.t[np.arange(count) % ROTATIONS == rotation].min()), 9) for rotation in range(ROTATIONS)}
-    assert len(firsts) == ROTATIONS, "the rotations' offsets are independent draws"
-    same = np.flatnonzero(plan.items == plan.items[0])
-    assert len(same) >= 9
-    masks = {tuple(data.objective.corrupt(data.window(VALIDATION, plan, int(i)), masking="fixed_count").predicted) for i in same}
-    assert len(masks) == len(same)
+    measured = Validator(data, engine.place)(engine)
+    path = validation_files.write(tmp_path, 7, measured.corpora)
+    assert path == tmp_path / "validation" / "step_00000007.npz" and path.stat().st_size < 20_000
+    [back] = validation_files.read(tmp_path, 7)
+    line = measured.line["corpora"]["corpus"]
+    assert (back.name, back.measure.fingerprint) == ("corpus", line["measure"])
+    assert back.sample.estimate().mean == line["nelbo_per_token"] == measured.line["nelbo_per_token"]
+    with np.load(path, allow_pickle=False) as file:  # what a reader without this code finds
+        assert file["0.item_loss"].sum() / file["0.item_length"].sum() == pytest.approx(line["nelbo_per_token"])
+        assert len(file["0.item"]) == line["items"]
+    content = path.read_bytes()
+    for broken in (content[: len(content) // 2], b"", b"PK" + bytes(100)):
+        path.write_bytes(broken)
+        with pytest.raises(UserError, match=r"step_00000007.npz: (damaged|cannot be read)"):
+            validation_files.read(tmp_path, 7)
 
 
-def test_the_standard_error_covers_the_truth() -> None:
-    """Over many draws of 8 means, the interval mean ± 2.365 errors (t, 7 degrees of freedom) holds the truth 95 % of the time."""
-    rng = np.random.default_rng(0)
-    inside = 0
-    for _ in range(4000):
-        e = estimate(rng.normal(3.0, 0.7, size=8))
-        inside += abs(e.mean - 3.0) <= 2.365 * e.error
-    assert abs(inside / 4000 - 0.95) < 4 * math.sqrt(0.95 * 0.05 / 4000)
-    assert math.isnan(estimate([1.0]).error)
+def test_names_of_corpora_are_short_and_distinct() -> None:
+    assert short_names(["corpora/wiki", "/data/books/"]) == ["wiki", "books"]
+    assert short_names(["a/en/corpus", "a/de/corpus", "b/code"]) == ["en/corpus", "de/corpus", "code"]
+    assert short_names(["x/en/corpus", "y/en/corpus", "x/en/corpus"]) == ["x/en/corpus", "y/en/corpus", "x/en/corpus.2"]
 
 
 def test_unigram_entropy() -> None:
