@@ -249,7 +249,7 @@ def prepare_sft(
     recorded = {
         **asdict(settings.fields),
         "chat_template": chat_template,
-        "chat_template_sha256": None if template == TEMPLATE else hashlib.sha256(template.encode()).hexdigest(),
+        "chat_template_sha256": hashlib.sha256(template.encode()).hexdigest(),
         "max_tokens": max_tokens,
         "truncate": truncate,
         "skip_bad": skip_bad,

@@ -2,6 +2,8 @@
 
     <|startoftext|><|start_header_id|>user<|end_header_id|>\\n\\n{text}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\\n\\n
 
+The text of every turn, replies included, is trimmed: white space at its ends is left out, as the published template does.
+
 The pieces of text between special tokens are encoded one by one, as a Hugging Face tokenizer does with the rendered template. A
 prompt ends with "\\n\\n" encoded alone, since that is what the model sees before it answers; in an earlier turn of the history
 "\\n\\n" and the text after it are one piece. The two may be different ids, so each is encoded as it will be at inference.
@@ -26,10 +28,11 @@ I64 = npt.NDArray[np.int64]
 ROLES = ("system", "user", "assistant")
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' "
-    "+ message['content'] + '<|eot_id|>' }}{% endfor %}"
+    "+ message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
 """The same format as a Hugging Face chat template (Jinja)."""
+END_OF_TURN = "<|eot_id|>"
 _GAP = "\n\n"
 _REMEDY = "add LLaDA's special tokens with `llada data prepare-sft --add-special-tokens`"
 
@@ -66,7 +69,8 @@ class ChatFormat:
         if tokenizer.bos_id is None:
             raise UserError(f"{tokenizer.name}: the tokenizer has no token for the start of a text, which the chat format needs; {_REMEDY}")
         self._bos, self._eos = [tokenizer.bos_id], [tokenizer.eos_id]
-        self._open, self._close, self._end = ([self._special(f"<|{name}|>")] for name in ("start_header_id", "end_header_id", "eot_id"))
+        names = ("<|start_header_id|>", "<|end_header_id|>", END_OF_TURN)
+        self._open, self._close, self._end = ([self._special(name)] for name in names)
         self._roles = {role: tokenizer.encode(role).tolist() for role in ROLES}
         self._gap = tokenizer.encode(_GAP).tolist()
 
@@ -81,7 +85,7 @@ class ChatFormat:
 
     def prompt(self, messages: Sequence[Message]) -> I64:
         """The ids after which the model writes the next reply to `messages`."""
-        rows = [self.tokenizer.encode(_GAP + message.content).tolist() for message in messages]
+        rows = [self.tokenizer.encode(_GAP + message.content.strip()).tolist() for message in messages]
         ids = list(self._bos)
         for message, body in zip(messages, rows, strict=True):
             ids += self._header(message.role) + body + self._end
@@ -91,8 +95,8 @@ class ChatFormat:
         """Whether the format can express a conversation: it can express all."""
 
     def response(self, content: str) -> str:
-        """The text of a reply that is trained on: all of it."""
-        return content
+        """The text of a reply that is trained on: without the white space at its ends."""
+        return content.strip()
 
     def encode(self, conversations: Sequence[Sequence[Message]]) -> list[tuple[list[int], list[Reply]]]:
         """Tokens and replies of conversations whose last message is the assistant's.
@@ -102,8 +106,8 @@ class ChatFormat:
         """
         texts: list[str] = []
         for messages in conversations:
-            texts += [_GAP + message.content for message in messages[:-1]]
-            texts += [message.content for message in messages if message.role == "assistant"]
+            texts += [_GAP + message.content.strip() for message in messages[:-1]]
+            texts += [self.response(message.content) for message in messages if message.role == "assistant"]
         flat, lengths = self.tokenizer.encode_batch(texts)
         rows = iter(np.split(flat, np.cumsum(lengths)[:-1]))
         return [self._assemble(messages, rows) for messages in conversations]

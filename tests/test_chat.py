@@ -13,6 +13,13 @@ from llada.tokenizer import Tokenizer, train_byte_level_bpe
 
 TEXTS = ["What is a mask?\n\n", "A token that hides another.", "\n\nassistant user system", "grüße 🙂\n\n\n  indented"] * 20
 
+PUBLISHED = (
+    "{% set loop_messages = messages %}{% for message in loop_messages %}"
+    "{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' %}"
+    "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
+)
+"""Of LLaDA-8B-Instruct's tokenizer_config.json, which always asks for the next reply."""
 TALKS = [
     [("user", "What is a mask?")],
     [("system", "Be brief."), ("user", "grüße 🙂")],
@@ -32,18 +39,19 @@ def chat(folder: Path) -> ChatFormat:
     return ChatFormat(Tokenizer.load(folder))
 
 
-def theirs(folder: Path, turns: list[tuple[str, str]]) -> list[int]:
+def theirs(folder: Path, turns: list[tuple[str, str]], template: str) -> list[int]:
     """The ids that a user of the export gets from apply_chat_template."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    tokenizer.chat_template = TEMPLATE
+    tokenizer.chat_template = template
     messages = [{"role": role, "content": content} for role, content in turns]
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
+@pytest.mark.parametrize("template", [TEMPLATE, PUBLISHED], ids=["own", "published"])
 @pytest.mark.parametrize("turns", TALKS)
-def test_a_prompt_is_what_the_template_gives(turns: list[tuple[str, str]], folder: Path, chat: ChatFormat) -> None:
-    assert chat.prompt([Message(*turn) for turn in turns]).tolist() == theirs(folder, turns)
+def test_a_prompt_is_what_the_template_gives(turns: list[tuple[str, str]], template: str, folder: Path, chat: ChatFormat) -> None:
+    assert chat.prompt([Message(*turn) for turn in turns]).tolist() == theirs(folder, turns, template)
 
 
 @pytest.mark.parametrize("turns", TALKS)
@@ -56,7 +64,7 @@ def test_every_reply_follows_its_own_prompt(turns: list[tuple[str, str]], chat: 
     for reply, place in zip(replies, places, strict=True):
         prompt = ids[: reply.history_end] + ids[reply.turn_start : reply.response_start]
         assert prompt == chat.prompt(messages[:place]).tolist()
-        wanted = [*chat.tokenizer.encode(messages[place].content).tolist(), chat.tokenizer.eos_id]
+        wanted = [*chat.tokenizer.encode(messages[place].content.strip()).tolist(), chat.tokenizer.eos_id]
         assert ids[reply.response_start : reply.turn_end] == wanted
 
 

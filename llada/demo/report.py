@@ -18,7 +18,7 @@ from llada.errors import UserError
 from llada.files import write_atomically
 from llada.noise import mask_uniforms
 from llada.sampling import SamplingOptions, generate, infill
-from llada.sampling.diffusion import cut_at_eos
+from llada.sampling.diffusion import cut_at_end
 from llada.sampling.models import Sampler, load
 from llada.tokenizer import Tokenizer
 from llada.training import metrics
@@ -108,7 +108,7 @@ def _written(config: RunConfig, root: Path) -> dict[str, Any]:
         chosen = start + np.flatnonzero(mask_uniforms(0, start, end - start, "demo") < 0.25)
         if len(chosen):
             scattered.append(_fill(model, tokens, start, end, chosen))
-    completion = {"prompt": _PROMPT, "text": tokenizer.decode(cut_at_eos(out, tokenizer.eos_id))}
+    completion = {"prompt": _PROMPT, "text": tokenizer.decode(cut_at_end(out, model.end_ids))}
     return {"completion": completion, "infilling": gaps[0] if gaps else None, "infillings": gaps, "fillings": scattered}
 
 
@@ -161,7 +161,7 @@ def _answered(config: RunConfig, root: Path, wanted: int) -> dict[str, Any]:
         options = SamplingOptions(length, length)
         out = generate(model, torch.from_numpy(tokens[:prompt])[None].to(model.device), model.specials, options)[0].tolist()
         ended += model.specials.eos_id in out
-        texts = tokens[:prompt], tokens[prompt:], cut_at_eos(out, model.specials.eos_id)
+        texts = tokens[:prompt], tokens[prompt:], cut_at_end(out, model.end_ids)
         question, docstring, answer = (model.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in texts)
         rows.append({"question": question.removeprefix("user").removesuffix("assistant").strip(), "docstring": docstring, "answer": answer})
     return {

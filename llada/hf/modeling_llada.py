@@ -228,20 +228,31 @@ class LLaDAModel(nn.Module):
         if not config.weight_tying:
             self.transformer["ff_out"] = _linear(config.d_model, config.embedding_size, config.d_model**-0.5)
 
-    def forward(self, x: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None) -> list[torch.Tensor]:
-        """From embeddings [b, s, d_model]: the input of every block, then the output of the final norm."""
+    def forward(
+        self, x: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None, keep_states: bool = False
+    ) -> tuple[torch.Tensor, list[torch.Tensor] | None]:
+        """From embeddings [b, s, d_model] to the output of the final norm.
+
+        Args:
+            x: embeddings.
+            attention_mask, position_ids: see LLaDAModelLM.forward.
+            keep_states: also return the input of every block, then the output of the final norm. Otherwise each is freed as soon as
+                the next block has read it.
+        """
         config, (batch, length), kind = self.config, x.shape[:2], self.config._attn_implementation
         positions = torch.arange(length, device=x.device)[None] if position_ids is None else position_ids.to(x.device)
         cos, sin = rotary_tables(positions, config.d_model // config.n_heads, config.rope_theta)
         mask = None if attention_mask is None else key_mask(attention_mask.to(x.device), batch, length, x.dtype, "flash" in kind)
-        states = []
+        states: list[torch.Tensor] | None = [] if keep_states else None
         for block in self.transformer["blocks"]:
-            states.append(x)
+            if states is not None:
+                states.append(x)
             if self.gradient_checkpointing and self.training:
                 x = self._gradient_checkpointing_func(block.__call__, x, cos, sin, mask, kind)
             else:
                 x = block(x, cos, sin, mask, kind)
-        return [*states, self.transformer["ln_f"](x)]
+        x = self.transformer["ln_f"](x)
+        return x, None if states is None else [*states, x]
 
 
 class LLaDAModelLM(LLaDAGenerationMixin, PreTrainedModel):
@@ -269,6 +280,25 @@ class LLaDAModelLM(LLaDAGenerationMixin, PreTrainedModel):
         config.check()  # transformers sets keyword arguments of from_pretrained after the config was made
         self.model = LLaDAModel(self.config)
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
+        """As in transformers, which fills a missing weight with random numbers and drops one that the config has no use for, with no
+        more than a warning. Both mean that config and weights are of two models, and here they are an error.
+
+        Raises:
+            ValueError: weights that are not those of the config. One of another shape is for transformers to refuse, or to let pass
+                with `ignore_mismatched_sizes=True`.
+        """
+        wants_report = kwargs.pop("output_loading_info", False)
+        model, report = super().from_pretrained(pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs)
+        # Stored scales of quantized weights have no parameters of their own, and transformers reads them apart.
+        surplus = [] if getattr(model, "hf_quantizer", None) else report["unexpected_keys"]
+        wrong = [("missing", sorted(report["missing_keys"])), ("too many", sorted(surplus))]
+        if any(names for _, names in wrong):
+            listed = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in wrong if names)
+            raise ValueError(f"LLaDAModelLM: the weights in '{pretrained_model_name_or_path}' are not those of its config.json: {listed}")
+        return (model, report) if wants_report else model
 
     def _init_weights(self, module: nn.Module) -> None:
         """The published "mitchell" initialisation: a normal truncated at 3 standard deviations."""
@@ -345,13 +375,13 @@ class LLaDAModelLM(LLaDAGenerationMixin, PreTrainedModel):
             raise ValueError("LLaDAModelLM.forward: give labels and p_mask together; the loss weights a token by 1 / p_mask")
         if labels is not None and (input_ids is None or self.config.mask_token_id is None):
             raise ValueError("LLaDAModelLM.forward: labels need input_ids and the config's mask_token_id, which show what was masked")
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         x = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
-        states = self.model(x, attention_mask, position_ids)
-        logits = self.get_output_embeddings()(states[-1])
+        x, states = self.model(x, attention_mask, position_ids, bool(output_hidden_states))
+        logits = self.get_output_embeddings()(x)
         loss = None
         if labels is not None and p_mask is not None:
             loss = diffusion_loss(logits, labels, input_ids == self.config.mask_token_id, p_mask)
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=tuple(states) if output_hidden_states else None)
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=None if states is None else tuple(states))
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()

@@ -10,7 +10,7 @@ import torch
 
 from llada.chat import Message
 from llada.chat_template import chat_format
-from llada.sampling.diffusion import SamplingOptions, cut_at_eos, generate
+from llada.sampling.diffusion import SamplingOptions, cut_at_end, generate
 from llada.sampling.diffusion import infill as fill
 from llada.sampling.gaps import parse
 from llada.sampling.models import Sampler, load
@@ -18,7 +18,7 @@ from llada.sampling.show import Playback
 
 
 def sample(path: str, prompt: str, chat: bool, options: SamplingOptions, show: bool = False) -> str:
-    """What the model at `path` writes after a prompt, or answers with `chat`; up to its EOS.
+    """What the model at `path` writes after a prompt, or answers with `chat`; up to its EOS or the end of its turn.
 
     A question is put into the chat template that the model's tokenizer has, else into LLaDA's format.
 
@@ -29,13 +29,14 @@ def sample(path: str, prompt: str, chat: bool, options: SamplingOptions, show: b
 
 
 def write(model: Sampler, prompt: str, chat: bool, options: SamplingOptions, show: bool = False) -> tuple[str, bool]:
-    """The text, and whether it ends with EOS."""
+    """The text, and whether it ends with EOS or the end of a turn."""
     tokenizer = model.tokenizer
     ids = chat_format(tokenizer).prompt([Message("user", prompt)]) if chat else tokenizer.encode(prompt)
     _note_if_long(model, len(ids) + options.length)
     with Playback(tokenizer, model.specials.mask_id, len(ids)) if show else nullcontext() as playback:
         out = generate(model, torch.from_numpy(ids)[None].to(model.device), model.specials, options, playback)[0].tolist()
-    return tokenizer.decode(cut_at_eos(out, tokenizer.eos_id)), tokenizer.eos_id in out
+    text = cut_at_end(out, model.end_ids)
+    return tokenizer.decode(text), len(text) < len(out)
 
 
 def infill(path: str, text: str, options: SamplingOptions, one_a_token: bool = False, show: bool = False) -> str:

@@ -10,7 +10,7 @@ Noise is keyed by (seed, row, step, position): a row's text does not depend on w
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -228,6 +228,6 @@ def _most(values: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
     return torch.zeros_like(keep).scatter(1, order, keep)
 
 
-def cut_at_eos(ids: Sequence[int], eos_id: int) -> list[int]:
-    """What comes before the first EOS: what follows is padding, as the model was trained to write."""
-    return [int(i) for i in itertools.takewhile(lambda i: i != eos_id, ids)]
+def cut_at_end(ids: Sequence[int], end_ids: Collection[int]) -> list[int]:
+    """What comes before the first token that ends a text: what follows is padding, as the model was trained to write."""
+    return [int(i) for i in itertools.takewhile(lambda i: i not in end_ids, ids)]

@@ -6,12 +6,16 @@ from pathlib import Path
 
 import torch
 
+from llada.chat import END_OF_TURN
 from llada.errors import UserError
 from llada.hf.convert import model_config
+from llada.hf.folder import LLADA, check_mask, open_folder
 from llada.model.stored import CheckpointWeights, StoredTensors, all_rows
+from llada.model.weights import Weights
 from llada.sampling.diffusion import Specials
 from llada.tokenizer import Tokenizer
 from llada.training import checkpoint
+from llada.training.checkpoint import Trained
 
 
 class Sampler:
@@ -20,6 +24,7 @@ class Sampler:
     Attributes:
         tokenizer: of the model.
         specials: ids for the samplers.
+        end_ids: tokens that end a text or an answer: EOS, and the end of a turn where the tokenizer has one.
         device: where it computes.
         longest: sequence it was trained on, in tokens.
     """
@@ -27,6 +32,8 @@ class Sampler:
     def __init__(self, model: torch.nn.Module, tokenizer: Tokenizer, longest: int, device: torch.device) -> None:
         self._model, self.tokenizer, self.longest, self.device = model.to(device).eval(), tokenizer, longest, device
         self.specials = Specials(tokenizer.mask_id, tokenizer.eos_id, tokenizer.vocab_size)
+        end_of_turn = tokenizer.id_of(END_OF_TURN)
+        self.end_ids = {tokenizer.eos_id} if end_of_turn is None else {tokenizer.eos_id, end_of_turn}
 
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
         """Logits [b, s, rows] of ids [b, s]."""
@@ -37,8 +44,11 @@ class Sampler:
 def load(path: str | Path) -> Sampler:
     """Open an exported folder, a checkpoint, or a run (its latest checkpoint), on the GPU where there is one.
 
+    Code in a folder is not run: the weights go through the weight map into this package's own copy of the model.
+
     Raises:
-        UserError: none of these; a folder without weights or whose tokenizer has no mask token.
+        UserError: none of these; a folder of another architecture, whose tokenizer has no mask token, or whose weights are missing,
+            damaged or not those of its config.json.
     """
     folder = Path(path)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -52,38 +62,37 @@ def load(path: str | Path) -> Sampler:
         raise UserError(
             f"MODEL: '{path}' is neither an exported folder (it has no config.json) nor a checkpoint or a run with one"
         ) from None
-    return _trained(source, device)
+    trained = checkpoint.trained(checkpoint.read_state(source))
+    weights = CheckpointWeights(StoredTensors(source / "model"), trained.model)
+    return _sampler(trained, checkpoint.load_tokenizer(source), weights, device)
 
 
-def _exported(folder: Path, device: torch.device) -> Sampler:
-    """Loaded as anyone would: plain transformers with the code in the folder."""
-    if not any(folder.glob("*.safetensors")):
-        raise UserError(f"MODEL: '{folder}' has a config.json but no weights (*.safetensors)")
-    tokenizer = Tokenizer.load(folder)
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, torch_dtype="auto", local_files_only=True)
-    except Exception as error:  # whatever a damaged folder makes of it
-        raise UserError(f"MODEL: '{folder}' cannot be loaded: {' '.join(str(error).split())}") from None
-    named = getattr(model.config, "mask_token_id", None)
-    if named is not None and named != tokenizer.mask_id:
-        raise UserError(f"MODEL: '{folder}': mask_token_id {named} in config.json is not the tokenizer's mask token, {tokenizer.mask_id}")
-    return Sampler(model, tokenizer, int(model.config.max_position_embeddings), device)
+def _exported(path: Path, device: torch.device) -> Sampler:
+    folder = open_folder(path, setting="MODEL")
+    if folder.architecture != LLADA:
+        raise UserError(
+            f"MODEL: '{path}' is a {folder.architecture}, which writes from left to right; "
+            "`llada convert from-hf` makes a checkpoint that a diffusion model is trained from"
+        )
+    tokenizer = Tokenizer.load(path)
+    check_mask(folder, tokenizer)
+    precision = "bf16" if folder.dtype == torch.bfloat16 else "fp32"
+    return _sampler(Trained(folder.model, precision, folder.longest), tokenizer, folder.weights, device)
 
 
-def _trained(source: Path, device: torch.device) -> Sampler:
+def _sampler(trained: Trained, tokenizer: Tokenizer, weights: Weights, device: torch.device) -> Sampler:
     from llada.hf.configuration_llada import LLaDAConfig
     from llada.hf.modeling_llada import LLaDAModelLM
 
-    trained = checkpoint.trained(checkpoint.read_state(source))
-    tokenizer = checkpoint.load_tokenizer(source)
+    if tokenizer.vocab_size > trained.model.vocab_size:
+        raise UserError(
+            f"MODEL: the tokenizer has {tokenizer.vocab_size} ids and the model only {trained.model.vocab_size} rows; "
+            "they are not of one model"
+        )
     fields = model_config(trained, tokenizer, trained.precision)
     with torch.device("meta"):
         model = LLaDAModelLM(LLaDAConfig(**{name: fields[name] for name in LLaDAConfig.published_fields()}))
-    stored = CheckpointWeights(StoredTensors(source / "model"), trained.model)
-    model.load_state_dict({name: all_rows(stored, name) for name in stored.shapes}, assign=True)
+    dtypes = {weights.dtype(name) for name in weights.shapes}
+    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32  # of several the one that rounds none
+    model.load_state_dict({name: all_rows(weights, name).to(dtype) for name in weights.shapes}, assign=True)
     return Sampler(model, tokenizer, trained.longest, device)

@@ -82,7 +82,7 @@ def examples(folder: Path) -> dict[tuple[int, ...], int]:
         messages = [Message(turn["role"], turn["content"]) for turn in turns]
         for place in range(1, len(messages), 2):
             prompt = chat.prompt(messages[:place]).tolist()
-            whole = (*prompt, *tokenizer.encode(messages[place].content).tolist(), tokenizer.eos_id)
+            whole = (*prompt, *tokenizer.encode(messages[place].content.strip()).tolist(), tokenizer.eos_id)
             if len(whole) <= LENGTH:
                 found[whole] = len(prompt)
     return found

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -342,6 +344,40 @@ def test_a_saved_model_comes_back_bit_for_bit(shape: str, tmp_path: Path) -> Non
     assert state.keys() == hf.state_dict().keys()
     assert all(torch.equal(state[name], value) for name, value in hf.state_dict().items())
     assert torch.equal(back(tokens()).logits, hf(tokens()).logits)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [(3, r"missing: .*blocks\.2\.attn_norm\.weight, .*blocks\.2\.v_proj\.weight$"), (1, r"too many: .*blocks\.1\.attn_norm\.weight, ")],
+)
+def test_weights_of_another_config_are_an_error(layers: int, message: str, tied: bool, tmp_path: Path) -> None:
+    """transformers fills what is missing with random numbers, drops what is too much, and only warns."""
+    made(tie_embeddings=tied).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "n_layers": layers}))
+    with pytest.raises(ValueError, match=rf"the weights in '.*' are not those of its config.json: {message}") as caught:
+        LLaDAModelLM.from_pretrained(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_states_of_the_blocks_are_kept_only_where_they_are_wanted(asked: bool) -> None:
+    """At 8B and 4,096 tokens they are 1 GB."""
+    hf = made(num_layers=4)
+    alive: list[weakref.ref[torch.Tensor]] = []
+    counts = []
+
+    def look(module: torch.nn.Module, arguments: Any) -> None:
+        alive.append(weakref.ref(arguments[0]))
+        counts.append(sum(reference() is not None for reference in alive[1:]))
+
+    for block in hf.model.transformer["blocks"]:
+        block.register_forward_pre_hook(look)
+    with torch.no_grad():
+        hf(tokens(), output_hidden_states=asked)
+    # The first input is the embedding, which the caller may hold; of the others only that of this block.
+    assert counts == ([0, 1, 2, 3] if asked else [0, 1, 1, 1])
 
 
 @pytest.mark.parametrize("tied", [False, True])

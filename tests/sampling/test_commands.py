@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from llada.sampling.models import load
 from llada.sampling.show import Playback
 from llada.tokenizer import Tokenizer
 from llada.training import checkpoint
+from tests.hf.folders import llama_folder
 from tests.workplace import Workplace
 
 
@@ -73,9 +75,10 @@ def test_a_prompt_from_stdin(export: Path) -> None:
     assert result.stdout == run("sample", export, "import os", "--length", "4")
 
 
-def test_an_answer_ends_at_eos(export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("end", ["<|endoftext|>", "<|eot_id|>"])
+def test_an_answer_ends_at_eos_or_at_the_end_of_its_turn(end: str, export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load(export)
-    wanted = [*model.tokenizer.encode("yes").tolist(), model.specials.eos_id, *model.tokenizer.encode("no").tolist()]
+    wanted = [*model.tokenizer.encode("yes").tolist(), model.tokenizer.id_of(end), *model.tokenizer.encode("no").tolist()]
 
     def forced(tokens: torch.Tensor) -> torch.Tensor:
         logits = torch.zeros(*tokens.shape, 512)
@@ -85,7 +88,7 @@ def test_an_answer_ends_at_eos(export: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(type(model), "__call__", lambda self, tokens: forced(tokens))
     assert commands.write(model, "well?", True, SamplingOptions(len(wanted), 1)) == ("yes", True)
-    wanted.remove(model.specials.eos_id)
+    wanted.remove(model.tokenizer.id_of(end))
     assert commands.write(model, "well?", True, SamplingOptions(len(wanted), 1)) == ("yesno", False)
 
 
@@ -156,23 +159,41 @@ def without_mask(path: Path) -> None:
         file.write_text(file.read_text().replace("<|mdm_mask|>", "<|other|>").replace('"mask_token"', '"other_token"'))
 
 
-def other_mask(path: Path) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), "mask_token_id": 7}))
+def field(**values: Any) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+    return change
 
 
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("model.safetensors", Path.unlink, "has a config.json but no weights"),
+        ("model.safetensors", Path.unlink, "has no weights (model.safetensors"),
         ("tokenizer.json", without_mask, "the tokenizer has no mask token"),
         ("tokenizer.json", Path.unlink, "no tokenizer in this folder"),
-        ("config.json", other_mask, "mask_token_id 7 in config.json is not the tokenizer's mask token"),
-        ("model.safetensors", lambda path: path.write_bytes(path.read_bytes()[:1000]), "cannot be loaded"),
+        ("config.json", field(mask_token_id=7), "config.json: mask_token_id 7 is not the tokenizer's mask token"),
+        ("model.safetensors", lambda path: path.write_bytes(path.read_bytes()[:1000]), "not a sound safetensors file"),
+        ("config.json", field(n_layers=8), "missing: model.transformer.blocks.2.attn_norm.weight"),
+        ("config.json", field(n_layers=1), "too many: model.transformer.blocks.1.attn_norm.weight"),
+        ("config.json", field(mlp_hidden_size=96), "blocks.0.ff_proj.weight is [128, 64], not [96, 64]"),
+        ("config.json", field(model_type="llama", architectures=["LlamaForCausalLM"]), "missing hidden_size"),
     ],
 )
 def test_folders_that_cannot_be_used(name: str, change: Any, message: str, export: Path, tmp_path: Path) -> None:
     folder = changed(export, tmp_path / "broken", name, change)
     assert message in refusal("sample", folder, "x", "--length", "2")
+    assert message in refusal("infill", folder, "[MASK]")
+
+
+def test_a_model_that_writes_from_left_to_right_is_refused(workplace: Workplace, tmp_path: Path) -> None:
+    llama_folder(tmp_path / "llama", workplace.folder / "tokenizer", vocab_size=512)
+    assert "is a LlamaForCausalLM, which writes from left to right" in refusal("sample", tmp_path / "llama", "x")
+
+
+def test_code_in_a_folder_is_not_run(export: Path, tmp_path: Path) -> None:
+    folder = changed(export, tmp_path / "evil", "modeling_llada.py", lambda path: path.write_text("raise SystemExit('owned')"))
+    assert run("sample", folder, "x", "--length", "2") == run("sample", export, "x", "--length", "2")
 
 
 @pytest.mark.parametrize(

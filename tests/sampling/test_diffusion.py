@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llada.errors import UserError
-from llada.sampling.diffusion import Event, SamplingOptions, Specials, cut_at_eos, generate, infill, quotas
+from llada.sampling.diffusion import Event, SamplingOptions, Specials, cut_at_end, generate, infill, quotas
 
 ROWS, VOCAB, MASK, EOS = 40, 36, 34, 3
 SPECIALS = Specials(MASK, EOS, VOCAB)
@@ -176,9 +176,10 @@ def test_one_gap_at_the_end_is_generation() -> None:
     assert torch.equal(out[:, 5:], generate(Toy(), prompt, SPECIALS, SamplingOptions(6, 3, cfg=0.5)))
 
 
-def test_cut_at_eos() -> None:
-    assert cut_at_eos([5, 6, EOS, 7, EOS], EOS) == [5, 6]
-    assert cut_at_eos([5, 6], EOS) == [5, 6]
+def test_a_text_is_cut_at_the_first_of_the_tokens_that_end_it() -> None:
+    assert cut_at_end([5, 6, EOS, 7, EOS], {EOS}) == [5, 6]
+    assert cut_at_end([5, 9, 6, EOS], {EOS, 9}) == [5]
+    assert cut_at_end([5, 6], {EOS, 9}) == [5, 6]
 
 
 @pytest.mark.parametrize(
