@@ -15,4 +15,5 @@ def use_deterministic_algorithms() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS: no workspace shared between streams
     os.environ.setdefault("NCCL_ALGO", "Ring")  # NCCL otherwise chooses by message size and topology
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a search for bugs that costs a pass over every new tensor
+    # By default new tensors are filled as well: a search for bugs that costs a pass over each.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
