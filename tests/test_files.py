@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
 import pytest
 
+from llada import files
 from llada.errors import UserError
 from llada.files import new_file, new_folder
+from tests.stand_ins import like
+
+
+def no_links(*_: object) -> None:
+    raise OSError(errno.EPERM, os.strerror(errno.EPERM))
 
 
 @pytest.mark.parametrize("links", [True, False])
 def test_a_file_that_appears_meanwhile_is_kept(links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     if not links:
-        monkeypatch.setattr("llada.files.os.link", lambda *_: os.rename(tmp_path / "none", tmp_path))  # an OSError
+        monkeypatch.setattr(files, "os", like(os, link=no_links))
     output = tmp_path / "new" / "out"
     with new_file(output, force=False) as file:
         file.write(b"first")
