@@ -32,7 +32,8 @@ def refusal(place: Workplace, monkeypatch: pytest.MonkeyPatch, *arguments: str) 
 
 def test_the_terminal_shows_one_line_and_exit_2(workplace: Workplace) -> None:
     done = workplace.run("pretrain", workplace.config(), "train.stps=3", code=2)
-    allowed = "train.steps, train.max_skipped, train.spike_sigma, train.spike_window, train.skip_spikes"
+    allowed = "train.steps, train.max_skipped, train.spike_sigma"
+    allowed += ", train.spike_loss_factor, train.spike_norm_factor, train.spike_window, train.skip_spikes"
     assert done.stderr == f"error: train.stps: unknown setting (did you mean 'train.steps'?); allowed here: {allowed}\n"
     assert done.stdout == ""
 
@@ -44,7 +45,7 @@ def test_the_terminal_shows_one_line_and_exit_2(workplace: Workplace) -> None:
         (["data.mixture.0.path=nowhere"], "data.mixture.0.path: .*nowhere"),
         (["model.vocab_size=256"], "model.vocab_size: 256 is too small for corpus, whose tokenizer has 512 ids"),
         (["schedule.stages=[{shape: linear, end: 1, steps: 3}]"], "schedule.stages: end after 3 steps"),
-        (["data.sequence_length=100000000"], "data.mixture.0.path: corpus holds no full window"),
+        (["data.sequence_length=10000000"], "data.mixture.0.path: corpus holds no full window"),
         (["data.mixture.0.max_epochs=0.0001"], "data.mixture.0.max_epochs: less than one of the"),
         (["data.mixture.0.max_epochs=0.03"], r"train.steps: 12 steps need 96 samples, the capped mixture holds \d\d;"),
         (["engine=deepspeed"], "engine: 'deepspeed' is not allowed"),
