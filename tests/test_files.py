@@ -9,12 +9,14 @@ import pytest
 
 from llada.errors import UserError
 from llada.files import new_file, new_folder
+from tests.stand_ins import like
 
 
 @pytest.mark.parametrize("links", [True, False])
 def test_a_file_that_appears_meanwhile_is_kept(links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     if not links:
-        monkeypatch.setattr("llada.files.os.link", lambda *_: os.rename(tmp_path / "none", tmp_path))  # an OSError
+        without_links = like(os, link=lambda *_: os.rename(tmp_path / "none", tmp_path))  # an OSError
+        monkeypatch.setattr("llada.files.os", without_links)
     output = tmp_path / "new" / "out"
     with new_file(output, force=False) as file:
         file.write(b"first")
