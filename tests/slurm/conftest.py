@@ -13,7 +13,7 @@ import sys
 import sysconfig
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,9 +90,14 @@ class Place(Workplace):
 
     def clear(self) -> None:
         """Cancel the jobs that are left, and wait until every node is idle."""
-        self.cluster.run("scancel", "--user=root", f"--partition={self.main}", check=False)
-        self.cluster.run("scancel", "--user=root", f"--partition={self.scavenge}", check=False)
+        until(self._no_jobs, 120, f"no job on {self.main}", self.queue, pause=1.0)
         self.cluster.revive(self.island)
+
+    def _no_jobs(self) -> bool:
+        """Cancels those that are left: one that is being put back into the queue comes back after the first time."""
+        for partition in (self.main, self.scavenge):
+            self.cluster.run("scancel", "--user=root", f"--partition={partition}", check=False)
+        return not self.queue()
 
     # -- commands ------------------------------------------------------------------------------------------------------
 
@@ -262,7 +267,7 @@ Body = Callable[[Place], None]
 
 
 def scenario(body: Body) -> Callable[[Scenarios], None]:
-    """A test whose body runs beside others'; what pytest calls waits for its end."""
+    """A test whose body runs beside others'; what pytest calls tells how it ended."""
 
     def test(scenarios: Scenarios) -> None:
         scenarios.result(body)
@@ -294,8 +299,12 @@ class Scenarios:
             threading.Thread(target=self._work, args=(island,), daemon=True).start()
 
     def result(self, body: Body) -> None:
-        """Wait for a body's end; what it raised is raised here."""
+        """What a body raised is raised here."""
         self._ends[body].result()
+
+    def wait(self) -> None:
+        """Until every body has ended. Meanwhile pytest must not go on to another test: it would take over the output of the commands."""
+        wait(self._ends.values())
 
     def close(self) -> None:
         """Start no further one."""
@@ -335,11 +344,12 @@ class Scenarios:
 
 @pytest.fixture(scope="session")
 def scenarios(request: pytest.FixtureRequest, cluster: Cluster, corpus: Path) -> Iterator[Scenarios]:
-    """All selected scenarios, started."""
+    """All selected scenarios, through."""
     bodies = [item.obj.body for item in request.session.items if isinstance(item, pytest.Function) and hasattr(item.obj, "body")]
     with at(cluster, corpus):
         running = Scenarios(cluster, corpus, bodies)
         try:
+            running.wait()
             yield running
         finally:
             running.close()
