@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
@@ -216,9 +217,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def disk() -> Iterator[Path]:
+    """A folder that every node sees. Pytest's own may lie in /dev/shm, of which each node has one of its own."""
+    with tempfile.TemporaryDirectory(prefix="llada-slurm-", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
+@pytest.fixture(scope="session")
+def corpus(disk: Path) -> Path:
     """A folder with a tokenizer and a corpus."""
-    folder = tmp_path_factory.mktemp("slurm")
+    folder = disk / "runs"
+    folder.mkdir()
     library = Path(sysconfig.get_paths()["stdlib"])
     tokenizer = train_byte_level_bpe(read([library / "json"], ReadOptions(), Report()), 512)
     tokenizer.save(folder / "tokenizer")
@@ -243,9 +252,9 @@ def at(cluster: Cluster, folder: Path) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def cluster(disk: Path) -> Iterator[Cluster]:
     """Islands of three nodes of eight cores and four GPUs, without accounting."""
-    cluster = Cluster(tmp_path_factory.mktemp("cluster"), islands=ISLANDS)
+    cluster = Cluster(disk / "cluster", islands=ISLANDS)
     try:
         yield cluster.start()
     finally:
