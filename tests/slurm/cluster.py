@@ -307,11 +307,11 @@ SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=2,bf_interval=2,sched_min_interval=0,batch_sched_delay=0
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-# A lost node is noticed in seconds, and SIGKILL follows SIGTERM after five.
+# A lost node is noticed in seconds. SIGKILL follows SIGTERM after twenty, in which a busy machine, too, gets through a step and a save.
 SlurmdTimeout=6
 SlurmctldTimeout=6
 MessageTimeout=5
-KillWait=5
+KillWait=20
 UnkillableStepTimeout=30
 MinJobAge={self.forget_seconds}
 InactiveLimit=0

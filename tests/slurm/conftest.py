@@ -11,9 +11,10 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,9 +91,14 @@ class Place(Workplace):
 
     def clear(self) -> None:
         """Cancel the jobs that are left, and wait until every node is idle."""
-        self.cluster.run("scancel", "--user=root", f"--partition={self.main}", check=False)
-        self.cluster.run("scancel", "--user=root", f"--partition={self.scavenge}", check=False)
+        until(self._no_jobs, 120, f"no job on {self.main}", self.queue, pause=1.0)
         self.cluster.revive(self.island)
+
+    def _no_jobs(self) -> bool:
+        """Cancels those that are left: one that is being put back into the queue comes back after the first time."""
+        for partition in (self.main, self.scavenge):
+            self.cluster.run("scancel", "--user=root", f"--partition={partition}", check=False)
+        return not self.queue()
 
     # -- commands ------------------------------------------------------------------------------------------------------
 
@@ -211,9 +217,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def disk() -> Iterator[Path]:
+    """A folder that every node sees. Pytest's own may lie in /dev/shm, of which each node has one of its own."""
+    with tempfile.TemporaryDirectory(prefix="llada-slurm-", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
+@pytest.fixture(scope="session")
+def corpus(disk: Path) -> Path:
     """A folder with a tokenizer and a corpus."""
-    folder = tmp_path_factory.mktemp("slurm")
+    folder = disk / "runs"
+    folder.mkdir()
     library = Path(sysconfig.get_paths()["stdlib"])
     tokenizer = train_byte_level_bpe(read([library / "json"], ReadOptions(), Report()), 512)
     tokenizer.save(folder / "tokenizer")
@@ -238,9 +252,9 @@ def at(cluster: Cluster, folder: Path) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def cluster(disk: Path) -> Iterator[Cluster]:
     """Islands of three nodes of eight cores and four GPUs, without accounting."""
-    cluster = Cluster(tmp_path_factory.mktemp("cluster"), islands=ISLANDS)
+    cluster = Cluster(disk / "cluster", islands=ISLANDS)
     try:
         yield cluster.start()
     finally:
@@ -262,7 +276,7 @@ Body = Callable[[Place], None]
 
 
 def scenario(body: Body) -> Callable[[Scenarios], None]:
-    """A test whose body runs beside others'; what pytest calls waits for its end."""
+    """A test whose body runs beside others'; what pytest calls tells how it ended."""
 
     def test(scenarios: Scenarios) -> None:
         scenarios.result(body)
@@ -294,8 +308,12 @@ class Scenarios:
             threading.Thread(target=self._work, args=(island,), daemon=True).start()
 
     def result(self, body: Body) -> None:
-        """Wait for a body's end; what it raised is raised here."""
+        """What a body raised is raised here."""
         self._ends[body].result()
+
+    def wait(self) -> None:
+        """Until every body has ended. Meanwhile pytest must not go on to another test: it would take over the output of the commands."""
+        wait(self._ends.values())
 
     def close(self) -> None:
         """Start no further one."""
@@ -335,11 +353,12 @@ class Scenarios:
 
 @pytest.fixture(scope="session")
 def scenarios(request: pytest.FixtureRequest, cluster: Cluster, corpus: Path) -> Iterator[Scenarios]:
-    """All selected scenarios, started."""
+    """All selected scenarios, through."""
     bodies = [item.obj.body for item in request.session.items if isinstance(item, pytest.Function) and hasattr(item.obj, "body")]
     with at(cluster, corpus):
         running = Scenarios(cluster, corpus, bodies)
         try:
+            running.wait()
             yield running
         finally:
             running.close()

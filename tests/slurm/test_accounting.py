@@ -16,9 +16,9 @@ from tests.stand_ins import like
 
 
 @pytest.fixture(scope="module")
-def accounted(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Iterator[Place]:
+def accounted(disk: Path, corpus: Path) -> Iterator[Place]:
     """A cluster of two nodes with an accounting database, which forgets finished jobs after some seconds."""
-    cluster = Cluster(tmp_path_factory.mktemp("accounted"), index=1, nodes=2, accounting=True, forget_seconds=5)
+    cluster = Cluster(disk / "accounted", index=1, nodes=2, accounting=True, forget_seconds=5)
     try:
         with at(cluster.start(), corpus):
             yield Place(corpus, cluster)
