@@ -27,7 +27,8 @@ class RankPool:
         self.size = size
         with Listener(family="AF_UNIX") as listener:
             words = ("-m", "tests.distributed.pool", listener.address, str(folder / "store"), str(size))
-            environment = {**os.environ, "PYTHONPATH": str(processes.ROOT)}
+            # As here, since pytest adds the folders of the tests, whose functions the ranks are sent by name.
+            environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(processes.ROOT), *sys.path])}
             self._processes = [
                 processes.start(*words, str(rank), cwd=processes.ROOT, env=environment, stdout=processes.DEVNULL, stderr=None)
                 for rank in range(size)
