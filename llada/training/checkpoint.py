@@ -245,11 +245,9 @@ def resolve(path: str | Path, setting: str = "checkpoint") -> Path:
     Raises UserError, with what the user calls the folder, when there is none.
     """
     path = Path(path)
-    if not os.path.lexists(path):  # nor a name that no file can have
-        raise UserError(f"checkpoint: '{path}' is neither a checkpoint with a {MARKER} file nor a run with one")
-    if (path / MARKER).is_file() or _NAME.match(path.name):
+    if os.path.isfile(path / MARKER) or _NAME.match(path.name):  # False too for a name that no file can have
         return path
-    for root in (path / "checkpoints", path):
+    for root in (path / "checkpoints", path) if os.path.isdir(path) else ():
         found = committed(root)
         if found:
             return found[-1]
