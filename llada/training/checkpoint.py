@@ -251,7 +251,7 @@ def resolve(path: str | Path, setting: str = "checkpoint") -> Path:
         found = committed(root)
         if found:
             return found[-1]
-    if not path.exists():
+    if not os.path.exists(path):
         raise UserError(f"{setting}: no folder '{path}'")
     raise UserError(f"{setting}: '{path}' is neither a checkpoint with a {MARKER} file nor a run with one")
 
