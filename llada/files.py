@@ -6,6 +6,7 @@ import errno
 import fnmatch
 import os
 import shutil
+import tempfile
 import threading
 import uuid
 from collections import deque
@@ -94,7 +95,7 @@ def refuse_inside(output: str | Path, source: Path, setting: str = "OUT") -> Non
 def require_space(output: str | Path, needed: int, setting: str) -> None:
     """Raises UserError unless the disk that `output` will lie on has `needed` bytes left."""
     folder = Path(os.path.realpath(output)).parent
-    while not folder.is_dir():
+    while not os.path.isdir(folder):  # also one that may not be looked into
         folder = folder.parent
     usage = shutil.disk_usage(folder)
     free = usage.free
@@ -154,6 +155,16 @@ def final_path(output: str | Path, setting: str) -> Path:
     except OSError as error:
         raise UserError(f"{setting}: '{output}' cannot be made ({error.strerror})") from None
     return final
+
+
+def make_writable(output: Path, setting: str) -> None:
+    """Make the folder of a file that is written much later, and see whether a file can be made in it. Raises UserError."""
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=output.parent, prefix=f".{output.name[:100]}."):
+            pass
+    except OSError as error:
+        raise UserError(f"{setting}: '{output}' cannot be made ({error.strerror})") from None
 
 
 @contextmanager
@@ -287,7 +298,10 @@ def check_replaceable(output: Path, final: Path, force: bool, what: str, names: 
     """Raises UserError unless `output`, which exists as `final`, may be replaced; see `new_folder`."""
     if not force:
         raise UserError(f"{setting}: '{output}' exists; --force replaces {what}")
-    found = sorted(os.listdir(final)) if final.is_dir() else None
+    try:
+        found = sorted(os.listdir(final)) if os.path.isdir(final) else None
+    except OSError as error:
+        raise UserError(f"{setting}: '{output}' cannot be read ({error.strerror})") from None
     if found is None:
         raise UserError(f"{setting}: '{output}' is not a folder; --force replaces only {what} or an empty folder")
     other = [name for name in found if not any(fnmatch.fnmatchcase(name, pattern) for pattern in names)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import llada
@@ -43,7 +44,16 @@ ids = model.diffusion_generate(**inputs, max_new_tokens=64, steps=64)
 print(tokenizer.decode(ids[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
 ```
 
-Fewer `steps` are faster and worse. The model is not causal: `generate()` of transformers does not apply.
+Fewer `steps` are faster and worse. The model is not causal: `generate()`, and with it `pipeline("text-generation")`, calls
+`diffusion_generate`, ends a text at EOS, and refuses what belongs to text from left to right, as `top_p` or `num_beams`.
+"""
+_TUNE = """
+## Fine-tune
+
+With transformers' Trainer, whose collator has to apply the noise (transformers 4.48 or later where gradients are accumulated):
+
+```python
+{code}```
 """
 _PLAIN = 'inputs = tokenizer("Once upon a time", return_tensors="pt", return_token_type_ids=False)'
 _CHAT = """messages = [{"role": "user", "content": "What is a mask?"}]
@@ -57,7 +67,7 @@ def check_license(name: str) -> None:
         raise UserError(f"--license: '{name}' is not an identifier of a licence, as apache-2.0 or mit; `other` for one of your own")
 
 
-def model_card(state: State, trained: Trained, dtype: str, license_: str, chat: bool, averaged: list[int]) -> str:
+def model_card(state: State, trained: Trained, dtype: str, license_: str, has_template: bool, averaged: list[int]) -> str:
     """The text of README.md.
 
     Args:
@@ -65,7 +75,7 @@ def model_card(state: State, trained: Trained, dtype: str, license_: str, chat: 
         trained: its model.
         dtype: of the exported weights.
         license_: identifier of the licence.
-        chat: whether the model was trained on conversations and has a chat template.
+        has_template: whether the tokenizer has a chat template.
         averaged: steps of the checkpoints whose mean this is; empty: it is one checkpoint.
     """
     converted = next((entry["architecture"] for entry in state.lineage if "imported" in entry), None) if not state.step else None
@@ -77,7 +87,9 @@ def model_card(state: State, trained: Trained, dtype: str, license_: str, chat: 
         parts.append("\n## Training\n\n" + _table(_training(state, averaged)))
     if state.validation and not averaged:
         parts.append("\n## Validation\n\n" + _validation(state.validation))
-    parts.append(_USE.format(prompt=_CHAT if chat else _PLAIN))
+    parts.append(_USE.format(prompt=_CHAT if has_template and state.config.get("task") == "sft" else _PLAIN))
+    if has_template:
+        parts.append(_TUNE.format(code=Path(__file__).with_name("finetuning_example.py").read_text(encoding="utf-8")))
     return "".join(parts)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -11,9 +13,9 @@ from typing import Any
 
 import torch
 
-from llada.chat import TEMPLATE, ChatFormat
+from llada.chat import END_OF_TURN, TEMPLATE, ChatFormat
 from llada.errors import UserError
-from llada.files import flushed_meanwhile, new_folder, refuse_inside, require_space
+from llada.files import flushed_meanwhile, make_writable, new_folder, refuse_inside, require_space
 from llada.hf.card import check_license, model_card
 from llada.hf.sources import Mean
 from llada.hf.tensor_files import total_bytes, write_safetensors
@@ -50,10 +52,9 @@ def convert(source: str, output: str, verify: bool, reference: str | None, **opt
 
     if reference is not None:
         path = Path(reference)
-        if not path.parent.is_dir():
-            raise UserError(f"--reference: no folder '{path.parent}' for the file")
-        if path.exists() and not options.get("force"):
-            raise UserError(f"--reference: '{reference}' exists; --force replaces it")
+        if os.path.exists(path) and not (options.get("force") and os.path.isfile(path)):
+            raise UserError(f"--reference: '{reference}' exists; --force replaces a file")
+        make_writable(path, "--reference")
     trained = checkpoint.trained(checkpoint.read_state(checkpoint.resolve(source)))
     dtype = options.get("dtype") or trained.precision
     exact = dtype == "fp32" or (dtype == trained.precision and options.get("average", 1) == 1)
@@ -117,13 +118,15 @@ def to_hf(
         with flushed_meanwhile(partial):
             count = write_safetensors(partial, tensors, DTYPES[name], limit)
         _write_json(partial / "config.json", model_config(trained, tokenizer, name))
-        special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+        end_of_turn = tokenizer.id_of(END_OF_TURN)
+        ends = tokenizer.eos_id if end_of_turn is None else [tokenizer.eos_id, end_of_turn]
+        special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends, "pad_token_id": tokenizer.pad_id}
         _write_json(partial / "generation_config.json", {key: value for key, value in special.items() if value is not None})
         for file in _CODE:
             shutil.copy(Path(__file__).with_name(file), partial)
         chat, has_chat = _write_tokenizer(folder / "tokenizer", partial, tokenizer)
         steps = [checkpoint.read_state(each).step for each in folders] if average > 1 else []
-        card = model_card(state, trained, name, license_, has_chat and state.config.get("task") == "sft", steps)
+        card = model_card(state, trained, name, license_, has_chat, steps)
         (partial / "README.md").write_text(card, encoding="utf-8")
         if check is not None:
             check(folders, partial, masters)
@@ -136,7 +139,8 @@ def parse_size(text: str) -> int:
     """Bytes of a size such as 5GB, 500MiB or 1000000. Raises UserError for anything else."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?B)?", text.strip().upper())
     unit = (match[2] or "").removesuffix("B") if match else None
-    size = int(float(match[1]) * _UNITS[f"{unit}B" if unit else ""]) if match else 0
+    exact = float(match[1]) * _UNITS[f"{unit}B" if unit else ""] if match else 0.0
+    size = int(exact) if math.isfinite(exact) else 0
     if size < 1:
         raise UserError(f"--max-shard-size: '{text}' is not a size; write it as 5GB, 500MB or 2GiB")
     return size

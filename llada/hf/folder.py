@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,7 +74,7 @@ def check_mask(folder: HfFolder, tokenizer: Tokenizer) -> None:
 
 def is_folder(path: str | Path) -> bool:
     """Whether this is a Hugging Face folder and no checkpoint."""
-    return (Path(path) / "config.json").is_file()
+    return os.path.isfile(Path(path) / "config.json")  # False too for a name that no file can have
 
 
 class ReadModel(NamedTuple):
@@ -97,6 +98,7 @@ def read_model(path: str | Path, setting: str = "FOLDER") -> ReadModel:
         raise UserError(f"{folder / 'config.json'}: model_type {kind!r} is not read{near}; one of {', '.join(_READERS)}")
     read, wanted = _READERS[kind]
     try:
+        _check_transformers_fields(config)
         if config.get("quantization_config"):
             raise _Unsuitable("quantization_config: quantized weights are not read; take the original ones")
         named = config.get("architectures") or [wanted]
@@ -122,8 +124,13 @@ def open_folder(path: str | Path, allow_pickle: bool = False, setting: str = "FO
     """
     read = read_model(path, setting)
     folder, model = Path(path), read.model
-    names = {name: name if read.architecture == LLADA else _llama_name(name) for name in canonical_shapes(model)}
     files = open_tensors(folder, allow_pickle, setting)
+    if model.num_layers > len(files.shapes):  # too many to list
+        raise UserError(
+            f"{setting}: the weights in '{folder}' are not those of its config.json: "
+            f"it has {model.num_layers} layers, and there are {len(files.shapes)} tensors"
+        )
+    names = {name: name if read.architecture == LLADA else _llama_name(name) for name in canonical_shapes(model)}
     _check(folder, files, names, model, setting)
     return HfFolder(folder, read.architecture, model, Renamed(files, names), read.longest, read.mask_id)
 
@@ -135,7 +142,7 @@ class _Unsuitable(Exception):
 def _read_config(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error})") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a JSON object")
@@ -165,6 +172,13 @@ def _check_numbers(config: dict[str, Any], counts: tuple[str, ...], reals: tuple
             raise _Unsuitable(f"{name}: {value!r} is not a positive {'integer' if name in counts else 'number'}")
 
 
+def _check_transformers_fields(config: dict[str, Any]) -> None:
+    """Fields of transformers' own that would change what is computed must have their defaults."""
+    wrong = [f"{name} {config[name]!r} (only {only!r})" for name, only in _NOT_COMPUTED.items() if config.get(name) not in (None, only)]
+    if wrong:
+        raise _Unsuitable(f"not computed here: {', '.join(wrong)}")
+
+
 def _llada(config: dict[str, Any]) -> tuple[ModelSection, int]:
     """The published configuration. Its class has the defaults of another architecture, so a field that is left out is no LLaDA."""
     from transformers import PretrainedConfig
@@ -178,7 +192,7 @@ def _llada(config: dict[str, Any]) -> tuple[ModelSection, int]:
     counts = ("d_model", "n_layers", "n_heads", "n_kv_heads", "mlp_hidden_size", "mlp_ratio", "vocab_size", "embedding_size")
     _check_numbers(config, (*counts, "max_sequence_length"), ("rope_theta", "rms_norm_eps"))
     fields = LLaDAConfig.published_fields()
-    harmless = {*fields, *PretrainedConfig().to_dict(), *LLaDAConfig.attribute_map, *_BESIDE}
+    harmless = {*fields, *PretrainedConfig().to_dict(), *_OLDER_FIELDS, *_NOT_COMPUTED, *LLaDAConfig.attribute_map, *_BESIDE}
     unknown = [f"{name} {value!r}" for name, value in config.items() if name not in harmless and value not in (None, False)]
     if unknown:
         raise _Unsuitable(f"not known here, so not computed: {', '.join(unknown)}")
@@ -247,6 +261,26 @@ def _mistral(config: dict[str, Any]) -> tuple[ModelSection, int]:
 
 _BESIDE = ("auto_map", "bos_token_id", "eos_token_id", "pad_token_id", "model_type", "torch_dtype", "tokenizer_vocab_size", "_name_or_path")
 """Fields of a published config.json that say nothing about what is computed."""
+_NOT_COMPUTED: dict[str, Any] = {
+    "add_cross_attention": False,
+    "cross_attention_hidden_size": None,
+    "is_decoder": False,
+    "is_encoder_decoder": False,
+    "pruned_heads": {},
+    "tie_encoder_decoder": False,
+}
+"""Fields of every config of transformers, with the only value that is computed here: the default."""
+_OLDER_FIELDS = (
+    *("finetuning_task", "tf_legacy_loss", "torchscript", "use_bfloat16", "output_attentions", "output_hidden_states"),
+    *("prefix", "problem_type", "sep_token_id", "task_specific_params", "tokenizer_class", "_attn_implementation_autoset"),
+    *("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens"),
+    *("max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty", "temperature"),
+    *("top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size"),
+    *("bad_words_ids", "num_return_sequences", "output_scores", "return_dict_in_generate", "remove_invalid_values"),
+    "exponential_decay_length_penalty",
+)
+"""What `to_dict()` of a config writes in transformers 4.46 and no longer in 5: about training, and about text from left to right. None of
+it says what the model computes."""
 _LLAMA_DEFAULTS: dict[str, Any] = {
     "hidden_act": "silu",
     "max_position_embeddings": 2048,

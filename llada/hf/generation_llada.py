@@ -1,5 +1,5 @@
 # Copyright the llada authors. SPDX-License-Identifier: Apache-2.0
-"""Sampling from LLaDA (arXiv 2502.09992, section 2.4, algorithms 4 and 5): `model.diffusion_generate`."""
+"""Sampling from LLaDA (arXiv 2502.09992, section 2.4, algorithms 4 and 5): `model.diffusion_generate`, and `generate` on top of it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import GenerationConfig, GenerationMixin
 
 REMASKING = ("low_confidence", "random")
+
+
+_OF_DIFFUSION = ("attention_mask", "steps", "block_length", "cfg_scale", "remasking", "generator", "num_tokens")
+"""Arguments of `diffusion_generate` that `generate` hands on as they are."""
+_NEUTRAL = {
+    **{"num_beams": 1, "num_beam_groups": 1, "num_return_sequences": 1, "return_dict_in_generate": False},
+    **{"top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0},
+    **dict.fromkeys(("output_attentions", "output_hidden_states", "output_scores", "output_logits"), False),
+}
+"""Settings for text from left to right, with the value that changes nothing."""
+_IGNORED = ("bos_token_id", "use_cache", "transformers_version", "token_type_ids")
 
 
 @dataclass(frozen=True)
@@ -26,23 +38,64 @@ class _Options:
     num_tokens: int
 
 
-class LLaDAGenerationMixin:
-    """What the model class adds to transformers' own.
+class LLaDAGenerationMixin(GenerationMixin):
+    """What the model class adds to transformers' own, of which `generate` is replaced.
 
-    The name ends in GenerationMixin because transformers' auto classes add theirs, for text from left to right, to a class with
-    `prepare_inputs_for_generation` unless a base is called so.
+    The name ends in GenerationMixin because transformers' auto classes add theirs to a class that has no base called so.
     """
 
     config: Any
+    generation_config: Any
 
     @classmethod
     def can_generate(cls) -> bool:
-        """False: `generate` writes from left to right, which this model does not. `diffusion_generate` is its sampler."""
-        return False
+        """True: `generate` is there, though it does not write from left to right."""
+        return True
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """peft looks this name up when it wraps a causal language model; only `generate` would call it."""
+        """peft looks this name up when it wraps a causal language model; only text from left to right would call it."""
         raise NotImplementedError("LLaDA does not write from left to right: call diffusion_generate")
+
+    def generate(  # type: ignore[override]
+        self, inputs: torch.Tensor | None = None, generation_config: GenerationConfig | None = None, **settings: Any
+    ) -> torch.Tensor:
+        """`diffusion_generate` for callers of transformers' `generate`, pipelines among them.
+
+        Args:
+            inputs: int64 [b, p], also as input_ids.
+            generation_config: settings that are not given here. Its ids, and those of the model's own, end a text and pad it.
+            settings: input_ids; attention_mask; max_new_tokens, or max_length, which counts the prompt too (128 new tokens if neither
+                is given); temperature, and do_sample, which is 0 or 1 of it if it stands alone; eos_token_id, pad_token_id; steps,
+                block_length, cfg_scale, remasking, generator and num_tokens of `diffusion_generate`.
+
+        Returns:
+            int64 [b, p + max_new_tokens], the prompt included. What follows the first end of a response is padding.
+
+        Raises:
+            ValueError: a setting for text from left to right, as top_p or num_beams, whose value would change the text; what
+                `diffusion_generate` raises.
+        """
+        given = {**_changed(self.generation_config), **_changed(generation_config), **_without_none(settings)}
+        prompt = given.pop("input_ids", inputs)
+        kept = {name: given.pop(name) for name in _OF_DIFFUSION if name in given}
+        ends = torch.as_tensor(given.pop("eos_token_id", self.config.eos_token_id)).flatten().tolist()
+        pad = given.pop("pad_token_id", self.config.pad_token_id)
+        start = 0 if prompt is None else prompt.shape[-1]
+        longest = given.pop("max_length", start + 128)
+        count = given.pop("max_new_tokens", longest - start)
+        temperature = _temperature(given.pop("do_sample", None), given.pop("temperature", None))
+        refused = [f"{name}={value!r}" for name, value in given.items() if name not in _IGNORED and value != _NEUTRAL.get(name)]
+        if refused:
+            raise ValueError(
+                f"LLaDAModelLM.generate: {', '.join(refused)} not supported: text is written by diffusion, not from left to right; "
+                "see diffusion_generate"
+            )
+        if count < 1:
+            raise ValueError(f"LLaDAModelLM.generate: {count} new tokens are less than 1; diffusion_generate fills masks")
+        tokens = self.diffusion_generate(prompt, max_new_tokens=count, temperature=temperature, **kept)
+        is_end = torch.isin(tokens[:, start:], torch.tensor(ends, device=tokens.device))
+        after = is_end.cumsum(1) - is_end.long() > 0
+        return torch.cat([tokens[:, :start], tokens[:, start:].masked_fill(after, ends[0] if pad is None else pad)], dim=1)
 
     @torch.no_grad()
     def diffusion_generate(
@@ -104,6 +157,25 @@ class LLaDAGenerationMixin:
         # Positions count tokens only, so that a response follows its prompt at once wherever the padding is.
         padding = {"attention_mask": attended, "position_ids": (attended.cumsum(1) - 1).clamp(min=0)} if not attended.all() else {}
         return _denoise(self, tokens, ~wanted, blocks, options, padding)
+
+
+def _changed(config: GenerationConfig | None) -> dict[str, Any]:
+    """The settings of a generation config that are not its class's defaults."""
+    fields = {} if config is None else config.to_diff_dict()
+    return _without_none({name: value for name, value in fields.items() if not name.startswith("_")})
+
+
+def _without_none(settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def _temperature(do_sample: bool | None, temperature: float | None) -> float:
+    """transformers samples with `do_sample` only, at a temperature of 1 unless it is told another."""
+    if do_sample is False:
+        return 0.0
+    if temperature is None:
+        return 1.0 if do_sample else 0.0
+    return temperature
 
 
 def _prompt(input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

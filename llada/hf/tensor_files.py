@@ -66,7 +66,7 @@ def _files(folder: Path, index: str, single: str) -> dict[str, Path | None]:
         listed = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"]
         names = sorted(set(listed.values()))
         bad = [name for name in names if not isinstance(name, str) or Path(name).name != name or name in (".", "..")]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{folder / index}: not an index of weights ({error})") from None
     if bad:
         raise UserError(f"{folder / index}: {bad[0]!r} is not a file name in this folder; an index must not lead out of it")

@@ -15,10 +15,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from llada.config import RunConfig, build_config
-from llada.errors import RunError
+from llada.errors import RunError, UserError
+from llada.hf.folder import open_folder
 from llada.noise import stream, uniforms
 from llada.objectives import MaskedDiffusion, Window, collate
 from llada.settings import ModelSection
@@ -131,10 +133,17 @@ class Verification:
         input_ids, wanted = training_logits(sources, masters)
         if self.reference is not None:
             temporary = f"{self.reference}.partial"
-            save_file({"input_ids": input_ids, "logits": wanted.contiguous()}, temporary)
-            os.replace(temporary, self.reference)
+            try:
+                save_file({"input_ids": input_ids, "logits": wanted.contiguous()}, temporary)
+                os.replace(temporary, self.reference)
+            except (OSError, SafetensorError) as error:
+                raise RunError(f"--reference: {self.reference} cannot be written ({' '.join(str(error).split())})") from None
         if not self.compare:
             return
+        try:
+            open_folder(folder)
+        except UserError as error:
+            raise RunError(f"--verify: {error}") from None
         found = exported_logits(folder, input_ids)
         largest, scale = float((found - wanted).abs().max()), float(wanted.abs().max())
         allowed = _ROUNDED if self.rounded else TOLERANCE

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sys
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import torch
 
 from llada.chat import Message
 from llada.chat_template import chat_format
+from llada.errors import UserError
 from llada.sampling.diffusion import SamplingOptions, cut_at_end, generate
 from llada.sampling.diffusion import infill as fill
 from llada.sampling.gaps import parse
@@ -31,12 +33,13 @@ def sample(path: str, prompt: str, chat: bool, options: SamplingOptions, show: b
 def write(model: Sampler, prompt: str, chat: bool, options: SamplingOptions, show: bool = False) -> tuple[str, bool]:
     """The text, and whether it ends with EOS or the end of a turn."""
     tokenizer = model.tokenizer
+    _check_text(prompt, "PROMPT")
     ids = chat_format(tokenizer).prompt([Message("user", prompt)]) if chat else tokenizer.encode(prompt)
-    _note_if_long(model, len(ids) + options.length)
-    with Playback(tokenizer, model.specials.mask_id, len(ids)) if show else nullcontext() as playback:
+    player = Playback(tokenizer, model.specials.mask_id, len(ids)) if show else nullcontext()
+    with _enough_memory(model, len(ids) + options.length), player as playback:
         out = generate(model, torch.from_numpy(ids)[None].to(model.device), model.specials, options, playback)[0].tolist()
     text = cut_at_end(out, model.end_ids)
-    return tokenizer.decode(text), len(text) < len(out)
+    return tokenizer.decode(text, skip_special_tokens=True), len(text) < len(out)
 
 
 def infill(path: str, text: str, options: SamplingOptions, one_a_token: bool = False, show: bool = False) -> str:
@@ -57,14 +60,34 @@ def infill(path: str, text: str, options: SamplingOptions, one_a_token: bool = F
 
 def fill_gaps(model: Sampler, text: str, options: SamplingOptions, one_a_token: bool = False, show: bool = False) -> str:
     """The text with its gaps filled."""
+    _check_text(text, "TEXT")
     gapped = parse(text, model.tokenizer)
     if one_a_token:
         options = replace(options, steps=sum(end - start for start, end in gapped.spans), length=gapped.tokens.shape[1])
-    _note_if_long(model, gapped.tokens.shape[1])
-    with Playback(model.tokenizer, model.specials.mask_id) if show else nullcontext() as playback:
-        return model.tokenizer.decode(fill(model, gapped.tokens.to(model.device), model.specials, options, playback)[0].tolist())
+    length = gapped.tokens.shape[1]
+    player = Playback(model.tokenizer, model.specials.mask_id) if show else nullcontext()
+    with _enough_memory(model, length), player as playback:
+        filled = fill(model, gapped.tokens.to(model.device), model.specials, options, playback)[0].tolist()
+    return model.tokenizer.decode(filled, skip_special_tokens=True)
 
 
-def _note_if_long(model: Sampler, length: int) -> None:
+def _check_text(text: str, setting: str) -> None:
+    """Raises UserError for what the terminal could not decode, which Python keeps as lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{setting}: not UTF-8 at character {error.start + 1}") from None
+
+
+@contextmanager
+def _enough_memory(model: Sampler, length: int) -> Iterator[None]:
+    """Say how long a text is where that matters: longer than the training's, or too long for the memory of the device."""
     if length > model.longest:
         print(f"note: {length} tokens are more than the {model.longest} that the model was trained on", file=sys.stderr)
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        # On a CPU torch raises a plain RuntimeError.
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "not enough memory" not in str(error):
+            raise
+        raise UserError(f"MODEL: a text of {length} tokens does not fit into the memory of {model.device}; shorten it") from None

@@ -21,6 +21,8 @@ from llada.noise import stream, uniforms
 
 Model = Callable[[torch.Tensor], torch.Tensor]
 REMASKING = ("low_confidence", "random")
+LONGEST = 100_000
+"""Most tokens of a response, and most steps: more is a slip of the finger."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +55,13 @@ class SamplingOptions:
         for name, value, low in (("length", self.length, 1), ("steps", self.steps, 1), ("block-length", self.block, 1)):
             if value < low:
                 raise UserError(f"--{name}: {value} is less than {low}")
+            if value > LONGEST:
+                raise UserError(f"--{name}: {value} is more than {LONGEST}")
         for name, number in (("temperature", self.temperature), ("cfg", self.cfg)):
             if not 0 <= number < float("inf"):
                 raise UserError(f"--{name}: {number} is not a number of at least 0")
+        if not 0 <= self.seed < 2**64:
+            raise UserError(f"--seed: {self.seed} is not from 0 to 2^64 - 1")
         if self.remasking not in REMASKING:
             raise UserError(f"--remasking: '{self.remasking}' is not allowed; one of {', '.join(REMASKING)}")
         if self.length % self.block:

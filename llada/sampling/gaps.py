@@ -8,12 +8,11 @@ from dataclasses import dataclass
 import torch
 
 from llada.errors import UserError
+from llada.sampling.diffusion import LONGEST
 from llada.tokenizer import Tokenizer
 
 _GAP = re.compile(r"\[MASK(?:\*(\d+))?\]")
 _LIKELY = re.compile(r"\[\s*mask[^\]]*\]", re.IGNORECASE)
-LONGEST = 100_000
-"""Tokens of one gap at most: more is a slip of the finger."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +39,10 @@ def parse(text: str, tokenizer: Tokenizer) -> Gapped:
     last = 0
     for match in _GAP.finditer(text):
         ids += _text(text[last : match.start()], tokenizer)
-        count = int(match[1] or 1)
-        if not 1 <= count <= LONGEST:
-            raise UserError(f"TEXT: {match[0]} is a gap of {count} tokens; allowed are 1 to {LONGEST}")
+        digits = (match[1] or "1").lstrip("0") or "0"
+        if digits == "0" or len(digits) > len(str(LONGEST)) or int(digits) > LONGEST:
+            raise UserError(f"TEXT: {match[0]} is a gap of {digits} tokens; allowed are 1 to {LONGEST}")
+        count = int(digits)
         spans.append((len(ids), len(ids) + count))
         ids += [tokenizer.mask_id] * count
         last = match.end()

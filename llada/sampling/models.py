@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -9,7 +10,7 @@ import torch
 from llada.chat import END_OF_TURN
 from llada.errors import UserError
 from llada.hf.convert import model_config
-from llada.hf.folder import LLADA, check_mask, open_folder
+from llada.hf.folder import LLADA, check_mask, is_folder, open_folder
 from llada.model.stored import CheckpointWeights, StoredTensors, all_rows
 from llada.model.weights import Weights
 from llada.sampling.diffusion import Specials
@@ -52,9 +53,9 @@ def load(path: str | Path) -> Sampler:
     """
     folder = Path(path)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if (folder / "config.json").is_file():
+    if is_folder(folder):
         return _exported(folder, device)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # False too for a name that no file can have
         raise UserError(f"MODEL: no folder '{path}'")
     try:
         source = checkpoint.resolve(folder)

@@ -245,13 +245,13 @@ def resolve(path: str | Path, setting: str = "checkpoint") -> Path:
     Raises UserError, with what the user calls the folder, when there is none.
     """
     path = Path(path)
-    if (path / MARKER).is_file() or _NAME.match(path.name):
+    if os.path.isfile(path / MARKER) or _NAME.match(path.name):  # False too for a name that no file can have
         return path
-    for root in (path / "checkpoints", path):
+    for root in (path / "checkpoints", path) if os.path.isdir(path) else ():
         found = committed(root)
         if found:
             return found[-1]
-    if not path.exists():
+    if not os.path.exists(path):
         raise UserError(f"{setting}: no folder '{path}'")
     raise UserError(f"{setting}: '{path}' is neither a checkpoint with a {MARKER} file nor a run with one")
 

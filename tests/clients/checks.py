@@ -9,6 +9,8 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import os
+import shutil
 import sys
 import traceback
 from collections.abc import Callable
@@ -76,7 +78,7 @@ def auto_classes() -> None:
     assert not any(report.values()), report
     assert not said, said
     assert type(model).__module__.startswith("transformers_modules."), type(model).__module__
-    assert not model.can_generate()
+    assert model.can_generate()
     near(logits(model, input_ids=IDS), REFERENCE["logits"])
     same = AutoModel.from_pretrained(EXPORT, trust_remote_code=True)
     assert torch.equal(logits(same, input_ids=IDS), logits(model, input_ids=IDS))
@@ -288,6 +290,57 @@ def generated_by_diffusion() -> None:
     assert model.config.tokenizer_vocab_size == int(REFERENCE["num_tokens"])
 
 
+def generated_as_in_transformers() -> None:
+    """`generate`, a pipeline, and a pipeline of a conversation; what follows an end is padding."""
+    model, prompt = loaded(), REFERENCE["prompt"]
+    tokenizer = AutoTokenizer.from_pretrained(EXPORT, trust_remote_code=True)
+    found = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=16, steps=8, do_sample=False)
+    ends = torch.tensor(model.generation_config.eos_token_id)
+    assert ends.dim() == 1 and int(ends[0]) == model.config.eos_token_id
+    for row, wanted in zip(found.tolist(), REFERENCE["generated"].tolist(), strict=True):
+        end = next((i for i in range(prompt.shape[1], len(wanted)) if wanted[i] in ends), len(wanted))
+        assert row == wanted[: end + 1] + [model.config.pad_token_id] * (len(wanted) - end - 1)
+    writer = transformers.pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")
+    inputs = tokenizer("def main(", return_tensors="pt", return_token_type_ids=False)
+    text = tokenizer.decode(model.generate(**inputs, max_new_tokens=8)[0], skip_special_tokens=True)
+    assert writer("def main(", max_new_tokens=8, do_sample=False)[0]["generated_text"] == text
+    talk = [{"role": "user", "content": "What is a mask?"}]
+    answer = writer(talk, max_new_tokens=8, do_sample=False)[0]["generated_text"][-1]
+    assert answer["role"] == "assistant" and isinstance(answer["content"], str)
+    try:
+        writer("def main(", max_new_tokens=8, top_p=0.9)
+    except ValueError as error:
+        assert "top_p=0.9 not supported: text is written by diffusion" in str(error), error
+    else:
+        raise AssertionError("top_p is not refused")
+
+
+def weights_of_another_config() -> None:
+    folder = OUT / "other"
+    shutil.copytree(EXPORT, folder)
+    config = json.loads((folder / "config.json").read_text())
+    for layers, kind in ((config["n_layers"] + 1, "missing"), (config["n_layers"] - 1, "too many")):
+        (folder / "config.json").write_text(json.dumps({**config, "n_layers": layers}))
+        try:
+            AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+        except ValueError as error:
+            assert f"are not those of its config.json: {kind}: " in str(error), error
+        else:
+            raise AssertionError(f"{kind} weights are not refused")
+
+
+def code_of_the_model_card() -> None:
+    """Every program on the card runs as it stands there: sampling, and fine-tuning with transformers' Trainer."""
+    blocks = (EXPORT / "README.md").read_text().split("```python\n")[1:]
+    assert len(blocks) == 2
+    os.chdir(OUT)
+    for block in blocks:
+        exec(block.split("```")[0].replace('folder = "."', f"folder = {str(EXPORT)!r}"), {})
+    before, after = loaded().state_dict(), AutoModelForCausalLM.from_pretrained(OUT / "finetuned", trust_remote_code=True).state_dict()
+    assert before.keys() == after.keys()
+    assert not any(torch.equal(before[name], after[name]) for name in before), "every weight is trained"
+
+
 CHECKS: tuple[Callable[[], None], ...] = (
     auto_classes,
     weight_files,
@@ -302,6 +355,9 @@ CHECKS: tuple[Callable[[], None], ...] = (
     trainer_and_its_accumulation,
     adapters,
     generated_by_diffusion,
+    generated_as_in_transformers,
+    weights_of_another_config,
+    code_of_the_model_card,
 )
 
 

@@ -236,9 +236,10 @@ def test_a_folder_that_computes_something_else_is_not_kept(workplace: Workplace,
     ("arguments", "message"),
     [
         (["nowhere", "out"], "checkpoint: no folder 'nowhere'"),
+        (["a" * 300, "out"], "checkpoint: no folder 'aaa"),
         (["whole", "out", "--dtype", "fp8"], "--dtype: 'fp8' is not allowed; one of fp32, bf16, fp16"),
         (["whole", "corpus"], "OUT: 'corpus' exists"),
-        (["whole", "out", "--reference", "no/such/folder/r.safetensors"], "--reference: no folder 'no/such/folder'"),
+        (["whole", "out", "--reference", "/proc/no/r.safetensors"], "--reference: '/proc/no/r.safetensors' cannot be made (No such file"),
     ],
 )
 def test_refusals_of_the_command(arguments: list[str], message: str, workplace: Workplace) -> None:
@@ -337,7 +338,7 @@ def test_sizes(text: str, size: int) -> None:
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "GB", "5 apples", "-3GB", "0", "5GBit", "1e9"])
+@pytest.mark.parametrize("text", ["", "GB", "5 apples", "-3GB", "0", "5GBit", "1e9", f"{'9' * 400}TB"], ids=lambda text: text[:8])
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(UserError, match=r"--max-shard-size: '.*' is not a size"):
         parse_size(text)
@@ -365,6 +366,12 @@ def test_the_model_card_says_what_the_checkpoint_knows(workplace: Workplace, tmp
     shapes = load_file(tmp_path / "out" / "model.safetensors")
     assert f"{sum(tensor.numel() for tensor in shapes.values()):,} (" in card
     assert str(workplace.folder) not in card
+    example = Path(module.__file__).with_name("finetuning_example.py").read_text()
+    assert f"```python\n{example}```" in card
+    assert f"```python\n{example}```" in (Path(__file__).parents[2] / "docs" / "sft.md").read_text(), "the docs show the same program"
+    tokenizer = Tokenizer.load(tmp_path / "out")
+    generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == [tokenizer.eos_id, tokenizer.id_of("<|eot_id|>")]
     code = card.split("```python\n")[1].split("```")[0].replace('folder = "."', f"folder = {str(tmp_path / 'out')!r}")
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import PretrainedConfig
 
 from data_tools.prepare import prepare
 from data_tools.readers import ReadOptions, Report, read
 from llada.errors import RunError, UserError
 from llada.hf.convert import to_hf
+from llada.hf.folder import open_folder
 from llada.hf.importing import ImportOptions, from_hf
 from llada.hf.modeling_llada import LLaDAModelLM
 from llada.settings import ModelSection
@@ -286,6 +288,10 @@ def cut(name: str, count: int) -> Callable[[Path], None]:
         (change(model_type="qwen2"), r"model_type 'qwen2' is not read; one of llada, llama, mistral"),
         (change(model_type="lada"), r"did you mean 'llada'"),
         (change(architectures=["LLaDAMoEModelLM"]), r"architectures \['LLaDAMoEModelLM'\] is not read"),
+        (change(pruned_heads={"0": [1]}), r"not computed here: pruned_heads \{'0': \[1\]\} \(only \{\}\)"),
+        (change(is_decoder=True), r"is_decoder True \(only False\)"),
+        (change(n_layers=10**12), r"it has 1000000000000 layers, and there are 21 tensors"),
+        (lambda folder: (folder / "config.json").write_text("[" * 5000 + "]" * 5000), "config.json: not JSON"),
         (change(rope_scaling={"type": "linear", "factor": 4.0}), r"not known here, so not computed: rope_scaling"),
         (change(n_heads=0), "n_heads: 0 is not a positive integer"),
         (change(n_kv_heads=0), "n_kv_heads: 0 is not a positive integer"),
@@ -345,6 +351,30 @@ def test_llamas_that_are_refused(fields: dict[str, Any], message: str, plain_tok
     change(rope_parameters="gone", **fields)(tmp_path / "llama")
     with pytest.raises(UserError, match=message):
         from_hf(tmp_path / "llama", tmp_path / "checkpoint", ImportOptions(add_mask_token=True))
+
+
+DEFAULTS_OF_4_46 = {
+    **{"return_dict": True, "output_hidden_states": False, "output_attentions": False, "torchscript": False, "use_bfloat16": False},
+    **{"tf_legacy_loss": False, "pruned_heads": {}, "tie_word_embeddings": True, "chunk_size_feed_forward": 0, "is_decoder": False},
+    **{"is_encoder_decoder": False, "cross_attention_hidden_size": None, "add_cross_attention": False, "tie_encoder_decoder": False},
+    **{"max_length": 20, "min_length": 0, "do_sample": False, "early_stopping": False, "num_beams": 1, "num_beam_groups": 1},
+    **{"diversity_penalty": 0.0, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "typical_p": 1.0, "repetition_penalty": 1.0},
+    **{"length_penalty": 1.0, "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0, "bad_words_ids": None},
+    **{"num_return_sequences": 1, "output_scores": False, "return_dict_in_generate": False, "forced_bos_token_id": None},
+    **{"forced_eos_token_id": None, "remove_invalid_values": False, "exponential_decay_length_penalty": None, "suppress_tokens": None},
+    **{"begin_suppress_tokens": None, "finetuning_task": None, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}},
+    **{"tokenizer_class": None, "prefix": None, "sep_token_id": None, "decoder_start_token_id": None, "task_specific_params": None},
+    **{"problem_type": None, "_attn_implementation_autoset": False},
+}
+"""What `PretrainedConfig().to_dict()` gives in transformers 4.46.3, less ids, names and dtype."""
+
+
+def test_a_config_written_in_full_is_read(workplace: Workplace, tmp_path: Path) -> None:
+    published_folder(tmp_path / "folder", workplace.folder / "tokenizer")
+    own = json.loads((tmp_path / "folder" / "config.json").read_text())
+    for fields in (DEFAULTS_OF_4_46, PretrainedConfig().to_dict(), {"temperature": 0.7, "max_length": 4096}):
+        (tmp_path / "folder" / "config.json").write_text(json.dumps({**fields, **own}))
+        assert open_folder(tmp_path / "folder").model.num_layers == 2
 
 
 def test_a_run_refuses_a_folder_whose_config_names_another_mask(workplace: Workplace, tmp_path: Path) -> None:

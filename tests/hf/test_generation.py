@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from llada.hf.modeling_llada import LLaDAModelLM
 from llada.sampling import diffusion
@@ -180,8 +181,47 @@ def test_num_tokens_goes_before_the_config_and_the_rows_are_the_last_resort() ->
     assert (hf.diffusion_generate(prompts(), max_new_tokens=8)[:, 5:] >= KNOWN).any()
 
 
-def test_text_from_left_to_right_is_not_offered() -> None:
-    hf = model()
-    assert not hf.can_generate()
+def test_generate_of_transformers_writes_by_diffusion_and_pads_what_follows_an_end() -> None:
+    hf, prompt = model(), prompts()
+    plain = hf.diffusion_generate(prompt, max_new_tokens=12, steps=6)
+    end, pad = int(plain[0, 7]), 99
+    found = hf.generate(prompt, max_new_tokens=12, steps=6, eos_token_id=[end, MASK], pad_token_id=pad, num_beams=1, top_p=None)
+    for row, wanted in zip(found.tolist(), plain.tolist(), strict=True):
+        stop = next((i for i in range(5, 17) if wanted[i] == end), 17)
+        assert row == wanted[: stop + 1] + [pad] * (16 - stop)
+    assert found[0, 8] == pad
+    by_config = GenerationConfig(max_length=17, eos_token_id=[end], pad_token_id=pad)
+    assert torch.equal(hf.generate(input_ids=prompt, generation_config=by_config, steps=6), found)
+    assert hf.generate(max_new_tokens=3).shape == (1, 3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "temperature"),
+    [({}, 0.0), ({"do_sample": True}, 1.0), ({"do_sample": False, "temperature": 0.7}, 0.0), ({"temperature": 0.7}, 0.7)],
+)
+def test_sampling_is_chosen_as_in_transformers(settings: dict[str, Any], temperature: float) -> None:
+    hf, draw = model(), torch.Generator
+    hf.config.eos_token_id = 127  # never written
+    hf.generation_config.eos_token_id = None
+    wanted = hf.diffusion_generate(prompts(), max_new_tokens=6, temperature=temperature, generator=draw().manual_seed(5))
+    assert torch.equal(hf.generate(prompts(), max_new_tokens=6, generator=draw().manual_seed(5), **settings), wanted)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"top_p": 0.9, "num_beams": 4}, r"top_p=0.9, num_beams=4 not supported: text is written by diffusion.*see diffusion_generate"),
+        ({"generation_config": GenerationConfig(repetition_penalty=1.2)}, "repetition_penalty=1.2 not supported"),
+        ({"step": 3}, "step=3 not supported"),
+        ({"max_length": 5, "max_new_tokens": None}, "0 new tokens are less than 1"),
+    ],
+)
+def test_settings_for_text_from_left_to_right_are_refused_in_one_line(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        model().generate(prompts(), **{"max_new_tokens": 4, **settings})
+    assert "\n" not in str(caught.value)
+
+
+def test_peft_finds_a_name_that_nobody_calls() -> None:
     with pytest.raises(NotImplementedError, match="diffusion_generate"):
-        hf.prepare_inputs_for_generation(prompts())
+        model().prepare_inputs_for_generation(prompts())

@@ -174,7 +174,7 @@ def test_both_generations_of_transformers_are_told_what_there_is() -> None:
     flags = ("_supports_sdpa", "_supports_flash_attn_2", "_supports_flash_attn")
     assert all(getattr(LLaDAModelLM, name) for name in flags)
     assert LLaDAModelLM.accepts_loss_kwargs is False
-    assert not LLaDAModelLM.can_generate()
+    assert LLaDAModelLM.can_generate()
 
 
 @pytest.mark.parametrize("tied", [False, True])

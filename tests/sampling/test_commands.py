@@ -70,6 +70,30 @@ def test_the_text_around_a_gap_stays(export: Path) -> None:
     assert "\ny = " in out
 
 
+def test_special_tokens_are_not_printed(export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load(export)
+    eos, yes = model.specials.eos_id, model.tokenizer.encode("y").tolist()[0]
+
+    def forced(self: Any, tokens: torch.Tensor) -> torch.Tensor:
+        logits = torch.zeros(*tokens.shape, 512)
+        logits[:, ::2, eos] = logits[:, 1::2, yes] = 9.0
+        return logits
+
+    monkeypatch.setattr(type(model), "__call__", forced)
+    assert commands.fill_gaps(model, "[MASK*4]", SamplingOptions(steps=1)) == "yy"
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes")])
+def test_a_text_that_does_not_fit_into_memory(error: Exception, export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Any, tokens: torch.Tensor) -> torch.Tensor:
+        raise error
+
+    model = load(export)
+    monkeypatch.setattr(type(model), "__call__", fail)
+    with pytest.raises(UserError, match="a text of 5 tokens does not fit into the memory of cpu; shorten it"):
+        commands.write(model, "", False, SamplingOptions(5, 5))
+
+
 def test_a_prompt_from_stdin(export: Path) -> None:
     result = CliRunner().invoke(app, ["sample", str(export), "-", "--length", "4"], input="import os")
     assert result.stdout == run("sample", export, "import os", "--length", "4")
@@ -202,6 +226,11 @@ def test_code_in_a_folder_is_not_run(export: Path, tmp_path: Path) -> None:
         (["sample", "nowhere"], "MODEL: no folder 'nowhere'"),
         (["sample", "{corpus}"], "is neither an exported folder"),
         (["sample", "{export}", "x", "--remasking", "high"], "--remasking: 'high' is not allowed"),
+        (["sample", "{export}", "x", "--length", str(10**12)], "--length: 1000000000000 is more than 100000"),
+        (["sample", "{export}", "x", "--length", "8", "--steps", str(10**12)], "--steps: 1000000000000 is more than 100000"),
+        (["sample", "a" * 5000, "x"], "MODEL: no folder 'aaa"),
+        (["infill", "{export}", f"[MASK*{'9' * 5000}]"], "allowed are 1 to 100000"),
+        (["sample", "{export}", "ab\udcff"], "PROMPT: not UTF-8 at character 3"),
         (["infill", "{export}", "no gap"], "TEXT: no gap; write [MASK]"),
         (["infill", "{export}", "a [MASK*0] b"], "is a gap of 0 tokens"),
         (["infill", "{export}", "a [mask] b"], "TEXT: no gap; write [MASK]"),

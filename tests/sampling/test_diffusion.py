@@ -191,6 +191,8 @@ def test_a_text_is_cut_at_the_first_of_the_tokens_that_end_it() -> None:
         ({"length": 12, "block_length": 4, "steps": 4}, "--steps: 4 is not a multiple of the 3 blocks"),
         ({"temperature": -1.0}, "--temperature: -1.0"),
         ({"cfg": float("nan")}, "--cfg: nan"),
+        ({"seed": -1}, r"--seed: -1 is not from 0 to 2\^64 - 1"),
+        ({"seed": 10**30}, "--seed: 10000"),
         ({"remasking": "low"}, "--remasking: 'low' is not allowed; one of low_confidence, random"),
     ],
 )
