@@ -4,22 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch.distributed as dist
-
-from llada.errors import UserError
-from llada.training.folder import hold
+from tests.distributed.holding import hold_and_release
 from tests.distributed.pool import RankPool
-
-
-def hold_and_release(path: Path) -> tuple[bool, str]:
-    """Whether this rank held the folder, and what it was refused for."""
-    try:
-        held = hold(path, dist.get_rank(), lambda: False)
-    except UserError as error:
-        return False, str(error)
-    if held is not None:
-        held.release()
-    return held is not None, ""
 
 
 def test_rank_0_holds_the_folder_and_all_are_refused_together(pool: RankPool, tmp_path: Path) -> None:

@@ -1,0 +1,21 @@
+"""What every rank does in the test of holding a run folder; the ranks import it by its full name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch.distributed as dist
+
+from llada.errors import UserError
+from llada.training.folder import hold
+
+
+def hold_and_release(path: Path) -> tuple[bool, str]:
+    """Whether this rank held the folder, and what it was refused for."""
+    try:
+        held = hold(path, dist.get_rank(), lambda: False)
+    except UserError as error:
+        return False, str(error)
+    if held is not None:
+        held.release()
+    return held is not None, ""
