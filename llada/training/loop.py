@@ -66,6 +66,7 @@ def train(config: RunConfig, stop: StopRequest, allow_changed: bool = False, rew
         with suppress(Exception):  # what failed first is what the user has to know
             if isinstance(error, Exception):
                 run.tell("failed", reason=str(error), failure=True)
+        with suppress(Exception):
             run.close()
         raise
     run.close()
