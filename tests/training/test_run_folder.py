@@ -160,7 +160,7 @@ def test_a_corpus_deleted_meanwhile_is_named_and_the_checkpoints_have_its_tokeni
     """The training shards are open by then; the validation's is not."""
     corpus = workplace.folder / "passing"
     shutil.copytree(workplace.folder / "corpus", corpus)
-    with pytest.raises(UserError, match=r"^passing/validation-00000.idx: missing from the corpus passing; put it back") as caught:
+    with pytest.raises(UserError, match=r"^passing/validation-00000.(bin|idx): missing from the corpus passing; put it back") as caught:
         run(
             workplace,
             monkeypatch,
