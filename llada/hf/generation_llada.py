@@ -56,7 +56,7 @@ class LLaDAGenerationMixin(GenerationMixin):
         """peft looks this name up when it wraps a causal language model; only text from left to right would call it."""
         raise NotImplementedError("LLaDA does not write from left to right: call diffusion_generate")
 
-    def generate(  # type: ignore[override]
+    def generate(
         self, inputs: torch.Tensor | None = None, generation_config: GenerationConfig | None = None, **settings: Any
     ) -> torch.Tensor:
         """`diffusion_generate` for callers of transformers' `generate`, pipelines among them.
@@ -141,7 +141,7 @@ class LLaDAGenerationMixin(GenerationMixin):
             ValueError: a setting outside its range, shapes that do not fit, [MASK] in a prompt that is to be continued, no [MASK]
                 in rows that are to be filled.
         """
-        tokens, attended = _prompt(input_ids, attention_mask, next(self.parameters()).device)  # type: ignore[attr-defined]
+        tokens, attended = _prompt(input_ids, attention_mask, next(self.parameters()).device)
         mask_id, num_tokens = _ids(self.config, num_tokens)
         _check(max_new_tokens, temperature, cfg_scale, remasking)
         rows, start = tokens.shape

@@ -290,7 +290,7 @@ def cut(name: str, count: int) -> Callable[[Path], None]:
         (change(architectures=["LLaDAMoEModelLM"]), r"architectures \['LLaDAMoEModelLM'\] is not read"),
         (change(pruned_heads={"0": [1]}), r"not computed here: pruned_heads \{'0': \[1\]\} \(only \{\}\)"),
         (change(is_decoder=True), r"is_decoder True \(only False\)"),
-        (change(n_layers=10**12), r"it has 1000000000000 layers, and there are 21 tensors"),
+        (change(n_layers=9000), r"it has 9000 layers, and there are 21 tensors"),
         (lambda folder: (folder / "config.json").write_text("[" * 5000 + "]" * 5000), "config.json: not JSON"),
         (change(rope_scaling={"type": "linear", "factor": 4.0}), r"not known here, so not computed: rope_scaling"),
         (change(n_heads=0), "n_heads: 0 is not a positive integer"),
