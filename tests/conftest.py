@@ -53,6 +53,7 @@ def has_room(folder: Path) -> bool:
     return status.f_bavail * status.f_frsize >= ROOM and not status.f_flag & os.ST_NOEXEC
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONGEST.index(folder(item)) if folder(item) in LONGEST else len(LONGEST))
     for item in items:
