@@ -38,7 +38,7 @@ TORCH := $(VENV)/.torch
 TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 # Tests side by side, and at the end what the suite cost. PYTEST_ARGS="-n 0" runs one at a time, in pytest's own process.
 PYTEST = TIMEFORMAT='make: $@ took %1R s, and %1U + %1S s of CPU'; time $(BIN)/python -m pytest
-SIDE_BY_SIDE := -n $(TEST_WORKERS) --dist loadgroup --no-loadscope-reorder
+SIDE_BY_SIDE := -n $(TEST_WORKERS) --dist loadscope --no-loadscope-reorder
 comma := ,
 fail = { echo "make: $(1)" >&2; exit 1; }
 check_build = [ "$$(cat $(TORCH))" = "$(TORCH_BUILD)" ] \

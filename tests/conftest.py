@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -53,15 +54,26 @@ def has_room(folder: Path) -> bool:
     return status.f_bavail * status.f_frsize >= ROOM and not status.f_flag & os.ST_NOEXEC
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONGEST.index(folder(item)) if folder(item) in LONGEST else len(LONGEST))
-    for item in items:
-        # The ranks of one pool serve all distributed tests, and a file's tests share its fixtures. Planted mistakes share nothing.
-        if folder(item) != "mutations":
-            name = "" if folder(item) == "distributed" else item.path.name
-            item.add_marker(pytest.mark.xdist_group(f"{folder(item)}/{name}"))
     skip_without_gpu([item for item in items if item.get_closest_marker("gpu")])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Which tests one worker of pytest-xdist runs: those of a file, which share its fixtures, and all distributed ones, which share a
+    pool of ranks. Planted mistakes share nothing."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path = nodeid.partition("::")[0]
+            name = Path(path).parent.name
+            if name == "mutations":
+                return nodeid
+            return name if name == "distributed" else path
+
+    return ByFile(config, log)
 
 
 def folder(item: pytest.Item) -> str:
