@@ -222,6 +222,8 @@ def run_ranks(
     records.refresh(everything=True)
     if not killed:
         lost.look(records, at_last=True)
+        if process.returncode < 0 and len(records.exits) < len(records.starts):
+            machine.kill(process, records.starts)  # the ranks outlive torchrun, and would hold the run folder against the next attempt
     if not absent and not records.all_started:
         absent = _absent(machine.hosts, ranks, records.starts)
     launcher = process.returncode, _last_line(folder / "launcher.log")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -122,7 +123,10 @@ def describe(end: StepEnd, unreachable: list[str]) -> str:
     missing = sorted(set(range(end.ranks)) - {one.rank for one in end.exits})
     if missing:
         names = ", ".join(str(rank) for rank in missing[:8]) + (", ..." if len(missing) > 8 else "")
-        said = f" ({end.launcher[1]})" if end.launcher[1] else ""
+        code, line = end.launcher
+        if code < 0:
+            line = f"the process that started the ranks was killed by {signal.Signals(-code).name}"
+        said = f" ({line})" if line else ""
         return f"rank {names}: gone without a word{said}{gone}"
     return f"every rank left to be started again, none says why{gone}"
 

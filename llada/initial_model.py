@@ -64,7 +64,7 @@ def complete_model(raw: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(source, str) or not isinstance(stated, dict):
         return raw
     try:
-        return {**raw, "model": {**model_of(source, "run.init_from"), **stated}}
+        return {**raw, "model": {**_model_of_source(source, "run.init_from", run), **stated}}
     except UserError:  # perhaps it is made later; the start of the run reads it and compares
         return raw
 

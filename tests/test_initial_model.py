@@ -71,15 +71,17 @@ def test_a_run_whose_source_is_gone_has_its_own_section(tmp_path: Path) -> None:
     source, config = run_folder(tmp_path / "source"), write(tmp_path, None, init_from=str(tmp_path / "source"))
     model = load_config(config).model
     shutil.rmtree(source)
-    with pytest.raises(UserError, match=r"^run.init_from: '.*source' is neither a checkpoint"):
+    with pytest.raises(UserError, match=r"^run.init_from: no folder '.*source'"):
         load_config(config)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump({"model": model.model_dump()}))
     assert load_config(config).model == model
+    partial = write(tmp_path, CONFIG["model"], init_from=str(source))
+    assert load_config(partial).model == model, "what it leaves out was taken from the folder before, and must not become a default now"
 
 
 def test_without_a_source_the_section_is_required(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^model: missing"):
         load_config(write(tmp_path, None))
-    with pytest.raises(UserError, match=r"^model.from: '.*nowhere' is neither"):
+    with pytest.raises(UserError, match=r"^model.from: no folder '.*nowhere'"):
         load_config(write(tmp_path, {"from": str(tmp_path / "nowhere")}))

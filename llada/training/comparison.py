@@ -7,6 +7,7 @@ share, the difficulty of the text and most of the noise, is in neither the diffe
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -94,8 +95,9 @@ def open_runs(paths: Sequence[str], step: str | None, corpus: str | None) -> lis
 
 def _steps(path: str) -> list[int]:
     run = Path(path)
-    if not run.is_dir():
-        near = did_you_mean(run.name, [other.name for other in run.parent.iterdir() if other.is_dir()] if run.parent.is_dir() else [])
+    if not os.path.isdir(run):  # False too for a name that no folder can have
+        beside = run.parent.iterdir() if os.path.isdir(run.parent) else ()
+        near = did_you_mean(run.name, [other.name for other in beside if other.is_dir()])
         raise UserError(f"RUN: no folder '{path}'{near}")
     steps = validation_files.steps(run)
     if not steps:

@@ -93,6 +93,8 @@ class RunLock:
         """Raises UserError for a lock that no run can have left, which must not be deleted."""
         if self._path.is_dir():
             what = "a folder"
+        elif self._path.is_symlink():
+            what = "a link"
         elif _is_foreign(self._path):
             what = "a file that no run wrote"
         else:

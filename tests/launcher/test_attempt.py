@@ -37,17 +37,19 @@ class StandIn:
     Attributes:
         files: name -> content; launcher.log is what srun says.
         ends: srun ends by itself.
+        words: a command in srun's place.
     """
 
     files: dict[str, str]
     ends: bool = False
     hosts: list[str] = field(default_factory=lambda: ["n0", "n1"])
     kills: int = 0
+    words: list[str] | None = None
 
     def start(self, command: Sequence[str], ranks: int, folder: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
         for name, text in self.files.items():
             (folder / name).write_text(text)
-        return subprocess.Popen(["true"] if self.ends else ["sleep", "600"])
+        return subprocess.Popen(self.words or (["true"] if self.ends else ["sleep", "600"]))
 
     def deliver(self, name: str, starts: list[dict[str, Any]]) -> None: ...
 
@@ -117,6 +119,16 @@ def test_a_parent_killed_with_its_rank_ends_a_single_process_too(tmp_path: Path)
     asked = Asked(StopRequest(), tmp_path / STOP)
     end = run_ranks(machine, [sys.executable, "-c", code], 1, tmp_path, {}, asked, LIMITS)
     assert end.first_failure is not None and end.first_failure.parent is not None and end.first_failure.code == -signal.SIGKILL
+
+
+def test_ranks_do_not_outlive_the_process_that_started_them(tmp_path: Path) -> None:
+    """Of a killed torchrun they would train on, and hold the run folder against the next attempt."""
+    said = "Setting OMP_NUM_THREADS environment variable for each process to be 1 in default\n"
+    machine = StandIn({**started(0), **started(1), "launcher.log": said}, words=["sh", "-c", "kill -9 $$"])
+    end = run(machine, tmp_path)
+    assert machine.kills == 1 and not end.killed
+    reason = "rank 0, 1: gone without a word (the process that started the ranks was killed by SIGKILL)"
+    assert decide(end, Situation(), LIMITS).reason == reason
 
 
 def test_a_stop_of_the_last_moment_is_seen_by_the_decision(tmp_path: Path) -> None:

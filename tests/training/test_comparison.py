@@ -142,6 +142,8 @@ def test_steps(tmp_path: Path) -> None:
         chosen(a, b, step="newest")
     with pytest.raises(UserError, match="RUN: 1 given; name two runs or more"):
         chosen(a, step=None)
+    with pytest.raises(UserError, match=r"RUN: no folder '.*/x{300}'$"):
+        differences(a, str(tmp_path / ("x" * 300)))
     with pytest.raises(UserError, match=r"RUN: no folder '.*/aa' \(did you mean 'a'\?\)"):
         chosen(a, f"{a}a", step=None)
     (tmp_path / "empty").mkdir()

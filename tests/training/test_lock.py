@@ -134,3 +134,11 @@ def test_a_lock_that_no_run_left_is_refused_and_kept(what: str, content: str | N
     with pytest.raises(UserError, match=f"^run.dir: '{path}' is {what}, and a run keeps its lock there; move it away, or choose"):
         RunLock(tmp_path)
     assert path.is_dir() if content is None else path.read_text() == content
+
+
+def test_a_lock_that_is_a_link_to_nothing_is_refused(tmp_path: Path) -> None:
+    """A lock cannot be made beside it, and there is nothing whose age could be waited for."""
+    (tmp_path / lock.NAME).symlink_to(tmp_path / "gone")
+    with pytest.raises(UserError, match="is a link, and a run keeps its lock there"):
+        RunLock(tmp_path)
+    assert os.listdir(tmp_path) == [lock.NAME]
