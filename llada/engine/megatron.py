@@ -72,6 +72,7 @@ class MegatronEngine:
         for chunk in self.chunks:
             _mark_sharded(self._parameters(chunk))
             initialise(config.model, config.seed, self._parameters(chunk), *self._tensor_place())
+        self.replicas: list[DistributedDataParallel] = []
         if not training:
             return
         self.replicas = [self._replicate(chunk) for chunk in self.chunks]
