@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,9 @@ LONGEST = ("distributed", "slurm", "mutations", "training", "hf", "engine", "sam
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        # A shell that starts a command in the background has it ignore Ctrl-C, and with it every program that a test starts.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     on_gpu = config.option.markexpr == "gpu"
     if not on_gpu:
         os.environ.setdefault(device.VARIABLE, "cpu")

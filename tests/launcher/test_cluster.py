@@ -67,7 +67,7 @@ def test_mistakes_are_one_line(tmp_path: Path, settings: dict[str, Any], message
 
 def test_a_profile_that_is_none(tmp_path: Path) -> None:
     load(tmp_path)
-    with pytest.raises(UserError, match=r"--cluster: no file '.*profil.yaml' \(did you mean 'profile.yaml'\?\)"):
+    with pytest.raises(UserError, match=r"--cluster: no file '.*profil.yaml' \(did you mean '.*profile.yaml'\?\)"):
         load_profile(tmp_path / "profil.yaml")
     (tmp_path / "broken.yaml").write_text("time: [")
     with pytest.raises(UserError, match=r"--cluster: .*broken.yaml is not valid YAML"):

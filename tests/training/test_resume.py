@@ -138,7 +138,8 @@ def test_a_new_run_starts_from_a_checkpoint_and_records_where_its_weights_came_f
 
 def test_the_run_folder(workplace: Workplace) -> None:
     folder = workplace.folder / "whole"
-    assert sorted(path.name for path in folder.iterdir()) == ["checkpoints", "config.yaml", "events.jsonl", "loss.png", "metrics.jsonl"]
+    files = ["checkpoints", "config.yaml", "events.jsonl", "loss.png", "metrics.jsonl", "validation"]
+    assert sorted(path.name for path in folder.iterdir()) == files
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
     lines = workplace.lines("whole")
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 13))
