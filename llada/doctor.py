@@ -32,7 +32,7 @@ _REQUIRED = (
     "omegaconf",
 )
 _OPTIONAL = {
-    "flash-attn": 'faster attention on a GPU: pip install "llada[gpu]"',
+    "flash-attn": "faster attention on a GPU: make flash-attn, in a clone (docs/first-gpu-run.md)",
     "fastokens": 'faster tokenizing: pip install "llada[fast]"',
     "gigatoken": 'faster tokenizing: pip install "llada[fast]"',
     "tensorboard": "logging.tensorboard needs it: pip install tensorboard",
@@ -180,7 +180,7 @@ def _attention() -> Iterator[Finding]:
     from llada.model.attention import kernel_name, varlen_kernel
 
     if varlen_kernel(torch.cuda.get_device_capability()[0]) is None:
-        yield Finding(topic, "none for bf16 on this GPU", "problem", 'pip install "llada[gpu]"')
+        yield Finding(topic, "none for bf16 on this GPU", "problem", "make flash-attn, in a clone (docs/first-gpu-run.md)")
     else:
         yield Finding(topic, f"used here for bf16: {kernel_name()}")
 

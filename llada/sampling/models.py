@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from llada.chat import END_OF_TURN
-from llada.errors import UserError
+from llada.errors import RunError, UserError
 from llada.hf.convert import model_config
 from llada.hf.folder import LLADA, check_mask, is_folder, open_folder
 from llada.model.stored import CheckpointWeights, StoredTensors, all_rows
@@ -37,9 +37,12 @@ class Sampler:
         self.end_ids = {tokenizer.eos_id} if end_of_turn is None else {tokenizer.eos_id, end_of_turn}
 
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Logits [b, s, rows] of ids [b, s]."""
+        """Logits [b, s, rows] of ids [b, s]. Raises RunError if they are not finite: the best token of NaN would be the first."""
         with torch.no_grad():
-            return self._model(tokens).logits
+            logits: torch.Tensor = self._model(tokens).logits
+        if not logits.isfinite().all():
+            raise RunError("MODEL: its logits are not finite: the weights are damaged, or of a run that failed")
+        return logits
 
 
 def load(path: str | Path) -> Sampler:

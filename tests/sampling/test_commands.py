@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from llada.cli import app
-from llada.errors import UserError
+from llada.errors import RunError, UserError
 from llada.hf.convert import to_hf
 from llada.sampling import commands
 from llada.sampling.diffusion import SamplingOptions
@@ -208,6 +209,19 @@ def test_folders_that_cannot_be_used(name: str, change: Any, message: str, expor
     folder = changed(export, tmp_path / "broken", name, change)
     assert message in refusal("sample", folder, "x", "--length", "2")
     assert message in refusal("infill", folder, "[MASK]")
+
+
+def test_weights_that_are_not_finite(export: Path, tmp_path: Path) -> None:
+    def spoil(path: Path) -> None:
+        tensors = load_file(path)
+        tensors["model.transformer.blocks.0.ff_out.weight"][0, 0] = float("nan")
+        save_file(tensors, path, {"format": "pt"})
+
+    folder = changed(export, tmp_path / "spoiled", "model.safetensors", spoil)
+    for words in (("sample", folder, "x", "--length", "2"), ("infill", folder, "[MASK]")):
+        result = CliRunner().invoke(app, [str(word) for word in words])
+        assert isinstance(result.exception, RunError), result.output
+        assert "logits are not finite" in str(result.exception)
 
 
 def test_a_model_that_writes_from_left_to_right_is_refused(workplace: Workplace, tmp_path: Path) -> None:
