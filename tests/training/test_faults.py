@@ -87,7 +87,7 @@ def test_twenty_kills_of_a_random_rank_at_random_moments(workplace: Workplace) -
         if alive:
             rng.choice(alive).send_signal(signal.SIGKILL)
             kills += 1
-            codes = end(ranks, 120)
+            codes = end(ranks, 45)
             slow_survivors += sum(code == -signal.SIGKILL for code in codes) - 1
         assert strays(workplace.folder) == []
         if not alive or kills == ROUNDS:
