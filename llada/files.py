@@ -103,9 +103,9 @@ def require_space(output: str | Path, needed: int, setting: str) -> None:
         raise UserError(f"{setting}: '{output}' needs {readable_size(needed)}, and {folder} has {readable_size(free)} left")
 
 
-def readable_size(count: int) -> str:
+def readable_size(count: float) -> str:
     """A number of bytes for people, with three digits: 870 bytes, 1.05 MB, 14.2 GB."""
-    size, unit = float(count), "bytes"
+    size, unit = count, "bytes"
     for larger in ("kB", "MB", "GB", "TB", "PB"):
         if size < 999.5:
             break

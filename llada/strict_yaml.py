@@ -13,6 +13,7 @@ import yaml
 from llada.errors import UserError
 
 _MOST_VALUES = 100_000
+_BINARY = re.compile(r"[-+]?0b[01_]+$")
 _OCTAL = re.compile(r"[-+]?0[0-9_]+$")
 _SEXAGESIMAL = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?$")
 
@@ -56,5 +57,7 @@ def _check(node: yaml.Node, where: str) -> None:
         raise UserError(f"{line}: {value} is {meaning} to some YAML readers and text to others; write {meaning}, or '{value}' in quotes")
     if _SEXAGESIMAL.match(value):
         raise UserError(f"{line}: {value} is a number to base 60 to some YAML readers; write the number itself, or '{value}' in quotes")
+    if kind == "int" and _BINARY.match(value):
+        raise UserError(f"{line}: {value} is a binary number to some YAML readers; write it in decimal, or '{value}' in quotes")
     if kind == "int" and _OCTAL.match(value):
         raise UserError(f"{line}: {value} is an octal number to some YAML readers; write it without the leading 0, or in quotes")

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from llada.config import RunConfig
+from llada.files import readable_size
 from llada.model.flops import step_flops
 from llada.model.weights import num_parameters
 
@@ -30,7 +31,7 @@ class CheckpointVolume:
     kept: int
 
     def __str__(self) -> str:
-        return f"{size_text(self.bytes_each)} each, {self.kept:,} kept at the end, {size_text(self.bytes_each * self.kept)} in all"
+        return f"{readable_size(self.bytes_each)} each, {self.kept:,} kept at the end, {readable_size(self.bytes_each * self.kept)} in all"
 
 
 def checkpoint_volume(config: RunConfig) -> CheckpointVolume:
@@ -59,12 +60,7 @@ def describe(config: RunConfig) -> list[str]:
         f"{flops * config.batch.global_ * config.train.steps:.3g} in all (forward and backward, whole rows, head on half of the positions)",
         f"tokens: {config.tokens_per_step:,} a step, {config.tokens_per_step * config.train.steps:,} in all"
         + (" at most" if config.task == "sft" else ""),
-        f"state: {size_text(replica)} of weights and gradients on each replica, {size_text(shared)} of optimizer state divided over all",
+        f"state: {readable_size(replica)} of weights and gradients on each replica, "
+        f"{readable_size(shared)} of optimizer state divided over all",
         f"checkpoints: {volume} (every {section.every:,} steps){unlimited}",
     ]
-
-
-def size_text(count: float) -> str:
-    """Bytes as people write them: 112 GB."""
-    power = min(5, max(0, int(math.log10(max(count, 1)) // 3)))
-    return f"{count / 1000**power:,.3g} {('bytes', 'kB', 'MB', 'GB', 'TB', 'PB')[power]}"

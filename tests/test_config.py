@@ -106,6 +106,7 @@ def test_overrides() -> None:
         ("train.steps=" + "9" * 30, "train.steps: "),
         ("train.steps=" + "9" * 5000, "not valid YAML"),
         ("seed=010", "override 'seed=010': 010 is an octal number to some YAML readers"),
+        ("seed=0b11", "0b11 is a binary number to some YAML readers"),
         ("seed=1:30", "1:30 is a number to base 60"),
         ("run.dir=no", "no is false to some YAML readers and text to others; write false, or 'no' in quotes"),
         ("run.dir=" + "[" * 3000 + "]" * 3000, "nested too deeply"),

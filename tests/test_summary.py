@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 from llada.cli import app
 from llada.config import build_config, dump_config, load_config
-from llada.summary import checkpoint_volume, size_text
+from llada.files import readable_size
+from llada.summary import checkpoint_volume
 from llada.training import checkpoint
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -60,9 +61,10 @@ def test_a_terminal_without_unicode_shows_escapes() -> None:
 
 
 def test_sizes_in_words() -> None:
-    assert [size_text(n) for n in (0, 999, 12_345, 1.12e11, 4.9e13, 1e20)] == [
+    assert [readable_size(n) for n in (0, 999, 999_600, 12_345, 1.12e11, 4.9e13, 1e20)] == [
         "0 bytes",
         "999 bytes",
+        "1 MB",
         "12.3 kB",
         "112 GB",
         "49 TB",

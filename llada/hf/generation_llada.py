@@ -90,6 +90,7 @@ class LLaDAGenerationMixin(GenerationMixin):
                 f"LLaDAModelLM.generate: {', '.join(refused)} not supported: text is written by diffusion, not from left to right; "
                 "see diffusion_generate"
             )
+        _check_counts(max_new_tokens=count)
         if count < 1:
             raise ValueError(f"LLaDAModelLM.generate: {count} new tokens are less than 1; diffusion_generate fills masks")
         tokens = self.diffusion_generate(prompt, max_new_tokens=count, temperature=temperature, **kept)
@@ -143,6 +144,7 @@ class LLaDAGenerationMixin(GenerationMixin):
         """
         tokens, attended = _prompt(input_ids, attention_mask, next(self.parameters()).device)
         mask_id, num_tokens = _ids(self.config, num_tokens)
+        _check_counts(max_new_tokens=max_new_tokens, steps=steps, block_length=block_length)
         _check(max_new_tokens, temperature, cfg_scale, remasking)
         rows, start = tokens.shape
         tokens = torch.cat([tokens, tokens.new_full((rows, max_new_tokens), mask_id)], dim=1)
@@ -202,11 +204,17 @@ def _ids(config: Any, num_tokens: int | None) -> tuple[int, int]:
     return config.mask_token_id, num_tokens
 
 
+def _check_counts(**counts: Any) -> None:
+    for name, value in counts.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise ValueError(f"{name}: {value!r} is not a whole number")
+
+
 def _check(max_new_tokens: int, temperature: float, cfg_scale: float, remasking: str) -> None:
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens: {max_new_tokens} is less than 0")
     for name, value in (("temperature", temperature), ("cfg_scale", cfg_scale)):
-        if not 0 <= value < math.inf:
+        if not isinstance(value, int | float) or not 0 <= value < math.inf:
             raise ValueError(f"{name}: {value} is not a number of at least 0")
     if remasking not in REMASKING:
         raise ValueError(f"remasking: '{remasking}' is not allowed; one of {', '.join(REMASKING)}")

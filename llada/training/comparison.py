@@ -90,11 +90,17 @@ def open_runs(paths: Sequence[str], step: str | None, corpus: str | None) -> lis
         )
     text = runs[0].corpora[names.index(corpus)].measure.text
     only = [replace(run, corpora=[m for m in run.corpora if m.measure.text == text or m.name == corpus][:1]) for run in runs]
+    for run, selected in zip(runs, only, strict=True):
+        if not selected.corpora:
+            there_too = ", ".join(measured.name for measured in run.corpora) or "none"
+            raise UserError(f"--corpus: {run.path} was not validated on '{corpus}' of {runs[0].path}, only on {there_too}")
     return [replace(runs[0], corpora=[runs[0].corpora[names.index(corpus)]]), *only[1:]]
 
 
 def _steps(path: str) -> list[int]:
     run = Path(path)
+    if os.path.isfile(run):
+        raise UserError(f"RUN: '{path}' is a file; name the folder of the run")
     if not os.path.isdir(run):  # False too for a name that no folder can have
         beside = run.parent.iterdir() if os.path.isdir(run.parent) else ()
         near = did_you_mean(run.name, [other.name for other in beside if other.is_dir()])

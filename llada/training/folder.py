@@ -89,6 +89,9 @@ def refuse_others(path: Path) -> None:
     for name, what in _OTHERS.items():
         if os.path.exists(path / name):
             raise UserError(f"run.dir: '{path}' is {what} (it holds {name}); choose another folder")
+    for above in path.resolve().parents:
+        if (above / MANIFEST).is_file() and (above / "tokenizer").is_dir():
+            raise UserError(f"run.dir: '{path}' lies in {above}, a prepared corpus, which is only read; choose a folder outside")
 
 
 @contextmanager
@@ -101,6 +104,8 @@ def naming(path: Path) -> Iterator[None]:
     """
     try:
         yield
+    except BrokenPipeError:
+        raise  # whoever read the console's lines is gone; the folder is sound
     except OSError as error:
         if not os.path.isdir(path):
             raise RunError(f"run.dir: '{path}' is gone: it was moved or deleted, or its disk is away") from error

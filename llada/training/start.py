@@ -159,7 +159,7 @@ def _damage(config: RunConfig, folder: Path) -> list[str]:
 def _resume(config: RunConfig, data: TrainingData, folder: Path, threads: int | None, allow_changed: bool, notes: list[str]) -> Start:
     state = checkpoint.read_state(folder)
     _same_architecture(f"resume from {folder}: it", config, state.config["model"])
-    changes = _changes(config, data, state, threads)
+    changes = _changes(config, data, folder, state, threads)
     if changes and not allow_changed:
         raise UserError(f"resume from {folder}: {changes[0]} changed since; restore it, use another run.dir, or pass --allow-changed")
     lineage = state.lineage + ([{"resumed_at_step": state.step, "changed": changes}] if changes else [])
@@ -207,13 +207,13 @@ def foresee(config: RunConfig, data: TrainingData, root: Path, allow_changed: bo
     return find_start(unread, data, root, None, allow_changed, rewind)
 
 
-def _changes(config: RunConfig, data: TrainingData, state: checkpoint.State, threads: int | None) -> list[str]:
+def _changes(config: RunConfig, data: TrainingData, folder: Path, state: checkpoint.State, threads: int | None) -> list[str]:
     """What differs from the checkpoint and would make the run another one."""
     watched = () if config.train.skip_spikes else _NAME_SPIKES
     found = [checkpoint.first_difference(state.config, dump_config(config), (*_MAY_CHANGE, *watched))]
     if state.data != data.fingerprint:
         found.append(f"data.mixture: data {state.data} -> {data.fingerprint}")
-    old = build_config(state.config)
+    old = _settings(state.config, folder)
     before, now = Schedule(old.schedule, old.tokens_per_step), Schedule(config.schedule, config.tokens_per_step)
     for step in range(state.step):
         rates = before.learning_rate(step), now.learning_rate(step)
@@ -225,6 +225,17 @@ def _changes(config: RunConfig, data: TrainingData, state: checkpoint.State, thr
         current.pop("run.threads", None)
     found += [f"{key}: {state.versions.get(key)} -> {current[key]}" for key in current if state.versions.get(key) != current[key]]
     return [change for change in found if change is not None]
+
+
+def _settings(saved: dict[str, Any], folder: Path) -> RunConfig:
+    """The settings of a checkpoint. Raises UserError where this version does not allow one of them any more."""
+    try:
+        return build_config(saved)
+    except UserError as error:
+        raise UserError(
+            f"resume from {folder}: this version of llada does not allow a setting that it was saved with, {error}; "
+            "go on with the version that wrote it, or start another run from its weights (run.init_from)"
+        ) from None
 
 
 def _threads_matter(config: RunConfig, old: RunConfig, state: checkpoint.State) -> bool:

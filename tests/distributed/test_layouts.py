@@ -51,7 +51,6 @@ LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "TP2 x PP2 x DP2, everything on": (ALL_ON, {}),
     "TP2 x CP2 x PP2": ({"tensor": 2, "context": 2, "pipeline": 2}, {}),
     "TP2+SP x CP2 x PP2, full recompute": ({"tensor": 2, "sequence": True, "context": 2, "pipeline": 2, "recompute": "full"}, {}),
-    "TP2+SP x CP2 x DP2": ({"tensor": 2, "sequence": True, "context": 2}, {}),
     "TP2 x CP2 x PP2 x VP2": ({"tensor": 2, "context": 2, "pipeline": 2, "virtual_pipeline": 2}, {}),
     "tied head, PP2 x DP4, small buckets": ({"pipeline": 2, **SMALL_BUCKETS}, TIED),
     "tied head, PP2 x VP2 x DP4": ({"pipeline": 2, "virtual_pipeline": 2}, TIED),
@@ -105,7 +104,17 @@ def whole(answers: list[dict[str, Any]], tensors: list[dict[str, torch.Tensor]],
     return weights.gather(config.model, [(own, *place) for place, own in merged.items()])
 
 
-def check_five_steps(pool: RankPool, parallel: dict[str, Any], model: dict[str, Any], micro: int = 1) -> None:
+def micro_batch_size(parallel: dict[str, Any]) -> int:
+    """Sequences of a micro-batch, so that each replica has two or, with more pipeline stages, as many as stages.
+
+    The collectives of eight ranks on two cores take their time; more micro-batches repeat them. Eight replicas have one each.
+    """
+    stages = parallel.get("pipeline", 1)
+    replica = parallel.get("tensor", 1) * parallel.get("context", 1) * stages
+    return max(1, replica // max(2, stages))
+
+
+def check_five_steps(pool: RankPool, parallel: dict[str, Any], model: dict[str, Any], micro: int) -> None:
     """Run a layout and compare all there is to compare."""
     answers = pool.run(train_on_ranks, parallel, model, micro)
     config = small_config(model)
@@ -136,12 +145,13 @@ def check_five_steps(pool: RankPool, parallel: dict[str, Any], model: dict[str, 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_five_steps_equal_the_oracle(layout: str, pool: RankPool) -> None:
-    check_five_steps(pool, *LAYOUTS[layout])
+    parallel, model = LAYOUTS[layout]
+    check_five_steps(pool, parallel, model, micro_batch_size(parallel))
 
 
-@pytest.mark.parametrize("micro", [1, 2, 4])
+@pytest.mark.parametrize("micro", [1, 4])
 def test_accumulation_on_two_replicas_changes_nothing(micro: int, pool: RankPool) -> None:
-    """Eight sequences on two replicas in four, two or one micro-batches each."""
+    """Eight sequences on two replicas in four micro-batches each, or in one."""
     check_five_steps(pool, {"tensor": 2, "sequence": True, "context": 2}, {}, micro)
 
 

@@ -95,33 +95,26 @@ def test_retention(last: int | None, every: int | None, kept: list[int], tmp_pat
     assert sorted(path.name for path in root.iterdir()) == [checkpoint.name(step) for step in kept]
 
 
-@pytest.mark.parametrize("asynchronous", [True, False])
-def test_a_run_keeps_what_it_is_told_to(asynchronous: bool, workplace: Workplace) -> None:
-    name = f"kept_{asynchronous}"
-    keep = {"every": 2, "keep_last": 2, "keep_every": 6, "asynchronous": asynchronous}
-    workplace.run("pretrain", workplace.config(f"{name}.yaml", run={"dir": name, "threads": 2}, checkpoint=keep))
-    folders = sorted(path.name for path in (workplace.folder / name / "checkpoints").iterdir())
-    assert folders == ["step_00000006", "step_00000010", "step_00000012"]
-    assert workplace.lines(name) == workplace.lines("whole")
-    assert all(checkpoint.damage(workplace.folder / name / "checkpoints" / folder) == [] for folder in folders)
-    raw = [json.loads(line) for line in (workplace.folder / name / "metrics.jsonl").read_text().splitlines()]
-    blocked = [line["checkpoint_blocked_seconds"] for line in raw if "loss" in line]
-    assert blocked[0] == 0
-    assert max(blocked) > 0
-
-
-def test_the_checkpoint_of_a_step_is_not_changed_by_the_next_ones(workplace: Workplace) -> None:
-    """Written in the background while the weights move on, it still holds the step's own."""
-    both = []
+def test_a_run_keeps_what_it_is_told_to(workplace: Workplace) -> None:
+    """Written in the background or not, the same checkpoints stay, and each holds its own step's tensors, not later ones."""
+    stored = []
     for asynchronous in (True, False):
-        name = f"snapshot_{asynchronous}"
-        settings = {"every": 3, "asynchronous": asynchronous}
-        workplace.run("pretrain", workplace.config(f"{name}.yaml", run={"dir": name, "threads": 2}, checkpoint=settings))
-        stored = StoredTensors(workplace.folder / name / "checkpoints" / "step_00000003" / "model")
-        both.append({tensor: stored.read(tensor) for tensor in stored.names()})
-    assert len(both[0]) > 30
-    assert both[0].keys() == both[1].keys()
-    assert all(torch.equal(value, both[1][tensor]) for tensor, value in both[0].items())
+        name = f"kept_{asynchronous}"
+        keep = {"every": 2, "keep_last": 2, "keep_every": 6, "asynchronous": asynchronous}
+        workplace.run("pretrain", workplace.config(f"{name}.yaml", run={"dir": name, "threads": 2}, checkpoint=keep))
+        checkpoints = workplace.folder / name / "checkpoints"
+        assert sorted(path.name for path in checkpoints.iterdir()) == ["step_00000006", "step_00000010", "step_00000012"]
+        assert workplace.lines(name) == workplace.lines("whole")
+        assert all(checkpoint.damage(folder) == [] for folder in checkpoints.iterdir())
+        raw = [json.loads(line) for line in (workplace.folder / name / "metrics.jsonl").read_text().splitlines()]
+        blocked = [line["checkpoint_blocked_seconds"] for line in raw if "loss" in line]
+        assert blocked[0] == 0
+        assert max(blocked) > 0
+        tensors = StoredTensors(checkpoints / "step_00000006" / "model")
+        stored.append({tensor: tensors.read(tensor) for tensor in tensors.names()})
+    assert len(stored[0]) > 30
+    assert stored[0].keys() == stored[1].keys()
+    assert all(torch.equal(value, stored[1][tensor]) for tensor, value in stored[0].items())
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(workplace: Workplace) -> None:

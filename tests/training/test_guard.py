@@ -139,17 +139,19 @@ def test_a_run_that_leaves_out_spikes_resumes_with_the_same_numbers(workplace: W
     """A tight rule, so that it acts: some steps are left out, none of them differently after a resume."""
     factors = {"spike_loss_factor": 1.0, "spike_norm_factor": 1.0}
     train = {"steps": 32, "skip_spikes": True, "spike_sigma": 0.3, "spike_window": 20, "max_skipped": 16, **factors}
-    whole = workplace.config("spikes.yaml", run={"dir": "spikes", "threads": 2}, train=train)
+    rarely = {"validation": {"every": 99, "windows": 8}, "checkpoint": {"every": 25}}
+    whole = workplace.config("spikes.yaml", run={"dir": "spikes", "threads": 2}, train=train, **rarely)
     printed = workplace.run("pretrain", whole).stdout
-    part = workplace.config("spikes2.yaml", run={"dir": "spikes2", "threads": 2}, train=train | {"steps": 25})
+    part = workplace.config("spikes2.yaml", run={"dir": "spikes2", "threads": 2}, train=train | {"steps": 25}, **rarely)
     workplace.run("pretrain", part)
-    workplace.run("pretrain", workplace.config("spikes2.yaml", run={"dir": "spikes2", "threads": 2}, train=train))
+    workplace.run("pretrain", workplace.config("spikes2.yaml", run={"dir": "spikes2", "threads": 2}, train=train, **rarely))
     names = ("step", "loss", "grad_norm", "skipped")
     lines = [[{name: line[name] for name in names} for line in workplace.lines(run) if "loss" in line] for run in ("spikes", "spikes2")]
     assert lines[0] == lines[1]
     skipped = [line["step"] for line in lines[0] if line["skipped"]]
     assert skipped and len(skipped) < 12
     assert all(f"step {step}: " in printed for step in skipped) and "; the step updated nothing" in printed
-    changed = workplace.config("spikes2.yaml", run={"dir": "spikes2", "threads": 2}, train=train | {"spike_sigma": 5.0, "steps": 34})
+    other = train | {"spike_sigma": 5.0, "steps": 34}
+    changed = workplace.config("spikes2.yaml", run={"dir": "spikes2", "threads": 2}, train=other, **rarely)
     refused = workplace.run("pretrain", changed, code=2)
     assert "train.spike_sigma: 0.3 -> 5.0 changed since" in refused.stderr

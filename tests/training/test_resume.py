@@ -37,45 +37,44 @@ def slow_config(place: Workplace, name: str) -> str:
     return place.config(f"{name}.yaml", run={"dir": name, "threads": 2})
 
 
-@pytest.mark.parametrize("lines", [1, 5, 9])
-def test_killed_at_any_step_and_started_again(lines: int, workplace: Workplace) -> None:
-    config = slow_config(workplace, f"killed{lines}")
-    metrics = workplace.folder / f"killed{lines}" / "metrics.jsonl"
-    code, _ = kill_when(workplace, config, lambda: count(metrics) >= lines)
-    assert code == -signal.SIGKILL
+def test_killed_again_and_again(workplace: Workplace) -> None:
+    """Before the first checkpoint, after one, inside a save and near the end; the same command goes on each time."""
+    config = slow_config(workplace, "killed")
+    metrics = workplace.folder / "killed" / "metrics.jsonl"
+    checkpoints = workplace.folder / "killed" / "checkpoints"
+
+    def lines(number: int) -> Callable[[], bool]:
+        return lambda: count(metrics) >= number
+
+    for moment in (lines(1), lines(6), (checkpoints / "step_00000008.partial").exists, lines(13)):
+        code, _ = kill_when(workplace, config, moment)
+        assert code == -signal.SIGKILL
     workplace.run("pretrain", config)
-    assert workplace.lines(f"killed{lines}") == workplace.lines("whole")
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step_00000004", "step_00000008", "step_00000012"]
+    assert workplace.lines("killed") == workplace.lines("whole")
 
 
-def test_killed_inside_a_save(workplace: Workplace) -> None:
-    config = slow_config(workplace, "saving")
-    partial = workplace.folder / "saving" / "checkpoints" / "step_00000008.partial"
-    kill_when(workplace, config, partial.exists)
-    out = workplace.run("pretrain", config).stdout
-    checkpoints = sorted(path.name for path in (workplace.folder / "saving" / "checkpoints").iterdir())
-    assert checkpoints == ["step_00000004", "step_00000008", "step_00000012"]
-    assert "resumed from saving/checkpoints/step_00000004" in out or "step_00000008" in out
-    assert workplace.lines("saving") == workplace.lines("whole")
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_stops_at_the_next_step_with_a_checkpoint(
-    number: signal.Signals, workplace: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_signals_stop_at_the_next_step_with_a_checkpoint(workplace: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One after the other, each to a new process that goes on where the last one stopped."""
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))  # as torchrun does
-    name = f"stopped{number.name}"
-    config = slow_config(workplace, name)
-    metrics = workplace.folder / name / "metrics.jsonl"
-    code, out = kill_when(workplace, config, lambda: count(metrics) >= 1, number)
-    assert code == 75
-    done = workplace.lines(name)[-1]["step"]
-    assert done < 12 and (workplace.folder / name / "checkpoints" / f"step_{done:08d}" / "COMMITTED").is_file()
-    assert f"{number.name}: stopped after step {done} with a checkpoint" in out
-    told = json.loads((tmp_path / "error.json").read_text())["message"]["message"]
-    assert told == "not finished: stopped with a checkpoint; run the same command again to continue"
+    slow_config(workplace, "stopped")
+    config = workplace.config("stopped.yaml", run={"dir": "stopped", "threads": 2}, train={"steps": 99})
+    metrics, done = workplace.folder / "stopped" / "metrics.jsonl", 0
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        before = count(metrics)
+        code, out = kill_when(workplace, config, lambda before=before: count(metrics) > before, number)  # type: ignore[misc]
+        assert code == 75
+        assert workplace.lines("stopped")[-1]["step"] > done
+        done = workplace.lines("stopped")[-1]["step"]
+        assert (workplace.folder / "stopped" / "checkpoints" / f"step_{done:08d}" / "COMMITTED").is_file()
+        assert f"{number.name}: stopped after step {done} with a checkpoint" in out
+        told = json.loads((tmp_path / "error.json").read_text())["message"]["message"]
+        assert told == "not finished: stopped with a checkpoint; run the same command again to continue"
+    assert done < 99
     monkeypatch.delenv("TORCHELASTIC_ERROR_FILE")
-    workplace.run("pretrain", config)
-    assert workplace.lines(name) == workplace.lines("whole")
+    workplace.run("pretrain", config, f"train.steps={max(done, 12)}")
+    whole = workplace.lines("whole")
+    assert workplace.lines("stopped")[: len(whole)] == whole
 
 
 def test_extending_a_run_changes_nothing_before(workplace: Workplace) -> None:
