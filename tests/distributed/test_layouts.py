@@ -51,6 +51,7 @@ LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "TP2 x PP2 x DP2, everything on": (ALL_ON, {}),
     "TP2 x CP2 x PP2": ({"tensor": 2, "context": 2, "pipeline": 2}, {}),
     "TP2+SP x CP2 x PP2, full recompute": ({"tensor": 2, "sequence": True, "context": 2, "pipeline": 2, "recompute": "full"}, {}),
+    "TP2+SP x CP2 x DP2": ({"tensor": 2, "sequence": True, "context": 2}, {}),
     "TP2 x CP2 x PP2 x VP2": ({"tensor": 2, "context": 2, "pipeline": 2, "virtual_pipeline": 2}, {}),
     "tied head, PP2 x DP4, small buckets": ({"pipeline": 2, **SMALL_BUCKETS}, TIED),
     "tied head, PP2 x VP2 x DP4": ({"pipeline": 2, "virtual_pipeline": 2}, TIED),

@@ -143,6 +143,9 @@ def test_a_temperature_samples_from_the_softmax() -> None:
     ("settings", "message"),
     [
         ({"max_new_tokens": -1}, "max_new_tokens: -1 is less than 0"),
+        ({"max_new_tokens": 8.0}, "max_new_tokens: 8.0 is not a whole number"),
+        ({"steps": [4]}, r"steps: \[4\] is not a whole number"),
+        ({"temperature": "hot"}, "temperature: hot is not a number of at least 0"),
         ({"steps": 0}, "steps: 0 is not a positive multiple of the 1 blocks"),
         ({"steps": 9, "block_length": 4}, "steps: 9 is not a positive multiple of the 2 blocks"),
         ({"block_length": 3}, "block_length: 3 is not a divisor of max_new_tokens, 8"),
@@ -213,6 +216,7 @@ def test_sampling_is_chosen_as_in_transformers(settings: dict[str, Any], tempera
         ({"top_p": 0.9, "num_beams": 4}, r"top_p=0.9, num_beams=4 not supported: text is written by diffusion.*see diffusion_generate"),
         ({"generation_config": GenerationConfig(repetition_penalty=1.2)}, "repetition_penalty=1.2 not supported"),
         ({"step": 3}, "step=3 not supported"),
+        ({"max_new_tokens": [5]}, r"max_new_tokens: \[5\] is not a whole number"),
         ({"max_length": 5, "max_new_tokens": None}, "0 new tokens are less than 1"),
     ],
 )

@@ -124,6 +124,8 @@ def test_corpora_are_matched_by_their_text_and_means_need_equal_weights(tmp_path
     assert differences(a, d, corpus="wiki")[0].corpora == {"wiki": found.corpora["wiki"]}
     with pytest.raises(UserError, match=r"--corpus: .*/a was not validated on 'wiky', only on wiki, code \(did you mean 'wiki'\?\)"):
         differences(a, d, corpus="wiky")
+    with pytest.raises(UserError, match=r"--corpus: .*/d was not validated on 'code' of .*/a, only on wiki$"):
+        differences(a, d, corpus="code")
 
 
 def test_steps(tmp_path: Path) -> None:
@@ -146,6 +148,9 @@ def test_steps(tmp_path: Path) -> None:
         differences(a, str(tmp_path / ("x" * 300)))
     with pytest.raises(UserError, match=r"RUN: no folder '.*/aa' \(did you mean 'a'\?\)"):
         chosen(a, f"{a}a", step=None)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"RUN: '.*/file' is a file; name the folder of the run"):
+        chosen(a, str(tmp_path / "file"), step=None)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"RUN: '.*/empty' has no validation/step_\*.npz"):
         chosen(a, str(tmp_path / "empty"), step=None)

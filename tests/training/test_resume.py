@@ -39,9 +39,9 @@ def slow_config(place: Workplace, name: str) -> str:
 
 def test_killed_again_and_again(workplace: Workplace) -> None:
     """Before the first checkpoint, after one, inside a save and near the end; the same command goes on each time."""
-    config = slow_config(workplace, "killed")
-    metrics = workplace.folder / "killed" / "metrics.jsonl"
-    checkpoints = workplace.folder / "killed" / "checkpoints"
+    config = slow_config(workplace, "killed_often")
+    metrics = workplace.folder / "killed_often" / "metrics.jsonl"
+    checkpoints = workplace.folder / "killed_often" / "checkpoints"
 
     def lines(number: int) -> Callable[[], bool]:
         return lambda: count(metrics) >= number
@@ -51,7 +51,7 @@ def test_killed_again_and_again(workplace: Workplace) -> None:
         assert code == -signal.SIGKILL
     workplace.run("pretrain", config)
     assert sorted(path.name for path in checkpoints.iterdir()) == ["step_00000004", "step_00000008", "step_00000012"]
-    assert workplace.lines("killed") == workplace.lines("whole")
+    assert workplace.lines("killed_often") == workplace.lines("whole")
 
 
 def test_signals_stop_at_the_next_step_with_a_checkpoint(workplace: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

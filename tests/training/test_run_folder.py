@@ -112,6 +112,18 @@ def test_threads_that_nobody_set_count_on_the_same_layout_alone(
         assert f"resumed from threads_{ranks}/checkpoints/step_00000012" in capsys.readouterr().out
 
 
+def test_a_checkpoint_with_a_setting_that_is_no_longer_allowed_is_named(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = copied(workplace, "older") / "checkpoints" / "step_00000012" / "state.json"
+    state = json.loads(path.read_text())
+    state["config"]["train"]["spike_window"] = 5
+    path.write_text(json.dumps(state))
+    message = (
+        r"^resume from older/checkpoints/step_00000012: this version of llada does not allow a setting .*train.spike_window: 5 .*init_from"
+    )
+    with pytest.raises(UserError, match=message):
+        run(workplace, monkeypatch, "older", checkpoint={"every": 4, "verify": False})
+
+
 def test_fewer_steps_than_done(workplace: Workplace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     before = (copied(workplace, "shorter") / "config.yaml").read_text()
     assert run(workplace, monkeypatch, "shorter", train={"steps": 2}) == 0
@@ -280,6 +292,16 @@ def test_folders_of_other_kinds(name: str, what: str, tmp_path: Path) -> None:
     (tmp_path / name).touch()
     with pytest.raises(UserError, match=f"^run.dir: '{tmp_path}' is {what}.* \\(it holds {name}\\); choose another folder$"):
         folder.refuse_others(tmp_path)
+
+
+def test_a_run_inside_a_corpus(workplace: Workplace) -> None:
+    with pytest.raises(UserError, match=r"^run.dir: '.*/corpus/runs/a' lies in .*/corpus, a prepared corpus, which is only read; choose a"):
+        folder.refuse_others(workplace.folder / "corpus" / "runs" / "a")
+
+
+def test_a_reader_of_the_console_that_is_gone_is_not_the_folders_fault(tmp_path: Path) -> None:
+    with pytest.raises(BrokenPipeError), folder.naming(tmp_path):
+        raise BrokenPipeError
 
 
 def test_asked_to_stop_while_waiting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
