@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import signal
 import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from launch.attempt import StepEnd
+from launch.attempt import Exit, StepEnd
 from launch.job import read_record
 
 FINDINGS = "rank_{:05d}.finding.json"
@@ -75,9 +76,11 @@ def judge(folder: Path, hosts: list[str], per_host: int, rules: dict[str, Any], 
         record = read_record(folder / FINDINGS.format(rank))
         if record is not None:
             found[hosts[rank // per_host]].append(Finding(**record))
-    bad = {host: why for host in hosts if (why := _alone(found[host], per_host, rules))}
+    culprit = _cut_short_by(end)
+    blamable = hosts if culprit is None else [hosts[culprit.rank // per_host]]
+    bad = {host: why for host in hosts if (why := _alone(found[host], per_host, rules, host in blamable))}
     bad |= {host: f"{bad[host]} ({end.launcher[1]})" for host in end.absent if host in bad and end.launcher[1]}
-    if not bad:
+    if not bad and culprit is None:
         bad = _compared(found, rules)
     problem = None
     if not bad and not end.finished:
@@ -88,9 +91,15 @@ def judge(folder: Path, hosts: list[str], per_host: int, rules: dict[str, Any], 
     return Verdict(bad, problem, measured, lines + told)
 
 
+def _cut_short_by(end: StepEnd) -> Exit | None:
+    """The rank whose failure ended the tests of slower ones, which then tell nothing of their hosts; None: all had their time."""
+    first = end.first_failure
+    return first if end.killed and first is not None and first.code != -signal.SIGKILL else None
+
+
 def _failed(hosts: list[str], per_host: int, end: StepEnd) -> tuple[dict[str, str], str | None]:
     """Of tests that did not end well, without a finding that says why: the host that did it, if it is one; else what was said."""
-    failed = [one for one in end.exits if one.code != 0]
+    failed = [one for one in end.exits if one.code != 0 and not (end.killed and one.code == -signal.SIGKILL)]
     # Where a rank dies, all others soon fail for want of it: the deadly one counts, or a host that failed alone.
     deadly = [one for one in failed if one.code < 0 and not end.killed]
     blamed = deadly or failed
@@ -100,9 +109,9 @@ def _failed(hosts: list[str], per_host: int, end: StepEnd) -> tuple[dict[str, st
     return {}, str(blamed[0]) if blamed else f"the tests did not end ({end.launcher[1]})"
 
 
-def _alone(findings: list[Finding], per_host: int, rules: dict[str, Any]) -> str | None:
-    """What is wrong with a host whatever the others are like."""
-    if len(findings) < per_host:
+def _alone(findings: list[Finding], per_host: int, rules: dict[str, Any], had_time: bool) -> str | None:
+    """What is wrong with a host whatever the others are like; tests that are not done count where they had their time."""
+    if had_time and len(findings) < per_host:
         return f"{per_host - len(findings)} of {per_host} ranks did not start"
     for one in findings:
         if one.disk_error is not None:
@@ -114,7 +123,7 @@ def _alone(findings: list[Finding], per_host: int, rules: dict[str, Any]) -> str
         if one.gpu_memory_gb is not None and one.gpu_memory_gb < rules["min_gpu_memory_gb"]:
             least = rules["min_gpu_memory_gb"]
             return f"rank {one.rank}: {one.gpu_memory_gb:.1f} GB of GPU memory free, preflight.min_gpu_memory_gb is {least:g}"
-        if one.matmul_seconds is None:
+        if had_time and one.matmul_seconds is None:
             return f"rank {one.rank} did not get through a matrix product"
     return None
 

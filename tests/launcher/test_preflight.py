@@ -84,6 +84,18 @@ def test_a_test_that_died_blames_the_node_where_it_died_first(tmp_path: Path) ->
     assert verdict(tmp_path, end).bad == {"n2": "rank 5 on n2.example.org: killed by SIGBUS"}
 
 
+def test_slower_nodes_are_not_blamed_when_a_failure_elsewhere_ends_their_tests(tmp_path: Path) -> None:
+    """One rank fails at once. Those of n2 have not started by then, n3's are at work, and all are ended with it."""
+    failure = Exit(1, "n0", 1.0, 1, "failed: CUDA error: uncorrectable ECC error")
+    ended = [Exit(rank, f"n{rank // 2}", 20.0, -9, None) for rank in (0, 2, 3, 6, 7)]
+    waiting = {"matmul_seconds": None, "connected": False, "joined": False, "clock": None}
+    end = StepEnd([failure, *ended], 8, HOSTS, absent=["n2"], killed=True)
+    found = verdict(tmp_path, end, n1={"joined": False, "clock": None}, n2=None, n3=waiting)
+    assert found.bad == {"n0": "rank 1 on n0: CUDA error: uncorrectable ECC error"}
+    hung = StepEnd(ended, 8, HOSTS, killed=True)
+    assert verdict(tmp_path, hung, n3=waiting).bad == {"n3": "rank 7 did not get through a matrix product"}
+
+
 def test_where_all_fail_alike_nobody_is_blamed(tmp_path: Path) -> None:
     """A network interface that no node has is a mistake of the profile's."""
     end = StepEnd([Exit(rank, f"n{rank // 2}", float(rank), 1, "failed: no interface ib99") for rank in range(8)], 8, HOSTS)
