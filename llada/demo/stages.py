@@ -10,6 +10,7 @@ from pathlib import Path
 
 from llada.config import RunConfig, Task, load_config
 from llada.errors import UserError
+from llada.files import refuse_inside
 from llada.training.signals import StopRequest
 
 _GPU_STEPS = {"pretrain": 10_000, "sft": 2_000}
@@ -17,6 +18,8 @@ _SMOKE = {
     "pretrain": ["train.steps=6", "validation.windows=16", "schedule.stages.0.steps=20", "logging.every=1"],
     "sft": ["train.steps=4", "validation.windows=16", "logging.every=1"],
 }
+_MADE = ("tokenizer", "corpus", "pretrain", "pairs", "talks", "sft", "hf", "report")
+"""What a demo's folder holds, without endings."""
 _TOKENIZER_BYTES = 8_000_000
 """Text the tokenizer is trained on: enough for a vocabulary of a few thousand, a few seconds of work."""
 
@@ -30,14 +33,19 @@ def run_demo(stop: StopRequest, inputs: list[str] | None, configs: tuple[str, st
         configs: of the pretraining, whose model.vocab_size is the tokenizer's size, and of the fine-tuning.
         folder: where everything goes.
         smoke: a few steps only.
-        fresh: remove `folder` first.
+        fresh: remove `folder` first, which must hold nothing but an earlier demo.
 
     Returns:
         The exit code: 0, or 75 when a signal stopped a training.
+
+    Raises:
+        UserError: a folder that lies inside what is read, or that `fresh` would take with files that no demo made; what the stages raise.
     """
     root = Path(folder)
+    for source in inputs or []:
+        refuse_inside(root, Path(source), "--dir")
     if fresh:
-        shutil.rmtree(root, ignore_errors=True)
+        _remove(root)
     pretrain = _config("pretrain", configs[0], smoke, [f"run.dir={root / 'pretrain'}", f"data.mixture.0.path={root / 'corpus'}"])
     talk = [f"run.dir={root / 'sft'}", f"data.mixture.0.path={root / 'talks'}", f"run.init_from={root / 'pretrain'}"]
     sft = _config("sft", configs[1], smoke, talk)
@@ -56,6 +64,17 @@ def run_demo(stop: StopRequest, inputs: list[str] | None, configs: tuple[str, st
 
     report(pretrain, sft, root, stages, answers=4 if smoke else 50)
     return 0
+
+
+def _remove(root: Path) -> None:
+    if not root.exists():
+        return
+    others = (
+        [path.name for path in root.iterdir() if path.name.lstrip(".").partition(".")[0] not in _MADE] if root.is_dir() else [root.name]
+    )
+    if others:
+        raise UserError(f"--fresh: '{root}' holds '{min(others)}', which no demo makes, and would be removed with it; name another --dir")
+    shutil.rmtree(root)
 
 
 class Stages:
