@@ -26,7 +26,7 @@ from tests.workplace import workplace  # noqa: F401  (a fixture of several packa
 MEMORY = Path("/dev/shm")
 ROOM = 6 << 30
 """Bytes: what the whole suite writes, several times over."""
-LONGEST = ("distributed", "slurm", "mutations", "training", "hf", "engine", "sampling")
+LONGEST = ("distributed", "training", "mutations", "hf", "engine", "data_tools", "sampling")
 """Folders whose tests start first, so that the workers end together."""
 
 
