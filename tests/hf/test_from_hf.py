@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from transformers import PretrainedConfig
 
@@ -205,6 +206,15 @@ def test_a_diffusion_model_starts_from_a_llama(plain_tokenizer: Path, workplace:
         **settings,
     )
     assert "is an imported checkpoint, of weights alone" in workplace.run("pretrain", moments, code=2).stderr
+
+
+def test_the_model_section_of_a_run_is_printed(plain_tokenizer: Path, tmp_path: Path) -> None:
+    """With the folder's own rotary base and norm epsilon, which a config that leaves them to the defaults would change."""
+    llama_folder(tmp_path / "llama", plain_tokenizer, vocab_size=520)
+    said = from_hf(tmp_path / "llama", tmp_path / "checkpoint", ImportOptions(add_mask_token=True))
+    printed = yaml.safe_load(said[said.index("\nmodel:\n") :])
+    assert ModelSection.model_validate(printed["model"]) == open_folder(tmp_path / "llama").model
+    assert (printed["model"]["rope_theta"], printed["model"]["norm_eps"]) == (10000.0, 1e-6)
 
 
 def test_new_tokens_take_rows_that_are_there_and_others_keep_theirs(plain_tokenizer: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from llada.cli import app
 from llada.config import load_config
 from llada.errors import RunError, UserError
 from llada.events import EventLog, restarts
+from llada.summary import checkpoint_volume
 from llada.training.loop import train
 from llada.training.signals import StopRequest
 from tests.stand_ins import like
@@ -65,6 +66,8 @@ def test_a_plan_needs_no_slurm_and_writes_nothing(here: Path) -> None:
     )
     assert "pretrain in planned: 2 nodes x 2 ranks = 4 ranks" in out and "starts at step 0 of 7" in out and "a chain of 2 jobs" in out
     assert "#SBATCH --ntasks-per-node=2" in out and "#SBATCH --no-requeue" in out and "then: a job converts" in out
+    volume = checkpoint_volume(load_config("planned.yaml", ["train.steps=7"]))
+    assert volume.kept == 2 and f"\ncheckpoints: {volume} (every 4 steps)\n" in out
     assert not (here / "planned").exists()
     with pytest.raises(UserError, match="launch: no Slurm on this machine"):
         llada("launch", config(here, "planned"), "--cluster", "cluster.yaml", *SIZE)

@@ -276,6 +276,14 @@ def test_a_disk_that_is_full_at_the_start_leaves_no_lock(tmp_path: Path) -> None
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_disk_that_fills_after_the_lock_is_named_and_leaves_no_lock(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is room for the lock, and none for config.yaml."""
+    message = r"^run.dir: 'brim' cannot be written \(File too large; [\d.]+ \w+ are left\)$"
+    with largest_file(1 << 9), pytest.raises(RunError, match=message):
+        run(workplace, monkeypatch, "brim")
+    assert not (workplace.folder / "brim" / lock.NAME).exists()
+
+
 def test_the_systems_reason_is_heard_behind_the_writers(tmp_path: Path) -> None:
     """torch's writer of tensors says "[enforce fail at inline_container.cc:672]" whatever the system said."""
     with largest_file(1 << 16):
