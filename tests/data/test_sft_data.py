@@ -214,6 +214,13 @@ def test_what_does_not_fit_is_counted_and_listed(folder: Path) -> None:
     assert all(row["tokens"] > LENGTH for row in lost)
     said = " ".join(data.readers[split][0].summary() for split in (TRAIN, VALIDATION))
     assert "longer than data.sequence_length = 40 and not trained on" in said
+    for split in (TRAIN, VALIDATION):
+        reader = data.readers[split][0]
+        of_lost = np.isin(reader._all[:, 0], [row["conversation"] for row in reader.too_long()]).sum()
+        later = len(reader._all) - len(reader.rows) - of_lost
+        assert later > 0
+        words = f"; replies of the others that are longer than 40 tokens with their prompt, and not trained on: {later}"
+        assert reader.summary().endswith(words)
 
 
 def test_refusals(folder: Path, tmp_path: Path) -> None:
