@@ -127,13 +127,22 @@ class Run:
             raise
 
     def _prepare(self, start: Start) -> None:
-        """Build what trains, and load what it starts from; collective."""
+        """Build the engine, and all that needs one; collective."""
         config = self.config
         if torch.cuda.is_available() and self.held is not None:
             with folder.naming(self.folder):
                 (self.folder / FLIGHT_RECORDER).mkdir(exist_ok=True)
         self.events = events.of_this_process(self.folder)
         self.engine = MegatronEngine(config, self.data.objective.token_loss)
+        try:
+            self._begin(start)
+        except BaseException:
+            self.engine.close()
+            raise
+
+    def _begin(self, start: Start) -> None:
+        """Load what the run starts from, and open what it writes to; collective."""
+        config = self.config
         self.place, self.device = self.engine.place, self.engine.device
         self.lineage: list[dict[str, Any]] = start.lineage
         self.starts_from_weights = start.folder is not None and start.step == 0
