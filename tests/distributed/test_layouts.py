@@ -106,13 +106,14 @@ def whole(answers: list[dict[str, Any]], tensors: list[dict[str, torch.Tensor]],
 
 
 def micro_batch_size(parallel: dict[str, Any]) -> int:
-    """Sequences of a micro-batch, so that each replica has two or, with more pipeline stages, as many as stages.
+    """Sequences of a micro-batch, so that each replica has two or, with a pipeline, as many as chunks of the model.
 
     The collectives of eight ranks on two cores take their time; more micro-batches repeat them. Eight replicas have one each.
     """
     stages = parallel.get("pipeline", 1)
     replica = parallel.get("tensor", 1) * parallel.get("context", 1) * stages
-    return max(1, replica // max(2, stages))
+    chunks = stages * parallel.get("virtual_pipeline", 1)
+    return max(1, replica // max(2, chunks))
 
 
 def check_five_steps(pool: RankPool, parallel: dict[str, Any], model: dict[str, Any], micro: int) -> None:
