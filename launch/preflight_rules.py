@@ -94,7 +94,10 @@ def judge(folder: Path, hosts: list[str], per_host: int, rules: dict[str, Any], 
 def _cut_short_by(end: StepEnd) -> Exit | None:
     """The rank whose failure ended the tests of slower ones, which then tell nothing of their hosts; None: all had their time."""
     first = end.first_failure
-    return first if end.killed and first is not None and first.code != -signal.SIGKILL else None
+    if not end.killed or first is None:
+        return None
+    was_ended = first.blames_another or first.code == -signal.SIGKILL  # as all are when nobody failed and the time was over
+    return None if was_ended else first
 
 
 def _failed(hosts: list[str], per_host: int, end: StepEnd) -> tuple[dict[str, str], str | None]:

@@ -67,11 +67,11 @@ def run_demo(stop: StopRequest, inputs: list[str] | None, configs: tuple[str, st
 
 
 def _remove(root: Path) -> None:
-    if not root.exists():
+    """Remove an earlier demo. Raises UserError where something else would go with it."""
+    if not root.is_dir():
         return
-    others = (
-        [path.name for path in root.iterdir() if path.name.lstrip(".").partition(".")[0] not in _MADE] if root.is_dir() else [root.name]
-    )
+    # A demo's own names may have an ending, or be those of a stage that was cut off: .corpus.partial-1234abcd.
+    others = [path.name for path in root.iterdir() if path.name.lstrip(".").partition(".")[0] not in _MADE]
     if others:
         raise UserError(f"--fresh: '{root}' holds '{min(others)}', which no demo makes, and would be removed with it; name another --dir")
     shutil.rmtree(root)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -206,15 +207,15 @@ def _ids(config: Any, num_tokens: int | None) -> tuple[int, int]:
 
 def _check_counts(**counts: Any) -> None:
     for name, value in counts.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, numbers.Integral)):
             raise ValueError(f"{name}: {value!r} is not a whole number")
 
 
-def _check(max_new_tokens: int, temperature: float, cfg_scale: float, remasking: str) -> None:
+def _check(max_new_tokens: int, temperature: Any, cfg_scale: Any, remasking: str) -> None:
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens: {max_new_tokens} is less than 0")
     for name, value in (("temperature", temperature), ("cfg_scale", cfg_scale)):
-        if not isinstance(value, int | float) or not 0 <= value < math.inf:
+        if not isinstance(value, numbers.Real) or not 0 <= float(value) < math.inf:
             raise ValueError(f"{name}: {value} is not a number of at least 0")
     if remasking not in REMASKING:
         raise ValueError(f"remasking: '{remasking}' is not allowed; one of {', '.join(REMASKING)}")

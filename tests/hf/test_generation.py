@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import GenerationConfig
@@ -168,6 +169,12 @@ def test_a_setting_out_of_range_is_refused_in_one_line(settings: dict[str, Any],
     with pytest.raises(ValueError, match=message) as caught:
         model().diffusion_generate(**{"input_ids": prompts(), "max_new_tokens": 8, **settings})
     assert "\n" not in str(caught.value)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    hf, prompt = model(), prompts()
+    wanted = hf.diffusion_generate(prompt, max_new_tokens=8, steps=4)
+    assert torch.equal(hf.diffusion_generate(prompt, max_new_tokens=np.int64(8), steps=np.int32(4), temperature=np.float32(0)), wanted)
 
 
 def test_a_model_without_a_mask_token_is_refused() -> None:

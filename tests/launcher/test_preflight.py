@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +93,9 @@ def test_slower_nodes_are_not_blamed_when_a_failure_elsewhere_ends_their_tests(t
     end = StepEnd([failure, *ended], 8, HOSTS, absent=["n2"], killed=True)
     found = verdict(tmp_path, end, n1={"joined": False, "clock": None}, n2=None, n3=waiting)
     assert found.bad == {"n0": "rank 1 on n0: CUDA error: uncorrectable ECC error"}
-    hung = StepEnd(ended, 8, HOSTS, killed=True)
-    assert verdict(tmp_path, hung, n3=waiting).bad == {"n3": "rank 7 did not get through a matrix product"}
+    for code in (-9, -15):
+        hung = StepEnd([replace(one, code=code) for one in ended], 8, HOSTS, killed=True)
+        assert verdict(tmp_path, hung, n3=waiting).bad == {"n3": "rank 7 did not get through a matrix product"}
 
 
 def test_where_all_fail_alike_nobody_is_blamed(tmp_path: Path) -> None:
