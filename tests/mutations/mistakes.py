@@ -1,0 +1,357 @@
+"""Known mistakes of diffusion trainers, and traps of the libraries, as changes of the code.
+
+A mistake that fits on the border of a function replaces that function; its name in the module is all that a renaming has to keep.
+One in the middle of a function replaces text of the source.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from tests.mutations.planting import Change, Mistake
+
+MISTAKES: dict[str, Mistake] = {}
+LAYOUTS = "tests/distributed/test_layouts.py::test_five_steps_equal_the_oracle"
+PRETRAIN = "tests/data/test_pretrain.py"
+SFT = "tests/data/test_sft_data.py"
+
+
+def changes(module: str, tests: str) -> Callable[[Change], Change]:
+    """Register a function that changes `module` after its import. What it does wrong is its name."""
+
+    def register(change: Change) -> Change:
+        MISTAKES[change.__name__.replace("_", " ")] = Mistake(module, tests, change=change)
+        return change
+
+    return register
+
+
+def rewrites(name: str, module: str, old: str, new: str, tests: str) -> None:
+    """Register a replacement in the source of `module`."""
+    MISTAKES[name] = Mistake(module, tests, rewrite=(old, new))
+
+
+# -- noise -------------------------------------------------------------------------------------------------------------
+
+
+@changes("llada.objectives.masked", PRETRAIN)
+def the_same_noise_for_every_sample(masked: Any) -> None:
+    right = masked.mask_uniforms
+    masked.mask_uniforms = lambda seed, sample, *others: right(seed, 0, *others)
+
+
+@changes("llada.data.pretrain", PRETRAIN)
+def noise_that_starts_over_after_a_resume(pretrain: Any) -> None:
+    right = pretrain.timesteps
+    pretrain.timesteps = lambda seed, step, *others: right(seed, 0, *others)
+
+
+@changes("llada.data.pretrain", PRETRAIN)
+def one_t_for_all_documents(pretrain: Any) -> None:
+    right = pretrain._assemble
+
+    def assemble(*arguments: Any) -> Any:
+        *others, draw_t = arguments
+        return right(*others, lambda shares: 0 * shares + draw_t(shares)[0])
+
+    pretrain._assemble = assemble
+
+
+rewrites(
+    "t tied to the place in the batch",
+    "llada.noise",
+    'order = np.argsort(bits.random_raw(len(shares)), kind="stable")',
+    "order = np.arange(len(shares))",
+    "tests/test_noise.py",
+)
+rewrites(
+    "held-out texts that share their noise",
+    "llada.training.validation",
+    '"offset"), texts))',
+    '"offset"), 0 * texts))',
+    f"{SFT}::test_validation_reads_every_reply_of_a_conversation_and_counts_the_conversation",
+)
+
+
+# -- the loss ----------------------------------------------------------------------------------------------------------
+
+
+@changes("llada.objectives.masked", "tests/objectives")
+def no_weight_1_over_p(masked: Any) -> None:
+    right = masked.MaskedDiffusion._bernoulli
+
+    def bernoulli(self: Any, *arguments: Any) -> Any:
+        chosen, weights = right(self, *arguments)
+        return chosen, 0 * weights + 1
+
+    masked.MaskedDiffusion._bernoulli = bernoulli
+
+
+@changes("llada.engine.megatron", "tests/engine/test_parity.py")
+def division_by_the_number_of_masked_tokens(megatron: Any) -> None:
+    right = megatron._training_loss
+
+    def training_loss(total: Any, weights: Any, segments: Any, normaliser: float, losses: Any) -> Any:
+        return right(total, weights, segments, max(1, len(losses)), losses)
+
+    megatron._training_loss = training_loss
+
+
+@changes("llada.engine.megatron", "tests/engine/test_parity.py")
+def a_loss_scaled_by_accumulation(megatron: Any) -> None:
+    """Where the loss function returns two values instead of three, Megatron-Core's schedules divide by the micro-batches."""
+    right = megatron._training_loss
+
+    def training_loss(*arguments: Any) -> Any:
+        loss, _, figures = right(*arguments)
+        return loss, figures
+
+    megatron._training_loss = training_loss
+
+
+rewrites(
+    "a normaliser of the local micro-batch",
+    "llada.data.base",
+    "[self.objective.corrupt(window) for window in windows], plan.normaliser)",
+    "[self.objective.corrupt(window) for window in windows], plan.normaliser * len(windows) / len(plan.samples))",
+    PRETRAIN,
+)
+rewrites(
+    "the exported loss without its weight",
+    "llada.hf.modeling_llada",
+    "counted / torch.where(counted, p_wide.float(), 1.0)",
+    "counted.float()",
+    "tests/hf/test_modeling.py",
+)
+
+
+# -- validation --------------------------------------------------------------------------------------------------------
+
+rewrites(
+    "a mean of ratios",
+    "llada.training.estimates",
+    "ratio = loss.sum() / total",
+    "ratio = (loss / length).mean()",
+    "tests/training/test_estimates.py::test_intervals_cover_the_truth",
+)
+
+
+@changes("llada.training.estimates", "tests/training/test_comparison.py::test_said_in_words_and_in_json")
+def an_error_without_its_degrees_of_freedom(estimates: Any) -> None:
+    right = estimates.Estimate.half_width
+    estimates.Estimate.half_width = lambda self, *level: right(replace(self, degrees=10**9), *level)
+
+
+# -- data --------------------------------------------------------------------------------------------------------------
+
+rewrites(
+    "windows that are read again after a change of weights",
+    "llada.data.mixture",
+    "block + length, consumed + length * quotas",
+    "block + length, consumed + quotas",
+    "tests/data/test_mixture.py",
+)
+rewrites(
+    "a sequence of windows that skips what a stage has read",
+    "llada.data.mixture",
+    "stage.consumed[chosen] + (block - stage.first_block)",
+    "stage.consumed[chosen] + block",
+    "tests/data/test_mixture.py",
+)
+rewrites(
+    "a prompt that is masked",
+    "llada.data.sft",
+    "spans[own] = np.stack([starts, ends], axis=1)",
+    "spans[own] = np.stack([starts - 1, ends], axis=1)",
+    SFT,
+)
+rewrites("padding left out of the response", "llada.data.sft", "np.repeat(longest, group)[: len(ends)][own]", "ends[own]", SFT)
+rewrites(
+    "EOS taught after a reply that was cut",
+    "llada.data.sft",
+    "return np.where(cut, ends[own], ",
+    "return np.where(cut & False, ends[own], ",
+    SFT,
+)
+rewrites(
+    "a turn's text read as special tokens",
+    "llada.chat_template",
+    "for part in self._split(text) if is_own else [text]:",
+    "for part in self._split(text):",
+    "tests/test_chat_template.py",
+)
+
+
+# -- attention and the model -------------------------------------------------------------------------------------------
+
+
+@changes("llada.model.attention", "tests/engine/test_model.py")
+def causal_attention(attention: Any) -> None:
+    from tests.stand_ins import like
+
+    right = attention.F.scaled_dot_product_attention
+    attention.F = like(attention.F, scaled_dot_product_attention=lambda *inputs: right(*inputs, is_causal=True))
+
+
+@changes("llada.model.attention", "tests/engine/test_model.py")
+def documents_that_see_each_other(attention: Any) -> None:
+    attention.segmented_sdpa = lambda q, k, v, inputs: attention._sdpa(q, k, v)
+
+
+@changes("llada.hf.modeling_llada", "tests/hf/test_modeling.py")
+def an_exported_model_that_ignores_attention_mask(modeling: Any) -> None:
+    right = modeling.LLaDAModel.forward
+
+    def forward(self: Any, x: Any, attention_mask: Any, *others: Any, **named: Any) -> Any:
+        return right(self, x, None, *others, **named)
+
+    modeling.LLaDAModel.forward = forward
+
+
+rewrites(
+    "context ranks that attend to their own part",
+    "llada.model.transformer",
+    "if self.context_group.size() > 1:",
+    "if self.context_group.size() > 99:",
+    f"{LAYOUTS}[CP2 x DP4]",
+)
+rewrites(
+    "a head that does not wait for its updated weights",
+    "llada.model.transformer",
+    "return self.output_layer(hidden)",
+    "return self._head(hidden)",
+    f"{LAYOUTS}[DP8, small buckets]",
+)
+rewrites(
+    "the head's gradient under sequence parallelism",
+    "llada.model.transformer",
+    "tensor_parallel_output_grad=True",
+    "tensor_parallel_output_grad=False",
+    f"{LAYOUTS}[TP2+SP x DP4]",
+)
+
+
+# -- ranks and their state ---------------------------------------------------------------------------------------------
+
+
+@changes("llada.engine.megatron", f"{LAYOUTS}[TP2 x DP4]")
+def tensor_ranks_that_read_different_tokens(megatron: Any) -> None:
+    right = megatron.rank_batch
+
+    def rank_batch(*arguments: Any) -> Any:
+        part = right(*arguments)
+        return replace(part, inputs=part.inputs.roll(megatron.parallel_state.get_tensor_model_parallel_rank(), 1))
+
+    megatron.rank_batch = rank_batch
+
+
+@changes("llada.engine.megatron", f"{LAYOUTS}[TP2 x CP2 x PP2 x VP2]")
+def batched_exchange_between_two_stages_with_virtual_stages(megatron: Any) -> None:
+    right = megatron._transformer_config
+
+    def transformer_config(*arguments: Any) -> Any:
+        config = right(*arguments)
+        config.overlap_p2p_comm, config.batch_p2p_comm = False, True
+        return config
+
+    megatron._transformer_config = transformer_config
+
+
+@changes("llada.engine.megatron", "tests/engine/test_parity.py")
+def a_norms_gradient_counted_twice(megatron: Any) -> None:
+    right = megatron._finalize
+
+    def finalize(model: list[Any], *others: Any, **named: Any) -> None:
+        right(model, *others, **named)
+        for name, parameter in model[0].named_parameters():
+            if name.endswith("layers.0.input_layernorm.weight"):
+                parameter.main_grad.mul_(2)
+
+    megatron._finalize = finalize
+
+
+@changes("llada.engine.optimizer_state", "tests/engine/test_state.py")
+def one_step_count_for_all_parameters_after_loading(optimizer_state: Any) -> None:
+    """AdamW then raises the count once for each parameter in every step."""
+    right = optimizer_state.set_step_count
+
+    def set_step_count(parts: Any, count: int) -> None:
+        import torch
+
+        right(parts, count)
+        shared = torch.full((), float(count))
+        for part in parts:
+            for moments in part.optimizer.state.values():
+                moments["step"] = shared
+
+    optimizer_state.set_step_count = set_step_count
+
+
+rewrites(
+    "a piece of the moments that no rank writes",
+    "llada.engine.optimizer_state",
+    "    if max(body, tail) < stop:",
+    "    if max(body, tail) < stop and tail < body:",
+    "tests/distributed/test_resharding.py",
+)
+rewrites(
+    "imported weights rounded before they become masters",
+    "llada.engine.megatron",
+    "whole = torch.empty(parameter.shape, dtype=torch.float32)",
+    "whole = torch.empty(parameter.shape, dtype=self.dtype)",
+    "tests/distributed/test_export.py::test_folders_and_imports_pass_through_every_layout_bit_for_bit[TP2+SP x CP2 x DP2-bf16]",
+)
+
+
+# -- Hugging Face folders ----------------------------------------------------------------------------------------------
+
+
+@changes("llada.hf.folder", "tests/hf/test_from_hf.py::test_a_llama_is_the_same_function_under_a_causal_mask")
+def keys_and_values_of_an_imported_llama_exchanged(folder: Any) -> None:
+    names = next(value for value in vars(folder).values() if isinstance(value, dict) and "k_proj" in value)
+    names["k_proj"], names["v_proj"] = names["v_proj"], names["k_proj"]
+
+
+@changes("llada.hf.convert", "tests/hf/test_convert.py::test_the_mean_of_checkpoints_is_that_of_their_masters")
+def a_mean_of_rounded_weights(convert: Any) -> None:
+    right = convert.CheckpointWeights
+    convert.CheckpointWeights = lambda stored, model, masters: right(stored, model)
+
+
+rewrites(
+    "a new token's row left as it was",
+    "llada.hf.sources",
+    "(self._taken, self._before)",
+    "(self._tokens, self._before)",
+    "tests/hf/test_from_hf.py::test_new_tokens_take_rows_that_are_there_and_others_keep_theirs",
+)
+
+
+# -- the launcher and the run folder -----------------------------------------------------------------------------------
+
+
+@changes("llada.training.lock", "tests/training/test_lock.py")
+def a_run_folder_taken_from_a_living_process(lock: Any) -> None:
+    right = lock._gone
+    lock._gone = lambda holder, own: right(holder, own) or holder.get("host") == own["host"]
+
+
+rewrites(
+    "a job that comes back after scancel", "launch.decide", 'if now.state == "cancelled":', "if False:", "tests/launcher/test_decide.py"
+)
+rewrites(
+    "stops in order that use up the restarts",
+    "launch.decide",
+    'if not ends or ends[-1].get("failure"):',
+    "if True:",
+    "tests/launcher/test_decide.py",
+)
+rewrites(
+    "a signal that is lost while Python imports",
+    "launch.rank",
+    "if self._last is not None and time",
+    "if sent == 0.0 and self._last is not None and time",
+    "tests/launcher/test_pieces.py",
+)
