@@ -2,9 +2,10 @@
 
     python benchmarks/checkpoint.py
 
-Saves the state of a model (weights, moments) in turn in the background and in the foreground, and copies the same bytes as plain
-files with fsync. Printed: the seconds that training is blocked by each kind of save, the bytes per second of a whole save with its
-checksums, and the ratio to the copy.
+Saves the state of a model (weights, moments) in turn in the background and in the foreground, and
+copies the same bytes as plain files with fsync. Printed: the seconds that training is blocked by
+each kind of save, the bytes per second of a whole save with its checksums, and the ratio to the
+copy.
 """
 
 from __future__ import annotations
@@ -26,12 +27,16 @@ from llada.files import sync_tree
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--hidden-size", type=int, default=512)
     parser.add_argument("--vocabulary", type=int, default=32000)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--folder", default=None, help="where to write; the system's temporary folder if left out")
+    parser.add_argument(
+        "--folder", default=None, help="where to write; the system's temporary folder if left out"
+    )
     args = parser.parse_args()
     engine = MegatronEngine(
         build_config(
@@ -85,7 +90,9 @@ def main() -> None:
             {
                 "gigabytes": round(size / 1e9, 3),
                 "blocked_seconds": medians,
-                "background_over_foreground": round(medians["background"] / medians["foreground"], 3),
+                "background_over_foreground": round(
+                    medians["background"] / medians["foreground"], 3
+                ),
                 "save_mb_per_second": round(rate / 1e6),
                 "copy_mb_per_second": round(copy_rate / 1e6),
                 "save_over_copy": round(rate / copy_rate, 3),

@@ -1,12 +1,15 @@
-"""What it costs to convert a checkpoint from and to a Hugging Face folder, in one run on one machine.
+"""What it costs to convert a checkpoint from and to a Hugging Face folder, in one run on one
+machine.
 
     python benchmarks/convert.py
     python benchmarks/convert.py --model llada_8b --layers 8
 
-Writes a folder with random bf16 weights in the shape of a shipped config (with fewer layers: as a pipeline stage that also holds
-embedding and head), runs `llada convert from-hf` and `llada convert to-hf` on it, each in a process of its own, and copies the same
-bytes with fsync in between. Printed: seconds, bytes per second and their ratio to the copy, start-up included; the peak memory of each
-process, and what it may be at most: the largest tensor and 2 GB. The folder that comes back is compared bit for bit.
+Writes a folder with random bf16 weights in the shape of a shipped config (with fewer layers: as a
+pipeline stage that also holds embedding and head), runs `llada convert from-hf` and `llada convert
+to-hf` on it, each in a process of its own, and copies the same bytes with fsync in between.
+Printed: seconds, bytes per second and their ratio to the copy, start-up included; the peak memory
+of each process, and what it may be at most: the largest tensor and 2 GB. The folder that comes back
+is compared bit for bit.
 """
 
 from __future__ import annotations
@@ -50,7 +53,8 @@ class Random:
 
     def rows(self, name: str, first: int, last: int) -> torch.Tensor:
         values = torch.empty((last - first, *self.shapes[name][1:]), dtype=torch.int16)
-        return values.random_(0, 16384, generator=self._draw).view(torch.bfloat16)  # any bits of a number from 0 to 2
+        # any bits of a number from 0 to 2
+        return values.random_(0, 16384, generator=self._draw).view(torch.bfloat16)
 
 
 def make_folder(folder: Path, model: ModelSection) -> None:
@@ -65,7 +69,11 @@ def make_folder(folder: Path, model: ModelSection) -> None:
 def run(*arguments: str) -> tuple[float, float]:
     """Seconds and peak memory in GB of a `llada` command."""
     start = time.perf_counter()
-    process = subprocess.Popen([sys.executable, "-W", "ignore", "-m", "llada", *arguments], cwd=ROOT, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-m", "llada", *arguments],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+    )
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         sys.exit(f"llada {' '.join(arguments)} failed")
@@ -86,15 +94,24 @@ def copy(source: Path, target: Path) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="llada_1b", help="folder below configs/ with a pretrain.yaml")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", default="llada_1b", help="folder below configs/ with a pretrain.yaml"
+    )
     parser.add_argument("--layers", type=int, help="fewer layers than the model has")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--folder", help="where to write; the system's temporary folder if left out")
+    parser.add_argument(
+        "--folder", help="where to write; the system's temporary folder if left out"
+    )
     args = parser.parse_args()
     overrides = [] if args.layers is None else [f"model.num_layers={args.layers}"]
     model = load_config(ROOT / "configs" / args.model / "pretrain.yaml", overrides).model
-    size, largest = total_bytes(canonical_shapes(model), torch.bfloat16), model.vocab_size * model.hidden_size * 2
+    size, largest = (
+        total_bytes(canonical_shapes(model), torch.bfloat16),
+        model.vocab_size * model.hidden_size * 2,
+    )
     seconds: dict[str, list[float]] = {"copy": [], "from-hf": [], "to-hf": []}
     memory = {"from-hf": 0.0, "to-hf": 0.0}
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
@@ -103,12 +120,18 @@ def main() -> None:
         make_folder(scratch / "folder", model)
         for _ in range(args.rounds):
             seconds["copy"].append(copy(scratch / "folder", scratch / "copy"))
-            for command, source, target in (("from-hf", "folder", "checkpoint"), ("to-hf", "checkpoint", "back")):
+            for command, source, target in (
+                ("from-hf", "folder", "checkpoint"),
+                ("to-hf", "checkpoint", "back"),
+            ):
                 took, peak = run("convert", command, str(scratch / source), str(scratch / target))
                 seconds[command].append(took)
                 memory[command] = max(memory[command], peak)
             files = [path.name for path in (scratch / "folder").glob("*.safetensors")]
-            same = filecmp.cmpfiles(scratch / "folder", scratch / "back", files, shallow=False)[0] == files
+            same = (
+                filecmp.cmpfiles(scratch / "folder", scratch / "back", files, shallow=False)[0]
+                == files
+            )
             shutil.rmtree(scratch / "checkpoint")
             shutil.rmtree(scratch / "back")
     medians = {what: statistics.median(values) for what, values in seconds.items()}

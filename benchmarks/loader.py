@@ -1,17 +1,21 @@
-"""Tokens per second of the training data on one core, and what a corpus of 10,000 shards costs to open, on one machine.
+"""Tokens per second of the training data on one core, and what a corpus of 10,000 shards costs to
+open, on one machine.
 
     python benchmarks/loader.py
     python benchmarks/loader.py --start-up
 
-Without an option: a corpus of random documents (lengths exponential around --mean, ids of LLaDA's vocabulary, int32) is read by one
-replica the way training does: plan, windows, documents, t, masks and micro-batches, with data.document_mask on. In turn with it, the
-same number of windows is copied from a plain memory map in random order (the ceiling), and Megatron-Core's GPTDataset reads samples
-of the same shards: tokens, labels and positions, no noise and no documents. All files are in the page cache. Rates are medians over
-rounds, in million tokens, per second and per second of this process's computing, which other work on the core does not count in.
+Without an option: a corpus of random documents (lengths exponential around --mean, ids of LLaDA's
+vocabulary, int32) is read by one replica the way training does: plan, windows, documents, t, masks
+and micro-batches, with data.document_mask on. In turn with it, the same number of windows is copied
+from a plain memory map in random order (the ceiling), and Megatron-Core's GPTDataset reads samples
+of the same shards: tokens, labels and positions, no noise and no documents. All files are in the
+page cache. Rates are medians over rounds, in million tokens, per second and per second of this
+process's computing, which other work on the core does not count in.
 
-With --start-up: 10,000 shards of 2.3T tokens, whose token files are sparse and whose index is one file under many names, are opened
-in fresh processes, as the rank that compares the sizes of all files and as any other rank. Printed: seconds and peak
-memory of opening, and the mean time of a sample (tokens and documents) from a shard that was not touched before.
+With --start-up: 10,000 shards of 2.3T tokens, whose token files are sparse and whose index is one
+file under many names, are opened in fresh processes, as the rank that compares the sizes of all
+files and as any other rank. Printed: seconds and peak memory of opening, and the mean time of a
+sample (tokens and documents) from a shard that was not touched before.
 """
 
 from __future__ import annotations
@@ -65,7 +69,9 @@ def write_manifest(folder: Path, shards: list[ShardEntry]) -> None:
     ).save(folder)
 
 
-def write_shard(folder: Path, name: str, tokens: int, mean: float, rng: np.random.Generator) -> ShardEntry:
+def write_shard(
+    folder: Path, name: str, tokens: int, mean: float, rng: np.random.Generator
+) -> ShardEntry:
     """About `tokens` tokens in documents of random length."""
     lengths = 1 + rng.exponential(mean - 1, int(tokens / mean)).astype(np.int64)
     ids = rng.integers(0, EOS, int(lengths.sum()))
@@ -81,8 +87,19 @@ def config_of(corpus: Path, args: argparse.Namespace) -> RunConfig:
             "run": {"dir": "unused"},
             "train": {"steps": 1},
             "batch": {"global": args.batch, "micro": args.micro},
-            "data": {"sequence_length": LENGTH, "mixture": [{"path": str(corpus)}], "document_mask": not args.whole, "verify_bytes": 0},
-            "model": {"num_layers": 1, "hidden_size": 64, "num_attention_heads": 4, "ffn_hidden_size": 64, "vocab_size": ROWS},
+            "data": {
+                "sequence_length": LENGTH,
+                "mixture": [{"path": str(corpus)}],
+                "document_mask": not args.whole,
+                "verify_bytes": 0,
+            },
+            "model": {
+                "num_layers": 1,
+                "hidden_size": 64,
+                "num_attention_heads": 4,
+                "ffn_hidden_size": 64,
+                "vocab_size": ROWS,
+            },
             "objective": {"masking": args.masking},
             "schedule": {"stages": [{"shape": "constant", "start": 1e-4}]},
         }
@@ -97,7 +114,7 @@ def make_step(data: PretrainData, step: int) -> None:
         data.batch(plan, offsets)
 
 
-# -- tokens per second -------------------------------------------------------------------------------------------------
+# -- tokens per second -----------------------------------------------------------------------------
 
 
 def rates(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
@@ -105,7 +122,9 @@ def rates(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     corpus = folder / "corpus"
     corpus.mkdir()
-    entries = [write_shard(corpus, f"train-{i:05d}", args.tokens // 4, args.mean, rng) for i in range(4)]
+    entries = [
+        write_shard(corpus, f"train-{i:05d}", args.tokens // 4, args.mean, rng) for i in range(4)
+    ]
     write_manifest(corpus, entries)
     windows = args.steps * args.batch
     readers = {
@@ -124,9 +143,16 @@ def rates(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for i, clock in enumerate(("per_second", "per_cpu_second")):
         found[clock] = {
-            name: round(windows * LENGTH / statistics.median(row[i] for row in rows) / 1e6, 1) for name, rows in measured.items()
+            name: round(windows * LENGTH / statistics.median(row[i] for row in rows) / 1e6, 1)
+            for name, rows in measured.items()
         }
-    return {**found, "masking": args.masking, "document_mask": not args.whole, "mean_document": args.mean, "torch": torch.__version__}
+    return {
+        **found,
+        "masking": args.masking,
+        "document_mask": not args.whole,
+        "mean_document": args.mean,
+        "torch": torch.__version__,
+    }
 
 
 def our_reader(data: PretrainData, steps: int) -> Callable[[int], None]:
@@ -139,7 +165,11 @@ def our_reader(data: PretrainData, steps: int) -> Callable[[int], None]:
 
 def map_reader(paths: list[Path], count: int) -> Callable[[int], None]:
     maps = [np.asarray(np.memmap(path, np.int32, mode="r")) for path in paths]
-    places = [(i, first) for i, ids in enumerate(maps) for first in range(0, len(ids) - LENGTH + 1, LENGTH)]
+    places = [
+        (i, first)
+        for i, ids in enumerate(maps)
+        for first in range(0, len(ids) - LENGTH + 1, LENGTH)
+    ]
 
     def read(number: int) -> None:
         for k in np.random.default_rng(number).integers(0, len(places), count).tolist():
@@ -170,7 +200,9 @@ def gpt_reader(shard: Path, cache: Path, count: int) -> Callable[[int], None]:
         path_to_cache=str(cache),
     )
     documents = IndexedDataset(str(shard))
-    dataset = GPTDataset(documents, str(shard), np.arange(len(documents), dtype=np.int32), count, Split.train, config)
+    dataset = GPTDataset(
+        documents, str(shard), np.arange(len(documents), dtype=np.int32), count, Split.train, config
+    )
 
     def read(number: int) -> None:
         for i in range(count):
@@ -179,7 +211,7 @@ def gpt_reader(shard: Path, cache: Path, count: int) -> Callable[[int], None]:
     return read
 
 
-# -- start-up ----------------------------------------------------------------------------------------------------------
+# -- start-up --------------------------------------------------------------------------------------
 
 
 def start_up(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
@@ -187,18 +219,34 @@ def start_up(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     corpus = folder / "corpus"
     corpus.mkdir()
     write_many_shards(corpus, args)
-    found: dict[str, Any] = {"shards": args.shards, "tokens": sum(entry.tokens for entry in Manifest.load(corpus).shards)}
+    found: dict[str, Any] = {
+        "shards": args.shards,
+        "tokens": sum(entry.tokens for entry in Manifest.load(corpus).shards),
+    }
     for kind in ("verifying", "other"):
-        command = [sys.executable, __file__, "--open", str(corpus), *(["--verifying"] if kind == "verifying" else [])]
+        command = [
+            sys.executable,
+            __file__,
+            "--open",
+            str(corpus),
+            *(["--verifying"] if kind == "verifying" else []),
+        ]
         environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-        rounds = [json.loads(subprocess.run(command, env=environment, check=True, capture_output=True).stdout) for _ in range(args.rounds)]
+        rounds = [
+            json.loads(
+                subprocess.run(command, env=environment, check=True, capture_output=True).stdout
+            )
+            for _ in range(args.rounds)
+        ]
         found[kind] = {key: statistics.median(row[key] for row in rounds) for key in rounds[0]}
     return found
 
 
 def write_many_shards(corpus: Path, args: argparse.Namespace) -> None:
     """Shards that take no room: sparse token files (every id is 0), and one index."""
-    lengths = 1 + np.random.default_rng(0).exponential(args.mean - 1, int(2.3e12 / args.shards / args.mean)).astype(np.int64)
+    lengths = 1 + np.random.default_rng(0).exponential(
+        args.mean - 1, int(2.3e12 / args.shards / args.mean)
+    ).astype(np.int64)
     tokens = int(lengths.sum())
     first = write_shard(corpus, "first", 10 * LENGTH, args.mean, np.random.default_rng(0))
     with open(corpus / "index", "wb") as file:
@@ -212,8 +260,22 @@ def write_many_shards(corpus: Path, args: argparse.Namespace) -> None:
         os.link(corpus / "index", corpus / f"{name}.idx")
         with open(corpus / f"{name}.bin", "wb") as file:
             file.truncate(4 * tokens)
-        sizes = {"bin_bytes": 4 * tokens, "idx_bytes": (corpus / "index").stat().st_size, "bin_xxh3": f"{i:016x}"}
-        entries.append(replace(first, name=name, documents=len(lengths), tokens=tokens, text_bytes=4 * tokens, max_token_id=0, **sizes))
+        sizes = {
+            "bin_bytes": 4 * tokens,
+            "idx_bytes": (corpus / "index").stat().st_size,
+            "bin_xxh3": f"{i:016x}",
+        }
+        entries.append(
+            replace(
+                first,
+                name=name,
+                documents=len(lengths),
+                tokens=tokens,
+                text_bytes=4 * tokens,
+                max_token_id=0,
+                **sizes,
+            )
+        )
     write_manifest(corpus, entries)
 
 
@@ -238,8 +300,12 @@ def open_once(corpus: Path, args: argparse.Namespace) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--start-up", action="store_true", help="measure opening instead of reading")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--start-up", action="store_true", help="measure opening instead of reading"
+    )
     parser.add_argument("--tokens", type=int, default=64_000_000, help="of the corpus that is read")
     parser.add_argument("--mean", type=float, default=500, help="tokens of a document")
     parser.add_argument("--whole", action="store_true", help="without data.document_mask")
@@ -249,7 +315,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=16, help="steps of a round")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--shards", type=int, default=10_000, help="of the corpus that is opened")
-    parser.add_argument("--folder", default=None, help="where to write; the system's temporary folder if left out")
+    parser.add_argument(
+        "--folder", default=None, help="where to write; the system's temporary folder if left out"
+    )
     parser.add_argument("--open", type=Path, default=None, help=argparse.SUPPRESS)
     parser.add_argument("--verifying", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()

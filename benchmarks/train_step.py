@@ -3,12 +3,14 @@
     python benchmarks/train_step.py
     torchrun --nproc-per-node 4 benchmarks/train_step.py --parallel "tensor: 2" "sequence: true"
 
-Ours is the engine of every run, on the layout that is asked for. Two plain loops (a module of nn.Linear and scaled dot product
-attention, fused AdamW, one process) train the same shape on the same masked tokens: one with the logits of every position, as one
-would write it first, one with those of the predicted positions only, the same arithmetic as ours. In bf16 all three keep fp32
-masters, moments and accumulated gradients. Steps alternate, so that a noisy machine disturbs all alike; ratios are medians over
-neighbouring steps. The floor is the step's FLOPs at the rate of a large matrix product. On a GPU the default is the width of LLaDA
-8B: two layers beside each plain loop, then as many layers as fit alone, with 4 and with 16 micro-batches a step.
+Ours is the engine of every run, on the layout that is asked for. Two plain loops (a module of
+nn.Linear and scaled dot product attention, fused AdamW, one process) train the same shape on the
+same masked tokens: one with the logits of every position, as one would write it first, one with
+those of the predicted positions only, the same arithmetic as ours. In bf16 all three keep fp32
+masters, moments and accumulated gradients. Steps alternate, so that a noisy machine disturbs all
+alike; ratios are medians over neighbouring steps. The floor is the step's FLOPs at the rate of a
+large matrix product. On a GPU the default is the width of LLaDA 8B: two layers beside each plain
+loop, then as many layers as fit alone, with 4 and with 16 micro-batches a step.
 """
 
 from __future__ import annotations
@@ -50,7 +52,10 @@ class PlainModel(torch.nn.Module):
         m = config.model
         self.m = m
         self.embedding = torch.nn.Embedding(m.vocab_size, m.hidden_size)
-        self.layers = torch.nn.ModuleList(PlainLayer(m.hidden_size, m.num_attention_heads, m.ffn_hidden_size) for _ in range(m.num_layers))
+        self.layers = torch.nn.ModuleList(
+            PlainLayer(m.hidden_size, m.num_attention_heads, m.ffn_hidden_size)
+            for _ in range(m.num_layers)
+        )
         self.norm = torch.nn.RMSNorm(m.hidden_size, m.norm_eps)
         self.head = torch.nn.Linear(m.hidden_size, m.vocab_size, bias=False)
         for parameter in self.parameters():
@@ -59,8 +64,12 @@ class PlainModel(torch.nn.Module):
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         m = self.m
-        frequencies = 1.0 / m.rope_theta ** (torch.arange(0, m.head_dim, 2, device=tokens.device).float() / m.head_dim)
-        angles = torch.outer(torch.arange(tokens.shape[1], device=tokens.device).float(), frequencies)
+        frequencies = 1.0 / m.rope_theta ** (
+            torch.arange(0, m.head_dim, 2, device=tokens.device).float() / m.head_dim
+        )
+        angles = torch.outer(
+            torch.arange(tokens.shape[1], device=tokens.device).float(), frequencies
+        )
         cos, sin = angles.cos().to(self.head.weight.dtype), angles.sin().to(self.head.weight.dtype)
         x = self.embedding(tokens)
         for layer in self.layers:
@@ -73,8 +82,14 @@ class PlainLayer(torch.nn.Module):
         super().__init__()
         self.heads = heads
         self.norm1, self.norm2 = torch.nn.RMSNorm(width, 1e-5), torch.nn.RMSNorm(width, 1e-5)
-        self.qkv, self.out = torch.nn.Linear(width, 3 * width, bias=False), torch.nn.Linear(width, width, bias=False)
-        self.gate, self.up = torch.nn.Linear(width, ffn, bias=False), torch.nn.Linear(width, ffn, bias=False)
+        self.qkv, self.out = (
+            torch.nn.Linear(width, 3 * width, bias=False),
+            torch.nn.Linear(width, width, bias=False),
+        )
+        self.gate, self.up = (
+            torch.nn.Linear(width, ffn, bias=False),
+            torch.nn.Linear(width, ffn, bias=False),
+        )
         self.down = torch.nn.Linear(ffn, width, bias=False)
 
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -95,9 +110,11 @@ class PlainLoop:
     """Forward, weighted cross-entropy, backward, clip, AdamW.
 
     Args:
-        config: the shape; in bf16 the loop keeps fp32 masters, moments and accumulated gradients, as the engine does.
+        config: the shape; in bf16 the loop keeps fp32 masters, moments and accumulated gradients,
+            as the engine does.
         device: where.
-        every_position: logits of every position, as one would write it first; else of the predicted ones, the engine's arithmetic.
+        every_position: logits of every position, as one would write it first; else of the predicted
+            ones, the engine's arithmetic.
     """
 
     def __init__(self, config: RunConfig, device: torch.device, every_position: bool) -> None:
@@ -106,10 +123,14 @@ class PlainLoop:
         self.parameters = list(self.model.parameters())
         self.masters = self.parameters
         if config.precision == "bf16":
-            self.masters = [torch.nn.Parameter(parameter.detach().float()) for parameter in self.parameters]
+            self.masters = [
+                torch.nn.Parameter(parameter.detach().float()) for parameter in self.parameters
+            ]
             for master in self.masters:
                 master.grad = torch.zeros_like(master)
-        self.optimizer = torch.optim.AdamW(self.masters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+        self.optimizer = torch.optim.AdamW(
+            self.masters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+        )
 
     def step(self, batches: list[Batch]) -> float:
         masters_apart = self.masters is not self.parameters
@@ -124,7 +145,10 @@ class PlainLoop:
         torch.nn.utils.clip_grad_norm_(self.masters, 1.0)
         self.optimizer.step()
         if masters_apart:
-            torch._foreach_copy_([parameter.detach() for parameter in self.parameters], [master.detach() for master in self.masters])
+            torch._foreach_copy_(
+                [parameter.detach() for parameter in self.parameters],
+                [master.detach() for master in self.masters],
+            )
         return total.item()
 
     def _accumulate(self) -> None:
@@ -140,7 +164,9 @@ class PlainLoop:
             targets = batch.inputs.index_put((batch.rows, batch.columns), targets).flatten()
             weights = everywhere.index_put((batch.rows, batch.columns), weights).flatten()
         hidden = self.model(batch.inputs.to(self.device))[place].flatten(0, -2)
-        losses = F.cross_entropy(self.model.head(hidden).float(), targets.to(self.device), reduction="none")
+        losses = F.cross_entropy(
+            self.model.head(hidden).float(), targets.to(self.device), reduction="none"
+        )
         return (losses * weights.to(self.device)).sum()
 
 
@@ -149,7 +175,11 @@ def make_batches(config: RunConfig, step: int, whole_rows: bool) -> tuple[list[B
     rng = np.random.default_rng(step)
     count, length = config.batch.global_, config.data.sequence_length
     samples = step * count + np.arange(count)
-    cuts = np.full(count, length) if whole_rows else random_lengths(0, samples, length, config.data.random_length_probability)
+    cuts = (
+        np.full(count, length)
+        if whole_rows
+        else random_lengths(0, samples, length, config.data.random_length_probability)
+    )
     bounds = [np.unique([0, cut, length]) for cut in cuts]
     firsts = np.concatenate([[0], np.cumsum([len(b) - 1 for b in bounds])])
     lengths = np.concatenate([np.diff(b) for b in bounds])
@@ -157,13 +187,24 @@ def make_batches(config: RunConfig, step: int, whole_rows: bool) -> tuple[list[B
     mask = config.model.vocab_size - 1
     objective = MaskedDiffusion(0, mask)
     windows = [
-        Window(int(samples[i]), rng.integers(0, mask, length), bounds[i], t[firsts[i] : firsts[i + 1]], int(firsts[i]))
+        Window(
+            int(samples[i]),
+            rng.integers(0, mask, length),
+            bounds[i],
+            t[firsts[i] : firsts[i + 1]],
+            int(firsts[i]),
+        )
         for i in range(count)
     ]
     corrupted = [objective.corrupt(window) for window in windows]
     micro = config.batch.micro
-    batches = [collate(windows[i : i + micro], corrupted[i : i + micro], float(count * length)) for i in range(0, count, micro)]
-    return batches, step_flops(config.model, lengths.tolist(), sum(len(c.predicted) for c in corrupted), length)
+    batches = [
+        collate(windows[i : i + micro], corrupted[i : i + micro], float(count * length))
+        for i in range(0, count, micro)
+    ]
+    return batches, step_flops(
+        config.model, lengths.tolist(), sum(len(c.predicted) for c in corrupted), length
+    )
 
 
 def config_of(args: argparse.Namespace, vocabulary: int, layers: int, rows: int) -> RunConfig:
@@ -199,8 +240,11 @@ def timed(call: Any, device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def measure(config: RunConfig, steps: int, plain: str | None, profile: str | None = None) -> dict[str, Any]:
-    """Median step time of the engine, its ratio to a plain loop (on the first rank, alternating) and to the floor.
+def measure(
+    config: RunConfig, steps: int, plain: str | None, profile: str | None = None
+) -> dict[str, Any]:
+    """Median step time of the engine, its ratio to a plain loop (on the first rank, alternating)
+    and to the floor.
 
     Args:
         config: the shape.
@@ -215,11 +259,15 @@ def measure(config: RunConfig, steps: int, plain: str | None, profile: str | Non
         seconds: dict[str, list[float]] = {"ours": [], "plain": []}
         for step in range(steps + 2):
             batches, flops = make_batches(config, step, whole_rows=plain is not None)
-            offsets = sample_offsets(config.batch.global_, config.batch.micro, place.data_rank, place.data_size)
+            offsets = sample_offsets(
+                config.batch.global_, config.batch.micro, place.data_rank, place.data_size
+            )
             own = [engine.prepare(batches[part[0] // config.batch.micro]) for part in offsets]
             took = {"ours": timed(lambda own=own: engine.train_step(own, 1e-4).loss, device)}
             if plain:
-                took["plain"] = timed(lambda all_=batches: loop.step(all_) if loop else None, device)
+                took["plain"] = timed(
+                    lambda all_=batches: loop.step(all_) if loop else None, device
+                )
             if step >= 2:
                 for name, value in took.items():
                     seconds[name].append(value)
@@ -241,14 +289,22 @@ def measure(config: RunConfig, steps: int, plain: str | None, profile: str | Non
             "peak": f"{peak.flops / 1e12:.3g} TFLOP/s a rank, {peak.source}",
             "memory_gb": round(engine.peak_memory_gb(), 2),
             "time_over_floor": round(step_time / floor, 3),
-            **({f"time_over_plain_{plain}": _ratio(seconds["ours"], seconds["plain"])} if plain else {}),
+            **(
+                {f"time_over_plain_{plain}": _ratio(seconds["ours"], seconds["plain"])}
+                if plain
+                else {}
+            ),
         }
     finally:
         engine.close()
 
 
-def random_weights(model: ModelSection, seed: int, parameters: dict[str, torch.nn.Parameter], rank: int, size: int) -> None:
-    """Drawn on the device: the keyed initialisation takes a minute of CPU time for 8B parameters, and values do not matter here."""
+def random_weights(
+    model: ModelSection, seed: int, parameters: dict[str, torch.nn.Parameter], rank: int, size: int
+) -> None:
+    """Drawn on the device: the keyed initialisation takes a minute of CPU time for 8B parameters,
+    and values do not matter here.
+    """
     for parameter in parameters.values():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=model.hidden_size**-0.5)
@@ -260,7 +316,9 @@ def write_profile(path: Path, step: Callable[[], object], main_rank: bool) -> No
         step()
     if main_rank:
         by = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-        path.write_text(profiler.key_averages().table(sort_by=by, row_limit=40, max_name_column_width=80))
+        path.write_text(
+            profiler.key_averages().table(sort_by=by, row_limit=40, max_name_column_width=80)
+        )
 
 
 def _ratio(ours: list[float], theirs: list[float]) -> float:
@@ -277,34 +335,63 @@ def free_gpu_memory() -> None:
 
 
 def layers_that_fit(args: argparse.Namespace, vocabulary: int) -> int:
-    """18 bytes a parameter (bf16 weight, fp32 gradient, master weight and two moments) and the activations of a micro-batch."""
+    """18 bytes a parameter (bf16 weight, fp32 gradient, master weight and two moments) and the
+    activations of a micro-batch.
+    """
     free, _ = torch.cuda.mem_get_info()
     d, tokens = args.hidden_size, args.micro * args.sequence_length
     fixed = 18 * 2 * vocabulary * d + 14 * tokens * vocabulary
-    layer = 18 * (4 * d * d + 3 * d * args.ffn_hidden_size) + tokens * (34 * d + 10 * args.ffn_hidden_size)
+    layer = 18 * (4 * d * d + 3 * d * args.ffn_hidden_size) + tokens * (
+        34 * d + 10 * args.ffn_hidden_size
+    )
     return max(1, int((0.9 * free - fixed) // layer))
 
 
 def main() -> None:
     gpu = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vocabularies", type=int, nargs="+", default=[126464] if gpu else [1024, 32000])
-    parser.add_argument("--layers", type=int, default=0, help="0: 4 on CPU, as many as fit on a GPU")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--vocabularies", type=int, nargs="+", default=[126464] if gpu else [1024, 32000]
+    )
+    parser.add_argument(
+        "--layers", type=int, default=0, help="0: 4 on CPU, as many as fit on a GPU"
+    )
     parser.add_argument("--hidden-size", type=int, default=4096 if gpu else 256)
     parser.add_argument("--heads", type=int, default=32 if gpu else 4)
     parser.add_argument("--ffn-hidden-size", type=int, default=12288 if gpu else 768)
     parser.add_argument("--sequence-length", type=int, default=4096 if gpu else 256)
-    parser.add_argument("--rows", type=int, nargs="+", default=[4, 16] if gpu else [16], help="sequences per step")
-    parser.add_argument("--micro", type=int, default=1 if gpu else 0, help="sequences per micro-batch; 0: the rows divided by the ranks")
+    parser.add_argument(
+        "--rows", type=int, nargs="+", default=[4, 16] if gpu else [16], help="sequences per step"
+    )
+    parser.add_argument(
+        "--micro",
+        type=int,
+        default=1 if gpu else 0,
+        help="sequences per micro-batch; 0: the rows divided by the ranks",
+    )
     parser.add_argument("--precision", default="bf16" if gpu else "fp32", choices=["fp32", "bf16"])
     parser.add_argument("--steps", type=int, default=8 if gpu else 20, help="measured steps")
-    parser.add_argument("--parallel", nargs="*", default=[], metavar="KEY: VALUE", help="settings of the parallel section, as 'tensor: 2'")
-    parser.add_argument("--profile", metavar="FILE", help="write a table of the kernels of one step, of the last shape measured")
+    parser.add_argument(
+        "--parallel",
+        nargs="*",
+        default=[],
+        metavar="KEY: VALUE",
+        help="settings of the parallel section, as 'tensor: 2'",
+    )
+    parser.add_argument(
+        "--profile",
+        metavar="FILE",
+        help="write a table of the kernels of one step, of the last shape measured",
+    )
     args = parser.parse_args()
     join_world()
     main_rank = dist.get_rank() == 0
 
-    def report(vocabulary: int, layers: int, rows: int, plain: str | None, profile: str | None = None) -> None:
+    def report(
+        vocabulary: int, layers: int, rows: int, plain: str | None, profile: str | None = None
+    ) -> None:
         free_gpu_memory()
         result = measure(config_of(args, vocabulary, layers, rows), args.steps, plain, profile)
         if main_rank:
@@ -312,7 +399,10 @@ def main() -> None:
 
     if main_rank:
         device = torch.cuda.get_device_name() if gpu else "CPU"
-        print(f"{device}, torch {torch.__version__}, {torch.get_num_threads()} threads a rank, {args.precision}")
+        print(
+            f"{device}, torch {torch.__version__}, {torch.get_num_threads()} threads a rank,"
+            f" {args.precision}"
+        )
     for vocabulary in args.vocabularies:
         for plain in PLAIN_LOOPS:
             report(vocabulary, args.layers or (2 if gpu else 4), args.rows[0], plain)

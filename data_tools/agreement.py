@@ -1,4 +1,6 @@
-"""Whether token ids that another tool wrote are those of a tokenizer: what their text is encoded to, and the EOS that ends documents."""
+"""Whether token ids that another tool wrote are those of a tokenizer: what their text is encoded
+to, and the EOS that ends documents.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,10 @@ _SAMPLE = 20_000
 _ENOUGH = 200
 """Tokens from which on a share says something."""
 _RIGHT, _HOPELESS = 0.97, 0.5
-"""Shares of the tokens that come back. The right tokenizer gives all, but for a few where documents were encoded in parts. Others gave
-73 to 95 % (byte-level BPE of 300 to 8,192 ids and SentencePiece of 1,000 ids, trained on Python and on prose)."""
+"""Shares of the tokens that come back. The right tokenizer gives all, but for a few where documents
+were encoded in parts. Others gave 73 to 95 % (byte-level BPE of 300 to 8,192 ids and SentencePiece
+of 1,000 ids, trained on Python and on prose).
+"""
 _REMEDY = "--tokenizer must be the one they were made with"
 
 
@@ -48,7 +52,9 @@ class Agreement:
     def _stands_for_text(self, token_id: int) -> bool:
         """False for special tokens, which no text is encoded to."""
         if token_id not in self._is_text:
-            self._is_text[token_id] = bool(self._tokenizer.decode([token_id], skip_special_tokens=True))
+            self._is_text[token_id] = bool(
+                self._tokenizer.decode([token_id], skip_special_tokens=True)
+            )
         return self._is_text[token_id]
 
     def doubts(self, path: str) -> list[str]:
@@ -64,9 +70,17 @@ class Agreement:
         no_eos = self._documents > 0 and not self._with_eos
         found = []
         if share < _RIGHT:
-            found.append(f"encoding the text of its ids gives {share:.1%} of them again, where the right tokenizer gives all")
+            found.append(
+                f"encoding the text of its ids gives {share:.1%} of them again, where the right"
+                " tokenizer gives all"
+            )
         if no_eos:
-            found.append(f"none of its {self._documents:,} documents ends with this tokenizer's EOS, id {self._tokenizer.eos_id}")
+            found.append(
+                f"none of its {self._documents:,} documents ends with this tokenizer's EOS, id"
+                f" {self._tokenizer.eos_id}"
+            )
         if share < (_RIGHT if no_eos else _HOPELESS):
-            raise UserError(f"import: {path} was made with another tokenizer: {'; '.join(found)}; {_REMEDY}")
+            raise UserError(
+                f"import: {path} was made with another tokenizer: {'; '.join(found)}; {_REMEDY}"
+            )
         return [f"{path}: {'; '.join(found)}; {_REMEDY}"] if found else []

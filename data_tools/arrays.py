@@ -1,6 +1,8 @@
-"""JSON arrays, read element by element: memory holds one element and a chunk of the file, however large the array is.
+"""JSON arrays, read element by element: memory holds one element and a chunk of the file, however
+large the array is.
 
-The scanner finds where elements end; what an element holds is parsed, and checked, by whoever gets its bytes.
+The scanner finds where elements end; what an element holds is parsed, and checked, by whoever gets
+its bytes.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ _SPACE = b" \t\r\n"
 _BETWEEN, _INSIDE = re.compile(rb'[",\[\]{}]'), re.compile(rb'["\[\]{}]')
 """What says where an element ends: outside of all its brackets, and inside of some."""
 _TEXT = re.compile(rb'[^"\\]*(?:\\.[^"\\]*)*', re.DOTALL)
-"""The rest of a string, as far as the chunk goes; it stops before a backslash that ends the chunk."""
+"""The rest of a string, as far as the chunk goes; it stops before a backslash that ends the chunk.
+"""
 
 
 class BrokenArray(Exception):
@@ -30,7 +33,8 @@ class Element(NamedTuple):
 
     Attributes:
         start: where it begins, in bytes from the start of the (unpacked) file.
-        content: its bytes, white space around them included; None if there are more than the reader takes.
+        content: its bytes, white space around them included; None if there are more than the reader
+            takes.
     """
 
     start: int
@@ -38,7 +42,9 @@ class Element(NamedTuple):
 
 
 def holds_array(path: str) -> bool:
-    """Whether the first character of a file, plain or compressed, that is no white space is `[`. False if it cannot be read."""
+    """Whether the first character of a file, plain or compressed, that is no white space is `[`.
+    False if it cannot be read.
+    """
     try:
         with open_file(path) as stream:
             start = stream.read(len(codecs.BOM_UTF8)).removeprefix(codecs.BOM_UTF8)
@@ -80,7 +86,11 @@ class _Scanner:
 
     def __init__(self, stream: BinaryIO, longest: int, chunk: int) -> None:
         self._stream, self._longest, self._size = stream, longest, chunk
-        self._chunk, self._next, self._before = b"", 0, 0  # what is read, up to where it is used, and the bytes before it
+        self._chunk, self._next, self._before = (
+            b"",
+            0,
+            0,
+        )  # what is read, up to where it is used, and the bytes before it
 
     @property
     def position(self) -> int:
@@ -120,7 +130,9 @@ class _Scanner:
                 return b""
 
     def element(self, number: int) -> tuple[Element, bool]:
-        """The bytes up to the comma or bracket that ends an element, and whether that is the array's end."""
+        """The bytes up to the comma or bracket that ends an element, and whether that is the
+        array's end.
+        """
         start, begin = self.position, self._next
         parts: list[bytes] = []
         depth, size, in_string = 0, 0, False
@@ -132,7 +144,9 @@ class _Scanner:
                 parts = [] if size > self._longest else parts
                 parts.append(used)
                 if not self._more():
-                    raise BrokenArray(f"element {number}, which begins at byte {start:,}, does not end")
+                    raise BrokenArray(
+                        f"element {number}, which begins at byte {start:,}, does not end"
+                    )
                 begin = self._next
                 continue
             self._next += 1
@@ -145,13 +159,18 @@ class _Scanner:
             else:
                 break
         if mark == b"}":
-            raise BrokenArray(f"element {number}, which begins at byte {start:,}, ends with a brace that nothing opens")
+            raise BrokenArray(
+                f"element {number}, which begins at byte {start:,}, ends with a brace that nothing"
+                " opens"
+            )
         parts.append(self._chunk[begin : self._next - 1])
         whole = size + len(parts[-1]) <= self._longest
         return Element(start, b"".join(parts) if whole else None), mark == b"]"
 
     def _go_to_mark(self, in_string: bool, depth: int) -> bytes:
-        """Go to the next character that says where the element ends; none if the chunk ends before."""
+        """Go to the next character that says where the element ends; none if the chunk
+        ends before.
+        """
         if in_string:
             text = _TEXT.match(self._chunk, self._next)
             assert text is not None  # it matches the empty string too

@@ -8,7 +8,9 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def in_batches(documents: Iterable[T], size_of: Callable[[T], int], limit: int) -> Iterator[list[T]]:
+def in_batches(
+    documents: Iterable[T], size_of: Callable[[T], int], limit: int
+) -> Iterator[list[T]]:
     """Group documents until their sizes add up to `limit`."""
     batch: list[T] = []
     size = 0

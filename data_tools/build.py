@@ -1,7 +1,9 @@
-"""From inputs to the folder of a corpus, whatever its documents are: plan, units over processes and tasks, end.
+"""From inputs to the folder of a corpus, whatever its documents are: plan, units over processes and
+tasks, end.
 
-The work is cut into units (`data_tools.units`) that any number of processes, on any number of machines that see the output folder, do
-in any order. Everything is written to OUTPUT.partial, where each finished unit stays; the folder takes its name when the last is done.
+The work is cut into units (`data_tools.units`) that any number of processes, on any number of
+machines that see the output folder, do in any order. Everything is written to OUTPUT.partial, where
+each finished unit stays; the folder takes its name when the last is done.
 """
 
 from __future__ import annotations
@@ -44,10 +46,12 @@ class Effort:
 
     Attributes:
         workers: processes on this machine.
-        task, tasks: this is task number `task` of `tasks` that share the output folder, like those of a Slurm array.
+        task, tasks: this is task number `task` of `tasks` that share the output folder, like those
+        of a Slurm array.
         wait: seconds to wait for the other tasks where their results are needed (`dedup`).
         backend: of the encoder, one of `data_tools.encoders.BACKENDS`.
-        stream: for progress: a bar on a terminal, a line every half minute elsewhere; None: nothing.
+        stream: for progress: a bar on a terminal, a line every half minute elsewhere; None:
+            nothing.
     """
 
     workers: int = 1
@@ -63,7 +67,10 @@ class Effort:
         if not self.wait >= 0:
             raise UserError(f"--wait: {self.wait} is not a number of seconds, 0 or more")
         if not 0 <= self.task < self.tasks:
-            raise UserError(f"--task: {self.task} is not one of 0..{self.tasks - 1}, the numbers of the tasks (--tasks {self.tasks})")
+            raise UserError(
+                f"--task: {self.task} is not one of 0..{self.tasks - 1}, the numbers of the tasks"
+                f" (--tasks {self.tasks})"
+            )
 
 
 def check_count(setting: str, value: int, most: int) -> None:
@@ -79,7 +86,8 @@ class CorpusSettings:
     """How a corpus is written, whatever its documents are.
 
     Attributes:
-        tokenizer_path, validation_fraction, add_special_tokens, shard_tokens, unit_bytes, dedup, decontamination, force: see
+        tokenizer_path, validation_fraction, add_special_tokens, shard_tokens, unit_bytes, dedup,
+        decontamination, force: see
             `data_tools.prepare.prepare`.
         chat_template: saved with the tokenizer; None: the one it has.
         recorded: further options for the manifest.
@@ -109,12 +117,22 @@ class CorpusSettings:
         rule = self.decontamination
         return {
             **{name: getattr(self, name) for name in names},
-            "decontaminate": None if rule is None else {"files": list(rule.files), "ngram": rule.ngram, "drop": rule.drop},
+            "decontaminate": (
+                None
+                if rule is None
+                else {"files": list(rule.files), "ngram": rule.ngram, "drop": rule.drop}
+            ),
             **self.recorded,
         }
 
 
-def write_corpus(inputs: Sequence[str | Path], output: str | Path, settings: CorpusSettings, kind: Kind, effort: Effort) -> Manifest:
+def write_corpus(
+    inputs: Sequence[str | Path],
+    output: str | Path,
+    settings: CorpusSettings,
+    kind: Kind,
+    effort: Effort,
+) -> Manifest:
     """Write the folder of a corpus: shards of both splits, the tokenizer, the manifest.
 
     Args:
@@ -130,8 +148,11 @@ def write_corpus(inputs: Sequence[str | Path], output: str | Path, settings: Cor
     """
     place = Output(output, settings.force, effort.tasks > 1)
     for folder in filter(os.path.isdir, inputs):
-        refuse_inside(output, Path(folder), "--output")  # else the next preparation reads what this one wrote
-    tokenizer = Tokenizer.load(settings.tokenizer_path, require_mask=not settings.add_special_tokens)
+        # else the next preparation reads what this one wrote
+        refuse_inside(output, Path(folder), "--output")
+    tokenizer = Tokenizer.load(
+        settings.tokenizer_path, require_mask=not settings.add_special_tokens
+    )
     if settings.add_special_tokens:
         tokenizer = tokenizer.with_special_tokens()
     if settings.chat_template is not None:
@@ -139,16 +160,30 @@ def write_corpus(inputs: Sequence[str | Path], output: str | Path, settings: Cor
     report = Report()
     sources = find_sources(inputs, kind.options, report)
     options = settings.options()
-    decided = {**options, "kind": kind.name, "tokenizer": tokenizer.fingerprint, **_evaluation_stamps(settings.decontamination)}
+    decided = {
+        **options,
+        "kind": kind.name,
+        "tokenizer": tokenizer.fingerprint,
+        **_evaluation_stamps(settings.decontamination),
+    }
     digest = digest_of(decided, sources)
     if (done := place.finished(digest, decided)) is not None:
-        Progress(effort.stream).say(f"{output} is there already, made of the same inputs with the same settings")
+        Progress(effort.stream).say(
+            f"{output} is there already, made of the same inputs with the same settings"
+        )
         return done
     if place.is_written(digest):
         return place.publish()
-    plan = place.unfinished(digest, decided) or make_plan(decided, sources, kind.options, settings.unit_bytes, report)
+    plan = place.unfinished(digest, decided) or make_plan(
+        decided, sources, kind.options, settings.unit_bytes, report
+    )
     encoder, note = kind.choose(tokenizer, plan, effort.backend)
-    rules = settings.validation_fraction, settings.shard_tokens, settings.dedup, settings.decontamination
+    rules = (
+        settings.validation_fraction,
+        settings.shard_tokens,
+        settings.dedup,
+        settings.decontamination,
+    )
     job = UnitJob(place.partial, kind, tokenizer, encoder, *rules)
     try:
         with place.working(plan, tokenizer), Progress(effort.stream) as progress:
@@ -167,7 +202,9 @@ def write_corpus(inputs: Sequence[str | Path], output: str | Path, settings: Cor
 
 
 def _finished_meanwhile(place: Output, digest: str) -> Manifest | None:
-    """The corpus, if another process that worked on it too has ended it, or is about to and may need help."""
+    """The corpus, if another process that worked on it too has ended it, or is about to and may
+    need help.
+    """
     for _ in range(_TRIES):
         if (done := place.finished_by_another(digest)) is not None:
             return done
@@ -181,7 +218,15 @@ def _finished_meanwhile(place: Output, digest: str) -> Manifest | None:
 
 def _evaluation_stamps(rule: Decontamination | None) -> dict[str, Any]:
     """What tells that evaluation texts have changed."""
-    return {} if rule is None else {"evaluation": [checksum(Path(file))["xxh3"] for file in rule.files if Path(file).is_file()]}
+    return (
+        {}
+        if rule is None
+        else {
+            "evaluation": [
+                checksum(Path(file))["xxh3"] for file in rule.files if Path(file).is_file()
+            ]
+        }
+    )
 
 
 class _Passes:
@@ -194,27 +239,45 @@ class _Passes:
     def run(self) -> None:
         units = len(self._plan.units)
         if self._job.dedup:
-            self._do("reading for duplicates", self._job, "hashes", units, lambda unit: duplicates.hashes_path(self._folder, unit))
+            self._do(
+                "reading for duplicates",
+                self._job,
+                "hashes",
+                units,
+                lambda unit: duplicates.hashes_path(self._folder, unit),
+            )
             self._wait_for("hashes", units, lambda unit: duplicates.hashes_path(self._folder, unit))
             ranges = duplicates.num_ranges(self._folder, units)
             merge = duplicates.MergeJob(self._folder, units, ranges)
-            self._do("merging", merge, "merge", ranges, lambda number: duplicates.range_path(self._folder, number))
-            self._wait_for("merged hashes", ranges, lambda number: duplicates.range_path(self._folder, number))
+            self._do(
+                "merging",
+                merge,
+                "merge",
+                ranges,
+                lambda number: duplicates.range_path(self._folder, number),
+            )
+            self._wait_for(
+                "merged hashes", ranges, lambda number: duplicates.range_path(self._folder, number)
+            )
         self._do("tokenizing", self._job, "shards", units, self._entry)
         left = units - sum(self._entry(unit).exists() for unit in range(units))
         if left:
             raise Unfinished(
-                f"task {self._effort.task} of {self._effort.tasks} is done; {units - left:,} of {units:,} units are finished, "
-                "and the task that ends last completes the corpus"
+                f"task {self._effort.task} of {self._effort.tasks} is done; {units - left:,} of"
+                f" {units:,} units are finished, and the task that ends last completes the corpus"
             )
 
     def _entry(self, unit: int) -> Path:
         return entry_path(self._folder, unit)
 
-    def _do(self, what: str, job: Job, step: str, count: int, result: Callable[[int], Path]) -> None:
+    def _do(
+        self, what: str, job: Job, step: str, count: int, result: Callable[[int], Path]
+    ) -> None:
         own = range(self._effort.task, count, self._effort.tasks)
         todo = [number for number in own if not result(number).exists()]
-        text = sum(self._plan.text_bytes[number] for number in todo) if isinstance(job, UnitJob) else 0
+        text = (
+            sum(self._plan.text_bytes[number] for number in todo) if isinstance(job, UnitJob) else 0
+        )
         self._progress.begin(what, text)
         run(job, step, todo, self._effort.workers, self._progress.advance)
 
@@ -225,8 +288,9 @@ class _Passes:
         while missing := sum(not result(number).exists() for number in range(count)):
             if time.monotonic() >= ends:
                 raise TryAgain(
-                    f"{missing:,} of {count:,} {what} are still to come from other tasks after --wait {self._effort.wait:g} seconds; "
-                    "what is done is kept: run this task again when the others have got there"
+                    f"{missing:,} of {count:,} {what} are still to come from other tasks after"
+                    f" --wait {self._effort.wait:g} seconds; what is done is kept: run this task"
+                    " again when the others have got there"
                 )
             if not said:
                 self._progress.say(f"waiting for {missing:,} {what} of other tasks")

@@ -19,25 +19,61 @@ app = typer.Typer(no_args_is_help=True, help="Tokenize, shard, inspect and verif
 tokenizer_app = typer.Typer(no_args_is_help=True, help="Train and look at tokenizers.")
 app.add_typer(tokenizer_app, name="tokenizer")
 
-Inputs = Annotated[list[str], typer.Option("--input", help="File, folder, pattern or hf:DATASET; repeat it, or list more after it.")]
+Inputs = Annotated[
+    list[str],
+    typer.Option(
+        "--input", help="File, folder, pattern or hf:DATASET; repeat it, or list more after it."
+    ),
+]
 MoreInputs = Annotated[list[str] | None, typer.Argument(help="Further inputs.")]
 TextField = Annotated[str, typer.Option(help="JSONL field with the text.")]
 Extensions = Annotated[
-    list[str] | None, typer.Option("--ext", help="Extensions read in folders, as in --ext py,md; default: text and code.")
+    list[str] | None,
+    typer.Option(
+        "--ext", help="Extensions read in folders, as in --ext py,md; default: text and code."
+    ),
 ]
-SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Count bad lines, elements and rows instead of stopping.")]
-AddSpecial = Annotated[bool, typer.Option("--add-special-tokens", help="Append LLaDA's special tokens that the tokenizer lacks.")]
-TokenizerPath = Annotated[str, typer.Option(help="Hugging Face folder, tokenizer.json or SentencePiece model.")]
+SkipBad = Annotated[
+    bool, typer.Option("--skip-bad", help="Count bad lines, elements and rows instead of stopping.")
+]
+AddSpecial = Annotated[
+    bool,
+    typer.Option(
+        "--add-special-tokens", help="Append LLaDA's special tokens that the tokenizer lacks."
+    ),
+]
+TokenizerPath = Annotated[
+    str, typer.Option(help="Hugging Face folder, tokenizer.json or SentencePiece model.")
+]
 Split = Annotated[str, typer.Option(help="Of hf: inputs, as in train[:1%].")]
-Name = Annotated[str | None, typer.Option(help="Of hf: inputs: the configuration, as in sample-10BT.")]
+Name = Annotated[
+    str | None, typer.Option(help="Of hf: inputs: the configuration, as in sample-10BT.")
+]
 Revision = Annotated[str | None, typer.Option(help="Of hf: inputs: commit or tag.")]
-Streaming = Annotated[bool, typer.Option("--streaming", help="Read hf: inputs without downloading them whole.")]
-Dedup = Annotated[bool, typer.Option("--dedup", help="Leave out exact copies of earlier documents.")]
-UnitBytes = Annotated[int | None, typer.Option(help="Text in a unit of work; default: a 64th of the whole, from 4 MiB to 256 MiB.")]
-Workers = Annotated[int | None, typer.Option(help="Processes on this machine; default: one for each core it may use.")]
+Streaming = Annotated[
+    bool, typer.Option("--streaming", help="Read hf: inputs without downloading them whole.")
+]
+Dedup = Annotated[
+    bool, typer.Option("--dedup", help="Leave out exact copies of earlier documents.")
+]
+UnitBytes = Annotated[
+    int | None,
+    typer.Option(
+        help="Text in a unit of work; default: a 64th of the whole, from 4 MiB to 256 MiB."
+    ),
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(help="Processes on this machine; default: one for each core it may use."),
+]
 Task = Annotated[int, typer.Option(help="Number of this task, from 0, among --tasks.")]
-Tasks = Annotated[int, typer.Option(help="Tasks that share the output folder, as those of a Slurm array.")]
-Wait = Annotated[float, typer.Option(help="Seconds to wait for other tasks where their results are needed (--dedup).")]
+Tasks = Annotated[
+    int, typer.Option(help="Tasks that share the output folder, as those of a Slurm array.")
+]
+Wait = Annotated[
+    float,
+    typer.Option(help="Seconds to wait for other tasks where their results are needed (--dedup)."),
+]
 ShardTokens = Annotated[int, typer.Option(min=1, help="Tokens with which a shard is full.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is at --output.")]
 Output = Annotated[str, typer.Option(help="Folder to make.")]
@@ -50,37 +86,59 @@ def prepare(
     tokenizer: TokenizerPath,
     output: Annotated[str, typer.Option(help="Folder to make.")],
     more: MoreInputs = None,
-    validation_fraction: Annotated[float, typer.Option(help="Share of the documents held out, by hash of their text.")] = 0.005,
+    validation_fraction: Annotated[
+        float, typer.Option(help="Share of the documents held out, by hash of their text.")
+    ] = 0.005,
     add_special_tokens: AddSpecial = False,
     text_field: TextField = "text",
     ext: Extensions = None,
     skip_bad: SkipBad = False,
-    min_length: Annotated[int, typer.Option(help="Leave out shorter texts, in bytes of UTF-8.")] = 1,
-    max_length: Annotated[int, typer.Option(help="Leave out longer texts, in bytes of UTF-8; bounds memory.")] = 64 << 20,
+    min_length: Annotated[
+        int, typer.Option(help="Leave out shorter texts, in bytes of UTF-8.")
+    ] = 1,
+    max_length: Annotated[
+        int, typer.Option(help="Leave out longer texts, in bytes of UTF-8; bounds memory.")
+    ] = 64 << 20,
     split: Split = "train",
     name: Name = None,
     revision: Revision = None,
     streaming: Streaming = False,
     dedup: Dedup = False,
     decontaminate: Annotated[
-        list[str] | None, typer.Option(help="Leave out documents that overlap the texts of this evaluation file; repeat it for more.")
+        list[str] | None,
+        typer.Option(
+            help=(
+                "Leave out documents that overlap the texts of this evaluation file; repeat it for"
+                " more."
+            )
+        ),
     ] = None,
-    decontaminate_ngram: Annotated[int, typer.Option(min=1, help="Words in a row that make an overlap.")] = 13,
-    decontaminate_count: Annotated[bool, typer.Option("--decontaminate-count", help="Count such documents and keep them.")] = False,
+    decontaminate_ngram: Annotated[
+        int, typer.Option(min=1, help="Words in a row that make an overlap.")
+    ] = 13,
+    decontaminate_count: Annotated[
+        bool, typer.Option("--decontaminate-count", help="Count such documents and keep them.")
+    ] = False,
     shard_tokens: ShardTokens = 2**28,
     unit_bytes: UnitBytes = None,
     workers: Workers = None,
     task: Task = 0,
     tasks: Tasks = 1,
     wait: Wait = 600.0,
-    backend: Annotated[str, typer.Option(help="Encoder: auto, gigatoken, fastokens or library.")] = "auto",
+    backend: Annotated[
+        str, typer.Option(help="Encoder: auto, gigatoken, fastokens or library.")
+    ] = "auto",
     force: Force = False,
 ) -> None:
     """Tokenize text into a folder of shards that training reads."""
     from data_tools.passes import Decontamination
     from data_tools.prepare import prepare as run
 
-    rule = Decontamination(tuple(decontaminate), decontaminate_ngram, not decontaminate_count) if decontaminate else None
+    rule = (
+        Decontamination(tuple(decontaminate), decontaminate_ngram, not decontaminate_count)
+        if decontaminate
+        else None
+    )
     _report(
         output,
         lambda: run(
@@ -111,7 +169,14 @@ def prepare(
 def _effort(workers: int | None, task: int, tasks: int, wait: float, backend: str) -> Effort:
     from data_tools.build import Effort
 
-    return Effort(len(os.sched_getaffinity(0)) if workers is None else workers, task, tasks, wait, backend, sys.stderr)
+    return Effort(
+        len(os.sched_getaffinity(0)) if workers is None else workers,
+        task,
+        tasks,
+        wait,
+        backend,
+        sys.stderr,
+    )
 
 
 def _report(output: str, prepare: Callable[[], Manifest]) -> None:
@@ -128,28 +193,63 @@ def _report(output: str, prepare: Callable[[], Manifest]) -> None:
 @app.command("prepare-sft")
 def prepare_sft(
     input: Inputs,
-    tokenizer: Annotated[str, typer.Option(help="Hugging Face folder, tokenizer.json or SentencePiece model.")],
+    tokenizer: Annotated[
+        str, typer.Option(help="Hugging Face folder, tokenizer.json or SentencePiece model.")
+    ],
     output: Annotated[str, typer.Option(help="Folder to make.")],
     more: MoreInputs = None,
     prompt_field: Annotated[str, typer.Option(help="JSONL field with the prompt.")] = "prompt",
-    response_field: Annotated[str, typer.Option(help="JSONL field with the response.")] = "response",
-    messages_field: Annotated[str, typer.Option(help="JSONL field with a list of turns, each with role and content.")] = "messages",
-    conversations_field: Annotated[str, typer.Option(help="JSONL field with a list of turns, each with from and value.")] = "conversations",
-    system_field: Annotated[str, typer.Option(help="JSONL field with a system prompt, if there is one.")] = "system",
-    context_field: Annotated[str | None, typer.Option(help="JSONL field whose text, if any, follows the prompt of a pair.")] = None,
+    response_field: Annotated[
+        str, typer.Option(help="JSONL field with the response.")
+    ] = "response",
+    messages_field: Annotated[
+        str, typer.Option(help="JSONL field with a list of turns, each with role and content.")
+    ] = "messages",
+    conversations_field: Annotated[
+        str, typer.Option(help="JSONL field with a list of turns, each with from and value.")
+    ] = "conversations",
+    system_field: Annotated[
+        str, typer.Option(help="JSONL field with a system prompt, if there is one.")
+    ] = "system",
+    context_field: Annotated[
+        str | None,
+        typer.Option(help="JSONL field whose text, if any, follows the prompt of a pair."),
+    ] = None,
     format: Annotated[
-        str, typer.Option(help="auto, prompt-response, messages, sharegpt or alpaca; auto: by the fields of the record.")
+        str,
+        typer.Option(
+            help=(
+                "auto, prompt-response, messages, sharegpt or alpaca; auto: by the fields of the"
+                " record."
+            )
+        ),
     ] = "auto",
     chat_template: Annotated[
-        str, typer.Option(help="llada (its own format), tokenizer (the tokenizer's chat template) or a Jinja file.")
+        str,
+        typer.Option(
+            help=(
+                "llada (its own format), tokenizer (the tokenizer's chat template) or a Jinja file."
+            )
+        ),
     ] = "llada",
     max_tokens: Annotated[
-        int | None, typer.Option(help="Longest reply with its prompt and EOS, in tokens; longer ones are left out.")
+        int | None,
+        typer.Option(
+            help="Longest reply with its prompt and EOS, in tokens; longer ones are left out."
+        ),
     ] = None,
-    truncate: Annotated[bool, typer.Option("--truncate", help="Cut such replies to --max-tokens, without EOS.")] = False,
-    drop_trailing: Annotated[bool, typer.Option("--drop-trailing", help="Leave out turns after the last reply.")] = False,
-    join_turns: Annotated[bool, typer.Option("--join-turns", help="Make consecutive turns of one role one turn.")] = False,
-    validation_fraction: Annotated[float, typer.Option(help="Share of the conversations held out, by hash of their question.")] = 0.005,
+    truncate: Annotated[
+        bool, typer.Option("--truncate", help="Cut such replies to --max-tokens, without EOS.")
+    ] = False,
+    drop_trailing: Annotated[
+        bool, typer.Option("--drop-trailing", help="Leave out turns after the last reply.")
+    ] = False,
+    join_turns: Annotated[
+        bool, typer.Option("--join-turns", help="Make consecutive turns of one role one turn.")
+    ] = False,
+    validation_fraction: Annotated[
+        float, typer.Option(help="Share of the conversations held out, by hash of their question.")
+    ] = 0.005,
     add_special_tokens: AddSpecial = False,
     skip_bad: SkipBad = False,
     dedup: Dedup = False,
@@ -209,7 +309,9 @@ def merge(
     from data_tools.finish import summary
     from data_tools.rewrite import merge as run
 
-    manifest = run(folders, output, shard_tokens=shard_tokens, force=force, progress=sys.stderr.isatty())
+    manifest = run(
+        folders, output, shard_tokens=shard_tokens, force=force, progress=sys.stderr.isatty()
+    )
     typer.echo(f"{summary(manifest)}\n{output}")
 
 
@@ -218,13 +320,20 @@ def split(
     folder: Folder,
     parts: Annotated[int, typer.Option(help="How many.")],
     output: Output,
-    force: Annotated[bool, typer.Option("--force", help="Replace a split corpus at --output.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace a split corpus at --output.")
+    ] = False,
 ) -> None:
     """Cut a prepared corpus into several of about equal tokens."""
     from data_tools.rewrite import split as run
 
-    for number, manifest in enumerate(run(folder, parts, output, force=force, progress=sys.stderr.isatty())):
-        (documents, tokens, _), (held_out, held_out_tokens, _) = manifest.totals("train"), manifest.totals("validation")
+    for number, manifest in enumerate(
+        run(folder, parts, output, force=force, progress=sys.stderr.isatty())
+    ):
+        (documents, tokens, _), (held_out, held_out_tokens, _) = (
+            manifest.totals("train"),
+            manifest.totals("validation"),
+        )
         typer.echo(
             f"{output}/part-{number:05d}: train {documents:,} documents, {tokens:,} tokens; "
             f"validation {held_out:,} documents, {held_out_tokens:,} tokens"
@@ -235,25 +344,47 @@ def split(
 def export(
     folder: Folder,
     output: Annotated[str, typer.Option(help="File to make: .jsonl, .jsonl.gz or .jsonl.zst.")],
-    split: Annotated[str | None, typer.Option(help="train or validation; default: both, in this order.")] = None,
+    split: Annotated[
+        str | None, typer.Option(help="train or validation; default: both, in this order.")
+    ] = None,
     text_field: TextField = "text",
     force: Force = False,
 ) -> None:
     """Decode the documents of a prepared corpus to JSON Lines."""
     from data_tools.exchange import export as run
 
-    made = run(folder, output, split=split, text_field=text_field, force=force, progress=sys.stderr.isatty())
+    made = run(
+        folder,
+        output,
+        split=split,
+        text_field=text_field,
+        force=force,
+        progress=sys.stderr.isatty(),
+    )
     typer.echo(f"{output}: {made.documents:,} documents, {made.text_bytes:,} bytes of text")
     if made.text_bytes != made.prepared_bytes:
-        typer.echo(f"not the text as it was prepared, which has {made.prepared_bytes:,} bytes: the tokenizer gives some texts back changed")
+        typer.echo(
+            f"not the text as it was prepared, which has {made.prepared_bytes:,} bytes: the"
+            " tokenizer gives some texts back changed"
+        )
 
 
 @app.command("import")
 def import_(
-    shards: Annotated[list[str], typer.Argument(help="Megatron datasets: .bin, .idx, or their name without suffix.")],
-    tokenizer: Annotated[str, typer.Option(help="The tokenizer they were made with: folder, tokenizer.json or SentencePiece model.")],
+    shards: Annotated[
+        list[str],
+        typer.Argument(help="Megatron datasets: .bin, .idx, or their name without suffix."),
+    ],
+    tokenizer: Annotated[
+        str,
+        typer.Option(
+            help="The tokenizer they were made with: folder, tokenizer.json or SentencePiece model."
+        ),
+    ],
     output: Output,
-    validation_fraction: Annotated[float, typer.Option(help="Share of the documents held out, by hash of their text.")] = 0.005,
+    validation_fraction: Annotated[
+        float, typer.Option(help="Share of the documents held out, by hash of their text.")
+    ] = 0.005,
     add_special_tokens: AddSpecial = False,
     shard_tokens: ShardTokens = 2**28,
     force: Force = False,
@@ -278,7 +409,9 @@ def import_(
     for doubt in made.doubts:
         typer.echo(f"warning: {doubt}", err=True)
     if made.special_inside:
-        typer.echo(f"{made.special_inside:,} documents hold BOS or EOS before their end; kept as they are")
+        typer.echo(
+            f"{made.special_inside:,} documents hold BOS or EOS before their end; kept as they are"
+        )
     typer.echo(output)
 
 
@@ -286,8 +419,12 @@ def import_(
 def inspect(
     folder: Folder,
     samples: Annotated[int, typer.Option(min=0, help="Documents of each split to show.")] = 3,
-    sequence_length: Annotated[int | None, typer.Option(help="Count windows of so many tokens, and the tokens in none.")] = None,
-    png: Annotated[str | None, typer.Option(help="Draw the histogram of document lengths into this file.")] = None,
+    sequence_length: Annotated[
+        int | None, typer.Option(help="Count windows of so many tokens, and the tokens in none.")
+    ] = None,
+    png: Annotated[
+        str | None, typer.Option(help="Draw the histogram of document lengths into this file.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show what a prepared corpus holds."""
@@ -304,7 +441,9 @@ def inspect(
 
 
 @app.command()
-def verify(folder: Folder, workers: Annotated[int, typer.Option(help="Shards looked at at a time.")] = 1) -> None:
+def verify(
+    folder: Folder, workers: Annotated[int, typer.Option(help="Shards looked at at a time.")] = 1
+) -> None:
     """Recompute checksums and check every token, document and count of a prepared corpus."""
     from data_tools.inspect import check
     from data_tools.progress import progress_bar
@@ -323,7 +462,10 @@ def verify(folder: Folder, workers: Annotated[int, typer.Option(help="Shards loo
     if found:
         raise UserError(f"{folder}: {len(found)} problems, the first: {found[0]}")
     shards = Manifest.load(folder).shards
-    typer.echo(f"ok: {len(shards)} shards, {sum(s.documents for s in shards):,} documents, {sum(s.tokens for s in shards):,} tokens")
+    typer.echo(
+        f"ok: {len(shards)} shards, {sum(s.documents for s in shards):,} documents,"
+        f" {sum(s.tokens for s in shards):,} tokens"
+    )
 
 
 @tokenizer_app.command()
@@ -332,8 +474,12 @@ def train(
     vocab_size: Annotated[int, typer.Option(help="Ids in all, LLaDA's 6 special tokens included.")],
     output: Annotated[str, typer.Option(help="Folder to make.")],
     more: MoreInputs = None,
-    kind: Annotated[str, typer.Option(help="byte-bpe, or a SentencePiece model: unigram, bpe.")] = "byte-bpe",
-    sample_bytes: Annotated[int, typer.Option(help="Bytes of text to train on, chosen over the whole input.")] = 100_000_000,
+    kind: Annotated[
+        str, typer.Option(help="byte-bpe, or a SentencePiece model: unigram, bpe.")
+    ] = "byte-bpe",
+    sample_bytes: Annotated[
+        int, typer.Option(help="Bytes of text to train on, chosen over the whole input.")
+    ] = 100_000_000,
     text_field: TextField = "text",
     ext: Extensions = None,
     skip_bad: SkipBad = False,
@@ -354,22 +500,38 @@ def train(
         force=force,
     )
     ids = made.tokenizer
-    fewer = f" (the text has pairs for no more than that, {vocab_size:,} were asked for)" if ids.vocab_size < vocab_size else ""
-    typer.echo(f"{output}: {ids.vocab_size:,} ids{fewer}, {ids.rows:,} rows, mask {ids.mask_id}, EOS {ids.eos_id}")
+    fewer = (
+        f" (the text has pairs for no more than that, {vocab_size:,} were asked for)"
+        if ids.vocab_size < vocab_size
+        else ""
+    )
+    typer.echo(
+        f"{output}: {ids.vocab_size:,} ids{fewer}, {ids.rows:,} rows, mask {ids.mask_id}, EOS"
+        f" {ids.eos_id}"
+    )
     typer.echo(f"trained on {made.sample_bytes:,} of {made.text_bytes:,} bytes of text")
     typer.echo(f"{made.fit}, a sample of these")
 
 
 @tokenizer_app.command()
 def info(
-    path: Annotated[str, typer.Argument(help="Hugging Face folder, tokenizer.json or SentencePiece model.")],
-    input: Annotated[list[str] | None, typer.Option("--input", help="File or folder to measure it on; repeat it.")] = None,
+    path: Annotated[
+        str, typer.Argument(help="Hugging Face folder, tokenizer.json or SentencePiece model.")
+    ],
+    input: Annotated[
+        list[str] | None,
+        typer.Option("--input", help="File or folder to measure it on; repeat it."),
+    ] = None,
     text_field: TextField = "text",
     ext: Extensions = None,
     skip_bad: SkipBad = False,
 ) -> None:
-    """Show size, kind and special tokens of a tokenizer, what encodes for it, and how it cuts a text."""
+    """Show size, kind and special tokens of a tokenizer, what encodes for it, and how it cuts a
+    text.
+    """
     from data_tools.readers import ReadOptions, parse_extensions
     from data_tools.tokenizers import describe
 
-    typer.echo(describe(path, input or [], ReadOptions(text_field, parse_extensions(ext), skip_bad)))
+    typer.echo(
+        describe(path, input or [], ReadOptions(text_field, parse_extensions(ext), skip_bad))
+    )

@@ -21,7 +21,8 @@ from llada.errors import UserError
 U64 = npt.NDArray[np.uint64]
 I32 = npt.NDArray[np.int32]
 
-# Blocks of scripts without spaces between words: ideographs, kana, hangul syllables. Where they hold what is not \w, it is no word.
+# Blocks of scripts without spaces between words: ideographs, kana, hangul syllables. Where they
+# hold what is not \w, it is no word.
 _ALONE = (
     "\u3005-\u3007\u3040-\u30ff\u3192-\u3195\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7a3\uf900-\ufaff\uff66-\uff9f"
     "\U0001aff0-\U0001b16f\U00020000-\U0003ffff"
@@ -34,16 +35,20 @@ _JSON = (".jsonl", ".json")
 
 
 def words_of(text: str) -> list[str]:
-    r"""The words of a text: lower-cased runs of \w; every ideograph, kana and hangul syllable is a word of its own."""
+    r"""The words of a text: lower-cased runs of \w; every ideograph, kana and hangul syllable is a
+    word of its own.
+    """
     lowered = text.lower()
     return (_ASCII_WORD if lowered.isascii() else _WORD).findall(lowered)
 
 
 class Contamination:
-    """Finds documents that share at least one n-gram of words with an evaluation text. Exact; can be sent to other processes.
+    """Finds documents that share at least one n-gram of words with an evaluation text. Exact; can
+    be sent to other processes.
 
-    Words of the evaluation are numbered, others are 0. An n-gram of a document is looked up by a hash of its n numbers, then compared.
-    Memory: 20 bytes a word of the evaluation, its vocabulary, and at most 16 MiB.
+    Words of the evaluation are numbered, others are 0. An n-gram of a document is looked up by a
+    hash of its n numbers, then compared. Memory: 20 bytes a word of the evaluation, its vocabulary,
+    and at most 16 MiB.
 
     Args:
         evaluation_texts: read once.
@@ -74,7 +79,10 @@ class Contamination:
             numbers = (self._numbers.setdefault(word, len(self._numbers) + 1) for word in words)
             parts.append(np.fromiter(chain(numbers, (0,)), dtype=np.int32, count=len(words) + 1))
         if not parts:
-            raise UserError(f"--decontaminate: none of the {self.texts} evaluation texts has {ngram} words or more")
+            raise UserError(
+                f"--decontaminate: none of the {self.texts} evaluation texts has {ngram} words or"
+                " more"
+            )
         self._words = np.concatenate(parts)
         self._places, self._hashes = self._index()
         self.ngrams = len(self._places)
@@ -86,17 +94,26 @@ class Contamination:
 
     def summary(self) -> str:
         """What is looked for, and what cannot be found."""
-        short = f"; {self.too_short:,} of them have fewer than {self.ngram} words and cannot be found" if self.too_short else ""
-        return f"{self.ngrams:,} runs of {self.ngram} words of {self.texts:,} evaluation texts{short}"
+        short = (
+            f"; {self.too_short:,} of them have fewer than {self.ngram} words and cannot be found"
+            if self.too_short
+            else ""
+        )
+        return (
+            f"{self.ngrams:,} runs of {self.ngram} words of {self.texts:,} evaluation texts{short}"
+        )
 
     def overlaps(self, texts: Sequence[str]) -> npt.NDArray[np.bool_]:
         """Whether each text shares an n-gram with an evaluation text [len(texts)]."""
         found = np.zeros(len(texts), dtype=np.bool_)
         rows = [words_of(text) for text in texts]
         lengths = np.fromiter((len(row) + 1 for row in rows), dtype=np.int64, count=len(rows))
-        # Behind every text stands a word that no evaluation has: no n-gram crosses from one to the next.
+        # Behind every text stands a word that no evaluation has: no n-gram crosses from one to the
+        # next.
         every = chain.from_iterable(chain(row, ("",)) for row in rows)
-        words = np.fromiter(map(self._numbers.get, every, repeat(0)), dtype=np.int32, count=int(lengths.sum()))
+        words = np.fromiter(
+            map(self._numbers.get, every, repeat(0)), dtype=np.int32, count=int(lengths.sum())
+        )
         starts = _known_runs(words, self.ngram)
         if not len(starts):
             return found
@@ -109,12 +126,17 @@ class Contamination:
         for candidate in np.flatnonzero(high > low):
             owner = owners[candidate]
             if not found[owner]:
-                places = self._places[low[candidate] : high[candidate], None] + offsets  # more than one where hashes collide
-                found[owner] = (self._words[places] == words[starts[candidate] + offsets]).all(axis=1).any()
+                # more than one where hashes collide
+                places = self._places[low[candidate] : high[candidate], None] + offsets
+                found[owner] = (
+                    (self._words[places] == words[starts[candidate] + offsets]).all(axis=1).any()
+                )
         return found
 
     def _index(self) -> tuple[npt.NDArray[np.int64], U64]:
-        """Where every different n-gram stands in the evaluation's words, by hash, and the hashes."""
+        """Where every different n-gram stands in the evaluation's words, by hash, and
+        the hashes.
+        """
         starts = _known_runs(self._words, self.ngram)
         hashes = _hashes(self._words, starts, self.ngram)
         order = np.argsort(hashes, kind="stable")
@@ -129,7 +151,11 @@ class Contamination:
 def _known_runs(words: I32, ngram: int) -> npt.NDArray[np.int64]:
     """Where n words begin none of which is 0."""
     unknown = np.concatenate([[0], np.cumsum(words == 0)])
-    return np.flatnonzero(unknown[ngram:] == unknown[:-ngram]) if len(words) >= ngram else np.empty(0, dtype=np.int64)
+    return (
+        np.flatnonzero(unknown[ngram:] == unknown[:-ngram])
+        if len(words) >= ngram
+        else np.empty(0, dtype=np.int64)
+    )
 
 
 def _hashes(words: I32, starts: npt.NDArray[np.int64], ngram: int) -> U64:
@@ -140,12 +166,14 @@ def _hashes(words: I32, starts: npt.NDArray[np.int64], ngram: int) -> U64:
     return result
 
 
-# -- evaluation texts --------------------------------------------------------------------------------------------------
+# -- evaluation texts ------------------------------------------------------------------------------
 
 
-def evaluation_texts(paths: Sequence[str | Path], setting: str = "--decontaminate") -> Iterator[str]:
-    """The texts of files: every string in a record of JSON Lines or of a JSON array (.jsonl, .json; .gz and .zst too), nested ones too;
-    any other file whole.
+def evaluation_texts(
+    paths: Sequence[str | Path], setting: str = "--decontaminate"
+) -> Iterator[str]:
+    """The texts of files: every string in a record of JSON Lines or of a JSON array (.jsonl, .json;
+    .gz and .zst too), nested ones too; any other file whole.
 
     Args:
         paths: files.
@@ -186,7 +214,9 @@ def _texts_of(path: Path, setting: str) -> Iterator[str]:
 
 
 def _records(path: Path, file: BinaryIO) -> Iterator[tuple[str, bytes]]:
-    """The elements of an array, else the lines that are not blank, and how messages say which one it is."""
+    """The elements of an array, else the lines that are not blank, and how messages say which one
+    it is.
+    """
     if holds_array(str(path)):
         for number, element in enumerate(elements(file, sys.maxsize), start=1):
             assert element.content is not None

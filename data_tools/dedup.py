@@ -1,8 +1,9 @@
 """Exact duplicates over a whole corpus with bounded memory: the first copy in input order stays.
 
-Every unit writes the 128-bit hashes of its documents, sorted. Then ranges of hashes are merged one at a time, each small enough for
-memory, over all units, which gives the documents of each range that repeat an earlier one. When units are tokenized they leave those
-out. (With 128 bits, ten thousand million documents have a chance of 1e-19 that two different ones share a hash.)
+Every unit writes the 128-bit hashes of its documents, sorted. Then ranges of hashes are merged one
+at a time, each small enough for memory, over all units, which gives the documents of each range
+that repeat an earlier one. When units are tokenized they leave those out. (With 128 bits, ten
+thousand million documents have a chance of 1e-19 that two different ones share a hash.)
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ def hashes_path(folder: Path, unit: int) -> Path:
 
 
 def write_hashes(path: Path, digests: Sequence[bytes]) -> None:
-    """Three rows of uint64 [3, documents], sorted: the upper and the lower half of each hash, and the document's number in the unit."""
+    """Three rows of uint64 [3, documents], sorted: the upper and the lower half of each hash, and
+    the document's number in the unit.
+    """
     halves = np.frombuffer(b"".join(digests), dtype=">u8").astype(np.uint64).reshape(-1, 2)
     order = np.lexsort((halves[:, 1], halves[:, 0]))  # stable: equal ones stay in order
     _save(path, np.stack([halves[order, 0], halves[order, 1], order.astype(np.uint64)]))
@@ -78,13 +81,17 @@ class MergeJob:
         advance(0, 0, repeated.shape[1])
 
     def _parts(self, low: int, high: int) -> Iterator[U64]:
-        """Hashes of the range, their unit and number: of all units in order, so that of equal ones the first is the one to keep."""
+        """Hashes of the range, their unit and number: of all units in order, so that of equal ones
+        the first is the one to keep.
+        """
         for unit in range(self.units):
             rows = _open(hashes_path(self.folder, unit))
             start, stop = (bisect.bisect_left(rows[0], bound, key=int) for bound in (low, high))
             if start < stop:
                 part = rows[:, start:stop]
-                yield np.stack([part[0], part[1], np.full(stop - start, unit, dtype=np.uint64), part[2]])
+                yield np.stack(
+                    [part[0], part[1], np.full(stop - start, unit, dtype=np.uint64), part[2]]
+                )
 
 
 class Duplicates:
@@ -98,14 +105,20 @@ class Duplicates:
         found: set[int] = set()
         for file in self._files:
             rows = _open(file)
-            start, stop = (bisect.bisect_left(rows[0], bound, key=int) for bound in (unit, unit + 1))
+            start, stop = (
+                bisect.bisect_left(rows[0], bound, key=int) for bound in (unit, unit + 1)
+            )
             found.update(rows[1, start:stop].tolist())
         return found
 
 
 def _open(path: Path) -> npt.NDArray[Any]:
     # An array without elements cannot be mapped.
-    array = np.load(path, mmap_mode="r", allow_pickle=False) if path.stat().st_size > 128 else np.load(path, allow_pickle=False)
+    array = (
+        np.load(path, mmap_mode="r", allow_pickle=False)
+        if path.stat().st_size > 128
+        else np.load(path, allow_pickle=False)
+    )
     return np.asarray(array)
 
 

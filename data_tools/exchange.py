@@ -1,4 +1,6 @@
-"""`llada data export` and `import`: prepared corpora to JSON Lines, and Megatron datasets made elsewhere to prepared corpora."""
+"""`llada data export` and `import`: prepared corpora to JSON Lines, and Megatron datasets made
+elsewhere to prepared corpora.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,7 @@ from llada.errors import UserError, did_you_mean
 from llada.files import new_file, new_folder, refuse_inside
 from llada.tokenizer import Tokenizer
 
-# -- export ------------------------------------------------------------------------------------------------------------
+# -- export ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,8 @@ class Exported:
     Attributes:
         documents: lines.
         text_bytes: UTF-8 bytes of their text.
-        prepared_bytes: of the text that the documents were made from, as the manifest says; other than text_bytes where the tokenizer does
-            not give text back unchanged.
+        prepared_bytes: of the text that the documents were made from, as the manifest says; other
+            than text_bytes where the tokenizer does not give text back unchanged.
     """
 
     documents: int
@@ -53,7 +55,8 @@ def export(
     force: bool = False,
     progress: bool = False,
 ) -> Exported:
-    """Decode the documents of a corpus to JSON Lines, one object with one field a document, in order.
+    """Decode the documents of a corpus to JSON Lines, one object with one field a document, in
+    order.
 
     Args:
         folder: of a prepared corpus of text.
@@ -64,21 +67,29 @@ def export(
         progress: show a bar on stderr.
 
     Raises:
-        UserError: a damaged corpus, conversations, an unknown split, an output that may not be made; nothing is left behind.
+        UserError: a damaged corpus, conversations, an unknown split, an output that may not be
+            made; nothing is left behind.
         RunError: the output cannot be written; nothing is left behind.
     """
     import orjson
 
     if split is not None and split not in SPLITS:
-        raise UserError(f"--split: unknown split '{split}'{did_you_mean(split, SPLITS)}; allowed: {', '.join(SPLITS)}")
+        raise UserError(
+            f"--split: unknown split '{split}'{did_you_mean(split, SPLITS)}; allowed:"
+            f" {', '.join(SPLITS)}"
+        )
     corpus = Corpus.open(folder)
     refuse_inside(output, corpus.folder, "--output")
     if corpus.manifest.kind == CONVERSATIONS:
-        raise UserError(f"export: {folder} holds conversations; only corpora of text can be exported")
+        raise UserError(
+            f"export: {folder} holds conversations; only corpora of text can be exported"
+        )
     if not Path(output).name.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst")):
         raise UserError(f"--output: '{output}' does not end with .jsonl, .jsonl.gz or .jsonl.zst")
     tokenizer = corpus.tokenizer()
-    entries = [entry for name in SPLITS if split in (None, name) for entry in corpus.manifest.of(name)]
+    entries = [
+        entry for name in SPLITS if split in (None, name) for entry in corpus.manifest.of(name)
+    ]
     documents = text_bytes = 0
     with (
         new_file(output, force) as raw,
@@ -106,9 +117,13 @@ def _texts(tokenizer: Tokenizer, flat: I64, lengths: I64) -> Iterator[str]:
 
 @contextmanager
 def _compressed(file: BinaryIO, suffix: str) -> Iterator[Any]:
-    """What is written to the result is in `file` when the block ends, compressed as the suffix says; equal texts give equal bytes."""
+    """What is written to the result is in `file` when the block ends, compressed as the suffix
+    says; equal texts give equal bytes.
+    """
     if suffix == ".gz":
-        with gzip.GzipFile(filename="", mode="wb", fileobj=file, compresslevel=6, mtime=0) as packed:
+        with gzip.GzipFile(
+            filename="", mode="wb", fileobj=file, compresslevel=6, mtime=0
+        ) as packed:
             yield packed
     elif suffix == ".zst":
         import zstandard
@@ -119,7 +134,7 @@ def _compressed(file: BinaryIO, suffix: str) -> Iterator[Any]:
         yield file
 
 
-# -- import ------------------------------------------------------------------------------------------------------------
+# -- import ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -130,7 +145,8 @@ class Imported:
         manifest: of the corpus.
         eos_added: documents that did not end with EOS.
         special_inside: documents with BOS or EOS before their end; kept as they are.
-        doubts: what suggests that the tokenizer is another one than the data was made with, one sentence each.
+        doubts: what suggests that the tokenizer is another one than the data was made with, one
+            sentence each.
     """
 
     manifest: Manifest
@@ -150,31 +166,43 @@ def import_datasets(
     force: bool = False,
     progress: bool = False,
 ) -> Imported:
-    """Make a prepared corpus of Megatron datasets that were tokenized with this tokenizer, without tokenizing again.
+    """Make a prepared corpus of Megatron datasets that were tokenized with this tokenizer, without
+    tokenizing again.
 
-    Every document is decoded: its text decides whether it is held out, as in `llada data prepare`, and the manifest counts its bytes.
+    Every document is decoded: its text decides whether it is held out, as in `llada data prepare`,
+    and the manifest counts its bytes.
 
     Args:
         shards: .bin, .idx, or both without suffix.
-        tokenizer_path, output, validation_fraction, add_special_tokens, shard_tokens, force: as of `llada data prepare`.
+        tokenizer_path, output, validation_fraction, add_special_tokens, shard_tokens, force: as of
+        `llada data prepare`.
         progress: show a bar on stderr.
 
     Raises:
-        UserError: anything wrong with shards, tokenizer, options or output, an id that the tokenizer does not give, ids that are clearly
-            another tokenizer's; nothing is left behind.
+        UserError: anything wrong with shards, tokenizer, options or output, an id that the
+            tokenizer does not give, ids that are clearly another tokenizer's; nothing is left
+            behind.
         RunError: the output cannot be written; nothing is left behind.
     """
     if not 0 <= validation_fraction < 1:
         raise UserError(f"--validation-fraction: {validation_fraction} is not in [0, 1)")
     datasets = _opened(shards)
-    with new_folder(output, force, "a prepared corpus", CORPUS_FILES) as folder, ExitStack() as stack:
+    with (
+        new_folder(output, force, "a prepared corpus", CORPUS_FILES) as folder,
+        ExitStack() as stack,
+    ):
         tokenizer = Tokenizer.load(tokenizer_path, require_mask=not add_special_tokens)
         own_ids = tokenizer.vocab_size
         if add_special_tokens:
             tokenizer = tokenizer.with_special_tokens()
         dtype = token_dtype(tokenizer.rows)
-        writers = {split: stack.enter_context(SplitWriter(folder, split, dtype, shard_tokens)) for split in SPLITS}
-        done = stack.enter_context(progress_bar(progress, "importing", sum(dataset.num_tokens for dataset in datasets)))
+        writers = {
+            split: stack.enter_context(SplitWriter(folder, split, dtype, shard_tokens))
+            for split in SPLITS
+        }
+        done = stack.enter_context(
+            progress_bar(progress, "importing", sum(dataset.num_tokens for dataset in datasets))
+        )
         work = _Import(tokenizer, own_ids, validation_fraction, writers)
         sources = []
         for dataset in datasets:
@@ -184,9 +212,17 @@ def import_datasets(
                 work.add(dataset, first, flat, lengths)
                 done(len(flat))
             work.doubts += work.agreement.doubts(str(dataset.bin_path))
-            sources.append({"path": str(dataset.bin_path), "bytes": dataset.bin_path.stat().st_size, "documents": work.documents - before})
+            sources.append(
+                {
+                    "path": str(dataset.bin_path),
+                    "bytes": dataset.bin_path.stat().st_size,
+                    "documents": work.documents - before,
+                }
+            )
         if not work.documents:
-            raise UserError(f"import: no document in {', '.join(map(str, shards))} that is not empty")
+            raise UserError(
+                f"import: no document in {', '.join(map(str, shards))} that is not empty"
+            )
         tokenizer.save(folder / "tokenizer")
         manifest = new_manifest(
             tokenizer,
@@ -211,7 +247,9 @@ def _opened(shards: Sequence[str | Path]) -> list[IndexedDataset]:
     for dataset in datasets:
         place = os.path.realpath(dataset.bin_path)
         if place in seen:
-            raise UserError(f"import: {dataset.bin_path} is given twice; its documents would be there twice")
+            raise UserError(
+                f"import: {dataset.bin_path} is given twice; its documents would be there twice"
+            )
         seen.add(place)
     return datasets
 
@@ -221,7 +259,8 @@ class _Import:
 
     Args:
         tokenizer: of the corpus.
-        own_ids: ids below this are those of the tokenizer as it was given; no other can be in the data.
+        own_ids: ids below this are those of the tokenizer as it was given; no other can be in the
+            data.
         fraction: of the documents that is held out.
         writers: of the splits.
 
@@ -230,8 +269,15 @@ class _Import:
         doubts: of all datasets.
     """
 
-    def __init__(self, tokenizer: Tokenizer, own_ids: int, fraction: float, writers: dict[str, SplitWriter]) -> None:
-        self._tokenizer, self._own_ids, self._fraction, self._writers = tokenizer, own_ids, fraction, writers
+    def __init__(
+        self, tokenizer: Tokenizer, own_ids: int, fraction: float, writers: dict[str, SplitWriter]
+    ) -> None:
+        self._tokenizer, self._own_ids, self._fraction, self._writers = (
+            tokenizer,
+            own_ids,
+            fraction,
+            writers,
+        )
         self.documents = self.eos_added = self.special_inside = 0
         self.skipped: Counter[str] = Counter()
         self.agreement = Agreement(tokenizer)
@@ -242,7 +288,9 @@ class _Import:
         self._check_ids(dataset, first, flat, lengths)
         found: dict[str, list[tuple[I64, int]]] = {split: [] for split in SPLITS}
         ends = np.cumsum(lengths)
-        for start, end, text in zip(ends - lengths, ends, _texts(self._tokenizer, flat, lengths), strict=True):
+        for start, end, text in zip(
+            ends - lengths, ends, _texts(self._tokenizer, flat, lengths), strict=True
+        ):
             raw = text.encode()
             if not raw:
                 self.skipped["empty documents"] += 1
@@ -253,7 +301,9 @@ class _Import:
         for split, documents in found.items():
             if documents:
                 ids, sizes = zip(*documents, strict=True)
-                self._writers[split].append(np.concatenate(ids), np.array([len(own) for own in ids]), np.array(sizes))
+                self._writers[split].append(
+                    np.concatenate(ids), np.array([len(own) for own in ids]), np.array(sizes)
+                )
             self.documents += len(documents)
 
     def _with_eos(self, ids: I64) -> I64:
@@ -262,7 +312,9 @@ class _Import:
             self.eos_added += 1
             ids = np.append(ids, eos)
         body = ids[:-1]
-        self.special_inside += bool((body == eos).any() or (bos is not None and (body == bos).any()))
+        self.special_inside += bool(
+            (body == eos).any() or (bos is not None and (body == bos).any())
+        )
         return ids
 
     def _check_ids(self, dataset: IndexedDataset, first: int, flat: I64, lengths: I64) -> None:
@@ -271,7 +323,12 @@ class _Import:
         if wrong.any():
             place = int(np.argmax(wrong))
             document = first + int(np.searchsorted(np.cumsum(lengths), place, side="right"))
-            what = "the mask token" if flat[place] == mask else f"not one of the tokenizer's ids 0..{self._own_ids - 1}"
+            what = (
+                "the mask token"
+                if flat[place] == mask
+                else f"not one of the tokenizer's ids 0..{self._own_ids - 1}"
+            )
             raise UserError(
-                f"{dataset.bin_path}: document {document} holds id {flat[place]}, {what}; --tokenizer must be the one it was made with"
+                f"{dataset.bin_path}: document {document} holds id {flat[place]}, {what};"
+                " --tokenizer must be the one it was made with"
             )

@@ -17,7 +17,15 @@ from data_tools.passes import PARTS, entry_path
 from data_tools.readers import no_document, reasons_of
 from data_tools.splits import append_shard
 from data_tools.units import Plan
-from llada.data.corpus import CONVERSATIONS, FORMAT_VERSION, LEFT_OUT, SPLITS, TRAIN, VALIDATION, Manifest
+from llada.data.corpus import (
+    CONVERSATIONS,
+    FORMAT_VERSION,
+    LEFT_OUT,
+    SPLITS,
+    TRAIN,
+    VALIDATION,
+    Manifest,
+)
 from llada.data.shard_files import size_of
 from llada.data.shards import Shard, ShardEntry, SplitWriter, map_replies, shard_name, token_dtype
 from llada.errors import RunError, UserError
@@ -25,8 +33,16 @@ from llada.files import write_atomically
 from llada.tokenizer import Tokenizer
 
 
-def finish(place: Output, plan: Plan, tokenizer: Tokenizer, kind: str, shard_tokens: int, options: dict[str, Any]) -> Manifest:
-    """Put the held-out documents of all units together, write the manifest and give the folder its name. All units are done.
+def finish(
+    place: Output,
+    plan: Plan,
+    tokenizer: Tokenizer,
+    kind: str,
+    shard_tokens: int,
+    options: dict[str, Any],
+) -> Manifest:
+    """Put the held-out documents of all units together, write the manifest and give the folder its
+    name. All units are done.
 
     Any number of tasks may do this at once: they write the same.
 
@@ -52,12 +68,23 @@ def finish(place: Output, plan: Plan, tokenizer: Tokenizer, kind: str, shard_tok
     documents = _documents_of(plan, entries, skipped)
     shards = [ShardEntry(**shard) for entry in entries for shard in entry["shards"]]
     if not shards:
-        raise UserError(f"--input: of {sum(documents):,} documents none is left{reasons_of(skipped)}")
+        raise UserError(
+            f"--input: of {sum(documents):,} documents none is left{reasons_of(skipped)}"
+        )
     training = _take_names(folder, [shard for shard in shards if shard.split == TRAIN])
-    held_out = _put_together(folder, [shard for shard in shards if shard.split == VALIDATION], tokenizer, kind, shard_tokens)
+    held_out = _put_together(
+        folder,
+        [shard for shard in shards if shard.split == VALIDATION],
+        tokenizer,
+        kind,
+        shard_tokens,
+    )
     listed = [*plan.listed, *(line for entry in entries for line in entry["listed"])]
     if listed:
-        write_atomically(folder / LEFT_OUT, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in listed))
+        write_atomically(
+            folder / LEFT_OUT,
+            "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in listed),
+        )
     manifest = new_manifest(
         tokenizer,
         kind=kind,
@@ -104,26 +131,39 @@ def _documents_of(plan: Plan, entries: list[dict[str, Any]], skipped: Counter[st
         if source.named and not count:
             raise no_document(source.path, left_out)
     if not any(counts):
-        raise no_document(", ".join(source.path for source in plan.sources[:3]) or "the inputs", skipped)
+        raise no_document(
+            ", ".join(source.path for source in plan.sources[:3]) or "the inputs", skipped
+        )
     return counts
 
 
 def _take_names(folder: Path, parts: list[ShardEntry]) -> list[ShardEntry]:
-    """The training shards of all units, numbered through. What an interrupted attempt has moved is in its place."""
+    """The training shards of all units, numbered through. What an interrupted attempt has moved is
+    in its place.
+    """
     shards = [replace(part, name=shard_name(TRAIN, number)) for number, part in enumerate(parts)]
     for part, shard in zip(parts, shards, strict=True):
         for suffix in ("bin", "idx", "replies"):
             with suppress(FileNotFoundError):
-                os.rename(folder / PARTS / f"{part.name}.{suffix}", folder / f"{shard.name}.{suffix}")
+                os.rename(
+                    folder / PARTS / f"{part.name}.{suffix}", folder / f"{shard.name}.{suffix}"
+                )
         sizes = [size_of(folder / f"{shard.name}.{suffix}") for suffix in ("bin", "idx")]
         written = [shard.bin_bytes, shard.idx_bytes]
         if sizes != written:
-            raise RunError(f"{folder / shard.name}: {sizes} bytes, its unit wrote {written}; start over with --force")
+            raise RunError(
+                f"{folder / shard.name}: {sizes} bytes, its unit wrote {written}; start over with"
+                " --force"
+            )
     return shards
 
 
-def _put_together(folder: Path, parts: list[ShardEntry], tokenizer: Tokenizer, kind: str, limit: int) -> list[ShardEntry]:
-    """The held-out documents of all units: few of each, but windows do not cross shards, and tails are not read."""
+def _put_together(
+    folder: Path, parts: list[ShardEntry], tokenizer: Tokenizer, kind: str, limit: int
+) -> list[ShardEntry]:
+    """The held-out documents of all units: few of each, but windows do not cross shards, and tails
+    are not read.
+    """
     dtype = token_dtype(tokenizer.rows)
     with SplitWriter(folder, VALIDATION, dtype, limit) as writer:
         for part in parts:
@@ -147,8 +187,15 @@ def _splits(manifest: Manifest) -> Iterator[str]:
         if documents:
             yield f"{split}: {_totals(manifest, split, documents, tokens, text_bytes)}"
         else:
-            consequence = "nothing to train on" if split == TRAIN else "training on this corpus has no validation"
-            yield f"{split}: no documents; {consequence} (--validation-fraction is {manifest.options['validation_fraction']:g})"
+            consequence = (
+                "nothing to train on"
+                if split == TRAIN
+                else "training on this corpus has no validation"
+            )
+            yield (
+                f"{split}: no documents; {consequence} (--validation-fraction is"
+                f" {manifest.options['validation_fraction']:g})"
+            )
 
 
 def _totals(manifest: Manifest, split: str, documents: int, tokens: int, text_bytes: int) -> str:
@@ -156,5 +203,11 @@ def _totals(manifest: Manifest, split: str, documents: int, tokens: int, text_by
     files = f"{len(shards)} shard{'s' if len(shards) > 1 else ''}"
     if manifest.kind == CONVERSATIONS:
         replies = sum(entry.replies for entry in shards)
-        return f"{documents:,} conversations with {replies:,} replies, {tokens:,} tokens, {text_bytes:,} bytes of replies, {files}"
-    return f"{documents:,} documents, {tokens:,} tokens, {text_bytes:,} bytes of text, {text_bytes / tokens:.2f} bytes per token, {files}"
+        return (
+            f"{documents:,} conversations with {replies:,} replies, {tokens:,} tokens,"
+            f" {text_bytes:,} bytes of replies, {files}"
+        )
+    return (
+        f"{documents:,} documents, {tokens:,} tokens, {text_bytes:,} bytes of text,"
+        f" {text_bytes / tokens:.2f} bytes per token, {files}"
+    )

@@ -1,4 +1,6 @@
-"""What `--input` names: files, folders, patterns and Hugging Face datasets, as a sorted list of sources."""
+"""What `--input` names: files, folders, patterns and Hugging Face datasets, as a sorted list of
+sources.
+"""
 
 from __future__ import annotations
 
@@ -19,15 +21,23 @@ if TYPE_CHECKING:
 
 _PROSE = ".txt .text .md .rst .tex .org .adoc .html .htm"
 _CODE = (
-    ".py .pyi .c .h .cc .cpp .cxx .hpp .cu .cuh .java .kt .scala .js .mjs .ts .tsx .jsx .go .rs .rb .php .pl .pm .sh .bash .sql .lua "
-    ".r .jl .swift .cs .fs .hs .ml .mli .ex .exs .erl .clj .lisp .el .scm .vim .f90 .asm .s .m .css"
+    ".py .pyi .c .h .cc .cpp .cxx .hpp .cu .cuh .java .kt .scala .js .mjs .ts .tsx .jsx .go .rs .rb"
+    " .php .pl .pm .sh .bash .sql .lua .r .jl .swift .cs .fs .hs .ml .mli .ex .exs .erl .clj .lisp"
+    " .el .scm .vim .f90 .asm .s .m .css"
 )
 TEXT_EXTENSIONS = frozenset(f"{_PROSE} {_CODE}".split())
 """Read as one document each when found in a folder."""
 COMPRESSED = (".gz", ".zst")
 HUB = "hf:"
 """Prefix of an input that the `datasets` library loads."""
-TEXT, JSONL, ARRAY, PARQUET, ARROW, DATASET = "text", "jsonl", "json array", "parquet", "arrow", "dataset"
+TEXT, JSONL, ARRAY, PARQUET, ARROW, DATASET = (
+    "text",
+    "jsonl",
+    "json array",
+    "parquet",
+    "arrow",
+    "dataset",
+)
 """Formats of sources."""
 _FORMATS = {".jsonl": JSONL, ".json": JSONL, ".parquet": PARQUET, ".arrow": ARROW}
 
@@ -41,7 +51,8 @@ class Source:
         format: one of the formats above.
         named: on the command line, so that a problem with it is the user's mistake.
         bytes: on the disk; 0 for a dataset.
-        stamp: changes when the content does: the time of modification in ns, a dataset's fingerprint.
+        stamp: changes when the content does: the time of modification in ns, a dataset's
+            fingerprint.
     """
 
     path: str
@@ -56,7 +67,9 @@ class Source:
 
 
 class Slice(NamedTuple):
-    """Positions start..stop-1 of a source: bytes, row groups, record batches or rows; 0..1 is a whole file."""
+    """Positions start..stop-1 of a source: bytes, row groups, record batches or rows; 0..1 is a
+    whole file.
+    """
 
     start: int
     stop: int
@@ -90,12 +103,17 @@ def parse_extensions(values: Sequence[str] | None) -> frozenset[str] | None:
     parts = [part.strip().lower() for value in values for part in value.split(",")]
     found = frozenset(extension(Path("x." + part.lstrip("."))) for part in parts if part.strip("."))
     if not found:
-        raise UserError(f"--ext: {' '.join(values)!r} names no extension; give some as in --ext py,md")
+        raise UserError(
+            f"--ext: {' '.join(values)!r} names no extension; give some as in --ext py,md"
+        )
     return found
 
 
-def find_sources(inputs: Sequence[str | Path], options: ReadOptions, report: Report) -> list[Source]:
-    """Every source of the inputs: inputs in the given order, what a folder or a pattern holds sorted by path.
+def find_sources(
+    inputs: Sequence[str | Path], options: ReadOptions, report: Report
+) -> list[Source]:
+    """Every source of the inputs: inputs in the given order, what a folder or a pattern holds
+    sorted by path.
 
     Args:
         inputs: files, folders, patterns (`*`, `**`, `?`, `[...]`) and `hf:` names.
@@ -103,13 +121,16 @@ def find_sources(inputs: Sequence[str | Path], options: ReadOptions, report: Rep
         report: what is passed over is counted here.
 
     Raises:
-        UserError: nothing given, an input that is missing, empty or unreadable, a pattern that matches nothing, a file read twice.
+        UserError: nothing given, an input that is missing, empty or unreadable, a pattern that
+            matches nothing, a file read twice.
     """
     if not inputs:
         raise UserError("--input: give at least one file or folder")
     if "" in map(str, inputs):
         raise UserError("--input: '' names no file or folder")
-    places = [given if given.startswith(HUB) else os.path.realpath(given) for given in map(str, inputs)]
+    places = [
+        given if given.startswith(HUB) else os.path.realpath(given) for given in map(str, inputs)
+    ]
     counts = Counter(places)
     for given, place in zip(inputs, places, strict=True):
         if counts[place] > 1:
@@ -122,7 +143,10 @@ def find_sources(inputs: Sequence[str | Path], options: ReadOptions, report: Rep
                 owners[identity] = source.path
                 found.append(source)
             elif source.named:
-                raise UserError(f"--input: '{given}' is read already as {owners[identity]}; its documents would be read twice")
+                raise UserError(
+                    f"--input: '{given}' is read already as {owners[identity]}; its documents would"
+                    " be read twice"
+                )
             else:
                 report.skipped["files read already under another name"] += 1
     return found
@@ -178,15 +202,19 @@ def _file(path: Path, status: os.stat_result, options: ReadOptions, named: bool)
         raise UserError(f"--input: {path}: unpack it first; {format} files are compressed inside")
     if options.structured and format == TEXT:
         raise UserError(
-            f"--input: {path} is neither JSON Lines nor a JSON array (.jsonl, .json, also with .gz or .zst) nor .parquet nor .arrow, "
-            "which conversations are read from"
+            f"--input: {path} is neither JSON Lines nor a JSON array (.jsonl, .json, also with .gz"
+            " or .zst) nor .parquet nor .arrow, which conversations are read from"
         )
-    return Source(str(path), format, named, status.st_size, str(status.st_mtime_ns)), (status.st_dev, status.st_ino)
+    return Source(str(path), format, named, status.st_size, str(status.st_mtime_ns)), (
+        status.st_dev,
+        status.st_ino,
+    )
 
 
 def _wanted(file: Path, options: ReadOptions) -> bool:
     own = extension(file)
-    # A plain .json in a folder is more often a configuration than documents: it has to be asked for.
+    # A plain .json in a folder is more often a configuration than documents: it has to be asked
+    # for.
     if own in _FORMATS and (own != ".json" or file.suffix.lower() in COMPRESSED):
         return True
     if options.structured:
@@ -195,7 +223,9 @@ def _wanted(file: Path, options: ReadOptions) -> bool:
 
 
 def _walk(folder: Path, report: Report) -> Iterator[Path]:
-    """Regular files below a folder; hidden ones and __pycache__ left out. Links to folders are counted and not followed."""
+    """Regular files below a folder; hidden ones and __pycache__ left out. Links to folders are
+    counted and not followed.
+    """
 
     def unreadable(error: OSError) -> None:
         if error.filename is None or Path(error.filename) == folder:
@@ -203,8 +233,12 @@ def _walk(folder: Path, report: Report) -> Iterator[Path]:
         report.skipped["folders unreadable"] += 1
 
     for root, folders, files in os.walk(folder, onerror=unreadable):
-        folders[:] = [name for name in folders if not name.startswith(".") and name != "__pycache__"]
-        report.skipped.update("links to folders" for name in folders if os.path.islink(os.path.join(root, name)))
+        folders[:] = [
+            name for name in folders if not name.startswith(".") and name != "__pycache__"
+        ]
+        report.skipped.update(
+            "links to folders" for name in folders if os.path.islink(os.path.join(root, name))
+        )
         for name in files:
             if name.startswith("."):
                 continue

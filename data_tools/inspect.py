@@ -26,18 +26,25 @@ _EXACT_DOCUMENTS = 1 << 22
 _BLOCK = 1 << 10
 
 
-# -- statistics --------------------------------------------------------------------------------------------------------
+# -- statistics ------------------------------------------------------------------------------------
 
 
-def statistics(corpus: Corpus, samples: int = 3, sequence_length: int | None = None, exact: int = _EXACT_DOCUMENTS) -> dict[str, Any]:
+def statistics(
+    corpus: Corpus,
+    samples: int = 3,
+    sequence_length: int | None = None,
+    exact: int = _EXACT_DOCUMENTS,
+) -> dict[str, Any]:
     """Numbers of every split that has documents, ready for JSON.
 
     Args:
         corpus: opened.
         samples: documents of each split whose start is decoded.
-        sequence_length: L; then windows of L tokens and the tokens that lie in no window are counted too.
-        exact: documents of a split up to which the length of every one is read; of more, lengths are those of about as many,
-            in blocks evenly over the split. Counts, tokens, bytes and means are always exact.
+        sequence_length: L; then windows of L tokens and the tokens that lie in no window are
+            counted too.
+        exact: documents of a split up to which the length of every one is read; of more, lengths
+            are those of about as many, in blocks evenly over the split. Counts, tokens, bytes and
+            means are always exact.
 
     Raises:
         UserError: a damaged corpus, a sequence length less than 1.
@@ -57,13 +64,18 @@ def statistics(corpus: Corpus, samples: int = 3, sequence_length: int | None = N
         "format_version": manifest.format_version,
         "dtype": manifest.dtype,
         "source_files": len(manifest.sources),
-        "tokenizer": {name: getattr(manifest, name) for name in ("vocab_size", "rows", "mask_id", "eos_id", "tokenizer_fingerprint")},
+        "tokenizer": {
+            name: getattr(manifest, name)
+            for name in ("vocab_size", "rows", "mask_id", "eos_id", "tokenizer_fingerprint")
+        },
         "skipped": manifest.skipped,
         "splits": splits,
     }
 
 
-def _of_split(corpus: Corpus, split: str, sequence_length: int | None, exact: int) -> dict[str, Any]:
+def _of_split(
+    corpus: Corpus, split: str, sequence_length: int | None, exact: int
+) -> dict[str, Any]:
     documents, tokens, text_bytes = corpus.manifest.totals(split)
     entries = corpus.manifest.of(split)
     lengths = sampled_lengths(corpus.shards(split), exact)
@@ -78,7 +90,10 @@ def _of_split(corpus: Corpus, split: str, sequence_length: int | None, exact: in
         "lengths": {
             "documents_read": len(lengths),
             "mean": tokens / documents,
-            **{name: int(np.percentile(lengths, q, method="inverted_cdf")) for name, q in (("median", 50), ("p90", 90), ("p99", 99))},
+            **{
+                name: int(np.percentile(lengths, q, method="inverted_cdf"))
+                for name, q in (("median", 50), ("p90", 90), ("p99", 99))
+            },
             "max": int(lengths.max()),
             "histogram": [
                 {"from": 2**power, "to": 2 ** (power + 1) - 1, "documents": int(counts[power])}
@@ -89,12 +104,19 @@ def _of_split(corpus: Corpus, split: str, sequence_length: int | None, exact: in
     if sequence_length is not None:
         tail = sum(entry.tokens % sequence_length for entry in entries)
         windows = sum(entry.tokens // sequence_length for entry in entries)
-        found["windows"] = {"sequence_length": sequence_length, "windows": windows, "tail_tokens": tail, "tail_share": tail / tokens}
+        found["windows"] = {
+            "sequence_length": sequence_length,
+            "windows": windows,
+            "tail_tokens": tail,
+            "tail_share": tail / tokens,
+        }
     return found
 
 
 def sampled_lengths(shards: Shards, exact: int) -> I32:
-    """Lengths of all documents, or of about `exact` in blocks of neighbours at even distances [n]."""
+    """Lengths of all documents, or of about `exact` in blocks of neighbours at even
+    distances [n].
+    """
     firsts = np.cumsum([0, *(entry.documents for entry in shards.entries)])
     total = int(firsts[-1])
     if total <= exact:
@@ -102,7 +124,8 @@ def sampled_lengths(shards: Shards, exact: int) -> I32:
     blocks = []
     count = max(1, exact // _BLOCK)
     for number in range(count):
-        start = (2 * number + 1) * total // (2 * count) - _BLOCK // 2  # about the middle of every stretch
+        # about the middle of every stretch
+        start = (2 * number + 1) * total // (2 * count) - _BLOCK // 2
         i = int(np.searchsorted(firsts, start, side="right")) - 1
         blocks.append(shards[i].lengths[start - firsts[i] : start - firsts[i] + _BLOCK])
     return np.concatenate(blocks)
@@ -112,7 +135,10 @@ def _samples(shards: Shards, samples: int, tokenizer: Tokenizer) -> list[dict[st
     """The start of documents at even distances."""
     total = sum(entry.documents for entry in shards.entries)
     chosen = np.linspace(0, total - 1, num=min(samples, total)).astype(np.int64).tolist()
-    return [{"document": number, "start": tokenizer.decode(_start_of(shards, number))} for number in chosen]
+    return [
+        {"document": number, "start": tokenizer.decode(_start_of(shards, number))}
+        for number in chosen
+    ]
 
 
 def _start_of(shards: Shards, number: int) -> npt.NDArray[np.int64]:
@@ -125,7 +151,7 @@ def _start_of(shards: Shards, number: int) -> npt.NDArray[np.int64]:
     raise IndexError(number)
 
 
-# -- as text, as a picture ---------------------------------------------------------------------------------------------
+# -- as text, as a picture -------------------------------------------------------------------------
 
 
 def describe(folder: str | Path, samples: int = 3, sequence_length: int | None = None) -> str:
@@ -138,8 +164,14 @@ def as_text(found: dict[str, Any], corpus: Corpus) -> str:
     """What `statistics` found, in lines."""
     ids = found["tokenizer"]
     lines = [
-        f"{found['folder']}: format {found['format_version']}, {found['dtype']}, {found['source_files']:,} source files",
-        f"tokenizer: {ids['vocab_size']:,} ids, {ids['rows']:,} rows, mask {ids['mask_id']}, EOS {ids['eos_id']}",
+        (
+            f"{found['folder']}: format {found['format_version']}, {found['dtype']},"
+            f" {found['source_files']:,} source files"
+        ),
+        (
+            f"tokenizer: {ids['vocab_size']:,} ids, {ids['rows']:,} rows, mask {ids['mask_id']},"
+            f" EOS {ids['eos_id']}"
+        ),
         summary(corpus.manifest),
     ]
     for split, numbers in found["splits"].items():
@@ -153,26 +185,35 @@ def _split_lines(split: str, numbers: dict[str, Any]) -> list[str]:
     sampled = "" if read == documents else f", of {read:,} of the {documents:,} documents"
     lines = [
         f"{split}: documents by length in tokens, EOS counted{sampled}",
-        f"  mean {lengths['mean']:,.1f}, median {lengths['median']:,}, 90 % up to {lengths['p90']:,}, "
-        f"99 % up to {lengths['p99']:,}, longest {lengths['max']:,}",
+        (
+            f"  mean {lengths['mean']:,.1f}, median {lengths['median']:,}, 90 % up to"
+            f" {lengths['p90']:,}, 99 % up to {lengths['p99']:,}, longest {lengths['max']:,}"
+        ),
     ]
     highest = max(bar["documents"] for bar in lengths["histogram"])
     for bar in lengths["histogram"]:
         count = bar["documents"]
         lines.append(
-            f"  {bar['from']:>9,} to {bar['to']:<9,} {count:>11,} {'#' * max(int(count > 0), round(_BAR * count / highest))}".rstrip()
+            f"  {bar['from']:>9,} to {bar['to']:<9,} {count:>11,}"
+            f" {'#' * max(int(count > 0), round(_BAR * count / highest))}".rstrip()
         )
     if "windows" in numbers:
         windows = numbers["windows"]
         lines.append(
-            f"{split}: {windows['windows']:,} windows of {windows['sequence_length']:,} tokens; "
-            f"{windows['tail_tokens']:,} tokens ({windows['tail_share']:.2%}) lie in the tails of shards"
+            f"{split}: {windows['windows']:,} windows of {windows['sequence_length']:,} tokens;"
+            f" {windows['tail_tokens']:,} tokens ({windows['tail_share']:.2%}) lie in the tails of"
+            " shards"
         )
-    return lines + [f"{split} document {sample['document']}: {sample['start']!r}" for sample in numbers["samples"]]
+    return lines + [
+        f"{split} document {sample['document']}: {sample['start']!r}"
+        for sample in numbers["samples"]
+    ]
 
 
 def draw(found: dict[str, Any], path: str | Path) -> None:
-    """A picture (PNG) of the length histograms. It replaces a file of that name. Raises UserError for another suffix or no such folder."""
+    """A picture (PNG) of the length histograms. It replaces a file of that name. Raises UserError
+    for another suffix or no such folder.
+    """
     if Path(path).suffix.lower() != ".png":
         raise UserError(f"--png: '{path}' does not end with .png")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -181,7 +222,9 @@ def draw(found: dict[str, Any], path: str | Path) -> None:
     splits = found["splits"]
     figure = Figure(figsize=(8, 3.2 * len(splits)), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, (split, numbers) in zip(figure.subplots(len(splits), squeeze=False)[:, 0], splits.items(), strict=True):
+    for axes, (split, numbers) in zip(
+        figure.subplots(len(splits), squeeze=False)[:, 0], splits.items(), strict=True
+    ):
         bars = numbers["lengths"]["histogram"]
         axes.bar(
             [bar["from"] for bar in bars],
@@ -191,16 +234,23 @@ def draw(found: dict[str, Any], path: str | Path) -> None:
             edgecolor="white",
         )
         axes.set_xscale("log", base=2)
-        axes.set(xlabel="tokens, EOS counted", ylabel="documents", title=f"{split}: {numbers['documents']:,} documents")
+        axes.set(
+            xlabel="tokens, EOS counted",
+            ylabel="documents",
+            title=f"{split}: {numbers['documents']:,} documents",
+        )
     with new_file(path, force=True, setting="--png") as file:
         figure.savefig(file, format="png", dpi=120)
 
 
-# -- soundness ---------------------------------------------------------------------------------------------------------
+# -- soundness -------------------------------------------------------------------------------------
 
 
-def check(folder: str | Path, workers: int = 1, progress: Callable[[ShardEntry], object] = lambda _: None) -> list[str]:
-    """Everything that is wrong with a prepared corpus, its copy of the tokenizer included; empty when it is sound.
+def check(
+    folder: str | Path, workers: int = 1, progress: Callable[[ShardEntry], object] = lambda _: None
+) -> list[str]:
+    """Everything that is wrong with a prepared corpus, its copy of the tokenizer included; empty
+    when it is sound.
 
     Args:
         folder: of the corpus.

@@ -150,12 +150,19 @@ class _Opened:
             SplitWriter(self.job.folder / PARTS, VALIDATION, dtype, limit, unit) as validation,
         ):
             documents = self._unique(unit, self._documents(unit, report, given), report)
-            for batch in in_batches(documents, lambda document: len(self.job.kind.text(document)), BATCH_BYTES):
+            for batch in in_batches(
+                documents, lambda document: len(self.job.kind.text(document)), BATCH_BYTES
+            ):
                 kept = self._clean(batch, report, noted)
                 if not kept:
                     continue
                 encoded = self.steps.encode(kept, report)
-                write_batch(encoded, self.tokenizer, {TRAIN: train, VALIDATION: validation}, self.job.validation_fraction)
+                write_batch(
+                    encoded,
+                    self.tokenizer,
+                    {TRAIN: train, VALIDATION: validation},
+                    self.job.validation_fraction,
+                )
                 seen.add(int(encoded.text_bytes.sum()), len(encoded.flat))
             shards = train.finish() + validation.finish()
         seen.flush()
@@ -170,12 +177,16 @@ class _Opened:
         write_atomically(entry_path(self.job.folder, unit), json.dumps(entry))
 
     def _documents(self, unit: int, report: Report, given: list[list[Any]]) -> Iterator[Any]:
-        """Of every piece in turn; `given` gets [source, documents, what was left out if there are none] of each."""
+        """Of every piece in turn; `given` gets [source, documents, what was left out if there are
+        none] of each.
+        """
         for piece in self.plan.units[unit]:
             source = self.plan.sources[piece.source]
             _check_unchanged(source)
             before, count = report.skipped.copy(), 0
-            for document in read_slice(source, piece.slice, self.job.kind.options, report, self.steps.record):
+            for document in read_slice(
+                source, piece.slice, self.job.kind.options, report, self.steps.record
+            ):
                 count += 1
                 yield document
             reasons = {} if count else dict(report.skipped - before)
@@ -210,7 +221,11 @@ class _Opened:
             return batch
         counts = report.skipped if rule.drop else noted
         counts["documents that overlap an evaluation text"] += int(overlaps.sum())
-        return [document for document, drop in zip(batch, overlaps, strict=True) if not drop] if rule.drop else batch
+        return (
+            [document for document, drop in zip(batch, overlaps, strict=True) if not drop]
+            if rule.drop
+            else batch
+        )
 
 
 class Counted:
@@ -253,9 +268,14 @@ def _check_unchanged(source: Source) -> None:
     try:
         status = os.stat(source.path)
     except OSError as error:
-        raise UserError(f"--input: {source.path}: cannot be read any more ({error.strerror})") from None
+        raise UserError(
+            f"--input: {source.path}: cannot be read any more ({error.strerror})"
+        ) from None
     if (status.st_size, str(status.st_mtime_ns)) != (source.bytes, source.stamp):
-        raise UserError(f"--input: {source.path} has changed since the preparation began; start over with --force")
+        raise UserError(
+            f"--input: {source.path} has changed since the preparation began; start over with"
+            " --force"
+        )
 
 
 def held_out_hash(data: bytes) -> int:

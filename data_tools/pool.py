@@ -1,4 +1,6 @@
-"""Work over processes of this machine: each gets the number of a unit, reports how far it is, and gets the next."""
+"""Work over processes of this machine: each gets the number of a unit, reports how far it is, and
+gets the next.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from llada.errors import RunError, UserError
 Advance = Callable[[int, int, int], None]
 """Called with bytes of text, tokens and things left out, of what was done since the last call."""
 Work = Callable[[int, Advance], None]
-_FEWER = "; what is finished is kept: run the same command again, with fewer --workers if memory ran out"
+_FEWER = (
+    "; what is finished is kept: run the same command again, with fewer --workers if memory ran out"
+)
 
 
 class Job(Protocol):
@@ -26,7 +30,8 @@ class Job(Protocol):
 
 
 def run(job: Job, step: str, units: Sequence[int], workers: int, advance: Advance) -> None:
-    """Do a step of a job for some units. On an exception, or when this process ends, the workers end too.
+    """Do a step of a job for some units. On an exception, or when this process ends, the workers
+    end too.
 
     Raises whatever the work raises; RunError when a worker is killed.
     """
@@ -53,7 +58,9 @@ def run(job: Job, step: str, units: Sequence[int], workers: int, advance: Advanc
             pipe.close()
 
 
-def _hand_out(processes: dict[Connection, SpawnProcess], units: list[int], advance: Advance) -> None:
+def _hand_out(
+    processes: dict[Connection, SpawnProcess], units: list[int], advance: Advance
+) -> None:
     waiting = list(reversed(units))
     busy = dict.fromkeys(processes, True)
     while any(busy.values()):
@@ -63,7 +70,9 @@ def _hand_out(processes: dict[Connection, SpawnProcess], units: list[int], advan
                 kind, content = ready.recv()
             except (EOFError, ConnectionResetError):
                 processes[ready].join()
-                raise RunError(f"a worker ended with exit code {processes[ready].exitcode}{_FEWER}") from None
+                raise RunError(
+                    f"a worker ended with exit code {processes[ready].exitcode}{_FEWER}"
+                ) from None
             if kind == "advanced":
                 advance(*content)
             elif kind == "failed":
@@ -77,7 +86,8 @@ def _hand_out(processes: dict[Connection, SpawnProcess], units: list[int], advan
 
 def _serve(job: Job, step: str, pipe: Connection) -> None:
     """A worker: ends when it is told to, or when the other end of its pipe is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the first process's: it ends the others
+    # Ctrl-C is the first process's: it ends the others
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.update(RAYON_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
 
     def advance(*numbers: int) -> None:

@@ -22,7 +22,9 @@ from llada.tokenizer import Tokenizer
 I64 = npt.NDArray[np.int64]
 
 _SAMPLE, _LONGEST_SAMPLE, _SAMPLED_SOURCES = 1 << 20, 1 << 16, 64
-"""Characters of the input on which encoders are compared, of one document of it, and about how many sources they are of."""
+"""Characters of the input on which encoders are compared, of one document of it, and about how many
+sources they are of.
+"""
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,12 @@ class Texts:
             raw = [text.encode("utf-8") for text in texts]
             flat, lengths = encoder.encode(texts)
             sizes = np.fromiter(map(len, raw), dtype=np.int64, count=len(raw))
-            return Encoded(_with_eos(flat, lengths, tokenizer.eos_id), lengths + 1, sizes, list(map(held_out_hash, raw)))
+            return Encoded(
+                _with_eos(flat, lengths, tokenizer.eos_id),
+                lengths + 1,
+                sizes,
+                list(map(held_out_hash, raw)),
+            )
 
         return Steps(None, encode)
 
@@ -105,14 +112,18 @@ def prepare(
         inputs: files, folders, patterns, `hf:` datasets.
         tokenizer_path: Hugging Face folder, tokenizer.json or SentencePiece model.
         output: folder to make; made in OUTPUT.partial, and renamed when it is whole.
-        validation_fraction: share of the documents, chosen by the hash of their text, that goes to the validation split.
-        add_special_tokens: append LLaDA's special tokens that the tokenizer lacks; the result is saved with the corpus.
-        text_field, extensions, skip_bad, min_length, max_length, split, name, revision, streaming: see ReadOptions.
+        validation_fraction: share of the documents, chosen by the hash of their text, that goes to
+            the validation split.
+        add_special_tokens: append LLaDA's special tokens that the tokenizer lacks; the result is
+            saved with the corpus.
+        text_field, extensions, skip_bad, min_length, max_length, split, name, revision, streaming:
+        see ReadOptions.
         shard_tokens: a shard is closed by the document with which it has this many.
         unit_bytes: text in a unit of work; None: a 64th of the whole, from 4 MiB to 256 MiB.
         dedup: leave out documents with the text of an earlier one.
         decontamination: what to do with documents that overlap evaluation texts.
-        force: replace a prepared corpus at `output`, or discard an unfinished one of other inputs or settings.
+        force: replace a prepared corpus at `output`, or discard an unfinished one of other inputs
+            or settings.
         effort: how much of it is done here, and how; None: all, in this process.
 
     Raises:
@@ -122,7 +133,17 @@ def prepare(
         Unfinished: this task has done its share, others have not.
     """
     own_extensions = parse_extensions(extensions)
-    options = ReadOptions(text_field, own_extensions, skip_bad, min_length, max_length, split, name, revision, streaming)
+    options = ReadOptions(
+        text_field,
+        own_extensions,
+        skip_bad,
+        min_length,
+        max_length,
+        split,
+        name,
+        revision,
+        streaming,
+    )
     recorded = {
         "text_field": text_field,
         "extensions": sorted(own_extensions) if own_extensions else None,

@@ -1,4 +1,6 @@
-"""How far a command is: a bar on a terminal; of a preparation a line every half minute elsewhere."""
+"""How far a command is: a bar on a terminal; of a preparation a line every half
+minute elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,11 @@ class Progress:
 
     def advance(self, text: int, tokens: int, left_out: int) -> None:
         """What was done since the last call."""
-        self._text, self._tokens, self._left_out = self._text + text, self._tokens + tokens, self._left_out + left_out
+        self._text, self._tokens, self._left_out = (
+            self._text + text,
+            self._tokens + tokens,
+            self._left_out + left_out,
+        )
         self._show()
 
     def say(self, message: str) -> None:
@@ -48,13 +54,19 @@ class Progress:
         left = max(self._total - self._text, 0)
         ends = f"{_clock(left / rate)} to go, " if left and rate else ""
         return (
-            f"{self._what}: {ends}{self._text / 1e6:,.0f} MB, {rate / 1e6:,.1f} MB/s, {self._left_out:,} left out, "
-            f"{self._tokens:,} tokens, {self._tokens / seconds:,.0f} tokens/s"
+            f"{self._what}: {ends}{self._text / 1e6:,.0f} MB, {rate / 1e6:,.1f} MB/s,"
+            f" {self._left_out:,} left out, {self._tokens:,} tokens, {self._tokens / seconds:,.0f}"
+            " tokens/s"
         )
 
     def _show(self) -> None:
         if self._bar is not None:
-            self._bar.update(self._task, description=self._line(), total=self._total or None, completed=min(self._text, self._total))
+            self._bar.update(
+                self._task,
+                description=self._line(),
+                total=self._total or None,
+                completed=min(self._text, self._total),
+            )
         elif self._stream is not None and time.monotonic() - self._shown >= _EVERY:
             self._shown = time.monotonic()
             print(self._line(), file=self._stream, flush=True)
@@ -67,12 +79,21 @@ class Progress:
             from rich.table import Column
 
             console = Console(file=self._stream)
-            self._bar = Bar(BarColumn(10), TextColumn("{task.description}", table_column=Column(overflow="fold", ratio=1)), console=console)
+            self._bar = Bar(
+                BarColumn(10),
+                TextColumn("{task.description}", table_column=Column(overflow="fold", ratio=1)),
+                console=console,
+            )
             self._task = self._bar.add_task("reading", total=None)
             self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if self._bar is not None:
             self._bar.stop()
 
@@ -98,7 +119,12 @@ def progress_bar(wanted: bool, what: str, total: int) -> Iterator[Callable[[int]
     from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 
-    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeRemainingColumn(),
+    )
     with Bar(*columns, console=Console(stderr=True)) as display:
         task = display.add_task(what, total=max(total, 1))
         yield lambda tokens: display.update(task, advance=tokens)

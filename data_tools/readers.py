@@ -1,7 +1,9 @@
-"""Documents from sources: JSON Lines, JSON arrays, text and code, plain or compressed (.gz, .zst); tables are in `data_tools.tables`.
+"""Documents from sources: JSON Lines, JSON arrays, text and code, plain or compressed (.gz, .zst);
+tables are in `data_tools.tables`.
 
-A source is read in slices (`Slice`), so that a large one can be shared out: of plain JSON Lines those lines that start in a range of
-bytes, of Parquet some row groups, of Arrow some record batches, of a dataset some rows. A compressed file and an array are read whole.
+A source is read in slices (`Slice`), so that a large one can be shared out: of plain JSON Lines
+those lines that start in a range of bytes, of Parquet some row groups, of Arrow some record
+batches, of a dataset some rows. A compressed file and an array are read whole.
 """
 
 from __future__ import annotations
@@ -16,7 +18,16 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from data_tools.arrays import BrokenArray, elements
-from data_tools.inputs import ARRAY, JSONL, TEXT, Extent, Slice, Source, find_sources, parse_extensions
+from data_tools.inputs import (
+    ARRAY,
+    JSONL,
+    TEXT,
+    Extent,
+    Slice,
+    Source,
+    find_sources,
+    parse_extensions,
+)
 from data_tools.streams import open_file
 from llada.errors import UserError, did_you_mean
 
@@ -34,10 +45,11 @@ class Report:
     """What was read and what was left out.
 
     Attributes:
-        sources: {path, bytes, documents} of every source that gave a document; bytes are those on the disk.
+        sources: {path, bytes, documents} of every source that gave a document; bytes are those on
+            the disk.
         skipped: files, folders, lines and documents left out, by reason.
-        listed: {path, line, reason, message} of lines and documents left out, the first 10,000; of an array, `line` is the number of the
-            element.
+        listed: {path, line, reason, message} of lines and documents left out, the first 10,000; of
+            an array, `line` is the number of the element.
     """
 
     sources: list[dict[str, Any]] = field(default_factory=list)
@@ -57,13 +69,15 @@ class ReadOptions:
 
     Attributes:
         text_field: field or column that holds the text.
-        extensions: of the files read in folders; None: TEXT_EXTENSIONS. JSON Lines and tables are always read.
+        extensions: of the files read in folders; None: TEXT_EXTENSIONS. JSON Lines and tables are
+            always read.
         skip_bad: count bad lines, and compressed files that break off, instead of stopping.
-        min_length, max_length: bytes of UTF-8 that a text must have; shorter and longer ones are left out and counted. Also bounds
+        min_length, max_length: bytes of UTF-8 that a text must have; shorter and longer ones are
+        left out and counted. Also bounds
             memory: a line that is longer than `max_line` is passed over unread.
         split, name, revision, streaming: of `hf:` inputs, as `datasets.load_dataset` has them.
-        structured: documents are records with several fields, not texts: only JSON Lines and tables are read, all columns of these,
-            and the lengths do not matter.
+        structured: documents are records with several fields, not texts: only JSON Lines and tables
+            are read, all columns of these, and the lengths do not matter.
     """
 
     text_field: str = "text"
@@ -81,18 +95,27 @@ class ReadOptions:
         if self.min_length < 1:
             raise UserError(f"--min-length: {self.min_length} is less than 1 byte")
         if self.max_length < self.min_length:
-            raise UserError(f"--max-length: {self.max_length} is less than --min-length, {self.min_length}")
+            raise UserError(
+                f"--max-length: {self.max_length} is less than --min-length, {self.min_length}"
+            )
         if self.max_length > _LONGEST:
-            raise UserError(f"--max-length: {self.max_length} is more than {_LONGEST:,} bytes, and a document has to fit into memory")
+            raise UserError(
+                f"--max-length: {self.max_length} is more than {_LONGEST:,} bytes, and a document"
+                " has to fit into memory"
+            )
 
     @property
     def max_line(self) -> int:
-        """Bytes of the longest line that is read: the longest text with every byte escaped, and a MiB of other fields."""
+        """Bytes of the longest line that is read: the longest text with every byte escaped, and a
+        MiB of other fields.
+        """
         return 6 * self.max_length + (1 << 20)
 
 
 Record = Callable[[Any, tuple[str, int]], Any]
-"""Makes a document of the JSON value of a line, or of a row as a dict, found at (path, line); or raises BadRecord."""
+"""Makes a document of the JSON value of a line, or of a row as a dict, found at (path, line); or
+raises BadRecord.
+"""
 
 
 class BadRecord(Exception):
@@ -109,7 +132,8 @@ class BadRecord(Exception):
 
 
 def read(inputs: Sequence[str | Path], options: ReadOptions, report: Report) -> Iterator[str]:
-    """The texts of all inputs, none of them empty: inputs in the given order, folders sorted by path.
+    """The texts of all inputs, none of them empty: inputs in the given order, folders sorted by
+    path.
 
     Args:
         inputs: see `find_sources`.
@@ -117,7 +141,8 @@ def read(inputs: Sequence[str | Path], options: ReadOptions, report: Report) -> 
         report: filled while reading.
 
     Raises:
-        UserError: a named file that is missing, unreadable, not UTF-8 or without a document; a bad line; no document at all.
+        UserError: a named file that is missing, unreadable, not UTF-8 or without a document; a bad
+            line; no document at all.
     """
     found = False
     for source in find_sources(inputs, options, report):
@@ -133,7 +158,10 @@ def read(inputs: Sequence[str | Path], options: ReadOptions, report: Report) -> 
 
 
 def sample_texts(
-    inputs: Sequence[str | Path], extensions: Sequence[str] | None, limit: int, options: ReadOptions | None = None
+    inputs: Sequence[str | Path],
+    extensions: Sequence[str] | None,
+    limit: int,
+    options: ReadOptions | None = None,
 ) -> Iterator[str]:
     """About `limit` characters of text: of many files every n-th, of few what comes first.
 
@@ -172,11 +200,13 @@ def reasons_of(skipped: Counter[str]) -> str:
     return f" (left out: {reasons})" if reasons else ""
 
 
-# -- one source --------------------------------------------------------------------------------------------------------
+# -- one source ------------------------------------------------------------------------------------
 
 
 def measure(source: Source, options: ReadOptions, report: Report) -> Extent | None:
-    """How a source can be cut, None for a file that is left out and counted. Raises UserError like `read_slice`."""
+    """How a source can be cut, None for a file that is left out and counted. Raises UserError like
+    `read_slice`.
+    """
     if source.format in (JSONL, ARRAY, TEXT):
         if source.is_compressed:
             return Extent(1, _RATIO * source.bytes)
@@ -190,11 +220,19 @@ def measure(source: Source, options: ReadOptions, report: Report) -> Extent | No
         return None
 
 
-def read_slice(source: Source, part: Slice | None, options: ReadOptions, report: Report, record: Record | None = None) -> Iterator[Any]:
-    """The documents of a source that lie in `part` (None: all), none of them empty: texts, or what `record` makes.
+def read_slice(
+    source: Source,
+    part: Slice | None,
+    options: ReadOptions,
+    report: Report,
+    record: Record | None = None,
+) -> Iterator[Any]:
+    """The documents of a source that lie in `part` (None: all), none of them empty: texts, or what
+    `record` makes.
 
     Raises:
-        UserError: a named file that cannot be read or is not UTF-8; a bad line or a file that breaks off, without `skip_bad`.
+        UserError: a named file that cannot be read or is not UTF-8; a bad line or a file that
+            breaks off, without `skip_bad`.
     """
     entry: dict[str, Any] = {"path": source.path, "bytes": source.bytes, "documents": 0}
     try:
@@ -205,20 +243,36 @@ def read_slice(source: Source, part: Slice | None, options: ReadOptions, report:
                 entry["documents"] += 1
                 yield document
     except UnicodeDecodeError as error:
-        _problem(source, report, "files not UTF-8", f"byte {error.start} is not UTF-8; text, code and JSON Lines are read")
+        _problem(
+            source,
+            report,
+            "files not UTF-8",
+            f"byte {error.start} is not UTF-8; text, code and JSON Lines are read",
+        )
     except (OSError, EOFError, zlib.error, BrokenArray) as error:
-        # A table was read when it was measured, and may be one slice of many: what fails now is never left out silently.
+        # A table was read when it was measured, and may be one slice of many: what fails now is
+        # never left out silently.
         if not entry["documents"] and source.format in (TEXT, JSONL, ARRAY):
             _problem(source, report, "files unreadable", f"cannot be read ({error})")
         elif options.skip_bad:
-            report.leave_out(source.path, None, "files that break off", f"after {entry['documents']:,} documents ({error})")
+            report.leave_out(
+                source.path,
+                None,
+                "files that break off",
+                f"after {entry['documents']:,} documents ({error})",
+            )
         else:
-            raise UserError(f"{source.path}: breaks off after {entry['documents']:,} documents ({error}); --skip-bad keeps those") from None
+            raise UserError(
+                f"{source.path}: breaks off after {entry['documents']:,} documents ({error});"
+                " --skip-bad keeps those"
+            ) from None
     if entry["documents"]:
         report.sources.append(entry)
 
 
-def _documents(source: Source, part: Slice | None, options: ReadOptions, report: Report, record: Record | None) -> Iterator[Any]:
+def _documents(
+    source: Source, part: Slice | None, options: ReadOptions, report: Report, record: Record | None
+) -> Iterator[Any]:
     if source.format == TEXT:
         return _whole(source, options, report)
     if source.format in (JSONL, ARRAY):
@@ -228,7 +282,15 @@ def _documents(source: Source, part: Slice | None, options: ReadOptions, report:
             return _json(raw, orjson.loads, source.format)
 
         if source.format == ARRAY:
-            return _accepted(_elements(source, options, report), source, options, report, record, parse, lambda: 0)
+            return _accepted(
+                _elements(source, options, report),
+                source,
+                options,
+                report,
+                record,
+                parse,
+                lambda: 0,
+            )
         rows = _lines(source, part or Slice(0, source.bytes), options, report)
         before = functools.cache(lambda: _count_lines(source, part.start if part else 0))
         return _accepted(rows, source, options, report, record, parse, before)
@@ -247,7 +309,9 @@ def _accepted(
     parse: Callable[[Any], Any],
     lines_before: Callable[[], int],
 ) -> Iterator[Any]:
-    """The document of every (number in the slice, line or row); bad ones stop the reading or are counted."""
+    """The document of every (number in the slice, line or row); bad ones stop the reading or are
+    counted.
+    """
     for number, raw in rows:
         try:
             if record is None:
@@ -257,8 +321,13 @@ def _accepted(
         except BadRecord as problem:
             line = lines_before() + number
             if not options.skip_bad:
-                place, what = (", element ", "elements") if source.format == ARRAY else (":", "lines")
-                raise UserError(f"{source.path}{place}{line}: {problem}; --skip-bad counts such {what} and leaves them out") from None
+                place, what = (
+                    (", element ", "elements") if source.format == ARRAY else (":", "lines")
+                )
+                raise UserError(
+                    f"{source.path}{place}{line}: {problem}; --skip-bad counts such {what} and"
+                    " leaves them out"
+                ) from None
             report.leave_out(source.path, line, problem.reason, str(problem))
 
 
@@ -269,7 +338,12 @@ def _length_fits(text: str, source: Source, options: ReadOptions, report: Report
     if size < options.min_length:
         report.skipped["documents shorter than --min-length"] += 1
     elif size > options.max_length:
-        report.leave_out(source.path, None, "documents longer than --max-length", f"{size:,} bytes, it starts {text[:40]!r}")
+        report.leave_out(
+            source.path,
+            None,
+            "documents longer than --max-length",
+            f"{size:,} bytes, it starts {text[:40]!r}",
+        )
     return options.min_length <= size <= options.max_length
 
 
@@ -284,19 +358,26 @@ def _whole(source: Source, options: ReadOptions, report: Report) -> Iterator[str
         data = stream.read(options.max_length + len(codecs.BOM_UTF8) + 1)
     data = data.removeprefix(codecs.BOM_UTF8)
     if len(data) > options.max_length:
-        report.leave_out(source.path, None, "documents longer than --max-length", "a file is one document")
+        report.leave_out(
+            source.path, None, "documents longer than --max-length", "a file is one document"
+        )
     else:
         yield data.decode("utf-8")
 
 
-def _lines(source: Source, part: Slice, options: ReadOptions, report: Report) -> Iterator[tuple[int, bytes]]:
-    """Lines that start in a range of bytes, with their number counted from the first of them; blank ones are passed over."""
+def _lines(
+    source: Source, part: Slice, options: ReadOptions, report: Report
+) -> Iterator[tuple[int, bytes]]:
+    """Lines that start in a range of bytes, with their number counted from the first of them; blank
+    ones are passed over.
+    """
     with open_file(source.path) as stream:
         position, number = part.start, 0
         stop = None if source.is_compressed else part.stop
         if part.start:
             stream.seek(part.start - 1)
-            position += _pass_line(stream) - 1  # the line that holds the byte before belongs to another slice
+            # the line that holds the byte before belongs to another slice
+            position += _pass_line(stream) - 1
         while stop is None or position < stop:
             line = stream.readline(options.max_line)
             if not line:
@@ -337,7 +418,9 @@ def _pass_line(stream: BinaryIO) -> int:
 
 
 def _count_lines(source: Source, start: int) -> int:
-    """Lines before the first one of a slice that starts at this byte: lines are numbered as in the file."""
+    """Lines before the first one of a slice that starts at this byte: lines are numbered as in the
+    file.
+    """
     if not start:
         return 0
     count, left, piece = 0, start, b""
@@ -345,7 +428,8 @@ def _count_lines(source: Source, start: int) -> int:
         while left and (piece := stream.read(min(left, 1 << 20))):
             count += piece.count(b"\n")
             left -= len(piece)
-    return count + (not piece.endswith(b"\n"))  # a line that goes on past the start of the slice is passed over there
+    # a line that goes on past the start of the slice is passed over there
+    return count + (not piece.endswith(b"\n"))
 
 
 def _row(value: Any) -> Any:
@@ -360,7 +444,9 @@ def _json(raw: bytes, parse: Callable[[bytes], Any], format: str) -> Any:
     except ValueError as error:
         if format == ARRAY:
             raise BadRecord("elements not JSON", f"not JSON ({error})") from None
-        raise BadRecord("lines not JSON", f"not JSON ({error}); every line must be one JSON object; {_ARRAYS}") from None
+        raise BadRecord(
+            "lines not JSON", f"not JSON ({error}); every line must be one JSON object; {_ARRAYS}"
+        ) from None
 
 
 def string_field(value: Any, name: str, remedy: str) -> str:
@@ -375,11 +461,22 @@ def string_field(value: Any, name: str, remedy: str) -> str:
         BadRecord: not an object, no such field, not a string.
     """
     if not isinstance(value, dict):
-        raise BadRecord("lines without the field", f"a JSON {type(value).__name__}, not an object with the field '{name}'; {remedy}")
+        raise BadRecord(
+            "lines without the field",
+            f"a JSON {type(value).__name__}, not an object with the field '{name}'; {remedy}",
+        )
     if name not in value:
-        names = ", ".join(list(value)[:_NAMES_SHOWN]) + (", ..." if len(value) > _NAMES_SHOWN else "")
-        raise BadRecord("lines without the field", f"field '{name}' is missing, there are: {names}{did_you_mean(name, value)}; {remedy}")
+        names = ", ".join(list(value)[:_NAMES_SHOWN]) + (
+            ", ..." if len(value) > _NAMES_SHOWN else ""
+        )
+        raise BadRecord(
+            "lines without the field",
+            f"field '{name}' is missing, there are: {names}{did_you_mean(name, value)}; {remedy}",
+        )
     text = value[name]
     if not isinstance(text, str):
-        raise BadRecord("lines whose field is not a string", f"field '{name}' is not a string but {type(text).__name__}; {remedy}")
+        raise BadRecord(
+            "lines whose field is not a string",
+            f"field '{name}' is not a string but {type(text).__name__}; {remedy}",
+        )
     return text

@@ -1,4 +1,6 @@
-"""`llada data merge` and `split`: prepared corpora into other prepared corpora, document by document, without tokenizing again."""
+"""`llada data merge` and `split`: prepared corpora into other prepared corpora, document by
+document, without tokenizing again.
+"""
 
 from __future__ import annotations
 
@@ -26,13 +28,19 @@ _MERGED, _PART = "merged", "part_of"
 """Options of a manifest: what a corpus was merged from, and of which data it is which part."""
 
 
-# -- merge -------------------------------------------------------------------------------------------------------------
+# -- merge -----------------------------------------------------------------------------------------
 
 
 def merge(
-    folders: Sequence[str | Path], output: str | Path, *, shard_tokens: int = SHARD_TOKENS, force: bool = False, progress: bool = False
+    folders: Sequence[str | Path],
+    output: str | Path,
+    *,
+    shard_tokens: int = SHARD_TOKENS,
+    force: bool = False,
+    progress: bool = False,
 ) -> Manifest:
-    """Make one corpus of several: their documents in the order given, split by split, in new shards.
+    """Make one corpus of several: their documents in the order given, split by split, in new
+    shards.
 
     Args:
         folders: of prepared corpora of one tokenizer and kind.
@@ -42,7 +50,8 @@ def merge(
         progress: show a bar on stderr.
 
     Raises:
-        UserError: fewer than two corpora, one that is damaged or of another tokenizer or kind, the same data twice; nothing is left behind.
+        UserError: fewer than two corpora, one that is damaged or of another tokenizer or kind, the
+            same data twice; nothing is left behind.
         RunError: the output cannot be written; nothing is left behind.
     """
     if len(folders) < 2:
@@ -55,9 +64,15 @@ def merge(
     with new_folder(output, force, "a prepared corpus", CORPUS_FILES) as folder:
         sources = [_Source(corpus) for corpus in corpora]
         entries: list[ShardEntry] = []
-        with progress_bar(progress, "merging", sum(entry.tokens for manifest in manifests for entry in manifest.shards)) as done:
+        with progress_bar(
+            progress,
+            "merging",
+            sum(entry.tokens for manifest in manifests for entry in manifest.shards),
+        ) as done:
             for split in SPLITS:
-                with SplitWriter(folder, split, token_dtype(manifests[0].rows), shard_tokens) as writer:
+                with SplitWriter(
+                    folder, split, token_dtype(manifests[0].rows), shard_tokens
+                ) as writer:
                     for source in sources:
                         for entry in source.corpus.manifest.of(split):
                             source.copy(entry, 0, entry.documents, writer, done)
@@ -73,35 +88,66 @@ def _check_mergeable(corpora: list[Corpus]) -> None:
     seen: list[tuple[str, Path]] = []
     for corpus in corpora:
         for what, values in (
-            ("tokenizers", (first.manifest.tokenizer_fingerprint, corpus.manifest.tokenizer_fingerprint)),
+            (
+                "tokenizers",
+                (first.manifest.tokenizer_fingerprint, corpus.manifest.tokenizer_fingerprint),
+            ),
             ("kinds", (first.manifest.kind, corpus.manifest.kind)),
         ):
             if values[0] != values[1]:
                 raise UserError(
-                    f"merge: {first.folder} and {corpus.folder} are of different {what} ({values[0]} and {values[1]}); "
-                    "only corpora of one tokenizer and kind can be merged"
+                    f"merge: {first.folder} and {corpus.folder} are of different {what}"
+                    f" ({values[0]} and {values[1]}); only corpora of one tokenizer and kind can be"
+                    " merged"
                 )
         for own in _identities(corpus.manifest):
             for other, folder in seen:
                 if _overlap(own, other):
-                    raise UserError(f"merge: {folder} and {corpus.folder} hold the same data; its documents would be there twice")
+                    raise UserError(
+                        f"merge: {folder} and {corpus.folder} hold the same data; its documents"
+                        " would be there twice"
+                    )
         seen += [(own, corpus.folder) for own in _identities(corpus.manifest)]
 
 
-def _merged_manifest(corpora: list[Corpus], shard_tokens: int, entries: list[ShardEntry]) -> Manifest:
+def _merged_manifest(
+    corpora: list[Corpus], shard_tokens: int, entries: list[ShardEntry]
+) -> Manifest:
     manifests = [corpus.manifest for corpus in corpora]
-    shared = {key: value for key, value in manifests[0].options.items() if all(m.options.get(key, ...) == value for m in manifests)}
-    described = [{"path": str(c.folder), "data": _identities(c.manifest), "options": c.manifest.options} for c in corpora]
-    unique = {(s["path"], s["bytes"], s["documents"]): s for manifest in manifests for s in manifest.sources}  # parts name the same files
+    shared = {
+        key: value
+        for key, value in manifests[0].options.items()
+        if all(m.options.get(key, ...) == value for m in manifests)
+    }
+    described = [
+        {"path": str(c.folder), "data": _identities(c.manifest), "options": c.manifest.options}
+        for c in corpora
+    ]
+    unique = {
+        (s["path"], s["bytes"], s["documents"]): s
+        for manifest in manifests
+        for s in manifest.sources
+    }  # parts name the same files
     counts: dict[str, Any] = {
-        name: dict(sorted(sum((Counter(getattr(manifest, name)) for manifest in manifests), Counter[str]()).items()))
+        name: dict(
+            sorted(
+                sum(
+                    (Counter(getattr(manifest, name)) for manifest in manifests), Counter[str]()
+                ).items()
+            )
+        )
         for name in ("skipped", "noted", "encoders")
     }
     fractions = [manifest.options.get("validation_fraction", 0.0) for manifest in manifests]
     return replace(
         manifests[0],
         tool_version=llada.__version__,
-        options={**shared, "validation_fraction": max(fractions), "shard_tokens": shard_tokens, _MERGED: described},
+        options={
+            **shared,
+            "validation_fraction": max(fractions),
+            "shard_tokens": shard_tokens,
+            _MERGED: described,
+        },
         sources=list(unique.values()),
         shards=entries,
         plan="",
@@ -110,30 +156,48 @@ def _merged_manifest(corpora: list[Corpus], shard_tokens: int, entries: list[Sha
 
 
 def _identity(manifest: Manifest) -> str:
-    """Of a corpus's documents; that of a part is its whole's, then `#`, the number of the part and how many there are."""
-    return str(manifest.options.get(_PART) or "+".join(manifest.fingerprint(split)[:32] for split in SPLITS))
+    """Of a corpus's documents; that of a part is its whole's, then `#`, the number of the part and
+    how many there are.
+    """
+    return str(
+        manifest.options.get(_PART)
+        or "+".join(manifest.fingerprint(split)[:32] for split in SPLITS)
+    )
 
 
 def _identities(manifest: Manifest) -> list[str]:
     """Its own, and those of all it was merged from."""
-    return [_identity(manifest), *(data for entry in manifest.options.get(_MERGED, []) for data in entry["data"])]
+    return [
+        _identity(manifest),
+        *(data for entry in manifest.options.get(_MERGED, []) for data in entry["data"]),
+    ]
 
 
 def _overlap(one: str, other: str) -> bool:
-    """Whether two identities may have a document in common: a whole and its part, or parts of one whole cut in two ways."""
+    """Whether two identities may have a document in common: a whole and its part, or parts of one
+    whole cut in two ways.
+    """
     for own, its in zip(one.split("#"), other.split("#"), strict=False):
         if own != its:
             return "/" in own and own.split("/")[1] != its.split("/")[1]
     return True
 
 
-# -- split -------------------------------------------------------------------------------------------------------------
+# -- split -----------------------------------------------------------------------------------------
 
 
-def split(folder: str | Path, parts: int, output: str | Path, *, force: bool = False, progress: bool = False) -> list[Manifest]:
+def split(
+    folder: str | Path,
+    parts: int,
+    output: str | Path,
+    *,
+    force: bool = False,
+    progress: bool = False,
+) -> list[Manifest]:
     """Cut a corpus into `parts` corpora of about equal tokens: output/part-00000, part-00001, ...
 
-    Each split is cut into runs, so merging the parts in order gives the documents in their order. Shards are as large as the corpus's own.
+    Each split is cut into runs, so merging the parts in order gives the documents in their order.
+    Shards are as large as the corpus's own.
 
     Args:
         folder: of the prepared corpus.
@@ -150,18 +214,24 @@ def split(folder: str | Path, parts: int, output: str | Path, *, force: bool = F
     manifest = corpus.manifest
     documents = manifest.totals("train")[0]
     if not 1 <= parts <= documents:
-        raise UserError(f"--parts: {parts} is not in 1..{documents}, the training documents of {folder}")
+        raise UserError(
+            f"--parts: {parts} is not in 1..{documents}, the training documents of {folder}"
+        )
     refuse_inside(output, corpus.folder, "--output")
     names = [f"part-{number:05d}" for number in range(parts)]
     bounds = {name: _bounds(corpus, name, parts, at_least=int(name == "train")) for name in SPLITS}
     with new_folder(output, force, "a split corpus", (names[0], "part-*")) as whole:
         source, made = _Source(corpus), []
-        with progress_bar(progress, "splitting", sum(entry.tokens for entry in manifest.shards)) as done:
+        with progress_bar(
+            progress, "splitting", sum(entry.tokens for entry in manifest.shards)
+        ) as done:
             for number, name in enumerate(names):
                 (whole / name).mkdir()
                 entries = []
                 for kind, bound in bounds.items():
-                    entries += _write_part(source, kind, bound[number], bound[number + 1], whole / name, done)
+                    entries += _write_part(
+                        source, kind, bound[number], bound[number + 1], whole / name, done
+                    )
                 shutil.copytree(corpus.tokenizer_folder, whole / name / "tokenizer")
                 made.append(_part_manifest(manifest, number, parts, entries))
                 made[-1].save(whole / name)
@@ -169,7 +239,9 @@ def split(folder: str | Path, parts: int, output: str | Path, *, force: bool = F
 
 
 def _bounds(corpus: Corpus, split: str, parts: int, at_least: int) -> list[int]:
-    """First document of every part, counted over the split's shards, and their number [parts + 1]; a part begins where its tokens do."""
+    """First document of every part, counted over the split's shards, and their number [parts + 1];
+    a part begins where its tokens do.
+    """
     entries, shards = corpus.manifest.of(split), corpus.shards(split)
     documents, tokens, _ = corpus.manifest.totals(split)
     first_document = np.cumsum([0, *(entry.documents for entry in entries)])
@@ -187,10 +259,17 @@ def _bounds(corpus: Corpus, split: str, parts: int, at_least: int) -> list[int]:
     return [*bounds, documents]
 
 
-def _write_part(source: _Source, split: str, first: int, stop: int, folder: Path, done: Callable[[int], None]) -> list[ShardEntry]:
+def _write_part(
+    source: _Source, split: str, first: int, stop: int, folder: Path, done: Callable[[int], None]
+) -> list[ShardEntry]:
     """Documents first..stop-1 of a split as shards in `folder`."""
     manifest, before = source.corpus.manifest, 0
-    with SplitWriter(folder, split, token_dtype(manifest.rows), manifest.options.get("shard_tokens", SHARD_TOKENS)) as writer:
+    with SplitWriter(
+        folder,
+        split,
+        token_dtype(manifest.rows),
+        manifest.options.get("shard_tokens", SHARD_TOKENS),
+    ) as writer:
         for entry in manifest.of(split):
             low, high = max(first - before, 0), min(stop - before, entry.documents)
             if low < high:
@@ -214,22 +293,36 @@ def _part_manifest(whole: Manifest, number: int, parts: int, entries: list[Shard
     )
 
 
-# -- documents from one shard to another -------------------------------------------------------------------------------
+# -- documents from one shard to another -----------------------------------------------------------
 
 
 class _Source:
-    """A corpus that documents are copied from. Every file is compared with its checksum before its first document is used."""
+    """A corpus that documents are copied from. Every file is compared with its checksum before its
+    first document is used.
+    """
 
     def __init__(self, corpus: Corpus) -> None:
         self.corpus = corpus
         self._token_bytes = token_bytes(corpus.tokenizer())
-        self._opened: tuple[str, Shard, _TextBytes] | None = None  # the last one: shards are asked for in order
+        # the last one: shards are asked for in order
+        self._opened: tuple[str, Shard, _TextBytes] | None = None
 
-    def copy(self, entry: ShardEntry, first: int, stop: int, writer: SplitWriter, done: Callable[[int], None]) -> None:
+    def copy(
+        self,
+        entry: ShardEntry,
+        first: int,
+        stop: int,
+        writer: SplitWriter,
+        done: Callable[[int], None],
+    ) -> None:
         """Append documents first..stop-1 of a shard. Raises UserError when the shard is damaged."""
         if self._opened is None or self._opened[0] != entry.name:
             shard = self._checked(entry)
-            self._opened = entry.name, shard, _TextBytes(self._token_bytes, shard, entry, self._replies(entry))
+            self._opened = (
+                entry.name,
+                shard,
+                _TextBytes(self._token_bytes, shard, entry, self._replies(entry)),
+            )
         _, shard, text_bytes = self._opened
         replies = self._replies(entry)
         for begin, flat, lengths in shard.runs(first, stop):
@@ -249,12 +342,16 @@ class _Source:
 def replies_of(replies: I64, first: int, stop: int) -> I64:
     """The rows of documents first..stop-1, the document counted from `first`."""
     owner = replies[:, 0]
-    rows = replies[bisect.bisect_left(owner, first) : bisect.bisect_left(owner, stop)]  # searches that copy nothing
+    rows = replies[
+        bisect.bisect_left(owner, first) : bisect.bisect_left(owner, stop)
+    ]  # searches that copy nothing
     return rows - np.array([first, 0, 0, 0, 0])
 
 
 def token_bytes(tokenizer: Tokenizer) -> I64:
-    """UTF-8 bytes of text that each id stands for [vocab_size]; 0 for special tokens. Exact for byte-level vocabularies."""
+    """UTF-8 bytes of text that each id stands for [vocab_size]; 0 for special tokens. Exact for
+    byte-level vocabularies.
+    """
     sizes = np.zeros(tokenizer.vocab_size, dtype=np.int64)
     for token_id in range(tokenizer.vocab_size):
         text = tokenizer.decode([token_id], skip_special_tokens=True)
@@ -266,7 +363,8 @@ def token_bytes(tokenizer: Tokenizer) -> I64:
 class _TextBytes:
     """Bytes of text of each document of a shard, of which the manifest says only the sum.
 
-    Where the bytes of the tokens add up to that sum (byte-level tokenizers) they are exact. Else the sum is shared by tokens.
+    Where the bytes of the tokens add up to that sum (byte-level tokenizers) they are exact. Else
+    the sum is shared by tokens.
     """
 
     def __init__(self, sizes: I64, shard: Shard, entry: ShardEntry, replies: I64 | None) -> None:
@@ -276,7 +374,13 @@ class _TextBytes:
         for first, flat, lengths in shard.runs():
             if flat.min() < 0 or flat.max() >= len(sizes):
                 raise damaged(shard.bin_path, f"an id is not in 0..{len(sizes) - 1}")
-            total += int(self._exact(flat, lengths, None if replies is None else replies_of(replies, first, first + len(lengths))).sum())
+            total += int(
+                self._exact(
+                    flat,
+                    lengths,
+                    None if replies is None else replies_of(replies, first, first + len(lengths)),
+                ).sum()
+            )
         self._is_exact = total == entry.text_bytes
 
     def of(self, first: int, flat: I64, lengths: I64, replies: I64 | None) -> I64:
@@ -295,5 +399,7 @@ class _TextBytes:
             return before[ends] - before[starts]
         owner, _, _, response_start, turn_end = replies.T
         sizes = np.zeros(len(lengths), dtype=np.int64)
-        np.add.at(sizes, owner, before[starts[owner] + turn_end] - before[starts[owner] + response_start])
+        np.add.at(
+            sizes, owner, before[starts[owner] + turn_end] - before[starts[owner] + response_start]
+        )
         return sizes

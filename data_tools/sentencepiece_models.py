@@ -1,4 +1,6 @@
-"""Inside a SentencePiece model: what kind it is, its symbols, and the same tokenizer as a tokenizer.json."""
+"""Inside a SentencePiece model: what kind it is, its symbols, and the same tokenizer as a
+tokenizer.json.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +8,10 @@ import json
 from typing import Any
 
 ESCAPES = (("\uf8ff", "\uf8ffB"), ("\u2581", "\uf8ffA"))
-"""SentencePiece writes a space as U+2581 and reads a U+2581 of the text as a space. Models trained here spell that character as two
-others, and the first of these, from the private use area, too; so every text comes back. In the order in which they are applied."""
+"""SentencePiece writes a space as U+2581 and reads a U+2581 of the text as a space. Models trained
+here spell that character as two others, and the first of these, from the private use area, too; so
+every text comes back. In the order in which they are applied.
+"""
 LOSSLESS = "llada_lossless"
 """Name of a normalizer that does ESCAPES and nothing else."""
 
@@ -43,12 +47,14 @@ def symbols(model: bytes) -> list[str]:
 
 
 def to_tokenizer_json(model: bytes) -> tuple[str, str]:
-    """A tokenizer.json that is meant to give every text the ids of a model, for libraries that read only that; whoever uses it compares.
+    """A tokenizer.json that is meant to give every text the ids of a model, for libraries that read
+    only that; whoever uses it compares.
 
     Control symbols are ordinary pieces in it that no merge reaches, so text cannot spell them.
 
     Returns:
-        The definition, and what must be put before every text that is not empty. (A normalizer that does it would put it behind
+        The definition, and what must be put before every text that is not empty. (A normalizer that
+        does it would put it behind
         every user-defined symbol, too.)
 
     Raises:
@@ -60,7 +66,9 @@ def to_tokenizer_json(model: bytes) -> tuple[str, str]:
         raise ValueError(f"a {kind(model)} model, not BPE")
     if not normalizer.escape_whitespaces or proto.trainer_spec.treat_whitespace_as_suffix:
         raise ValueError("a SentencePiece model with its own way of writing spaces")
-    if normalizer.remove_extra_whitespaces or (normalizer.precompiled_charsmap and normalizer.name != LOSSLESS):
+    if normalizer.remove_extra_whitespaces or (
+        normalizer.precompiled_charsmap and normalizer.name != LOSSLESS
+    ):
         raise ValueError("a SentencePiece model that normalises text")
     steps = [*(ESCAPES if normalizer.name == LOSSLESS else ()), (" ", "▁")]
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
@@ -68,8 +76,15 @@ def to_tokenizer_json(model: bytes) -> tuple[str, str]:
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [{"id": i, "content": piece.piece, **flags} for i, piece in enumerate(proto.pieces) if piece.type == _USER_DEFINED],
-        "normalizer": {"type": "Sequence", "normalizers": [_replace(old, new) for old, new in steps]},
+        "added_tokens": [
+            {"id": i, "content": piece.piece, **flags}
+            for i, piece in enumerate(proto.pieces)
+            if piece.type == _USER_DEFINED
+        ],
+        "normalizer": {
+            "type": "Sequence",
+            "normalizers": [_replace(old, new) for old, new in steps],
+        },
         "pre_tokenizer": None,
         "post_processor": None,
         "decoder": None,
@@ -83,7 +98,9 @@ def _replace(old: str, new: str) -> dict[str, Any]:
 
 
 def _bpe(proto: Any) -> dict[str, Any]:
-    """SentencePiece joins the neighbours whose joint piece has the best score: a merge for every way to cut a piece in two."""
+    """SentencePiece joins the neighbours whose joint piece has the best score: a merge for every
+    way to cut a piece in two.
+    """
     ids = {piece.piece: i for i, piece in enumerate(proto.pieces)}
     parts = {piece.piece for piece in proto.pieces if piece.type == _NORMAL}
     merges = [

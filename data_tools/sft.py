@@ -1,4 +1,6 @@
-"""`llada data prepare-sft`: conversations -> token shards with the place of every reply, in a folder of its own."""
+"""`llada data prepare-sft`: conversations -> token shards with the place of every reply, in a
+folder of its own.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +66,9 @@ class SFTSettings:
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None and self.max_tokens < 2:
-            raise UserError(f"--max-tokens: {self.max_tokens} is less than 2, a prompt and a response")
+            raise UserError(
+                f"--max-tokens: {self.max_tokens} is less than 2, a prompt and a response"
+            )
         if self.truncate and self.max_tokens is None:
             raise UserError("--truncate: needs --max-tokens, the length to cut to")
 
@@ -73,7 +77,8 @@ class Conversations:
     """The two steps of the preparation: a record -> a conversation, many conversations -> tokens.
 
     Raises:
-        UserError: a chat template that cannot be used, a tokenizer without the tokens of LLaDA's format.
+        UserError: a chat template that cannot be used, a tokenizer without the tokens of LLaDA's
+            format.
     """
 
     def __init__(self, settings: SFTSettings, tokenizer: Tokenizer) -> None:
@@ -81,7 +86,9 @@ class Conversations:
         self._chat = chat_format(tokenizer, settings.chat_template)
 
     def record(self, value: Any) -> Talk:
-        """The conversation of the JSON value of a line. Raises BadRecord for one that cannot be trained on."""
+        """The conversation of the JSON value of a line. Raises BadRecord for one that cannot be
+        trained on.
+        """
         talk = self.settings.fields.conversation(value)
         try:
             self._chat.check(talk.messages)
@@ -90,24 +97,42 @@ class Conversations:
         return talk
 
     def encode(self, talks: Sequence[Talk]) -> tuple[Encoded, list[LeftOut]]:
-        """Tokens of conversations, in their order, and what was left out of them; one of which nothing is left is not among them."""
+        """Tokens of conversations, in their order, and what was left out of them; one of which
+        nothing is left is not among them.
+        """
         documents: list[list[int]] = []
         replies: list[tuple[int, int, int, int, int]] = []
         sizes, hashes, left_out = [], [], []
-        for index, (talk, (ids, found)) in enumerate(zip(talks, self._chat.encode([talk.messages for talk in talks]), strict=True)):
-            texts = [self._chat.response(message.content) for message in talk.messages if message.role == "assistant"]
-            numbered = [_Numbered(reply, i + 1, len(text.encode())) for i, (reply, text) in enumerate(zip(found, texts, strict=True))]
+        for index, (talk, (ids, found)) in enumerate(
+            zip(talks, self._chat.encode([talk.messages for talk in talks]), strict=True)
+        ):
+            texts = [
+                self._chat.response(message.content)
+                for message in talk.messages
+                if message.role == "assistant"
+            ]
+            numbered = [
+                _Numbered(reply, i + 1, len(text.encode()))
+                for i, (reply, text) in enumerate(zip(found, texts, strict=True))
+            ]
             kept, notes = self._limited(ids, numbered)
-            left_out += [LeftOut(index, reason, message) for reason, message in (*talk.notes, *notes)]
+            left_out += [
+                LeftOut(index, reason, message) for reason, message in (*talk.notes, *notes)
+            ]
             if not kept:
                 continue
             ids, kept = _compact(ids, kept, self._tokenizer.eos_id) if notes else (ids, kept)
-            replies += [(len(documents), *(r.history_end, r.turn_start, r.response_start, r.turn_end)) for r, _, _ in kept]
+            replies += [
+                (len(documents), *(r.history_end, r.turn_start, r.response_start, r.turn_end))
+                for r, _, _ in kept
+            ]
             documents.append(ids)
             sizes.append(sum(size for _, _, size in kept))
             hashes.append(held_out_hash(_question(talk.messages)))
         encoded = Encoded(
-            flat=np.concatenate([np.empty(0, dtype=np.int64), *(np.array(ids, dtype=np.int64) for ids in documents)]),
+            flat=np.concatenate(
+                [np.empty(0, dtype=np.int64), *(np.array(ids, dtype=np.int64) for ids in documents)]
+            ),
             lengths=np.array([len(ids) for ids in documents], dtype=np.int64),
             text_bytes=np.array(sizes, dtype=np.int64),
             hashes=hashes,
@@ -115,26 +140,57 @@ class Conversations:
         )
         return encoded, left_out
 
-    def _limited(self, ids: list[int], replies: list[_Numbered]) -> tuple[list[_Numbered], list[tuple[str, str]]]:
-        """The replies that fit max_tokens, or are cut to it, and (reason, message) of each that is not whole."""
+    def _limited(
+        self, ids: list[int], replies: list[_Numbered]
+    ) -> tuple[list[_Numbered], list[tuple[str, str]]]:
+        """The replies that fit max_tokens, or are cut to it, and (reason, message) of each that is
+        not whole.
+        """
         limit = self.settings.max_tokens
         if limit is None:
             return replies, []
         kept, notes = [], []
         for reply, number, size in replies:
-            prompt, response = reply.history_end + reply.response_start - reply.turn_start, reply.turn_end - reply.response_start
+            prompt, response = (
+                reply.history_end + reply.response_start - reply.turn_start,
+                reply.turn_end - reply.response_start,
+            )
             room = limit - prompt
             if response <= room:
                 kept.append(_Numbered(reply, number, size))
             elif room <= 0:
-                notes.append((_PROMPT_TOO_LONG, f"reply {number}: its prompt has {prompt:,} tokens, --max-tokens is {limit:,}"))
+                notes.append(
+                    (
+                        _PROMPT_TOO_LONG,
+                        (
+                            f"reply {number}: its prompt has {prompt:,} tokens, --max-tokens is"
+                            f" {limit:,}"
+                        ),
+                    )
+                )
             elif not self.settings.truncate:
-                notes.append((_TOO_LONG, f"reply {number}: {prompt + response:,} tokens with its prompt, --max-tokens is {limit:,}"))
+                notes.append(
+                    (
+                        _TOO_LONG,
+                        (
+                            f"reply {number}: {prompt + response:,} tokens with its prompt,"
+                            f" --max-tokens is {limit:,}"
+                        ),
+                    )
+                )
             else:
                 end = reply.response_start + room
                 left = len(self._tokenizer.decode(ids[reply.response_start : end]).encode())
                 kept.append(_Numbered(reply._replace(turn_end=end), number, left))
-                notes.append((_CUT, f"reply {number}: {prompt + response:,} tokens with its prompt, cut to {limit:,}, without EOS"))
+                notes.append(
+                    (
+                        _CUT,
+                        (
+                            f"reply {number}: {prompt + response:,} tokens with its prompt, cut to"
+                            f" {limit:,}, without EOS"
+                        ),
+                    )
+                )
         return kept, notes
 
 
@@ -146,14 +202,23 @@ class _Numbered(NamedTuple):
     size: int
 
 
-def _compact(ids: list[int], replies: list[_Numbered], eos_id: int) -> tuple[list[int], list[_Numbered]]:
-    """A conversation with only the tokens that its replies use. It ends with EOS, which is no reply's if the last one was cut."""
+def _compact(
+    ids: list[int], replies: list[_Numbered], eos_id: int
+) -> tuple[list[int], list[_Numbered]]:
+    """A conversation with only the tokens that its replies use. It ends with EOS, which is no
+    reply's if the last one was cut.
+    """
     out = ids[: max(reply.history_end for reply, _, _ in replies)]
     moved = []
     for reply, number, size in replies:
         shift = len(out) - reply.turn_start
         out += ids[reply.turn_start : reply.turn_end]
-        new = Reply(reply.history_end, reply.turn_start + shift, reply.response_start + shift, reply.turn_end + shift)
+        new = Reply(
+            reply.history_end,
+            reply.turn_start + shift,
+            reply.response_start + shift,
+            reply.turn_end + shift,
+        )
         moved.append(_Numbered(new, number, size))
     return out if out[-1] == eos_id else [*out, eos_id], moved
 
@@ -161,43 +226,58 @@ def _compact(ids: list[int], replies: list[_Numbered], eos_id: int) -> tuple[lis
 def _question(messages: Conversation) -> bytes:
     """The turns before the first reply, unambiguously."""
     first = next(i for i, message in enumerate(messages) if message.role == "assistant")
-    return json.dumps([(message.role, message.content) for message in messages[:first]], ensure_ascii=False).encode()
+    return json.dumps(
+        [(message.role, message.content) for message in messages[:first]], ensure_ascii=False
+    ).encode()
 
 
 def chosen_template(choice: str, tokenizer_path: str | Path) -> str:
-    """The text of `--chat-template`: llada, tokenizer, or a file. Raises UserError for anything else."""
+    """The text of `--chat-template`: llada, tokenizer, or a file. Raises UserError for anything
+    else.
+    """
     if choice == "llada":
         return TEMPLATE
     if choice == "tokenizer":
         found = Tokenizer.load(tokenizer_path, require_mask=False).chat_template
         if found is None:
             raise UserError(
-                f"--chat-template: {tokenizer_path} has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json)"
+                f"--chat-template: {tokenizer_path} has no chat template (chat_template.jinja, or"
+                " chat_template in tokenizer_config.json)"
             )
         return found
     try:
         return Path(choice).read_text(encoding="utf-8")
     except OSError as error:
         near = did_you_mean(choice, ("llada", "tokenizer"))
-        raise UserError(f"--chat-template: '{choice}'{near} is neither llada nor tokenizer nor a file ({error.strerror})") from None
+        raise UserError(
+            f"--chat-template: '{choice}'{near} is neither llada nor tokenizer nor a file"
+            f" ({error.strerror})"
+        ) from None
     except UnicodeDecodeError:
-        raise UserError(f"--chat-template: {choice} is not UTF-8; a Jinja template is read") from None
+        raise UserError(
+            f"--chat-template: {choice} is not UTF-8; a Jinja template is read"
+        ) from None
 
 
 @dataclass(frozen=True)
 class TalkKind:
-    """Documents that are conversations. A conversation is held out by the hash of the turns before its first reply, so one question is
-    never on both sides."""
+    """Documents that are conversations. A conversation is held out by the hash of the turns before
+    its first reply, so one question is never on both sides.
+    """
 
     settings: SFTSettings
     options: ReadOptions
     name: str = CONVERSATIONS
 
     def text(self, document: Talk) -> str:
-        return json.dumps([(message.role, message.content) for message in document.messages], ensure_ascii=False)
+        return json.dumps(
+            [(message.role, message.content) for message in document.messages], ensure_ascii=False
+        )
 
     def choose(self, tokenizer: Tokenizer, plan: Plan, wanted: str) -> tuple[str, str]:
-        """Conversations are a small part of all text: their pieces go through the tokenizer itself."""
+        """Conversations are a small part of all text: their pieces go through the
+        tokenizer itself.
+        """
         return choose_encoder(tokenizer, [], "library")[0].name, ""
 
     def open(self, tokenizer: Tokenizer, backend: str) -> Steps:
@@ -233,8 +313,10 @@ def prepare_sft(
     """Encode conversations with a chat format and write them as a corpus.
 
     Args:
-        inputs: JSON Lines (also .gz, .zst), Parquet or Arrow files, folders with such, patterns, `hf:` datasets.
-        tokenizer_path, output, validation_fraction, add_special_tokens, shard_tokens, unit_bytes, dedup, force, effort: see
+        inputs: JSON Lines (also .gz, .zst), Parquet or Arrow files, folders with such, patterns,
+            `hf:` datasets.
+        tokenizer_path, output, validation_fraction, add_special_tokens, shard_tokens, unit_bytes,
+        dedup, force, effort: see
             `data_tools.prepare.prepare`.
         fields: how records are read.
         chat_template: "llada", "tokenizer" (that of `tokenizer_path`), or a Jinja file.

@@ -19,7 +19,9 @@ def open_file(path: str) -> BinaryIO:
 
 
 class _ZstdFile(io.RawIOBase):
-    """A .zst file of any number of frames. Unlike zstandard's own reader it does not take a file that breaks off for a whole one."""
+    """A .zst file of any number of frames. Unlike zstandard's own reader it does not take a file
+    that breaks off for a whole one.
+    """
 
     def __init__(self, path: Path) -> None:
         import zstandard
@@ -39,7 +41,9 @@ class _ZstdFile(io.RawIOBase):
             self._compressed = self._compressed or self._file.read(1 << 16)
             if not self._compressed:
                 if self._frame is not None:
-                    raise EOFError("Compressed file ended before the end-of-stream marker was reached")
+                    raise EOFError(
+                        "Compressed file ended before the end-of-stream marker was reached"
+                    )
                 return 0
             self._frame = self._frame or self._decompressor.decompressobj()
             try:

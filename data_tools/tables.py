@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from data_tools.readers import ReadOptions
 
 _ROWS, _BYTES = 256, 16 << 20
-"""Rows and bytes taken at a time: bounds memory whatever the size of a row group; one row may be larger."""
+"""Rows and bytes taken at a time: bounds memory whatever the size of a row group; one row may be
+larger.
+"""
 _NAMES_SHOWN = 8
 
 
@@ -32,7 +34,10 @@ def measure(source: Source, options: ReadOptions) -> Extent:
 
             with parquet.ParquetFile(source.path) as file:
                 columns = _columns(source, file.schema_arrow.names, options)
-                sizes = [_group_bytes(file.metadata.row_group(i), columns) for i in range(file.num_row_groups)]
+                sizes = [
+                    _group_bytes(file.metadata.row_group(i), columns)
+                    for i in range(file.num_row_groups)
+                ]
         else:
             sizes = []
             for batch in _batches(source):
@@ -41,13 +46,21 @@ def measure(source: Source, options: ReadOptions) -> Extent:
     return Extent(len(sizes), sum(sizes), sizes)
 
 
-def rows(source: Source, part: Slice | None, options: ReadOptions) -> tuple[int, Iterator[tuple[int, dict[str, Any]]]]:
-    """The rows of a slice as dicts with the text's column (all columns with `options.structured`), numbered from 1, and how many rows of
-    the source come before the slice. OSError while they are read: the file cannot be."""
+def rows(
+    source: Source, part: Slice | None, options: ReadOptions
+) -> tuple[int, Iterator[tuple[int, dict[str, Any]]]]:
+    """The rows of a slice as dicts with the text's column (all columns with `options.structured`),
+    numbered from 1, and how many rows of the source come before the slice. OSError while they are
+    read: the file cannot be.
+    """
     if source.format == DATASET:
         return _dataset_rows(source, part, options)
     with _refusals():
-        return _parquet_rows(source, part, options) if source.format == PARQUET else _arrow_rows(source, part, options)
+        return (
+            _parquet_rows(source, part, options)
+            if source.format == PARQUET
+            else _arrow_rows(source, part, options)
+        )
 
 
 @contextmanager
@@ -68,7 +81,10 @@ def _columns(source: Source, names: list[str], options: ReadOptions) -> list[str
     if options.text_field not in names:
         shown = ", ".join(names[:_NAMES_SHOWN]) + (", ..." if len(names) > _NAMES_SHOWN else "")
         near = did_you_mean(options.text_field, names)
-        raise UserError(f"--text-field: {source.path} has no column '{options.text_field}', there are: {shown}{near}")
+        raise UserError(
+            f"--text-field: {source.path} has no column '{options.text_field}', there are:"
+            f" {shown}{near}"
+        )
     return [options.text_field]
 
 
@@ -98,7 +114,7 @@ def _rows_of(batch: Any) -> list[Any]:
         return [row for i in range(batch.num_rows) for row in _rows_of(batch.slice(i, 1))]
 
 
-# -- Parquet -----------------------------------------------------------------------------------------------------------
+# -- Parquet ---------------------------------------------------------------------------------------
 
 
 def _group_bytes(group: Any, columns: list[str] | None) -> int:
@@ -106,27 +122,37 @@ def _group_bytes(group: Any, columns: list[str] | None) -> int:
     if columns is None:
         return int(group.total_byte_size)
     found = (group.column(i) for i in range(group.num_columns))
-    return sum(int(column.total_uncompressed_size) for column in found if column.path_in_schema in columns)
+    return sum(
+        int(column.total_uncompressed_size) for column in found if column.path_in_schema in columns
+    )
 
 
-def _parquet_rows(source: Source, part: Slice | None, options: ReadOptions) -> tuple[int, Iterator[tuple[int, dict[str, Any]]]]:
+def _parquet_rows(
+    source: Source, part: Slice | None, options: ReadOptions
+) -> tuple[int, Iterator[tuple[int, dict[str, Any]]]]:
     from pyarrow import parquet
 
-    file = parquet.ParquetFile(source.path, buffer_size=1 << 20)  # pages as they are needed, not a whole row group
+    # pages as they are needed, not a whole row group
+    file = parquet.ParquetFile(source.path, buffer_size=1 << 20)
     columns = _columns(source, file.schema_arrow.names, options)
     groups = range(file.num_row_groups) if part is None else range(part.start, part.stop)
     before = sum(file.metadata.row_group(i).num_rows for i in range(groups.start))
-    sizes = [(_group_bytes(group, columns), group.num_rows) for group in map(file.metadata.row_group, groups)]
+    sizes = [
+        (_group_bytes(group, columns), group.num_rows)
+        for group in map(file.metadata.row_group, groups)
+    ]
     step = min((_rows_at_once(*size) for size in sizes), default=_ROWS)
 
     def batches() -> Iterator[Any]:
         with file:
-            yield from file.iter_batches(batch_size=step, row_groups=list(groups), columns=columns, use_threads=False)
+            yield from file.iter_batches(
+                batch_size=step, row_groups=list(groups), columns=columns, use_threads=False
+            )
 
     return before, _numbered(batches())
 
 
-# -- Arrow -------------------------------------------------------------------------------------------------------------
+# -- Arrow -----------------------------------------------------------------------------------------
 
 
 def _batches(source: Source) -> Iterator[Any]:
@@ -143,7 +169,9 @@ def _batches(source: Source) -> Iterator[Any]:
             yield from (file.get_batch(i) for i in range(file.num_record_batches))
 
 
-def _arrow_rows(source: Source, part: Slice | None, options: ReadOptions) -> tuple[int, Iterator[tuple[int, dict[str, Any]]]]:
+def _arrow_rows(
+    source: Source, part: Slice | None, options: ReadOptions
+) -> tuple[int, Iterator[tuple[int, dict[str, Any]]]]:
     before = 0
     if part is not None:
         before = sum(batch.num_rows for i, batch in enumerate(_batches(source)) if i < part.start)
@@ -157,11 +185,13 @@ def _arrow_rows(source: Source, part: Slice | None, options: ReadOptions) -> tup
     return before, _numbered(chosen())
 
 
-# -- Hugging Face datasets ---------------------------------------------------------------------------------------------
+# -- Hugging Face datasets -------------------------------------------------------------------------
 
 
 def dataset_stamp(path: str, options: ReadOptions) -> str:
-    """The fingerprint of a dataset; of one that is streamed, the number of its files. Raises UserError when it cannot be loaded."""
+    """The fingerprint of a dataset; of one that is streamed, the number of its files. Raises
+    UserError when it cannot be loaded.
+    """
     dataset = _dataset(path, options)
     return f"{dataset.num_shards} files" if options.streaming else str(dataset._fingerprint)
 
@@ -180,18 +210,28 @@ def _dataset(path: str, options: ReadOptions) -> Any:
             if isinstance(loaded, datasets.DatasetDict):
                 loaded = _split_of(path, loaded, options.split)
             return loaded.to_iterable_dataset() if options.streaming else loaded
-        return datasets.load_dataset(name, name=options.name, split=options.split, revision=options.revision, streaming=options.streaming)
+        return datasets.load_dataset(
+            name,
+            name=options.name,
+            split=options.split,
+            revision=options.revision,
+            streaming=options.streaming,
+        )
     except UserError:
         raise
     except Exception as error:  # the library and the hub raise dozens of kinds
         raise UserError(
-            f"--input: {path}: cannot be loaded as a dataset ({type(error).__name__}: {' '.join(str(error).split())})"
+            f"--input: {path}: cannot be loaded as a dataset ({type(error).__name__}:"
+            f" {' '.join(str(error).split())})"
         ) from None
 
 
 def _split_of(path: str, splits: Any, split: str) -> Any:
     if split not in splits:
-        raise UserError(f"--split: {path} has no split '{split}', there are: {', '.join(splits)}{did_you_mean(split, splits)}")
+        raise UserError(
+            f"--split: {path} has no split '{split}', there are:"
+            f" {', '.join(splits)}{did_you_mean(split, splits)}"
+        )
     return splits[split]
 
 
@@ -207,9 +247,14 @@ def _measure_dataset(source: Source, options: ReadOptions) -> Extent:
     return Extent(len(dataset), int(dataset.data.nbytes))
 
 
-def _dataset_rows(source: Source, part: Slice | None, options: ReadOptions) -> tuple[int, Iterator[tuple[int, dict[str, Any]]]]:
+def _dataset_rows(
+    source: Source, part: Slice | None, options: ReadOptions
+) -> tuple[int, Iterator[tuple[int, dict[str, Any]]]]:
     dataset = _dataset(source.path, options)
-    if dataset.column_names is not None and (columns := _columns(source, dataset.column_names, options)) is not None:
+    if (
+        dataset.column_names is not None
+        and (columns := _columns(source, dataset.column_names, options)) is not None
+    ):
         dataset = dataset.select_columns(columns)
     if options.streaming:
         total = dataset.num_shards

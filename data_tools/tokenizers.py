@@ -1,4 +1,6 @@
-"""`llada data tokenizer`: train one on a sample of the whole input; say what one is and how well it fits a text."""
+"""`llada data tokenizer`: train one on a sample of the whole input; say what one is and how well it
+fits a text.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,8 @@ class Fit:
     """How a tokenizer cuts a text.
 
     Attributes:
-        text_bytes, words, tokens: of the text; words are what stands between spaces and line ends, tokens count no EOS.
+        text_bytes, words, tokens: of the text; words are what stands between spaces and line ends,
+        tokens count no EOS.
     """
 
     text_bytes: int
@@ -57,8 +60,9 @@ class Fit:
     def __str__(self) -> str:
         tokens = max(1, self.tokens)
         return (
-            f"{self.text_bytes / tokens:.2f} bytes per token, {self.tokens / max(1, self.text_bytes):.3f} tokens per byte, "
-            f"{self.tokens / max(1, self.words):.2f} tokens per word on {self.text_bytes:,} bytes"
+            f"{self.text_bytes / tokens:.2f} bytes per token,"
+            f" {self.tokens / max(1, self.text_bytes):.3f} tokens per byte,"
+            f" {self.tokens / max(1, self.words):.2f} tokens per word on {self.text_bytes:,} bytes"
         )
 
 
@@ -90,14 +94,16 @@ def train_tokenizer(
     skip_bad: bool = False,
     force: bool = False,
 ) -> Trained:
-    """Train a tokenizer on a sample of the documents and save it as the folder `output`. The same documents give the same files.
+    """Train a tokenizer on a sample of the documents and save it as the folder `output`. The same
+    documents give the same files.
 
     Args:
         inputs: files and folders.
         vocab_size: ids in all, LLaDA's six special tokens included, which take the last ones.
         output: folder to make.
         kind: one of KINDS; unigram and bpe are SentencePiece models.
-        sample_bytes: train on no more text than this, chosen over all documents. Memory grows with it, not with the input.
+        sample_bytes: train on no more text than this, chosen over all documents. Memory grows with
+            it, not with the input.
         text_field, extensions, skip_bad: see ReadOptions.
         force: replace a tokenizer at `output`.
 
@@ -105,9 +111,14 @@ def train_tokenizer(
         UserError: anything wrong with inputs, options or output; nothing is left behind.
     """
     if kind not in KINDS:
-        raise UserError(f"--kind: '{kind}' is none of {', '.join(KINDS)}{did_you_mean(kind, KINDS)}")
+        raise UserError(
+            f"--kind: '{kind}' is none of {', '.join(KINDS)}{did_you_mean(kind, KINDS)}"
+        )
     if vocab_size > LARGEST_VOCABULARY:
-        raise UserError(f"--vocab-size: {vocab_size} is more than {LARGEST_VOCABULARY:,}, the most that is trained")
+        raise UserError(
+            f"--vocab-size: {vocab_size} is more than {LARGEST_VOCABULARY:,}, the most that is"
+            " trained"
+        )
     if sample_bytes < 1:
         raise UserError(f"--sample-bytes: {sample_bytes} is less than 1")
     options = ReadOptions(text_field, parse_extensions(extensions), skip_bad)
@@ -119,20 +130,29 @@ def train_tokenizer(
             made = train_sentencepiece(sample.passages, vocab_size, kind)
         made.save(folder)
     every = max(1, sample.kept_bytes // _MEASURED_BYTES)
-    return Trained(made, measure(made, sample.passages[::every]), sample.text_bytes, sample.kept_bytes)
+    return Trained(
+        made, measure(made, sample.passages[::every]), sample.text_bytes, sample.kept_bytes
+    )
 
 
 def measure(tokenizer: Tokenizer, texts: Sequence[str]) -> Fit:
     """How the tokenizer cuts these texts."""
     text_bytes = sum(len(text.encode()) for text in texts)
-    return Fit(text_bytes, sum(len(text.split()) for text in texts), len(tokenizer.encode_batch(list(texts))[0]))
+    return Fit(
+        text_bytes,
+        sum(len(text.split()) for text in texts),
+        len(tokenizer.encode_batch(list(texts))[0]),
+    )
 
 
-def describe(path: str | Path, inputs: Sequence[str | Path] = (), options: ReadOptions | None = None) -> str:
+def describe(
+    path: str | Path, inputs: Sequence[str | Path] = (), options: ReadOptions | None = None
+) -> str:
     """What a tokenizer is, in a few lines; with inputs, also how it cuts a sample of them.
 
     Args:
-        path: Hugging Face folder, tokenizer.json or SentencePiece model; one without mask or EOS too.
+        path: Hugging Face folder, tokenizer.json or SentencePiece model; one without mask or EOS
+            too.
         inputs: files and folders.
         options: how to read them.
 
@@ -140,17 +160,27 @@ def describe(path: str | Path, inputs: Sequence[str | Path] = (), options: ReadO
         UserError: no such tokenizer or input.
     """
     found = Tokenizer.load(path, require_mask=False)
-    lines = [f"{path}: {found.vocab_size:,} ids, {found.rows:,} rows, fingerprint {found.fingerprint}", f"kind: {_kind(found)}"]
+    lines = [
+        f"{path}: {found.vocab_size:,} ids, {found.rows:,} rows, fingerprint {found.fingerprint}",
+        f"kind: {_kind(found)}",
+    ]
     roles = found.special_tokens()
     for role in ("bos", "eos", "pad", "mask"):
-        lines.append(f"{role:>4}: {roles[role][1]} {roles[role][0]}" if role in roles else f"{role:>4}: none")
+        lines.append(
+            f"{role:>4}: {roles[role][1]} {roles[role][0]}" if role in roles else f"{role:>4}: none"
+        )
     further = _further_special_tokens(found)
     if further:
         more = f" and {len(further) - _NAMES_SHOWN:,} more" if len(further) > _NAMES_SHOWN else ""
-        lines.append(f"further special tokens: {', '.join(f'{found.id_of(name)} {name}' for name in further[:_NAMES_SHOWN])}{more}")
+        lines.append(
+            "further special tokens:"
+            f" {', '.join(f'{found.id_of(name)} {name}' for name in further[:_NAMES_SHOWN])}{more}"
+        )
     missing = [name for name in SPECIAL_TOKENS if found.id_of(name) is None]
     if missing:
-        lines.append(f"without {' '.join(missing)}; `llada data prepare --add-special-tokens` appends them")
+        lines.append(
+            f"without {' '.join(missing)}; `llada data prepare --add-special-tokens` appends them"
+        )
     texts = _sample(inputs, options or ReadOptions()) if inputs else []
     encoder, note = choose_encoder(found, texts)
     lines.append(f"encoder: {encoder.name}{f' ({note})' if note else ''}")
@@ -160,7 +190,9 @@ def describe(path: str | Path, inputs: Sequence[str | Path] = (), options: ReadO
 
 
 def _sample(inputs: Sequence[str | Path], options: ReadOptions) -> list[str]:
-    texts = [text[:_MEASURED_BYTES] for text in sample_texts(inputs, None, _MEASURED_BYTES, options)]
+    texts = [
+        text[:_MEASURED_BYTES] for text in sample_texts(inputs, None, _MEASURED_BYTES, options)
+    ]
     if not texts:
         raise UserError(f"--input: no text in {', '.join(map(str, inputs))}")
     return texts
@@ -172,7 +204,9 @@ def _kind(tokenizer: Tokenizer) -> str:
     definition = json.loads(tokenizer.definition)
     model = definition["model"]
     splitter = definition.get("pre_tokenizer") or {}
-    bytewise = any(step.get("type") == "ByteLevel" for step in splitter.get("pretokenizers") or [splitter])
+    bytewise = any(
+        step.get("type") == "ByteLevel" for step in splitter.get("pretokenizers") or [splitter]
+    )
     name = f"{'byte-level ' if bytewise else ''}{model.get('type', 'BPE')}"
     return f"tokenizer.json, {name}{' with byte fallback' if model.get('byte_fallback') else ''}"
 
@@ -181,12 +215,16 @@ def _further_special_tokens(tokenizer: Tokenizer) -> list[str]:
     """Those without a role, by id."""
     names = {name for name in SPECIAL_TOKENS if tokenizer.id_of(name) is not None}
     if isinstance(tokenizer.definition, str):
-        names.update(entry["content"] for entry in json.loads(tokenizer.definition).get("added_tokens") or [] if entry.get("special"))
+        names.update(
+            entry["content"]
+            for entry in json.loads(tokenizer.definition).get("added_tokens") or []
+            if entry.get("special")
+        )
     names -= {name for name, _ in tokenizer.special_tokens().values()}
     return sorted(names, key=lambda name: tokenizer.id_of(name) or 0)
 
 
-# -- the sample --------------------------------------------------------------------------------------------------------
+# -- the sample ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -204,10 +242,11 @@ class Sample:
 
 
 def sample_passages(texts: Iterable[str], limit: int) -> Sample:
-    """Passages from all over the texts, no more than `limit` bytes of them; all there are, if they are no more.
+    """Passages from all over the texts, no more than `limit` bytes of them; all there are, if they
+    are no more.
 
-    Those are kept whose hash, keyed by their place in the input, is least: one pass, and memory for the sample alone. The same texts
-    give the same sample.
+    Those are kept whose hash, keyed by their place in the input, is least: one pass, and memory for
+    the sample alone. The same texts give the same sample.
 
     Raises:
         UserError: a limit with no room for a single passage.
@@ -229,7 +268,10 @@ def sample_passages(texts: Iterable[str], limit: int) -> Sample:
                 greatest, _, dropped = heapq.heappop(heap)
                 below, kept = -greatest, kept - len(dropped)
     if text_bytes and not heap:
-        raise UserError(f"--sample-bytes: {limit} is too little for a passage of the text; give some thousands at least")
+        raise UserError(
+            f"--sample-bytes: {limit} is too little for a passage of the text; give some thousands"
+            " at least"
+        )
     heap.sort(key=lambda entry: entry[1])
     return Sample([data.decode() for _, _, data in heap], text_bytes, kept)
 
@@ -249,17 +291,20 @@ def _passages(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-# -- SentencePiece -----------------------------------------------------------------------------------------------------
+# -- SentencePiece ---------------------------------------------------------------------------------
 
 
 def train_sentencepiece(passages: Sequence[str], vocab_size: int, kind: str) -> Tokenizer:
-    """Train a SentencePiece model that gives every text back as it was, with LLaDA's special tokens after its last id.
+    """Train a SentencePiece model that gives every text back as it was, with LLaDA's special tokens
+    after its last id.
 
-    Spaces are kept, as many as there are and without one in front; digits stand alone; what has no piece of its own becomes UTF-8 bytes.
+    Spaces are kept, as many as there are and without one in front; digits stand alone; what has no
+    piece of its own becomes UTF-8 bytes.
 
     Args:
         passages: text. It is trained on line by line.
-        vocab_size: ids in all: a token for the unknown, 256 bytes, 6 special tokens, the rest pieces.
+        vocab_size: ids in all: a token for the unknown, 256 bytes, 6 special tokens, the rest
+            pieces.
         kind: "unigram" or "bpe".
 
     Raises:
@@ -270,12 +315,19 @@ def train_sentencepiece(passages: Sequence[str], vocab_size: int, kind: str) -> 
     size = vocab_size - len(SPECIAL_TOKENS)
     smallest = 1 + 256 + 1 + len(SPECIAL_TOKENS)
     if vocab_size < smallest:
-        raise UserError(f"vocab_size: {vocab_size} is less than {smallest}, the unknown token, the bytes, the space and the special tokens")
+        raise UserError(
+            f"vocab_size: {vocab_size} is less than {smallest}, the unknown token, the bytes, the"
+            " space and the special tokens"
+        )
     model = io.BytesIO()
     with tempfile.TemporaryDirectory() as scratch:
         rules, inverse = Path(scratch, "rules.tsv"), Path(scratch, "inverse.tsv")
-        rules.write_text("".join(f"{_code_points(old)}\t{_code_points(new)}\n" for old, new in ESCAPES))
-        inverse.write_text("".join(f"{_code_points(new)}\t{_code_points(old)}\n" for old, new in ESCAPES))
+        rules.write_text(
+            "".join(f"{_code_points(old)}\t{_code_points(new)}\n" for old, new in ESCAPES)
+        )
+        inverse.write_text(
+            "".join(f"{_code_points(new)}\t{_code_points(old)}\n" for old, new in ESCAPES)
+        )
         try:
             SentencePieceTrainer.train(
                 sentence_iterator=_sentences(passages),
@@ -309,8 +361,12 @@ def train_sentencepiece(passages: Sequence[str], vocab_size: int, kind: str) -> 
 
 
 def _sentences(passages: Iterable[str]) -> Iterator[str]:
-    """Lines. SentencePiece reads a NUL as the end and leaves out lines with its own sign for the unknown."""
-    for line in (line for text in passages for passage in _passages(text) for line in passage.split("\n")):
+    """Lines. SentencePiece reads a NUL as the end and leaves out lines with its own sign for the
+    unknown.
+    """
+    for line in (
+        line for text in passages for passage in _passages(text) for line in passage.split("\n")
+    ):
         if line and not line.isspace():
             yield line.replace("\0", " ").replace("\u2585", " ")
 
@@ -332,10 +388,16 @@ def _training_error(vocab_size: int, message: str) -> str:
     added = len(SPECIAL_TOKENS)
     most = re.search(r"Vocabulary size too high.*<= (\d+)", message, re.DOTALL)
     if most:
-        return f"vocab_size: {vocab_size} is more than the text can fill; at most {int(most[1]) + added} with this sample"
+        return (
+            f"vocab_size: {vocab_size} is more than the text can fill; at most"
+            f" {int(most[1]) + added} with this sample"
+        )
     least = re.search(r"smaller than required_chars. (\d+) vs (\d+)", message, re.DOTALL)
     if least:
-        return f"vocab_size: {vocab_size} has no room for the characters of the text; at least {int(least[2]) + added} with this sample"
+        return (
+            f"vocab_size: {vocab_size} has no room for the characters of the text; at least"
+            f" {int(least[2]) + added} with this sample"
+        )
     if "sentences_.empty()" in message:
         return "--input: no text to train on, only spaces and line ends"
     reason = " ".join(message.split())

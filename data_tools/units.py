@@ -1,7 +1,8 @@
-"""How a preparation is shared out: units of work, each a run of consecutive documents in the sorted list of sources.
+"""How a preparation is shared out: units of work, each a run of consecutive documents in the sorted
+list of sources.
 
-Where units begin and end follows from the sources and `--unit-bytes` alone, never from the number of workers or tasks, so every way
-of running a preparation writes the same files.
+Where units begin and end follows from the sources and `--unit-bytes` alone, never from the number
+of workers or tasks, so every way of running a preparation writes the same files.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from llada.errors import UserError
 from llada.files import write_atomically
 
 LARGEST_UNIT, SMALLEST_UNIT = 256 << 20, 4 << 20
-"""Bytes of text of a unit where `--unit-bytes` is not given: a 64th of the whole within these bounds."""
+"""Bytes of text of a unit where `--unit-bytes` is not given: a 64th of the whole within these
+bounds.
+"""
 _FEW = 64
 PLAN = "plan.json"
 
@@ -66,7 +69,9 @@ class Plan:
 
     @classmethod
     def load(cls, folder: Path) -> Plan | None:
-        """The plan of an unfinished preparation; None when there is none. Raises UserError for one that is damaged."""
+        """The plan of an unfinished preparation; None when there is none. Raises UserError for one
+        that is damaged.
+        """
         try:
             content = json.loads((folder / PLAN).read_bytes())
             content["sources"] = [Source(**source) for source in content["sources"]]
@@ -77,15 +82,26 @@ class Plan:
         except OSError as error:
             raise UserError(f"{folder / PLAN}: cannot be read ({error.strerror})") from None
         except (ValueError, KeyError, TypeError, RecursionError):
-            raise UserError(f"{folder / PLAN}: damaged, or of another version of this tool; remove '{folder}' to start over") from None
+            raise UserError(
+                f"{folder / PLAN}: damaged, or of another version of this tool; remove '{folder}'"
+                " to start over"
+            ) from None
 
 
 def digest_of(settings: dict[str, Any], sources: Sequence[Source]) -> str:
-    content = json.dumps([settings, [asdict(source) for source in sources]], sort_keys=True, allow_nan=False)
+    content = json.dumps(
+        [settings, [asdict(source) for source in sources]], sort_keys=True, allow_nan=False
+    )
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def make_plan(settings: dict[str, Any], sources: Sequence[Source], options: ReadOptions, unit_bytes: int | None, report: Report) -> Plan:
+def make_plan(
+    settings: dict[str, Any],
+    sources: Sequence[Source],
+    options: ReadOptions,
+    unit_bytes: int | None,
+    report: Report,
+) -> Plan:
     """Measure the sources and cut them.
 
     Args:
@@ -106,8 +122,9 @@ def make_plan(settings: dict[str, Any], sources: Sequence[Source], options: Read
 
 
 def cut(extents: Sequence[Extent], size: int) -> tuple[list[list[Piece]], list[int]]:
-    """Pieces of units of `size` bytes of text, the last one smaller, and the text of each. A unit takes a position that does not fit
-    as a whole, so it may be larger by less than one position."""
+    """Pieces of units of `size` bytes of text, the last one smaller, and the text of each. A unit
+    takes a position that does not fit as a whole, so it may be larger by less than one position.
+    """
     units: list[list[Piece]] = []
     filled: list[int] = []
     for index, extent in enumerate(extents):
@@ -126,7 +143,8 @@ def cut(extents: Sequence[Extent], size: int) -> tuple[list[list[Piece]], list[i
 def _take(extent: Extent, position: int, room: int) -> tuple[int, int]:
     """How far the positions from `position` on fill `room`, and the text that is in them."""
     if extent.sizes is None:
-        # A position may hold less than a byte only where there is no text at all: then all of them fit.
+        # A position may hold less than a byte only where there is no text at all: then all of them
+        # fit.
         wanted = -(-room * extent.length // max(extent.text_bytes, 1))
         stop = min(extent.length, position + wanted)
         return stop, (stop - position) * extent.text_bytes // extent.length

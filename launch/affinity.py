@@ -1,4 +1,6 @@
-"""Binds a rank to the cores next to its GPU (NUMA), or without GPUs to its share of the machine's NUMA nodes."""
+"""Binds a rank to the cores next to its GPU (NUMA), or without GPUs to its share of the machine's
+NUMA nodes.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ _DEVICES = Path("/sys/bus/pci/devices")
 
 
 def bind(local_rank: int, local_size: int) -> set[int]:
-    """Narrow this process to the cores that are near; returns them. Where none is known, or Slurm bound it elsewhere, nothing changes."""
+    """Narrow this process to the cores that are near; returns them. Where none is known, or Slurm
+    bound it elsewhere, nothing changes.
+    """
     near = cpus_near_gpu(local_rank) or cpus_of_numa_node(local_rank, local_size)
     allowed = os.sched_getaffinity(0)
     chosen = near & allowed
@@ -28,7 +32,9 @@ def cpus_near_gpu(local_rank: int, devices: Path = _DEVICES) -> set[int]:
     if visible:
         command += ["-i", visible[local_rank % len(visible)]]
     try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.split()
+        found = subprocess.run(
+            command, capture_output=True, text=True, timeout=20, check=True
+        ).stdout.split()
     except (OSError, subprocess.SubprocessError):
         return set()
     if not found:
@@ -42,9 +48,14 @@ def cpus_near_gpu(local_rank: int, devices: Path = _DEVICES) -> set[int]:
 
 
 def cpus_of_numa_node(local_rank: int, local_size: int, nodes: Path = _NODES) -> set[int]:
-    """Cores of the NUMA node whose turn it is when the ranks are dealt out in order; empty on a machine with one."""
+    """Cores of the NUMA node whose turn it is when the ranks are dealt out in order; empty on a
+    machine with one.
+    """
     try:
-        lists = sorted(nodes.glob("node[0-9]*/cpulist"), key=lambda path: int(path.parent.name.removeprefix("node")))
+        lists = sorted(
+            nodes.glob("node[0-9]*/cpulist"),
+            key=lambda path: int(path.parent.name.removeprefix("node")),
+        )
         groups = [cpus for path in lists if (cpus := parse_cpu_list(path.read_text()))]
     except (OSError, ValueError):
         return set()

@@ -1,4 +1,6 @@
-"""One start of a run's ranks, watched to its end: who started, who ended how, and nobody waits for ever for one that is gone."""
+"""One start of a run's ranks, watched to its end: who started, who ended how, and nobody waits for
+ever for one that is gone.
+"""
 
 from __future__ import annotations
 
@@ -29,13 +31,17 @@ _KILL_SECONDS = 120.0
 _TASK_ENDED = re.compile(r"srun: error: \S+: tasks? (?P<tasks>[\d,-]+): (?P<how>.*)")
 """srun's word of a task that did not end well."""
 _LOST_PEER = re.compile(
-    r"connection (was )?(reset|closed|refused|aborted)|broken pipe|remote process exited|ncclRemoteError|NCCL communicator was aborted"
-    r"|socket timeout|pair closure|recvValue failed|sendBytes failed|failed to recv|client socket has timed out",
+    r"connection (was )?(reset|closed|refused|aborted)|broken pipe|remote process"
+    r" exited|ncclRemoteError|NCCL communicator was aborted"
+    r"|socket timeout|pair closure|recvValue failed|sendBytes failed|failed to recv|client socket"
+    r" has timed out",
     re.IGNORECASE,
 )
 """What gloo, NCCL and torch's store say in a rank whose peer is gone."""
 _ENDED_BY_OTHERS = (-signal.SIGABRT, -signal.SIGTERM, -signal.SIGINT, -signal.SIGUSR1)
-"""NCCL aborts a process whose peer is gone; torchrun sends SIGTERM to the other ranks when one has failed."""
+"""NCCL aborts a process whose peer is gone; torchrun sends SIGTERM to the other ranks when one has
+failed.
+"""
 
 
 class Machine(Protocol):
@@ -43,7 +49,9 @@ class Machine(Protocol):
 
     hosts: list[str]
 
-    def start(self, command: Sequence[str], ranks: int, folder: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    def start(
+        self, command: Sequence[str], ranks: int, folder: Path, environment: dict[str, str]
+    ) -> subprocess.Popen[bytes]:
         """Start every rank; the process ends when they have."""
 
     def deliver(self, name: str, starts: list[dict[str, Any]]) -> None:
@@ -53,7 +61,9 @@ class Machine(Protocol):
         """End every rank at once."""
 
     def gone(self, starts: list[dict[str, Any]], launcher_log: str) -> dict[int, str]:
-        """Ranks whose parent process ended without being able to write down how: rank -> what is known of it."""
+        """Ranks whose parent process ended without being able to write down how: rank -> what is
+        known of it.
+        """
 
 
 @dataclass(frozen=True)
@@ -64,7 +74,8 @@ class Exit:
         rank, host, time: of the end.
         code: exit code, or minus the signal.
         message: last line of the rank that says why.
-        parent: what is known of the end of its parent process, which could not write down the rank's; None: it did.
+        parent: what is known of the end of its parent process, which could not write down the
+            rank's; None: it did.
     """
 
     rank: int
@@ -77,11 +88,15 @@ class Exit:
     @property
     def blames_another(self) -> bool:
         """It ended because another rank was gone, or was made to end."""
-        return self.code in _ENDED_BY_OTHERS or bool(self.message and _LOST_PEER.search(self.message))
+        return self.code in _ENDED_BY_OTHERS or bool(
+            self.message and _LOST_PEER.search(self.message)
+        )
 
     def __str__(self) -> str:
         if self.parent is not None:
-            how = f"gone together with its parent process ({self.parent}); a lack of memory does this"
+            how = (
+                f"gone together with its parent process ({self.parent}); a lack of memory does this"
+            )
         elif self.code < 0:
             how = f"killed by {signal.Signals(-self.code).name}"
         else:
@@ -115,7 +130,9 @@ class StepEnd:
 
     @property
     def first_failure(self) -> Exit | None:
-        """The first rank that did not end in order; one that only noticed that another was gone comes after that one."""
+        """The first rank that did not end in order; one that only noticed that another was gone
+        comes after that one.
+        """
         failed = [end for end in self.exits if end.code not in IN_ORDER]
         return min(failed, key=lambda end: (end.blames_another, end.time), default=None)
 
@@ -150,7 +167,8 @@ class Asked:
     def wanted_now(self) -> bool:
         """The same at this moment, for a decision that depends on it."""
         with suppress(OSError):
-            # An NFS client remembers for a while that a name was absent. A new name beside it makes it ask its server again.
+            # An NFS client remembers for a while that a name was absent. A new name beside it makes
+            # it ask its server again.
             probe = self._path.with_name(f"{self._path.name}.{os.getpid()}.probe")
             probe.touch()
             probe.unlink()
@@ -182,7 +200,8 @@ def run_ranks(
         environment: further variables of the ranks.
         asked: true when they are to stop.
         limits: of time.
-        end_by: seconds since 1970 at which the ranks are ended, whatever they do: before Slurm ends this process with them.
+        end_by: seconds since 1970 at which the ranks are ended, whatever they do: before Slurm ends
+            this process with them.
         on_sigterm: called once when this process gets SIGTERM, before anything is waited for.
     """
     process = machine.start(command, ranks, folder, environment)
@@ -201,7 +220,8 @@ def run_ranks(
             absent = _absent(machine.hosts, ranks, records.starts)
             deadline = now
         if not records.all_started and _TASK_ENDED.search(_read(folder / "launcher.log")):
-            deadline = min(deadline, now + min(_OTHERS_SECONDS, limits.grace))  # it could not even write down that it started
+            # it could not even write down that it started
+            deadline = min(deadline, now + min(_OTHERS_SECONDS, limits.grace))
         if asked.signal == "SIGTERM" and on_sigterm is not None:
             on_sigterm()
             on_sigterm = None
@@ -210,7 +230,9 @@ def run_ranks(
             delivered = now
         if records.exits:
             failed = any(end.code not in IN_ORDER for end in records.exits)
-            deadline = min(deadline, now + (min(_OTHERS_SECONDS, limits.grace) if failed else limits.grace))
+            deadline = min(
+                deadline, now + (min(_OTHERS_SECONDS, limits.grace) if failed else limits.grace)
+            )
         if time.time() > end_by:
             deadline = now
         if now >= deadline and not killed:
@@ -223,7 +245,8 @@ def run_ranks(
     if not killed:
         lost.look(records, at_last=True)
         if process.returncode < 0 and len(records.exits) < len(records.starts):
-            machine.kill(process, records.starts)  # the ranks outlive torchrun, and would hold the run folder against the next attempt
+            # the ranks outlive torchrun, and would hold the run folder against the next attempt
+            machine.kill(process, records.starts)
     if not absent and not records.all_started:
         absent = _absent(machine.hosts, ranks, records.starts)
     launcher = process.returncode, _last_line(folder / "launcher.log")
@@ -245,7 +268,8 @@ class _Lost:
         self.exits: list[Exit] = []
 
     def look(self, records: _Records, at_last: bool = False) -> None:
-        """Note the parents that are gone. One that ended in order wrote its record just before: it counts at the second look only.
+        """Note the parents that are gone. One that ended in order wrote its record just before: it
+        counts at the second look only.
 
         With `at_last`, this is the second one: what has no record yet gets none.
         """
@@ -272,12 +296,16 @@ def ended_tasks(launcher_log: str) -> dict[int, str]:
     for line in _TASK_ENDED.finditer(launcher_log):
         for part in line["tasks"].split(","):
             first, _, last = part.partition("-")
-            found |= dict.fromkeys(range(int(first), int(last or first) + 1), f"srun: {line['how'].strip()}")
+            found |= dict.fromkeys(
+                range(int(first), int(last or first) + 1), f"srun: {line['how'].strip()}"
+            )
     return found
 
 
 class _Records:
-    """What the ranks wrote down; each file is read once, and the folder looked at no more often than its file server likes."""
+    """What the ranks wrote down; each file is read once, and the folder looked at no more often
+    than its file server likes.
+    """
 
     def __init__(self, folder: Path, ranks: int) -> None:
         self._folder, self._ranks = folder, ranks
@@ -298,7 +326,10 @@ class _Records:
     def exits(self) -> list[Exit]:
         """Of the ranks that ended, the first one first."""
         found = [entry for name, entry in self._read.items() if name.endswith(".exit.json")]
-        ends = [Exit(entry["rank"], entry["host"], entry["time"], entry["code"], entry["message"]) for entry in found]
+        ends = [
+            Exit(entry["rank"], entry["host"], entry["time"], entry["code"], entry["message"])
+            for entry in found
+        ]
         return sorted(ends, key=lambda end: end.time)
 
     def refresh(self, everything: bool = False) -> bool:
@@ -309,7 +340,10 @@ class _Records:
         self._next = now + (0.5 if now - self._began < 120 else _LOOK_SECONDS)
         for path in self._folder.glob("rank_*.json"):
             if path.name not in self._read and (record := read_record(path)) is not None:
-                self._read[path.name] = {**record, "rank": int(path.name.split(".")[0].removeprefix("rank_"))}
+                self._read[path.name] = {
+                    **record,
+                    "rank": int(path.name.split(".")[0].removeprefix("rank_")),
+                }
         return True
 
 
@@ -326,13 +360,21 @@ def _absent(hosts: list[str], ranks: int, starts: list[dict[str, Any]]) -> list[
     """Hosts on which not every rank started; ranks fill the hosts in order."""
     per_host = max(1, ranks // len(hosts))
     there = {entry["rank"] for entry in starts}
-    return sorted({hosts[min(rank // per_host, len(hosts) - 1)] for rank in range(ranks) if rank not in there})
+    return sorted(
+        {hosts[min(rank // per_host, len(hosts) - 1)] for rank in range(ranks) if rank not in there}
+    )
 
 
 def _last_line(path: Path) -> str:
-    """The last line of a launcher's output that says something of its own: that a task ended is known."""
+    """The last line of a launcher's output that says something of its own: that a task ended is
+    known.
+    """
     lines = [line.strip() for line in _read(path).splitlines() if line.strip()]
-    telling = [line for line in lines if not _TASK_ENDED.search(line) and "Terminated StepId" not in line and line.strip("=-*")]
+    telling = [
+        line
+        for line in lines
+        if not _TASK_ENDED.search(line) and "Terminated StepId" not in line and line.strip("=-*")
+    ]
     return (telling or lines or [""])[-1][:500]
 
 

@@ -1,6 +1,8 @@
-"""`python -m launch.batch RUN/launch/NNNN [--local]`, in the folder of the code: the batch script of a job.
+"""`python -m launch.batch RUN/launch/NNNN [--local]`, in the folder of the code: the batch script
+of a job.
 
-Its signal handlers stand before anything else is imported: on a slow file system that takes seconds.
+Its signal handlers stand before anything else is imported: on a slow file system that takes
+seconds.
 """
 
 from __future__ import annotations

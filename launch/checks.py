@@ -37,12 +37,18 @@ class Checked:
 
 
 def check_run(
-    config: RunConfig, ranks: int, allow_changed: bool, rewind: int | None = None, later: bool = False, elsewhere: bool = False
+    config: RunConfig,
+    ranks: int,
+    allow_changed: bool,
+    rewind: int | None = None,
+    later: bool = False,
+    elsewhere: bool = False,
 ) -> Checked:
-    """Open the data, look at the run folder, and compare everything with a world of `ranks` processes.
+    """Open the data, look at the run folder, and compare everything with a world of `ranks`
+    processes.
 
-    With `later`, data that is not there yet is left to the job: another one makes it first. With `elsewhere`, the run will not be on
-    this machine, so that too small a disk is a note.
+    With `later`, data that is not there yet is left to the job: another one makes it first. With
+    `elsewhere`, the run will not be on this machine, so that too small a disk is a note.
 
     Raises:
         UserError: the run could not start, in one line.
@@ -51,12 +57,25 @@ def check_run(
     folder = Path(config.run.dir)
     holder = lock.holder(folder)
     if holder is not None:
-        raise UserError(f"run.dir: '{folder}' is in use by {holder}; stop that first with `llada stop {folder}`, or choose another run.dir")
+        raise UserError(
+            f"run.dir: '{folder}' is in use by {holder}; stop that first with `llada stop"
+            f" {folder}`, or choose another run.dir"
+        )
     schedule = Schedule(config.schedule, config.tokens_per_step)
     schedule.learning_rate(config.train.steps - 1)
-    missing = [entry.path for entry in config.data.mixture if not Path(entry.path).exists()] if later else []
+    missing = (
+        [entry.path for entry in config.data.mixture if not Path(entry.path).exists()]
+        if later
+        else []
+    )
     if missing:
-        first, notes = 0, [f"{missing[0]} is not there yet: data and checkpoint are compared when the job starts"]
+        first, notes = (
+            0,
+            [
+                f"{missing[0]} is not there yet: data and checkpoint are compared when the job"
+                " starts"
+            ],
+        )
     else:
         start = foresee(config, open_data(config), folder / "checkpoints", allow_changed, rewind)
         first, notes = start.step, start.notes
@@ -67,7 +86,13 @@ def check_run(
     except UserError as error:
         if not elsewhere:
             raise
-        notes = [*notes, f"{error}; on this machine, so that the cluster's disk is compared when the run is launched there"]
+        notes = [
+            *notes,
+            (
+                f"{error}; on this machine, so that the cluster's disk is compared when the run is"
+                " launched there"
+            ),
+        ]
     return Checked(data_parallel, first, config.train.steps, checkpoints, notes)
 
 
@@ -88,11 +113,18 @@ def check_profile(profile: ClusterProfile) -> None:
         for name in partition.split(","):
             if name not in known:
                 key = setting.replace("time", "partition")
-                raise UserError(f"{key}: Slurm has no partition '{name}'{did_you_mean(name, known)}; there are {', '.join(sorted(known))}")
+                raise UserError(
+                    f"{key}: Slurm has no partition '{name}'{did_you_mean(name, known)}; there are"
+                    f" {', '.join(sorted(known))}"
+                )
             limit = known[name]
             # A quality of service may allow more than its partition.
-            if profile.qos is None and limit not in ("infinite", "n/a") and minutes(time) > minutes(limit):
+            if (
+                profile.qos is None
+                and limit not in ("infinite", "n/a")
+                and minutes(time) > minutes(limit)
+            ):
                 raise UserError(
-                    f"{setting}: '{time}' is over the limit {limit} of partition '{name}'; a run that needs longer starts again from its "
-                    "checkpoint by itself"
+                    f"{setting}: '{time}' is over the limit {limit} of partition '{name}'; a run"
+                    " that needs longer starts again from its checkpoint by itself"
                 )

@@ -1,4 +1,6 @@
-"""The commands around a run on a cluster: `llada launch`, `status`, `logs`, `stop`, `runs`. Thin, and quick to import."""
+"""The commands around a run on a cluster: `llada launch`, `status`, `logs`, `stop`, `runs`. Thin,
+and quick to import.
+"""
 
 from __future__ import annotations
 
@@ -31,40 +33,85 @@ class _Launch(TyperGroup):
 launch_app = typer.Typer(
     cls=_Launch,
     no_args_is_help=True,
-    help="Submit a run to Slurm, or start it on this machine: `llada launch CONFIG`, which is short for `llada launch run CONFIG`.",
+    help=(
+        "Submit a run to Slurm, or start it on this machine: `llada launch CONFIG`, which is short"
+        " for `llada launch run CONFIG`."
+    ),
 )
 
 Cluster = Annotated[str | None, typer.Option(help="Profile of the cluster, a YAML file.")]
-Settings = Annotated[list[str] | None, typer.Option("--set", help="key.sub=value of the profile, as in --set time=02:00:00; repeat it.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan and the batch script, submit nothing.")]
-After = Annotated[str | None, typer.Option(help="Start only when the job with this id has ended well.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", help="key.sub=value of the profile, as in --set time=02:00:00; repeat it."
+    ),
+]
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run", help="Check everything, print the plan and the batch script, submit nothing."
+    ),
+]
+After = Annotated[
+    str | None, typer.Option(help="Start only when the job with this id has ended well.")
+]
 Run = Annotated[str, typer.Argument(help="Folder of the run.")]
 
 
 @launch_app.command("run")
 def run(
-    config: Annotated[str, typer.Argument(help="YAML file of the run; its task says whether it is pretraining or fine-tuning.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value, as in train.steps=100.")] = None,
+    config: Annotated[
+        str,
+        typer.Argument(
+            help="YAML file of the run; its task says whether it is pretraining or fine-tuning."
+        ),
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key.sub=value, as in train.steps=100.")
+    ] = None,
     cluster: Cluster = None,
     nodes: Annotated[int, typer.Option(min=1, help="Nodes.")] = 1,
     gpus_per_node: Annotated[
-        int | None, typer.Option(min=1, help="GPUs of a node, each with a rank; on a cluster without GPUs: ranks of a node.")
+        int | None,
+        typer.Option(
+            min=1,
+            help="GPUs of a node, each with a rank; on a cluster without GPUs: ranks of a node.",
+        ),
     ] = None,
     set: Settings = None,
     dry_run: DryRun = False,
-    local: Annotated[bool, typer.Option("--local", help="On this machine, in the foreground, without Slurm.")] = False,
+    local: Annotated[
+        bool, typer.Option("--local", help="On this machine, in the foreground, without Slurm.")
+    ] = False,
     chain: Annotated[
-        int, typer.Option(min=1, help="Submit so many jobs that follow each other, for a site where jobs cannot requeue themselves.")
+        int,
+        typer.Option(
+            min=1,
+            help=(
+                "Submit so many jobs that follow each other, for a site where jobs cannot requeue"
+                " themselves."
+            ),
+        ),
     ] = 1,
-    then: Annotated[str | None, typer.Option(help="convert: a job that writes RUN/hf when the run has finished.")] = None,
+    then: Annotated[
+        str | None,
+        typer.Option(help="convert: a job that writes RUN/hf when the run has finished."),
+    ] = None,
     after: After = None,
-    allow_changed: Annotated[bool, typer.Option("--allow-changed", help="Resume although settings or data changed; recorded.")] = False,
-    rewind: Annotated[int | None, typer.Option(min=0, help="Go back to the checkpoint after so many steps first.")] = None,
+    allow_changed: Annotated[
+        bool,
+        typer.Option("--allow-changed", help="Resume although settings or data changed; recorded."),
+    ] = False,
+    rewind: Annotated[
+        int | None, typer.Option(min=0, help="Go back to the checkpoint after so many steps first.")
+    ] = None,
 ) -> None:
     """Submit the run of CONFIG, or start it on this machine with --local."""
     from launch.commands import LaunchOptions, launch_run
 
-    options = LaunchOptions(nodes, gpus_per_node, dry_run, local, chain, then, after, allow_changed, rewind)
+    options = LaunchOptions(
+        nodes, gpus_per_node, dry_run, local, chain, then, after, allow_changed, rewind
+    )
     raise typer.Exit(launch_run(config, overrides, _profile(cluster, set, local), options))
 
 
@@ -72,7 +119,13 @@ _PASS_ON: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": 
 
 
 def _launch_data(
-    command: str, context: typer.Context, tasks: int, cluster: str | None, settings: list[str] | None, dry: bool, after: str | None
+    command: str,
+    context: typer.Context,
+    tasks: int,
+    cluster: str | None,
+    settings: list[str] | None,
+    dry: bool,
+    after: str | None,
 ) -> None:
     from launch.commands import launch_data
 
@@ -86,7 +139,12 @@ Tasks = Annotated[int, typer.Option(min=1, help="Tasks of the job array.")]
 
 @launch_app.command("data-prepare", context_settings=_PASS_ON)
 def data_prepare(
-    context: typer.Context, tasks: Tasks, cluster: Cluster = None, set: Settings = None, dry_run: DryRun = False, after: After = None
+    context: typer.Context,
+    tasks: Tasks,
+    cluster: Cluster = None,
+    set: Settings = None,
+    dry_run: DryRun = False,
+    after: After = None,
 ) -> None:
     """`llada data prepare` as a job array: all its options, and --tasks."""
     _launch_data("prepare", context, tasks, cluster, set, dry_run, after)
@@ -94,7 +152,12 @@ def data_prepare(
 
 @launch_app.command("data-prepare-sft", context_settings=_PASS_ON)
 def data_prepare_sft(
-    context: typer.Context, tasks: Tasks, cluster: Cluster = None, set: Settings = None, dry_run: DryRun = False, after: After = None
+    context: typer.Context,
+    tasks: Tasks,
+    cluster: Cluster = None,
+    set: Settings = None,
+    dry_run: DryRun = False,
+    after: After = None,
 ) -> None:
     """`llada data prepare-sft` as a job array: all its options, and --tasks."""
     _launch_data("prepare-sft", context, tasks, cluster, set, dry_run, after)
@@ -108,11 +171,16 @@ def _profile(cluster: str | None, settings: list[str] | None, local: bool) -> Cl
             raise UserError("--local: this machine has no profile; leave out --cluster and --set")
         return None
     if cluster is None:
-        raise UserError("--cluster: missing; name the profile of your cluster (configs/clusters has two to start from), or use --local")
+        raise UserError(
+            "--cluster: missing; name the profile of your cluster (configs/clusters has two to"
+            " start from), or use --local"
+        )
     return load_profile(cluster, settings)
 
 
-def status(run: Run, as_json: Annotated[bool, typer.Option("--json", help="As one JSON object.")] = False) -> None:
+def status(
+    run: Run, as_json: Annotated[bool, typer.Option("--json", help="As one JSON object.")] = False
+) -> None:
     """State, progress and last error of a run; why it is pending."""
     from launch import watch
 
@@ -123,9 +191,18 @@ def status(run: Run, as_json: Annotated[bool, typer.Option("--json", help="As on
 def logs(
     run: Run,
     rank: Annotated[int, typer.Option(min=0, help="Whose log.")] = 0,
-    attempt: Annotated[int | None, typer.Option(min=1, help="Of which start of the run; the latest if left out.")] = None,
-    task: Annotated[int | None, typer.Option(min=0, help="Of data preparation: of which task.")] = None,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with what is added, through restarts, until the run ends.")] = False,
+    attempt: Annotated[
+        int | None, typer.Option(min=1, help="Of which start of the run; the latest if left out.")
+    ] = None,
+    task: Annotated[
+        int | None, typer.Option(min=0, help="Of data preparation: of which task.")
+    ] = None,
+    follow: Annotated[
+        bool,
+        typer.Option(
+            "--follow", "-f", help="Go on with what is added, through restarts, until the run ends."
+        ),
+    ] = False,
 ) -> None:
     """The log of a rank."""
     from launch import watch
@@ -144,7 +221,10 @@ def stop(run: Run) -> None:
 
 
 def runs(
-    roots: Annotated[list[str] | None, typer.Argument(help="Folders to look in, three levels deep; runs if left out.")] = None,
+    roots: Annotated[
+        list[str] | None,
+        typer.Argument(help="Folders to look in, three levels deep; runs if left out."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="As a JSON list.")] = False,
 ) -> None:
     """All runs below some folders, the latest changed first."""
@@ -154,7 +234,9 @@ def runs(
     if missing:
         raise UserError(f"ROOTS: no folder '{missing[0]}'")
     found = watch.runs(roots or ["runs"])
-    typer.echo(json.dumps([row.as_dict() for row in found], indent=1) if as_json else watch.table(found))
+    typer.echo(
+        json.dumps([row.as_dict() for row in found], indent=1) if as_json else watch.table(found)
+    )
 
 
 def add_to(app: typer.Typer) -> None:

@@ -1,4 +1,6 @@
-"""The profile of a cluster: what its Slurm wants to be told, in one YAML file that all runs there share."""
+"""The profile of a cluster: what its Slurm wants to be told, in one YAML file that all runs there
+share.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from llada.config import apply_override, one_line, read_yaml
 from llada.errors import UserError
 from llada.settings import Section
 
-_TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d{1,2}))?(?::(?P<third>\d{1,2}))?")
+_TIME = re.compile(
+    r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d{1,2}))?(?::(?P<third>\d{1,2}))?"
+)
 _RESERVED = {
     "time",
     "no-requeue",
@@ -39,7 +43,9 @@ class Container(Section):
     image: str
     """Image, as the kind names it (a .sqsh or .sif file, or an address)."""
     mounts: list[str] = Field(default_factory=list)
-    """SOURCE:TARGET pairs. The code, the data and the run folder must be seen under the same paths as outside."""
+    """SOURCE:TARGET pairs. The code, the data and the run folder must be seen under the same paths
+    as outside.
+    """
 
 
 class Environment(Section):
@@ -52,7 +58,9 @@ class Environment(Section):
     variables: dict[str, str | int] = Field(default_factory=dict)
     """Variables of the ranks; they replace the launcher's own (NCCL, gloo)."""
     python: str | None = None
-    """Interpreter of the ranks; null: the one that runs `llada launch`. In a container, the one inside."""
+    """Interpreter of the ranks; null: the one that runs `llada launch`. In a container, the one
+    inside.
+    """
     container: Container | None = None
     """null: none."""
 
@@ -63,17 +71,26 @@ class Requeue(Section):
     enabled: bool = True
     """false: this site does not allow it; use --chain."""
     limit: int = Field(default=3, ge=0)
-    """Failures in a row without a new checkpoint after which a run is left failed. Stops in order never count."""
+    """Failures in a row without a new checkpoint after which a run is left failed. Stops in order
+    never count.
+    """
     backoff: float = Field(default=60.0, ge=0)
-    """Seconds before the next start after a failure; doubled with every further one in a row, an hour at most."""
+    """Seconds before the next start after a failure; doubled with every further one in a row, an
+    hour at most.
+    """
     grace: float = Field(default=120.0, gt=0)
-    """Seconds the other ranks have to end after the first one ended in order; then they are killed."""
+    """Seconds the other ranks have to end after the first one ended in order; then they are killed.
+    """
     start_timeout: float = Field(default=600.0, gt=0)
-    """Seconds in which every rank has to start (a container image may have to be fetched); then the missing nodes are excluded."""
+    """Seconds in which every rank has to start (a container image may have to be fetched); then the
+    missing nodes are excluded.
+    """
 
 
 class Preflight(Section):
-    """Tests of the nodes before the first step; a bad node is named, excluded, and the job starts again."""
+    """Tests of the nodes before the first step; a bad node is named, excluded, and the job starts
+    again.
+    """
 
     enabled: bool = True
     """false: no tests."""
@@ -88,7 +105,8 @@ class Preflight(Section):
     max_clock_skew: float = Field(default=5.0, gt=0)
     """Seconds that a node's clock may be off the others'."""
     slow_factor: float = Field(default=1.5, gt=1)
-    """A node whose matrix product or all-reduce is this many times slower than the median is bad."""
+    """A node whose matrix product or all-reduce is this many times slower than the median is bad.
+    """
     matmul_size: int = Field(default=4096, ge=16)
     """Rows and columns of the matrices."""
     allreduce_mb: float = Field(default=256.0, gt=0)
@@ -96,11 +114,16 @@ class Preflight(Section):
 
 
 def _time_text(value: Any) -> Any:
-    """A time limit as text. YAML takes 12:00:00 without quotes for a number in base 60, which would be other minutes."""
+    """A time limit as text. YAML takes 12:00:00 without quotes for a number in base 60, which would
+    be other minutes.
+    """
     if value is None:
         return None
     if not isinstance(value, str):
-        raise ValueError(f"{value!r} is a number to YAML, even where 12:00:00 was written; put the time in quotes")
+        raise ValueError(
+            f"{value!r} is a number to YAML, even where 12:00:00 was written; put the time in"
+            " quotes"
+        )
     minutes(value)
     return value
 
@@ -121,7 +144,9 @@ class CpuJobs(Section):
     memory_gb: float | None = Field(default=None, ge=0)
     """Memory of a task, GB; null: the partition's default."""
     exclusive: bool = False
-    """Share the nodes with no other job: a whole node for every task, whatever `exclusive` is for training."""
+    """Share the nodes with no other job: a whole node for every task, whatever `exclusive` is for
+    training.
+    """
 
     _check_time = field_validator("time", mode="before")(_time_text)
 
@@ -136,11 +161,17 @@ class ClusterProfile(Section):
     qos: str | None = None
     """Quality of service; null: your default."""
     time: str
-    """Time limit of a job as D-HH:MM:SS, HH:MM:SS or minutes, in quotes. A run that needs longer starts again from its checkpoint."""
+    """Time limit of a job as D-HH:MM:SS, HH:MM:SS or minutes, in quotes. A run that needs longer
+    starts again from its checkpoint.
+    """
     signal_seconds: int = Field(default=300, ge=1, le=65535)
-    """Seconds before the time limit at which the run stops with a checkpoint; Slurm may be a minute early. More than a step and a save."""
+    """Seconds before the time limit at which the run stops with a checkpoint; Slurm may be a minute
+    early. More than a step and a save.
+    """
     gpu_request: Literal["gpus-per-node", "gres", "none"] = "gpus-per-node"
-    """How GPUs are asked for: --gpus-per-node=N, --gres=gpu:N, or not at all (a cluster without, or whole nodes)."""
+    """How GPUs are asked for: --gpus-per-node=N, --gres=gpu:N, or not at all (a cluster without, or
+    whole nodes).
+    """
     gpu_type: str | None = None
     """Type in that request, as h100; null: any."""
     cpus_per_task: int | None = Field(default=None, ge=1)
@@ -173,7 +204,9 @@ class ClusterProfile(Section):
     @model_validator(mode="after")
     def _checks(self) -> ClusterProfile:
         if self.signal_seconds >= minutes(self.time) * 60:
-            raise ValueError(f"signal_seconds: {self.signal_seconds} is not less than time = {self.time}")
+            raise ValueError(
+                f"signal_seconds: {self.signal_seconds} is not less than time = {self.time}"
+            )
         taken = sorted(name for name in self.sbatch if name.replace("_", "-") in _RESERVED)
         if taken:
             raise ValueError(f"sbatch: {taken[0]} is set by the launcher; leave it out")
@@ -187,7 +220,9 @@ def minutes(text: str) -> int:
         raise ValueError(f"'{text}' is no time: write D-HH:MM:SS, HH:MM:SS or minutes")
     parts = [int(found[name]) for name in ("first", "second", "third") if found[name] is not None]
     if found["days"] is not None:
-        seconds = int(found["days"]) * 86400 + sum(part * 60**power for part, power in zip(parts, (2, 1, 0), strict=False))
+        seconds = int(found["days"]) * 86400 + sum(
+            part * 60**power for part, power in zip(parts, (2, 1, 0), strict=False)
+        )
     elif len(parts) == 1:
         seconds = parts[0] * 60
     else:

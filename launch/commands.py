@@ -40,7 +40,9 @@ class LaunchOptions:
     rewind: int | None = None
 
 
-def launch_run(path: str, overrides: list[str] | None, profile: ClusterProfile | None, options: LaunchOptions) -> int:
+def launch_run(
+    path: str, overrides: list[str] | None, profile: ClusterProfile | None, options: LaunchOptions
+) -> int:
     """Launch a run; exit code of the command.
 
     Args:
@@ -58,12 +60,23 @@ def launch_run(path: str, overrides: list[str] | None, profile: ClusterProfile |
     ranks_per_node = options.gpus_per_node or _gpus_here()
     elsewhere = profile is not None and options.dry_run and not scheduler.installed()
     ranks = options.nodes * ranks_per_node
-    checked = check_run(config, ranks, options.allow_changed, options.rewind, options.after is not None, elsewhere)
+    checked = check_run(
+        config, ranks, options.allow_changed, options.rewind, options.after is not None, elsewhere
+    )
     state = Path(config.run.dir).absolute()
     words = ["--allow-changed"] if options.allow_changed else []
 
     def prepare(folder: Path) -> Prepared:
-        return submit.training(config, profile, options.nodes, ranks_per_node, folder, words, options.chain, options.rewind)
+        return submit.training(
+            config,
+            profile,
+            options.nodes,
+            ranks_per_node,
+            folder,
+            words,
+            options.chain,
+            options.rewind,
+        )
 
     prepared = prepare(state / jobs.FOLDER / "NNNN")
     said = ""
@@ -72,7 +85,9 @@ def launch_run(path: str, overrides: list[str] | None, profile: ClusterProfile |
         check_profile(profile)
         said = submit.check_with_slurm(prepared)
         if options.then is not None:
-            submit.check_with_slurm(_conversion(prepared, profile, state / "then" / jobs.FOLDER / "NNNN"))
+            submit.check_with_slurm(
+                _conversion(prepared, profile, state / "then" / jobs.FOLDER / "NNNN")
+            )
     _print_plan(config, checked, prepared, options, ranks_per_node, said)
     if options.dry_run:
         if profile is not None:
@@ -95,7 +110,10 @@ def _only_launch(state: Path) -> Iterator[None]:
         (state / jobs.FOLDER).mkdir(parents=True, exist_ok=True)
         own = RunLock(state / jobs.FOLDER, beat=2.0)
     except OSError as error:
-        raise UserError(f"run.dir: '{state}' cannot be made ({error.strerror}); choose a folder that can be written") from None
+        raise UserError(
+            f"run.dir: '{state}' cannot be made ({error.strerror}); choose a folder that can be"
+            " written"
+        ) from None
     try:
         if scheduler.installed():
             _refuse_second(state)
@@ -116,7 +134,12 @@ def _submit(prepared: Prepared, profile: ClusterProfile, options: LaunchOptions)
         if options.then is not None:
             then = _convert(prepared, profile, sent[-1])
     except UserError as error:
-        queued = f"; job {', '.join(sent)} is in the queue, `llada stop {_short(Path(prepared.spec.state))}` cancels it" if sent else ""
+        queued = (
+            f"; job {', '.join(sent)} is in the queue, `llada stop"
+            f" {_short(Path(prepared.spec.state))}` cancels it"
+            if sent
+            else ""
+        )
         raise UserError(f"{error}{queued}") from None
     finally:
         # What is in the queue has to be known, whatever happened after it.
@@ -143,7 +166,14 @@ def _convert(prepared: Prepared, profile: ClusterProfile, job: str) -> str:
     return sent
 
 
-def launch_data(command: str, words: list[str], profile: ClusterProfile, tasks: int, dry_run: bool, after: str | None) -> None:
+def launch_data(
+    command: str,
+    words: list[str],
+    profile: ClusterProfile,
+    tasks: int,
+    dry_run: bool,
+    after: str | None,
+) -> None:
     """Launch `llada data COMMAND` as a job array.
 
     Args:
@@ -174,7 +204,10 @@ def launch_data(command: str, words: list[str], profile: ClusterProfile, tasks: 
         _refuse_second(state)
         check_profile(profile)
         submit.check_with_slurm(prepared)
-    print(f"llada data {command} {shlex.join(words)}\n{tasks} tasks of {profile.cpu_jobs.cpus} cores; events and logs in {state}")
+    print(
+        f"llada data {command} {shlex.join(words)}\n{tasks} tasks of {profile.cpu_jobs.cpus} cores;"
+        f" events and logs in {state}"
+    )
     if dry_run:
         print(f"\n{prepared.script()}")
         return
@@ -185,7 +218,10 @@ def launch_data(command: str, words: list[str], profile: ClusterProfile, tasks: 
         job = submit.send(prepared, dependency=None if after is None else f"afterok:{after}")
         submit.note(prepared, Submitted([f"{job}_{number}" for number in range(tasks)]))
     print(f"\nsubmitted job {job}: logs {state}/logs/job-{job}_*.log")
-    print(f"  llada status {_short(output)}\n  llada logs {_short(output)} --task 0 -f\n  llada stop {_short(output)}")
+    print(
+        f"  llada status {_short(output)}\n  llada logs {_short(output)} --task 0 -f\n  llada stop"
+        f" {_short(output)}"
+    )
     print(f"  llada launch CONFIG ... --after {job}   starts a run when it is done")
 
 
@@ -194,9 +230,14 @@ def _parse_data(command: str, words: list[str]) -> dict[str, Any]:
     group: Any = typer.main.get_command(data_app)
     for word in words:
         if word.partition("=")[0] in ("--task", "--tasks"):
-            raise UserError(f"{word}: is the number of the array's tasks; give --tasks once, before the other options")
+            raise UserError(
+                f"{word}: is the number of the array's tasks; give --tasks once, before the other"
+                " options"
+            )
     try:
-        return dict(group.commands[command].make_context(f"llada data {command}", list(words)).params)
+        return dict(
+            group.commands[command].make_context(f"llada data {command}", list(words)).params
+        )
     except Exception as error:  # typer brings a click of its own, whose errors have no public name
         if not hasattr(error, "format_message"):
             raise
@@ -204,7 +245,9 @@ def _parse_data(command: str, words: list[str]) -> dict[str, Any]:
 
 
 def _found(source: str) -> bool:
-    return Path(source).exists() or any(Path().glob(source) if not Path(source).is_absolute() else Path("/").glob(source[1:]))
+    return Path(source).exists() or any(
+        Path().glob(source) if not Path(source).is_absolute() else Path("/").glob(source[1:])
+    )
 
 
 def _check_options(profile: ClusterProfile | None, options: LaunchOptions) -> None:
@@ -218,9 +261,13 @@ def _check_options(profile: ClusterProfile | None, options: LaunchOptions) -> No
             ("--after", options.after, None),
         ):
             if value != usual:
-                raise UserError(f"{name}: {value} is for a cluster; --local runs on this machine alone")
+                raise UserError(
+                    f"{name}: {value} is for a cluster; --local runs on this machine alone"
+                )
     elif options.gpus_per_node is None:
-        raise UserError("--gpus-per-node: missing; how many GPUs a node has, each of which gets a rank")
+        raise UserError(
+            "--gpus-per-node: missing; how many GPUs a node has, each of which gets a rank"
+        )
     if options.after is not None and not options.after.isdigit():
         raise UserError(f"--after: '{options.after}' is no job's number")
 
@@ -237,8 +284,8 @@ def _refuse_second(state: Path) -> None:
     if live:
         where = f" on {live[0].nodes}" if live[0].nodes else ""
         raise UserError(
-            f"run.dir: '{state}' belongs to job {live[0].id}, which is {live[0].state}{where}; `llada stop {_short(state)}` ends it, "
-            "or choose another run.dir"
+            f"run.dir: '{state}' belongs to job {live[0].id}, which is {live[0].state}{where};"
+            f" `llada stop {_short(state)}` ends it, or choose another run.dir"
         )
 
 
@@ -246,16 +293,34 @@ def _new_launch(state: Path) -> Path:
     return jobs.next_folder(state / jobs.FOLDER)[1]
 
 
-def _print_plan(config: RunConfig, checked: Checked, prepared: Prepared, options: LaunchOptions, per_node: int, said: str) -> None:
+def _print_plan(
+    config: RunConfig,
+    checked: Checked,
+    prepared: Prepared,
+    options: LaunchOptions,
+    per_node: int,
+    said: str,
+) -> None:
     p, batch = config.parallel, config.batch
-    layout = f"tensor {p.tensor} x pipeline {p.pipeline} x context {p.context} x data {checked.data_parallel}"
+    layout = (
+        f"tensor {p.tensor} x pipeline {p.pipeline} x context {p.context} x data"
+        f" {checked.data_parallel}"
+    )
     where = "this machine" if options.local else f"{options.nodes} nodes x {per_node} ranks"
     micro = batch.global_ // (batch.micro * checked.data_parallel)
-    print(f"{config.task} in {config.run.dir}: {where} = {options.nodes * per_node} ranks, {layout}")
-    print(f"a step: {batch.global_} sequences of {config.data.sequence_length} tokens, {micro} micro-batches of {batch.micro} a replica")
+    print(
+        f"{config.task} in {config.run.dir}: {where} = {options.nodes * per_node} ranks, {layout}"
+    )
+    print(
+        f"a step: {batch.global_} sequences of {config.data.sequence_length} tokens, {micro}"
+        f" micro-batches of {batch.micro} a replica"
+    )
     print(f"checkpoints: {checked.checkpoints} (every {config.checkpoint.every:,} steps)")
     start = f"goes on from step {checked.first}" if checked.first else "starts at step 0"
-    print(f"{start} of {checked.steps}" + (", which is its end" if checked.first >= checked.steps else ""))
+    print(
+        f"{start} of {checked.steps}"
+        + (", which is its end" if checked.first >= checked.steps else "")
+    )
     for note in checked.notes:
         print(note)
     if said:

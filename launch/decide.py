@@ -17,7 +17,9 @@ _ASKED = (-2, -9, -10, -15)
 _ENDS = ("finished", "requeued", "stopped", "cancelled", "failed")
 
 JobState = Literal["running", "cancelled", "lost", "requeued", "unknown"]
-"""What Slurm is doing with the job at the end of its ranks ("lost": ends it since a node is gone); on this machine "running"."""
+"""What Slurm is doing with the job at the end of its ranks ("lost": ends it since a node is gone);
+on this machine "running".
+"""
 
 
 @dataclass(frozen=True)
@@ -75,20 +77,37 @@ def decide(end: StepEnd, now: Situation, limits: Restarts) -> Decision:
         return Decision("cancelled", "cancelled with scancel, which is final", code=1)
     if now.state == "requeued":
         gone = f"; it does not reach {', '.join(now.unreachable)}" if now.unreachable else ""
-        return Decision("requeued", f"Slurm puts the job back into the queue{gone}", failure=bool(gone), by_slurm=True)
+        return Decision(
+            "requeued",
+            f"Slurm puts the job back into the queue{gone}",
+            failure=bool(gone),
+            by_slurm=True,
+        )
     if failure is not None and failure.code == USER_ERROR:
         return Decision("failed", str(failure), failure=True, code=USER_ERROR)
     orderly = failure is None or failure.code in _ASKED
     if now.wanted and orderly:
         return Decision("stopped", "as asked with `llada stop`")
     if end.killed and now.signal and orderly and not now.progress:
-        late = f"{now.signal}: not stopped in time, so the ranks were ended; signal_seconds of the profile may be too short"
+        late = (
+            f"{now.signal}: not stopped in time, so the ranks were ended; signal_seconds of the"
+            " profile may be too short"
+        )
         return restart(late, [], now, limits)
     if now.signal and now.state != "lost" and orderly and not end.absent:
-        return Decision("requeued", f"{now.signal}: stopped with a checkpoint" if now.progress else f"{now.signal}: stopped")
+        return Decision(
+            "requeued",
+            (
+                f"{now.signal}: stopped with a checkpoint"
+                if now.progress
+                else f"{now.signal}: stopped"
+            ),
+        )
     reason = describe(end, now.unreachable)
     if now.wanted:
-        return Decision("stopped", f"as asked with `llada stop`, after a failure: {reason}", failure=True)
+        return Decision(
+            "stopped", f"as asked with `llada stop`, after a failure: {reason}", failure=True
+        )
     # Where no node has a rank, the nodes are not to blame.
     return restart(reason, [] if len(end.absent) == len(end.hosts) else end.absent, now, limits)
 
@@ -97,10 +116,26 @@ def restart(reason: str, exclude: list[str], now: Situation, limits: Restarts) -
     """Whether there is another try after a failure."""
     failures = 1 if now.progress else now.failures + 1
     if failures > limits.limit:
-        many = f"{failures} failures in a row without a new checkpoint, and requeue.limit is {limits.limit}; the last: {reason}"
-        return Decision("failed", many if limits.limit else reason, failure=True, code=1, exclude=exclude)
-    if not now.progress and now.last == reason and not exclude and (": step " in reason or reason.startswith("preflight: ")):
-        return Decision("failed", f"twice the same, so a third time would not differ: {reason}", failure=True, code=1, exclude=exclude)
+        many = (
+            f"{failures} failures in a row without a new checkpoint, and requeue.limit is"
+            f" {limits.limit}; the last: {reason}"
+        )
+        return Decision(
+            "failed", many if limits.limit else reason, failure=True, code=1, exclude=exclude
+        )
+    if (
+        not now.progress
+        and now.last == reason
+        and not exclude
+        and (": step " in reason or reason.startswith("preflight: "))
+    ):
+        return Decision(
+            "failed",
+            f"twice the same, so a third time would not differ: {reason}",
+            failure=True,
+            code=1,
+            exclude=exclude,
+        )
     # A node that is avoided from now on needs no time to recover.
     delay = 0.0 if exclude else min(limits.backoff * 2 ** (failures - 1), _LONGEST_BACKOFF)
     return Decision("requeued", reason, failure=True, delay=delay, exclude=exclude)
@@ -133,13 +168,19 @@ def describe(end: StepEnd, unreachable: list[str]) -> str:
 
 def this_launch(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The events since the run was submitted last."""
-    return events[max((i for i, line in enumerate(events) if line["event"] == "submitted"), default=0) :]
+    return events[
+        max((i for i, line in enumerate(events) if line["event"] == "submitted"), default=0) :
+    ]
 
 
-def failures_in_a_row(events: list[dict[str, Any]], attempt: int, task: int | None = None) -> tuple[int, str | None]:
-    """How many attempts of this launch failed in a row without a new checkpoint before `attempt`, and why the last of them did.
+def failures_in_a_row(
+    events: list[dict[str, Any]], attempt: int, task: int | None = None
+) -> tuple[int, str | None]:
+    """How many attempts of this launch failed in a row without a new checkpoint before `attempt`,
+    and why the last of them did.
 
-    An attempt that ended without a word (its node was lost) failed; one that was stopped or requeued in order did not, and ends no row.
+    An attempt that ended without a word (its node was lost) failed; one that was stopped or
+    requeued in order did not, and ends no row.
     """
     own = [line for line in this_launch(events) if line.get("task") == task]
     count, last = 0, None

@@ -1,4 +1,6 @@
-"""What the launcher tells the job: RUN/launch/NNNN/job.json. Standard library only, as all that the batch job imports."""
+"""What the launcher tells the job: RUN/launch/NNNN/job.json. Standard library only, as all that the
+batch job imports.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ from typing import Any, Literal
 
 FOLDER = "launch"
 JOB, SUBMITTED, STOP = "job.json", "submitted.json", "stop"
-"""The job's description; what was submitted (ids); whose existence says that the user wants an end, not a restart."""
+"""The job's description; what was submitted (ids); whose existence says that the user wants an end,
+not a restart.
+"""
 
 
 @dataclass(frozen=True)
@@ -20,10 +24,12 @@ class Restarts:
     Attributes:
         requeue: whether it may; else its end is the end, or a chain's next job goes on.
         limit: failures in a row without a new checkpoint after which it does not.
-        backoff: seconds before the start after a first failure; doubled with every further one, an hour at most.
+        backoff: seconds before the start after a first failure; doubled with every further one, an
+            hour at most.
         grace: seconds that the other ranks have to end after the first has ended in order.
         start_timeout: seconds in which every rank has to start.
-        reserve: seconds before the time limit at which ranks that have not stopped are ended, so that the job can still be requeued.
+        reserve: seconds before the time limit at which ranks that have not stopped are ended, so
+            that the job can still be requeued.
     """
 
     requeue: bool = True
@@ -46,7 +52,8 @@ class JobSpec:
         command: words of the llada command; {task} is the number of the array task.
         python: the interpreter.
         container: words that lead into the container that the ranks run in, if any.
-        first: words of the command until a first step is done: going back to an earlier checkpoint happens once.
+        first: words of the command until a first step is done: going back to an earlier checkpoint
+            happens once.
         nodes, tasks_per_node: of "train".
         environment: variables of every rank.
         srun: further words of srun.
@@ -125,7 +132,14 @@ def submitted(folder: Path) -> Submitted | None:
 def next_folder(parent: Path, pattern: str = "{:04d}") -> tuple[int, Path]:
     """Make the next numbered folder; its number, from 1."""
     parent.mkdir(parents=True, exist_ok=True)
-    number = 1 + max((int(digits) for path in parent.iterdir() if (digits := path.name.rpartition("-")[2]).isdigit()), default=0)
+    number = 1 + max(
+        (
+            int(digits)
+            for path in parent.iterdir()
+            if (digits := path.name.rpartition("-")[2]).isdigit()
+        ),
+        default=0,
+    )
     while True:
         folder = parent / pattern.format(number)
         try:
@@ -138,7 +152,10 @@ def next_folder(parent: Path, pattern: str = "{:04d}") -> tuple[int, Path]:
 def latest_checkpoint(state: Path) -> int:
     """Steps of the latest complete checkpoint of a run; 0: there is none."""
     found = [path.parent.name for path in (state / "checkpoints").glob("step_*/COMMITTED")]
-    return max((int(digits) for name in found if (digits := name.removeprefix("step_")).isdigit()), default=0)
+    return max(
+        (int(digits) for name in found if (digits := name.removeprefix("step_")).isdigit()),
+        default=0,
+    )
 
 
 def read_record(path: Path) -> dict[str, Any] | None:

@@ -1,4 +1,6 @@
-"""Where ranks run: the nodes of a Slurm job (srun), or this machine (torchrun). Standard library only."""
+"""Where ranks run: the nodes of a Slurm job (srun), or this machine (torchrun). Standard library
+only.
+"""
 
 from __future__ import annotations
 
@@ -31,12 +33,22 @@ class SlurmNodes:
         self.job_number = os.environ["SLURM_JOB_ID"]
         self.hosts = scheduler.hostnames(os.environ["SLURM_JOB_NODELIST"])
 
-    def start(self, command: Sequence[str], ranks: int, folder: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
-        """srun, with the first node of the list as master: rank 0 is there, and so is this process, which finds the port."""
+    def start(
+        self, command: Sequence[str], ranks: int, folder: Path, environment: dict[str, str]
+    ) -> subprocess.Popen[bytes]:
+        """srun, with the first node of the list as master: rank 0 is there, and so is this process,
+        which finds the port.
+        """
         spec = self._spec
-        environment = {**environment, "MASTER_ADDR": self.hosts[0], "MASTER_PORT": str(free_port(int(self.job_number)))}
+        environment = {
+            **environment,
+            "MASTER_ADDR": self.hosts[0],
+            "MASTER_PORT": str(free_port(int(self.job_number))),
+        }
         # The batch script's own binding is not meant for this step.
-        inherited = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_CPU_BIND")}
+        inherited = {
+            key: value for key, value in os.environ.items() if not key.startswith("SLURM_CPU_BIND")
+        }
         words = [
             "srun",
             f"--nodes={spec.nodes}",
@@ -44,7 +56,8 @@ class SlurmNodes:
             f"--ntasks-per-node={spec.tasks_per_node}",
             # Ranks of a node follow each other: tensor-parallel ranks talk most.
             "--distribution=block",
-            # The ranks say themselves how they end; nobody is killed for it before the others have had their say.
+            # The ranks say themselves how they end; nobody is killed for it before the others have
+            # had their say.
             "--kill-on-bad-exit=0",
             "--wait=0",
             "--unbuffered",
@@ -54,9 +67,15 @@ class SlurmNodes:
         ]
         words += rank_words(spec, folder, command, spec.bind)
         with open(folder / "launcher.log", "ab") as log:
-            # Signals of the job's end are for this process to hand on: srun must not end before its ranks.
+            # Signals of the job's end are for this process to hand on: srun must not end before its
+            # ranks.
             return subprocess.Popen(
-                words, env={**inherited, **environment}, stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=_ignore_stops
+                words,
+                env={**inherited, **environment},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                preexec_fn=_ignore_stops,
             )
 
     def deliver(self, name: str, starts: list[dict[str, Any]]) -> None:
@@ -85,11 +104,25 @@ class ThisMachine:
         self._spec = spec
         self.hosts = [socket.gethostname()]
 
-    def start(self, command: Sequence[str], ranks: int, folder: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    def start(
+        self, command: Sequence[str], ranks: int, folder: Path, environment: dict[str, str]
+    ) -> subprocess.Popen[bytes]:
         """torchrun, out of the terminal's reach: Ctrl-C is for this process, which hands it on."""
         spec = self._spec
-        words = [spec.python, "-m", "torch.distributed.run", "--nnodes=1", f"--nproc-per-node={ranks}", "--max-restarts=0"]
-        words += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", f"--rdzv-id={os.getpid()}", "--no-python"]
+        words = [
+            spec.python,
+            "-m",
+            "torch.distributed.run",
+            "--nnodes=1",
+            f"--nproc-per-node={ranks}",
+            "--max-restarts=0",
+        ]
+        words += [
+            "--rdzv-backend=c10d",
+            "--rdzv-endpoint=localhost:0",
+            f"--rdzv-id={os.getpid()}",
+            "--no-python",
+        ]
         words += rank_words(spec, folder, command, spec.bind and ranks > 1)
         with open(folder / "launcher.log", "ab") as log:
             return subprocess.Popen(
@@ -119,21 +152,48 @@ class ThisMachine:
 
 
 class OneProcess:
-    """A command of one process beside the batch script; in a container of pyxis a job step of its own."""
+    """A command of one process beside the batch script; in a container of pyxis a job step of its
+    own.
+    """
 
     def __init__(self, spec: JobSpec) -> None:
         self._spec = spec
         self.hosts = [socket.gethostname()]
 
-    def start(self, command: Sequence[str], ranks: int, folder: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    def start(
+        self, command: Sequence[str], ranks: int, folder: Path, environment: dict[str, str]
+    ) -> subprocess.Popen[bytes]:
         """The command, as rank 0 of 1."""
-        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "LLADA_LOCAL": "1"}
-        step = ["srun", "--nodes=1", "--ntasks=1", "--kill-on-bad-exit=0", "--export=ALL", *self._spec.srun] if self._spec.srun else []
+        alone = {
+            "RANK": "0",
+            "WORLD_SIZE": "1",
+            "LOCAL_RANK": "0",
+            "LOCAL_WORLD_SIZE": "1",
+            "LLADA_LOCAL": "1",
+        }
+        step = (
+            [
+                "srun",
+                "--nodes=1",
+                "--ntasks=1",
+                "--kill-on-bad-exit=0",
+                "--export=ALL",
+                *self._spec.srun,
+            ]
+            if self._spec.srun
+            else []
+        )
         words = [*step, *rank_words(self._spec, folder, command, bind=False)]
         with open(folder / "launcher.log", "ab") as log:
             environment = {**os.environ, **environment, **alone}
             return subprocess.Popen(
-                words, cwd=self._spec.code, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=_ignore_stops
+                words,
+                cwd=self._spec.code,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                preexec_fn=_ignore_stops,
             )
 
     def deliver(self, name: str, starts: list[dict[str, Any]]) -> None:
@@ -156,8 +216,24 @@ class OneProcess:
 
 def rank_words(spec: JobSpec, folder: Path, command: Sequence[str], bind: bool) -> list[str]:
     """What starts a rank: into the container, to the parent of the command."""
-    words = [*_QUIET, *spec.container, spec.python, "-m", "launch.rank", "--folder", str(folder), "--directory", spec.directory]
-    return [*words, *(["--bind"] if bind else []), *([] if spec.quiet else ["--default-signals"]), "--", *command]
+    words = [
+        *_QUIET,
+        *spec.container,
+        spec.python,
+        "-m",
+        "launch.rank",
+        "--folder",
+        str(folder),
+        "--directory",
+        spec.directory,
+    ]
+    return [
+        *words,
+        *(["--bind"] if bind else []),
+        *([] if spec.quiet else ["--default-signals"]),
+        "--",
+        *command,
+    ]
 
 
 def _without_process(starts: list[dict[str, Any]]) -> dict[int, str]:
@@ -171,7 +247,9 @@ def _without_process(starts: list[dict[str, Any]]) -> dict[int, str]:
 
 
 def free_port(seed: int, host: str = "") -> int:
-    """A port nobody listens on now; another one for another job, so that two jobs that share a node do not meet."""
+    """A port nobody listens on now; another one for another job, so that two jobs that share a node
+    do not meet.
+    """
     for offset in range(len(_PORTS)):
         port = _PORTS[(seed * 7 + offset) % len(_PORTS)]
         with socket.socket() as probe:

@@ -1,6 +1,8 @@
-"""Tests of the nodes before a run's first step, on every rank: what it sees, how fast it is, and whether the others hear it.
+"""Tests of the nodes before a run's first step, on every rank: what it sees, how fast it is, and
+whether the others hear it.
 
-Every finding is written down before the next test, so that a rank that hangs or dies in one is known by what is missing.
+Every finding is written down before the next test, so that a rank that hangs or dies in one is
+known by what is missing.
 """
 
 from __future__ import annotations
@@ -27,10 +29,14 @@ _REPEATS = 3
 
 
 def main() -> int:
-    """`python -m launch.preflight FOLDER RUN`, as a rank of all; the rules are in LLADA_PREFLIGHT."""
+    """`python -m launch.preflight FOLDER RUN`, as a rank of all; the rules are
+    in LLADA_PREFLIGHT.
+    """
     folder, state = Path(sys.argv[1]), Path(sys.argv[2])
     rules: dict[str, Any] = json.loads(os.environ["LLADA_PREFLIGHT"])
-    rank, local_rank, local_size = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+    rank, local_rank, local_size = (
+        int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    )
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
@@ -66,7 +72,14 @@ def main() -> int:
 def _connect(seconds: float) -> dist.Store:
     """Reach the first node; who does not is known by that."""
     rank, size, port = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
-    return dist.TCPStore(os.environ["MASTER_ADDR"], port, size, rank == 0, timedelta(seconds=seconds), wait_for_workers=False)
+    return dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        port,
+        size,
+        rank == 0,
+        timedelta(seconds=seconds),
+        wait_for_workers=False,
+    )
 
 
 def _join(device: torch.device, store: dist.Store, rules: dict[str, Any]) -> None:
@@ -76,7 +89,13 @@ def _join(device: torch.device, store: dist.Store, rules: dict[str, Any]) -> Non
     store.wait([f"here/{other}" for other in range(size)], timedelta(seconds=rules["join_seconds"]))
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     group = dist.PrefixStore("group", store)
-    dist.init_process_group(backend, store=group, rank=rank, world_size=size, timeout=timedelta(seconds=rules["seconds"]))
+    dist.init_process_group(
+        backend,
+        store=group,
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=rules["seconds"]),
+    )
 
 
 def _disk_error(folder: Path, rank: int) -> str | None:
@@ -99,12 +118,14 @@ def _disk_error(folder: Path, rank: int) -> str | None:
 def _matmul_seconds(device: torch.device, size: int) -> float:
     """Best time of a matrix product, seconds."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    a = torch.randn(size, size, device=device, dtype=dtype)  # products of ones draw less power and run faster than real ones
+    # products of ones draw less power and run faster than real ones
+    a = torch.randn(size, size, device=device, dtype=dtype)
     return _best(lambda: torch.matmul(a, a), device)
 
 
 def _groups(local_size: int) -> tuple[dist.ProcessGroup | None, list[dist.ProcessGroup | None]]:
-    """The ranks of this host, and this host with its neighbours of two rounds; None: there is no such group for this rank.
+    """The ranks of this host, and this host with its neighbours of two rounds; None: there is no
+    such group for this rank.
 
     A slow link shows in both pairs of its host; of a healthy host at least one pair is fast.
     """
@@ -116,13 +137,18 @@ def _groups(local_size: int) -> tuple[dist.ProcessGroup | None, list[dist.Proces
         return local, []
     even = [(host, host + 1) for host in range(0, hosts - 1, 2)]
     odd = [(host, host + 1) for host in range(1, hosts - 1, 2)]
-    closing = [(0, hosts - 1)] if hosts > 2 else []  # the ring: with an odd number it takes a round of its own
+    # the ring: with an odd number it takes a round of its own
+    closing = [(0, hosts - 1)] if hosts > 2 else []
     rounds = [even, odd + closing] if hosts % 2 == 0 else [even, odd, closing]
     return local, [_mine(pairs, members, own) for pairs in rounds if pairs]
 
 
-def _mine(pairs: Sequence[tuple[int, ...]], members: list[list[int]], own: int) -> dist.ProcessGroup | None:
-    """Make a group of each pair of hosts, on every rank in the same order; the one with the own host."""
+def _mine(
+    pairs: Sequence[tuple[int, ...]], members: list[list[int]], own: int
+) -> dist.ProcessGroup | None:
+    """Make a group of each pair of hosts, on every rank in the same order; the one with the own
+    host.
+    """
     mine = None
     for pair in pairs:
         group = dist.new_group(sorted(rank for host in pair for rank in members[host]))

@@ -1,7 +1,8 @@
-"""What srun or torchrun starts for every rank: it prepares the place, runs the command as a child, and writes down how that ended.
+"""What srun or torchrun starts for every rank: it prepares the place, runs the command as a child,
+and writes down how that ended.
 
-Standard library only. A parent of its own can record every end, SIGKILL and a crash of the interpreter included, and can hold back
-signals until the child handles them.
+Standard library only. A parent of its own can record every end, SIGKILL and a crash of the
+interpreter included, and can hold back signals until the child handles them.
 """
 
 from __future__ import annotations
@@ -24,13 +25,17 @@ from launch import affinity
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 IN_ORDER = (0, 75)
-"""Exit codes of a child that ended when all agreed to: the launcher must not take them for a failure and kill the others."""
+"""Exit codes of a child that ended when all agreed to: the launcher must not take them for a
+failure and kill the others.
+"""
 _REPEAT_SECONDS = 2.0
 _PDEATHSIG = 1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one rank; returns 0 for an end in order, else 1. The records are rank_NNNNN.start.json and rank_NNNNN.exit.json."""
+    """Run one rank; returns 0 for an end in order, else 1. The records are rank_NNNNN.start.json
+    and rank_NNNNN.exit.json.
+    """
     parser = argparse.ArgumentParser()
     parser.add_argument("--folder", required=True, type=Path)
     parser.add_argument("--directory", required=True)
@@ -45,7 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         environment["LLADA_THREADS"] = str(_threads(place.local_size))
         affinity.bind(place.local_rank, place.local_size)
     name = f"rank_{place.rank:05d}"
-    _record(options.folder / f"{name}.start.json", {"pid": os.getpid(), "step": os.environ.get("SLURM_STEP_ID")})
+    _record(
+        options.folder / f"{name}.start.json",
+        {"pid": os.getpid(), "step": os.environ.get("SLURM_STEP_ID")},
+    )
     with open(options.folder / f"{name}.log", "ab", buffering=0) as log:
         child = subprocess.Popen(
             options.command,
@@ -63,10 +71,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _threads(local_size: int) -> int:
-    """Cores that a rank has to itself: those Slurm gave it, or its share of those that the ranks of this machine share."""
+    """Cores that a rank has to itself: those Slurm gave it, or its share of those that the ranks of
+    this machine share.
+    """
     cores = len(os.sched_getaffinity(0))
     given = os.environ.get("SLURM_CPUS_PER_TASK", "")
-    return min(int(given), cores) if given.isdigit() and int(given) > 0 else max(1, cores // local_size)
+    return (
+        min(int(given), cores)
+        if given.isdigit() and int(given) > 0
+        else max(1, cores // local_size)
+    )
 
 
 class Place:
@@ -78,20 +92,33 @@ class Place:
     @classmethod
     def of_this_process(cls) -> Place:
         env = os.environ
-        # Slurm's first: those of torchrun could be left over in the environment that was submitted from.
+        # Slurm's first: those of torchrun could be left over in the environment that was submitted
+        # from.
         if "SLURM_STEP_ID" in env and "LLADA_LOCAL" not in env:
             size, nodes = int(env["SLURM_NTASKS"]), int(env["SLURM_STEP_NUM_NODES"])
             return cls(int(env["SLURM_PROCID"]), size, int(env["SLURM_LOCALID"]), size // nodes)
-        return cls(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"]), int(env["LOCAL_WORLD_SIZE"]))
+        return cls(
+            int(env["RANK"]),
+            int(env["WORLD_SIZE"]),
+            int(env["LOCAL_RANK"]),
+            int(env["LOCAL_WORLD_SIZE"]),
+        )
 
     def environment(self) -> dict[str, str]:
         """torchrun's names, whoever started this."""
-        names = {"RANK": self.rank, "WORLD_SIZE": self.size, "LOCAL_RANK": self.local_rank, "LOCAL_WORLD_SIZE": self.local_size}
+        names = {
+            "RANK": self.rank,
+            "WORLD_SIZE": self.size,
+            "LOCAL_RANK": self.local_rank,
+            "LOCAL_WORLD_SIZE": self.local_size,
+        }
         return {name: str(value) for name, value in names.items()}
 
 
 class _Forward:
-    """Keeps stop signals and hands them to the child, again and again: one that comes before the child handles it is ignored there."""
+    """Keeps stop signals and hands them to the child, again and again: one that comes before the
+    child handles it is ignored there.
+    """
 
     def __init__(self) -> None:
         self._last: int | None = None
@@ -114,7 +141,9 @@ class _Forward:
 
 
 def _prepare_child(quiet: bool) -> None:
-    """Do not outlive this process; `quiet`: ignore the stop signals until the child installs its own handlers."""
+    """Do not outlive this process; `quiet`: ignore the stop signals until the child installs its
+    own handlers.
+    """
     for number in FORWARDED:
         signal.signal(number, signal.SIG_IGN if quiet else signal.SIG_DFL)
     ctypes.CDLL(None).prctl(_PDEATHSIG, signal.SIGKILL)
@@ -135,7 +164,9 @@ def last_message(log: Path) -> str | None:
 def _record(path: Path, fields: dict[str, Any]) -> None:
     """A small JSON file with host and time, there whole or not at all."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"host": socket.gethostname(), "time": time.time(), **fields}), encoding="utf-8")
+    temporary.write_text(
+        json.dumps({"host": socket.gethostname(), "time": time.time(), **fields}), encoding="utf-8"
+    )
     os.replace(temporary, path)
 
 

@@ -13,13 +13,29 @@ from typing import NamedTuple
 
 from llada.errors import RunError, UserError
 
-LIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "REQUEUED", "REQUEUE_HOLD", "RESIZING", "SIGNALING")
+LIVE = (
+    "PENDING",
+    "CONFIGURING",
+    "RUNNING",
+    "COMPLETING",
+    "SUSPENDED",
+    "STOPPED",
+    "REQUEUED",
+    "REQUEUE_HOLD",
+    "RESIZING",
+    "SIGNALING",
+)
 _TIMEOUT = 60.0
 _TRIES = 3
-_AWAY = re.compile(r"Unable to contact slurm controller|Socket timed out|Connection refused|Zero Bytes were transmitted|not responding")
+_AWAY = re.compile(
+    r"Unable to contact slurm controller|Socket timed out|Connection refused|Zero Bytes were"
+    r" transmitted|not responding"
+)
 """What Slurm's commands say while its controller is being restarted."""
 PATIENCE = 900.0
-"""Seconds that a job waits for the controller: a run must not end because it was away when a node failed."""
+"""Seconds that a job waits for the controller: a run must not end because it was away when a node
+failed.
+"""
 _FORMAT = "%i|%T|%r|%N|%M|%l|%S|%P|%E"
 
 
@@ -59,7 +75,8 @@ def require() -> None:
     """Raises UserError on a machine without Slurm."""
     if not installed():
         raise UserError(
-            "launch: no Slurm on this machine (no sbatch in PATH); run this on a login node, or start the run here with --local"
+            "launch: no Slurm on this machine (no sbatch in PATH); run this on a login node, or"
+            " start the run here with --local"
         )
 
 
@@ -85,8 +102,18 @@ def call(
         try:
             while True:
                 # In a job that ends, Slurm signals every process: this one has to finish first.
-                answer = subprocess.run(words, capture_output=True, text=True, timeout=_TIMEOUT, preexec_fn=_ignore_stops)
-                if answer.returncode == 0 or not _AWAY.search(answer.stderr) or time.monotonic() > end:
+                answer = subprocess.run(
+                    words,
+                    capture_output=True,
+                    text=True,
+                    timeout=_TIMEOUT,
+                    preexec_fn=_ignore_stops,
+                )
+                if (
+                    answer.returncode == 0
+                    or not _AWAY.search(answer.stderr)
+                    or time.monotonic() > end
+                ):
                     return answer
                 sleep(5.0)
         except (OSError, subprocess.TimeoutExpired) as error:
@@ -100,7 +127,9 @@ def _ignore_stops() -> None:
 
 
 def jobs(ids: list[str]) -> dict[str, Job]:
-    """States of jobs by id: squeue's; of those it no longer lists sacct's where there is accounting, else scontrol's; else UNKNOWN."""
+    """States of jobs by id: squeue's; of those it no longer lists sacct's where there is
+    accounting, else scontrol's; else UNKNOWN.
+    """
     if not ids:
         return {}
     found = {job.id: job for job in _squeue(ids)}
@@ -111,20 +140,44 @@ def jobs(ids: list[str]) -> dict[str, Job]:
 
 
 def live(ids: list[str]) -> list[Job]:
-    """Those of the jobs that wait, run or are being ended, in the order of `ids`; one question, however many there are."""
+    """Those of the jobs that wait, run or are being ended, in the order of `ids`; one question,
+    however many there are.
+    """
     known = {job.id: job for job in (_squeue(ids) if ids else [])}
     return [known[one] for one in ids if one in known and known[one].live]
 
 
 def _squeue(ids: list[str]) -> list[Job]:
-    # All states: a requeued job that is still being cleaned up is listed, too. Not by id: one that is gone would fail the whole call.
-    answer = call("squeue", "--noheader", "--me", "--array", "--states=all", f"--format={_FORMAT}", tries=_TRIES)
+    # All states: a requeued job that is still being cleaned up is listed, too. Not by id: one that
+    # is gone would fail the whole call.
+    answer = call(
+        "squeue",
+        "--noheader",
+        "--me",
+        "--array",
+        "--states=all",
+        f"--format={_FORMAT}",
+        tries=_TRIES,
+    )
     if answer.returncode:
         raise RunError(f"squeue: {_last_line(answer.stderr)}")
-    rows = [line.split("|") for line in answer.stdout.splitlines() if line.count("|") == _FORMAT.count("|")]
+    rows = [
+        line.split("|")
+        for line in answer.stdout.splitlines()
+        if line.count("|") == _FORMAT.count("|")
+    ]
     wanted = set(ids)
     return [
-        Job(row[0], row[1], row[2] if row[1] == "PENDING" and row[2] != "None" else "", row[3], row[4], row[5], row[6], "squeue")
+        Job(
+            row[0],
+            row[1],
+            row[2] if row[1] == "PENDING" and row[2] != "None" else "",
+            row[3],
+            row[4],
+            row[5],
+            row[6],
+            "squeue",
+        )
         for row in rows
         if row[0] in wanted
     ]
@@ -149,12 +202,20 @@ def _scontrol(job_id: str) -> Job | None:
 
 
 def describe(job_id: str, patience: float = 0.0) -> dict[str, str]:
-    """What `scontrol show job` says of one job; empty when Slurm no longer has it, or does not answer (with `patience`, see `call`)."""
+    """What `scontrol show job` says of one job; empty when Slurm no longer has it, or does not
+    answer (with `patience`, see `call`).
+    """
     try:
-        answer = call("scontrol", "--oneliner", "show", "job", job_id, tries=_TRIES, patience=patience)
+        answer = call(
+            "scontrol", "--oneliner", "show", "job", job_id, tries=_TRIES, patience=patience
+        )
     except RunError:
         return {}
-    return dict(re.findall(r"(\w[\w:/]*)=(\S*)", answer.stdout.splitlines()[0])) if answer.stdout.strip() else {}
+    return (
+        dict(re.findall(r"(\w[\w:/]*)=(\S*)", answer.stdout.splitlines()[0]))
+        if answer.stdout.strip()
+        else {}
+    )
 
 
 def _sacct(ids: list[str]) -> list[Job]:
@@ -163,12 +224,27 @@ def _sacct(ids: list[str]) -> list[Job]:
         return []
     columns = "JobID,State,NodeList,Elapsed,Timelimit,Start"
     try:
-        answer = call("sacct", "--noheader", "--parsable2", "--allocations", f"--format={columns}", f"--jobs={','.join(ids)}")
+        answer = call(
+            "sacct",
+            "--noheader",
+            "--parsable2",
+            "--allocations",
+            f"--format={columns}",
+            f"--jobs={','.join(ids)}",
+        )
     except RunError:
         return []
-    rows = [line.split("|") for line in answer.stdout.splitlines() if line.count("|") == columns.count(",")]
+    rows = [
+        line.split("|")
+        for line in answer.stdout.splitlines()
+        if line.count("|") == columns.count(",")
+    ]
     # "CANCELLED by 1000" says more than the state.
-    return [Job(row[0], row[1].split(" ")[0], "", row[2], row[3], row[4], row[5], "sacct") for row in rows if row[0] in ids]
+    return [
+        Job(row[0], row[1].split(" ")[0], "", row[2], row[3], row[4], row[5], "sacct")
+        for row in rows
+        if row[0] in ids
+    ]
 
 
 def hostnames(nodes: str) -> list[str]:
@@ -183,7 +259,10 @@ def unreachable(names: list[str]) -> list[str]:
     """Those of the nodes that Slurm counts as down or not answering."""
     answer = call("sinfo", "--noheader", "--Node", "--format=%N|%T", f"--nodes={','.join(names)}")
     rows = [line.split("|") for line in answer.stdout.splitlines() if line.count("|") == 1]
-    return sorted({name for name, state in rows if state.endswith("*") or state.startswith(("down", "fail"))} & set(names))
+    return sorted(
+        {name for name, state in rows if state.endswith("*") or state.startswith(("down", "fail"))}
+        & set(names)
+    )
 
 
 def partitions() -> dict[str, str]:
@@ -197,7 +276,9 @@ def partitions() -> dict[str, str]:
 def nodes_of_partition(name: str) -> int:
     """How many nodes a partition has, whatever their state; 0 when Slurm does not say."""
     try:
-        answer = call("sinfo", "--noheader", f"--partition={name}", "--Node", "--format=%N", tries=_TRIES)
+        answer = call(
+            "sinfo", "--noheader", f"--partition={name}", "--Node", "--format=%N", tries=_TRIES
+        )
     except RunError:
         return 0
     return len(set(answer.stdout.split()))
@@ -230,7 +311,9 @@ def send_signal(name: str, target: str, batch: bool = False) -> str | None:
 
 
 def own_job(array: bool) -> str | None:
-    """The job that this process belongs to, as Slurm's commands take it: the bare number of an array's last task means all of its tasks."""
+    """The job that this process belongs to, as Slurm's commands take it: the bare number of an
+    array's last task means all of its tasks.
+    """
     if array:
         return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     return os.environ.get("SLURM_JOB_ID")

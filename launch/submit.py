@@ -1,4 +1,6 @@
-"""From a config to a job: snapshot, job description, batch script, sbatch (through submitit), or the same on this machine."""
+"""From a config to a job: snapshot, job description, batch script, sbatch (through submitit), or
+the same on this machine.
+"""
 
 from __future__ import annotations
 
@@ -106,7 +108,11 @@ def training(
         "exclusive": True if profile.exclusive else None,
     }
     if profile.memory_per_task_gb is not None:
-        parameters["mem"] = "0" if profile.memory_per_task_gb == 0 else f"{int(profile.memory_per_task_gb * ranks_per_node * 1024)}M"
+        parameters["mem"] = (
+            "0"
+            if profile.memory_per_task_gb == 0
+            else f"{int(profile.memory_per_task_gb * ranks_per_node * 1024)}M"
+        )
     kind = f"{profile.gpu_type}:" if profile.gpu_type else ""
     if profile.gpu_request == "gpus-per-node":
         parameters["gpus_per_node"] = f"{kind}{ranks_per_node}"
@@ -116,8 +122,17 @@ def training(
     return Prepared(folder, spec, parameters, _command(folder, spec))
 
 
-def single(profile: ClusterProfile, state: Path, folder: Path, code: Path, command: list[str], tasks: int | None = None) -> Prepared:
-    """A job without GPUs, with events and logs in `state`; with `tasks` an array, whose task number stands for {task} in the command."""
+def single(
+    profile: ClusterProfile,
+    state: Path,
+    folder: Path,
+    code: Path,
+    command: list[str],
+    tasks: int | None = None,
+) -> Prepared:
+    """A job without GPUs, with events and logs in `state`; with `tasks` an array, whose task number
+    stands for {task} in the command.
+    """
     own = profile.cpu_jobs
     spec = JobSpec(
         kind="task",
@@ -149,17 +164,24 @@ def single(profile: ClusterProfile, state: Path, folder: Path, code: Path, comma
     warning = min(60, minutes(own.time or profile.time) * 60 // 4)
     parameters["additional_parameters"] |= {"signal": f"B:USR1@{warning}"}
     if tasks is not None:
-        parameters["additional_parameters"] |= {"array": f"0-{tasks - 1}", "output": str(state / "logs" / "job-%A_%a.log")}
+        parameters["additional_parameters"] |= {
+            "array": f"0-{tasks - 1}",
+            "output": str(state / "logs" / "job-%A_%a.log"),
+        }
     return Prepared(folder, spec, parameters, _command(folder, spec))
 
 
 def job_name(state: Path) -> str:
     """Name of a run's jobs: a chain's wait for each other by it, so no other run has it."""
-    return f"llada-{re.sub(r'[^A-Za-z0-9._-]', '_', state.name)}-{sha256(str(state).encode()).hexdigest()[:8]}"
+    name = re.sub(r"[^A-Za-z0-9._-]", "_", state.name)
+    digest = sha256(str(state).encode()).hexdigest()
+    return f"llada-{name}-{digest[:8]}"
 
 
 def write(prepared: Prepared, config: RunConfig | None = None) -> None:
-    """Make the launch folder: snapshot of the code (unless it shares another's), resolved config, job description."""
+    """Make the launch folder: snapshot of the code (unless it shares another's), resolved config,
+    job description.
+    """
     prepared.folder.mkdir(parents=True, exist_ok=True)
     if not Path(prepared.spec.code).exists():
         snapshot.take(Path(prepared.spec.code))
@@ -196,7 +218,13 @@ def check_with_slurm(prepared: Prepared) -> str:
         UserError: Slurm refuses it; its own reason is shown.
     """
     with _clean_environment():
-        answer = subprocess.run(["sbatch", "--test-only"], input=prepared.script(), capture_output=True, text=True, timeout=60)
+        answer = subprocess.run(
+            ["sbatch", "--test-only"],
+            input=prepared.script(),
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
     if answer.returncode:
         raise UserError(f"launch: Slurm refuses the job: {_reason(answer.stderr)}")
     return _reason(answer.stderr)
@@ -204,9 +232,15 @@ def check_with_slurm(prepared: Prepared) -> str:
 
 @contextmanager
 def _clean_environment() -> Iterator[None]:
-    """Without the variables that would change the job behind the profile's back: defaults of sbatch, and those of a job one is in."""
+    """Without the variables that would change the job behind the profile's back: defaults of
+    sbatch, and those of a job one is in.
+    """
     kept = {"SLURM_CONF"}
-    removed = {name: value for name, value in os.environ.items() if name.startswith(("SBATCH_", "SLURM_", "SRUN_")) and name not in kept}
+    removed = {
+        name: value
+        for name, value in os.environ.items()
+        if name.startswith(("SBATCH_", "SLURM_", "SRUN_")) and name not in kept
+    }
     for name in removed:
         del os.environ[name]
     try:
@@ -240,7 +274,10 @@ def run_here(prepared: Prepared) -> int:
 def _command(folder: Path, spec: JobSpec) -> str:
     code, job = shlex.quote(spec.code), shlex.quote(str(folder))
     python = shlex.quote(sys.executable)
-    return f"cd {code} || exit 1\ntrap '' USR1 TERM\nPYTHONPATH={code} exec {python} -m launch.batch {job}"
+    return (
+        f"cd {code} || exit 1\ntrap '' USR1 TERM\nPYTHONPATH={code} exec {python} -m launch.batch"
+        f" {job}"
+    )
 
 
 def _common(profile: ClusterProfile, name: str, state: Path, spec: JobSpec) -> dict[str, Any]:
@@ -276,7 +313,9 @@ def _restarts(profile: ClusterProfile | None, chain: int) -> Restarts:
         return Restarts(backoff=5.0)
     own = profile.requeue
     reserve = min(60.0, profile.signal_seconds / 2)
-    return Restarts(own.enabled and chain == 1, own.limit, own.backoff, own.grace, own.start_timeout, reserve)
+    return Restarts(
+        own.enabled and chain == 1, own.limit, own.backoff, own.grace, own.start_timeout, reserve
+    )
 
 
 def _preflight(profile: ClusterProfile | None, ranks_per_node: int) -> dict[str, Any] | None:
@@ -284,7 +323,10 @@ def _preflight(profile: ClusterProfile | None, ranks_per_node: int) -> dict[str,
         return None
     rules = profile.preflight.model_dump()
     none = profile.gpu_request == "none" and rules["gpus"] is None
-    return {**rules, "gpus": 0 if none else ranks_per_node if rules["gpus"] is None else rules["gpus"]}
+    return {
+        **rules,
+        "gpus": 0 if none else ranks_per_node if rules["gpus"] is None else rules["gpus"],
+    }
 
 
 def _python(profile: ClusterProfile | None) -> str:
@@ -317,5 +359,13 @@ def _pyxis(container: Container | None, code: Path) -> list[str]:
 def _reason(text: str) -> str:
     """The line of sbatch's answer that says why."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    telling = [line for line in lines if re.search(r"error|failure|unrecognized|start at", line)] or lines or ["no reason given"]
-    return re.sub(r"^(sbatch: )?(error: |allocation failure: )?(Batch job submission failed: )?", "", telling[-1])
+    telling = (
+        [line for line in lines if re.search(r"error|failure|unrecognized|start at", line)]
+        or lines
+        or ["no reason given"]
+    )
+    return re.sub(
+        r"^(sbatch: )?(error: |allocation failure: )?(Batch job submission failed: )?",
+        "",
+        telling[-1],
+    )

@@ -33,17 +33,29 @@ _REASONS = {
     "Priority": "other jobs come first",
     "BeginTime": "waits until the time it asked for (after a failure: the back-off)",
     "Dependency": "waits for another job",
-    "DependencyNeverSatisfied": "waits for a job that can no longer end as it should; cancel this one",
-    "PartitionTimeLimit": "asks for more time than the partition allows, so it will never start; lower `time` in the profile",
-    "PartitionNodeLimit": "asks for more nodes than the partition allows or has, so it will never start; fewer --nodes",
+    "DependencyNeverSatisfied": (
+        "waits for a job that can no longer end as it should; cancel this one"
+    ),
+    "PartitionTimeLimit": (
+        "asks for more time than the partition allows, so it will never start; lower `time` in the"
+        " profile"
+    ),
+    "PartitionNodeLimit": (
+        "asks for more nodes than the partition allows or has, so it will never start; fewer"
+        " --nodes"
+    ),
     "PartitionDown": "the partition is down",
     "PartitionInactive": "the partition is inactive",
-    "BadConstraints": "no node is left that fits (constraints, excluded nodes), so it will never start",
+    "BadConstraints": (
+        "no node is left that fits (constraints, excluded nodes), so it will never start"
+    ),
     "ReqNodeNotAvail": "a node it needs is down, drained or reserved",
     "Reservation": "waits for its reservation to begin",
     "JobHeldUser": "is held; `scontrol release` lets it go",
     "JobHeldAdmin": "is held by an administrator",
-    "launch failed requeued held": "could not be started and is held; `scontrol release` lets it try again",
+    "launch failed requeued held": (
+        "could not be started and is held; `scontrol release` lets it try again"
+    ),
     "Cleaning": "its earlier attempt is being cleaned up",
     "Licenses": "waits for a licence",
 }
@@ -56,7 +68,8 @@ class Status:
     Attributes:
         run: its folder.
         task: pretrain, sft, or "data".
-        state: RUNNING, PENDING, COMPLETING, FINISHED, STOPPED, CANCELLED, FAILED, LOST, or "IDLE": nothing runs, nothing ended it.
+        state: RUNNING, PENDING, COMPLETING, FINISHED, STOPPED, CANCELLED, FAILED, LOST, or "IDLE":
+            nothing runs, nothing ended it.
         reason: why it is pending, or why it ended.
         jobs: the jobs of its latest launch, as "id state".
         nodes: where it runs.
@@ -86,19 +99,43 @@ class Status:
     then: str | None = None
 
     def __str__(self) -> str:
-        rows = [("run", self.run), ("state", f"{self.state}{': ' + self.reason if self.reason else ''}")]
+        rows = [
+            ("run", self.run),
+            ("state", f"{self.state}{': ' + self.reason if self.reason else ''}"),
+        ]
         if self.jobs:
             shown = self.jobs[:8] + (["..."] if len(self.jobs) > 8 else [])
             rows.append(("jobs", ", ".join(shown) + (f" on {self.nodes}" if self.nodes else "")))
         if self.then:
             rows.append(("then", self.then))
         if self.steps is not None:
-            rows.append(("step", f"{self.step or 0} of {self.steps}; latest checkpoint {self.checkpoint or 'none'}"))
+            rows.append(
+                (
+                    "step",
+                    (
+                        f"{self.step or 0} of {self.steps}; latest checkpoint"
+                        f" {self.checkpoint or 'none'}"
+                    ),
+                )
+            )
         if self.loss is not None and self.tokens_per_second is not None:
-            rows.append(("loss", f"{self.loss:.4f}" if isinstance(self.loss, float) else str(self.loss)))
-            rows.append(("speed", f"{self.tokens_per_second:,.0f} tokens/s; {_duration(self.eta_seconds)} to go"))
+            rows.append(
+                ("loss", f"{self.loss:.4f}" if isinstance(self.loss, float) else str(self.loss))
+            )
+            rows.append(
+                (
+                    "speed",
+                    f"{self.tokens_per_second:,.0f} tokens/s; {_duration(self.eta_seconds)} to go",
+                )
+            )
         if self.restarts is not None:
-            rows.append(("restarts", str(self.restarts) + (f"; last error: {self.last_error}" if self.last_error else "")))
+            rows.append(
+                (
+                    "restarts",
+                    str(self.restarts)
+                    + (f"; last error: {self.last_error}" if self.last_error else ""),
+                )
+            )
         return "\n".join(f"{name:<9} {value}" for name, value in rows)
 
     def as_dict(self) -> dict[str, Any]:
@@ -106,7 +143,8 @@ class Status:
 
 
 def state_folder(path: str) -> Path:
-    """The folder with a run's events: the run's own, or of a corpus in preparation the one beside it.
+    """The folder with a run's events: the run's own, or of a corpus in preparation the one beside
+    it.
 
     Raises:
         UserError: there is none.
@@ -136,7 +174,9 @@ def status(folder: Path, ask_of_ended: bool = True) -> Status:
     step = last[-1] if last else {}
     steps = (config.get("train") or {}).get("steps")
     seconds = statistics.median(line["seconds"] for line in last) if last else None
-    state, reason = _state(folder, lines, [known[one] for one in ids if one in known], step.get("step"), steps)
+    state, reason = _state(
+        folder, lines, [known[one] for one in ids if one in known], step.get("step"), steps
+    )
     live = [known[one] for one in ids if one in known and known[one].live]
     told = events.restarts(lines)
     return Status(
@@ -150,22 +190,38 @@ def status(folder: Path, ask_of_ended: bool = True) -> Status:
         steps=steps,
         loss=step.get("loss"),
         tokens_per_second=step.get("tokens_per_second"),
-        eta_seconds=seconds * (steps - step["step"]) if seconds is not None and steps is not None else None,
+        eta_seconds=(
+            seconds * (steps - step["step"]) if seconds is not None and steps is not None else None
+        ),
         checkpoint=jobs.latest_checkpoint(folder),
-        then=f"{then[0]} {known[then[0]].state}{_because(known[then[0]])}" if then and then[0] in known else None,
+        then=(
+            f"{then[0]} {known[then[0]].state}{_because(known[then[0]])}"
+            if then and then[0] in known
+            else None
+        ),
         **told,
     )
 
 
 def latest(folder: Path) -> jobs.Submitted | None:
     """What the latest launch submitted."""
-    return next((sent for path in reversed(jobs.launches(folder)) if (sent := jobs.submitted(path)) is not None), None)
+    return next(
+        (
+            sent
+            for path in reversed(jobs.launches(folder))
+            if (sent := jobs.submitted(path)) is not None
+        ),
+        None,
+    )
 
 
 def live_jobs(folder: Path) -> list[Job]:
     """Jobs of a run that Slurm still has, of all its launches; oldest first."""
     ids = [
-        one for path in jobs.launches(folder) if (sent := jobs.submitted(path)) for one in (*sent.jobs, *([sent.then] if sent.then else []))
+        one
+        for path in jobs.launches(folder)
+        if (sent := jobs.submitted(path))
+        for one in (*sent.jobs, *([sent.then] if sent.then else []))
     ]
     if not ids or not scheduler.installed():
         return []
@@ -173,7 +229,8 @@ def live_jobs(folder: Path) -> list[Job]:
 
 
 def stop(folder: Path) -> str:
-    """Ask a run to end with a checkpoint, and cancel what of it waits in the queue; what was done, in words.
+    """Ask a run to end with a checkpoint, and cancel what of it waits in the queue; what was done,
+    in words.
 
     Raises:
         UserError: it runs on another machine, out of reach.
@@ -182,7 +239,9 @@ def stop(folder: Path) -> str:
         (path / jobs.STOP).touch()
     found = live_jobs(folder)
     running = [job for job in found if job.state in ("RUNNING", "SUSPENDED")]
-    scheduler.cancel(*(job.id for job in found if job.state not in ("RUNNING", "SUSPENDED", "COMPLETING")))
+    scheduler.cancel(
+        *(job.id for job in found if job.state not in ("RUNNING", "SUSPENDED", "COMPLETING"))
+    )
     for job in running:
         refused = scheduler.send_signal("USR1", job.id, batch=True)
         if refused is not None:
@@ -190,9 +249,17 @@ def stop(folder: Path) -> str:
     if found:
         ending = [job.id for job in found if job.state == "COMPLETING"]
         waiting = [job.id for job in found if job not in running and job.id not in ending]
-        done = [f"job {', '.join(job.id for job in running)} stops with a checkpoint after its step"] if running else []
+        done = (
+            [f"job {', '.join(job.id for job in running)} stops with a checkpoint after its step"]
+            if running
+            else []
+        )
         done += [f"job {', '.join(waiting)} is cancelled"] if waiting else []
-        done += [f"job {', '.join(ending)} is being ended; should it come back, it stops at once"] if ending else []
+        done += (
+            [f"job {', '.join(ending)} is being ended; should it come back, it stops at once"]
+            if ending
+            else []
+        )
         return f"{folder}: {'; '.join(done)}"
     return _stop_here(folder)
 
@@ -216,10 +283,17 @@ def runs(roots: list[str]) -> list[Status]:
     for root in roots:
         for depth in ("", "*", "*/*", "*/*/*"):
             for folder in Path(root).glob(depth) if depth else [Path(root)]:
-                marks = [path for name in (events.FILE, "metrics.jsonl") if (path := folder / name).is_file()]
+                marks = [
+                    path
+                    for name in (events.FILE, "metrics.jsonl")
+                    if (path := folder / name).is_file()
+                ]
                 if marks:
                     found[folder] = max(path.stat().st_mtime for path in marks)
-    return [status(folder, ask_of_ended=False) for folder in sorted(found, key=lambda folder: -found[folder])]
+    return [
+        status(folder, ask_of_ended=False)
+        for folder in sorted(found, key=lambda folder: -found[folder])
+    ]
 
 
 def table(rows: list[Status]) -> str:
@@ -239,14 +313,21 @@ def table(rows: list[Status]) -> str:
         for row in rows
     ]
     widths = [max(len(line[i]) for line in [header, *cells]) for i in range(len(header))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in [header, *cells])
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in [header, *cells]
+    )
 
 
-# -- logs --------------------------------------------------------------------------------------------------------------
+# -- logs ------------------------------------------------------------------------------------------
 
 
-def logs(folder: Path, rank: int, attempt: int | None, task: int | None, follow: bool) -> Iterator[bytes]:
-    """The log of a rank, of the latest attempt or the one named; with `follow` what is added, through restarts, until the run ends."""
+def logs(
+    folder: Path, rank: int, attempt: int | None, task: int | None, follow: bool
+) -> Iterator[bytes]:
+    """The log of a rank, of the latest attempt or the one named; with `follow` what is added,
+    through restarts, until the run ends.
+    """
     shown: Path | None = None
     position, asked, over = 0, float("-inf"), False
     while True:
@@ -279,7 +360,9 @@ def _rest(path: Path, position: int) -> bytes:
 
 def _log(folder: Path, rank: int, attempt: int | None, task: int | None) -> Path | None:
     parent = folder / "logs" if task is None else folder / "logs" / f"task-{task:05d}"
-    for attempt_folder in sorted(parent.glob("attempt-*" if attempt is None else f"attempt-{attempt:04d}"), reverse=True):
+    for attempt_folder in sorted(
+        parent.glob("attempt-*" if attempt is None else f"attempt-{attempt:04d}"), reverse=True
+    ):
         path = attempt_folder / f"rank_{rank:05d}.log"
         if path.is_file():
             return path
@@ -295,15 +378,24 @@ def _no_log(folder: Path, rank: int, attempt: int | None, task: int | None) -> s
     if not attempts:
         return f"logs: '{parent}' has none yet"
     if attempt is not None and f"attempt-{attempt:04d}" not in attempts:
-        return f"--attempt: {attempt} is none of {', '.join(name.removeprefix('attempt-').lstrip('0') for name in attempts)}"
+        return (
+            f"--attempt: {attempt} is none of"
+            f" {', '.join(name.removeprefix('attempt-').lstrip('0') for name in attempts)}"
+        )
     ranks = len(list((parent / attempts[-1]).glob("rank_*.log")))
-    return f"--rank: {rank} has no log; there are 0 to {ranks - 1}" if ranks else f"logs: '{parent / attempts[-1]}' has none yet"
+    return (
+        f"--rank: {rank} has no log; there are 0 to {ranks - 1}"
+        if ranks
+        else f"logs: '{parent / attempts[-1]}' has none yet"
+    )
 
 
-# -- pieces ------------------------------------------------------------------------------------------------------------
+# -- pieces ----------------------------------------------------------------------------------------
 
 
-def _state(folder: Path, lines: list[dict[str, Any]], known: list[Job], step: int | None, steps: int | None) -> tuple[str, str | None]:
+def _state(
+    folder: Path, lines: list[dict[str, Any]], known: list[Job], step: int | None, steps: int | None
+) -> tuple[str, str | None]:
     live = [job for job in known if job.live]
     for wanted in ("RUNNING", "COMPLETING"):
         if any(job.state == wanted for job in live):
@@ -322,17 +414,43 @@ def _state(folder: Path, lines: list[dict[str, Any]], known: list[Job], step: in
         return last["event"].upper(), last.get("reason")
     if known:
         word = known[-1].state
-        if word in ("CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "BOOT_FAIL", "DEADLINE"):
-            return ("CANCELLED" if word == "CANCELLED" else "FAILED"), f"Slurm says {word} of job {known[-1].id}"
-        return "LOST", f"Slurm no longer has job {known[-1].id}, and it did not say how it ended; the same launch goes on"
+        if word in (
+            "CANCELLED",
+            "FAILED",
+            "TIMEOUT",
+            "NODE_FAIL",
+            "OUT_OF_MEMORY",
+            "PREEMPTED",
+            "BOOT_FAIL",
+            "DEADLINE",
+        ):
+            return (
+                "CANCELLED" if word == "CANCELLED" else "FAILED"
+            ), f"Slurm says {word} of job {known[-1].id}"
+        return (
+            "LOST",
+            (
+                f"Slurm no longer has job {known[-1].id}, and it did not say how it ended; the same"
+                " launch goes on"
+            ),
+        )
     if last is not None and last["event"] == "started":
         return "LOST", "it ended without a word; the same command goes on"
     return ("FINISHED" if step is not None and step == steps else "IDLE"), None
 
 
 def _supervisor(lines: list[dict[str, Any]]) -> str | None:
-    """The supervisor of a run on this machine, in words, if it is alive; of one in a job Slurm knows more."""
-    last: dict[str, Any] = next((line for line in reversed(lines) if line["event"] in ("submitted", "started", "requeued", *_ENDS)), {})
+    """The supervisor of a run on this machine, in words, if it is alive; of one in a job Slurm
+    knows more.
+    """
+    last: dict[str, Any] = next(
+        (
+            line
+            for line in reversed(lines)
+            if line["event"] in ("submitted", "started", "requeued", *_ENDS)
+        ),
+        {},
+    )
     if (
         last.get("event") in ("submitted", "started", "requeued")
         and "job" not in last
@@ -346,13 +464,23 @@ def _supervisor(lines: list[dict[str, Any]]) -> str | None:
 
 
 def _tasks(lines: list[dict[str, Any]]) -> tuple[str, str | None] | None:
-    """The state of an array, the worst of its tasks'; None: it is none, or nothing of it has ended badly and not all has ended."""
-    last = {line["task"]: line for line in this_launch(lines) if "task" in line and line["event"] in ("started", "requeued", *_ENDS)}
+    """The state of an array, the worst of its tasks'; None: it is none, or nothing of it has ended
+    badly and not all has ended.
+    """
+    last = {
+        line["task"]: line
+        for line in this_launch(lines)
+        if "task" in line and line["event"] in ("started", "requeued", *_ENDS)
+    }
     for wanted in ("failed", "cancelled", "stopped"):
         for task, line in sorted(last.items()):
             if line["event"] == wanted:
                 return wanted.upper(), f"task {task}: {line.get('reason', '')}"
-    return ("FINISHED", None) if last and all(line["event"] == "finished" for line in last.values()) else None
+    return (
+        ("FINISHED", None)
+        if last and all(line["event"] == "finished" for line in last.values())
+        else None
+    )
 
 
 def _because(job: Job) -> str:
@@ -365,7 +493,10 @@ def _because(job: Job) -> str:
 
 def _config(folder: Path) -> dict[str, Any]:
     """The run's resolved config, from the run or from its latest launch."""
-    for path in (folder / "config.yaml", *(launch / "config.yaml" for launch in reversed(jobs.launches(folder)))):
+    for path in (
+        folder / "config.yaml",
+        *(launch / "config.yaml" for launch in reversed(jobs.launches(folder))),
+    ):
         try:
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (OSError, yaml.YAMLError):
@@ -399,7 +530,9 @@ def _duration(seconds: float | None) -> str:
     if seconds is None:
         return "?"
     days, rest = divmod(int(seconds), 86400)
-    return (f"{days} d " if days else "") + f"{rest // 3600:02d}:{rest % 3600 // 60:02d}:{rest % 60:02d}"
+    return (
+        f"{days} d " if days else ""
+    ) + f"{rest // 3600:02d}:{rest % 3600 // 60:02d}:{rest % 60:02d}"
 
 
 def print_bytes(parts: Iterator[bytes]) -> None:

@@ -1,7 +1,8 @@
 """RunConfig: every setting of a run, with its unit and default.
 
-A config is a YAML file plus dotted overrides (``train.steps=100``). Unknown keys are refused with the nearest right name,
-impossible combinations before anything is loaded. The resolved config is saved with each run.
+A config is a YAML file plus dotted overrides (``train.steps=100``). Unknown keys are refused with
+the nearest right name, impossible combinations before anything is loaded. The resolved config is
+saved with each run.
 """
 
 from __future__ import annotations
@@ -48,7 +49,9 @@ class RunConfig(Section):
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Key of every random draw: order, t, masks, random lengths, initial weights."""
     precision: Literal["fp32", "bf16"] = "bf16"
-    """fp32: the reference. bf16: parameters and activations bf16; master weights, moments, gradient sums, norms, RoPE and loss fp32."""
+    """fp32: the reference. bf16: parameters and activations bf16; master weights, moments, gradient
+    sums, norms, RoPE and loss fp32.
+    """
     engine: Literal["megatron"] = "megatron"
     """Megatron-Core: tensor, pipeline and context parallelism with the distributed optimizer."""
     run: RunSection
@@ -73,23 +76,32 @@ class RunConfig(Section):
     def _task(self) -> RunConfig:
         if self.task == "pretrain":
             if self.sft != SFTSection():
-                raise ValueError(f"sft.pad_group: {self.sft.pad_group} is for task: sft only; leave it out of a pretraining config")
+                raise ValueError(
+                    f"sft.pad_group: {self.sft.pad_group} is for task: sft only; leave it out of a"
+                    " pretraining config"
+                )
             return self
         if self.data.random_length_probability:
             raise ValueError(
-                f"data.random_length_probability: {self.data.random_length_probability} is for pretraining; "
-                "conversations are not cut, set 0"
+                f"data.random_length_probability: {self.data.random_length_probability} is for"
+                " pretraining; conversations are not cut, set 0"
             )
         if self.data.document_mask:
-            raise ValueError("data.document_mask: true is for pretraining; a row holds one conversation, leave it out")
+            raise ValueError(
+                "data.document_mask: true is for pretraining; a row holds one conversation, leave"
+                " it out"
+            )
         for i, entry in enumerate(self.data.mixture):
             if entry.weight_at:
                 raise ValueError(
-                    f"data.mixture.{i}.weight_at: changes at token counts are for pretraining; conversations have no fixed number of "
-                    "tokens a step, leave it out"
+                    f"data.mixture.{i}.weight_at: changes at token counts are for pretraining;"
+                    " conversations have no fixed number of tokens a step, leave it out"
                 )
         if any(stage.tokens is not None for stage in self.schedule.stages):
-            raise ValueError("schedule.stages: tokens: conversations have no fixed number of tokens a step; give the lengths as steps")
+            raise ValueError(
+                "schedule.stages: tokens: conversations have no fixed number of tokens a step; give"
+                " the lengths as steps"
+            )
         return self
 
     @model_validator(mode="after")
@@ -104,14 +116,22 @@ class RunConfig(Section):
             if value % p.tensor:
                 raise ValueError(f"parallel.tensor: {p.tensor} does not divide {what} = {value}")
         chunks = p.pipeline * (p.virtual_pipeline or 1)
-        name = "parallel.pipeline" if p.virtual_pipeline is None else "parallel.pipeline x parallel.virtual_pipeline"
+        name = (
+            "parallel.pipeline"
+            if p.virtual_pipeline is None
+            else "parallel.pipeline x parallel.virtual_pipeline"
+        )
         if p.layers_per_stage is None and m.num_layers % chunks:
             raise ValueError(
-                f"{name}: {chunks} does not divide model.num_layers = {m.num_layers}; give the shares as parallel.layers_per_stage"
+                f"{name}: {chunks} does not divide model.num_layers = {m.num_layers}; give the"
+                " shares as parallel.layers_per_stage"
             )
         if p.layers_per_stage is not None:
             if len(p.layers_per_stage) != chunks:
-                raise ValueError(f"parallel.layers_per_stage: {len(p.layers_per_stage)} numbers for {name} = {chunks}")
+                raise ValueError(
+                    f"parallel.layers_per_stage: {len(p.layers_per_stage)} numbers for {name} ="
+                    f" {chunks}"
+                )
             if min(p.layers_per_stage) < 1 or sum(p.layers_per_stage) != m.num_layers:
                 raise ValueError(
                     f"parallel.layers_per_stage: {p.layers_per_stage} must be at least 1 each "
@@ -119,52 +139,69 @@ class RunConfig(Section):
                 )
         if p.overlap_param_gather and not p.overlap_grad_reduce:
             raise ValueError(
-                "parallel.overlap_param_gather: true needs parallel.overlap_grad_reduce: true; set both to false to do without overlap"
+                "parallel.overlap_param_gather: true needs parallel.overlap_grad_reduce: true; set"
+                " both to false to do without overlap"
             )
         if p.virtual_pipeline is not None and p.pipeline == 1:
-            raise ValueError(f"parallel.virtual_pipeline: {p.virtual_pipeline} needs parallel.pipeline > 1, which is 1")
+            raise ValueError(
+                f"parallel.virtual_pipeline: {p.virtual_pipeline} needs parallel.pipeline > 1,"
+                " which is 1"
+            )
         if p.sequence and p.tensor == 1:
             raise ValueError("parallel.sequence: true needs parallel.tensor > 1, which is 1")
         split = p.context * (p.tensor if p.sequence else 1)
         if self.data.sequence_length % split:
             raise ValueError(
-                f"data.sequence_length: {self.data.sequence_length} is not a multiple of parallel.context x parallel.tensor = {split}"
+                f"data.sequence_length: {self.data.sequence_length} is not a multiple of"
+                f" parallel.context x parallel.tensor = {split}"
             )
         if self.batch.global_ % self.batch.micro:
-            raise ValueError(f"batch.global: {self.batch.global_} is not a multiple of batch.micro = {self.batch.micro}")
+            raise ValueError(
+                f"batch.global: {self.batch.global_} is not a multiple of batch.micro ="
+                f" {self.batch.micro}"
+            )
         return self
 
     def check_world(self, world_size: int) -> int:
         """Return the data-parallel size for `world_size` ranks.
 
-        Raises UserError when the layout does not fill the world or the batch does not divide over its replicas.
+        Raises UserError when the layout does not fill the world or the batch does not divide over
+        its replicas.
         """
         p = self.parallel
         if world_size % p.model_size:
             raise UserError(
-                f"parallel: tensor x pipeline x context = {p.tensor} x {p.pipeline} x {p.context} = {p.model_size} ranks per replica "
-                f"do not divide the world size {world_size}"
+                f"parallel: tensor x pipeline x context = {p.tensor} x {p.pipeline} x {p.context} ="
+                f" {p.model_size} ranks per replica do not divide the world size {world_size}"
             )
         data = world_size // p.model_size
         if self.batch.global_ % (self.batch.micro * data):
             raise UserError(
-                f"batch.global: {self.batch.global_} is not a multiple of batch.micro x data-parallel size = {self.batch.micro} x {data} "
-                f"(world size {world_size})"
+                f"batch.global: {self.batch.global_} is not a multiple of batch.micro x"
+                f" data-parallel size = {self.batch.micro} x {data} (world size {world_size})"
             )
         micro_batches = self.batch.global_ // (self.batch.micro * data)
         if p.virtual_pipeline is not None and micro_batches % p.pipeline:
             raise UserError(
-                f"parallel.virtual_pipeline: {micro_batches} micro-batches per step are not a multiple of parallel.pipeline = {p.pipeline}"
+                f"parallel.virtual_pipeline: {micro_batches} micro-batches per step are not a"
+                f" multiple of parallel.pipeline = {p.pipeline}"
             )
         return data
 
 
-def load_config(path: str | Path, overrides: list[str] | None = None, task: Task | None = None, rewind: int | None = None) -> RunConfig:
-    """Read a YAML config, apply dotted overrides, take the model from the folder it names, validate.
+def load_config(
+    path: str | Path,
+    overrides: list[str] | None = None,
+    task: Task | None = None,
+    rewind: int | None = None,
+) -> RunConfig:
+    """Read a YAML config, apply dotted overrides, take the model from the folder it names,
+    validate.
 
     Args:
         path: YAML file.
-        overrides: ``key.sub=value`` strings; values are YAML; list items by index (``data.mixture.0.path=...``).
+        overrides: ``key.sub=value`` strings; values are YAML; list items by index
+            (``data.mixture.0.path=...``).
         task: refuse a config for another task (None: any).
         rewind: step from which an override ``lr=RATE`` holds; None: there is no such override.
 
@@ -178,17 +215,29 @@ def load_config(path: str | Path, overrides: list[str] | None = None, task: Task
             _change_rate(raw, rewind, override)
         else:
             apply_override(raw, override)
-    if task is not None and raw.get("task", "pretrain") != task and raw.get("task", "pretrain") in get_args(Task):
+    if (
+        task is not None
+        and raw.get("task", "pretrain") != task
+        and raw.get("task", "pretrain") in get_args(Task)
+    ):
         found = raw.get("task", "pretrain")
-        raise UserError(f"task: {path} says '{found}', `llada {task}` runs task '{task}' only; use `llada {found}`")
+        raise UserError(
+            f"task: {path} says '{found}', `llada {task}` runs task '{task}' only; use `llada"
+            f" {found}`"
+        )
     return build_config(complete_model(raw))
 
 
 def build_config(raw: dict[str, Any]) -> RunConfig:
-    """Validate a plain nested dict. Raises UserError with one line for the first thing that is wrong."""
+    """Validate a plain nested dict. Raises UserError with one line for the first thing that is
+    wrong.
+    """
     data = raw.get("data")
     if raw.get("task") == "sft" and isinstance(data, dict):
-        raw = {**raw, "data": {"random_length_probability": 0.0, **data}}  # the default is one of pretraining
+        raw = {
+            **raw,
+            "data": {"random_length_probability": 0.0, **data},
+        }  # the default is one of pretraining
     try:
         return RunConfig.model_validate(raw)
     except ValidationError as error:
@@ -208,7 +257,9 @@ def to_yaml(config: RunConfig) -> str:
 
 
 def read_yaml(path: Path, setting: str = "config") -> dict[str, Any]:
-    """The mapping in a YAML file. Raises UserError, with what the user calls the file, when there is none."""
+    """The mapping in a YAML file. Raises UserError, with what the user calls the file, when there
+    is none.
+    """
     import yaml
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -219,15 +270,21 @@ def read_yaml(path: Path, setting: str = "config") -> dict[str, Any]:
         refuse_ambiguous(path.read_text(encoding="utf-8"), f"{setting}: {path}")
         raw = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, OSError) as error:
-        raise UserError(f"{setting}: {path} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(
+            f"{setting}: {path} is not valid YAML: {' '.join(str(error).split())}"
+        ) from None
     if not isinstance(raw, dict):
-        raise UserError(f"{setting}: {path} must hold a mapping of settings, not a {type(raw).__name__}")
+        raise UserError(
+            f"{setting}: {path} must hold a mapping of settings, not a {type(raw).__name__}"
+        )
     return raw  # type: ignore[return-value]
 
 
 def _near_file(path: Path) -> str:
     """A file beside it with a similar name; the ending is not what makes names similar."""
-    beside = {other.stem: other for other in path.parent.glob("*.yaml")} if path.parent.is_dir() else {}
+    beside = (
+        {other.stem: other for other in path.parent.glob("*.yaml")} if path.parent.is_dir() else {}
+    )
     near = difflib.get_close_matches(path.stem, beside, n=1)
     return f" (did you mean '{beside[near[0]]}'?)" if near else ""
 
@@ -244,7 +301,9 @@ def _change_rate(raw: dict[str, Any], step: int, override: str) -> None:
 
 
 def apply_override(raw: dict[str, Any], override: str) -> None:
-    """Set one ``key.sub=value`` in the nested dict, in place. Raises UserError for a text that is none."""
+    """Set one ``key.sub=value`` in the nested dict, in place. Raises UserError for a text that is
+    none.
+    """
     from omegaconf import OmegaConf
 
     key, equals, text = override.partition("=")
@@ -256,7 +315,9 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
     except UserError:
         raise
     except Exception as error:  # any parser complaint is the user's typo
-        raise UserError(f"override '{override}': the value is not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(
+            f"override '{override}': the value is not valid YAML: {' '.join(str(error).split())}"
+        ) from None
     *parents, last = key.split(".")
     node: Any = raw
     for part in parents:
@@ -281,12 +342,17 @@ def _child(node: Any, part: str, key: str) -> Any:
 
 def _index(node: list[Any], part: str, key: str) -> int:
     if not part.isdigit() or int(part) >= len(node):
-        raise UserError(f"{key}: '{part}' is not an index of this list of {len(node)}; allowed 0 to {len(node) - 1}")
+        raise UserError(
+            f"{key}: '{part}' is not an index of this list of {len(node)}; allowed 0 to"
+            f" {len(node) - 1}"
+        )
     return int(part)
 
 
 def one_line(error: ValidationError, root: type[BaseModel]) -> str:
-    """The first problem as `setting: value, what is allowed (nearest name)`; unknown names first, since they explain the missing ones."""
+    """The first problem as `setting: value, what is allowed (nearest name)`; unknown names first,
+    since they explain the missing ones.
+    """
     problems = error.errors(include_url=False)
     problems.sort(key=lambda e: e["type"] != "extra_forbidden")
     first = problems[0]
@@ -294,17 +360,27 @@ def one_line(error: ValidationError, root: type[BaseModel]) -> str:
     if first["type"] == "extra_forbidden":
         prefix = where.removesuffix(str(first["loc"][-1]))
         names = [prefix + name for name in _setting_names(first["loc"][:-1], root)]
-        return f"{where}: unknown setting{did_you_mean(where, names)}; allowed here: {', '.join(names)}"
+        return (
+            f"{where}: unknown setting{did_you_mean(where, names)}; allowed here:"
+            f" {', '.join(names)}"
+        )
     if first["type"] == "missing":
         return f"{where}: missing, this setting has no default"
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
-        # Of a group of settings the message names the one that is meant, of a single setting it does not.
+        # Of a group of settings the message names the one that is meant, of a single setting it
+        # does not.
         between = "." if re.match(r"[a-z_]+(\[\d+\])?: ", message) else ": "
         return f"{where}{between}{message}" if where else message
     near = ""
     if first["type"] == "literal_error":
-        near = did_you_mean(str(first["input"]), [part.strip("' ") for part in first["ctx"]["expected"].replace(" or ", ", ").split(", ")])
+        near = did_you_mean(
+            str(first["input"]),
+            [
+                part.strip("' ")
+                for part in first["ctx"]["expected"].replace(" or ", ", ").split(", ")
+            ],
+        )
     return f"{where}: {first['input']!r} is not allowed: {message[0].lower()}{message[1:]}{near}"
 
 

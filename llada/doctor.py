@@ -52,7 +52,8 @@ class Finding:
     Attributes:
         topic: heading it belongs to.
         text: what there is.
-        level: "ok"; "note": training works, though less well; "problem": training does not start or loses data.
+        level: "ok"; "note": training works, though less well; "problem": training does not start or
+            loses data.
         remedy: what to do; "" where nothing is wrong.
     """
 
@@ -75,7 +76,10 @@ class Report:
 
     def to_json(self) -> str:
         """One object: `ready`, and every finding with topic, text, level and remedy."""
-        return json.dumps({"ready": not self.code, "findings": [asdict(finding) for finding in self.findings]}, indent=1)
+        return json.dumps(
+            {"ready": not self.code, "findings": [asdict(finding) for finding in self.findings]},
+            indent=1,
+        )
 
     def __str__(self) -> str:
         lines, topic = [], ""
@@ -97,19 +101,33 @@ def examine(folder: Path | None = None) -> Report:
         folder: whose disk is tried; the current one if left out.
     """
     folder = folder or Path.cwd()
-    parts: tuple[Callable[[], Iterator[Finding]], ...] = (_packages, _gpus, _attention, _encoders, _network, lambda: _disk(folder), _limits)
+    parts: tuple[Callable[[], Iterator[Finding]], ...] = (
+        _packages,
+        _gpus,
+        _attention,
+        _encoders,
+        _network,
+        lambda: _disk(folder),
+        _limits,
+    )
     findings: list[Finding] = []
     for part in parts:
         try:
             findings += part()
         except ImportError as error:  # one broken package must not hide what the others say
-            findings.append(Finding("broken package", " ".join(str(error).split()), "problem", "install it again"))
+            findings.append(
+                Finding(
+                    "broken package", " ".join(str(error).split()), "problem", "install it again"
+                )
+            )
     return Report(findings)
 
 
 def _packages() -> Iterator[Finding]:
     topic = "packages"
-    yield Finding(topic, f"llada {__version__}, Python {platform.python_version()}, {platform.platform()}")
+    yield Finding(
+        topic, f"llada {__version__}, Python {platform.python_version()}, {platform.platform()}"
+    )
     for name in _REQUIRED:
         found = _version(name)
         if found is None:
@@ -118,7 +136,11 @@ def _packages() -> Iterator[Finding]:
             yield Finding(topic, f"{name} {found}")
     for name, remedy in _OPTIONAL.items():
         found = _version(name)
-        yield Finding(topic, f"{name}: not installed", "note", remedy) if found is None else Finding(topic, f"{name} {found}")
+        yield (
+            Finding(topic, f"{name}: not installed", "note", remedy)
+            if found is None
+            else Finding(topic, f"{name} {found}")
+        )
 
 
 def _version(name: str) -> str | None:
@@ -141,13 +163,23 @@ def _gpus() -> Iterator[Finding]:
         for i in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(i)
             yield Finding(
-                topic, f"{i}: {properties.name}, {properties.total_memory / 1e9:.0f} GB, capability {properties.major}.{properties.minor}"
+                topic,
+                f"{i}: {properties.name}, {properties.total_memory / 1e9:.0f} GB, capability"
+                f" {properties.major}.{properties.minor}",
             )
-        nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.distributed.is_nccl_available() else None
+        nccl = (
+            ".".join(map(str, torch.cuda.nccl.version()))
+            if torch.distributed.is_nccl_available()
+            else None
+        )
         remedy = "" if nccl else "install torch from a CUDA build"
-        yield Finding(topic, f"NCCL {nccl}" if nccl else "NCCL: missing", "ok" if nccl else "problem", remedy)
+        yield Finding(
+            topic, f"NCCL {nccl}" if nccl else "NCCL: missing", "ok" if nccl else "problem", remedy
+        )
     elif smi:
-        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built for CPU alone"
+        built = (
+            f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built for CPU alone"
+        )
         yield Finding(
             topic,
             f"the driver lists {len(smi.splitlines())} GPUs, torch ({built}) uses none",
@@ -155,13 +187,19 @@ def _gpus() -> Iterator[Finding]:
             "install a torch for the driver's CUDA version; check CUDA_VISIBLE_DEVICES",
         )
     else:
-        yield Finding(topic, f"none; training runs on {len(os.sched_getaffinity(0))} CPU cores, which suits the demo and tests")
+        yield Finding(
+            topic,
+            f"none; training runs on {len(os.sched_getaffinity(0))} CPU cores, which suits the demo"
+            " and tests",
+        )
 
 
 def _command(*words: str) -> str:
     """What a program prints; "" where it is missing or fails."""
     try:
-        return subprocess.run(words, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+        return subprocess.run(
+            words, capture_output=True, text=True, timeout=20, check=True
+        ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""
 
@@ -180,7 +218,12 @@ def _attention() -> Iterator[Finding]:
     from llada.model.attention import kernel_name, varlen_kernel
 
     if varlen_kernel(torch.cuda.get_device_capability()[0]) is None:
-        yield Finding(topic, "none for bf16 on this GPU", "problem", "make flash-attn, in a clone (docs/first-gpu-run.md)")
+        yield Finding(
+            topic,
+            "none for bf16 on this GPU",
+            "problem",
+            "make flash-attn, in a clone (docs/first-gpu-run.md)",
+        )
     else:
         yield Finding(topic, f"used here for bf16: {kernel_name()}")
 
@@ -194,19 +237,34 @@ def _imports(module: str) -> bool:
 
 
 def _encoders() -> Iterator[Finding]:
-    fast = [f"{name} {found}" for name in ("fastokens", "gigatoken") if (found := _version(name)) and _imports(name)]
-    library = [f"{name} {found}" for name in ("tokenizers", "sentencepiece") if (found := _version(name))]
-    yield Finding("tokenizer encoders", f"{', '.join(fast + library)} (a fast one only where it gives the tokenizer's own ids)")
+    fast = [
+        f"{name} {found}"
+        for name in ("fastokens", "gigatoken")
+        if (found := _version(name)) and _imports(name)
+    ]
+    library = [
+        f"{name} {found}" for name in ("tokenizers", "sentencepiece") if (found := _version(name))
+    ]
+    yield Finding(
+        "tokenizer encoders",
+        f"{', '.join(fast + library)} (a fast one only where it gives the tokenizer's own ids)",
+    )
 
 
 def _network() -> Iterator[Finding]:
     topic = "network"
     names = [name for _, name in socket.if_nameindex()]
-    chosen = {name: os.environ[name] for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME") if name in os.environ}
+    chosen = {
+        name: os.environ[name]
+        for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
+        if name in os.environ
+    }
     yield Finding(topic, f"host {socket.gethostname()}, interfaces {', '.join(names)}")
     for variable, value in chosen.items():
         wanted = value.lstrip("^=").split(",")
-        known = value.startswith("^") or any(name.startswith(part) for name in names for part in wanted)
+        known = value.startswith("^") or any(
+            name.startswith(part) for name in names for part in wanted
+        )
         remedy = "" if known else f"set it to one of {', '.join(names)}, or unset it"
         yield Finding(topic, f"{variable}={value}", "ok" if known else "problem", remedy)
     adapters = sorted(path.name for path in Path("/sys/class/infiniband").glob("*"))
@@ -214,7 +272,12 @@ def _network() -> Iterator[Finding]:
     try:
         socket.getaddrinfo(socket.gethostname(), None)
     except OSError:
-        yield Finding(topic, "the host's own name has no address", "note", "add it to /etc/hosts, or set MASTER_ADDR for torchrun")
+        yield Finding(
+            topic,
+            "the host's own name has no address",
+            "note",
+            "add it to /etc/hosts, or set MASTER_ADDR for torchrun",
+        )
 
 
 def _disk(folder: Path) -> Iterator[Finding]:
@@ -224,12 +287,22 @@ def _disk(folder: Path) -> Iterator[Finding]:
         topic,
         f"{_file_system(folder)}, {free / 1e9:,.1f} GB free",
         "note" if free < _MIN_FREE else "ok",
-        "a checkpoint takes 12 to 14 bytes a parameter; `llada config CONFIG` says how much a run needs" if free < _MIN_FREE else "",
+        (
+            "a checkpoint takes 12 to 14 bytes a parameter; `llada config CONFIG` says how much a"
+            " run needs"
+            if free < _MIN_FREE
+            else ""
+        ),
     )
     try:
         _try_disk(folder)
     except OSError as error:
-        yield Finding(topic, f"cannot be used: {error.strerror or error}", "problem", "choose a folder for runs that can be written")
+        yield Finding(
+            topic,
+            f"cannot be used: {error.strerror or error}",
+            "problem",
+            "choose a folder for runs that can be written",
+        )
     else:
         yield Finding(topic, "write, fsync, rename and lock work")
 
@@ -265,7 +338,9 @@ def _file_system(folder: Path) -> str:
     path = str(folder.resolve())
     for line in lines:
         _, mount, kind, *_ = line.split(" ")
-        if (path == mount or path.startswith(mount.rstrip("/") + "/")) and len(mount) >= len(best[0]):
+        if (path == mount or path.startswith(mount.rstrip("/") + "/")) and len(mount) >= len(
+            best[0]
+        ):
             best = (mount, kind)
     return best[1]
 
@@ -277,11 +352,19 @@ def _limits() -> Iterator[Finding]:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     few = soft != resource.RLIM_INFINITY and soft < _MIN_OPEN_FILES
     yield Finding(
-        topic, f"open files: {soft:,}", "note" if few else "ok", f"ulimit -n {min(hard, 65536)}, for corpora of many shards" if few else ""
+        topic,
+        f"open files: {soft:,}",
+        "note" if few else "ok",
+        f"ulimit -n {min(hard, 65536)}, for corpora of many shards" if few else "",
     )
     shared = Path("/dev/shm")
     if not shared.is_dir():
-        yield Finding(topic, "no shared memory (/dev/shm)", "note", "NCCL needs it between GPUs of a node: mount a tmpfs there")
+        yield Finding(
+            topic,
+            "no shared memory (/dev/shm)",
+            "note",
+            "NCCL needs it between GPUs of a node: mount a tmpfs there",
+        )
         return
     size = shutil.disk_usage(shared).total
     small = size < _MIN_SHARED_MEMORY

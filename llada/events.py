@@ -1,4 +1,5 @@
-"""RUN/events.jsonl: what happened to a run, one JSON object a line, from the launcher, the batch job and rank 0 alike.
+"""RUN/events.jsonl: what happened to a run, one JSON object a line, from the launcher, the batch
+job and rank 0 alike.
 
 Standard library only: the batch job writes here before anything slow is imported.
 """
@@ -27,10 +28,13 @@ class EventLog:
         self._common = common
 
     def write(self, event: str, **fields: Any) -> None:
-        """Append one event with the time (seconds since 1970); fields that are None are left out."""
+        """Append one event with the time (seconds since 1970); fields that are None are
+        left out.
+        """
         values = {"time": round(time.time(), 3), "event": event, **self._common, **fields}
         line = json.dumps({key: value for key, value in values.items() if value is not None}) + "\n"
-        # One write to a file opened for appending: lines of several writers do not mix (where they do, `read` leaves them out).
+        # One write to a file opened for appending: lines of several writers do not mix (where they
+        # do, `read` leaves them out).
         descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         try:
             os.write(descriptor, line.encode())
@@ -58,16 +62,30 @@ def read(folder: Path) -> list[dict[str, Any]]:
 
 
 def restarts(events: list[dict[str, Any]]) -> dict[str, Any]:
-    """attempt (number of the latest), restarts (attempts of its latest launch but the first) and last_error; empty without a launcher."""
-    events = events[max((i for i, line in enumerate(events) if line["event"] == "submitted"), default=0) :]
-    attempts = {line["attempt"] for line in events if line["event"] == "started" and "attempt" in line}
+    """attempt (number of the latest), restarts (attempts of its latest launch but the first) and
+    last_error; empty without a launcher.
+    """
+    events = events[
+        max((i for i, line in enumerate(events) if line["event"] == "submitted"), default=0) :
+    ]
+    attempts = {
+        line["attempt"] for line in events if line["event"] == "started" and "attempt" in line
+    }
     if not attempts:
         return {}
     errors = [line["reason"] for line in events if line.get("failure") and "reason" in line]
-    return {"attempt": max(attempts), "restarts": len(attempts) - 1, **({"last_error": errors[-1]} if errors else {})}
+    return {
+        "attempt": max(attempts),
+        "restarts": len(attempts) - 1,
+        **({"last_error": errors[-1]} if errors else {}),
+    }
 
 
 def of_this_process(folder: Path) -> EventLog:
-    """The event log of a run for a process of it: it knows its attempt and its job from the environment."""
+    """The event log of a run for a process of it: it knows its attempt and its job from the
+    environment.
+    """
     attempt = os.environ.get("LLADA_ATTEMPT")
-    return EventLog(folder, attempt=int(attempt) if attempt else None, job=os.environ.get("SLURM_JOB_ID"))
+    return EventLog(
+        folder, attempt=int(attempt) if attempt else None, job=os.environ.get("SLURM_JOB_ID")
+    )

@@ -45,7 +45,9 @@ def sync_tree(folder: Path) -> None:
 
 
 def ahead(calls: Iterable[Callable[[], T]], depth: int = 2) -> Iterator[T]:
-    """Results of calls in their order; up to `depth` of the next ones are computed in a thread meanwhile."""
+    """Results of calls in their order; up to `depth` of the next ones are computed in a thread
+    meanwhile.
+    """
     with ThreadPoolExecutor(1) as pool:
         pending: deque[Future[T]] = deque()
         for call in calls:
@@ -58,9 +60,11 @@ def ahead(calls: Iterable[Callable[[], T]], depth: int = 2) -> Iterator[T]:
 
 @contextmanager
 def flushed_meanwhile(folder: Path) -> Iterator[None]:
-    """While the block writes large files into `folder`, a thread has the system write them to disk, which would else wait for the end.
+    """While the block writes large files into `folder`, a thread has the system write them to disk,
+    which would else wait for the end.
 
-    Raises OSError at the end of the block if the disk failed: the system tells that once, so a later sync of the file might not.
+    Raises OSError at the end of the block if the disk failed: the system tells that once, so a
+    later sync of the file might not.
     """
     ended, errors = threading.Event(), list[OSError]()
 
@@ -89,7 +93,10 @@ def flushed_meanwhile(folder: Path) -> Iterator[None]:
 def refuse_inside(output: str | Path, source: Path, setting: str = "OUT") -> None:
     """Raises UserError where `output` would lie inside the folder that is read."""
     if source.resolve() in Path(os.path.realpath(output)).parents:
-        raise UserError(f"{setting}: '{output}' lies inside {source}, which is only read; choose a place outside")
+        raise UserError(
+            f"{setting}: '{output}' lies inside {source}, which is only read; choose a place"
+            " outside"
+        )
 
 
 def require_space(output: str | Path, needed: int, setting: str) -> None:
@@ -99,8 +106,12 @@ def require_space(output: str | Path, needed: int, setting: str) -> None:
         folder = folder.parent
     usage = shutil.disk_usage(folder)
     free = usage.free
-    if usage.total and free < needed:  # what has no size, as /proc, is no disk: making the folder says what is wrong
-        raise UserError(f"{setting}: '{output}' needs {readable_size(needed)}, and {folder} has {readable_size(free)} left")
+    # what has no size, as /proc, is no disk: making the folder says what is wrong
+    if usage.total and free < needed:
+        raise UserError(
+            f"{setting}: '{output}' needs {readable_size(needed)}, and {folder} has"
+            f" {readable_size(free)} left"
+        )
 
 
 def readable_size(count: float) -> str:
@@ -129,8 +140,11 @@ def checksum(path: Path) -> dict[str, Any]:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a small file so that it is either there whole or not at all; after an error nothing of it is left."""
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")  # another process may be writing the same file
+    """Write a small file so that it is either there whole or not at all; after an error nothing of
+    it is left.
+    """
+    # another process may be writing the same file
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(content.encode("utf-8") if isinstance(content, str) else content)
@@ -144,12 +158,15 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def final_path(output: str | Path, setting: str) -> Path:
-    """Where something new will lie, links followed. Raises UserError for what can be no name of a file or folder."""
+    """Where something new will lie, links followed. Raises UserError for what can be no name of a
+    file or folder.
+    """
     final = Path(os.path.realpath(output))
     if not str(output) or not final.name:
         raise UserError(f"{setting}: '{output}' names no file or folder to make")
     try:
-        os.lstat(final.with_name(f".{final.name}.partial-{'0' * 8}"))  # the longest name that is used on the way
+        # the longest name that is used on the way
+        os.lstat(final.with_name(f".{final.name}.partial-{'0' * 8}"))
     except (FileNotFoundError, NotADirectoryError):
         pass
     except OSError as error:
@@ -158,7 +175,9 @@ def final_path(output: str | Path, setting: str) -> Path:
 
 
 def make_writable(output: Path, setting: str) -> None:
-    """Make the folder of a file that is written much later, and see whether a file can be made in it. Raises UserError."""
+    """Make the folder of a file that is written much later, and see whether a file can be made in
+    it. Raises UserError.
+    """
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=output.parent, prefix=f".{output.name[:100]}."):
@@ -169,27 +188,35 @@ def make_writable(output: Path, setting: str) -> None:
 
 @contextmanager
 def new_file(output: str | Path, force: bool, setting: str = "--output") -> Iterator[BinaryIO]:
-    """A file to write, under a temporary name beside `output` whose name it takes when the block ends; after any error nothing is left.
+    """A file to write, under a temporary name beside `output` whose name it takes when the block
+    ends; after any error nothing is left.
 
     Args:
-        output: must not exist, unless `force`; a file that is replaced stays until the end. Missing parent folders are made.
+        output: must not exist, unless `force`; a file that is replaced stays until the end. Missing
+            parent folders are made.
         force: replace a file.
         setting: what the user calls `output`, for messages.
 
     Raises:
-        UserError: an output that may not be made or replaced, or that another command made meanwhile.
+        UserError: an output that may not be made or replaced, or that another command made
+            meanwhile.
         RunError: an operating system's error while writing.
     """
     final = final_path(output, setting)
     if os.path.lexists(output) and not (force and final.is_file()):
-        raise UserError(f"{setting}: '{output}' exists{'; --force replaces it' if final.is_file() else ' and is not a file'}")
+        raise UserError(
+            f"{setting}: '{output}'"
+            f" exists{'; --force replaces it' if final.is_file() else ' and is not a file'}"
+        )
     partial = final.with_name(f".{final.name}.partial-{uuid.uuid4().hex[:8]}")
     with _new_parents(output, final, setting):
         try:
             try:
                 file = open(partial, "wb")  # noqa: SIM115 (closed below, whatever happens)
             except OSError as error:
-                raise UserError(f"{setting}: '{output}' cannot be made ({error.strerror})") from None
+                raise UserError(
+                    f"{setting}: '{output}' cannot be made ({error.strerror})"
+                ) from None
             with file:
                 yield file
                 file.flush()
@@ -200,14 +227,18 @@ def new_file(output: str | Path, force: bool, setting: str = "--output") -> Iter
                 _name_new_file(partial, output, final, setting)
             sync_folder(final.parent)
         except OSError as error:
-            raise RunError(f"{output}: cannot be written ({error}); nothing of it is left") from error
+            raise RunError(
+                f"{output}: cannot be written ({error}); nothing of it is left"
+            ) from error
         finally:
             with suppress(OSError):  # what went wrong with the folder is said already
                 partial.unlink(missing_ok=True)
 
 
 def _name_new_file(partial: Path, output: str | Path, final: Path, setting: str) -> None:
-    """Give a finished file a name that is still free. Raises UserError if another command took it meanwhile."""
+    """Give a finished file a name that is still free. Raises UserError if another command took it
+    meanwhile.
+    """
     try:
         os.link(partial, final)  # unlike a rename, it replaces nothing
     except FileExistsError:
@@ -219,18 +250,23 @@ def _name_new_file(partial: Path, output: str | Path, final: Path, setting: str)
 
 
 @contextmanager
-def new_folder(output: str | Path, force: bool, what: str, names: Sequence[str], setting: str = "--output") -> Iterator[Path]:
-    """A temporary folder beside `output` that takes its name when the block ends; after any error nothing of it is left.
+def new_folder(
+    output: str | Path, force: bool, what: str, names: Sequence[str], setting: str = "--output"
+) -> Iterator[Path]:
+    """A temporary folder beside `output` that takes its name when the block ends; after any error
+    nothing of it is left.
 
     Args:
         output: must not exist, unless `force`. Missing parent folders are made.
-        force: replace what is there if it is empty or holds only `names`, the first of them included. It stays until the end.
+        force: replace what is there if it is empty or holds only `names`, the first of them
+            included. It stays until the end.
         what: what such a folder is, for messages.
         names: patterns.
         setting: what the user calls `output`, for messages.
 
     Raises:
-        UserError: an output that may not be made or replaced, or that another command made meanwhile.
+        UserError: an output that may not be made or replaced, or that another command made
+            meanwhile.
         RunError: an operating system's error while writing.
     """
     final = final_path(output, setting)
@@ -244,7 +280,9 @@ def new_folder(output: str | Path, force: bool, what: str, names: Sequence[str],
             try:
                 partial.mkdir()
             except OSError as error:
-                raise UserError(f"{setting}: '{output}' cannot be made ({error.strerror})") from None
+                raise UserError(
+                    f"{setting}: '{output}' cannot be made ({error.strerror})"
+                ) from None
             yield partial
             sync_tree(partial)
             if replaces:
@@ -254,7 +292,9 @@ def new_folder(output: str | Path, force: bool, what: str, names: Sequence[str],
             sync_folder(final.parent)
             done = True
         except OSError as error:
-            raise RunError(f"{output}: cannot be written ({error}); nothing of it is left") from error
+            raise RunError(
+                f"{output}: cannot be written ({error}); nothing of it is left"
+            ) from error
         finally:
             if not done:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -262,7 +302,9 @@ def new_folder(output: str | Path, force: bool, what: str, names: Sequence[str],
 
 @contextmanager
 def _new_parents(output: str | Path, final: Path, setting: str) -> Iterator[None]:
-    """Make the missing parent folders of `final`; after an error in the block they are removed again."""
+    """Make the missing parent folders of `final`; after an error in the block they are removed
+    again.
+    """
     created: list[Path] = []
     try:
         try:
@@ -280,7 +322,9 @@ def _new_parents(output: str | Path, final: Path, setting: str) -> Iterator[None
 
 
 def name_new_folder(partial: Path, output: str | Path, final: Path, setting: str) -> None:
-    """Give a finished folder a name that is still free. Raises UserError if another command took it meanwhile."""
+    """Give a finished folder a name that is still free. Raises UserError if another command took it
+    meanwhile.
+    """
     try:
         os.rename(partial, final)  # replaces nothing but an empty folder
     except OSError as error:
@@ -291,11 +335,17 @@ def name_new_folder(partial: Path, output: str | Path, final: Path, setting: str
 
 def taken_meanwhile(output: str | Path, setting: str) -> str:
     """The refusal of an output that was free when the command began."""
-    return f"{setting}: '{output}' was made by another command while this one ran, and stays as it is"
+    return (
+        f"{setting}: '{output}' was made by another command while this one ran, and stays as it is"
+    )
 
 
-def check_replaceable(output: Path, final: Path, force: bool, what: str, names: Sequence[str], setting: str) -> None:
-    """Raises UserError unless `output`, which exists as `final`, may be replaced; see `new_folder`."""
+def check_replaceable(
+    output: Path, final: Path, force: bool, what: str, names: Sequence[str], setting: str
+) -> None:
+    """Raises UserError unless `output`, which exists as `final`, may be replaced;
+    see `new_folder`.
+    """
     if not force:
         raise UserError(f"{setting}: '{output}' exists; --force replaces {what}")
     try:
@@ -303,11 +353,19 @@ def check_replaceable(output: Path, final: Path, force: bool, what: str, names: 
     except OSError as error:
         raise UserError(f"{setting}: '{output}' cannot be read ({error.strerror})") from None
     if found is None:
-        raise UserError(f"{setting}: '{output}' is not a folder; --force replaces only {what} or an empty folder")
-    other = [name for name in found if not any(fnmatch.fnmatchcase(name, pattern) for pattern in names)]
+        raise UserError(
+            f"{setting}: '{output}' is not a folder; --force replaces only {what} or an empty"
+            " folder"
+        )
+    other = [
+        name for name in found if not any(fnmatch.fnmatchcase(name, pattern) for pattern in names)
+    ]
     if other or (found and names[0] not in found):
         why = f"it holds '{other[0]}'" if other else f"it has no {names[0]}"
-        raise UserError(f"{setting}: '{output}' is not {what} ({why}); --force replaces only that or an empty folder")
+        raise UserError(
+            f"{setting}: '{output}' is not {what} ({why}); --force replaces only that or an empty"
+            " folder"
+        )
 
 
 def swap(partial: Path, final: Path) -> None:

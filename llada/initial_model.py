@@ -1,7 +1,8 @@
 """The model section of a config, as far as the weights that a run starts from decide it.
 
-A converted model keeps its meaning only with its own rotary base and norm epsilon. So settings that a config leaves out come from
-the folder that `run.init_from` names, not from the defaults, and the whole section may be left out.
+A converted model keeps its meaning only with its own rotary base and norm epsilon. So settings that
+a config leaves out come from the folder that `run.init_from` names, not from the defaults, and the
+whole section may be left out.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from llada.errors import UserError
 from llada.settings import ModelSection
 
 FROM = "from"
-"""Key of the model section that names a folder to take it from; it is replaced by what the folder says."""
+"""Key of the model section that names a folder to take it from; it is replaced by what the folder
+says.
+"""
 _INITIAL = ("embedding_init_std",)
 """Settings of initial weights, which say nothing about a model that is there."""
 
@@ -37,14 +40,15 @@ def model_of(path: str | Path, setting: str) -> dict[str, Any]:
 
 
 def complete_model(raw: dict[str, Any]) -> dict[str, Any]:
-    """A config whose model section is complete as far as a folder says it; the config itself where none does.
+    """A config whose model section is complete as far as a folder says it; the config itself where
+    none does.
 
     Args:
         raw: nested dict of a YAML file, overrides applied, not validated.
 
     Raises:
-        UserError: `model.from` or, for a model section that is left out, `run.init_from` names no model; a setting beside
-            `model.from` that says something else.
+        UserError: `model.from` or, for a model section that is left out, `run.init_from` names no
+            model; a setting beside `model.from` that says something else.
     """
     stated = raw.get("model")
     run = raw.get("run")
@@ -86,7 +90,10 @@ def _model_of_source(source: str, setting: str, run: dict[str, Any]) -> dict[str
 def _refuse_others(stated: dict[str, Any], found: dict[str, Any], source: str) -> None:
     for key, value in stated.items():
         if key in found and value != found[key] and value != _spelt_out(found, key):
-            raise UserError(f"model.{key}: {value!r}, but model.from: {source} has {found[key]!r}; leave one of the two out")
+            raise UserError(
+                f"model.{key}: {value!r}, but model.from: {source} has {found[key]!r}; leave one of"
+                " the two out"
+            )
 
 
 def _spelt_out(model: dict[str, Any], key: str) -> Any:

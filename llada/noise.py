@@ -1,11 +1,15 @@
-"""Keyed randomness: every draw is a pure function of (seed, purpose, index), never of a rank's generator state.
+"""Keyed randomness: every draw is a pure function of (seed, purpose, index), never of a rank's
+generator state.
 
-Order and t come from (seed, step); masks and random lengths from (seed, global sample index); initial weights from
-(seed, parameter name, row block). So no layout, restart or worker count changes a draw. Two sources are used:
+Order and t come from (seed, step); masks and random lengths from (seed, global sample index);
+initial weights from (seed, parameter name, row block). So no layout, restart or worker count
+changes a draw. Two sources are used:
 
-* `stream`: a Philox-4x64 counter stream (Salmon et al., SC 2011) for many numbers under one key. Only its raw 64-bit words
-  are used, which numpy keeps stable across versions; distributions are derived here.
-* `hash64`: the SplitMix64 finaliser (Steele et al., OOPSLA 2014) for one number per index, vectorised over indices.
+* `stream`: a Philox-4x64 counter stream (Salmon et al., SC 2011) for many numbers under one key.
+  Only its raw 64-bit words are used, which numpy keeps stable across versions; distributions are
+  derived here.
+* `hash64`: the SplitMix64 finaliser (Steele et al., OOPSLA 2014) for one number per index,
+  vectorised over indices.
 """
 
 from __future__ import annotations
@@ -23,12 +27,16 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def purpose_key(purpose: str) -> int:
-    """A 64-bit number for the name of a use of randomness, so that two uses never share a stream."""
+    """A 64-bit number for the name of a use of randomness, so that two uses never share
+    a stream.
+    """
     return int.from_bytes(hashlib.blake2b(purpose.encode(), digest_size=8).digest(), "little")
 
 
 def stream(seed: int, purpose: str, *index: int) -> np.random.Philox:
-    """The Philox stream of (seed, purpose, up to three indices). Streams of different keys do not overlap."""
+    """The Philox stream of (seed, purpose, up to three indices). Streams of different keys do not
+    overlap.
+    """
     if len(index) > 3:
         raise ValueError(f"a stream has at most three indices, got {len(index)}")
     counter = np.array([0, *index, *([0] * (3 - len(index)))], dtype=np.uint64)
@@ -47,7 +55,9 @@ def to_unit(words: U64) -> F64:
 
 
 def hash64(key: int, index: npt.ArrayLike) -> U64:
-    """One pseudo-random 64-bit word per index (vectorised): two rounds of the SplitMix64 finaliser over index and key."""
+    """One pseudo-random 64-bit word per index (vectorised): two rounds of the SplitMix64 finaliser
+    over index and key.
+    """
     with np.errstate(over="ignore"):
         words = np.asarray(index).astype(np.uint64) * _GOLDEN + np.uint64(key)
         for _ in range(2):
@@ -64,8 +74,11 @@ def derive_key(seed: int, purpose: str, *parts: int | str) -> int:
     return purpose_key(text)
 
 
-def random_lengths(seed: int, samples: npt.ArrayLike, length: int, probability: float, purpose: str = "train") -> I64:
-    """Where each sample's window is cut in two: r uniform on 1..length with `probability`, else `length` (not cut).
+def random_lengths(
+    seed: int, samples: npt.ArrayLike, length: int, probability: float, purpose: str = "train"
+) -> I64:
+    """Where each sample's window is cut in two: r uniform on 1..length with `probability`, else
+    `length` (not cut).
 
     Args:
         samples: global sample indices [n].
@@ -77,20 +90,26 @@ def random_lengths(seed: int, samples: npt.ArrayLike, length: int, probability: 
     """
     samples = np.asarray(samples, dtype=np.uint64)
     chosen = to_unit(hash64(derive_key(seed, f"{purpose}/length-chosen"), samples)) < probability
-    r = 1 + np.floor(to_unit(hash64(derive_key(seed, f"{purpose}/length"), samples)) * length).astype(np.int64)
+    r = 1 + np.floor(
+        to_unit(hash64(derive_key(seed, f"{purpose}/length"), samples)) * length
+    ).astype(np.int64)
     return np.where(chosen, r, length)
 
 
-def timesteps(seed: int, step: int, shares: npt.ArrayLike, mode: str, purpose: str = "train") -> F64:
+def timesteps(
+    seed: int, step: int, shares: npt.ArrayLike, mode: str, purpose: str = "train"
+) -> F64:
     """t in [0, 1) for every segment of a global step.
 
-    stratified: the segments are laid end to end in keyed order, each as long as its share of the step's loss;
-    t = frac(u_step + midpoint / total length), in float64. Each t alone is uniform, together they cover [0, 1) evenly,
-    and a segment's place in the batch says nothing about its t. iid: independent uniforms.
+    stratified: the segments are laid end to end in keyed order, each as long as its share of the
+    step's loss; t = frac(u_step + midpoint / total length), in float64. Each t alone is uniform,
+    together they cover [0, 1) evenly, and a segment's place in the batch says nothing about its t.
+    iid: independent uniforms.
 
     Args:
         step: global step.
-        shares: each segment's share of the step's loss, any unit, [n], > 0, in order of the global sample index.
+        shares: each segment's share of the step's loss, any unit, [n], > 0, in order of the global
+            sample index.
         mode: "stratified" or "iid".
     """
     shares = np.asarray(shares, dtype=np.float64)
@@ -106,15 +125,18 @@ def timesteps(seed: int, step: int, shares: npt.ArrayLike, mode: str, purpose: s
 
 
 def mask_uniforms(seed: int, sample: int, length: int, purpose: str = "train") -> F64:
-    """One float64 in [0, 1) per position of a sample's window: a position's draw depends on no segmentation."""
+    """One float64 in [0, 1) per position of a sample's window: a position's draw depends on no
+    segmentation.
+    """
     return uniforms(stream(seed, f"{purpose}/mask", sample), length)
 
 
 def permute(index: npt.ArrayLike, n: int, key: int) -> I64:
-    """A keyed permutation of 0..n-1, evaluated at `index` without a table (format-preserving, vectorised).
+    """A keyed permutation of 0..n-1, evaluated at `index` without a table (format-preserving,
+    vectorised).
 
-    Six Feistel rounds on the smallest even number of bits that holds n, walking each cycle until it is back below n
-    (Black and Rogaway, CT-RSA 2002); at most four tries on average.
+    Six Feistel rounds on the smallest even number of bits that holds n, walking each cycle until it
+    is back below n (Black and Rogaway, CT-RSA 2002); at most four tries on average.
 
     Args:
         index: values in 0..n-1.

@@ -1,7 +1,7 @@
 """YAML whose values mean the same to every reader.
 
-YAML 1.1, which the parser follows, reads 010 as 8, 1:30 as 90 and yes as true; YAML 1.2 reads 10 and two texts. A file that depends on
-it is refused instead of guessed at.
+YAML 1.1, which the parser follows, reads 010 as 8, 1:30 as 90 and yes as true; YAML 1.2 reads 10
+and two texts. A file that depends on it is refused instead of guessed at.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ def refuse_ambiguous(text: str, where: str) -> None:
         where: what the user calls it, for messages.
 
     Raises:
-        UserError: a value that YAML 1.1 and 1.2 read differently, nesting that is too deep, or far too many values.
+        UserError: a value that YAML 1.1 and 1.2 read differently, nesting that is too deep, or far
+            too many values.
         yaml.YAMLError: not YAML.
     """
     try:
@@ -36,7 +37,9 @@ def refuse_ambiguous(text: str, where: str) -> None:
             node = nodes.pop()
             count += 1
             if count > _MOST_VALUES:  # an alias counts each time, as it is read
-                raise UserError(f"{where}: more than {_MOST_VALUES:,} values; a config has some hundred")
+                raise UserError(
+                    f"{where}: more than {_MOST_VALUES:,} values; a config has some hundred"
+                )
             if isinstance(node, yaml.MappingNode):
                 nodes += [part for pair in node.value for part in pair]
             elif isinstance(node, yaml.SequenceNode):
@@ -54,10 +57,22 @@ def _check(node: yaml.Node, where: str) -> None:
     line = f"{where}, line {node.start_mark.line + 1}" if node.start_mark.line else where
     if kind == "bool" and value.lower() not in ("true", "false"):
         meaning = "true" if value.lower() in ("yes", "on") else "false"
-        raise UserError(f"{line}: {value} is {meaning} to some YAML readers and text to others; write {meaning}, or '{value}' in quotes")
+        raise UserError(
+            f"{line}: {value} is {meaning} to some YAML readers and text to others; write"
+            f" {meaning}, or '{value}' in quotes"
+        )
     if _SEXAGESIMAL.match(value):
-        raise UserError(f"{line}: {value} is a number to base 60 to some YAML readers; write the number itself, or '{value}' in quotes")
+        raise UserError(
+            f"{line}: {value} is a number to base 60 to some YAML readers; write the number itself,"
+            f" or '{value}' in quotes"
+        )
     if kind == "int" and _BINARY.match(value):
-        raise UserError(f"{line}: {value} is a binary number to some YAML readers; write it in decimal, or '{value}' in quotes")
+        raise UserError(
+            f"{line}: {value} is a binary number to some YAML readers; write it in decimal, or"
+            f" '{value}' in quotes"
+        )
     if kind == "int" and _OCTAL.match(value):
-        raise UserError(f"{line}: {value} is an octal number to some YAML readers; write it without the leading 0, or in quotes")
+        raise UserError(
+            f"{line}: {value} is an octal number to some YAML readers; write it without the leading"
+            " 0, or in quotes"
+        )

@@ -1,7 +1,8 @@
-"""What all tests share: the device, order and grouping for pytest-xdist, a server of forked programs, scratch folders in memory.
+"""What all tests share: the device, order and grouping for pytest-xdist, a server of forked
+programs, scratch folders in memory.
 
-Tests compute on the CPU, also where there is a GPU; those marked `gpu` are for `pytest -m gpu`. The latter are skipped where there is
-no CUDA device, and CI accepts no other skip (see .ci/run).
+Tests compute on the CPU, also where there is a GPU; those marked `gpu` are for `pytest -m gpu`. The
+latter are skipped where there is no CUDA device, and CI accepts no other skip (see .ci/run).
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from typing import Any
 
 import pytest
 
-# Read when torch is imported. Tests run side by side on few cores: a thread that waits must not spin, and a run that is to have
-# two threads says so (run.threads).
+# Read when torch is imported. Tests run side by side on few cores: a thread that waits must not
+# spin, and a run that is to have two threads says so (run.threads).
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
@@ -32,7 +33,8 @@ LONGEST = ("distributed", "training", "mutations", "hf", "engine", "data_tools",
 
 def pytest_configure(config: pytest.Config) -> None:
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-        # A shell that starts a command in the background has it ignore Ctrl-C, and with it every program that a test starts.
+        # A shell that starts a command in the background has it ignore Ctrl-C, and with it every
+        # program that a test starts.
         signal.signal(signal.SIGINT, signal.default_int_handler)
     on_gpu = config.option.markexpr == "gpu"
     if not on_gpu:
@@ -59,14 +61,17 @@ def has_room(folder: Path) -> bool:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: LONGEST.index(folder(item)) if folder(item) in LONGEST else len(LONGEST))
+    items.sort(
+        key=lambda item: LONGEST.index(folder(item)) if folder(item) in LONGEST else len(LONGEST)
+    )
     skip_without_gpu([item for item in items if item.get_closest_marker("gpu")])
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Which tests one worker of pytest-xdist runs: those of a file, which share its fixtures, and all distributed ones, which share a
-    pool of ranks. Planted mistakes share nothing."""
+    """Which tests one worker of pytest-xdist runs: those of a file, which share its fixtures, and
+    all distributed ones, which share a pool of ranks. Planted mistakes share nothing.
+    """
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):

@@ -1,16 +1,19 @@
-"""One process that has imported torch, Megatron-Core and transformers, and forks Python programs that would import them again.
+"""One process that has imported torch, Megatron-Core and transformers, and forks Python programs
+that would import them again.
 
-An import of all that takes seconds, a fork a tenth of one. The server itself only imports: it starts no thread and computes
-nothing, since threads do not survive a fork. It imports on the first request, serves any number of programs at once, and ends
-when its standard input does, which the test run holds open; its programs end with it.
+An import of all that takes seconds, a fork a tenth of one. The server itself only imports: it
+starts no thread and computes nothing, since threads do not survive a fork. It imports on the first
+request, serves any number of programs at once, and ends when its standard input does, which the
+test run holds open; its programs end with it.
 
-A program gets its own arguments, working directory, environment and standard streams, and the exit code it would have had. What a
-fork cannot give it is another interpreter: a request that wants other start-up variables (see STARTUP) is declined by name, and
-tests of start-up itself use a new process (tests/processes.py).
+A program gets its own arguments, working directory, environment and standard streams, and the exit
+code it would have had. What a fork cannot give it is another interpreter: a request that wants
+other start-up variables (see STARTUP) is declined by name, and tests of start-up itself use a new
+process (tests/processes.py).
 
-The client sends four bytes of length with the three streams attached, then the request as JSON. The answer is a line
-`{"pid": N}`, `{"differs": NAME}` or, if an import failed, `{"failed": TEXT}`; then, when the program has ended, `{"code": N}`,
-negative for a signal.
+The client sends four bytes of length with the three streams attached, then the request as JSON. The
+answer is a line `{"pid": N}`, `{"differs": NAME}` or, if an import failed, `{"failed": TEXT}`;
+then, when the program has ended, `{"code": N}`, negative for a signal.
 """
 
 from __future__ import annotations
@@ -78,7 +81,9 @@ _PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True)
 class Request:
-    """`arguments`: what follows `python -W ignore`, that is `-m MODULE ...`, `-c CODE ...` or `FILE ...`."""
+    """`arguments`: what follows `python -W ignore`, that is `-m MODULE ...`, `-c CODE ...` or `FILE
+    ...`.
+    """
 
     arguments: list[str]
     directory: str
@@ -122,11 +127,15 @@ class Server:
     def _prepare(self) -> str | None:
         """Import; what went wrong."""
         try:
-            os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numpy's would start its threads when it is imported
+            # numpy's would start its threads when it is imported
+            os.environ["OPENBLAS_NUM_THREADS"] = "1"
             for module in self._modules:
                 importlib.import_module(module)
             del os.environ["OPENBLAS_NUM_THREADS"]
-            threads = [Path(f"/proc/self/task/{thread}/comm").read_text() for thread in os.listdir("/proc/self/task")]
+            threads = [
+                Path(f"/proc/self/task/{thread}/comm").read_text()
+                for thread in os.listdir("/proc/self/task")
+            ]
             assert len(threads) == 1, f"an import started threads: {threads}"
         except Exception:
             return traceback.format_exc()
@@ -164,10 +173,21 @@ class Server:
         return None
 
     def _declined(self, wanted: dict[str, str]) -> dict[str, str]:
-        """Names the first start-up variable that is neither as this process found it nor as its imports left it."""
-        names = sorted(name for name in wanted.keys() | self._started_with.keys() if name.startswith(STARTUP) and name != "PYTHONPATH")
+        """Names the first start-up variable that is neither as this process found it nor as its
+        imports left it.
+        """
+        names = sorted(
+            name
+            for name in wanted.keys() | self._started_with.keys()
+            if name.startswith(STARTUP) and name != "PYTHONPATH"
+        )
         return next(
-            ({"differs": name} for name in names if wanted.get(name) not in (self._started_with.get(name), os.environ.get(name))), {}
+            (
+                {"differs": name}
+                for name in names
+                if wanted.get(name) not in (self._started_with.get(name), os.environ.get(name))
+            ),
+            {},
         )
 
     def _reap(self) -> None:
@@ -204,14 +224,24 @@ class Server:
 
     def environment(self, wanted: dict[str, str]) -> dict[str, str]:
         """`wanted`, and what the imports have set since."""
-        imported = {name: value for name, value in os.environ.items() if self._started_with.get(name) != value}
+        imported = {
+            name: value
+            for name, value in os.environ.items()
+            if self._started_with.get(name) != value
+        }
         return {**imported, **wanted}
 
     def search_path(self, first: str, environment: dict[str, str]) -> list[str]:
         """sys.path of a program: `first`, PYTHONPATH, the installation."""
-        own = [entry for entry in self._started_with.get("PYTHONPATH", "").split(os.pathsep) if entry]
+        own = [
+            entry for entry in self._started_with.get("PYTHONPATH", "").split(os.pathsep) if entry
+        ]
         installed = [entry for entry in self._path[1:] if entry not in own]
-        return [first, *(entry for entry in environment.get("PYTHONPATH", "").split(os.pathsep) if entry), *installed]
+        return [
+            first,
+            *(entry for entry in environment.get("PYTHONPATH", "").split(os.pathsep) if entry),
+            *installed,
+        ]
 
 
 def _answer(connection: socket.socket, answer: dict[str, Any]) -> None:
@@ -224,13 +254,17 @@ def become(server: Server, request: Request, streams: list[int]) -> NoReturn:
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
         os.close(stream)
-    sys.stdin, sys.stdout, sys.stderr = sys.__stdin__, sys.__stdout__, sys.__stderr__ = _opened_streams()
+    sys.stdin, sys.stdout, sys.stderr = sys.__stdin__, sys.__stdout__, sys.__stderr__ = (
+        _opened_streams()
+    )
     environment = server.environment(request.environment)
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(request.directory)
     first, *others = request.arguments
-    kind, name, words = (first, others[0], others[1:]) if first in ("-m", "-c") else ("", first, others)
+    kind, name, words = (
+        (first, others[0], others[1:]) if first in ("-m", "-c") else ("", first, others)
+    )
     folder = {"-m": os.getcwd(), "-c": "", "": os.path.dirname(os.path.abspath(name))}[kind]
     sys.path[:] = server.search_path(folder, environment)
     sys.path_importer_cache.clear()
@@ -250,9 +284,19 @@ def _opened_streams() -> list[io.TextIOWrapper]:
         raw = io.FileIO(number, "wb" if number else "rb", closefd=False)
         raw.name = before.name  # type: ignore[misc]
         unbuffered = before.write_through  # python -u
-        buffer: Any = raw if unbuffered else (io.BufferedWriter if number else io.BufferedReader)(raw)
+        buffer: Any = (
+            raw if unbuffered else (io.BufferedWriter if number else io.BufferedReader)(raw)
+        )
         lines = not unbuffered and (number == 2 or os.isatty(number))
-        opened.append(io.TextIOWrapper(buffer, before.encoding, before.errors, line_buffering=lines, write_through=unbuffered))
+        opened.append(
+            io.TextIOWrapper(
+                buffer,
+                before.encoding,
+                before.errors,
+                line_buffering=lines,
+                write_through=unbuffered,
+            )
+        )
         opened[-1].mode = before.mode
     return opened
 
@@ -269,7 +313,8 @@ def _run(kind: str, name: str) -> int:
     except SystemExit as exit_:
         return _code(exit_)
     except BaseException as error:
-        tail = error.__traceback__.tb_next if error.__traceback__ else None  # without this function's own frame
+        # without this function's own frame
+        tail = error.__traceback__.tb_next if error.__traceback__ else None
         sys.excepthook(type(error), error.with_traceback(tail), tail)
         if isinstance(error, KeyboardInterrupt):
             signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -288,21 +333,29 @@ def _code(exit_: SystemExit) -> int:
 
 
 def _end(code: int) -> NoReturn:
-    """The steps of the interpreter's end up to the destruction of modules, which takes a second and changes nothing."""
+    """The steps of the interpreter's end up to the destruction of modules, which takes a second and
+    changes nothing.
+    """
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     try:
         sys.stdout.flush()
     except OSError as error:
-        print(f"Exception ignored in: {sys.stdout!r}\n{type(error).__name__}: {error}", file=sys.stderr)
+        print(
+            f"Exception ignored in: {sys.stdout!r}\n{type(error).__name__}: {error}",
+            file=sys.stderr,
+        )
         code = 120
     sys.stderr.flush()
     os._exit(code)
 
 
 def main() -> None:
-    """`python -W ignore -m tests.forkserver FD [MODULE ...]`: serve on the listening socket of that descriptor."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the test run, which then closes standard input
+    """`python -W ignore -m tests.forkserver FD [MODULE ...]`: serve on the listening socket of that
+    descriptor.
+    """
+    # Ctrl-C is for the test run, which then closes standard input
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     server = Server(socket.socket(fileno=int(sys.argv[1])), tuple(sys.argv[2:]))
     forked = server.serve()
     if forked is not None:

@@ -1,4 +1,6 @@
-"""Python programs as processes of their own: forked from one that has imported what they need, or started afresh."""
+"""Python programs as processes of their own: forked from one that has imported what they need, or
+started afresh.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ from typing import IO, Any
 from tests.forkserver import HEADER, MODULES
 
 SERVER = "LLADA_TESTS_FORKSERVER"
-"""Variable with the address of the running fork server (tests/forkserver.py): an abstract Unix socket."""
+"""Variable with the address of the running fork server (tests/forkserver.py): an abstract Unix
+socket.
+"""
 PIPE, DEVNULL = subprocess.PIPE, subprocess.DEVNULL
 ROOT = Path(__file__).parents[1]
 
@@ -31,7 +35,15 @@ def fork_server(modules: tuple[str, ...] = MODULES) -> Iterator[str]:
         address = f"llada-tests-{os.getpid()}-{time.monotonic_ns()}"
         listener.bind(f"\0{address}")
         listener.listen(128)
-        command = [sys.executable, "-W", "ignore", "-m", "tests.forkserver", str(listener.fileno()), *modules]
+        command = [
+            sys.executable,
+            "-W",
+            "ignore",
+            "-m",
+            "tests.forkserver",
+            str(listener.fileno()),
+            *modules,
+        ]
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         server = subprocess.Popen(
             command,
@@ -50,7 +62,8 @@ def fork_server(modules: tuple[str, ...] = MODULES) -> Iterator[str]:
 
 
 class Forked:
-    """A forked program, with the part of subprocess.Popen's interface that tests use; streams are text.
+    """A forked program, with the part of subprocess.Popen's interface that tests use; streams are
+    text.
 
     Args:
         arguments: what follows `python -W ignore`.
@@ -62,7 +75,14 @@ class Forked:
     """
 
     def __init__(
-        self, arguments: Sequence[str], address: str, cwd: str | Path, env: dict[str, str], stdin: Any, stdout: Any, stderr: Any
+        self,
+        arguments: Sequence[str],
+        address: str,
+        cwd: str | Path,
+        env: dict[str, str],
+        stdin: Any,
+        stdout: Any,
+        stderr: Any,
     ) -> None:
         self.args = [sys.executable, "-W", "ignore", *arguments]
         self.returncode: int | None = None
@@ -74,7 +94,11 @@ class Forked:
         self._connection.connect(f"\0{address}")
         self._answers = self._connection.makefile("r")
         theirs = self._open(stdin, stdout, stderr)
-        request = {"arguments": [str(word) for word in arguments], "directory": str(cwd), "environment": env}
+        request = {
+            "arguments": [str(word) for word in arguments],
+            "directory": str(cwd),
+            "environment": env,
+        }
         text = json.dumps(request).encode()
         try:
             socket.send_fds(self._connection, [HEADER.pack(len(text))], theirs)
@@ -85,13 +109,19 @@ class Forked:
         answer = json.loads(self._answers.readline() or '{"failed": "the fork server ended"}')
         if "pid" not in answer:
             self._close()
-            raise Declined(answer["differs"]) if "differs" in answer else RuntimeError(answer["failed"])
+            raise (
+                Declined(answer["differs"])
+                if "differs" in answer
+                else RuntimeError(answer["failed"])
+            )
         self.pid: int = answer["pid"]
 
     def _open(self, stdin: Any, stdout: Any, stderr: Any) -> list[int]:
         """The program's descriptors 0 to 2."""
         theirs = []
-        for number, (name, given) in enumerate((("stdin", stdin), ("stdout", stdout), ("stderr", stderr))):
+        for number, (name, given) in enumerate(
+            (("stdin", stdin), ("stdout", stdout), ("stderr", stderr))
+        ):
             if given == PIPE:
                 read, write = os.pipe()
                 own, other = (write, read) if name == "stdin" else (read, write)
@@ -122,16 +152,20 @@ class Forked:
             if not ready:
                 raise subprocess.TimeoutExpired(self.args, timeout or 0)
             line = self._answers.readline()
-            self.returncode = json.loads(line)["code"] if line else -signal.SIGKILL  # the server took its programs with it
+            # the server took its programs with it
+            self.returncode = json.loads(line)["code"] if line else -signal.SIGKILL
             self._answers.close()
             self._connection.close()
         return self.returncode
 
-    def communicate(self, input: str | None = None, timeout: float | None = None) -> tuple[str, str]:
+    def communicate(
+        self, input: str | None = None, timeout: float | None = None
+    ) -> tuple[str, str]:
         """Give `input`, read both streams to their ends, and wait.
 
         Raises:
-            subprocess.TimeoutExpired: after `timeout` seconds; another call goes on where this one stopped.
+            subprocess.TimeoutExpired: after `timeout` seconds; another call goes on where this one
+                stopped.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         if not self._readers:
@@ -198,12 +232,15 @@ def start(
     """`python -W ignore ARGUMENTS`.
 
     Args:
-        fresh: in a new interpreter, as tests of start-up, imports, signals and what differs from one process to the next want it;
-            else a fork, unless `env` holds other start-up variables than the fork server's.
+        fresh: in a new interpreter, as tests of start-up, imports, signals and what differs from
+            one process to the next want it; else a fork, unless `env` holds other start-up
+            variables than the fork server's.
     """
     address = os.environ.get(SERVER)
     if address and not fresh:
         with contextlib.suppress(Declined):
             return Forked(arguments, address, cwd, env, stdin, stdout, stderr)
     command = [sys.executable, "-W", "ignore", *(str(word) for word in arguments)]
-    return subprocess.Popen(command, cwd=cwd, env=env, stdin=stdin, stdout=stdout, stderr=stderr, text=True)
+    return subprocess.Popen(
+        command, cwd=cwd, env=env, stdin=stdin, stdout=stdout, stderr=stderr, text=True
+    )

@@ -27,43 +27,79 @@ INSTRUCT = """{% if messages[0].role == 'system' %}{% set rest = messages[1:] %}
 {% set text = '<<SYS>>\n' + first + '\n<</SYS>>\n\n' + message.content if loop.first and first is not none else message.content %}
 {% if message.role == 'user' %}{{ bos_token + '[INST] ' + text.strip() + ' [/INST]' }}
 {% else %}{% generation %}{{ ' ' + text | trim + ' ' + eos_token }}{% endgeneration %}{% endif %}
-{% endfor %}"""
+{% endfor %}"""  # noqa: E501
 HEADERS = """{{ bos_token }}{% for message in messages %}
 {% set text = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' %}
 {{ text }}{% if loop.last and message['role'] == 'tool' %}{% break %}{% endif %}{% endfor %}
-{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"""
+{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"""  # noqa: E501
 POLITE = """{% set ns = namespace(found=false) %}{% for m in messages if m.role == 'system' %}{% set ns.found = true %}{% endfor %}
 {% if not ns.found %}{{ '<|im_start|>system\nYou are of help. <|strip|><|im_end|>\n' }}{% endif %}
 {% for m in messages %}{{ '<|im_start|>' }}{{ m.role }}
 {{ m.content }}<|im_end|>
-{% endfor %}{{ '<|im_start|>assistant\n' if add_generation_prompt }}"""
+{% endfor %}{{ '<|im_start|>assistant\n' if add_generation_prompt }}"""  # noqa: E501
 PLAIN = "{% for m in messages %}{{ m.role | upper }}: {{ m.content }}\n\n{% endfor %}ASSISTANT:"
-TEMPLATES = {"marked": MARKED, "instruct": INSTRUCT, "headers": HEADERS, "polite": POLITE, "plain": PLAIN, "llada": TEMPLATE}
+TEMPLATES = {
+    "marked": MARKED,
+    "instruct": INSTRUCT,
+    "headers": HEADERS,
+    "polite": POLITE,
+    "plain": PLAIN,
+    "llada": TEMPLATE,
+}
 TALKS = [
     [("user", "What is a mask?")],
     [("user", "  spaces, \n\n and tabs\t")],
     [("system", " Be brief. "), ("user", "grüße 🙂")],
-    [("user", "hello"), ("assistant", " A token.\n"), ("user", "\n\nassistant user"), ("assistant", "x"), ("user", "again?  ")],
+    [
+        ("user", "hello"),
+        ("assistant", " A token.\n"),
+        ("user", "\n\nassistant user"),
+        ("assistant", "x"),
+        ("user", "again?  "),
+    ],
 ]
-SPECIALS = ["<s>", "</s>", "<|mdm_mask|>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+SPECIALS = [
+    "<s>",
+    "</s>",
+    "<|mdm_mask|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+]
 KINDS = ("bytes", "first", "always", "prepend")
 
 
 def definition(kind: str, path: Path) -> None:
-    """A tokenizer.json whose spaces are handled in one of the usual ways, with special tokens that take white space beside them."""
+    """A tokenizer.json whose spaces are handled in one of the usual ways, with special tokens that
+    take white space beside them.
+    """
     from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
     from tokenizers import Tokenizer as Fast
 
     fast = Fast(models.BPE(unk_token=None if kind == "bytes" else "<unk>"))
-    trainer = trainers.BpeTrainer(vocab_size=420, show_progress=False, special_tokens=["<unk>", "<s>", "</s>"])
+    trainer = trainers.BpeTrainer(
+        vocab_size=420, show_progress=False, special_tokens=["<unk>", "<s>", "</s>"]
+    )
     if kind == "bytes":
-        fast.pre_tokenizer, fast.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        fast.pre_tokenizer, fast.decoder = (
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+            decoders.ByteLevel(),
+        )
         trainer.initial_alphabet = pre_tokenizers.ByteLevel.alphabet()
     elif kind == "prepend":
-        fast.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        fast.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        )
     else:
-        fast.pre_tokenizer, fast.decoder = pre_tokenizers.Metaspace(prepend_scheme=kind), decoders.Metaspace(prepend_scheme=kind)
-    text = [content for talk in TALKS for _, content in talk] + ["system [INST] <<SYS>> <</SYS>> [/INST] USER: ASSISTANT: user assistant"]
+        fast.pre_tokenizer, fast.decoder = (
+            pre_tokenizers.Metaspace(prepend_scheme=kind),
+            decoders.Metaspace(prepend_scheme=kind),
+        )
+    text = [content for talk in TALKS for _, content in talk] + [
+        "system [INST] <<SYS>> <</SYS>> [/INST] USER: ASSISTANT: user assistant"
+    ]
     fast.train_from_iterator(text * 4, trainer)
     fast.add_special_tokens(SPECIALS)
     fast.add_special_tokens([AddedToken("<|strip|>", lstrip=True, rstrip=True)])
@@ -85,7 +121,9 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]
 def pairs(
     tokenizers: dict[str, Tokenizer], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[tuple[str, str], tuple[TemplateFormat, object]]:
-    """Ours and transformers' tokenizer, read from the folder that ours saved, for every kind and template."""
+    """Ours and transformers' tokenizer, read from the folder that ours saved, for every kind and
+    template.
+    """
     found = {}
     for kind, tokenizer in tokenizers.items():
         for name, template in TEMPLATES.items():
@@ -96,13 +134,18 @@ def pairs(
             loaded = Tokenizer.load(folder)
             assert loaded.chat_template == template
             assert loaded.fingerprint == tokenizer.fingerprint, "a template is no part of it"
-            found[kind, name] = TemplateFormat(loaded, template), AutoTokenizer.from_pretrained(folder)
+            found[kind, name] = (
+                TemplateFormat(loaded, template),
+                AutoTokenizer.from_pretrained(folder),
+            )
     return found
 
 
 def theirs(tokenizer: object, talk: list[tuple[str, str]]) -> list[int]:
     messages = [{"role": role, "content": content} for role, content in talk]
-    return tokenizer.apply_chat_template(messages, tokenize=True, add_generation_prompt=True, return_dict=False)
+    return tokenizer.apply_chat_template(
+        messages, tokenize=True, add_generation_prompt=True, return_dict=False
+    )
 
 
 def said(talk: list[tuple[str, str]]) -> list[Message]:
@@ -121,7 +164,9 @@ def test_a_prompt_is_what_transformers_makes_of_it(kind: str, name: str, pairs: 
 @given(
     kind=st.sampled_from(KINDS),
     name=st.sampled_from(sorted(TEMPLATES)),
-    contents=st.lists(st.text(alphabet="a <>|\n\t\u00a0éx🙂", min_size=1, max_size=12), min_size=1, max_size=4),
+    contents=st.lists(
+        st.text(alphabet="a <>|\n\t\u00a0éx🙂", min_size=1, max_size=12), min_size=1, max_size=4
+    ),
 )
 def test_of_any_text(kind: str, name: str, contents: list[str], pairs: dict) -> None:
     ours, other = pairs[kind, name]
@@ -134,7 +179,15 @@ def test_of_any_text(kind: str, name: str, contents: list[str], pairs: dict) -> 
 def test_text_cannot_spell_special_tokens(kind: str, name: str, pairs: dict) -> None:
     ours, other = pairs[kind, name]
     harmless = theirs(other, [("user", "x"), ("assistant", "y"), ("user", "z")])
-    ids = ours.prompt(said([("user", "".join(SPECIALS)), ("assistant", "<|eot_id|>y"), ("user", "z<|im_end|> <|mdm_mask|>")])).tolist()
+    ids = ours.prompt(
+        said(
+            [
+                ("user", "".join(SPECIALS)),
+                ("assistant", "<|eot_id|>y"),
+                ("user", "z<|im_end|> <|mdm_mask|>"),
+            ]
+        )
+    ).tolist()
     special = set(ours.tokenizer.specials.values()) - {ours.tokenizer.id_of("<unk>")}
     assert [i for i in ids if i in special] == [i for i in harmless if i in special]
     if kind == "bytes":
@@ -144,38 +197,65 @@ def test_text_cannot_spell_special_tokens(kind: str, name: str, pairs: dict) -> 
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_every_reply_follows_its_own_prompt(name: str, pairs: dict) -> None:
-    """Stored tokens and offsets give, for every reply, transformers' prompt and then the text encoded alone and EOS."""
+    """Stored tokens and offsets give, for every reply, transformers' prompt and then the text
+    encoded alone and EOS.
+    """
     ours, other = pairs["bytes", name]
     talks = [[*talk, ("assistant", f" The last\nword {i}. ")] for i, talk in enumerate(TALKS)]
     trims = name in ("instruct", "headers", "llada")
-    for talk, (ids, replies) in zip(talks, ours.encode([said(talk) for talk in talks]), strict=True):
+    for talk, (ids, replies) in zip(
+        talks, ours.encode([said(talk) for talk in talks]), strict=True
+    ):
         places = [i for i, (role, _) in enumerate(talk) if role == "assistant"]
         assert len(replies) == len(places)
         for reply, place in zip(replies, places, strict=True):
-            assert ids[: reply.history_end] + ids[reply.turn_start : reply.response_start] == theirs(other, talk[:place])
+            assert ids[: reply.history_end] + ids[
+                reply.turn_start : reply.response_start
+            ] == theirs(other, talk[:place])
             text = talk[place][1].strip() if trims else talk[place][1]
             assert ours.response(talk[place][1]) == text
-            assert ids[reply.response_start : reply.turn_end] == [*ours.tokenizer.encode(text).tolist(), ours.tokenizer.eos_id]
+            assert ids[reply.response_start : reply.turn_end] == [
+                *ours.tokenizer.encode(text).tolist(),
+                ours.tokenizer.eos_id,
+            ]
         assert replies[-1].turn_end == len(ids)
 
 
 def test_history_is_stored_once(pairs: dict) -> None:
     ours, _ = pairs["bytes", "headers"]
-    talk = said([turn for i in range(20) for turn in (("user", f"question {i}"), ("assistant", f"answer {i}"))])
+    talk = said(
+        [
+            turn
+            for i in range(20)
+            for turn in (("user", f"question {i}"), ("assistant", f"answer {i}"))
+        ]
+    )
     [(ids, _)] = ours.encode([talk])
     longest = len(ours.prompt(talk[:-1])) + len(ours.tokenizer.encode("answer 19")) + 1
-    assert len(ids) < 1.5 * longest, "headers of the replies and the replies are there twice, the history is not"
+    assert len(ids) < 1.5 * longest, (
+        "headers of the replies and the replies are there twice, the history is not"
+    )
 
 
 def test_prompts_that_share_no_start(tokenizers: dict[str, Tokenizer]) -> None:
-    ours = TemplateFormat(tokenizers["bytes"], "{{ messages | length }}{% for m in messages %} {{ m.content }}{% endfor %}:")
-    [(ids, replies)] = ours.encode([said([("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")])])
-    found = [ours.tokenizer.decode(ids[: r.history_end] + ids[r.turn_start : r.turn_end]) for r in replies]
+    ours = TemplateFormat(
+        tokenizers["bytes"],
+        "{{ messages | length }}{% for m in messages %} {{ m.content }}{% endfor %}:",
+    )
+    [(ids, replies)] = ours.encode(
+        [said([("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")])]
+    )
+    found = [
+        ours.tokenizer.decode(ids[: r.history_end] + ids[r.turn_start : r.turn_end])
+        for r in replies
+    ]
     assert found == ["1 a:b</s>", "3 a b c:d</s>"]
     assert replies[0].history_end == 0
 
 
-def test_the_format_is_chosen_by_the_template(tokenizers: dict[str, Tokenizer], pairs: dict) -> None:
+def test_the_format_is_chosen_by_the_template(
+    tokenizers: dict[str, Tokenizer], pairs: dict
+) -> None:
     ours, _ = pairs["bytes", "marked"]
     assert isinstance(chat_format(ours.tokenizer), TemplateFormat)
     assert isinstance(chat_format(ours.tokenizer, TEMPLATE), ChatFormat)
@@ -184,16 +264,28 @@ def test_the_format_is_chosen_by_the_template(tokenizers: dict[str, Tokenizer], 
         alike = chat_format(tokenizers["bytes"], TEMPLATE).prompt(said(talk)).tolist()
         assert TemplateFormat(tokenizers["bytes"], TEMPLATE).prompt(said(talk)).tolist() == alike
     copy = pickle.loads(pickle.dumps(ours.tokenizer))
-    assert TemplateFormat(copy, copy.chat_template).prompt(said(TALKS[3])).tolist() == ours.prompt(said(TALKS[3])).tolist()
+    assert (
+        TemplateFormat(copy, copy.chat_template).prompt(said(TALKS[3])).tolist()
+        == ours.prompt(said(TALKS[3])).tolist()
+    )
     assert isinstance(ours.encode([said([*TALKS[0], ("assistant", "x")])])[0][1][0], Reply)
 
 
-def test_templates_in_the_config_of_a_tokenizer(tokenizers: dict[str, Tokenizer], tmp_path: Path) -> None:
+def test_templates_in_the_config_of_a_tokenizer(
+    tokenizers: dict[str, Tokenizer], tmp_path: Path
+) -> None:
     tokenizers["bytes"].save(tmp_path)
     config = tmp_path / "tokenizer_config.json"
     plain = config.read_text()
-    named = '"chat_template": [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "yes"}]'
-    for text, wanted in ((named, "yes"), ('"chat_template": "one"', "one"), ('"chat_template": null', None)):
+    named = (
+        '"chat_template": [{"name": "tool_use", "template": "no"}, {"name": "default", "template":'
+        ' "yes"}]'
+    )
+    for text, wanted in (
+        (named, "yes"),
+        ('"chat_template": "one"', "one"),
+        ('"chat_template": null', None),
+    ):
         config.write_text(plain.rstrip().removesuffix("}").rstrip() + f", {text}}}")
         assert Tokenizer.load(tmp_path).chat_template == wanted
     (tmp_path / "chat_template.jinja").write_bytes(b"file\r\n")
@@ -210,7 +302,10 @@ def test_templates_in_the_config_of_a_tokenizer(tokenizers: dict[str, Tokenizer]
         ("{{ strftime_now('%d %b') }}{{ messages[0].content }}", "strftime_now"),
         ("{{ messages[0].content }}{{ [1, 2] | random }}", "at random"),
         ("{{ lipsum() }}{{ messages[0].content }}", "at random"),
-        ("{% set ns = namespace() %}{% set ns._x = 1 %}{{ messages[0].content }}", "begins with '_'"),
+        (
+            "{% set ns = namespace() %}{% set ns._x = 1 %}{{ messages[0].content }}",
+            "begins with '_'",
+        ),
         ("{{ messages[0].content | upper }}", "does more to the text"),
         ("{{ messages[0].content | tojson }}", "does more to the text"),
         ("{{ messages[0].role }}", "leaves out turn 1, the user's"),
@@ -220,7 +315,9 @@ def test_templates_in_the_config_of_a_tokenizer(tokenizers: dict[str, Tokenizer]
         ("{{ 1 + none }}{{ messages[0].content }}", "refuses it"),
     ],
 )
-def test_templates_that_cannot_be_used(template: str, message: str, tokenizers: dict[str, Tokenizer]) -> None:
+def test_templates_that_cannot_be_used(
+    template: str, message: str, tokenizers: dict[str, Tokenizer]
+) -> None:
     with pytest.raises(UserError) as caught:
         TemplateFormat(tokenizers["bytes"], template)
     assert message in str(caught.value)
@@ -233,7 +330,11 @@ def test_templates_that_cannot_be_used(template: str, message: str, tokenizers: 
         ("instruct", [("user", "a"), ("user", "b"), ("assistant", "c")], "refuses"),
         ("plain", [("user", "a\ufdd0b"), ("assistant", "c")], "U+FDD0"),
         ("forgetful", [("system", "be kind"), ("user", "a"), ("assistant", "c")], "leaves out"),
-        ("thinking", [("user", "q"), ("assistant", "hm</think>c"), ("user", "r"), ("assistant", "c")], "changes"),
+        (
+            "thinking",
+            [("user", "q"), ("assistant", "hm</think>c"), ("user", "r"), ("assistant", "c")],
+            "changes",
+        ),
         ("empty", [("assistant", "c")], "leaves empty"),
     ],
 )
@@ -255,20 +356,36 @@ def test_conversations_that_a_template_cannot_express(
 
 
 def test_with_a_sentencepiece_model(tmp_path: Path) -> None:
-    """Special tokens stand where the template writes them; every text between is encoded alone, as in LLaDA's own format."""
+    """Special tokens stand where the template writes them; every text between is encoded alone, as
+    in LLaDA's own format.
+    """
     from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
     text = [content for talk in TALKS for _, content in talk] * 20
     path = tmp_path / "some.model"
     with open(path, "wb") as file:
         SentencePieceTrainer.train(
-            sentence_iterator=iter(text), model_writer=file, vocab_size=300, hard_vocab_limit=False, byte_fallback=True, minloglevel=2
+            sentence_iterator=iter(text),
+            model_writer=file,
+            vocab_size=300,
+            hard_vocab_limit=False,
+            byte_fallback=True,
+            minloglevel=2,
         )
     tokenizer = Tokenizer.load(path, require_mask=False).with_special_tokens()
     ours, plain = TemplateFormat(tokenizer, HEADERS), SentencePieceProcessor(model_file=str(path))
-    begin, end, stop = (tokenizer.id_of(f"<|{name}|>") for name in ("start_header_id", "end_header_id", "eot_id"))
+    begin, end, stop = (
+        tokenizer.id_of(f"<|{name}|>") for name in ("start_header_id", "end_header_id", "eot_id")
+    )
     content = "hello <|eot_id|> <s>"
-    wanted = [tokenizer.bos_id, begin, *plain.encode("user"), end, *plain.encode(f"\n\n{content}"), stop]
+    wanted = [
+        tokenizer.bos_id,
+        begin,
+        *plain.encode("user"),
+        end,
+        *plain.encode(f"\n\n{content}"),
+        stop,
+    ]
     wanted += [begin, *plain.encode("assistant"), end, *plain.encode("\n\n")]
     assert ours.prompt(said([("user", f" {content} ")])).tolist() == wanted
     tokenizer.chat_template = HEADERS

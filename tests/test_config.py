@@ -1,4 +1,6 @@
-"""Config: strict keys, clear refusals, round trips, and a documentation page that lists every setting."""
+"""Config: strict keys, clear refusals, round trips, and a documentation page that lists every
+setting.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +24,20 @@ CLUSTERS = sorted((ROOT / "configs" / "clusters").glob("*.yaml"))
 DEMO = ROOT / "configs" / "demo" / "pretrain.yaml"
 
 
-def settings(section: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+def settings(
+    section: type[BaseModel] = RunConfig, prefix: str = ""
+) -> Iterator[tuple[str, FieldInfo]]:
     """Every setting with its dotted name; items of lists as `.N.`."""
     for name, field in section.model_fields.items():
         key = prefix + (field.alias or name)
-        inner = next((a for a in (field.annotation, *get_args(field.annotation)) if isinstance(a, type) and issubclass(a, BaseModel)), None)
+        inner = next(
+            (
+                a
+                for a in (field.annotation, *get_args(field.annotation))
+                if isinstance(a, type) and issubclass(a, BaseModel)
+            ),
+            None,
+        )
         if inner is None:
             yield key, field
         else:
@@ -38,8 +49,13 @@ def settings_table(root: type[BaseModel] = RunConfig) -> str:
     rows = ["| Setting | Default | Meaning |", "|---|---|---|"]
     for key, field in settings(root):
         value = field.get_default(call_default_factory=True)  # type: ignore[call-arg]
-        default = "required" if field.is_required() else f"`{yaml.safe_dump(value).splitlines()[0]}`"
-        rows.append(f"| `{key}` | {default} | {' '.join((field.description or '').split()).replace('|', '/')} |")
+        default = (
+            "required" if field.is_required() else f"`{yaml.safe_dump(value).splitlines()[0]}`"
+        )
+        rows.append(
+            f"| `{key}` | {default} |"
+            f" {' '.join((field.description or '').split()).replace('|', '/')} |"
+        )
     return "\n".join(rows)
 
 
@@ -50,7 +66,11 @@ def test_every_setting_is_documented() -> None:
     assert settings_table(ClusterProfile) in (ROOT / "docs" / "slurm.md").read_text()
 
 
-@pytest.mark.parametrize("path", sorted(set((ROOT / "configs").glob("*/*.yaml")) - set(CLUSTERS)), ids=lambda p: p.parent.name)
+@pytest.mark.parametrize(
+    "path",
+    sorted(set((ROOT / "configs").glob("*/*.yaml")) - set(CLUSTERS)),
+    ids=lambda p: p.parent.name,
+)
 def test_shipped_configs(path: Path, tmp_path: Path) -> None:
     config = load_config(path)
     schedule = Schedule(config.schedule, config.tokens_per_step)
@@ -61,18 +81,42 @@ def test_shipped_configs(path: Path, tmp_path: Path) -> None:
 
 def test_the_published_numbers() -> None:
     large = load_config(ROOT / "configs" / "llada_8b" / "pretrain.yaml")
-    assert (large.batch.global_, large.data.sequence_length, large.optimizer.weight_decay, large.objective.eps) == (1280, 4096, 0.1, 1e-3)
+    assert (
+        large.batch.global_,
+        large.data.sequence_length,
+        large.optimizer.weight_decay,
+        large.objective.eps,
+    ) == (1280, 4096, 0.1, 1e-3)
     schedule = Schedule(large.schedule, large.tokens_per_step)
     assert schedule.steps == large.train.steps
     assert large.train.steps * large.tokens_per_step == pytest.approx(2.3e12, rel=1e-5)
-    with pytest.raises(UserError, match=r"parallel.tensor: 4 does not divide model.ffn_hidden_size = 5634"):
+    with pytest.raises(
+        UserError, match=r"parallel.tensor: 4 does not divide model.ffn_hidden_size = 5634"
+    ):
         load_config(ROOT / "configs" / "llada_1b" / "pretrain.yaml", ["parallel.tensor=4"])
 
 
 def test_overrides() -> None:
-    config = load_config(DEMO, ["train.steps=7", "data.mixture.0.path=x", "run.init_from=null", "optimizer.beta2=0.9", "batch.global=32"])
-    assert (config.train.steps, config.data.mixture[0].path, config.run.init_from, config.optimizer.beta2) == (7, "x", None, 0.9)
-    assert load_config(DEMO, ["data.mixture=[{path: a, weight: 2}, {path: b}]"]).data.mixture[0].weight == 2
+    config = load_config(
+        DEMO,
+        [
+            "train.steps=7",
+            "data.mixture.0.path=x",
+            "run.init_from=null",
+            "optimizer.beta2=0.9",
+            "batch.global=32",
+        ],
+    )
+    assert (
+        config.train.steps,
+        config.data.mixture[0].path,
+        config.run.init_from,
+        config.optimizer.beta2,
+    ) == (7, "x", None, 0.9)
+    assert (
+        load_config(DEMO, ["data.mixture=[{path: a, weight: 2}, {path: b}]"]).data.mixture[0].weight
+        == 2
+    )
 
 
 @pytest.mark.parametrize(
@@ -81,17 +125,26 @@ def test_overrides() -> None:
         ("train.stps=3", "train.stps: unknown setting (did you mean 'train.steps'?)"),
         ("batch.globl=3", "did you mean 'batch.global'?"),
         ("modl.num_layers=3", "modl: unknown setting (did you mean 'model'?)"),
-        ("data.mixture.0.pth=x", "data.mixture.0.pth: unknown setting (did you mean 'data.mixture.0.path'?)"),
+        (
+            "data.mixture.0.pth=x",
+            "data.mixture.0.pth: unknown setting (did you mean 'data.mixture.0.path'?)",
+        ),
         ("data.mixture.5.path=x", "'5' is not an index of this list of 1"),
         ("train.steps=many", "train.steps: 'many' is not allowed"),
         ("train.steps=1.5", "train.steps: 1.5 is not allowed"),
-        ("train.steps=0", "train.steps: 0 is not allowed: input should be greater than or equal to 1"),
+        (
+            "train.steps=0",
+            "train.steps: 0 is not allowed: input should be greater than or equal to 1",
+        ),
         ("objective.masking=bernouli", "(did you mean 'bernoulli'?)"),
         ("engine=deepspeed", "engine: 'deepspeed' is not allowed"),
         ("optimizer.eps=.nan", "optimizer.eps: nan is not allowed"),
         ("batch.micro=3", "batch.global: "),
         ("model.num_attention_heads=5", "model.hidden_size: "),
-        ("model.num_query_groups=3", "model.num_query_groups: 3 does not divide num_attention_heads"),
+        (
+            "model.num_query_groups=3",
+            "model.num_query_groups: 3 does not divide num_attention_heads",
+        ),
         ("parallel.tensor=3", "parallel.tensor: 3 does not divide"),
         ("parallel.pipeline=3", "parallel.pipeline: 3 does not divide model.num_layers"),
         ("parallel.sequence=true", "parallel.sequence: true needs parallel.tensor > 1"),
@@ -100,15 +153,27 @@ def test_overrides() -> None:
         ("schedule.stages.0.end=null", "schedule.stages.0.end: missing"),
         ("validation.windows=10", "validation.windows: 10 is not allowed"),
         ("model.hidden_size=1000000000000", "model.hidden_size: 1000000000000 is not allowed"),
-        ("model.num_layers=1000000000", "model.num_layers: 1000000000 is not allowed: input should be less than or equal to 10000"),
+        (
+            "model.num_layers=1000000000",
+            (
+                "model.num_layers: 1000000000 is not allowed: input should be less than or equal to"
+                " 10000"
+            ),
+        ),
         ("batch.global=1000000000000000000", "batch.global: 1000000000000000000 is not allowed"),
-        ("data.sequence_length=1000000000000", "data.sequence_length: 1000000000000 is not allowed"),
+        (
+            "data.sequence_length=1000000000000",
+            "data.sequence_length: 1000000000000 is not allowed",
+        ),
         ("train.steps=" + "9" * 30, "train.steps: "),
         ("train.steps=" + "9" * 5000, "not valid YAML"),
         ("seed=010", "override 'seed=010': 010 is an octal number to some YAML readers"),
         ("seed=0b11", "0b11 is a binary number to some YAML readers"),
         ("seed=1:30", "1:30 is a number to base 60"),
-        ("run.dir=no", "no is false to some YAML readers and text to others; write false, or 'no' in quotes"),
+        (
+            "run.dir=no",
+            "no is false to some YAML readers and text to others; write false, or 'no' in quotes",
+        ),
         ("run.dir=" + "[" * 3000 + "]" * 3000, "nested too deeply"),
         ("steps", "write key.sub=value"),
         ("train.steps.x=1", "is a single value and has no setting"),
@@ -121,7 +186,11 @@ def test_refusals(override: str, message: str) -> None:
 
 
 def test_unreadable_files(tmp_path: Path) -> None:
-    for name, content, message in (("a", b"a: [", "not valid YAML"), ("b", b"- 1", "mapping"), ("c", b"\xff\xfe\x00", "not valid YAML")):
+    for name, content, message in (
+        ("a", b"a: [", "not valid YAML"),
+        ("b", b"- 1", "mapping"),
+        ("c", b"\xff\xfe\x00", "not valid YAML"),
+    ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match=message):
             load_config(tmp_path / name)
@@ -142,12 +211,17 @@ def test_unreadable_files(tmp_path: Path) -> None:
         ("seed: " + "9" * 5000, "not valid YAML"),
         (
             "a: &a [1,1,1,1,1,1,1,1,1,1]\n"
-            + "".join(f"{y}: &{y} [" + ",".join([f"*{x}"] * 10) + "]\n" for x, y in ("ab", "bc", "cd", "de", "ef")),
+            + "".join(
+                f"{y}: &{y} [" + ",".join([f"*{x}"] * 10) + "]\n"
+                for x, y in ("ab", "bc", "cd", "de", "ef")
+            ),
             "more than 100,000",
         ),
     ],
 )
-def test_yaml_that_readers_disagree_about_is_refused(text: str, message: str, tmp_path: Path) -> None:
+def test_yaml_that_readers_disagree_about_is_refused(
+    text: str, message: str, tmp_path: Path
+) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(text)
     with pytest.raises(UserError) as refused:
@@ -158,7 +232,16 @@ def test_yaml_that_readers_disagree_about_is_refused(text: str, message: str, tm
 def test_what_all_yaml_readers_agree_about_is_read(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("a: '010'\nb: \"yes\"\nc: True\nd: 0\ne: 0.5\nf: 1e-3\ng: 12:x\nh: 0x10")
-    assert read_yaml(path) == {"a": "010", "b": "yes", "c": True, "d": 0, "e": 0.5, "f": 1e-3, "g": "12:x", "h": 16}
+    assert read_yaml(path) == {
+        "a": "010",
+        "b": "yes",
+        "c": True,
+        "d": 0,
+        "e": 0.5,
+        "f": 1e-3,
+        "g": "12:x",
+        "h": 16,
+    }
 
 
 def test_a_missing_setting_is_named() -> None:
@@ -192,9 +275,15 @@ def test_help_is_quick_because_nothing_heavy_is_imported() -> None:
     import sys
 
     code = (
-        "import sys; import llada.cli; print([m for m in ('torch', 'numpy', 'megatron', 'transformers', 'pydantic') if m in sys.modules])"
+        "import sys; import llada.cli; print([m for m in ('torch', 'numpy', 'megatron',"
+        " 'transformers', 'pydantic') if m in sys.modules])"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+        ).stdout.strip()
+        == "[]"
+    )
 
 
 def test_names_in_messages_are_whole() -> None:

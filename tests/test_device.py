@@ -11,7 +11,9 @@ from llada import device
 from llada.errors import UserError
 
 
-def test_cpu_hides_the_gpus_of_this_process_and_its_children(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cpu_hides_the_gpus_of_this_process_and_its_children(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("LLADA_DEVICE", "cpu")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -22,8 +24,12 @@ def test_cpu_hides_the_gpus_of_this_process_and_its_children(monkeypatch: pytest
 
 @pytest.mark.parametrize("wanted", ["", "cuda"])
 @pytest.mark.parametrize("there", [True, False])
-def test_a_gpu_is_used_where_there_is_one_and_on_request_insisted_on(wanted: str, there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A driver that has failed must not turn a run on a cluster into one on the CPU without a word."""
+def test_a_gpu_is_used_where_there_is_one_and_on_request_insisted_on(
+    wanted: str, there: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A driver that has failed must not turn a run on a cluster into one on the CPU without
+    a word.
+    """
     monkeypatch.setenv("LLADA_DEVICE", wanted)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there)

@@ -1,4 +1,6 @@
-"""The documents against the code: links lead somewhere, and every command, option and setting they show exists."""
+"""The documents against the code: links lead somewhere, and every command, option and setting they
+show exists.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,11 @@ from pydantic import BaseModel
 from llada.config import RunConfig
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = sorted(path for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/**/*.md") for path in ROOT.glob(name))
+DOCUMENTS = sorted(
+    path
+    for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/**/*.md")
+    for path in ROOT.glob(name)
+)
 SHELL_FENCES = {"", "bash", "sh", "shell", "console"}
 FILE_SUFFIXES = {"py", "yaml", "json", "jsonl", "safetensors", "txt", "md", "bin"}
 OVERRIDE = re.compile(r"([a-z][a-z_]*(?:\.[a-z0-9_]+)*)=")
@@ -64,19 +70,30 @@ def inline_code(prose: list[tuple[int, str]]) -> Iterator[tuple[int, str]]:
 
 def heading_anchors(path: Path) -> set[str]:
     """The anchors GitHub gives the headings of a document."""
-    headings = [re.match(r"#{1,6}\s+(.*)", line) for _, line in split_markdown(path.read_text(encoding="utf-8"))[1]]
-    return {re.sub(r"[^\w\- ]", "", heading[1].strip().lower()).replace(" ", "-") for heading in headings if heading}
+    headings = [
+        re.match(r"#{1,6}\s+(.*)", line)
+        for _, line in split_markdown(path.read_text(encoding="utf-8"))[1]
+    ]
+    return {
+        re.sub(r"[^\w\- ]", "", heading[1].strip().lower()).replace(" ", "-")
+        for heading in headings
+        if heading
+    }
 
 
 def broken_links(path: Path) -> list[str]:
     broken = []
     for number, line in split_markdown(path.read_text(encoding="utf-8"))[1]:
-        for target in re.findall(r"\]\(\s*<?([^)\s>]+)>?(?:\s+\"[^\"]*\")?\s*\)", re.sub(r"`[^`]*`", "", line)):
+        for target in re.findall(
+            r"\]\(\s*<?([^)\s>]+)>?(?:\s+\"[^\"]*\")?\s*\)", re.sub(r"`[^`]*`", "", line)
+        ):
             if re.match(r"[a-z][a-z+.-]*:", target):
                 continue  # http:, mailto:
             file, _, anchor = target.partition("#")
             resolved = (path.parent / file).resolve() if file else path
-            if not resolved.exists() or (anchor and resolved.suffix == ".md" and anchor not in heading_anchors(resolved)):
+            if not resolved.exists() or (
+                anchor and resolved.suffix == ".md" and anchor not in heading_anchors(resolved)
+            ):
                 broken.append(f"{path.name}:{number} {target}")
     return broken
 
@@ -99,8 +116,11 @@ def llada_commands(text: str) -> Iterator[tuple[int, list[str]]]:
 
 
 def commands_of_line(line: str) -> Iterator[list[str]]:
-    """The words after `llada` (or `-m llada`) in each command of a shell line; prompts, launchers and output are passed over."""
-    # Aligned lists show a command and, after two or more spaces, what it is for or the next command.
+    """The words after `llada` (or `-m llada`) in each command of a shell line; prompts, launchers
+    and output are passed over.
+    """
+    # Aligned lists show a command and, after two or more spaces, what it is for or the next
+    # command.
     for part in re.split(r"\s{2,}(?=[A-Za-z(])", line.strip().removeprefix("$ ")):
         try:
             lexer = shlex.shlex(part, posix=True, punctuation_chars="|&;<>")
@@ -128,9 +148,15 @@ def command_start(words: list[str]) -> int | None:
 
 
 def is_launcher(words: list[str]) -> bool:
-    """Whether `llada` may follow these words: `torchrun ... -m`, `python -m`, `srun ...`, `time`, NAME=value."""
+    """Whether `llada` may follow these words: `torchrun ... -m`, `python -m`, `srun ...`, `time`,
+    NAME=value.
+    """
     words = [word for word in words if not re.match(r"[A-Z_][A-Z0-9_]*=", word)]
-    return not words or words[-1] == "-m" or Path(words[0]).name in {"srun", "time", "torchrun", "timeout", "nohup", "env", "exec"}
+    return (
+        not words
+        or words[-1] == "-m"
+        or Path(words[0]).name in {"srun", "time", "torchrun", "timeout", "nohup", "env", "exec"}
+    )
 
 
 def is_placeholder(word: str) -> bool:
@@ -139,7 +165,9 @@ def is_placeholder(word: str) -> bool:
 
 
 def command_problem(root: Any, words: list[str]) -> str | None:
-    """What is wrong with a command's subcommand or options, or None. `root` is the click command of `llada`."""
+    """What is wrong with a command's subcommand or options, or None. `root` is the click command of
+    `llada`.
+    """
     command, known = root, {"--help", *options_of(root)}
     for word in words:
         if set(word) <= set("<>&"):
@@ -161,9 +189,8 @@ def command_problem(root: Any, words: list[str]) -> str | None:
                 return f"no command '{word}'; there are {', '.join(sorted(commands))}"
             command = commands[word]
             known |= options_of(command)
-            if command.context_settings.get(
-                "ignore_unknown_options"
-            ):  # `llada launch data-prepare` hands its options on to `llada data prepare`
+            # `llada launch data-prepare` hands its options on to `llada data prepare`
+            if command.context_settings.get("ignore_unknown_options"):
                 known |= options_of(root.commands["data"].commands[word.removeprefix("data-")])
     return None
 
@@ -184,7 +211,9 @@ def section_of(annotation: Any) -> type[BaseModel] | None:
     """The settings group inside an annotation such as `Group`, `Group | None` or `list[Group]`."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    return next((found for part in get_args(annotation) if (found := section_of(part)) is not None), None)
+    return next(
+        (found for part in get_args(annotation) if (found := section_of(part)) is not None), None
+    )
 
 
 def settings_of(section: type[BaseModel]) -> dict[str, Any]:
@@ -219,10 +248,13 @@ def keys_of(value: Any, prefix: str = "") -> Iterator[str]:
 
 
 def documented_keys(text: str) -> Iterator[tuple[int, str]]:
-    """Line and dotted key of every setting a document shows: in YAML, as an override of a command, or as inline code."""
+    """Line and dotted key of every setting a document shows: in YAML, as an override of a command,
+    or as inline code.
+    """
     blocks, prose = split_markdown(text)
     for block in blocks:
-        # A fence with more than the one word (```yaml cluster) is some other file than a run's config.
+        # A fence with more than the one word (```yaml cluster) is some other file than a run's
+        # config.
         if block.language in {"yaml", "yml"}:
             parsed = yaml.safe_load(re.sub(r"(?m)^\s*(\.\.\.|…)\s*$", "", block.text))
             yield from ((block.line, key) for key in keys_of(parsed))
@@ -235,7 +267,11 @@ def documented_keys(text: str) -> Iterator[tuple[int, str]]:
         found = re.fullmatch(r"([a-z_]+(?:\.[a-z0-9_]+)+)(=\S*)?", span)
         if found and re.fullmatch(r"model\..+\.weight", found[1]):
             continue  # a tensor
-        if found and found[1].split(".")[0] in groups and (found[2] or found[1].split(".")[-1] not in FILE_SUFFIXES):
+        if (
+            found
+            and found[1].split(".")[0] in groups
+            and (found[2] or found[1].split(".")[-1] not in FILE_SUFFIXES)
+        ):
             yield number, found[1]
 
 
@@ -254,12 +290,22 @@ def command_line() -> Any:
 def tracked_files() -> list[Path]:
     """The files git tracks, and those it would; every file when this is not a git checkout."""
     listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=False
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if listed.returncode == 0:
-        return [path for name in listed.stdout.split("\0") if name and (path := ROOT / name).is_file()]
+        return [
+            path for name in listed.stdout.split("\0") if name and (path := ROOT / name).is_file()
+        ]
     unpacked = (path for path in ROOT.rglob("*") if path.is_file())
-    return [path for path in unpacked if not {".venv", "build", "runs", "__pycache__"} & set(path.relative_to(ROOT).parts)]
+    return [
+        path
+        for path in unpacked
+        if not {".venv", "build", "runs", "__pycache__"} & set(path.relative_to(ROOT).parts)
+    ]
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
@@ -271,15 +317,25 @@ def test_links_lead_somewhere(path: Path):
 def test_commands_exist(path: Path):
     root = command_line()
     shown = llada_commands(path.read_text(encoding="utf-8"))
-    wrong = [f"{path.name}:{line} llada {' '.join(words)}: {problem}" for line, words in shown if (problem := command_problem(root, words))]
+    wrong = [
+        f"{path.name}:{line} llada {' '.join(words)}: {problem}"
+        for line, words in shown
+        if (problem := command_problem(root, words))
+    ]
     assert not wrong, "\n".join(wrong)
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_settings_exist(path: Path):
     shown = documented_keys(path.read_text(encoding="utf-8"))
-    wrong = [f"{path.name}:{line} {problem}" for line, key in shown if (problem := key_problem(key))]
-    assert not wrong, "\n".join(wrong) + "\n(a YAML block that is not a run's config: give its fence a second word, as in ```yaml cluster)"
+    wrong = [
+        f"{path.name}:{line} {problem}" for line, key in shown if (problem := key_problem(key))
+    ]
+    assert not wrong, (
+        "\n".join(wrong)
+        + "\n(a YAML block that is not a run's config: give its fence a second word, as in ```yaml"
+        " cluster)"
+    )
 
 
 def test_no_file_names_a_place_of_one_machine():
@@ -329,7 +385,7 @@ anything: 1
 ```
 
 Set `batch.global=8`, `model.depth` or `data.json`; run `llada config`.
-"""
+"""  # noqa: E501
 
 
 def test_the_checks_find_what_is_wrong(tmp_path: Path):
@@ -345,7 +401,11 @@ def test_the_checks_find_what_is_wrong(tmp_path: Path):
         ["config", "CONFIG", "[key.sub=value", "...]"],
         ["config"],
     ]
-    wrong = [problem.partition(":")[0] for _, key in documented_keys(SAMPLE) if (problem := key_problem(key))]
+    wrong = [
+        problem.partition(":")[0]
+        for _, key in documented_keys(SAMPLE)
+        if (problem := key_problem(key))
+    ]
     assert wrong == ["train.step", "data.mixture.0.wieght", "batch.global_", "model.depth"]
 
 
@@ -363,7 +423,14 @@ def test_unknown_commands_and_options_are_found():
     def config(path: str) -> None: ...
 
     root = get_command(app)
-    for good in ("data prepare --workers 4", "data prepare [--workers N]", "data ...", "config CONFIG", "--help", "data --help"):
+    for good in (
+        "data prepare --workers 4",
+        "data prepare [--workers N]",
+        "data ...",
+        "config CONFIG",
+        "--help",
+        "data --help",
+    ):
         assert command_problem(root, good.split()) is None, good
     for bad in ("prepare", "data prepair", "data prepare --worker 4", "config x --workers 2"):
         assert command_problem(root, bad.split()), bad

@@ -1,4 +1,6 @@
-"""Files and folders that appear whole or not at all, and never in the place of what another command made."""
+"""Files and folders that appear whole or not at all, and never in the place of what another command
+made.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ def no_links(*_: object) -> None:
 
 
 @pytest.mark.parametrize("links", [True, False])
-def test_a_file_that_appears_meanwhile_is_kept(links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_file_that_appears_meanwhile_is_kept(
+    links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     if not links:
         monkeypatch.setattr(files, "os", like(os, link=no_links))
     output = tmp_path / "new" / "out"
@@ -51,10 +55,16 @@ def test_a_folder_that_appears_meanwhile_is_kept(tmp_path: Path):
 
 
 def test_a_failure_leaves_no_parent_folder(tmp_path: Path):
-    for make in (lambda path: new_file(path, False), lambda path: new_folder(path, False, "a thing", ("a",))):
+    for make in (
+        lambda path: new_file(path, False),
+        lambda path: new_folder(path, False, "a thing", ("a",)),
+    ):
         with pytest.raises(ValueError), make(tmp_path / "a" / "b" / "c"):
             raise ValueError
         (tmp_path / "file").touch()
-        with pytest.raises(UserError, match=r"c' cannot be made \(Not a directory\)"), make(tmp_path / "file" / "b" / "c"):
+        with (
+            pytest.raises(UserError, match=r"c' cannot be made \(Not a directory\)"),
+            make(tmp_path / "file" / "b" / "c"),
+        ):
             pass
     assert os.listdir(tmp_path) == ["file"]

@@ -61,14 +61,32 @@ def test_what_a_config_leaves_out_comes_from_the_folder(make: Any, tmp_path: Pat
     assert (whole.num_layers, whole.rope_theta, whole.norm_eps, whole.kv_heads) == (2, 1e4, 1e-6, 4)
     assert load_config(write(tmp_path, {"from": source})).model == whole
     assert load_config(write(tmp_path, CONFIG["model"], init_from=source)).model == whole
-    assert load_config(write(tmp_path, {"from": source, "num_query_groups": 4, "embedding_init_std": 1.0})).model.embedding_init_std == 1.0
-    assert load_config(write(tmp_path, CONFIG["model"]), [f"run.init_from={source}", "model.norm_eps=1e-5"]).model.norm_eps == 1e-5
-    with pytest.raises(UserError, match=r"^model.norm_eps: 1e-05, but model.from: .*source has 1e-06; leave one of the two out$"):
+    assert (
+        load_config(
+            write(tmp_path, {"from": source, "num_query_groups": 4, "embedding_init_std": 1.0})
+        ).model.embedding_init_std
+        == 1.0
+    )
+    assert (
+        load_config(
+            write(tmp_path, CONFIG["model"]), [f"run.init_from={source}", "model.norm_eps=1e-5"]
+        ).model.norm_eps
+        == 1e-5
+    )
+    with pytest.raises(
+        UserError,
+        match=(
+            r"^model.norm_eps: 1e-05, but model.from: .*source has 1e-06; leave one of the two out$"
+        ),
+    ):
         load_config(write(tmp_path, {"from": source, "norm_eps": 1e-5}))
 
 
 def test_a_run_whose_source_is_gone_has_its_own_section(tmp_path: Path) -> None:
-    source, config = run_folder(tmp_path / "source"), write(tmp_path, None, init_from=str(tmp_path / "source"))
+    source, config = (
+        run_folder(tmp_path / "source"),
+        write(tmp_path, None, init_from=str(tmp_path / "source")),
+    )
     model = load_config(config).model
     shutil.rmtree(source)
     with pytest.raises(UserError, match=r"^run.init_from: no folder '.*source'"):
@@ -77,7 +95,9 @@ def test_a_run_whose_source_is_gone_has_its_own_section(tmp_path: Path) -> None:
     (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump({"model": model.model_dump()}))
     assert load_config(config).model == model
     partial = write(tmp_path, CONFIG["model"], init_from=str(source))
-    assert load_config(partial).model == model, "what it leaves out was taken from the folder before, and must not become a default now"
+    assert load_config(partial).model == model, (
+        "what it leaves out was taken from the folder before, and must not become a default now"
+    )
 
 
 def test_without_a_source_the_section_is_required(tmp_path: Path) -> None:

@@ -18,13 +18,24 @@ def test_streams_do_not_depend_on_what_was_drawn_before() -> None:
 
 
 def test_streams_of_different_keys_differ() -> None:
-    draws = [noise.mask_uniforms(seed, sample, 32, purpose) for seed in (0, 1) for sample in (0, 1) for purpose in ("train", "validation")]
+    draws = [
+        noise.mask_uniforms(seed, sample, 32, purpose)
+        for seed in (0, 1)
+        for sample in (0, 1)
+        for purpose in ("train", "validation")
+    ]
     assert len({tuple(draw) for draw in draws}) == len(draws)
 
 
 def test_raw_philox_words_are_those_of_the_published_algorithm() -> None:
     """Philox-4x64-10 from its definition (Salmon et al.), in Python integers."""
-    mask, m0, m1, w0, w1 = 2**64 - 1, 0xD2E7470EE14C6C93, 0xCA5A826395121157, 0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B
+    mask, m0, m1, w0, w1 = (
+        2**64 - 1,
+        0xD2E7470EE14C6C93,
+        0xCA5A826395121157,
+        0x9E3779B97F4A7C15,
+        0xBB67AE8584CAA73B,
+    )
     c, k = [1, 5, 0, 0], [7, noise.purpose_key("x")]
     for round_ in range(10):
         if round_:
@@ -54,7 +65,8 @@ def test_stratified_t_has_one_value_in_each_stratum() -> None:
 def test_strata_are_as_wide_as_the_segments_share() -> None:
     shares = np.array([100.0, 300.0, 600.0])
     t = noise.timesteps(1, 0, shares, "stratified")
-    order = np.argsort(noise.stream(1, "train/t-stratified", 0).random_raw(4)[1:], kind="stable")  # after the offset's draw
+    # after the offset's draw
+    order = np.argsort(noise.stream(1, "train/t-stratified", 0).random_raw(4)[1:], kind="stable")
     middles = np.cumsum(shares[order]) - shares[order] / 2
     distance = (t[order] - middles / 1000) % 1
     np.testing.assert_allclose(distance, distance[0], atol=1e-12)
@@ -62,20 +74,31 @@ def test_strata_are_as_wide_as_the_segments_share() -> None:
 
 @pytest.mark.parametrize("mode", ["stratified", "iid"])
 def test_t_says_nothing_about_the_place_in_the_batch(mode: str) -> None:
-    """A fixed order of the strata would give a correlation near 1 within a step, and sorted blocks a slope over the steps."""
+    """A fixed order of the strata would give a correlation near 1 within a step, and sorted blocks
+    a slope over the steps.
+    """
     place = np.arange(64)
-    correlations = [np.corrcoef(place, noise.timesteps(2, step, np.full(64, 1.0), mode))[0, 1] for step in range(300)]
+    correlations = [
+        np.corrcoef(place, noise.timesteps(2, step, np.full(64, 1.0), mode))[0, 1]
+        for step in range(300)
+    ]
     assert abs(np.mean(correlations)) < 4 / np.sqrt(300 * 64)
-    by_place = np.mean([noise.timesteps(2, step, np.full(64, 1.0), mode) for step in range(300)], axis=0)
+    by_place = np.mean(
+        [noise.timesteps(2, step, np.full(64, 1.0), mode) for step in range(300)], axis=0
+    )
     assert np.abs(by_place - 0.5).max() < 5 / np.sqrt(12 * 300)
 
 
 def test_stratification_cuts_the_variance_of_a_loss_that_depends_on_t_alone() -> None:
-    """CE = n/L under fixed-count masking: a segment's weighted loss per token is n/L. 64 equal segments a step."""
+    """CE = n/L under fixed-count masking: a segment's weighted loss per token is n/L. 64 equal
+    segments a step.
+    """
     length = 128
 
     def step_losses(mode: str) -> np.ndarray:
-        t = np.array([noise.timesteps(5, step, np.full(64, float(length)), mode) for step in range(400)])
+        t = np.array(
+            [noise.timesteps(5, step, np.full(64, float(length)), mode) for step in range(400)]
+        )
         return ((1 + np.floor(t * length)) / length).mean(axis=1)
 
     assert step_losses("stratified").var() <= step_losses("iid").var() / 20
@@ -91,7 +114,9 @@ def test_random_lengths_have_the_right_share_and_are_uniform() -> None:
     chi2 = ((counts - counts.mean()) ** 2 / counts.mean()).sum()
     assert chi2 < 255 + 4 * np.sqrt(2 * 255)
     assert r.min() >= 1 and r.max() == 256
-    np.testing.assert_array_equal(r[1234:1300], noise.random_lengths(0, samples[1234:1300], 256, 0.01))
+    np.testing.assert_array_equal(
+        r[1234:1300], noise.random_lengths(0, samples[1234:1300], 256, 0.01)
+    )
 
 
 @settings(max_examples=60, deadline=None)
@@ -123,7 +148,9 @@ def test_the_place_in_the_batch_says_nothing_about_t() -> None:
     n, steps = 16, 300
     t = np.stack([noise.timesteps(3, step, np.ones(n), "stratified") for step in range(steps)])
     gaps = (t[:, 1:] - t[:, :-1]) % 1.0
-    assert abs(float((np.abs(gaps - 1 / n) < 1e-9).mean()) - 1 / (n - 1)) < 4 * np.sqrt((1 / 15) * (14 / 15) / gaps.size)
+    assert abs(float((np.abs(gaps - 1 / n) < 1e-9).mean()) - 1 / (n - 1)) < 4 * np.sqrt(
+        (1 / 15) * (14 / 15) / gaps.size
+    )
     order = np.argsort(t, axis=1)
     cycles = {tuple(np.roll(row, -int(np.flatnonzero(row == 0)[0])).tolist()) for row in order}
     assert len(cycles) == steps

@@ -24,9 +24,13 @@ def server() -> Iterator[None]:
         yield
 
 
-def outcome(fresh: bool, *arguments: str, folder: Path, given: str | None = None, **environment: str) -> tuple[int, str, str]:
+def outcome(
+    fresh: bool, *arguments: str, folder: Path, given: str | None = None, **environment: str
+) -> tuple[int, str, str]:
     """Exit code, standard output and standard error."""
-    process = start(*arguments, cwd=folder, env={**os.environ, **environment}, fresh=fresh, stdin=PIPE)
+    process = start(
+        *arguments, cwd=folder, env={**os.environ, **environment}, fresh=fresh, stdin=PIPE
+    )
     assert isinstance(process, subprocess.Popen if fresh else Forked)
     out, error = process.communicate(given, timeout=60)
     assert process.poll() == process.returncode
@@ -46,18 +50,30 @@ PROGRAMS = {
     "arguments": "import sys; print(sys.argv, __name__)",
     "input": "import sys; print(sys.stdin.read().upper())",
     "directory": "import os, sys; print(os.getcwd(), sys.path[0])",
-    "environment": "import os; print(os.environ['COLOUR'], os.popen('echo $COLOUR').read(), os.environ.get('ABSENT'))",
+    "environment": (
+        "import os; print(os.environ['COLOUR'], os.popen('echo $COLOUR').read(),"
+        " os.environ.get('ABSENT'))"
+    ),
     "path": "import sys; print([entry for entry in sys.path[:3]])",
     "warnings": "import sys, warnings; warnings.warn('unheard'); print(sys.warnoptions)",
     "exit handlers": "import atexit; atexit.register(print, 'bye'); print('hi')",
     "threads": "import threading; threading.Timer(0.05, print, ['from a thread']).start()",
-    "streams": "import sys; print(*((s.name, s.mode, s.errors, s.line_buffering) for s in (sys.stdin, sys.stdout, sys.stderr)))",
+    "streams": (
+        "import sys; print(*((s.name, s.mode, s.errors, s.line_buffering) for s in (sys.stdin,"
+        " sys.stdout, sys.stderr)))"
+    ),
     "unflushed": "import os, sys; sys.stdout.write('kept'); sys.stderr.write('said')",
     "a closed pipe": "import os, sys; os.close(1); print('lost')",
-    "signals": "import signal; print([signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE, signal.SIGCHLD)])",
+    "signals": (
+        "import signal; print([signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM,"
+        " signal.SIGPIPE, signal.SIGCHLD)])"
+    ),
     "descriptors": "import os; print(sorted(os.listdir('/proc/self/fd'))[:4])",
     "group": "import os; print(os.getpgrp(), os.getsid(0))",
-    "another program": "import subprocess, sys; print(subprocess.run([sys.executable, '-c', 'print(6 * 7)'], capture_output=True).stdout)",
+    "another program": (
+        "import subprocess, sys; print(subprocess.run([sys.executable, '-c', 'print(6 * 7)'],"
+        " capture_output=True).stdout)"
+    ),
     "a pool": "import multiprocessing as m; print(m.get_context('fork').Pool(2).map(abs, [-1, 2]))",
 }
 
@@ -65,7 +81,12 @@ PROGRAMS = {
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_a_fork_is_like_a_new_process(name: str, tmp_path: Path) -> None:
     variables = {"COLOUR": "green", "PYTHONPATH": f"{tmp_path}/first"}
-    both = [outcome(fresh, "-c", PROGRAMS[name], "one", "two", folder=tmp_path, given="words\n", **variables) for fresh in (False, True)]
+    both = [
+        outcome(
+            fresh, "-c", PROGRAMS[name], "one", "two", folder=tmp_path, given="words\n", **variables
+        )
+        for fresh in (False, True)
+    ]
     assert both[0] == both[1]
 
 
@@ -73,36 +94,59 @@ def test_an_exception_ends_it_with_its_traceback(tmp_path: Path) -> None:
     for fresh in (False, True):
         code, out, error = outcome(fresh, "-c", "print('before')\n1 / 0", folder=tmp_path)
         assert (code, out) == (1, "before\n")
-        assert error.startswith("Traceback (most recent call last):") and error.endswith("\nZeroDivisionError: division by zero\n")
+        assert error.startswith("Traceback (most recent call last):") and error.endswith(
+            "\nZeroDivisionError: division by zero\n"
+        )
 
 
 def test_modules_and_files_are_run_as_python_runs_them(tmp_path: Path) -> None:
     (tmp_path / "package").mkdir()
     (tmp_path / "package" / "__init__.py").touch()
-    code = "import sys\nfrom {0} import word\nprint(word, __name__, sys.argv[1:], sys.path[0] == sys.argv[2], __spec__ and __spec__.name)\n"
+    code = (
+        "import sys\nfrom {0} import word\nprint(word, __name__, sys.argv[1:], sys.path[0] =="
+        " sys.argv[2], __spec__ and __spec__.name)\n"
+    )
     (tmp_path / "package" / "__main__.py").write_text(code.format("package.words"))
     (tmp_path / "package" / "words.py").write_text("word = 'inside'")
     (tmp_path / "package" / "script.py").write_text(code.format("words"))
-    for command, folder in (("-m", "package"), tmp_path), (("package/script.py",), tmp_path / "package"):
-        both = [outcome(fresh, *command, "x", str(folder), folder=tmp_path) for fresh in (False, True)]
+    for command, folder in (
+        (("-m", "package"), tmp_path),
+        (("package/script.py",), tmp_path / "package"),
+    ):
+        both = [
+            outcome(fresh, *command, "x", str(folder), folder=tmp_path) for fresh in (False, True)
+        ]
         assert both[0] == both[1] and both[0][0] == 0, both
         assert both[0][1].startswith("inside __main__ ['x', ") and "True" in both[0][1]
 
 
 def test_it_is_forked_from_what_is_imported(tmp_path: Path) -> None:
-    _, imported, _ = outcome(False, "-c", "import sys; print('decimal' in sys.modules, 'llada' in sys.modules)", folder=tmp_path)
+    _, imported, _ = outcome(
+        False,
+        "-c",
+        "import sys; print('decimal' in sys.modules, 'llada' in sys.modules)",
+        folder=tmp_path,
+    )
     assert imported == "True False\n"
 
 
 def test_other_start_up_variables_start_a_new_process(tmp_path: Path) -> None:
     for name in ("PYTHONHASHSEED", "OMP_NUM_THREADS", "HF_HUB_OFFLINE"):
-        process = start("-c", f"import os; print(os.environ['{name}'])", cwd=tmp_path, env={**os.environ, name: "7"})
+        process = start(
+            "-c",
+            f"import os; print(os.environ['{name}'])",
+            cwd=tmp_path,
+            env={**os.environ, name: "7"},
+        )
         assert isinstance(process, subprocess.Popen)
         assert process.communicate(timeout=60)[0] == "7\n"
 
 
 def test_it_is_waited_for_and_signalled(tmp_path: Path) -> None:
-    code = "import signal, sys; signal.signal(signal.SIGUSR1, lambda *_: sys.exit(9)); print('ready', flush=True); signal.pause()"
+    code = (
+        "import signal, sys; signal.signal(signal.SIGUSR1, lambda *_: sys.exit(9)); print('ready',"
+        " flush=True); signal.pause()"
+    )
     process = start("-c", code, cwd=tmp_path, env=dict(os.environ))
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     assert process.poll() is None
@@ -120,7 +164,10 @@ def test_it_is_waited_for_and_signalled(tmp_path: Path) -> None:
 
 
 def test_what_torch_says_of_a_missing_gpu_is_no_line_of_ours(tmp_path: Path) -> None:
-    code = "import sys; print('No CUDA runtime is found, using CUDA_HOME=/usr\\nerror: ours', file=sys.stderr)"
+    code = (
+        "import sys; print('No CUDA runtime is found, using CUDA_HOME=/usr\\nerror: ours',"
+        " file=sys.stderr)"
+    )
     assert Workplace(tmp_path).run(command=("-c", code)).stderr == "error: ours\n"
 
 
@@ -128,7 +175,12 @@ def test_many_at_once_end_in_their_own_time(tmp_path: Path) -> None:
     ends: dict[int, int] = {}
 
     def one(number: int) -> None:
-        ends[number] = outcome(False, "-c", f"import time; time.sleep({(7 - number) / 50}); raise SystemExit({number})", folder=tmp_path)[0]
+        ends[number] = outcome(
+            False,
+            "-c",
+            f"import time; time.sleep({(7 - number) / 50}); raise SystemExit({number})",
+            folder=tmp_path,
+        )[0]
 
     threads = [threading.Thread(target=one, args=(number,)) for number in range(8)]
     for thread in threads:
@@ -151,7 +203,9 @@ with fork_server(modules=()) as address:
 
 def test_nothing_outlives_the_test_run(tmp_path: Path) -> None:
     """A killed client: its program and the server end by themselves."""
-    client = subprocess.Popen([sys.executable, "-c", CLIENT], cwd=ROOT, stdin=PIPE, stdout=PIPE, text=True)
+    client = subprocess.Popen(
+        [sys.executable, "-c", CLIENT], cwd=ROOT, stdin=PIPE, stdout=PIPE, text=True
+    )
     assert client.stdout is not None
     program, _ = client.stdout.readline().split()
     server = Path(f"/proc/{program}/stat").read_text().rsplit(")", 1)[1].split()[1]
@@ -173,7 +227,9 @@ def wait_until_gone(pid: str) -> None:
     raise AssertionError(f"process {pid} is still there")
 
 
-def test_a_server_whose_import_fails_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_whose_import_fails_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with fork_server(modules=("no_such_module",)) as address:
         monkeypatch.setenv(SERVER, address)
         for _ in range(2):
@@ -181,8 +237,12 @@ def test_a_server_whose_import_fails_says_so(tmp_path: Path, monkeypatch: pytest
                 start("-c", "", cwd=tmp_path, env=dict(os.environ))
 
 
-def test_a_module_that_starts_a_thread_is_not_imported_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "restless.py").write_text("import threading, signal\nthreading.Thread(target=signal.pause, daemon=True).start()")
+def test_a_module_that_starts_a_thread_is_not_imported_for_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "restless.py").write_text(
+        "import threading, signal\nthreading.Thread(target=signal.pause, daemon=True).start()"
+    )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with fork_server(modules=("restless",)) as address:
         monkeypatch.setenv(SERVER, address)

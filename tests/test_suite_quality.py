@@ -1,4 +1,6 @@
-"""The tests themselves: every one asserts something, waits for conditions, and leaves the standard library as it is."""
+"""The tests themselves: every one asserts something, waits for conditions, and leaves the standard
+library as it is.
+"""
 
 from __future__ import annotations
 
@@ -27,9 +29,14 @@ def _asserts(function: ast.AST) -> bool:
             return True
         if isinstance(node, ast.Call):
             called = node.func
-            if isinstance(called, ast.Attribute) and _last_name(called.value) == "pytest" and called.attr in PYTEST_CHECKS:
+            if (
+                isinstance(called, ast.Attribute)
+                and _last_name(called.value) == "pytest"
+                and called.attr in PYTEST_CHECKS
+            ):
                 return True
-            # A helper handed to something that runs it (on every rank, in a subprocess) counts like one that is called.
+            # A helper handed to something that runs it (on every rank, in a subprocess) counts like
+            # one that is called.
             if any(_last_name(part).startswith(HELPER_PREFIXES) for part in (called, *node.args)):
                 return True
     return False
@@ -40,7 +47,9 @@ def _silent_tests(source: str) -> list[tuple[int, str]]:
     return [
         (node.lineno, node.name)
         for node in ast.walk(ast.parse(source))
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name.startswith("test") and not _asserts(node)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and node.name.startswith("test")
+        and not _asserts(node)
     ]
 
 
@@ -71,7 +80,8 @@ def test_every_test_asserts_something():
 
 
 def _fixed_waits(source: str) -> list[tuple[int, str]]:
-    """Line and text of every sleep of a constant time that is not part of a loop which waits for a condition.
+    """Line and text of every sleep of a constant time that is not part of a loop which waits for a
+    condition.
 
     Such a wait is too short on a busy machine and too long on an idle one.
     """
@@ -79,7 +89,11 @@ def _fixed_waits(source: str) -> list[tuple[int, str]]:
 
     def visit(node: ast.AST, polling: bool) -> None:
         if isinstance(node, ast.Call) and _last_name(node.func) == "sleep" and not polling:
-            found.extend([(node.lineno, ast.unparse(node))] if all(isinstance(part, ast.Constant) for part in node.args) else [])
+            found.extend(
+                [(node.lineno, ast.unparse(node))]
+                if all(isinstance(part, ast.Constant) for part in node.args)
+                else []
+            )
         if isinstance(node, ast.While | ast.FunctionDef | ast.AsyncFunctionDef):
             polling = isinstance(node, ast.While)
         for child in ast.iter_child_nodes(node):
@@ -90,14 +104,18 @@ def _fixed_waits(source: str) -> list[tuple[int, str]]:
 
 
 def _patches_of_the_standard_library(source: str) -> list[tuple[int, str]]:
-    """Line and text of every replaced attribute of one of its modules, which is replaced for pytest, subprocess and every thread, too."""
+    """Line and text of every replaced attribute of one of its modules, which is replaced for
+    pytest, subprocess and every thread, too.
+    """
     found = []
     for node in ast.walk(ast.parse(source)):
         if not (isinstance(node, ast.Call) and node.args and _last_name(node.func) in PATCHES):
             continue
         target = node.args[0]
         if isinstance(target, ast.Constant) and isinstance(target.value, str):
-            owner = target.value.rpartition(".")[0]  # "llada.files.shutil" is a name of ours, "llada.files.shutil.disk_usage" is not
+            owner = target.value.rpartition(".")[
+                0
+            ]  # "llada.files.shutil" is a name of ours, "llada.files.shutil.disk_usage" is not
         elif _last_name(node.func) != "patch" and isinstance(target, ast.Name | ast.Attribute):
             owner = ast.unparse(target)
         else:
@@ -129,7 +147,12 @@ def test_wait():
         def late():
             time.sleep(5)
 """
-    assert [text for _, text in _fixed_waits(source)] == ["time.sleep(0.3)", "asyncio.sleep(1)", "sleep(2)", "time.sleep(5)"]
+    assert [text for _, text in _fixed_waits(source)] == [
+        "time.sleep(0.3)",
+        "asyncio.sleep(1)",
+        "sleep(2)",
+        "time.sleep(5)",
+    ]
 
 
 def test_patches_of_the_standard_library_are_found():
@@ -155,4 +178,6 @@ def test_no_test_waits_a_fixed_time():
 
 def test_no_test_patches_the_standard_library():
     patches = _in_all_tests(_patches_of_the_standard_library)
-    assert not patches, "replace the name in the module that uses it (tests/stand_ins.py):\n" + "\n".join(patches)
+    assert not patches, (
+        "replace the name in the module that uses it (tests/stand_ins.py):\n" + "\n".join(patches)
+    )

@@ -20,7 +20,9 @@ from llada.training import checkpoint
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 
-@pytest.mark.parametrize(("keep_last", "keep_every"), [(None, None), (None, 6), (2, None), (2, 6), (3, 4), (99, None)])
+@pytest.mark.parametrize(
+    ("keep_last", "keep_every"), [(None, None), (None, 6), (2, None), (2, 6), (3, 4), (99, None)]
+)
 @pytest.mark.parametrize("steps", [1, 20, 24, 25])
 def test_the_number_of_checkpoints_is_what_pruning_leaves(
     keep_last: int | None, keep_every: int | None, steps: int, tmp_path: Path
@@ -36,7 +38,10 @@ def test_the_number_of_checkpoints_is_what_pruning_leaves(
     assert checkpoint_volume(build_config(raw)).kept == len(checkpoint.committed(tmp_path))
 
 
-@pytest.mark.parametrize(("name", "most"), [("llada_8b/pretrain", 1.5e12), ("llada_8b/sft", 1e12), ("llada_1b/pretrain", 1.5e11)])
+@pytest.mark.parametrize(
+    ("name", "most"),
+    [("llada_8b/pretrain", 1.5e12), ("llada_8b/sft", 1e12), ("llada_1b/pretrain", 1.5e11)],
+)
 def test_the_published_models_do_not_fill_a_disk(name: str, most: float) -> None:
     """The 8B run kept 438 checkpoints, 49 TB."""
     volume = checkpoint_volume(load_config(CONFIGS / f"{name}.yaml"))
@@ -47,16 +52,32 @@ def test_the_command_prints_yaml_and_what_it_amounts_to() -> None:
     path = CONFIGS / "llada_8b" / "pretrain.yaml"
     done = CliRunner().invoke(app, ["config", str(path)])
     assert yaml.safe_load(done.stdout) == dump_config(load_config(path))
-    assert "# parameters: 8,015,581,184, of them 6,979,588,096 without embedding and head\n" in done.stdout
-    assert "# checkpoints: 112 GB each, 11 kept at the end, 1.23 TB in all (every 1,000 steps)\n" in done.stdout
+    assert (
+        "# parameters: 8,015,581,184, of them 6,979,588,096 without embedding and head\n"
+        in done.stdout
+    )
+    assert (
+        "# checkpoints: 112 GB each, 11 kept at the end, 1.23 TB in all (every 1,000 steps)\n"
+        in done.stdout
+    )
     assert "# FLOPs: 4.99e+10 a token" in done.stdout
-    assert "# state: 48.1 GB of weights and gradients on each replica, 96.2 GB of optimizer state divided over all\n" in done.stdout
+    assert (
+        "# state: 48.1 GB of weights and gradients on each replica, 96.2 GB of optimizer state"
+        " divided over all\n" in done.stdout
+    )
 
 
 def test_a_terminal_without_unicode_shows_escapes() -> None:
     code = "import sys, llada.cli as cli; cli.app = lambda **_: print('2.5 ± 0.1'); cli.main()"
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=CONFIGS.parent, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment,
+        cwd=CONFIGS.parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert done.stdout == "2.5 \\xb1 0.1\n"
 
 

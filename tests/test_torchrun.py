@@ -15,7 +15,9 @@ def test_torchrun_names_our_message_last(tmp_path: Path, monkeypatch: pytest.Mon
     explain_exit("without torchrun there is nobody to tell")
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
     explain_exit("not finished: stopped")
-    stopped = ProcessFailure(local_rank=0, pid=1, exitcode=75, error_file=str(tmp_path / "error.json"))
+    stopped = ProcessFailure(
+        local_rank=0, pid=1, exitcode=75, error_file=str(tmp_path / "error.json")
+    )
     ended = ProcessFailure(local_rank=1, pid=2, exitcode=-15, error_file=str(tmp_path / "none"))
     told = str(ChildFailedError("llada", {0: stopped, 1: ended})).splitlines()
     assert told[-2].strip() == "traceback : not finished: stopped" and set(told[-1]) == {"="}

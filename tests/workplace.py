@@ -24,21 +24,43 @@ CONFIG: dict[str, Any] = {
     "run": {"dir": "run", "threads": 2},
     "train": {"steps": 12},
     "batch": {"global": 8, "micro": 4},
-    "data": {"sequence_length": 64, "document_mask": True, "random_length_probability": 0.3, "mixture": [{"path": "corpus"}]},
-    "model": {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "ffn_hidden_size": 128, "vocab_size": 512},
+    "data": {
+        "sequence_length": 64,
+        "document_mask": True,
+        "random_length_probability": 0.3,
+        "mixture": [{"path": "corpus"}],
+    },
+    "model": {
+        "num_layers": 2,
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "ffn_hidden_size": 128,
+        "vocab_size": 512,
+    },
     "schedule": {"stages": [{"shape": "linear", "end": 1e-3, "steps": 10}, {"shape": "constant"}]},
     "validation": {"every": 4, "windows": 64},
     "checkpoint": {"every": 4},
     "logging": {"every": 1},
 }
-MEASURED = ("seconds", "tokens_per_second", "mfu", "mfu_full_length", "memory_gb", "checkpoint_blocked_seconds")
+MEASURED = (
+    "seconds",
+    "tokens_per_second",
+    "mfu",
+    "mfu_full_length",
+    "memory_gb",
+    "checkpoint_blocked_seconds",
+)
 """Fields of metrics.jsonl that are measured, not computed."""
 
 
 FOREIGN = ("No CUDA runtime is found",)
-"""Beginnings of lines on standard error that are not ours: torch's CUDA build says this when it is imported where there is no GPU."""
+"""Beginnings of lines on standard error that are not ours: torch's CUDA build says this when it is
+imported where there is no GPU.
+"""
 LIMIT = 600
-"""Seconds until a command counts as hung: many times what it takes, for machines that do other work."""
+"""Seconds until a command counts as hung: many times what it takes, for machines that do other
+work.
+"""
 
 
 @dataclass(frozen=True)
@@ -55,18 +77,30 @@ class Workplace:
         root = str(Path(__file__).parents[1])
         return {**os.environ, "PYTHONPATH": root, "WANDB_MODE": "offline"}
 
-    def start(self, *arguments: str, command: tuple[str, ...] = ("-m", "llada"), fresh: bool = False) -> processes.Process:
+    def start(
+        self, *arguments: str, command: tuple[str, ...] = ("-m", "llada"), fresh: bool = False
+    ) -> processes.Process:
         """A command that runs; `fresh`: in a new interpreter (tests/processes.py)."""
-        return processes.start(*command, *arguments, cwd=self.folder, env=self.environment(), fresh=fresh)
+        return processes.start(
+            *command, *arguments, cwd=self.folder, env=self.environment(), fresh=fresh
+        )
 
     def run(
-        self, *arguments: str, code: int = 0, command: tuple[str, ...] = ("-m", "llada"), fresh: bool = False
+        self,
+        *arguments: str,
+        code: int = 0,
+        command: tuple[str, ...] = ("-m", "llada"),
+        fresh: bool = False,
     ) -> subprocess.CompletedProcess[str]:
         """A command, to its end, which must be `code`."""
         process = self.start(*arguments, command=command, fresh=fresh)
         out, error = process.communicate(timeout=LIMIT)
-        assert process.returncode == code, f"exit {process.returncode}\n{out[-2000:]}\n{error[-2000:]}"
-        error = "".join(line for line in error.splitlines(keepends=True) if not line.startswith(FOREIGN))
+        assert process.returncode == code, (
+            f"exit {process.returncode}\n{out[-2000:]}\n{error[-2000:]}"
+        )
+        error = "".join(
+            line for line in error.splitlines(keepends=True) if not line.startswith(FOREIGN)
+        )
         return subprocess.CompletedProcess(process.args, process.returncode, out, error)
 
     def lines(self, run: str) -> list[dict[str, Any]]:
@@ -77,12 +111,19 @@ class Workplace:
 
 @pytest.fixture(scope="session")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
-    """Corpora `corpus` and `other` (the same tokenizer), and the run `whole`: the config above, uninterrupted."""
+    """Corpora `corpus` and `other` (the same tokenizer), and the run `whole`: the config above,
+    uninterrupted.
+    """
     folder = tmp_path_factory.mktemp("runs")
     library = Path(sysconfig.get_paths()["stdlib"])
     tokenizer = train_byte_level_bpe(read([library / "json"], ReadOptions(), Report()), 512)
     tokenizer.save(folder / "tokenizer")
-    prepare([library / "json", library / "email"], folder / "tokenizer", folder / "corpus", validation_fraction=0.15)
+    prepare(
+        [library / "json", library / "email"],
+        folder / "tokenizer",
+        folder / "corpus",
+        validation_fraction=0.15,
+    )
     prepare([library / "asyncio"], folder / "tokenizer", folder / "other", validation_fraction=0.0)
     place = Workplace(folder)
     place.config("whole.yaml", run={"dir": "whole", "threads": 2})

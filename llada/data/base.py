@@ -52,7 +52,8 @@ class Reader(Protocol):
 
 @dataclass(frozen=True)
 class Plan:
-    """Segments of one global step (or one validation), known from the index before any token is read.
+    """Segments of one global step (or one validation), known from the index before any token is
+    read.
 
     Attributes:
         samples: global sample indices [n].
@@ -60,10 +61,12 @@ class Plan:
         items: what it is in its corpus: its window, or its reply [n].
         bounds: segment boundaries of each sample's row.
         firsts: id of each sample's first segment [n + 1]; segments are numbered through the step.
-        spans: first and past-the-last position of every segment that may be masked [segments, 2]; empty for filler.
+        spans: first and past-the-last position of every segment that may be masked [segments, 2];
+            empty for filler.
         scales: factor on the weights of every segment [segments].
         t: diffusion time of every segment [segments].
-        normaliser: divides the step's summed loss: its tokens in pretraining, its conversations in fine-tuning.
+        normaliser: divides the step's summed loss: its tokens in pretraining, its conversations in
+            fine-tuning.
     """
 
     samples: I64
@@ -102,12 +105,13 @@ class TrainingData(ABC):
 
     Args:
         config: the run.
-        verify: compare the size of every file and the tokenizers with the manifests, and check every byte and token of corpora up
-            to `data.verify_bytes` (one rank does; the others meet a damaged file when they read it).
+        verify: compare the size of every file and the tokenizers with the manifests, and check
+            every byte and token of corpora up to `data.verify_bytes` (one rank does; the others
+            meet a damaged file when they read it).
 
     Raises:
-        UserError: a folder that is not a sound corpus of the task's kind, corpora of different tokenizers, a model vocabulary
-            that is too small, fewer samples than the run needs.
+        UserError: a folder that is not a sound corpus of the task's kind, corpora of different
+            tokenizers, a model vocabulary that is too small, fewer samples than the run needs.
     """
 
     kind: ClassVar[str]
@@ -126,18 +130,19 @@ class TrainingData(ABC):
         if verify:
             self._verify()
         self.readers: dict[str, Sequence[Reader]] = {
-            split: [self.reader(i, split) for i in range(len(self.corpora))] for split in (TRAIN, VALIDATION)
+            split: [self.reader(i, split) for i in range(len(self.corpora))]
+            for split in (TRAIN, VALIDATION)
         }
         self.mixture = Mixture([self._source(i) for i in range(len(self.corpora))], config.seed)
         needed = config.train.steps * config.batch.global_
         if self.mixture.num_samples is not None and self.mixture.num_samples < needed:
             raise UserError(
-                f"train.steps: {config.train.steps} steps need {needed} samples, "
-                f"the capped mixture holds {self.mixture.num_samples}; raise data.mixture.*.max_epochs"
+                f"train.steps: {config.train.steps} steps need {needed} samples, the capped mixture"
+                f" holds {self.mixture.num_samples}; raise data.mixture.*.max_epochs"
             )
         self.objective = self.make_objective(config.seed)
 
-    # -- what a task decides -------------------------------------------------------------------------------------------
+    # -- what a task decides -----------------------------------------------------------------------
 
     @abstractmethod
     def reader(self, source: int, split: str) -> Reader:
@@ -148,41 +153,58 @@ class TrainingData(ABC):
         """The plan of training step `step` (0-based)."""
 
     @abstractmethod
-    def validation_plan(self, draws: I64, source: int, items: I64, sweeps: I64, draw_t: DrawT) -> Plan:
+    def validation_plan(
+        self, draws: I64, source: int, items: I64, sweeps: I64, draw_t: DrawT
+    ) -> Plan:
         """The plan of a validation.
 
         Args:
             draws: sample indices, the keys of the masks [n].
             source: corpus.
             items: of its validation split, one a draw [n].
-            sweeps: which sweep over t of its item a draw belongs to [n]; a conversation gives another reply in the next one.
+            sweeps: which sweep over t of its item a draw belongs to [n]; a conversation gives
+                another reply in the next one.
             draw_t: gives every segment its t.
         """
 
     @abstractmethod
     def owners(self, plan: Plan) -> I64:
-        """Of every segment of a validation plan, the number of its window, document or conversation in the split [segments]."""
+        """Of every segment of a validation plan, the number of its window, document or conversation
+        in the split [segments].
+        """
 
     @abstractmethod
     def tokens(self, split: str, source: int, item: int) -> I64:
-        """Clean tokens of one item as a row [sequence_length]; a reply without its padding is followed by EOS."""
+        """Clean tokens of one item as a row [sequence_length]; a reply without its padding is
+        followed by EOS.
+        """
 
     @abstractmethod
     def describe(self, source: int, item: int) -> str:
         """What a training item is, in a few words."""
 
-    # -- what all share ------------------------------------------------------------------------------------------------
+    # -- what all share ----------------------------------------------------------------------------
 
     def batch(self, plan: Plan, offsets: Sequence[int]) -> Batch:
         """The micro-batch of the samples at `offsets` of a training plan."""
         windows = [self.window(TRAIN, plan, i) for i in offsets]
-        return collate(windows, [self.objective.corrupt(window) for window in windows], plan.normaliser)
+        return collate(
+            windows, [self.objective.corrupt(window) for window in windows], plan.normaliser
+        )
 
     def window(self, split: str, plan: Plan, i: int) -> Window:
         """The clean tokens and segments of sample `i` of a plan."""
         own = slice(plan.firsts[i], plan.firsts[i + 1])
         tokens = self.tokens(split, int(plan.sources[i]), int(plan.items[i]))
-        return Window(int(plan.samples[i]), tokens, plan.bounds[i], plan.t[own], int(plan.firsts[i]), plan.spans[own], plan.scales[own])
+        return Window(
+            int(plan.samples[i]),
+            tokens,
+            plan.bounds[i],
+            plan.t[own],
+            int(plan.firsts[i]),
+            plan.spans[own],
+            plan.scales[own],
+        )
 
     def make_objective(self, seed: int) -> Objective:
         """The run's objective with its noise keyed by `seed`."""
@@ -199,13 +221,20 @@ class TrainingData(ABC):
         return self.corpora[0].tokenizer_folder
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer of all corpora. Raises UserError where a corpus holds another one than its manifest names."""
+        """The tokenizer of all corpora. Raises UserError where a corpus holds another one than its
+        manifest names.
+        """
         found: Tokenizer | None = None
         files: dict[str, bytes] = {}
         for i, corpus in enumerate(self.corpora):
             try:
-                # The manifests name one tokenizer. To read a large one takes a second, equal files of the next corpus none.
-                if found is None or not corpus.tokenizer_folder.is_dir() or read_files(corpus.tokenizer_folder) != files:
+                # The manifests name one tokenizer. To read a large one takes a second, equal files
+                # of the next corpus none.
+                if (
+                    found is None
+                    or not corpus.tokenizer_folder.is_dir()
+                    or read_files(corpus.tokenizer_folder) != files
+                ):
                     found = corpus.tokenizer()
                     files = read_files(corpus.tokenizer_folder)
             except UserError as error:
@@ -229,22 +258,42 @@ class TrainingData(ABC):
         for first in (block * mixture.block for block in mixture.changes):
             if mixture.num_samples is None or first < mixture.num_samples:
                 quotas = mixture.stage_of(first // mixture.block).quotas
-                shares = ", ".join(f"{100 * n / quotas.sum():.4g} % {s.name}" for n, s in zip(quotas, mixture.sources, strict=True))
-                step, tokens = first // config.batch.global_ + 1, first * config.data.sequence_length
+                shares = ", ".join(
+                    f"{100 * n / quotas.sum():.4g} % {s.name}"
+                    for n, s in zip(quotas, mixture.sources, strict=True)
+                )
+                step, tokens = (
+                    first // config.batch.global_ + 1,
+                    first * config.data.sequence_length,
+                )
                 lines.append(f"weights change in step {step:,}, after {tokens:,} tokens: {shares}")
         return lines
 
     def use(self) -> list[str]:
-        """A line for every corpus: its share of the run, how often it is read, and where its cap ends that; for the console."""
+        """A line for every corpus: its share of the run, how often it is read, and where its cap
+        ends that; for the console.
+        """
         config, samples = self.config, self.config.train.steps * self.config.batch.global_
         lines = []
-        for i, (source, count) in enumerate(zip(self.mixture.sources, self.mixture.consumed(samples).tolist(), strict=True)):
-            line = f"{source.name}: {100 * count / samples:.4g} % of the run's samples, {count / source.windows:.3g} passes"
+        for i, (source, count) in enumerate(
+            zip(self.mixture.sources, self.mixture.consumed(samples).tolist(), strict=True)
+        ):
+            line = (
+                f"{source.name}: {100 * count / samples:.4g} % of the run's samples,"
+                f" {count / source.windows:.3g} passes"
+            )
             end = self.mixture.exhausted_after(i)
             if end is not None and end <= samples:
                 step = -(-end // config.batch.global_)
-                tokens = f", after {end * config.data.sequence_length:,} tokens" if config.task == "pretrain" else ""
-                line += f"; its cap (max_epochs {config.data.mixture[i].max_epochs:g}) ends it by step {step:,}{tokens}"
+                tokens = (
+                    f", after {end * config.data.sequence_length:,} tokens"
+                    if config.task == "pretrain"
+                    else ""
+                )
+                line += (
+                    f"; its cap (max_epochs {config.data.mixture[i].max_epochs:g}) ends it by step"
+                    f" {step:,}{tokens}"
+                )
             lines.append(line)
         return lines
 
@@ -256,8 +305,9 @@ class TrainingData(ABC):
             raise UserError(f"data.mixture.{i}.path: {error}") from None
         if corpus.manifest.kind != self.kind:
             raise UserError(
-                f"data.mixture.{i}.path: {path} was made by `{_MADE_BY[corpus.manifest.kind]}` and can be trained on by "
-                f"`{_TRAINED_BY[corpus.manifest.kind]}` only; `{_TRAINED_BY[self.kind]}` reads folders of `{_MADE_BY[self.kind]}`"
+                f"data.mixture.{i}.path: {path} was made by `{_MADE_BY[corpus.manifest.kind]}` and"
+                f" can be trained on by `{_TRAINED_BY[corpus.manifest.kind]}` only;"
+                f" `{_TRAINED_BY[self.kind]}` reads folders of `{_MADE_BY[self.kind]}`"
             )
         return corpus
 
@@ -267,51 +317,83 @@ class TrainingData(ABC):
             manifest = corpus.manifest
             if manifest.tokenizer_fingerprint != first.manifest.tokenizer_fingerprint:
                 raise UserError(
-                    f"data.mixture.{i}.path: {corpus.folder} was prepared with another tokenizer than {first.folder}; prepare both with one"
+                    f"data.mixture.{i}.path: {corpus.folder} was prepared with another tokenizer"
+                    f" than {first.folder}; prepare both with one"
                 )
             highest = max((shard.max_token_id for shard in manifest.shards), default=0)
             if max(highest + 1, manifest.vocab_size) > rows:
                 raise UserError(
-                    f"model.vocab_size: {rows} is too small for {corpus.folder}, whose tokenizer has {manifest.vocab_size} ids "
-                    f"(largest in the data: {highest}); use {manifest.rows}"
+                    f"model.vocab_size: {rows} is too small for {corpus.folder}, whose tokenizer"
+                    f" has {manifest.vocab_size} ids (largest in the data: {highest}); use"
+                    f" {manifest.rows}"
                 )
 
     def _verify(self) -> None:
         self.tokenizer()  # raises
         for corpus in self.corpora:
-            small = sum(s.bin_bytes + s.idx_bytes for s in corpus.manifest.shards) <= self.config.data.verify_bytes
+            small = (
+                sum(s.bin_bytes + s.idx_bytes for s in corpus.manifest.shards)
+                <= self.config.data.verify_bytes
+            )
             found = problems(corpus.folder) if small else []
             if found:
-                raise UserError(f"data.mixture: {found[0]}; see all with `llada data verify {corpus.folder}`")
+                raise UserError(
+                    f"data.mixture: {found[0]}; see all with `llada data verify {corpus.folder}`"
+                )
 
     def _source(self, i: int) -> Source:
         entry, count = self.config.data.mixture[i], self.readers[TRAIN][i].count
         cap = None if entry.max_epochs is None else int(entry.max_epochs * count)
-        changes = tuple((-(-change.tokens // self.config.data.sequence_length), change.weight) for change in entry.weight_at)
-        return Source(entry.path, self.corpora[i].manifest.fingerprint(TRAIN), count, entry.weight, cap, changes)
+        changes = tuple(
+            (-(-change.tokens // self.config.data.sequence_length), change.weight)
+            for change in entry.weight_at
+        )
+        return Source(
+            entry.path,
+            self.corpora[i].manifest.fingerprint(TRAIN),
+            count,
+            entry.weight,
+            cap,
+            changes,
+        )
 
 
 def short_names(paths: Sequence[str]) -> list[str]:
-    """Names of corpora in metrics: the last folders of their paths, as many as tell them apart; numbered if one is listed again."""
+    """Names of corpora in metrics: the last folders of their paths, as many as tell them apart;
+    numbered if one is listed again.
+    """
     parts = [Path(os.path.abspath(path)).parts[1:] for path in paths]
     depths = [1] * len(parts)
     while True:
         names = ["/".join(own[-depth:]) for own, depth in zip(parts, depths, strict=True)]
-        others = {name: {own for own, other in zip(parts, names, strict=True) if other == name} for name in names}
+        others = {
+            name: {own for own, other in zip(parts, names, strict=True) if other == name}
+            for name in names
+        }
         if all(len(same) == 1 for same in others.values()):
             break
-        depths = [depth + (len(others[name]) > 1) for depth, name in zip(depths, names, strict=True)]
+        depths = [
+            depth + (len(others[name]) > 1) for depth, name in zip(depths, names, strict=True)
+        ]
     seen = [names[:i].count(name) for i, name in enumerate(names)]
-    return [f"{name}.{before + 1}" if before else name for name, before in zip(names, seen, strict=True)]
+    return [
+        f"{name}.{before + 1}" if before else name for name, before in zip(names, seen, strict=True)
+    ]
 
 
 def check_tokens(corpus: Corpus, tokens: I64, where: str) -> I64:
-    """The tokens, if they can be this corpus's. Raises UserError for [MASK] or an id that the vocabulary lacks."""
+    """The tokens, if they can be this corpus's. Raises UserError for [MASK] or an id that the
+    vocabulary lacks.
+    """
     manifest = corpus.manifest
     past = tokens.view(np.uint64) >= manifest.vocab_size  # so a negative id is past it too
-    for wrong, what in ((tokens == manifest.mask_id, "the mask token"), (past, "an id past the vocabulary")):
+    for wrong, what in (
+        (tokens == manifest.mask_id, "the mask token"),
+        (past, "an id past the vocabulary"),
+    ):
         if wrong.any():
             raise UserError(
-                f"{corpus.folder}: token {int(np.argmax(wrong))} of {where} is {what}, the shard is damaged; run `llada data verify`"
+                f"{corpus.folder}: token {int(np.argmax(wrong))} of {where} is {what}, the shard is"
+                " damaged; run `llada data verify`"
             )
     return tokens

@@ -1,4 +1,6 @@
-"""Step -> its plan and this rank's part of it, prepared in the background. Its whole state is the step number."""
+"""Step -> its plan and this rank's part of it, prepared in the background. Its whole state is the
+step number.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ Prepared = tuple[Plan, list[Any]]
 
 
 class Loader:
-    """Iterates over (step, plan, micro-batches) from `first` to `last` (exclusive), `ahead` steps prepared by a thread.
+    """Iterates over (step, plan, micro-batches) from `first` to `last` (exclusive), `ahead` steps
+    prepared by a thread.
 
     Args:
         make: step -> plan and prepared micro-batches of this replica; a pure function of the step.
@@ -24,7 +27,9 @@ class Loader:
     An exception in `make` is raised where the step would have been returned.
     """
 
-    def __init__(self, make: Callable[[int], Prepared], first: int, last: int, ahead: int = 2) -> None:
+    def __init__(
+        self, make: Callable[[int], Prepared], first: int, last: int, ahead: int = 2
+    ) -> None:
         self._make, self._steps = make, range(first, last)
         self._ready: queue.Queue[object] = queue.Queue(maxsize=ahead)
         self._stop = threading.Event()

@@ -29,8 +29,9 @@ _GUESSES = 4
 class _File:
     """A file of a shard, open until nobody holds it any more.
 
-    Read by position and not through a memory map: a read lets other threads run while it waits for the disk, a failing disk is an
-    exception and not a signal, and what was read is not counted as memory of this process.
+    Read by position and not through a memory map: a read lets other threads run while it waits for
+    the disk, a failing disk is an exception and not a signal, and what was read is not counted as
+    memory of this process.
 
     Attributes:
         path: its name, for messages.
@@ -50,7 +51,9 @@ class _File:
             raise unreadable(path, error) from None
 
     def read(self, dtype: np.dtype[Any], count: int, offset: int) -> npt.NDArray[Any]:
-        """A new array of `count` items from byte `offset` on. Raises UserError when the disk fails or the file ends before."""
+        """A new array of `count` items from byte `offset` on. Raises UserError when the disk fails
+        or the file ends before.
+        """
         out = np.empty(count, dtype)
         left, at = out.view(np.uint8).data, offset
         while left:
@@ -77,7 +80,9 @@ class TokenFile:
         UserError: a missing file, another size.
     """
 
-    def __init__(self, path: str | Path, dtype: np.dtype[Any], size: int, said_by: str = "the manifest says") -> None:
+    def __init__(
+        self, path: str | Path, dtype: np.dtype[Any], size: int, said_by: str = "the manifest says"
+    ) -> None:
         self._file = _File(Path(path))
         if self._file.size != size:
             raise damaged(self._file.path, f"{self._file.size} bytes, {said_by} {size}")
@@ -88,7 +93,9 @@ class TokenFile:
         """A copy of the token ids at start..stop-1."""
         if not 0 <= start <= stop <= self.num_tokens:
             raise IndexError(f"{self._file.path}: tokens {start}..{stop} of {self.num_tokens}")
-        return self._file.read(self.dtype, stop - start, start * self.dtype.itemsize).astype(np.int64)
+        return self._file.read(self.dtype, stop - start, start * self.dtype.itemsize).astype(
+            np.int64
+        )
 
 
 class IndexFile:
@@ -102,8 +109,10 @@ class IndexFile:
         num_documents: documents in the shard.
         dtype: of its token ids.
         end: bytes of the token file.
-        lengths, pointers, indices: the three arrays as stored, memory-mapped when first asked for; the odd header leaves them
-            unaligned in memory, and numpy copies an unaligned array whole before it searches or computes. Slice them.
+        lengths, pointers, indices: the three arrays as stored, memory-mapped when first asked for;
+        the odd header leaves them
+            unaligned in memory, and numpy copies an unaligned array whole before it searches or
+            computes. Slice them.
 
     Raises:
         UserError: a missing file, a header or a size that cannot be right.
@@ -114,9 +123,13 @@ class IndexFile:
         size = self._file.size
         if size < HEADER.size:
             raise damaged(self._file.path, f"{size} bytes, shorter than its header")
-        magic, version, code, n, entries = HEADER.unpack(self._file.read(np.dtype(np.uint8), HEADER.size, 0).tobytes())
+        magic, version, code, n, entries = HEADER.unpack(
+            self._file.read(np.dtype(np.uint8), HEADER.size, 0).tobytes()
+        )
         if magic != MAGIC or version != 1 or code not in DTYPES or entries != n + 1:
-            raise damaged(self._file.path, "its header is not that of an index with one sequence a document")
+            raise damaged(
+                self._file.path, "its header is not that of an index with one sequence a document"
+            )
         expected = HEADER.size + 4 * n + 8 * n + 8 * (n + 1)
         if size != expected:
             raise damaged(self._file.path, f"{size} bytes, {n} documents need {expected}")
@@ -134,14 +147,20 @@ class IndexFile:
 
     @property
     def pointers(self) -> I64:
-        return np.frombuffer(self._bytes, "<i8", self.num_documents, HEADER.size + 4 * self.num_documents)
+        return np.frombuffer(
+            self._bytes, "<i8", self.num_documents, HEADER.size + 4 * self.num_documents
+        )
 
     @property
     def indices(self) -> I64:
-        return np.frombuffer(self._bytes, "<i8", self.num_documents + 1, HEADER.size + 12 * self.num_documents)
+        return np.frombuffer(
+            self._bytes, "<i8", self.num_documents + 1, HEADER.size + 12 * self.num_documents
+        )
 
     def document_starts(self, start: int, stop: int) -> I64:
-        """Offsets (in tokens, from the shard's start) of the documents that start strictly inside (start, stop)."""
+        """Offsets (in tokens, from the shard's start) of the documents that start strictly inside
+        (start, stop).
+        """
         item = self.dtype.itemsize
         first, block = self._around(start * item)
         found = block[np.searchsorted(block, start * item, side="right") :]
@@ -159,16 +178,21 @@ class IndexFile:
         return first + int(np.searchsorted(block, value, side="right")) - 1
 
     def _around(self, value: int) -> tuple[int, I64]:
-        """A piece of the pointers, and where it starts, such that all before it are <= value and all behind it are > value.
+        """A piece of the pointers, and where it starts, such that all before it are <= value and
+        all behind it are > value.
 
-        Documents of one shard are mostly alike, so a guess by proportion is near and a cold index costs few reads; where the
-        guesses do not help, the range is halved.
+        Documents of one shard are mostly alike, so a guess by proportion is near and a cold index
+        costs few reads; where the guesses do not help, the range is halved.
         """
         first, last, low, high = 0, self.num_documents, 0, self.end
         guesses = 0
         while last - first > _BLOCK:
             middle = (first + last) // 2
-            guess = first + (value - low) * (last - first) // max(1, high - low) if guesses < _GUESSES else middle
+            guess = (
+                first + (value - low) * (last - first) // max(1, high - low)
+                if guesses < _GUESSES
+                else middle
+            )
             begin = min(max(guess - _BLOCK // 2, first), last - _BLOCK)
             block = self._read_pointers(begin, begin + _BLOCK)
             guesses += 1
@@ -181,7 +205,9 @@ class IndexFile:
         return first, self._read_pointers(first, last)
 
     def _read_pointers(self, first: int, last: int) -> I64:
-        return self._file.read(_POINTER, last - first, HEADER.size + 4 * self.num_documents + _POINTER.itemsize * first)
+        return self._file.read(
+            _POINTER, last - first, HEADER.size + 4 * self.num_documents + _POINTER.itemsize * first
+        )
 
     def _own_end(self) -> int:
         n = self.num_documents
@@ -199,8 +225,13 @@ def damaged(path: Path, why: str) -> UserError:
 def unreadable(path: Path, error: OSError) -> UserError:
     """The refusal of a file that the system does not give."""
     if isinstance(error, FileNotFoundError):
-        return UserError(f"{path}: missing from the corpus {path.parent}; put it back, or prepare the corpus again")
-    return UserError(f"{path}: truncated or altered, cannot be read ({error.strerror}); prepare the corpus again")
+        return UserError(
+            f"{path}: missing from the corpus {path.parent}; put it back, or prepare the corpus"
+            " again"
+        )
+    return UserError(
+        f"{path}: truncated or altered, cannot be read ({error.strerror}); prepare the corpus again"
+    )
 
 
 def size_of(path: Path) -> int:

@@ -1,10 +1,13 @@
-"""Shards of token ids on disk, in Megatron's indexed dataset format (.bin/.idx): writing and reading.
+"""Shards of token ids on disk, in Megatron's indexed dataset format (.bin/.idx): writing and
+reading.
 
-A shard is two files. NAME.bin holds the token ids, one document after the other, each document its tokens and one EOS.
-NAME.idx, little-endian: b"MMIDIDX\\0\\0", u64 version 1, u8 dtype code (4 int32, 8 uint16), u64 sequences, u64 document
-indices (sequences + 1), then int32 lengths, int64 byte offsets and int64 document indices. A sequence is one document.
+A shard is two files. NAME.bin holds the token ids, one document after the other, each document its
+tokens and one EOS. NAME.idx, little-endian: b"MMIDIDX\\0\\0", u64 version 1, u8 dtype code (4
+int32, 8 uint16), u64 sequences, u64 document indices (sequences + 1), then int32 lengths, int64
+byte offsets and int64 document indices. A sequence is one document.
 
-Where documents are conversations there is a third file, NAME.replies: little-endian int64 rows of REPLY_FIELDS, sorted by document.
+Where documents are conversations there is a third file, NAME.replies: little-endian int64 rows of
+REPLY_FIELDS, sorted by document.
 """
 
 from __future__ import annotations
@@ -31,15 +34,21 @@ I64 = npt.NDArray[np.int64]
 
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 REPLY_FIELDS = ("document", "history_end", "turn_start", "response_start", "turn_end")
-"""Of one reply: its document in the shard, and offsets into that document's tokens (llada.chat.Reply)."""
+"""Of one reply: its document in the shard, and offsets into that document's tokens
+(llada.chat.Reply).
+"""
 _MOST_OPEN = 16384
 """Files of one kind that stay open at most, whatever the system allows."""
 CHUNK = 1 << 22
-"""Tokens or documents handled at a time, and bytes hashed at a time: bounds the memory of writing an index and of checks."""
+"""Tokens or documents handled at a time, and bytes hashed at a time: bounds the memory of writing
+an index and of checks.
+"""
 
 
 def token_dtype(rows: int) -> np.dtype[Any]:
-    """The dtype of token ids for a vocabulary of `rows` rows: uint16 below 65500, else int32 (Megatron's rule)."""
+    """The dtype of token ids for a vocabulary of `rows` rows: uint16 below 65500, else int32
+    (Megatron's rule).
+    """
     return DTYPES[8] if rows < 65500 else DTYPES[4]
 
 
@@ -47,8 +56,12 @@ class _HashedFile:
     """A file under a temporary name whose checksum and size are known when it is complete."""
 
     def __init__(self, path: Path) -> None:
-        # Another process may be writing the same file: a unit of work that two tasks do gives the same bytes twice.
-        self.path, self.partial = path, path.with_name(f"{path.name}.partial-{uuid.uuid4().hex[:8]}")
+        # Another process may be writing the same file: a unit of work that two tasks do gives the
+        # same bytes twice.
+        self.path, self.partial = (
+            path,
+            path.with_name(f"{path.name}.partial-{uuid.uuid4().hex[:8]}"),
+        )
         self.bytes = 0
         self._published = False
         self._hash = xxhash.xxh3_64()
@@ -71,7 +84,9 @@ class _HashedFile:
         self._published = True
 
     def discard(self) -> None:
-        """Leave nothing of this file, published or not; a file that had the name before is left alone."""
+        """Leave nothing of this file, published or not; a file that had the name before is left
+        alone.
+        """
         self._file.close()
         self.partial.unlink(missing_ok=True)
         if self._published:
@@ -80,7 +95,9 @@ class _HashedFile:
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """What the manifest says of one shard; checksums are xxh3_64 in hexadecimal. Only conversations have replies."""
+    """What the manifest says of one shard; checksums are xxh3_64 in hexadecimal. Only conversations
+    have replies.
+    """
 
     name: str
     split: str
@@ -97,7 +114,8 @@ class ShardEntry:
 
 
 class ShardWriter:
-    """Writes one shard. The files appear under their names when it closes; an exception before that leaves nothing.
+    """Writes one shard. The files appear under their names when it closes; an exception before that
+    leaves nothing.
 
     Args:
         folder: existing folder of the corpus.
@@ -112,7 +130,9 @@ class ShardWriter:
     def __init__(self, folder: str | Path, name: str, dtype: npt.DTypeLike, split: str) -> None:
         self.folder, self.name, self.dtype, self.split = Path(folder), name, np.dtype(dtype), split
         if self.dtype not in _CODES:
-            raise ValueError(f"token dtype {self.dtype} is not one of {', '.join(map(str, _CODES))}")
+            raise ValueError(
+                f"token dtype {self.dtype} is not one of {', '.join(map(str, _CODES))}"
+            )
         self.tokens = self.documents = 0
         self._text_bytes, self._max_token_id = 0, 0
         self._lengths: list[npt.NDArray[np.int32]] = []
@@ -122,14 +142,22 @@ class ShardWriter:
         self._replies: _HashedFile | None = None
         self.replies = 0
 
-    def append(self, flat_tokens: npt.ArrayLike, lengths: npt.ArrayLike, text_bytes: int, replies: I64 | None = None) -> None:
+    def append(
+        self,
+        flat_tokens: npt.ArrayLike,
+        lengths: npt.ArrayLike,
+        text_bytes: int,
+        replies: I64 | None = None,
+    ) -> None:
         """Add documents.
 
         Args:
             flat_tokens: their token ids one after the other, each document's EOS in place.
             lengths: tokens of each document, EOS included, all >= 1.
-            text_bytes: UTF-8 bytes of their text (of the replies, where documents are conversations).
-            replies: rows of REPLY_FIELDS, the document counted from the first of this call; None: not conversations.
+            text_bytes: UTF-8 bytes of their text (of the replies, where documents are
+                conversations).
+            replies: rows of REPLY_FIELDS, the document counted from the first of this call; None:
+                not conversations.
 
         Raises:
             ValueError: lengths that do not add up, an id that the dtype cannot hold.
@@ -137,8 +165,13 @@ class ShardWriter:
         flat, counts = np.asarray(flat_tokens), np.asarray(lengths)
         if self._entry is not None:
             raise ValueError(f"shard {self.name} is closed")
-        if counts.sum() != flat.size or (counts.size and not 1 <= counts.min() <= counts.max() <= np.iinfo(np.int32).max):
-            raise ValueError(f"shard {self.name}: document lengths must be >= 1 and add up to the {flat.size} tokens")
+        if counts.sum() != flat.size or (
+            counts.size and not 1 <= counts.min() <= counts.max() <= np.iinfo(np.int32).max
+        ):
+            raise ValueError(
+                f"shard {self.name}: document lengths must be >= 1 and add up to the {flat.size}"
+                " tokens"
+            )
         if not flat.size:
             return
         low, high = int(flat.min()), int(flat.max())
@@ -148,7 +181,9 @@ class ShardWriter:
         self._lengths.append(counts.astype("<i4"))
         if replies is not None:
             self._replies = self._replies or _HashedFile(self.folder / f"{self.name}.replies")
-            self._replies.write((replies + np.array([self.documents, 0, 0, 0, 0])).astype("<i8").tobytes())
+            self._replies.write(
+                (replies + np.array([self.documents, 0, 0, 0, 0])).astype("<i8").tobytes()
+            )
             self.replies += len(replies)
         self.tokens += flat.size
         self.documents += counts.size
@@ -156,7 +191,9 @@ class ShardWriter:
         self._max_token_id = max(self._max_token_id, high)
 
     def close(self) -> ShardEntry:
-        """Write the index, put both files in place and return the manifest's entry; a second call returns it again."""
+        """Write the index, put both files in place and return the manifest's entry; a second call
+        returns it again.
+        """
         if self._entry is not None:
             return self._entry
         try:
@@ -212,7 +249,12 @@ class ShardWriter:
     def __enter__(self) -> ShardWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if self._entry is None:
             if kind is None:
                 self.close()
@@ -226,18 +268,28 @@ def shard_name(split: str, number: int) -> str:
 
 
 class SplitWriter:
-    """The shards of one split: a new one when the current one is full. As a context, it gives up what `finish` has not closed.
+    """The shards of one split: a new one when the current one is full. As a context, it gives up
+    what `finish` has not closed.
 
     Args:
         folder: existing folder of the corpus.
         split: its name, with which the names of its shards begin.
         dtype: from `token_dtype`.
         limit: tokens; a shard ends with the document with which it has this many.
-        unit: the shards are parts, of this unit of work: train-00042-000, ...; None: they are train-00000, train-00001, ...
+        unit: the shards are parts, of this unit of work: train-00042-000, ...; None: they are
+            train-00000, train-00001, ...
     """
 
-    def __init__(self, folder: Path, split: str, dtype: npt.DTypeLike, limit: int, unit: int | None = None) -> None:
-        self._folder, self._split, self._dtype, self._limit, self._unit = folder, split, dtype, limit, unit
+    def __init__(
+        self, folder: Path, split: str, dtype: npt.DTypeLike, limit: int, unit: int | None = None
+    ) -> None:
+        self._folder, self._split, self._dtype, self._limit, self._unit = (
+            folder,
+            split,
+            dtype,
+            limit,
+            unit,
+        )
         self._writer: ShardWriter | None = None
         self._entries: list[ShardEntry] = []
 
@@ -247,13 +299,16 @@ class SplitWriter:
         Args:
             flat: token ids one after the other, each document's EOS in place.
             lengths, text_bytes: of each document.
-            replies: rows of REPLY_FIELDS, the document counted from the first of this call; None: not conversations.
+            replies: rows of REPLY_FIELDS, the document counted from the first of this call; None:
+                not conversations.
         """
         ends = np.cumsum(lengths)
         first, start = 0, 0
         while first < len(lengths):
             if self._writer is None:
-                self._writer = ShardWriter(self._folder, self._next_name(), self._dtype, self._split)
+                self._writer = ShardWriter(
+                    self._folder, self._next_name(), self._dtype, self._split
+                )
             room = self._limit - self._writer.tokens
             last = min(int(np.searchsorted(ends, start + room)) + 1, len(lengths))
             stop = int(ends[last - 1])
@@ -261,7 +316,9 @@ class SplitWriter:
             if replies is not None:
                 low, high = np.searchsorted(replies[:, 0], (first, last))
                 own = replies[low:high] - np.array([first, 0, 0, 0, 0])
-            self._writer.append(flat[start:stop], lengths[first:last], int(text_bytes[first:last].sum()), own)
+            self._writer.append(
+                flat[start:stop], lengths[first:last], int(text_bytes[first:last].sum()), own
+            )
             first, start = last, stop
             if self._writer.tokens >= self._limit:
                 self._close()
@@ -328,20 +385,27 @@ class Shard:
     def indices(self) -> I64:
         return self.index.indices
 
-    def runs(self, first: int = 0, stop: int | None = None, tokens: int = CHUNK) -> Iterator[tuple[int, I64, I64]]:
-        """Whole documents in order, some at a time, so that memory is bounded by `tokens` and the longest document.
+    def runs(
+        self, first: int = 0, stop: int | None = None, tokens: int = CHUNK
+    ) -> Iterator[tuple[int, I64, I64]]:
+        """Whole documents in order, some at a time, so that memory is bounded by `tokens` and the
+        longest document.
 
         Args:
             first, stop: documents first..stop-1; None: to the last.
             tokens: at most, in a run of several documents.
 
         Yields:
-            The first document of a run, its token ids (a copy), and the length of each of its documents.
+            The first document of a run, its token ids (a copy), and the length of each of its
+            documents.
         """
         stop, item = self.num_documents if stop is None else stop, self.dtype.itemsize
         while first < stop:
             start = int(self.pointers[first]) // item
-            last = bisect.bisect_right(self.pointers, (start + tokens) * item, lo=first + 1, hi=stop) - 1
+            last = (
+                bisect.bisect_right(self.pointers, (start + tokens) * item, lo=first + 1, hi=stop)
+                - 1
+            )
             last = max(last, first + 1)
             lengths = self.lengths[first:last].astype(np.int64)
             yield first, self.tokens(start, start + int(lengths.sum())), lengths
@@ -349,7 +413,8 @@ class Shard:
 
 
 class OpenFiles:
-    """Files of shards that stay open, so that the next read needs no opening; the longest unused ones are let go.
+    """Files of shards that stay open, so that the next read needs no opening; the longest unused
+    ones are let go.
 
     Threads may share it. A file in use is not closed under its reader.
 
@@ -367,7 +432,9 @@ class OpenFiles:
 
 
 def map_replies(path: Path) -> I64:
-    """The rows of a .replies file, memory-mapped int64 [replies, 5]. Raises UserError when it cannot be one."""
+    """The rows of a .replies file, memory-mapped int64 [replies, 5]. Raises UserError when it
+    cannot be one.
+    """
     rows = map_file(path, np.dtype("<i8"))
     if rows.size % len(REPLY_FIELDS):
         raise damaged(path, f"{8 * rows.size} bytes, not a multiple of {8 * len(REPLY_FIELDS)}")

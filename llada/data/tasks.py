@@ -1,4 +1,6 @@
-"""The data of a run, by its task. (Not in the package itself: shards are read and written without torch.)"""
+"""The data of a run, by its task. (Not in the package itself: shards are read and written without
+torch.)
+"""
 
 from llada.config import RunConfig
 from llada.data.base import TrainingData

@@ -13,16 +13,22 @@ _LONGEST_QUESTION, _SHORTEST, _LONGEST = 100, 12, 90
 
 
 def write_pairs(files: Sequence[Path], target: Path) -> int:
-    """Write {"prompt": ..., "response": ...} lines of every documented function and class of Python files; returns how many."""
+    """Write {"prompt": ..., "response": ...} lines of every documented function and class of Python
+    files; returns how many.
+    """
     pairs = dict(pair for file in files for pair in docstring_pairs(file))
     with open(target, "w", encoding="utf-8") as out:
         for question, answer in pairs.items():
-            out.write(json.dumps({"prompt": question, "response": answer}, ensure_ascii=False) + "\n")
+            out.write(
+                json.dumps({"prompt": question, "response": answer}, ensure_ascii=False) + "\n"
+            )
     return len(pairs)
 
 
 def docstring_pairs(file: Path) -> Iterator[tuple[str, str]]:
-    """What each documented function or class of a file does: the first sentence of its docstring."""
+    """What each documented function or class of a file does: the first sentence of
+    its docstring.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # old escapes in old files
@@ -32,8 +38,15 @@ def docstring_pairs(file: Path) -> Iterator[tuple[str, str]]:
     module = file.stem if file.stem != "__init__" else file.parent.name
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            question, answer = _question(module, node), _first_sentence(ast.get_docstring(node) or "")
-            if _SHORTEST <= len(answer) <= _LONGEST and len(question) <= _LONGEST_QUESTION and answer.isascii():
+            question, answer = (
+                _question(module, node),
+                _first_sentence(ast.get_docstring(node) or ""),
+            )
+            if (
+                _SHORTEST <= len(answer) <= _LONGEST
+                and len(question) <= _LONGEST_QUESTION
+                and answer.isascii()
+            ):
                 yield question, answer
 
 

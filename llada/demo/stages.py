@@ -1,4 +1,6 @@
-"""The demo's stages: tokenizer, corpus, pretraining, pairs, fine-tuning, export, report. What is done is not done again."""
+"""The demo's stages: tokenizer, corpus, pretraining, pairs, fine-tuning, export, report. What is
+done is not done again.
+"""
 
 from __future__ import annotations
 
@@ -15,22 +17,37 @@ from llada.training.signals import StopRequest
 
 _GPU_STEPS = {"pretrain": 10_000, "sft": 2_000}
 _SMOKE = {
-    "pretrain": ["train.steps=6", "validation.windows=16", "schedule.stages.0.steps=20", "logging.every=1"],
+    "pretrain": [
+        "train.steps=6",
+        "validation.windows=16",
+        "schedule.stages.0.steps=20",
+        "logging.every=1",
+    ],
     "sft": ["train.steps=4", "validation.windows=16", "logging.every=1"],
 }
 _MADE = ("tokenizer", "corpus", "pretrain", "pairs", "talks", "sft", "hf", "report")
 """What a demo's folder holds, without endings."""
 _TOKENIZER_BYTES = 8_000_000
-"""Text the tokenizer is trained on: enough for a vocabulary of a few thousand, a few seconds of work."""
+"""Text the tokenizer is trained on: enough for a vocabulary of a few thousand, a few seconds of
+work.
+"""
 
 
-def run_demo(stop: StopRequest, inputs: list[str] | None, configs: tuple[str, str], folder: str, smoke: bool, fresh: bool) -> int:
+def run_demo(
+    stop: StopRequest,
+    inputs: list[str] | None,
+    configs: tuple[str, str],
+    folder: str,
+    smoke: bool,
+    fresh: bool,
+) -> int:
     """Run every stage that is not done yet, then report.
 
     Args:
         stop: set by the stop signals.
         inputs: files and folders; None: the Python standard library on this machine.
-        configs: of the pretraining, whose model.vocab_size is the tokenizer's size, and of the fine-tuning.
+        configs: of the pretraining, whose model.vocab_size is the tokenizer's size, and of the
+            fine-tuning.
         folder: where everything goes.
         smoke: a few steps only.
         fresh: remove `folder` first, which must hold nothing but an earlier demo.
@@ -39,24 +56,46 @@ def run_demo(stop: StopRequest, inputs: list[str] | None, configs: tuple[str, st
         The exit code: 0, or 75 when a signal stopped a training.
 
     Raises:
-        UserError: a folder that lies inside what is read, or that `fresh` would take with files that no demo made; what the stages raise.
+        UserError: a folder that lies inside what is read, or that `fresh` would take with files
+            that no demo made; what the stages raise.
     """
     root = Path(folder)
     for source in inputs or []:
         refuse_inside(root, Path(source), "--dir")
     if fresh:
         _remove(root)
-    pretrain = _config("pretrain", configs[0], smoke, [f"run.dir={root / 'pretrain'}", f"data.mixture.0.path={root / 'corpus'}"])
-    talk = [f"run.dir={root / 'sft'}", f"data.mixture.0.path={root / 'talks'}", f"run.init_from={root / 'pretrain'}"]
+    pretrain = _config(
+        "pretrain",
+        configs[0],
+        smoke,
+        [f"run.dir={root / 'pretrain'}", f"data.mixture.0.path={root / 'corpus'}"],
+    )
+    talk = [
+        f"run.dir={root / 'sft'}",
+        f"data.mixture.0.path={root / 'talks'}",
+        f"run.init_from={root / 'pretrain'}",
+    ]
     sft = _config("sft", configs[1], smoke, talk)
     root.mkdir(parents=True, exist_ok=True)
     stages = Stages()
     sources, extensions = _sources(inputs)
-    stages("tokenizer", root / "tokenizer", lambda target: _train_tokenizer(sources, extensions, pretrain.model.vocab_size, target))
-    stages("prepare", root / "corpus", lambda target: _prepare(sources, extensions, root / "tokenizer", target))
+    stages(
+        "tokenizer",
+        root / "tokenizer",
+        lambda target: _train_tokenizer(sources, extensions, pretrain.model.vocab_size, target),
+    )
+    stages(
+        "prepare",
+        root / "corpus",
+        lambda target: _prepare(sources, extensions, root / "tokenizer", target),
+    )
     if code := stages.train("pretrain", pretrain, stop):
         return code
-    stages("prepare-sft", root / "talks", lambda target: _prepare_talks(root / "tokenizer", root / "pairs.jsonl", target))
+    stages(
+        "prepare-sft",
+        root / "talks",
+        lambda target: _prepare_talks(root / "tokenizer", root / "pairs.jsonl", target),
+    )
     if code := stages.train("sft", sft, stop):
         return code
     stages("export", root / "hf", lambda target: _export(root / "sft", target))
@@ -70,10 +109,16 @@ def _remove(root: Path) -> None:
     """Remove an earlier demo. Raises UserError where something else would go with it."""
     if not root.is_dir():
         return
-    # A demo's own names may have an ending, or be those of a stage that was cut off: .corpus.partial-1234abcd.
-    others = [path.name for path in root.iterdir() if path.name.lstrip(".").partition(".")[0] not in _MADE]
+    # A demo's own names may have an ending, or be those of a stage that was cut off:
+    # .corpus.partial-1234abcd.
+    others = [
+        path.name for path in root.iterdir() if path.name.lstrip(".").partition(".")[0] not in _MADE
+    ]
     if others:
-        raise UserError(f"--fresh: '{root}' holds '{min(others)}', which no demo makes, and would be removed with it; name another --dir")
+        raise UserError(
+            f"--fresh: '{root}' holds '{min(others)}', which no demo makes, and would be removed"
+            " with it; name another --dir"
+        )
     shutil.rmtree(root)
 
 
@@ -126,7 +171,10 @@ def _config(task: Task, path: str, smoke: bool, overrides: list[str]) -> RunConf
 
     if not Path(path).is_file():
         option = "--config" if task == "pretrain" else "--sft-config"
-        raise UserError(f"{option}: no file '{path}'; run the demo from a checkout of the repository, or name a config")
+        raise UserError(
+            f"{option}: no file '{path}'; run the demo from a checkout of the repository, or name a"
+            " config"
+        )
     if smoke:
         overrides = [*overrides, *_SMOKE[task]]
     elif torch.cuda.is_available():
@@ -135,10 +183,14 @@ def _config(task: Task, path: str, smoke: bool, overrides: list[str]) -> RunConf
 
 
 def library_sources(library: Path) -> list[Path]:
-    """Folders and Python files of the standard library, without installed packages and second names of a file (Debian links some)."""
+    """Folders and Python files of the standard library, without installed packages and second names
+    of a file (Debian links some).
+    """
     skipped = {"site-packages", "dist-packages", "__pycache__"}
     children = [child for child in sorted(library.iterdir()) if not child.is_symlink()]
-    children = [child for child in children if child.name not in skipped and not child.name.startswith(".")]
+    children = [
+        child for child in children if child.name not in skipped and not child.name.startswith(".")
+    ]
     return [child for child in children if child.is_dir() or child.suffix == ".py"]
 
 
@@ -151,7 +203,9 @@ def _sources(inputs: list[str] | None) -> tuple[list[str], list[str] | None]:
     return (inputs, None) if inputs else ([str(path) for path in _library()], [".py"])
 
 
-def _train_tokenizer(inputs: list[str], extensions: list[str] | None, size: int, target: Path) -> None:
+def _train_tokenizer(
+    inputs: list[str], extensions: list[str] | None, size: int, target: Path
+) -> None:
     from data_tools.readers import sample_texts
     from llada.tokenizer import train_byte_level_bpe
 
@@ -163,11 +217,18 @@ def _train_tokenizer(inputs: list[str], extensions: list[str] | None, size: int,
     print(f"{tokenizer.vocab_size} tokens", flush=True)
 
 
-def _prepare(inputs: list[str], extensions: list[str] | None, tokenizer: Path, target: Path) -> None:
+def _prepare(
+    inputs: list[str], extensions: list[str] | None, tokenizer: Path, target: Path
+) -> None:
     from data_tools.finish import summary
     from data_tools.prepare import prepare
 
-    print(summary(prepare(inputs, tokenizer, target, extensions=extensions, validation_fraction=0.02)), flush=True)
+    print(
+        summary(
+            prepare(inputs, tokenizer, target, extensions=extensions, validation_fraction=0.02)
+        ),
+        flush=True,
+    )
 
 
 def _prepare_talks(tokenizer: Path, pairs: Path, target: Path) -> None:
@@ -176,8 +237,14 @@ def _prepare_talks(tokenizer: Path, pairs: Path, target: Path) -> None:
     from data_tools.sft import prepare_sft
     from llada.demo.pairs import write_pairs
 
-    files = [file for path in _library() for file in (sorted(path.rglob("*.py")) if path.is_dir() else [path])]
-    files = [file for file in files if not {"test", "tests"} & set(file.parts)]  # their docstrings explain tests
+    files = [
+        file
+        for path in _library()
+        for file in (sorted(path.rglob("*.py")) if path.is_dir() else [path])
+    ]
+    files = [
+        file for file in files if not {"test", "tests"} & set(file.parts)
+    ]  # their docstrings explain tests
     print(f"{write_pairs(files, pairs):,} questions and answers in {pairs}", flush=True)
     print(summary(prepare_sft([pairs], tokenizer, target, validation_fraction=0.03)), flush=True)
 

@@ -16,18 +16,22 @@ from llada.objectives.base import Batch
 
 
 class StepResult:
-    """One optimizer step, the same on every rank. Asking for its numbers waits until the step is done on the device.
+    """One optimizer step, the same on every rank. Asking for its numbers waits until the step is
+    done on the device.
 
     Args:
-        numbers: loss, squared gradient norm before clipping, and 1 if the step was left out, else 0; float64 [3]. A GPU tensor is
-            copied to the host behind the work queued so far, without waiting for it.
+        numbers: loss, squared gradient norm before clipping, and 1 if the step was left out, else
+            0; float64 [3]. A GPU tensor is copied to the host behind the work queued so far,
+            without waiting for it.
     """
 
     def __init__(self, numbers: torch.Tensor) -> None:
         self._event: torch.cuda.Event | None = None
         self._numbers = numbers
         if numbers.device.type == "cuda":
-            self._numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True).copy_(numbers, non_blocking=True)
+            self._numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True).copy_(
+                numbers, non_blocking=True
+            )
             self._event = torch.cuda.Event()
             self._event.record()
 
@@ -54,7 +58,9 @@ class StepResult:
 
     @property
     def applied(self) -> bool:
-        """False when loss or norm was not finite or above its limit, and then nothing was updated."""
+        """False when loss or norm was not finite or above its limit, and then nothing
+        was updated.
+        """
         return self._read[2] == 0
 
 
@@ -108,7 +114,9 @@ class PendingSave(Protocol):
         ...
 
     def finish(self) -> None:
-        """Write what belongs to all ranks; collective, after every rank is done without an error."""
+        """Write what belongs to all ranks; collective, after every rank is done without
+        an error.
+        """
         ...
 
 
@@ -119,18 +127,25 @@ class Engine(Protocol):
     device: torch.device
 
     def prepare(self, batch: Batch) -> Any:
-        """What this rank needs of a micro-batch, ready for `train_step`; may be called in another thread. Not collective."""
+        """What this rank needs of a micro-batch, ready for `train_step`; may be called in another
+        thread. Not collective.
+        """
         ...
 
-    def train_step(self, batches: Sequence[Any], learning_rate: float, limits: Limits = NO_LIMITS) -> StepResult:
-        """Forward and backward over this replica's micro-batches, then one optimizer update; none when it is not within the limits.
+    def train_step(
+        self, batches: Sequence[Any], learning_rate: float, limits: Limits = NO_LIMITS
+    ) -> StepResult:
+        """Forward and backward over this replica's micro-batches, then one optimizer update; none
+        when it is not within the limits.
 
         The micro-batches may come from `prepare` or be whole batches.
         """
         ...
 
     def evaluate(self, batches: Sequence[Any], num_segments: int) -> torch.Tensor:
-        """sum(weights * loss) of every segment id over all replicas, float64 [num_segments] on CPU, on every rank."""
+        """sum(weights * loss) of every segment id over all replicas, float64 [num_segments] on CPU,
+        on every rank.
+        """
         ...
 
     def any(self, flag: bool) -> bool:
@@ -146,7 +161,9 @@ class Engine(Protocol):
         ...
 
     def start_save(self, folder: Path) -> PendingSave:
-        """Start to write model and optimizer into an existing empty folder; returns once later steps cannot change what it holds."""
+        """Start to write model and optimizer into an existing empty folder; returns once later
+        steps cannot change what it holds.
+        """
         ...
 
     def load(self, folder: Path, optimizer: bool = True) -> None:

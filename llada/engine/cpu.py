@@ -1,8 +1,9 @@
 """Lets Megatron-Core run on a machine without a GPU, and with one optimizer everywhere.
 
-Megatron-Core 0.16.1 has no CPU mode: it asks torch.cuda for the current device, allocates with device="cuda", compares
-tensor type strings and keeps random states of the GPU. `before_import` redirects those names to the CPU, where there is no GPU;
-`after_import` mends what must be patched inside Megatron-Core. Both are process-wide and happen once.
+Megatron-Core 0.16.1 has no CPU mode: it asks torch.cuda for the current device, allocates with
+device="cuda", compares tensor type strings and keeps random states of the GPU. `before_import`
+redirects those names to the CPU, where there is no GPU; `after_import` mends what must be patched
+inside Megatron-Core. Both are process-wide and happen once.
 """
 
 from __future__ import annotations
@@ -18,14 +19,27 @@ import torch
 
 from llada.device import gpu_available
 
-_FIRST_CALL_RACE = ("sin", "cos", "tan", "exp", "log", "tanh", "erf", "sqrt", "expm1", "log1p", "sigmoid")
+_FIRST_CALL_RACE = (
+    "sin",
+    "cos",
+    "tan",
+    "exp",
+    "log",
+    "tanh",
+    "erf",
+    "sqrt",
+    "expm1",
+    "log1p",
+    "sigmoid",
+)
 
 
 def settle_math() -> None:
     """Call every vectorised math function once on one element.
 
-    The first multi-threaded call of such a function in a process can return low precision in one thread's part (a race in
-    the math library's dispatch); a one-element call first avoids it. Without this, two runs of the same step may differ.
+    The first multi-threaded call of such a function in a process can return low precision in one
+    thread's part (a race in the math library's dispatch); a one-element call first avoids it.
+    Without this, two runs of the same step may differ.
     """
     for dtype in (torch.float32, torch.float64):
         for name in _FIRST_CALL_RACE:
@@ -39,10 +53,13 @@ def available() -> bool:
 
 @functools.cache
 def before_import() -> None:
-    """Redirect the CUDA names that Megatron-Core reaches for. Call before the first import of megatron.core."""
+    """Redirect the CUDA names that Megatron-Core reaches for. Call before the first import of
+    megatron.core.
+    """
     if not available():
         return
-    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # tracing costs 19 s in the first step and gains nothing here
+    # tracing costs 19 s in the first step and gains nothing here
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     settle_math()
     _redirect_devices()
     _redirect_random_state()
@@ -55,14 +72,21 @@ def after_import() -> None:
     import megatron.core.optimizer as optimizer
     import megatron.core.tensor_parallel.random as random
 
-    # On a GPU too, even where Transformer Engine or Apex are installed: it leaves out a step on the device.
+    # On a GPU too, even where Transformer Engine or Apex are installed: it leaves out a step on the
+    # device.
     optimizer.Adam = torch.optim.AdamW
-    optimizer.USING_PYTORCH_OPTIMIZER = True  # else it hands AdamW the arguments of Transformer Engine's or Apex's Adam
+    # else it hands AdamW the arguments of Transformer Engine's or Apex's Adam
+    optimizer.USING_PYTORCH_OPTIMIZER = True
     if not available():
         return
-    random._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)
-    random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
-    # It warns that the CPU state changed inside a GPU random context: here they are one and the same.
+    random._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(
+        new_state
+    )
+    random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: (
+        torch.get_rng_state()
+    )
+    # It warns that the CPU state changed inside a GPU random context: here they are one and the
+    # same.
     logging.getLogger(random.__name__).setLevel(logging.ERROR)
 
 
@@ -84,7 +108,9 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
 def _redirect_devices() -> None:
     from torch.utils._device import _device_constructors
 
-    _device_constructors()  # cached on first use: it must see the original factories, or `with torch.device(...)` ignores ours
+    # cached on first use: it must see the original factories, or `with torch.device(...)` ignores
+    # ours
+    _device_constructors()
     for name in ("tensor", "zeros", "ones", "empty", "full", "arange", "empty_like", "zeros_like"):
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
@@ -92,7 +118,11 @@ def _redirect_devices() -> None:
     torch.cuda.empty_cache = lambda: None
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
     original_type = torch.Tensor.type
-    names = {torch.float32: "torch.cuda.FloatTensor", torch.float16: "torch.cuda.HalfTensor", torch.bfloat16: "torch.cuda.BFloat16Tensor"}
+    names = {
+        torch.float32: "torch.cuda.FloatTensor",
+        torch.float16: "torch.cuda.HalfTensor",
+        torch.bfloat16: "torch.cuda.BFloat16Tensor",
+    }
 
     def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if not args and not kwargs and self.dtype in names:

@@ -1,4 +1,6 @@
-"""The default engine: Megatron-Core's model parallelism, pipeline schedules, distributed optimizer and checkpoints."""
+"""The default engine: Megatron-Core's model parallelism, pipeline schedules, distributed optimizer
+and checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,11 @@ cpu.before_import()
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel  # noqa: E402
 from megatron.core.dist_checkpointing.dict_utils import nested_values  # noqa: E402
 from megatron.core.dist_checkpointing.mapping import ShardedObject  # noqa: E402
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads  # noqa: E402
+from megatron.core.distributed import (  # noqa: E402
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 from megatron.core.transformer import TransformerConfig  # noqa: E402
@@ -41,7 +47,9 @@ from llada.model.transformer import BidirectionalTransformer, Predicted  # noqa:
 cpu.after_import()
 
 Initialise = Callable[[ModelSection, int, dict[str, torch.nn.Parameter], int, int], None]
-"""Fills a rank's parameters in place, from the model's shape, the seed, and the tensor rank and size."""
+"""Fills a rank's parameters in place, from the model's shape, the seed, and the tensor rank and
+size.
+"""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -49,17 +57,24 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 class MegatronEngine:
     """Model, optimizer and their state, spread over the ranks as `config.parallel` says.
 
-    Weights start from the keyed initialisation of (config.seed, canonical name), so every layout starts from the same model.
+    Weights start from the keyed initialisation of (config.seed, canonical name), so every layout
+    starts from the same model.
 
     Args:
         config: the run.
         token_loss: name of the loss kernel, from the objective.
-        training: false builds the model alone, for `load_weights` and `logits`: no gradients, no optimizer.
-        initialise: fills a chunk's parameters; the keyed initialisation of `llada.model.weights` unless a benchmark wants less work.
+        training: false builds the model alone, for `load_weights` and `logits`: no gradients, no
+            optimizer.
+        initialise: fills a chunk's parameters; the keyed initialisation of `llada.model.weights`
+            unless a benchmark wants less work.
     """
 
     def __init__(
-        self, config: RunConfig, token_loss: str = "cross_entropy", training: bool = True, initialise: Initialise = weights.initialise
+        self,
+        config: RunConfig,
+        token_loss: str = "cross_entropy",
+        training: bool = True,
+        initialise: Initialise = weights.initialise,
     ) -> None:
         self.device = join_world()
         config.check_world(dist.get_world_size())
@@ -84,22 +99,33 @@ class MegatronEngine:
             self.transformer_config.no_sync_func = contexts if len(contexts) > 1 else contexts[0]
         self.transformer_config.grad_scale_func = None
 
-    # -- training ------------------------------------------------------------------------------------------------------
+    # -- training ----------------------------------------------------------------------------------
 
     def prepare(self, batch: Batch) -> RankBatch:
-        """Cut out what this rank needs of a micro-batch, in page-locked memory where there is a GPU: work for the loader's thread."""
-        part = rank_batch(batch, parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size(), self.kernel)
+        """Cut out what this rank needs of a micro-batch, in page-locked memory where there is a
+        GPU: work for the loader's thread.
+        """
+        part = rank_batch(
+            batch,
+            parallel_state.get_context_parallel_rank(),
+            parallel_state.get_context_parallel_world_size(),
+            self.kernel,
+        )
         return part.pin_memory() if self.device.type == "cuda" else part
 
-    def train_step(self, batches: Sequence[Batch | RankBatch], learning_rate: float, limits: Limits = NO_LIMITS) -> StepResult:
-        """Forward and backward over this replica's micro-batches, then one update, without waiting for the device.
+    def train_step(
+        self, batches: Sequence[Batch | RankBatch], learning_rate: float, limits: Limits = NO_LIMITS
+    ) -> StepResult:
+        """Forward and backward over this replica's micro-batches, then one update, without waiting
+        for the device.
 
-        Whether the step is applied is decided on the device: a loss or gradient norm that is not finite, or above its limit, leaves
-        weights, moments and step count as they were, on all ranks.
+        Whether the step is applied is decided on the device: a loss or gradient norm that is not
+        finite, or above its limit, leaves weights, moments and step count as they were, on all
+        ranks.
 
         Args:
-            batches: this replica's micro-batches, the same number on every replica; those that `prepare` made are copied to the GPU
-                while it computes.
+            batches: this replica's micro-batches, the same number on every replica; those that
+                `prepare` made are copied to the GPU while it computes.
             learning_rate: of this step.
             limits: what loss and gradient norm must not exceed.
         """
@@ -111,8 +137,14 @@ class MegatronEngine:
         self.optimizer.prepare_grads()
         self._sum_over_replicas(total)
         squared = self._squared_norm()
-        # A comparison with nan is false. The largest over all ranks: one that disagreed would go on with other weights.
-        inside = total.isfinite() & squared.isfinite() & (total <= limits.loss) & (squared <= limits.grad_norm**2)
+        # A comparison with nan is false. The largest over all ranks: one that disagreed would go on
+        # with other weights.
+        inside = (
+            total.isfinite()
+            & squared.isfinite()
+            & (total <= limits.loss)
+            & (squared <= limits.grad_norm**2)
+        )
         left_out = (~inside).float()
         dist.all_reduce(left_out, op=dist.ReduceOp.MAX)
         # AdamW divides the gradients by the first and does nothing where the second is 1.
@@ -126,7 +158,9 @@ class MegatronEngine:
         return StepResult(torch.stack([total, squared, left_out.double()]))
 
     def _squared_norm(self) -> torch.Tensor:
-        """Squared global L2 norm of the gradient, float64 []. Shared and replicated parameters count once."""
+        """Squared global L2 norm of the gradient, float64 []. Shared and replicated parameters
+        count once.
+        """
         grads = self.optimizer.get_main_grads_for_grad_norm()
         zero = torch.zeros((), dtype=torch.float64, device=self.device)
         squared = torch.stack(torch._foreach_norm(grads)).double().square().sum() if grads else zero
@@ -134,22 +168,32 @@ class MegatronEngine:
         return squared
 
     def _sum_over_replicas(self, total: torch.Tensor) -> None:
-        """Sum what the last pipeline stage of every replica and context rank holds; every rank gets the result."""
-        dist.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+        """Sum what the last pipeline stage of every replica and context rank holds; every rank gets
+        the result.
+        """
+        dist.all_reduce(
+            total, group=parallel_state.get_data_parallel_group(with_context_parallel=True)
+        )
         dist.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch | RankBatch], num_segments: int) -> torch.Tensor:
-        """sum(weights * loss) of every segment id over all replicas, float64 [num_segments] on CPU, on every rank."""
+        """sum(weights * loss) of every segment id over all replicas, float64 [num_segments] on CPU,
+        on every rank.
+        """
         sums = torch.zeros(num_segments, dtype=torch.float64, device=self.device)
         self._run(batches, partial(_segment_losses, sums), forward_only=True)
         self._sum_over_replicas(sums)
         return sums.cpu()
 
-    def _run(self, batches: Sequence[Batch | RankBatch], loss: Callable[..., Any], forward_only: bool) -> None:
+    def _run(
+        self, batches: Sequence[Batch | RankBatch], loss: Callable[..., Any], forward_only: bool
+    ) -> None:
         for chunk in self.chunks:
             chunk.train(not forward_only)
-        prepared = [batch if isinstance(batch, RankBatch) else self.prepare(batch) for batch in batches]
+        prepared = [
+            batch if isinstance(batch, RankBatch) else self.prepare(batch) for batch in batches
+        ]
         iterators: list[Iterator[RankBatch]] = [iter(prepared) for _ in self.replicas]
         get_forward_backward_func()(
             forward_step_func=partial(self._forward, loss),
@@ -168,22 +212,40 @@ class MegatronEngine:
         batch = next(iterator).to(self.device)
         model = self.config.model
         attention = attention_inputs(
-            batch.layout, batch.positions, batch.first, model.head_dim, model.rope_theta, self.kernel, batch.lengths
+            batch.layout,
+            batch.positions,
+            batch.first,
+            model.head_dim,
+            model.rope_theta,
+            self.kernel,
+            batch.lengths,
         )
         output = replica(batch.inputs, attention, Predicted(batch.indices, batch.targets))
         return output, partial(loss, batch.weights, batch.segments, batch.normaliser)
 
     @torch.no_grad()
     def logits(self, batch: Batch) -> torch.Tensor:
-        """Logits of every position, fp32 [b, L, vocabulary] on CPU. One process only: for verification, not for training."""
+        """Logits of every position, fp32 [b, L, vocabulary] on CPU. One process only: for
+        verification, not for training.
+        """
         model, whole = self.config.model, self.prepare(batch).to(self.device)
-        attention = attention_inputs(whole.layout, whole.positions, 0, model.head_dim, model.rope_theta, self.kernel, whole.lengths)
+        attention = attention_inputs(
+            whole.layout,
+            whole.positions,
+            0,
+            model.head_dim,
+            model.rope_theta,
+            self.kernel,
+            whole.lengths,
+        )
         self.chunks[0].eval()
         return self.chunks[0](whole.inputs, attention).transpose(0, 1).float().cpu()
 
-    # -- construction --------------------------------------------------------------------------------------------------
+    # -- construction ------------------------------------------------------------------------------
 
-    def _build_chunks(self, token_loss: Callable[..., torch.Tensor]) -> list[BidirectionalTransformer]:
+    def _build_chunks(
+        self, token_loss: Callable[..., torch.Tensor]
+    ) -> list[BidirectionalTransformer]:
         virtual = self.config.parallel.virtual_pipeline
         chunks = []
         for stage in range(virtual or 1):
@@ -193,8 +255,12 @@ class MegatronEngine:
                 self.config.model,
                 self.config.data.sequence_length,
                 token_loss,
-                pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=virtual is None, vp_stage=vp_stage),
-                post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=virtual is None, vp_stage=vp_stage),
+                pre_process=parallel_state.is_pipeline_first_stage(
+                    ignore_virtual=virtual is None, vp_stage=vp_stage
+                ),
+                post_process=parallel_state.is_pipeline_last_stage(
+                    ignore_virtual=virtual is None, vp_stage=vp_stage
+                ),
                 vp_stage=vp_stage,
             )
             chunks.append(chunk.to(self.device))
@@ -212,21 +278,34 @@ class MegatronEngine:
         return DistributedDataParallel(self.transformer_config, ddp, chunk)
 
     def _parameters(self, chunk: BidirectionalTransformer) -> dict[str, torch.nn.Parameter]:
-        return weights.global_names(chunk, get_transformer_layer_offset(self.transformer_config, vp_stage=chunk.vp_stage))
+        return weights.global_names(
+            chunk, get_transformer_layer_offset(self.transformer_config, vp_stage=chunk.vp_stage)
+        )
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
-        """This rank's parameters by Megatron name, layers numbered over the whole model; `.main_grad` holds the gradient."""
+        """This rank's parameters by Megatron name, layers numbered over the whole model;
+        `.main_grad` holds the gradient.
+        """
         self._finish_gather()
-        return {name: parameter for chunk in self.chunks for name, parameter in self._parameters(chunk).items()}
+        return {
+            name: parameter
+            for chunk in self.chunks
+            for name, parameter in self._parameters(chunk).items()
+        }
 
     @staticmethod
     def _tensor_place() -> tuple[int, int]:
-        return parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
+        return (
+            parallel_state.get_tensor_model_parallel_rank(),
+            parallel_state.get_tensor_model_parallel_world_size(),
+        )
 
-    # -- state ---------------------------------------------------------------------------------------------------------
+    # -- state -------------------------------------------------------------------------------------
 
     def save(self, folder: Path) -> None:
-        """Write model and optimizer as a Megatron distributed checkpoint into an existing empty folder; returns when it is there."""
+        """Write model and optimizer as a Megatron distributed checkpoint into an existing empty
+        folder; returns when it is there.
+        """
         pending = self.start_save(folder)
         pending.wait()
         if pending.error is not None:
@@ -234,24 +313,35 @@ class MegatronEngine:
         pending.finish()
 
     def start_save(self, folder: Path) -> BackgroundSave:
-        """Start a save into an existing empty folder and return once later steps cannot change what it holds; collective."""
+        """Start a save into an existing empty folder and return once later steps cannot change what
+        it holds; collective.
+        """
         write_in_threads()
         self._finish_gather()
         weights_, parts = self._weights(), self._optimizers()
         own = optimizer_state.pieces(parts, weights_, optimizer_state.EVERYTHING)
-        state = snapshot({**weights_, "optimizer": {"step": optimizer_state.step_count(parts), "pieces": own}})
+        state = snapshot(
+            {**weights_, "optimizer": {"step": optimizer_state.step_count(parts), "pieces": own}}
+        )
         return BackgroundSave(dist_checkpointing.save(state, str(folder), async_sharded_save=True))
 
     def load(self, folder: Path, optimizer: bool = True) -> None:
-        """Read what `save` wrote, on any layout; without `optimizer` the weights alone, and the optimizer starts afresh.
+        """Read what `save` wrote, on any layout; without `optimizer` the weights alone, and the
+        optimizer starts afresh.
 
-        The fp32 masters of a bf16 run are read in both cases; of a checkpoint without masters the weights take their place.
+        The fp32 masters of a bf16 run are read in both cases; of a checkpoint without masters the
+        weights take their place.
         """
-        self.load_weights(folder)  # first: in fp32 the masters are the weights, and those of a bf16 run have more digits
+        # first: in fp32 the masters are the weights, and those of a bf16 run have more digits
+        self.load_weights(folder)
         parts = self._optimizers()
         kinds: tuple[str, ...] = optimizer_state.EVERYTHING
         if not optimizer:
-            kinds = optimizer_state.MASTERS if StoredTensors(folder).has_masters else optimizer_state.WEIGHTS
+            kinds = (
+                optimizer_state.MASTERS
+                if StoredTensors(folder).has_masters
+                else optimizer_state.WEIGHTS
+            )
         own = optimizer_state.pieces(parts, self._weights(), kinds)
         views = [piece.data for piece in own]
         state = dist_checkpointing.load({"optimizer": {"pieces": own}}, str(folder))
@@ -266,11 +356,16 @@ class MegatronEngine:
 
     @torch.no_grad()
     def load_canonical(self, source: weights.Weights) -> None:
-        """Take the weights from canonical tensors, and start the optimizer afresh; every rank reads the rows that it holds.
+        """Take the weights from canonical tensors, and start the optimizer afresh; every rank reads
+        the rows that it holds.
 
         The fp32 masters of a bf16 run take every digit that the source has.
         """
-        owners = {id(parameter): part for part in self._optimizers() for parameter in part.model_param_group_index_map}
+        owners = {
+            id(parameter): part
+            for part in self._optimizers()
+            for parameter in part.model_param_group_index_map
+        }
         for name, parameter in self.parameters().items():
             whole = torch.empty(parameter.shape, dtype=torch.float32)
             weights.scatter(self.config.model, source, name, whole, *self._tensor_place())
@@ -282,29 +377,40 @@ class MegatronEngine:
         optimizer_state.start_moments(self._optimizers())
 
     def _finish_gather(self) -> None:
-        """With overlap_param_gather an update's parameters arrive with the next forward pass; whoever reads them before must wait."""
+        """With overlap_param_gather an update's parameters arrive with the next forward pass;
+        whoever reads them before must wait.
+        """
         if self.config.parallel.overlap_param_gather:
             for replica in self.replicas:
                 replica.start_param_sync(force_sync=True)
 
     def load_weights(self, folder: Path, masters: bool = False) -> None:
-        """Read the model's weights, or with `masters` their fp32 masters, in its own precision, without the optimizer: enough for looking,
-        not for training."""
+        """Read the model's weights, or with `masters` their fp32 masters, in its own precision,
+        without the optimizer: enough for looking, not for training.
+        """
         wanted = self._weights()
         for value in nested_values(wanted) if masters else ():
             value.key = MASTERS + value.key
         state = dist_checkpointing.load(wanted, str(folder))
         for index, chunk in enumerate(self.chunks):
-            chunk.load_state_dict(state[f"model{index}"], strict=False)  # not strict: Megatron-Core's modules list empty extra states
+            # not strict: Megatron-Core's modules list empty extra states
+            chunk.load_state_dict(state[f"model{index}"], strict=False)
 
     def _optimizers(self) -> list[Any]:
         return getattr(self.optimizer, "chained_optimizers", [self.optimizer])
 
     def _weights(self) -> dict[str, Any]:
         """The sharded state of all chunks; they must be saved and loaded in one call."""
-        states = {f"model{i}": chunk.sharded_state_dict(metadata=self._sharding()) for i, chunk in enumerate(self.chunks)}
-        # Not the extra states that Megatron-Core's modules list: they are empty, and a checkpoint made of weights alone has none.
-        return {name: {key: v for key, v in state.items() if not isinstance(v, ShardedObject)} for name, state in states.items()}
+        states = {
+            f"model{i}": chunk.sharded_state_dict(metadata=self._sharding())
+            for i, chunk in enumerate(self.chunks)
+        }
+        # Not the extra states that Megatron-Core's modules list: they are empty, and a checkpoint
+        # made of weights alone has none.
+        return {
+            name: {key: v for key, v in state.items() if not isinstance(v, ShardedObject)}
+            for name, state in states.items()
+        }
 
     @staticmethod
     def _sharding() -> dict[str, Any]:
@@ -313,7 +419,7 @@ class MegatronEngine:
             "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
         }
 
-    # -- the rest of the contract --------------------------------------------------------------------------------------
+    # -- the rest of the contract ------------------------------------------------------------------
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` is set on any rank."""
@@ -332,7 +438,9 @@ class MegatronEngine:
         return gather_world(value)
 
     def peak_memory_gb(self) -> float:
-        """Largest memory use of this rank so far, GB: allocated GPU memory, or the resident set of the process on CPU."""
+        """Largest memory use of this rank so far, GB: allocated GPU memory, or the resident set of
+        the process on CPU.
+        """
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 1e9
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
@@ -343,37 +451,56 @@ class MegatronEngine:
 
 
 def _mark_sharded(parameters: dict[str, torch.nn.Parameter]) -> None:
-    """Tell Megatron-Core which parameters are shards and which are copies on every tensor rank: the gradient norm counts copies
-    once. Its own initialisation would have done so, but ours replaces it."""
+    """Tell Megatron-Core which parameters are shards and which are copies on every tensor rank: the
+    gradient norm counts copies once. Its own initialisation would have done so, but ours replaces
+    it.
+    """
     for name, parameter in parameters.items():
         if parameter.dim() > 1:
             by_columns = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
-            tensor_parallel.set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=int(by_columns), stride=1)
+            tensor_parallel.set_tensor_model_parallel_attributes(
+                parameter, is_parallel=True, dim=int(by_columns), stride=1
+            )
 
 
 def _training_loss(
-    total: torch.Tensor, weights_: torch.Tensor, segments: torch.Tensor, normaliser: float, losses: torch.Tensor
+    total: torch.Tensor,
+    weights_: torch.Tensor,
+    segments: torch.Tensor,
+    normaliser: float,
+    losses: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
-    """Sum of the weighted losses over the step's normaliser. Three values: with two, the schedule would still rescale by the
-    context-parallel size and the number of micro-batches."""
+    """Sum of the weighted losses over the step's normaliser. Three values: with two, the schedule
+    would still rescale by the context-parallel size and the number of micro-batches.
+    """
     loss = (losses * weights_).sum() / normaliser
     total += loss.detach()
     return loss, torch.zeros((), dtype=torch.int, device=losses.device), {}
 
 
 def _segment_losses(
-    sums: torch.Tensor, weights_: torch.Tensor, segments: torch.Tensor, normaliser: float, losses: torch.Tensor
+    sums: torch.Tensor,
+    weights_: torch.Tensor,
+    segments: torch.Tensor,
+    normaliser: float,
+    losses: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
     sums.index_add_(0, segments, (losses * weights_).double())
     return losses.sum(), torch.zeros((), dtype=torch.int, device=losses.device), {}
 
 
-def _finalize(model: list[torch.nn.Module], num_tokens: torch.Tensor | None = None, **kwargs: Any) -> None:
-    """Finish the gradients without dividing by a token count: the losses already carry the step's normaliser."""
+def _finalize(
+    model: list[torch.nn.Module], num_tokens: torch.Tensor | None = None, **kwargs: Any
+) -> None:
+    """Finish the gradients without dividing by a token count: the losses already carry the step's
+    normaliser.
+    """
     finalize_model_grads(model, None, **kwargs)
 
 
-def _optimizer(config: RunConfig, dtype: torch.dtype, replicas: list[DistributedDataParallel]) -> Any:
+def _optimizer(
+    config: RunConfig, dtype: torch.dtype, replicas: list[DistributedDataParallel]
+) -> Any:
     settings = config.optimizer
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
@@ -393,14 +520,21 @@ def _optimizer(config: RunConfig, dtype: torch.dtype, replicas: list[Distributed
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
     for part in parts:
         for group in part.optimizer.param_groups:
-            group["fused"], group["foreach"] = True, False  # one kernel per tensor instead of one per operation
+            group["fused"], group["foreach"] = (
+                True,
+                False,
+            )  # one kernel per tensor instead of one per operation
     return parts[0] if len(parts) == 1 else optimizer
 
 
 _RECOMPUTE: dict[str, dict[str, Any]] = {
     "none": {},
     "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
-    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    "full": {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    },
 }
 """Megatron-Core's names for parallel.recompute."""
 
@@ -415,7 +549,9 @@ def _stage_layout(parallel: ParallelSection) -> list[list[str]] | None:
     return chunks
 
 
-def _transformer_config(config: RunConfig, dtype: torch.dtype, device: torch.device) -> TransformerConfig:
+def _transformer_config(
+    config: RunConfig, dtype: torch.dtype, device: torch.device
+) -> TransformerConfig:
     model, parallel = config.model, config.parallel
     gpu = device.type == "cuda"
     overlapped = parallel.virtual_pipeline is not None
@@ -436,7 +572,8 @@ def _transformer_config(config: RunConfig, dtype: torch.dtype, device: torch.dev
         bf16=dtype == torch.bfloat16,
         params_dtype=dtype,
         pipeline_dtype=dtype,
-        calculate_per_token_loss=True,  # the engine adds up; no division by micro-batches, replicas or tokens
+        # the engine adds up; no division by micro-batches, replicas or tokens
+        calculate_per_token_loss=True,
         perform_initialization=False,  # weights come from llada.model.weights
         use_cpu_initialization=not gpu,
         tensor_model_parallel_size=parallel.tensor,
@@ -446,10 +583,12 @@ def _transformer_config(config: RunConfig, dtype: torch.dtype, device: torch.dev
         pipeline_model_parallel_layout=_stage_layout(parallel),
         context_parallel_size=parallel.context,
         **_RECOMPUTE[parallel.recompute],
-        # Batched p2p with two stages and virtual stages gives silently wrong gradients: never with virtual stages.
+        # Batched p2p with two stages and virtual stages gives silently wrong gradients: never with
+        # virtual stages.
         overlap_p2p_comm=overlapped,
         batch_p2p_comm=not overlapped,
-        batch_p2p_sync=False,  # it works around a fault of torch before 1.13, and waits for the device in every exchange
+        # it works around a fault of torch before 1.13, and waits for the device in every exchange
+        batch_p2p_sync=False,
         deterministic_mode=config.run.deterministic and gpu,
         use_te_activation_func=True,  # our SwiGLU
         bias_activation_fusion=False,

@@ -1,4 +1,6 @@
-"""A micro-batch as one rank needs it: cut out of the whole before the step, in page-locked memory where there is a GPU."""
+"""A micro-batch as one rank needs it: cut out of the whole before the step, in page-locked memory
+where there is a GPU.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +23,14 @@ class RankBatch:
         positions: [s] int64, rotary positions.
         layout: attention segments of the whole rows.
         first: index of the first token of this part in the row.
-        indices: of each predicted position in this part, into the flattened [s, b] hidden states, int64 [n].
+        indices: of each predicted position in this part, into the flattened [s, b] hidden states,
+            int64 [n].
         targets: clean tokens there, int64 [n].
         weights: float32 [n].
         segments: id of each predicted position's segment among all of the step, int64 [n].
         normaliser: one number per global step.
-        lengths: cumulative segment lengths for a variable-length attention kernel; None where none is used.
+        lengths: cumulative segment lengths for a variable-length attention kernel; None where none
+            is used.
     """
 
     inputs: torch.Tensor
@@ -59,7 +63,8 @@ def rank_batch(batch: Batch, rank: int, size: int, kernel: Kernel | None) -> Ran
     """
     share = batch.inputs.shape[1] // size
     first = rank * share
-    here = ((batch.columns >= first) & (batch.columns < first + share)).nonzero().squeeze(1)  # in the batch's order
+    # in the batch's order
+    here = ((batch.columns >= first) & (batch.columns < first + share)).nonzero().squeeze(1)
     return RankBatch(
         inputs=batch.inputs[:, first : first + share],
         positions=batch.positions[first : first + share],
@@ -70,12 +75,16 @@ def rank_batch(batch: Batch, rank: int, size: int, kernel: Kernel | None) -> Ran
         weights=batch.weights[here],
         segments=batch.segments[here],
         normaliser=batch.normaliser,
-        lengths=segment_lengths(batch.layout, first, share) if kernel is not None and kernel.computes(batch.layout) else None,
+        lengths=segment_lengths(batch.layout, first, share)
+        if kernel is not None and kernel.computes(batch.layout)
+        else None,
     )
 
 
 def _with_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """A copy of a dataclass whose tensors, those of nested SegmentLengths included, went through `change`."""
+    """A copy of a dataclass whose tensors, those of nested SegmentLengths included, went through
+    `change`.
+    """
     changed: dict[str, Any] = {}
     for field in fields(value):
         part = getattr(value, field.name)

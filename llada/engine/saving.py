@@ -1,8 +1,9 @@
 """Writing a checkpoint while training goes on.
 
-Megatron-Core plans a save on the main thread and hands back a function that writes this rank's files. Its own callers run that
-function in spawned or forked processes; here a thread of this process runs it, so nothing can outlive a killed rank and nothing
-has to be started before the first step.
+Megatron-Core plans a save on the main thread and hands back a function that writes this rank's
+files. Its own callers run that function in spawned or forked processes; here a thread of this
+process runs it, so nothing can outlive a killed rank and nothing has to be started before the first
+step.
 """
 
 from __future__ import annotations
@@ -21,10 +22,16 @@ from llada.files import checksum
 
 
 def snapshot(state: dict[str, Any]) -> dict[str, Any]:
-    """Replace the tensors of a sharded state on the CPU by copies, which later steps do not change; GPU tensors are copied by the save."""
+    """Replace the tensors of a sharded state on the CPU by copies, which later steps do not change;
+    GPU tensors are copied by the save.
+    """
 
     def copied(value: Any) -> Any:
-        if isinstance(value, (ShardedTensor, ShardedTensorFactory)) and value.data is not None and value.data.device.type == "cpu":
+        if (
+            isinstance(value, (ShardedTensor, ShardedTensorFactory))
+            and value.data is not None
+            and value.data.device.type == "cpu"
+        ):
             value.data = value.data.detach().clone()
         return value
 
@@ -49,7 +56,9 @@ class BackgroundSave:
         arguments = list(request.async_fn_args)
         if request.preload_fn is not None:
             arguments[1] = request.preload_fn()  # GPU -> host memory
-        self._thread = threading.Thread(target=self._write, args=(arguments,), name="checkpoint", daemon=True)
+        self._thread = threading.Thread(
+            target=self._write, args=(arguments,), name="checkpoint", daemon=True
+        )
         self._thread.start()
 
     def done(self) -> bool:
@@ -85,13 +94,19 @@ class _Count:
         return
 
 
-def _write_in_threads(transforms: list[Any], use_msc: bool, rank: int, buckets: list[Any], results: queue.Queue[Any]) -> None:
-    """Write every bucket to its file, each in a thread; the replacement of Megatron-Core's writer processes."""
+def _write_in_threads(
+    transforms: list[Any], use_msc: bool, rank: int, buckets: list[Any], results: queue.Queue[Any]
+) -> None:
+    """Write every bucket to its file, each in a thread; the replacement of Megatron-Core's writer
+    processes.
+    """
     writer = filesystem_async.FileSystemWriterAsync
 
     def write(index: int) -> Any:
         own: queue.Queue[Any] = queue.Queue()
-        writer.write_preloaded_data(transforms, index, buckets[index], own, _Count(), use_fsync=True)
+        writer.write_preloaded_data(
+            transforms, index, buckets[index], own, _Count(), use_fsync=True
+        )
         return own.get()[1]
 
     with ThreadPoolExecutor(max_workers=len(buckets)) as pool:
@@ -103,7 +118,11 @@ def _write_in_threads(transforms: list[Any], use_msc: bool, rank: int, buckets: 
 
 
 def write_in_threads() -> None:
-    """Make Megatron-Core write checkpoints in threads of this process, their results in a queue of this process."""
-    filesystem_async.FileSystemWriterAsync.write_preloaded_data_multiproc = staticmethod(_write_in_threads)
+    """Make Megatron-Core write checkpoints in threads of this process, their results in a queue of
+    this process.
+    """
+    filesystem_async.FileSystemWriterAsync.write_preloaded_data_multiproc = staticmethod(
+        _write_in_threads
+    )
     if filesystem_async._results_queue is None:
         filesystem_async._results_queue = queue.Queue()

@@ -1,1 +1,3 @@
-"""The model for Hugging Face transformers. Every export carries a copy of the other files here: they import torch and transformers only."""
+"""The model for Hugging Face transformers. Every export carries a copy of the other files here:
+they import torch and transformers only.
+"""

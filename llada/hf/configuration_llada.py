@@ -1,5 +1,7 @@
 # Copyright the llada authors. SPDX-License-Identifier: Apache-2.0
-"""The configuration of LLaDA (arXiv 2502.09992) for Hugging Face transformers, with the names of the published config.json."""
+"""The configuration of LLaDA (arXiv 2502.09992) for Hugging Face transformers, with the names of
+the published config.json.
+"""
 
 from __future__ import annotations
 
@@ -16,29 +18,39 @@ class LLaDAConfig(PretrainedConfig):
         d_model: width of the residual stream.
         n_layers: transformer blocks.
         n_heads: query heads; the head dimension is d_model / n_heads.
-        n_kv_heads: key/value heads (grouped-query attention); None: n_heads, or 1 with multi_query_attention.
+        n_kv_heads: key/value heads (grouped-query attention); None: n_heads, or 1 with
+            multi_query_attention.
         multi_query_attention: older way to say n_kv_heads; must agree with it where both are given.
         mlp_hidden_size: inner width of the SwiGLU; None: mlp_ratio * d_model.
         mlp_ratio: see mlp_hidden_size.
         vocab_size: rows that stand for tokens.
         embedding_size: rows of the embedding and the head, padding included; None: vocab_size.
-        max_sequence_length: longest sequence of the training, in tokens. Longer ones are computed all the same.
+        max_sequence_length: longest sequence of the training, in tokens. Longer ones are computed
+            all the same.
         rope_theta: base of the rotary embedding (arXiv 2104.09864).
         rms_norm_eps: epsilon of every RMSNorm.
-        weight_tying: the head uses the embedding's weight. transformers' name `tie_word_embeddings` means the same.
+        weight_tying: the head uses the embedding's weight. transformers' name `tie_word_embeddings`
+            means the same.
         mask_token_id, eos_token_id, pad_token_id: ids of [MASK], the end of a text, and padding.
-        tokenizer_vocab_size: ids of the tokenizer, where it has fewer than there are rows: the rest is never generated. None:
-            vocab_size. Not a published field, and written only when set.
-        rope, rope_full_precision, alibi, block_type, block_group_size, layer_norm_type, layer_norm_with_affine,
-            bias_for_layer_norm, attention_layer_norm, input_emb_norm, scale_logits, activation_type, include_bias,
-            include_qkv_bias, attention_dropout, embedding_dropout, residual_dropout: choices of the published code of which
+        tokenizer_vocab_size: ids of the tokenizer, where it has fewer than there are rows: the rest
+            is never generated. None: vocab_size. Not a published field, and written only when set.
+        rope, rope_full_precision, alibi, block_type, block_group_size, layer_norm_type,
+        layer_norm_with_affine,
+            bias_for_layer_norm, attention_layer_norm, input_emb_norm, scale_logits,
+            activation_type, include_bias,
+            include_qkv_bias, attention_dropout, embedding_dropout, residual_dropout: choices of the
+            published code of which
             only LLaDA's is computed here; any other is refused.
-        alibi_bias_max, attention_layer_norm_with_affine, flash_attention, init_fn, init_std, init_cutoff_factor, init_device,
-            precision, use_cache: kept for other readers of the file; they change nothing here. New weights are always
-            initialised as init_fn "mitchell", and attention is chosen by transformers' `attn_implementation`.
+        alibi_bias_max, attention_layer_norm_with_affine, flash_attention, init_fn, init_std,
+        init_cutoff_factor, init_device,
+            precision, use_cache: kept for other readers of the file; they change nothing here. New
+            weights are always
+            initialised as init_fn "mitchell", and attention is chosen by transformers'
+            `attn_implementation`.
 
     Raises:
-        ValueError: a value that this implementation does not compute, or sizes that do not fit together.
+        ValueError: a value that this implementation does not compute, or sizes that do not fit
+            together.
     """
 
     model_type = "llada"
@@ -102,7 +114,9 @@ class LLaDAConfig(PretrainedConfig):
         given = {name: value for name, value in locals().items() if name in self.published_fields()}
         tied = kwargs.pop("tie_word_embeddings", weight_tying)
         if tied != weight_tying:
-            raise ValueError(f"LLaDAConfig: weight_tying={weight_tying} contradicts tie_word_embeddings={tied}")
+            raise ValueError(
+                f"LLaDAConfig: weight_tying={weight_tying} contradicts tie_word_embeddings={tied}"
+            )
         kwargs.setdefault("architectures", ["LLaDAModelLM"])
         kwargs.setdefault(
             "auto_map",
@@ -113,7 +127,12 @@ class LLaDAConfig(PretrainedConfig):
             },
         )
         # transformers 4 gives these three a default of its own unless it is told.
-        super().__init__(eos_token_id=eos_token_id, pad_token_id=pad_token_id, tie_word_embeddings=weight_tying, **kwargs)
+        super().__init__(
+            eos_token_id=eos_token_id,
+            pad_token_id=pad_token_id,
+            tie_word_embeddings=weight_tying,
+            **kwargs,
+        )
         for name, value in given.items():
             setattr(self, name, value)
         self.tokenizer_vocab_size = tokenizer_vocab_size
@@ -128,11 +147,20 @@ class LLaDAConfig(PretrainedConfig):
     @classmethod
     def published_fields(cls) -> list[str]:
         """Names of the fields that every config.json holds."""
-        return [name for name in inspect.signature(cls.__init__).parameters if name not in ("self", "tokenizer_vocab_size", "kwargs")]
+        return [
+            name
+            for name in inspect.signature(cls.__init__).parameters
+            if name not in ("self", "tokenizer_vocab_size", "kwargs")
+        ]
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What is written to config.json: every field, since other readers of the file have other defaults."""
-        fields = {**super().to_diff_dict(), **{name: getattr(self, name) for name in self.published_fields()}}
+        """What is written to config.json: every field, since other readers of the file have other
+        defaults.
+        """
+        fields = {
+            **super().to_diff_dict(),
+            **{name: getattr(self, name) for name in self.published_fields()},
+        }
         if self.tokenizer_vocab_size is None:
             fields.pop("tokenizer_vocab_size", None)
         return fields
@@ -160,18 +188,41 @@ class LLaDAConfig(PretrainedConfig):
         }
         # null means false for the published optional switches
         found = {name: getattr(self, name) or type(only)() for name, only in computed.items()}
-        wrong = [f"{name}={found[name]!r} (only {only!r})" for name, only in computed.items() if found[name] != only]
+        wrong = [
+            f"{name}={found[name]!r} (only {only!r})"
+            for name, only in computed.items()
+            if found[name] != only
+        ]
         if wrong:
-            raise ValueError(f"LLaDAConfig: this implementation does not compute {', '.join(wrong)}")
-        if self.d_model % self.n_heads or self.d_model // self.n_heads % 2:
-            raise ValueError(f"LLaDAConfig: d_model={self.d_model} is not n_heads={self.n_heads} times an even head dimension")
-        if self.n_heads % self.n_kv_heads:
-            raise ValueError(f"LLaDAConfig: n_kv_heads={self.n_kv_heads} does not divide n_heads={self.n_heads}")
-        if self.multi_query_attention is not None and self.n_kv_heads != (1 if self.multi_query_attention else self.n_heads):
-            raise ValueError(f"LLaDAConfig: n_kv_heads={self.n_kv_heads} contradicts multi_query_attention={self.multi_query_attention}")
-        if self.embedding_size < self.vocab_size:
-            raise ValueError(f"LLaDAConfig: embedding_size={self.embedding_size} is less than vocab_size={self.vocab_size}")
-        if self.tokenizer_vocab_size is not None and not 0 < self.tokenizer_vocab_size <= self.embedding_size:
             raise ValueError(
-                f"LLaDAConfig: tokenizer_vocab_size={self.tokenizer_vocab_size} is not from 1 to embedding_size={self.embedding_size}"
+                f"LLaDAConfig: this implementation does not compute {', '.join(wrong)}"
+            )
+        if self.d_model % self.n_heads or self.d_model // self.n_heads % 2:
+            raise ValueError(
+                f"LLaDAConfig: d_model={self.d_model} is not n_heads={self.n_heads} times an even"
+                " head dimension"
+            )
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(
+                f"LLaDAConfig: n_kv_heads={self.n_kv_heads} does not divide n_heads={self.n_heads}"
+            )
+        if self.multi_query_attention is not None and self.n_kv_heads != (
+            1 if self.multi_query_attention else self.n_heads
+        ):
+            raise ValueError(
+                f"LLaDAConfig: n_kv_heads={self.n_kv_heads} contradicts"
+                f" multi_query_attention={self.multi_query_attention}"
+            )
+        if self.embedding_size < self.vocab_size:
+            raise ValueError(
+                f"LLaDAConfig: embedding_size={self.embedding_size} is less than"
+                f" vocab_size={self.vocab_size}"
+            )
+        if (
+            self.tokenizer_vocab_size is not None
+            and not 0 < self.tokenizer_vocab_size <= self.embedding_size
+        ):
+            raise ValueError(
+                f"LLaDAConfig: tokenizer_vocab_size={self.tokenizer_vocab_size} is not from 1 to"
+                f" embedding_size={self.embedding_size}"
             )

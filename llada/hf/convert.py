@@ -29,7 +29,17 @@ from llada.training.checkpoint import Trained
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SHARD_SIZE = "5GB"
 """Largest safetensors file if nothing else is asked for."""
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_UNITS = {
+    "": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
 _CODE = ("configuration_llada.py", "generation_llada.py", "modeling_llada.py")
 _FILES = (
     "config.json",
@@ -45,7 +55,9 @@ Check = Callable[[list[Path], Path, bool], None]
 
 
 def convert(source: str, output: str, verify: bool, reference: str | None, **options: Any) -> str:
-    """`llada convert to-hf`: see `to_hf` and `llada.hf.verify.Verification`. Returns what was done, for the console."""
+    """`llada convert to-hf`: see `to_hf` and `llada.hf.verify.Verification`. Returns what was done,
+    for the console.
+    """
     if not verify and reference is None:
         return to_hf(source, output, **options)
     from llada.hf.verify import Verification
@@ -73,20 +85,23 @@ def to_hf(
     license_: str = "unknown",
     checksums: bool = True,
 ) -> str:
-    """Write a folder that `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` loads.
+    """Write a folder that `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`
+    loads.
 
-    Tensors are read and written some rows at a time: memory does not grow with the model. The same checkpoint and options give the
-    same bytes.
+    Tensors are read and written some rows at a time: memory does not grow with the model. The same
+    checkpoint and options give the same bytes.
 
     Args:
         source: checkpoint folder, or a run whose latest checkpoint is meant.
         output: folder to make; written beside it and renamed at the end.
-        dtype: "fp32", "bf16" or "fp16"; None: as the run computed. Of a bf16 run fp32 and fp16 are made of its fp32 masters.
+        dtype: "fp32", "bf16" or "fp16"; None: as the run computed. Of a bf16 run fp32 and fp16 are
+            made of its fp32 masters.
         force: replace an export that is there.
-        check: called with the checkpoints, the finished folder before it takes its name, and whether it holds the masters; what it
-            raises leaves nothing behind.
+        check: called with the checkpoints, the finished folder before it takes its name, and
+            whether it holds the masters; what it raises leaves nothing behind.
         max_shard_size: largest weight file, as 5GB or 500MiB.
-        average: the mean of so many checkpoints of the run up to this one; of a bf16 run of their fp32 masters.
+        average: the mean of so many checkpoints of the run up to this one; of a bf16 run of their
+            fp32 masters.
         license_: identifier of the licence for the model card.
         checksums: compare the checkpoint's files with its marker first.
 
@@ -94,8 +109,10 @@ def to_hf(
         A line that says what was written.
 
     Raises:
-        UserError: no checkpoint, a damaged one, tensors that are not its config's, an output that may not be made, too little disk.
-        RunError: the output cannot be written, weights that are not finite or that the dtype cannot hold.
+        UserError: no checkpoint, a damaged one, tensors that are not its config's, an output that
+            may not be made, too little disk.
+        RunError: the output cannot be written, weights that are not finite or that the dtype cannot
+            hold.
     """
     limit = parse_size(max_shard_size)
     check_license(license_)
@@ -111,17 +128,30 @@ def to_hf(
         _check_files(folders)
     tokenizer = checkpoint.load_tokenizer(folder)
     stored = [StoredTensors(each / "model") for each in folders]
-    masters = (name != "bf16" or average > 1) and trained.precision == "bf16" and all(each.has_masters for each in stored)
+    masters = (
+        (name != "bf16" or average > 1)
+        and trained.precision == "bf16"
+        and all(each.has_masters for each in stored)
+    )
     tensors = _open(stored, trained.model, masters)
     require_space(output, total_bytes(tensors.shapes, DTYPES[name]), "OUT")
-    with new_folder(output, force, "an exported model", (*_FILES, *_TOKENIZER_FILES), setting="OUT") as partial:
+    with new_folder(
+        output, force, "an exported model", (*_FILES, *_TOKENIZER_FILES), setting="OUT"
+    ) as partial:
         with flushed_meanwhile(partial):
             count = write_safetensors(partial, tensors, DTYPES[name], limit)
         _write_json(partial / "config.json", model_config(trained, tokenizer, name))
         end_of_turn = tokenizer.id_of(END_OF_TURN)
         ends = tokenizer.eos_id if end_of_turn is None else [tokenizer.eos_id, end_of_turn]
-        special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends, "pad_token_id": tokenizer.pad_id}
-        _write_json(partial / "generation_config.json", {key: value for key, value in special.items() if value is not None})
+        special = {
+            "bos_token_id": tokenizer.bos_id,
+            "eos_token_id": ends,
+            "pad_token_id": tokenizer.pad_id,
+        }
+        _write_json(
+            partial / "generation_config.json",
+            {key: value for key, value in special.items() if value is not None},
+        )
         for file in _CODE:
             shutil.copy(Path(__file__).with_name(file), partial)
         chat, has_chat = _write_tokenizer(folder / "tokenizer", partial, tokenizer)
@@ -131,8 +161,13 @@ def to_hf(
         if check is not None:
             check(folders, partial, masters)
     origin = " from the run's fp32 masters" if masters else ""
-    what = f"{weights.num_parameters(trained.model):,} parameters in {name}{origin}, {count} weight files, {chat}"
-    return f"{output}: {what}" + (f", the mean of the checkpoints after steps {', '.join(map(str, steps))}" if steps else "")
+    what = (
+        f"{weights.num_parameters(trained.model):,} parameters in {name}{origin}, {count} weight"
+        f" files, {chat}"
+    )
+    return f"{output}: {what}" + (
+        f", the mean of the checkpoints after steps {', '.join(map(str, steps))}" if steps else ""
+    )
 
 
 def parse_size(text: str) -> int:
@@ -158,7 +193,10 @@ def last_checkpoints(folder: Path, trained: Trained, count: int) -> list[Path]:
         return [folder]
     found = [path for path in checkpoint.committed(folder.parent) if path.name <= folder.name]
     if folder not in found or len(found) < count:
-        raise UserError(f"--average: {count} checkpoints are asked for, {folder.parent} has {len(found)} complete ones up to {folder.name}")
+        raise UserError(
+            f"--average: {count} checkpoints are asked for, {folder.parent} has {len(found)}"
+            f" complete ones up to {folder.name}"
+        )
     for path in found[-count:]:
         if checkpoint.trained(checkpoint.read_state(path)).model != trained.model:
             raise UserError(f"--average: {path} holds another model than {folder}")
@@ -212,12 +250,16 @@ def model_config(trained: Trained, tokenizer: Tokenizer, dtype: str) -> dict[str
 
 
 def _write_tokenizer(source: Path, target: Path, tokenizer: Tokenizer) -> tuple[str, bool]:
-    """Copy the tokenizer with its chat template, or with LLaDA's if it has none but has its special tokens. Returns what was done,
-    and whether there is a template."""
+    """Copy the tokenizer with its chat template, or with LLaDA's if it has none but has its special
+    tokens. Returns what was done, and whether there is a template.
+    """
     for path in sorted(source.iterdir()):
         shutil.copy(path, target)
     if not (source / "tokenizer.json").is_file():
-        return "its tokenizer is a SentencePiece model, which AutoTokenizer may not read", tokenizer.chat_template is not None
+        return (
+            "its tokenizer is a SentencePiece model, which AutoTokenizer may not read",
+            tokenizer.chat_template is not None,
+        )
     if tokenizer.chat_template not in (None, TEMPLATE):
         return "its tokenizer's own chat template included", True
     try:

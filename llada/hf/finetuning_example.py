@@ -19,7 +19,9 @@ def encode(example: dict[str, str]) -> dict[str, Any]:
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """The noise: each row masks its response with a probability of its own. The padding is EOS, which belongs to the response."""
+    """The noise: each row masks its response with a probability of its own. The padding is EOS,
+    which belongs to the response.
+    """
     length = max(len(row["input_ids"]) for row in rows)
     clean = torch.full((len(rows), length), tokenizer.eos_token_id)
     for ids, row in zip(clean, rows, strict=True):
@@ -43,7 +45,12 @@ arguments = TrainingArguments(
     save_strategy="no",
     report_to="none",
 )
-trainer = Trainer(model=model, args=arguments, train_dataset=[encode(example) for example in examples], data_collator=collate)
+trainer = Trainer(
+    model=model,
+    args=arguments,
+    train_dataset=[encode(example) for example in examples],
+    data_collator=collate,
+)
 trainer.train()
 trainer.save_model("finetuned")
 tokenizer.save_pretrained("finetuned")

@@ -20,7 +20,9 @@ class Renamed:
 
     def __init__(self, files: TensorFiles, names: Mapping[str, str]) -> None:
         self._files, self._names = files, dict(names)
-        self.shapes: Mapping[str, tuple[int, ...]] = {canonical: files.shapes[own] for canonical, own in names.items()}
+        self.shapes: Mapping[str, tuple[int, ...]] = {
+            canonical: files.shapes[own] for canonical, own in names.items()
+        }
 
     def dtype(self, name: str) -> torch.dtype:
         """As stored."""
@@ -55,8 +57,8 @@ class Mean:
 
 
 class GrownVocabulary:
-    """Weights with new rows in embedding and head: each is the mean of the rows that stand for tokens, which is what a model
-    that knows nothing of a new token would guess.
+    """Weights with new rows in embedding and head: each is the mean of the rows that stand for
+    tokens, which is what a model that knows nothing of a new token would guess.
 
     Args:
         source: whose other rows stay as they are.
@@ -70,7 +72,8 @@ class GrownVocabulary:
         self._before = source.shapes[EMBEDDING][0]
         self._means: dict[str, torch.Tensor] = {}
         self.shapes: Mapping[str, tuple[int, ...]] = {
-            name: (size, shape[1]) if name in (EMBEDDING, HEAD) else shape for name, shape in source.shapes.items()
+            name: (size, shape[1]) if name in (EMBEDDING, HEAD) else shape
+            for name, shape in source.shapes.items()
         }
 
     def dtype(self, name: str) -> torch.dtype:
@@ -92,7 +95,10 @@ class GrownVocabulary:
         if name not in self._means:
             width = self._source.shapes[name][1]
             blocks = row_blocks((self._tokens, width), BLOCK_ELEMENTS)
-            total = sum((self._source.rows(name, *block).double().sum(0) for block in blocks), torch.zeros(width, dtype=torch.float64))
+            total = sum(
+                (self._source.rows(name, *block).double().sum(0) for block in blocks),
+                torch.zeros(width, dtype=torch.float64),
+            )
             self._means[name] = (total / self._tokens).to(self.dtype(name))
         return self._means[name]
 

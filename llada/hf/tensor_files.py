@@ -43,8 +43,9 @@ def open_tensors(folder: Path, allow_pickle: bool, setting: str) -> TensorFiles:
     """The weights of a folder: safetensors, or with `allow_pickle` pytorch_model.bin.
 
     Raises:
-        UserError: no weights, or pickles without leave; an index that names a file that is missing or outside of the folder; a file
-            that is damaged or does not hold what the index says; a dtype that is not fp32, bf16 or fp16.
+        UserError: no weights, or pickles without leave; an index that names a file that is missing
+            or outside of the folder; a file that is damaged or does not hold what the index says; a
+            dtype that is not fp32, bf16 or fp16.
     """
     if (folder / _INDEX).is_file() or (folder / _SINGLE).is_file():
         return _Safetensors(folder)
@@ -52,8 +53,9 @@ def open_tensors(folder: Path, allow_pickle: bool, setting: str) -> TensorFiles:
         raise UserError(f"{setting}: '{folder}' has no weights ({_SINGLE}, {_INDEX} or {_PICKLE})")
     if not allow_pickle:
         raise UserError(
-            f"{setting}: '{folder}' has its weights as pickles ({_PICKLE}), which can run code when they are read; "
-            "convert them to safetensors, or use `llada convert from-hf --allow-pickle` if you trust who made them"
+            f"{setting}: '{folder}' has its weights as pickles ({_PICKLE}), which can run code when"
+            " they are read; convert them to safetensors, or use `llada convert from-hf"
+            " --allow-pickle` if you trust who made them"
         )
     return _Pickles(folder)
 
@@ -65,11 +67,18 @@ def _files(folder: Path, index: str, single: str) -> dict[str, Path | None]:
     try:
         listed = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"]
         names = sorted(set(listed.values()))
-        bad = [name for name in names if not isinstance(name, str) or Path(name).name != name or name in (".", "..")]
+        bad = [
+            name
+            for name in names
+            if not isinstance(name, str) or Path(name).name != name or name in (".", "..")
+        ]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{folder / index}: not an index of weights ({error})") from None
     if bad:
-        raise UserError(f"{folder / index}: {bad[0]!r} is not a file name in this folder; an index must not lead out of it")
+        raise UserError(
+            f"{folder / index}: {bad[0]!r} is not a file name in this folder; an index must not"
+            " lead out of it"
+        )
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise UserError(f"{folder / index}: names files that are not there: {', '.join(missing)}")
@@ -85,12 +94,16 @@ def _compare_with_index(folder: Path, index: str, where: Mapping[str, str]) -> N
     extra = sorted(where.keys() - listed.keys())
     if gone or extra:
         parts = [("not in their files: ", gone), ("not in the index: ", extra)]
-        raise UserError(f"{folder / index}: " + "; ".join(what + ", ".join(names) for what, names in parts if names))
+        raise UserError(
+            f"{folder / index}: "
+            + "; ".join(what + ", ".join(names) for what, names in parts if names)
+        )
 
 
 class _Safetensors:
-    """Tensors of safetensors files. The library checks a file; rows are then read from their place in it: its own slices would read the
-    whole tensor, or count as memory of the process."""
+    """Tensors of safetensors files. The library checks a file; rows are then read from their place
+    in it: its own slices would read the whole tensor, or count as memory of the process.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -103,11 +116,20 @@ class _Safetensors:
                     tensors = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  (it is no dict)
                 starts = _value_starts(folder / name)
             except (SafetensorError, OSError) as error:
-                raise UserError(f"{folder / name}: not a sound safetensors file ({' '.join(str(error).split())})") from None
+                raise UserError(
+                    f"{folder / name}: not a sound safetensors file"
+                    f" ({' '.join(str(error).split())})"
+                ) from None
             for key, tensor in tensors.items():
                 if tensor.get_dtype() not in _DTYPES:
-                    raise UserError(f"{folder / name}: {key} has dtype {tensor.get_dtype()}; one of {', '.join(_DTYPES)} can be read")
-                self.shapes[key], self.dtypes[key] = tuple(tensor.get_shape()), _DTYPES[tensor.get_dtype()]
+                    raise UserError(
+                        f"{folder / name}: {key} has dtype {tensor.get_dtype()}; one of"
+                        f" {', '.join(_DTYPES)} can be read"
+                    )
+                self.shapes[key], self.dtypes[key] = (
+                    tuple(tensor.get_shape()),
+                    _DTYPES[tensor.get_dtype()],
+                )
                 self._places[key], where[key] = (folder / name, starts[key]), name
         _compare_with_index(folder, _INDEX, where)
 
@@ -129,7 +151,11 @@ def _value_starts(path: Path) -> dict[str, int]:
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
-    return {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
+    return {
+        name: 8 + length + entry["data_offsets"][0]
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
 
 
 class _Pickles:
@@ -142,12 +168,20 @@ class _Pickles:
             try:
                 found = torch.load(folder / name, map_location="cpu", weights_only=True, mmap=True)
             except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-                raise UserError(f"{folder / name}: cannot be read as weights ({' '.join(str(error).split())[:200]})") from None
-            if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
+                raise UserError(
+                    f"{folder / name}: cannot be read as weights"
+                    f" ({' '.join(str(error).split())[:200]})"
+                ) from None
+            if not isinstance(found, dict) or not all(
+                isinstance(value, torch.Tensor) for value in found.values()
+            ):
                 raise UserError(f"{folder / name}: does not hold a dict of tensors")
             wrong = [key for key, value in found.items() if value.dtype not in CODES]
             if wrong:
-                raise UserError(f"{folder / name}: {wrong[0]} has dtype {found[wrong[0]].dtype}; fp32, bf16 and fp16 can be read")
+                raise UserError(
+                    f"{folder / name}: {wrong[0]} has dtype {found[wrong[0]].dtype}; fp32, bf16 and"
+                    " fp16 can be read"
+                )
             self._tensors |= found
             where |= dict.fromkeys(found, name)
         _compare_with_index(folder, _PICKLE_INDEX, where)
@@ -159,9 +193,11 @@ class _Pickles:
 
 
 def write_safetensors(folder: Path, source: Weights, dtype: torch.dtype, limit: int) -> int:
-    """Write safetensors files of at most `limit` bytes (a larger tensor gets its own), and their index if there are several.
+    """Write safetensors files of at most `limit` bytes (a larger tensor gets its own), and their
+    index if there are several.
 
-    The library's own writer wants all tensors of a file in memory; this one holds some rows. The same weights give the same bytes.
+    The library's own writer wants all tensors of a file in memory; this one holds some rows. The
+    same weights give the same bytes.
 
     Returns how many files.
 
@@ -175,7 +211,10 @@ def write_safetensors(folder: Path, source: Weights, dtype: torch.dtype, limit: 
         _write_file(folder / file, source, names, dtype)
         index |= dict.fromkeys(names, file)
     if len(files) > 1:
-        content = {"metadata": {"total_size": total_bytes(source.shapes, dtype)}, "weight_map": index}
+        content = {
+            "metadata": {"total_size": total_bytes(source.shapes, dtype)},
+            "weight_map": index,
+        }
         (folder / _INDEX).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return len(files)
 
@@ -200,17 +239,27 @@ def _deal(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, limit: int)
 
 
 def _write_file(path: Path, source: Weights, names: list[str], dtype: torch.dtype) -> None:
-    """One file: the length of the header (8 bytes), the header in JSON padded to 8 bytes, the values one tensor after the other."""
+    """One file: the length of the header (8 bytes), the header in JSON padded to 8 bytes, the
+    values one tensor after the other.
+    """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in names:
         start, end = end, end + math.prod(source.shapes[name]) * dtype.itemsize
-        header[name] = {"dtype": CODES[dtype], "shape": list(source.shapes[name]), "data_offsets": [start, end]}
+        header[name] = {
+            "dtype": CODES[dtype],
+            "shape": list(source.shapes[name]),
+            "data_offsets": [start, end],
+        }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with open(path, "wb", buffering=0) as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        blocks = ((name, *block) for name in names for block in row_blocks(source.shapes[name], BLOCK_ELEMENTS))
+        blocks = (
+            (name, *block)
+            for name in names
+            for block in row_blocks(source.shapes[name], BLOCK_ELEMENTS)
+        )
         for values in ahead(partial(_rounded, source, *block, dtype) for block in blocks):
             write_from(file, values)
 
@@ -228,5 +277,8 @@ def _refuse(name: str, values: torch.Tensor, rounded: torch.Tensor, dtype: torch
     bad = values[~rounded.isfinite()][0].item()
     if math.isfinite(bad):
         largest = torch.finfo(dtype).max
-        raise RunError(f"{name} holds {bad:g}, which {str(dtype).removeprefix('torch.')} cannot hold (its largest value is {largest:g})")
+        raise RunError(
+            f"{name} holds {bad:g}, which {str(dtype).removeprefix('torch.')} cannot hold (its"
+            f" largest value is {largest:g})"
+        )
     raise RunError(f"{name} holds {bad}: the weights are of a run that failed")

@@ -1,7 +1,8 @@
 """The training model and the exported folder on the same tokens, each in its own implementation.
 
-The training model is Megatron-Core's, loaded from the checkpoint by the engine; the folder is loaded by plain transformers in a
-process of its own that runs the folder's code only. Both compute in fp32 on the CPU.
+The training model is Megatron-Core's, loaded from the checkpoint by the engine; the folder is
+loaded by plain transformers in a process of its own that runs the folder's code only. Both compute
+in fp32 on the CPU.
 """
 
 from __future__ import annotations
@@ -39,16 +40,20 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 folder, inputs, out = sys.argv[1:]
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, torch_dtype=torch.float32).eval()
+model = AutoModelForCausalLM.from_pretrained(
+    folder, trust_remote_code=True, torch_dtype=torch.float32
+).eval()
 with torch.no_grad():
     save_file({"logits": model(load_file(inputs)["input_ids"]).logits.contiguous()}, out)
 """
 
 
 def training_logits(folders: Sequence[Path], masters: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens, half of them masked, and what the training model makes of them: int64 [4, 128], fp32 [4, 128, vocabulary].
+    """Tokens, half of them masked, and what the training model makes of them: int64 [4, 128], fp32
+    [4, 128, vocabulary].
 
-    Of several checkpoints the mean of their weights computes them, of bf16 runs with `masters` the fp32 masters.
+    Of several checkpoints the mean of their weights computes them, of bf16 runs with `masters` the
+    fp32 masters.
     """
     from llada.engine.megatron import MegatronEngine
 
@@ -56,17 +61,27 @@ def training_logits(folders: Sequence[Path], masters: bool) -> tuple[torch.Tenso
     tokenizer = checkpoint.load_tokenizer(folders[-1])
     windows = []
     for row in range(ROWS):
-        ids = np.floor(uniforms(stream(0, "verify", row), LENGTH) * tokenizer.vocab_size).astype(np.int64)
+        ids = np.floor(uniforms(stream(0, "verify", row), LENGTH) * tokenizer.vocab_size).astype(
+            np.int64
+        )
         windows.append(Window(row, ids, np.array([0, LENGTH]), np.array([0.5]), row))
     objective = MaskedDiffusion(0, tokenizer.mask_id)
-    batch = collate(windows, [objective.corrupt(window, masking="fixed_count") for window in windows], 1.0)
+    batch = collate(
+        windows, [objective.corrupt(window, masking="fixed_count") for window in windows], 1.0
+    )
     engine = MegatronEngine(config, training=False)
     try:
         means: list[torch.Tensor] = []
         for folder in folders:
             engine.load_weights(folder / "model", masters)
-            parts = [parameter.detach() / len(folders) for parameter in engine.parameters().values()]
-            means = parts if not means else [mean + part for mean, part in zip(means, parts, strict=True)]
+            parts = [
+                parameter.detach() / len(folders) for parameter in engine.parameters().values()
+            ]
+            means = (
+                parts
+                if not means
+                else [mean + part for mean, part in zip(means, parts, strict=True)]
+            )
         with torch.no_grad():
             for parameter, mean in zip(engine.parameters().values(), means, strict=True):
                 parameter.copy_(mean)
@@ -76,7 +91,9 @@ def training_logits(folders: Sequence[Path], masters: bool) -> tuple[torch.Tenso
 
 
 def _alone(model: ModelSection) -> RunConfig:
-    """A model in fp32 on one process; what an engine does not ask for without training is made up."""
+    """A model in fp32 on one process; what an engine does not ask for without training is
+    made up.
+    """
     return build_config(
         {
             "precision": "fp32",
@@ -91,16 +108,31 @@ def _alone(model: ModelSection) -> RunConfig:
 
 
 def exported_logits(folder: Path, input_ids: torch.Tensor) -> torch.Tensor:
-    """What plain transformers makes of the tokens, in a process of its own, fp32 [4, 128, vocabulary].
+    """What plain transformers makes of the tokens, in a process of its own, fp32 [4, 128,
+    vocabulary].
 
     Raises RunError with the process's last line when it fails.
     """
     with tempfile.TemporaryDirectory() as scratch:
         inputs, out = Path(scratch) / "inputs.safetensors", Path(scratch) / "logits.safetensors"
         save_file({"input_ids": input_ids}, inputs)
-        environment = {**os.environ, "HF_MODULES_CACHE": str(Path(scratch) / "modules"), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+        environment = {
+            **os.environ,
+            "HF_MODULES_CACHE": str(Path(scratch) / "modules"),
+            "HF_HUB_OFFLINE": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+        }
         done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", _READER, str(folder.resolve()), str(inputs), str(out)],
+            [
+                sys.executable,
+                "-W",
+                "ignore",
+                "-c",
+                _READER,
+                str(folder.resolve()),
+                str(inputs),
+                str(out),
+            ],
             cwd=scratch,
             env=environment,
             stdin=subprocess.DEVNULL,
@@ -108,7 +140,10 @@ def exported_logits(folder: Path, input_ids: torch.Tensor) -> torch.Tensor:
             text=True,
         )
         if done.returncode:
-            raise RunError(f"--verify: transformers cannot load the folder: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+            raise RunError(
+                "--verify: transformers cannot load the folder:"
+                f" {(done.stderr.strip().splitlines() or ['no message'])[-1]}"
+            )
         return load_file(out)["logits"]
 
 
@@ -117,7 +152,8 @@ class Verification:
 
     Args:
         compare: load the folder and compare.
-        reference: safetensors file to write: input_ids int64 [4, 128], logits fp32 [4, 128, vocabulary].
+        reference: safetensors file to write: input_ids int64 [4, 128], logits fp32 [4, 128,
+            vocabulary].
         rounded: the folder's weights are rounded.
 
     Attributes:
@@ -137,7 +173,10 @@ class Verification:
                 save_file({"input_ids": input_ids, "logits": wanted.contiguous()}, temporary)
                 os.replace(temporary, self.reference)
             except (OSError, SafetensorError) as error:
-                raise RunError(f"--reference: {self.reference} cannot be written ({' '.join(str(error).split())})") from None
+                raise RunError(
+                    f"--reference: {self.reference} cannot be written"
+                    f" ({' '.join(str(error).split())})"
+                ) from None
         if not self.compare:
             return
         try:
@@ -149,8 +188,9 @@ class Verification:
         allowed = _ROUNDED if self.rounded else TOLERANCE
         agree = int((found.argmax(-1) == wanted.argmax(-1)).sum())
         self.line = (
-            f"verified on {ROWS} x {LENGTH} tokens: max|difference| {largest:.3g}, max|logit| {scale:.3g}, ratio {largest / scale:.2e} "
-            f"(allowed {allowed:g}), the same best token at {agree} of {ROWS * LENGTH} positions"
+            f"verified on {ROWS} x {LENGTH} tokens: max|difference| {largest:.3g}, max|logit|"
+            f" {scale:.3g}, ratio {largest / scale:.2e} (allowed {allowed:g}), the same best token"
+            f" at {agree} of {ROWS * LENGTH} positions"
         )
         if not largest <= allowed * scale:  # also when it is not a number
             raise RunError(f"--verify: the exported folder computes other logits; not {self.line}")

@@ -1,9 +1,10 @@
 """Bidirectional attention over segments, the one place that chooses a kernel.
 
-In bf16 on a GPU, rows that are cut into segments need a variable-length kernel: flash-attn (4, 3 or 2, whichever is installed and
-made for the GPU), else torch's own. Rows of one segment go to flash-attn too where it is the fastest, and else to torch's scaled dot
-product, which prefers cuDNN on Hopper and newer. On CPU, and in fp32 on a GPU, torch's scaled dot product runs once per segment. On
-a GPU the unfused math kernel is never used silently: it is refused.
+In bf16 on a GPU, rows that are cut into segments need a variable-length kernel: flash-attn (4, 3 or
+2, whichever is installed and made for the GPU), else torch's own. Rows of one segment go to
+flash-attn too where it is the fastest, and else to torch's scaled dot product, which prefers cuDNN
+on Hopper and newer. On CPU, and in fp32 on a GPU, torch's scaled dot product runs once per segment.
+On a GPU the unfused math kernel is never used silently: it is refused.
 """
 
 from __future__ import annotations
@@ -34,9 +35,10 @@ class Kernel:
 
     Attributes:
         name: for people, and for the versions of a checkpoint.
-        call: (q, k, v [tokens, heads, head_dim], cumulative lengths of queries and keys, longest of each) -> like q; fewer key
-            than query heads are allowed.
-        whole_rows: used for rows of one segment too; false: torch's scaled dot product, which has more kernels, computes them.
+        call: (q, k, v [tokens, heads, head_dim], cumulative lengths of queries and keys, longest of
+            each) -> like q; fewer key than query heads are allowed.
+        whole_rows: used for rows of one segment too; false: torch's scaled dot product, which has
+            more kernels, computes them.
     """
 
     name: str
@@ -50,13 +52,15 @@ class Kernel:
 
 @dataclass(frozen=True)
 class SegmentLengths:
-    """Where segments begin and end, as variable-length kernels want it: cumulative over the flattened tokens of a micro-batch.
+    """Where segments begin and end, as variable-length kernels want it: cumulative over the
+    flattened tokens of a micro-batch.
 
-    Rows with equal boundaries need no flattening: attention treats heads alike, so the rows are handed over as further heads of one
-    row, which is a view of [s, b, h, d] tensors and not a copy.
+    Rows with equal boundaries need no flattening: attention treats heads alike, so the rows are
+    handed over as further heads of one row, which is a view of [s, b, h, d] tensors and not a copy.
 
     Attributes:
-        queries, keys: cumulative lengths of the local queries and of all keys, int32 [segments + 1].
+        queries, keys: cumulative lengths of the local queries and of all keys, int32 [segments +
+        1].
         longest_query, longest_key: of a segment, tokens.
         rows_are_heads: the lengths are of one row, and hold for every row.
     """
@@ -70,13 +74,15 @@ class SegmentLengths:
 
 @dataclass(frozen=True)
 class AttentionInputs:
-    """What every attention layer of a micro-batch shares. Megatron-Core carries it as `packed_seq_params`.
+    """What every attention layer of a micro-batch shares. Megatron-Core carries it as
+    `packed_seq_params`.
 
     Attributes:
         layout: segments of the whole rows.
         offset: position of this rank's first query token (context parallelism), in tokens.
         cos, sin: rotary tables of this rank's tokens, fp32 [s, 1, 1, head_dim / 2].
-        kernel: the variable-length kernel that computes it; None: torch's scaled dot product, per segment.
+        kernel: the variable-length kernel that computes it; None: torch's scaled dot product, per
+            segment.
         lengths: for the kernel, on the device of the tensors.
     """
 
@@ -93,7 +99,9 @@ class AttentionInputs:
         return self.layout.qkv_format
 
 
-def rotary_tables(positions: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
+def rotary_tables(
+    positions: torch.Tensor, head_dim: int, theta: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin of the rotary embedding (arXiv 2104.09864), fp32 [s, 1, 1, head_dim / 2].
 
     Args:
@@ -101,13 +109,17 @@ def rotary_tables(positions: torch.Tensor, head_dim: int, theta: float) -> tuple
         head_dim: even.
         theta: base.
     """
-    frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim)
+    frequencies = 1.0 / theta ** (
+        torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
+    )
     angles = torch.outer(positions.float(), frequencies)[:, None, None, :]
     return angles.cos(), angles.sin()
 
 
 class _Rotation(torch.autograd.Function):
-    """A rotation's gradient is the opposite rotation: nothing but the tables is kept for the backward pass."""
+    """A rotation's gradient is the opposite rotation: nothing but the tables is kept for the
+    backward pass.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -139,7 +151,8 @@ def segment_lengths(layout: Segments, offset: int, length: int) -> SegmentLength
 
     Args:
         layout: segments of the whole rows, whose keys all ranks have.
-        offset, length: the local queries are tokens [offset, offset + length) of every row. A segment without a local query has a
+        offset, length: the local queries are tokens [offset, offset + length) of every row. A
+        segment without a local query has a
             query length of 0.
     """
     equal = len(set(layout.bounds)) == 1
@@ -148,7 +161,9 @@ def segment_lengths(layout: Segments, offset: int, length: int) -> SegmentLength
         for start, end in itertools.pairwise(bounds):
             queries.append(max(0, min(end, offset + length) - max(start, offset)))
             keys.append(end - start)
-    return SegmentLengths(_cumulative(queries), _cumulative(keys), max(queries), max(keys), rows_are_heads=equal)
+    return SegmentLengths(
+        _cumulative(queries), _cumulative(keys), max(queries), max(keys), rows_are_heads=equal
+    )
 
 
 def _cumulative(lengths: list[int]) -> torch.Tensor:
@@ -172,11 +187,14 @@ def attention_inputs(
         positions: this rank's rotary positions [s], on the device.
         offset: index of this rank's first token in the row.
         head_dim, theta: of the rotary embedding.
-        kernel, lengths: a variable-length kernel and, on the device, the lengths for it; without lengths torch's scaled dot product
+        kernel, lengths: a variable-length kernel and, on the device, the lengths for it; without
+        lengths torch's scaled dot product
             computes this micro-batch.
     """
     cos, sin = rotary_tables(positions, head_dim, theta)
-    return AttentionInputs(layout, offset, cos, sin, kernel if lengths is not None else None, lengths)
+    return AttentionInputs(
+        layout, offset, cos, sin, kernel if lengths is not None else None, lengths
+    )
 
 
 def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -191,24 +209,34 @@ def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             if "No available kernel" not in str(error):
                 raise
             raise RunError(
-                f"attention: no fused kernel on this GPU for {q.dtype}, head dimension {q.shape[-1]}; the math kernel is refused"
+                f"attention: no fused kernel on this GPU for {q.dtype}, head dimension"
+                f" {q.shape[-1]}; the math kernel is refused"
             ) from None
     return out.permute(2, 0, 1, 3)
 
 
 def fused_kernels_only() -> contextlib.AbstractContextManager[None]:
-    """Restrict torch's scaled dot product attention to its fused kernels, and on Hopper and newer prefer cuDNN's, the fastest there."""
+    """Restrict torch's scaled dot product attention to its fused kernels, and on Hopper and newer
+    prefer cuDNN's, the fastest there.
+    """
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     fused = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
     if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= _HOPPER:
-        fused = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+        fused = [
+            SDPBackend.CUDNN_ATTENTION,
+            SDPBackend.FLASH_ATTENTION,
+            SDPBackend.EFFICIENT_ATTENTION,
+        ]
     return sdpa_kernel(fused, set_priority=True)
 
 
-def segmented_sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, inputs: AttentionInputs) -> torch.Tensor:
-    """Attention per segment: q [s, b, h, d] are this rank's tokens, k and v [L, b, g, d] the whole rows. Rows with equal
-    boundaries are computed together."""
+def segmented_sdpa(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, inputs: AttentionInputs
+) -> torch.Tensor:
+    """Attention per segment: q [s, b, h, d] are this rank's tokens, k and v [L, b, g, d] the whole
+    rows. Rows with equal boundaries are computed together.
+    """
     if inputs.layout.whole():
         return _sdpa(q, k, v)
     first, last = inputs.offset, inputs.offset + len(q)
@@ -218,7 +246,11 @@ def segmented_sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, inputs: At
         for start, end in itertools.pairwise(bounds):
             low, high = max(start, first), min(end, last)
             if low < high:
-                parts.append(_sdpa(q[low - first : high - first, rows], k[start:end, rows], v[start:end, rows]))
+                parts.append(
+                    _sdpa(
+                        q[low - first : high - first, rows], k[start:end, rows], v[start:end, rows]
+                    )
+                )
         outputs.append(torch.cat(parts))
         order.extend(rows)
     back = torch.tensor(order, device=q.device).argsort()
@@ -230,11 +262,15 @@ _FLASH_ATTN = (
     ("flash-attn 3", "flash_attn_interface", (9, 9)),
     ("flash-attn 2", "flash_attn", (8, 99)),
 )
-"""Name, module, and the first and last major compute capability whose GPUs it is made for; its kernels fail on others."""
+"""Name, module, and the first and last major compute capability whose GPUs it is made for; its
+kernels fail on others.
+"""
 
 
 def installed_kernels(capability: int) -> list[Kernel]:
-    """The variable-length flash kernels for bf16 on a GPU of this major compute capability, the fastest first."""
+    """The variable-length flash kernels for bf16 on a GPU of this major compute capability, the
+    fastest first.
+    """
     found = []
     for name, module, (first, last) in _FLASH_ATTN:
         if not first <= capability <= last:
@@ -243,13 +279,21 @@ def installed_kernels(capability: int) -> list[Kernel]:
             function = importlib.import_module(module).flash_attn_varlen_func
         except (ImportError, AttributeError):
             continue
-        # On Hopper and newer cuDNN, behind torch's scaled dot product, beats flash-attn 2, which was written for Ampere.
+        # On Hopper and newer cuDNN, behind torch's scaled dot product, beats flash-attn 2, which
+        # was written for Ampere.
         whole_rows = name != "flash-attn 2" or capability < _HOPPER
         found.append(Kernel(name, functools.partial(_call_flash_attn, function), whole_rows))
     with contextlib.suppress(ImportError, AttributeError):
         function = importlib.import_module("torch.nn.attention.varlen").varlen_attn
-        shares_keys = "enable_gqa" in inspect.signature(function).parameters  # else every query head needs keys of its own
-        found.append(Kernel("torch varlen", functools.partial(_call_torch_varlen, function, shares_keys), whole_rows=False))
+        # else every query head needs keys of its own
+        shares_keys = "enable_gqa" in inspect.signature(function).parameters
+        found.append(
+            Kernel(
+                "torch varlen",
+                functools.partial(_call_torch_varlen, function, shares_keys),
+                whole_rows=False,
+            )
+        )
     return found
 
 
@@ -266,10 +310,27 @@ def kernel_name() -> str:
 
 
 def _call_flash_attn(
-    function: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_q: torch.Tensor, cu_k: torch.Tensor, max_q: int, max_k: int
+    function: Any,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_q: torch.Tensor,
+    cu_k: torch.Tensor,
+    max_q: int,
+    max_k: int,
 ) -> torch.Tensor:
     more = {"deterministic": True} if torch.are_deterministic_algorithms_enabled() else {}
-    out = function(q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, max_seqlen_q=max_q, max_seqlen_k=max_k, causal=False, **more)
+    out = function(
+        q,
+        k,
+        v,
+        cu_seqlens_q=cu_q,
+        cu_seqlens_k=cu_k,
+        max_seqlen_q=max_q,
+        max_seqlen_k=max_k,
+        causal=False,
+        **more,
+    )
     return out[0] if isinstance(out, tuple) else out
 
 
@@ -302,25 +363,40 @@ def choose_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> Ke
         return None
     if head_dim % 8 or head_dim > 256:
         raise UserError(
-            f"model.hidden_size: the head dimension {head_dim} (hidden_size / num_attention_heads) must be a multiple of 8 and at most 256 "
-            "for flash attention in bf16 on a GPU"
+            f"model.hidden_size: the head dimension {head_dim} (hidden_size / num_attention_heads)"
+            " must be a multiple of 8 and at most 256 for flash attention in bf16 on a GPU"
         )
     found = varlen_kernel(torch.cuda.get_device_capability(device)[0])
     if found is None:
-        raise RunError("attention: neither flash-attn nor torch's variable-length attention is installed; install the gpu extra")
+        raise RunError(
+            "attention: neither flash-attn nor torch's variable-length attention is installed;"
+            " install the gpu extra"
+        )
     return found
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, inputs: AttentionInputs) -> torch.Tensor:
-    """Attention of q [s, b, h, d] (this rank's tokens) to k, v [L, b, g, d] (whole rows) within segments; [s, b, h, d]."""
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, inputs: AttentionInputs
+) -> torch.Tensor:
+    """Attention of q [s, b, h, d] (this rank's tokens) to k, v [L, b, g, d] (whole rows) within
+    segments; [s, b, h, d].
+    """
     lengths = inputs.lengths
     if inputs.kernel is None or lengths is None:
         return segmented_sdpa(q, k, v, inputs)
     s, b = q.shape[:2]
-    # [tokens, heads, d]. With r query heads a key head, query head i of row b is head b h + i here and its key head
-    # (b h + i) // r = b g + i // r: that of the same row.
+    # [tokens, heads, d]. With r query heads a key head, query head i of row b is head b h + i here
+    # and its key head (b h + i) // r = b g + i // r: that of the same row.
     flatten = _rows_as_heads if lengths.rows_are_heads else _rows_end_to_end
-    out = inputs.kernel.call(flatten(q), flatten(k), flatten(v), lengths.queries, lengths.keys, lengths.longest_query, lengths.longest_key)
+    out = inputs.kernel.call(
+        flatten(q),
+        flatten(k),
+        flatten(v),
+        lengths.queries,
+        lengths.keys,
+        lengths.longest_query,
+        lengths.longest_key,
+    )
     if lengths.rows_are_heads:
         return out.view(q.shape)
     return out.view(b, s, *q.shape[2:]).transpose(0, 1)

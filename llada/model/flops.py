@@ -1,7 +1,8 @@
 """Floating-point operations of a training step, and the peak they are compared with.
 
-Convention: a multiply-add is two operations; backward costs twice the forward; attention is not causal and is counted from the
-actual segment lengths; the head is counted where it is computed. Norms, rotations, softmax and the optimizer are left out.
+Convention: a multiply-add is two operations; backward costs twice the forward; attention is not
+causal and is counted from the actual segment lengths; the head is counted where it is computed.
+Norms, rotations, softmax and the optimizer are left out.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import torch
 
 from llada.settings import ModelSection
 
-# Dense bf16 peaks of the vendors' data sheets, FLOP/s, by a part of the device name; the more specific name first.
+# Dense bf16 peaks of the vendors' data sheets, FLOP/s, by a part of the device name; the more
+# specific name first.
 _PEAKS_BF16 = (
     ("H100 PCIe", 756e12),
     ("H100 NVL", 835e12),
@@ -44,7 +46,9 @@ class StepFlops:
     causal_style: float
 
 
-def step_flops(model: ModelSection, lengths: Iterable[float], predicted: float, sequence_length: int) -> StepFlops:
+def step_flops(
+    model: ModelSection, lengths: Iterable[float], predicted: float, sequence_length: int
+) -> StepFlops:
     """FLOPs of forward and backward.
 
     Args:
@@ -60,7 +64,9 @@ def step_flops(model: ModelSection, lengths: Iterable[float], predicted: float, 
     attention = 4 * model.num_layers * d
     head = 2 * d * model.vocab_size
     actual = matrices * tokens + attention * sum(n * n for n in lengths) + head * predicted
-    full, causal = ((matrices + share * attention * sequence_length + head) * tokens for share in (1.0, 0.5))
+    full, causal = (
+        (matrices + share * attention * sequence_length + head) * tokens for share in (1.0, 0.5)
+    )
     return StepFlops(3.0 * actual, 3.0 * full, 3.0 * causal)
 
 
@@ -73,13 +79,17 @@ class Peak:
 
     Attributes:
         flops: the peak, FLOP/s.
-        source: where it comes from: the data sheet for bf16 on a known GPU, else the best of many measured matrix products
-            (on CPU over all threads of this process).
+        source: where it comes from: the data sheet for bf16 on a known GPU, else the best of many
+            measured matrix products (on CPU over all threads of this process).
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self._device, self._dtype = device, dtype
-        listed = _data_sheet(torch.cuda.get_device_name(device)) if device.type == "cuda" and dtype == torch.bfloat16 else None
+        listed = (
+            _data_sheet(torch.cuda.get_device_name(device))
+            if device.type == "cuda" and dtype == torch.bfloat16
+            else None
+        )
         self.source = "measured matrix product" if listed is None else "data sheet"
         self.flops = measured_matmul(device, dtype) if listed is None else listed
         self._measured_at = time.perf_counter()
@@ -87,7 +97,8 @@ class Peak:
     def mfu(self, rate: float) -> float:
         """The share of the peak that `rate` FLOP/s of one device are.
 
-        A measured peak below the rate was measured beside other work. It is measured again, and the rate itself bounds it from below.
+        A measured peak below the rate was measured beside other work. It is measured again, and the
+        rate itself bounds it from below.
         """
         if rate > self.flops and self.source != "data sheet":
             self._measure_again(0.5)
@@ -95,7 +106,9 @@ class Peak:
         return rate / self.flops
 
     def refresh(self, share: float = 0.01) -> None:
-        """Spend `share` of the time since the last measurement on another one and keep the better; a data sheet's figure stays."""
+        """Spend `share` of the time since the last measurement on another one and keep the better;
+        a data sheet's figure stays.
+        """
         if self.source != "data sheet":
             self._measure_again(share * (time.perf_counter() - self._measured_at))
 
@@ -111,10 +124,11 @@ def _data_sheet(name: str) -> float | None:
 
 
 def measured_matmul(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> float:
-    """FLOP/s of a large matrix product: the best of many, since another process may take a core for a while.
+    """FLOP/s of a large matrix product: the best of many, since another process may take a core for
+    a while.
 
-    On a CPU matrices of 512 x 512 suffice: larger ones are no faster.
-    Ends after `seconds`, or earlier once 20 products in a row were not 1 % better than the best before them.
+    On a CPU matrices of 512 x 512 suffice: larger ones are no faster. Ends after `seconds`, or
+    earlier once 20 products in a row were not 1 % better than the best before them.
     """
     n = 8192 if device.type == "cuda" else 512
     a = torch.randn(n, n, device=device, dtype=dtype)

@@ -1,4 +1,6 @@
-"""Kernels from a vocabulary-parallel shard of the logits to a loss per position. An objective names the one it needs."""
+"""Kernels from a vocabulary-parallel shard of the logits to a loss per position. An objective names
+the one it needs.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         fp32 [n], nats.
     """
     if parallel_state.get_tensor_model_parallel_world_size() == 1:
-        return F.cross_entropy(logits.float(), targets, reduction="none")  # the same in fewer passes over the logits
+        # the same in fewer passes over the logits
+        return F.cross_entropy(logits.float(), targets, reduction="none")
     return tensor_parallel.vocab_parallel_cross_entropy(logits.float(), targets)
 
 

@@ -1,6 +1,8 @@
-"""LLaDA's transformer from Megatron-Core modules: bidirectional, RMSNorm, RoPE, SwiGLU, grouped queries, no biases.
+"""LLaDA's transformer from Megatron-Core modules: bidirectional, RMSNorm, RoPE, SwiGLU, grouped
+queries, no biases.
 
-The head and the loss are computed only where the objective predicts. The model knows no masks and no schedule.
+The head and the loss are computed only where the objective predicts. The model knows no masks and
+no schedule.
 """
 
 from __future__ import annotations
@@ -17,7 +19,10 @@ from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_a
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
 
 from llada.model.attention import AttentionInputs, attend, rotate
 from llada.model.token_losses import TokenLoss
@@ -40,9 +45,13 @@ class Predicted:
 class RMSNorm(torch.nn.Module):
     """x / rms(x) in fp32, cast back, times the weight (arXiv 1910.07467)."""
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any
+    ) -> None:
         super().__init__()
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device()))
+        self.weight = torch.nn.Parameter(
+            torch.ones(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device())
+        )
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]  # its gradient is summed over the ranks
         self.eps = eps
 
@@ -51,7 +60,9 @@ class RMSNorm(torch.nn.Module):
 
 
 class _SwiGLUFunction(torch.autograd.Function):
-    """silu(gate) * up. Keeps its input alone, and writes both gradients into one tensor without any other."""
+    """silu(gate) * up. Keeps its input alone, and writes both gradients into one tensor without any
+    other.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
@@ -79,7 +90,9 @@ class SwiGLU(MegatronModule):
 
 
 class CoreAttention(torch.nn.Module):
-    """Rotates queries and keys and attends within segments; Megatron-Core's submodule `core_attention`."""
+    """Rotates queries and keys and attends within segments; Megatron-Core's submodule
+    `core_attention`.
+    """
 
     def __init__(self, config: TransformerConfig, pg_collection: Any = None, **_: Any) -> None:
         super().__init__()
@@ -95,11 +108,17 @@ class CoreAttention(torch.nn.Module):
         packed_seq_params: AttentionInputs,
         **_: Any,
     ) -> torch.Tensor:
-        """query [s, b, heads, d], key and value [s, b, groups, d] of this rank -> [s, b, heads * d]."""
+        """query [s, b, heads, d], key and value [s, b, groups, d] of this rank -> [s, b, heads *
+        d].
+        """
         cos, sin = packed_seq_params.cos, packed_seq_params.sin
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-        if self.context_group.size() > 1:  # contiguous split: gathered in rank order, keys and values are the whole row
-            key, value = (tensor_parallel.gather_from_sequence_parallel_region(x, group=self.context_group) for x in (key, value))
+        # contiguous split: gathered in rank order, keys and values are the whole row
+        if self.context_group.size() > 1:
+            key, value = (
+                tensor_parallel.gather_from_sequence_parallel_region(x, group=self.context_group)
+                for x in (key, value)
+            )
         out = attend(query, key, value, packed_seq_params)
         return out.reshape(*out.shape[:2], -1)
 
@@ -151,10 +170,16 @@ class BidirectionalTransformer(GPTModel):
         )
         self.token_loss = token_loss
         if post_process:
-            # Called as a module, so that hooks run: with overlap_param_gather one of them waits for the head's updated weights.
+            # Called as a module, so that hooks run: with overlap_param_gather one of them waits for
+            # the head's updated weights.
             self.output_layer.forward = self._head
 
-    def forward(self, input_ids: torch.Tensor | None, attention: AttentionInputs, predicted: Predicted | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        attention: AttentionInputs,
+        predicted: Predicted | None = None,
+    ) -> torch.Tensor:
         """Run this chunk.
 
         Args:
@@ -163,20 +188,30 @@ class BidirectionalTransformer(GPTModel):
             predicted: positions and targets of the loss; None: return the logits of every position.
 
         Returns:
-            Not the last chunk: hidden states [s / tensor if sequence parallel else s, b, d]. The last: losses fp32 [n] in nats,
+            Not the last chunk: hidden states [s / tensor if sequence parallel else s, b, d]. The
+            last: losses fp32 [n] in nats,
             or logits [s, b, vocabulary / tensor].
         """
-        hidden = self.embedding(input_ids=input_ids, position_ids=None) if self.pre_process else None
-        hidden = self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=attention)
+        hidden = (
+            self.embedding(input_ids=input_ids, position_ids=None) if self.pre_process else None
+        )
+        hidden = self.decoder(
+            hidden_states=hidden, attention_mask=None, packed_seq_params=attention
+        )
         if not self.post_process:
             return hidden
         if self.config.sequence_parallel:
-            # The head's input gradient is a partial sum on every tensor rank: reduce-scatter it in the backward pass.
-            hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
+            # The head's input gradient is a partial sum on every tensor rank: reduce-scatter it in
+            # the backward pass.
+            hidden = tensor_parallel.gather_from_sequence_parallel_region(
+                hidden, tensor_parallel_output_grad=True
+            )
         if predicted is None:
             return self.logits(hidden)
         flat = hidden.reshape(-1, hidden.shape[-1])
-        return self.token_loss(self.logits(flat.index_select(0, predicted.indices)), predicted.targets)
+        return self.token_loss(
+            self.logits(flat.index_select(0, predicted.indices)), predicted.targets
+        )
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """The head on [..., d]: [..., vocabulary / tensor] of this rank."""
@@ -185,11 +220,16 @@ class BidirectionalTransformer(GPTModel):
     def _head(self, hidden: torch.Tensor) -> torch.Tensor:
         """The forward pass of the output layer.
 
-        Megatron-Core's functional linear is called with its flags spelled out. The module's own forward would add a second
-        all-reduce of the input gradient once sequence parallelism has gathered outside of it.
+        Megatron-Core's functional linear is called with its flags spelled out. The module's own
+        forward would add a second all-reduce of the input gradient once sequence parallelism has
+        gathered outside of it.
         """
         head = self.output_layer
-        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else head.weight
+        weight = (
+            self.shared_embedding_or_output_weight()
+            if self.share_embeddings_and_output_weights
+            else head.weight
+        )
         return linear_with_grad_accumulation_and_async_allreduce(
             hidden,
             weight,

@@ -1,8 +1,9 @@
 """The one weight map: canonical (published Hugging Face LLaDA) names <-> Megatron-Core shards.
 
-Initialisation, import, export and parity tests all go through it. A Megatron parameter of a rank is a list of `Piece`s, each a
-rectangle of one canonical tensor: the fused QKV interleaves query, key and value heads per query group, fc1 stacks gate and
-up, the vocabulary is cut by rows, output projections by columns.
+Initialisation, import, export and parity tests all go through it. A Megatron parameter of a rank is
+a list of `Piece`s, each a rectangle of one canonical tensor: the fused QKV interleaves query, key
+and value heads per query group, fc1 stacks gate and up, the vocabulary is cut by rows, output
+projections by columns.
 """
 
 from __future__ import annotations
@@ -18,10 +19,14 @@ from llada.noise import stream, uniforms
 from llada.settings import ModelSection
 
 INIT_BLOCK_ROWS = 64
-"""Rows of a weight that share one random stream; a rank generates only the blocks that meet its shard."""
+"""Rows of a weight that share one random stream; a rank generates only the blocks that meet its
+shard.
+"""
 
 BLOCK_ELEMENTS = 1 << 22
-"""Elements read at a time where tensors are streamed: memory of this size is used again, larger blocks are mapped afresh each time."""
+"""Elements read at a time where tensors are streamed: memory of this size is used again, larger
+blocks are mapped afresh each time.
+"""
 
 EMBEDDING = "model.transformer.wte.weight"
 HEAD = "model.transformer.ff_out.weight"
@@ -32,7 +37,8 @@ BLOCK = re.compile(r"^model\.transformer\.blocks\.(\d+)\.(.+)\.weight$")
 
 @dataclass(frozen=True)
 class Piece:
-    """A rectangle of a canonical tensor and where its first row lies in the Megatron parameter of this rank.
+    """A rectangle of a canonical tensor and where its first row lies in the Megatron parameter of
+    this rank.
 
     Attributes:
         name: canonical name.
@@ -49,7 +55,12 @@ class Piece:
 
 def canonical_shapes(model: ModelSection) -> dict[str, tuple[int, ...]]:
     """Every canonical tensor and its shape, in the order of the published files."""
-    d, kv, ff, vocab = model.hidden_size, model.kv_heads * model.head_dim, model.ffn_hidden_size, model.vocab_size
+    d, kv, ff, vocab = (
+        model.hidden_size,
+        model.kv_heads * model.head_dim,
+        model.ffn_hidden_size,
+        model.vocab_size,
+    )
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (vocab, d)}
     for layer in range(model.num_layers):
         block = f"model.transformer.blocks.{layer}"
@@ -71,7 +82,8 @@ def canonical_shapes(model: ModelSection) -> dict[str, tuple[int, ...]]:
 
 
 class Weights(Protocol):
-    """The canonical tensors of a model, wherever they are, read some rows at a time: none has to fit into memory.
+    """The canonical tensors of a model, wherever they are, read some rows at a time: none has to
+    fit into memory.
 
     Attributes:
         shapes: of every tensor by canonical name, in the order of the published files.
@@ -84,12 +96,16 @@ class Weights(Protocol):
         ...
 
     def rows(self, name: str, first: int, last: int) -> torch.Tensor:
-        """Rows `first` to `last` (past the last) of a tensor, elements of a vector; a new tensor on the CPU."""
+        """Rows `first` to `last` (past the last) of a tensor, elements of a vector; a new tensor on
+        the CPU.
+        """
         ...
 
 
 def row_blocks(shape: tuple[int, ...], limit: int) -> Iterator[tuple[int, int]]:
-    """First and past-the-last row of consecutive blocks of at most `limit` elements, at least one row each."""
+    """First and past-the-last row of consecutive blocks of at most `limit` elements, at least one
+    row each.
+    """
     step = max(1, limit // torch.Size(shape[1:]).numel())
     for first in range(0, shape[0], step):
         yield first, min(first + step, shape[0])
@@ -100,15 +116,21 @@ def parameter_names(model: ModelSection) -> list[str]:
     attention = ("input_layernorm", "self_attention.linear_qkv", "self_attention.linear_proj")
     layer = (*attention, "pre_mlp_layernorm", "mlp.linear_fc1", "mlp.linear_fc2")
     names = ["embedding.word_embeddings.weight"]
-    names += [f"decoder.layers.{i}.{part}.weight" for i in range(model.num_layers) for part in layer]
+    names += [
+        f"decoder.layers.{i}.{part}.weight" for i in range(model.num_layers) for part in layer
+    ]
     names.append("decoder.final_layernorm.weight")
     return names if model.tie_embeddings else [*names, "output_layer.weight"]
 
 
 def num_parameters(model: ModelSection, embedding: bool = True) -> int:
     """Parameters of the model; without embedding and head when `embedding` is false."""
-    counts = {name: int(torch.Size(shape).numel()) for name, shape in canonical_shapes(model).items()}
-    return sum(count for name, count in counts.items() if embedding or name not in (EMBEDDING, HEAD))
+    counts = {
+        name: int(torch.Size(shape).numel()) for name, shape in canonical_shapes(model).items()
+    }
+    return sum(
+        count for name, count in counts.items() if embedding or name not in (EMBEDDING, HEAD)
+    )
 
 
 def pieces(model: ModelSection, name: str, tp_rank: int = 0, tp_size: int = 1) -> list[Piece]:
@@ -143,7 +165,10 @@ def pieces(model: ModelSection, name: str, tp_rank: int = 0, tp_size: int = 1) -
     if part == "self_attention.linear_qkv.weight":
         return _qkv_pieces(model, block, share(model.kv_heads))
     if part == "mlp.linear_fc1.weight":
-        return [rows(f"{block}.ff_proj.weight", share(ff)), rows(f"{block}.up_proj.weight", share(ff), ff // tp_size)]
+        return [
+            rows(f"{block}.ff_proj.weight", share(ff)),
+            rows(f"{block}.up_proj.weight", share(ff), ff // tp_size),
+        ]
     if part == "self_attention.linear_proj.weight":
         return [Piece(f"{block}.attn_out.weight", (0, d), share(model.num_attention_heads * hd), 0)]
     if part == "mlp.linear_fc2.weight":
@@ -153,12 +178,24 @@ def pieces(model: ModelSection, name: str, tp_rank: int = 0, tp_size: int = 1) -
 
 
 def _qkv_pieces(model: ModelSection, block: str, groups: tuple[int, int]) -> list[Piece]:
-    """Megatron's fused QKV: for each query group its query heads, then its key head, then its value head."""
-    d, hd, per_group = model.hidden_size, model.head_dim, model.num_attention_heads // model.kv_heads
+    """Megatron's fused QKV: for each query group its query heads, then its key head, then its value
+    head.
+    """
+    d, hd, per_group = (
+        model.hidden_size,
+        model.head_dim,
+        model.num_attention_heads // model.kv_heads,
+    )
     found, local = [], 0
     for group in range(*groups):
-        for part, first, heads in (("q_proj", group * per_group, per_group), ("k_proj", group, 1), ("v_proj", group, 1)):
-            found.append(Piece(f"{block}.{part}.weight", (first * hd, (first + heads) * hd), (0, d), local))
+        for part, first, heads in (
+            ("q_proj", group * per_group, per_group),
+            ("k_proj", group, 1),
+            ("v_proj", group, 1),
+        ):
+            found.append(
+                Piece(f"{block}.{part}.weight", (first * hd, (first + heads) * hd), (0, d), local)
+            )
             local += heads * hd
     return found
 
@@ -181,7 +218,9 @@ def global_names(chunk: torch.nn.Module, layer_offset: int) -> dict[str, torch.n
 
 
 def initial_std(model: ModelSection, name: str) -> float:
-    """Standard deviation of the published "mitchell" initialisation of a canonical matrix, before truncation at 3 sigma."""
+    """Standard deviation of the published "mitchell" initialisation of a canonical matrix, before
+    truncation at 3 sigma.
+    """
     match = BLOCK.match(name)
     if match and match[2] == "attn_out":
         return (2 * model.hidden_size * (int(match[1]) + 1)) ** -0.5
@@ -193,17 +232,23 @@ def initial_std(model: ModelSection, name: str) -> float:
 
 
 def initial_values(model: ModelSection, seed: int, piece: Piece) -> torch.Tensor:
-    """The initial values of a piece, float64: ones for norms, else a normal truncated at 3 sigma by the inverse of its
-    distribution function, from the Philox streams of (seed, canonical name, row block). Independent of the layout."""
+    """The initial values of a piece, float64: ones for norms, else a normal truncated at 3 sigma by
+    the inverse of its distribution function, from the Philox streams of (seed, canonical name, row
+    block). Independent of the layout.
+    """
     first, last = piece.rows
     if piece.columns is None:
         return torch.ones(last - first, dtype=torch.float64)
     width = canonical_shapes(model)[piece.name][1]
     blocks = []
     for block in range(first // INIT_BLOCK_ROWS, -(-last // INIT_BLOCK_ROWS)):
-        draws = uniforms(stream(seed, f"init/{piece.name}", block), INIT_BLOCK_ROWS * width).reshape(INIT_BLOCK_ROWS, width)
+        draws = uniforms(
+            stream(seed, f"init/{piece.name}", block), INIT_BLOCK_ROWS * width
+        ).reshape(INIT_BLOCK_ROWS, width)
         row = block * INIT_BLOCK_ROWS
-        blocks.append(torch.from_numpy(draws[max(first - row, 0) : last - row, slice(*piece.columns)]))
+        blocks.append(
+            torch.from_numpy(draws[max(first - row, 0) : last - row, slice(*piece.columns)])
+        )
     low = torch.special.ndtr(torch.tensor(-3.0, dtype=torch.float64))
     quantiles = low + torch.cat(blocks) * (1 - 2 * low)
     return torch.special.ndtri(quantiles) * initial_std(model, piece.name)
@@ -214,17 +259,33 @@ def _local_view(parameter: torch.Tensor, piece: Piece) -> torch.Tensor:
 
 
 @torch.no_grad()
-def initialise(model: ModelSection, seed: int, parameters: Mapping[str, torch.Tensor], tp_rank: int = 0, tp_size: int = 1) -> None:
-    """Fill a rank's Megatron parameters (by global name) with the keyed initial values, rounded to each one's dtype."""
+def initialise(
+    model: ModelSection,
+    seed: int,
+    parameters: Mapping[str, torch.Tensor],
+    tp_rank: int = 0,
+    tp_size: int = 1,
+) -> None:
+    """Fill a rank's Megatron parameters (by global name) with the keyed initial values, rounded to
+    each one's dtype.
+    """
     for name, parameter in parameters.items():
         for piece in pieces(model, name, tp_rank, tp_size):
             _local_view(parameter, piece).copy_(initial_values(model, seed, piece))
 
 
 def parameter_rows(
-    model: ModelSection, source: Weights, name: str, first: int, last: int, tp_rank: int = 0, tp_size: int = 1
+    model: ModelSection,
+    source: Weights,
+    name: str,
+    first: int,
+    last: int,
+    tp_rank: int = 0,
+    tp_size: int = 1,
 ) -> torch.Tensor:
-    """Rows `first` to `last` of what a rank holds of a Megatron parameter (by global name), from the canonical tensors."""
+    """Rows `first` to `last` of what a rank holds of a Megatron parameter (by global name), from
+    the canonical tensors.
+    """
     found = []
     for piece in pieces(model, name, tp_rank, tp_size):
         shift = piece.rows[0] - piece.local_row
@@ -236,14 +297,26 @@ def parameter_rows(
 
 
 @torch.no_grad()
-def scatter(model: ModelSection, source: Weights, name: str, out: torch.Tensor, tp_rank: int = 0, tp_size: int = 1) -> None:
-    """Copy what a rank holds of a Megatron parameter (by global name) from the canonical tensors into `out`, of any dtype."""
+def scatter(
+    model: ModelSection,
+    source: Weights,
+    name: str,
+    out: torch.Tensor,
+    tp_rank: int = 0,
+    tp_size: int = 1,
+) -> None:
+    """Copy what a rank holds of a Megatron parameter (by global name) from the canonical tensors
+    into `out`, of any dtype.
+    """
     for first, last in row_blocks(tuple(out.shape), BLOCK_ELEMENTS):
         out[first:last].copy_(parameter_rows(model, source, name, first, last, tp_rank, tp_size))
 
 
-def gather(model: ModelSection, shards: Iterable[tuple[Mapping[str, torch.Tensor], int, int]]) -> dict[str, torch.Tensor]:
-    """Assemble canonical tensors from the Megatron tensors (weights or gradients) of any set of ranks.
+def gather(
+    model: ModelSection, shards: Iterable[tuple[Mapping[str, torch.Tensor], int, int]]
+) -> dict[str, torch.Tensor]:
+    """Assemble canonical tensors from the Megatron tensors (weights or gradients) of any set of
+    ranks.
 
     Args:
         model: shape of the model.
@@ -254,7 +327,11 @@ def gather(model: ModelSection, shards: Iterable[tuple[Mapping[str, torch.Tensor
     for tensors, tp_rank, tp_size in shards:
         for name, tensor in tensors.items():
             for piece in pieces(model, name, tp_rank, tp_size):
-                target = whole.setdefault(piece.name, torch.full(shapes[piece.name], float("nan"), dtype=tensor.dtype))
+                target = whole.setdefault(
+                    piece.name, torch.full(shapes[piece.name], float("nan"), dtype=tensor.dtype)
+                )
                 target = target[slice(*piece.rows)]
-                (target if piece.columns is None else target[:, slice(*piece.columns)]).copy_(_local_view(tensor, piece))
+                (target if piece.columns is None else target[:, slice(*piece.columns)]).copy_(
+                    _local_view(tensor, piece)
+                )
     return whole

@@ -1,4 +1,6 @@
-"""Objectives: pure functions from clean tokens and keys to a Batch. They know no ranks and no model."""
+"""Objectives: pure functions from clean tokens and keys to a Batch. They know no ranks and no
+model.
+"""
 
 from llada.objectives.base import Batch, Objective, Segments, Window, collate
 from llada.objectives.masked import MaskedDiffusion

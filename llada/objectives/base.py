@@ -23,8 +23,10 @@ class Window:
         tokens: [L] int64.
         bounds: segment boundaries 0 = b_0 < ... < b_n = L, int64 [n + 1].
         t: diffusion time of each segment in [0, 1), float64 [n].
-        segment: id of the first segment among all segments of the step (or validation); they are numbered in order.
-        spans: first and past-the-last position of each segment that may be masked, int64 [n, 2]; None: the whole segments.
+        segment: id of the first segment among all segments of the step (or validation); they are
+            numbered in order.
+        spans: first and past-the-last position of each segment that may be masked, int64 [n, 2];
+            None: the whole segments.
         scales: factor on the weights of each segment, float64 [n]; None: 1.
     """
 
@@ -38,13 +40,21 @@ class Window:
 
     def maskable(self) -> tuple[I64, F64]:
         """Spans and scales of all segments, the defaults filled in."""
-        spans = np.stack([self.bounds[:-1], self.bounds[1:]], axis=1) if self.spans is None else self.spans
+        spans = (
+            np.stack([self.bounds[:-1], self.bounds[1:]], axis=1)
+            if self.spans is None
+            else self.spans
+        )
         return spans, np.ones(len(spans)) if self.scales is None else self.scales
 
     def segments(self) -> Iterator[tuple[int, int, float, float]]:
-        """Of every segment: first and past-the-last position that may be masked, its t, and the factor on its weights."""
+        """Of every segment: first and past-the-last position that may be masked, its t, and the
+        factor on its weights.
+        """
         spans, scales = self.maskable()
-        for (start, end), t, scale in zip(spans.tolist(), self.t.tolist(), scales.tolist(), strict=True):
+        for (start, end), t, scale in zip(
+            spans.tolist(), self.t.tolist(), scales.tolist(), strict=True
+        ):
             yield start, end, t, scale
 
 
@@ -68,15 +78,23 @@ class Objective(Protocol):
 
     @property
     def token_loss(self) -> str:
-        """Name of the kernel from logits to a loss per position (`llada.model.token_losses.KERNELS`)."""
+        """Name of the kernel from logits to a loss per position
+        (`llada.model.token_losses.KERNELS`).
+        """
         ...
 
-    def corrupt(self, window: Window, *, masking: str | None = None, purpose: str = "train") -> Corrupted:
-        """Corrupt one window. `masking` overrides the objective's own (validation is always fixed_count)."""
+    def corrupt(
+        self, window: Window, *, masking: str | None = None, purpose: str = "train"
+    ) -> Corrupted:
+        """Corrupt one window. `masking` overrides the objective's own (validation is always
+        fixed_count).
+        """
         ...
 
     def expected_predictions(self, lengths: np.ndarray, t: np.ndarray) -> float:
-        """Mean number of predicted positions in segments with so many maskable tokens at these t."""
+        """Mean number of predicted positions in segments with so many maskable tokens at
+        these t.
+        """
         ...
 
 
@@ -84,10 +102,12 @@ class Objective(Protocol):
 class Segments:
     """Attention layout: tokens attend within their own segment, in both directions.
 
-    Travels through the model where Megatron-Core expects `packed_seq_params`; tensors stay [s, b, h, d].
+    Travels through the model where Megatron-Core expects `packed_seq_params`; tensors stay [s, b,
+    h, d].
 
     Attributes:
-        bounds: per row of the micro-batch the boundaries 0 = b_0 < ... < b_n = L (int64, whole sequence, all context ranks).
+        bounds: per row of the micro-batch the boundaries 0 = b_0 < ... < b_n = L (int64, whole
+            sequence, all context ranks).
         length: L.
     """
 
@@ -119,9 +139,11 @@ class Batch:
 
     Attributes:
         inputs: [b, L] int64.
-        positions: [L] int64, rotary positions; they run through the row and do not restart at documents.
+        positions: [L] int64, rotary positions; they run through the row and do not restart at
+            documents.
         layout: attention segments.
-        rows, columns: of each predicted position, int64 [n]; sorted by (column, row), the order of [s, b] tensors.
+        rows, columns: of each predicted position, int64 [n]; sorted by (column, row), the order of
+        [s, b] tensors.
         targets: clean tokens there, int64 [n].
         weights: float32 [n]; the loss of the micro-batch is sum(weights * loss) / normaliser.
         segments: id of each predicted position's segment among all of the step, int64 [n].
@@ -144,12 +166,18 @@ class Batch:
 def collate(windows: Sequence[Window], corrupted: Sequence[Corrupted], normaliser: float) -> Batch:
     """Stack corrupted windows of equal length into a Batch."""
     length = len(windows[0].tokens)
-    rows = np.repeat(np.arange(len(corrupted), dtype=np.int64), [len(c.predicted) for c in corrupted])
+    rows = np.repeat(
+        np.arange(len(corrupted), dtype=np.int64), [len(c.predicted) for c in corrupted]
+    )
     columns = np.concatenate([c.predicted for c in corrupted])
     order = _by_column(rows, columns, len(corrupted), length)
-    targets = np.concatenate([w.tokens[c.predicted] for w, c in zip(windows, corrupted, strict=True)])
+    targets = np.concatenate(
+        [w.tokens[c.predicted] for w, c in zip(windows, corrupted, strict=True)]
+    )
     weights = np.concatenate([c.weights for c in corrupted])
-    segments = np.concatenate([_segments_of(w)[c.predicted] for w, c in zip(windows, corrupted, strict=True)])
+    segments = np.concatenate(
+        [_segments_of(w)[c.predicted] for w, c in zip(windows, corrupted, strict=True)]
+    )
     return Batch(
         inputs=torch.from_numpy(np.stack([c.inputs for c in corrupted])),
         positions=torch.arange(length),
@@ -165,7 +193,9 @@ def collate(windows: Sequence[Window], corrupted: Sequence[Corrupted], normalise
 
 
 def _by_column(rows: I64, columns: I64, count: int, length: int) -> I64:
-    """The order of predicted positions, each in at most one place of [count, length], by column and then by row; a counting sort."""
+    """The order of predicted positions, each in at most one place of [count, length], by column and
+    then by row; a counting sort.
+    """
     slots = np.full(length * count, -1, dtype=np.int64)
     slots[columns * count + rows] = np.arange(len(rows))
     return slots[slots >= 0]

@@ -1,10 +1,13 @@
 """LLaDA's masked diffusion objective (arXiv 2502.09992, Eq. 3 and appendix A).
 
-For a segment of L maskable tokens (all of them in pretraining, the response in fine-tuning) at time t:
+For a segment of L maskable tokens (all of them in pretraining, the response in fine-tuning) at time
+t:
 
-* bernoulli: each token is masked with p = (1 - eps) t + eps, independently; a masked token's loss has weight 1 / p.
-* fixed_count: exactly n = 1 + floor(t L) tokens are masked, uniformly without replacement; weight L / n. With t uniform, n is
-  uniform on 1..L and the expected weighted sum is exactly the negative ELBO of the segment in nats.
+* bernoulli: each token is masked with p = (1 - eps) t + eps, independently; a masked token's loss
+  has weight 1 / p.
+* fixed_count: exactly n = 1 + floor(t L) tokens are masked, uniformly without replacement; weight L
+  / n. With t uniform, n is uniform on 1..L and the expected weighted sum is exactly the negative
+  ELBO of the segment in nats.
 """
 
 from __future__ import annotations
@@ -37,9 +40,11 @@ class MaskedDiffusion:
     eps: float = 1e-3
     token_loss: str = "cross_entropy"
 
-    def corrupt(self, window: Window, *, masking: str | None = None, purpose: str = "train") -> Corrupted:
-        """Mask one window. The draw of a position depends on (seed, sample, position) alone, so a change of segments or of
-        t never re-deals the others' noise.
+    def corrupt(
+        self, window: Window, *, masking: str | None = None, purpose: str = "train"
+    ) -> Corrupted:
+        """Mask one window. The draw of a position depends on (seed, sample, position) alone, so a
+        change of segments or of t never re-deals the others' noise.
 
         Args:
             window: clean tokens, segments and their t.
@@ -51,19 +56,25 @@ class MaskedDiffusion:
         rule = self._fixed_count if (masking or self.masking) == "fixed_count" else self._bernoulli
         chosen, weights = rule(draws, spans, window.t)
         weights = _spread(scales * weights, spans, len(draws))
-        predicted = np.flatnonzero(chosen & (weights != 0)) if (scales == 0).any() else np.flatnonzero(chosen)
+        predicted = (
+            np.flatnonzero(chosen & (weights != 0))
+            if (scales == 0).any()
+            else np.flatnonzero(chosen)
+        )
         inputs = window.tokens.copy()
         inputs[predicted] = self.mask_id
         return Corrupted(inputs=inputs, predicted=predicted, weights=weights[predicted])
 
     def expected_predictions(self, lengths: np.ndarray, t: np.ndarray) -> float:
-        """Mean number of masked tokens in segments of so many maskable tokens at these t; for counting FLOPs ahead of the draw."""
+        """Mean number of masked tokens in segments of so many maskable tokens at these t; for
+        counting FLOPs ahead of the draw.
+        """
         if self.masking == "fixed_count":
             return float(np.minimum(1 + np.floor(t * lengths), lengths).sum())
         return float((((1 - self.eps) * t + self.eps) * lengths).sum())
 
-    # Both rules: draws [L], spans [n, 2] and t [n] of the segments -> which positions are masked, bool [L], and the weight of a
-    # masked position of each segment, float64 [n].
+    # Both rules: draws [L], spans [n, 2] and t [n] of the segments -> which positions are masked,
+    # bool [L], and the weight of a masked position of each segment, float64 [n].
 
     def _bernoulli(self, draws: F64, spans: I64, t: F64) -> tuple[Masked, F64]:
         p = (1 - self.eps) * t + self.eps
@@ -80,7 +91,8 @@ class MaskedDiffusion:
 
 
 def _spread(values: F64, spans: I64, length: int) -> F64:
-    """The value of its segment for each of `length` positions, 0 outside all spans; float64 [length].
+    """The value of its segment for each of `length` positions, 0 outside all spans; float64
+    [length].
 
     Args:
         values: one a segment [n].

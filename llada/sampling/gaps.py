@@ -41,7 +41,9 @@ def parse(text: str, tokenizer: Tokenizer) -> Gapped:
         ids += _text(text[last : match.start()], tokenizer)
         digits = (match[1] or "1").lstrip("0") or "0"
         if digits == "0" or len(digits) > len(str(LONGEST)) or int(digits) > LONGEST:
-            raise UserError(f"TEXT: {match[0]} is a gap of {digits} tokens; allowed are 1 to {LONGEST}")
+            raise UserError(
+                f"TEXT: {match[0]} is a gap of {digits} tokens; allowed are 1 to {LONGEST}"
+            )
         count = int(digits)
         spans.append((len(ids), len(ids) + count))
         ids += [tokenizer.mask_id] * count
@@ -55,5 +57,7 @@ def parse(text: str, tokenizer: Tokenizer) -> Gapped:
 def _text(text: str, tokenizer: Tokenizer) -> list[int]:
     found = _LIKELY.search(text)
     if found:
-        raise UserError(f"TEXT: '{found[0]}' is no gap; write [MASK] for one token or [MASK*8] for eight")
+        raise UserError(
+            f"TEXT: '{found[0]}' is no gap; write [MASK] for one token or [MASK*8] for eight"
+        )
     return tokenizer.encode(text).tolist()

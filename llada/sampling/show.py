@@ -15,7 +15,8 @@ _GAP = "▒"
 
 
 class Playback:
-    """Draws the canvas after every step: what is written, what this step wrote, and what is still hidden.
+    """Draws the canvas after every step: what is written, what this step wrote, and what is still
+    hidden.
 
     On a terminal the picture is replaced in place, elsewhere every step is a line.
 
@@ -26,8 +27,15 @@ class Playback:
         seconds: shortest time a picture stays.
     """
 
-    def __init__(self, tokenizer: Tokenizer, mask_id: int, first: int = 0, seconds: float = 0.05) -> None:
-        self._tokenizer, self._mask_id, self._first, self._seconds = tokenizer, mask_id, first, seconds
+    def __init__(
+        self, tokenizer: Tokenizer, mask_id: int, first: int = 0, seconds: float = 0.05
+    ) -> None:
+        self._tokenizer, self._mask_id, self._first, self._seconds = (
+            tokenizer,
+            mask_id,
+            first,
+            seconds,
+        )
         self._live: Any = None
 
     def __call__(self, event: Event) -> None:
@@ -46,7 +54,9 @@ class Playback:
         time.sleep(self._seconds)
 
     def pieces(self, tokens: torch.Tensor, committed: torch.Tensor) -> list[tuple[str, str]]:
-        """(text, style) of runs of hidden, new and older tokens; what follows EOS is left out where it is EOS too."""
+        """(text, style) of runs of hidden, new and older tokens; what follows EOS is left out where
+        it is EOS too.
+        """
         ids, new = tokens.tolist()[self._first :], committed.tolist()[self._first :]
         runs: list[tuple[str, list[int]]] = []
         for token_id, fresh in zip(ids, new, strict=True):
@@ -54,7 +64,9 @@ class Playback:
             if not runs or runs[-1][0] != style:
                 runs.append((style, []))
             runs[-1][1].append(token_id)
-        return [(_GAP * len(run) if style == "dim" else self._decode(run), style) for style, run in runs]
+        return [
+            (_GAP * len(run) if style == "dim" else self._decode(run), style) for style, run in runs
+        ]
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True)

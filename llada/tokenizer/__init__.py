@@ -1,7 +1,8 @@
 """The tokenizer: text <-> ids, whatever the backend, and the roles of its special tokens.
 
-Text is never read as special tokens: a literal "<|mdm_mask|>" in a document is encoded like any other characters. A tokenizer
-that cannot promise this for its special tokens is refused when it is loaded.
+Text is never read as special tokens: a literal "<|mdm_mask|>" in a document is encoded like any
+other characters. A tokenizer that cannot promise this for its special tokens is refused when it is
+loaded.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ _REMEDY = "add LLaDA's special tokens with `--add-special-tokens`"
 
 
 class Tokenizer:
-    """Text <-> ids. Made by `Tokenizer.load` or `train_byte_level_bpe`; can be sent to other processes.
+    """Text <-> ids. Made by `Tokenizer.load` or `train_byte_level_bpe`; can be sent to other
+    processes.
 
     Attributes:
         name: for messages.
@@ -57,11 +59,19 @@ class Tokenizer:
         rows: vocab_size rounded up to a multiple of 128, the rows of a model's embedding.
         mask_id, eos_id: -1 when there is none, which `load` allows only with require_mask=False.
         bos_id, pad_id: None when there is none.
-        chat_template: Hugging Face chat template (Jinja) that is saved with it, None when there is none; no part of the fingerprint.
+        chat_template: Hugging Face chat template (Jinja) that is saved with it, None when there is
+            none; no part of the fingerprint.
     """
 
-    def __init__(self, backend: Backend, roles: Roles, name: str, chat_template: str | None = None) -> None:
-        self._backend, self._roles, self.name, self.chat_template = backend, roles, name, chat_template
+    def __init__(
+        self, backend: Backend, roles: Roles, name: str, chat_template: str | None = None
+    ) -> None:
+        self._backend, self._roles, self.name, self.chat_template = (
+            backend,
+            roles,
+            name,
+            chat_template,
+        )
         self.vocab_size = backend.size
         self.rows = -(-backend.size // 128) * 128
         ids = {role: backend.id_of(token) for role, token in roles.items()}
@@ -76,14 +86,18 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path, require_mask: bool = True) -> Tokenizer:
-        """Read a Hugging Face folder (tokenizer.json or tokenizer.model), a tokenizer.json or a SentencePiece .model.
+        """Read a Hugging Face folder (tokenizer.json or tokenizer.model), a tokenizer.json or a
+        SentencePiece .model.
 
         Args:
-            path: a file called tokenizer.json or tokenizer.model is read with the files beside it, any other alone.
-            require_mask: refuse a tokenizer without a mask token or an EOS. Without, `with_special_tokens` can add them.
+            path: a file called tokenizer.json or tokenizer.model is read with the files beside it,
+                any other alone.
+            require_mask: refuse a tokenizer without a mask token or an EOS. Without,
+                `with_special_tokens` can add them.
 
         Raises:
-            UserError: no such file, one that cannot be read, a missing mask or EOS, special tokens that text can spell.
+            UserError: no such file, one that cannot be read, a missing mask or EOS, special tokens
+                that text can spell.
         """
         path = Path(path)
         file = _tokenizer_file(path)
@@ -102,22 +116,42 @@ class Tokenizer:
         if require_mask:
             for role, what in (("mask", "mask token"), ("eos", "EOS (end of document) token")):
                 if role not in roles:
-                    raise UserError(f"{path}: the tokenizer has no {what} (none of {', '.join(_KNOWN[role])}); {_REMEDY}")
-        marked = [token for token in (*roles.values(), *SPECIAL_TOKENS) if backend.id_of(token) is not None]
-        return cls(backend.with_special(marked), dict(roles), str(path), None if folder is None else _stored_template(folder))
+                    raise UserError(
+                        f"{path}: the tokenizer has no {what} (none of {', '.join(_KNOWN[role])});"
+                        f" {_REMEDY}"
+                    )
+        marked = [
+            token
+            for token in (*roles.values(), *SPECIAL_TOKENS)
+            if backend.id_of(token) is not None
+        ]
+        return cls(
+            backend.with_special(marked),
+            dict(roles),
+            str(path),
+            None if folder is None else _stored_template(folder),
+        )
 
     def with_special_tokens(self, tokens: Sequence[str] = SPECIAL_TOKENS) -> Tokenizer:
-        """This tokenizer with those of LLaDA's special tokens that it lacks after its last id; roles it has are kept.
+        """This tokenizer with those of LLaDA's special tokens that it lacks after its last id;
+        roles it has are kept.
 
         Args:
             tokens: which of SPECIAL_TOKENS.
         """
         roles = {role: token for role, token in _NEW_ROLES.items() if token in tokens}
-        return Tokenizer(self._backend.with_special(tokens), {**roles, **self._roles}, self.name, self.chat_template)
+        return Tokenizer(
+            self._backend.with_special(tokens),
+            {**roles, **self._roles},
+            self.name,
+            self.chat_template,
+        )
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over the definition and the roles: equal for tokenizers that give every text the same ids."""
+        """sha256 over the definition and the roles: equal for tokenizers that give every text the
+        same ids.
+        """
         digest = hashlib.sha256(self._backend.canonical())
         digest.update(canonical_json({"roles": self._roles}))
         return digest.hexdigest()
@@ -136,10 +170,11 @@ class Tokenizer:
         return self._backend.encode(texts, one_thread)
 
     def encode_between(self, units: Sequence[Unit]) -> list[list[int]]:
-        """The ids of texts that stand between special tokens in a longer text; those tokens are not among them.
+        """The ids of texts that stand between special tokens in a longer text; those tokens are not
+        among them.
 
-        Most tokenizers give a text the same ids wherever it stands. Some do not: spaces beside a token may belong to it, and a space
-        may be put before the first text alone.
+        Most tokenizers give a text the same ids wherever it stands. Some do not: spaces beside a
+        token may belong to it, and a space may be put before the first text alone.
 
         Raises:
             UserError: a special token that the tokenizer does not read beside that text.
@@ -153,15 +188,21 @@ class Tokenizer:
 
     @property
     def template_variables(self) -> dict[str, str]:
-        """What a chat template may ask for: `bos_token`, `eos_token` ..., as far as the tokenizer has them."""
+        """What a chat template may ask for: `bos_token`, `eos_token` ..., as far as the tokenizer
+        has them.
+        """
         return {f"{role}_token": token for role, token in sorted(self._roles.items())}
 
-    def decode(self, ids: Sequence[int] | npt.NDArray[np.integer[Any]], skip_special_tokens: bool = False) -> str:
+    def decode(
+        self, ids: Sequence[int] | npt.NDArray[np.integer[Any]], skip_special_tokens: bool = False
+    ) -> str:
         """The text of ids. An id without a token gives nothing."""
         return self._backend.decode([int(i) for i in ids], skip_special_tokens)
 
     def token(self, token_id: int) -> str:
-        """One token for people: printable, with its leading space where the vocabulary marks one."""
+        """One token for people: printable, with its leading space where the vocabulary
+        marks one.
+        """
         raw = self._backend.token(int(token_id))
         if raw is None:
             return f"<{token_id}>"
@@ -174,20 +215,30 @@ class Tokenizer:
         return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
     def id_of(self, token: str) -> int | None:
-        """The id of a token by its exact name, a special token's among them; None when there is none."""
+        """The id of a token by its exact name, a special token's among them; None when there is
+        none.
+        """
         return self._backend.id_of(token)
 
     @property
     def definition(self) -> str | bytes:
-        """The text of its tokenizer.json, or the bytes of its SentencePiece model (which does not know tokens added to it)."""
+        """The text of its tokenizer.json, or the bytes of its SentencePiece model (which does not
+        know tokens added to it).
+        """
         return self._backend.definition
 
     def special_tokens(self) -> dict[str, tuple[str, int]]:
         """The token and id of every role (bos, eos, pad, mask) that has one."""
-        return {role: (token, token_id) for role, token in self._roles.items() if (token_id := self.id_of(token)) is not None}
+        return {
+            role: (token, token_id)
+            for role, token in self._roles.items()
+            if (token_id := self.id_of(token)) is not None
+        }
 
     def save(self, folder: str | Path) -> None:
-        """Write a folder that `load` reads back with the same fingerprint, and AutoTokenizer too if it has a tokenizer.json."""
+        """Write a folder that `load` reads back with the same fingerprint, and AutoTokenizer too if
+        it has a tokenizer.json.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         names = self.template_variables
@@ -202,21 +253,32 @@ class Tokenizer:
         write_text(folder / _MAP, json.dumps(names, indent=2))
 
     def _refuse_readable_specials(self) -> None:
-        names = sorted({*self._roles.values(), *(name for name in SPECIAL_TOKENS if self.id_of(name) is not None)})
+        names = sorted(
+            {
+                *self._roles.values(),
+                *(name for name in SPECIAL_TOKENS if self.id_of(name) is not None),
+            }
+        )
         for name in names:
-            if self.id_of(name) in self._backend.encode([name, f"a {name} b", f"a{name}b"], one_thread=True)[0]:
+            if (
+                self.id_of(name)
+                in self._backend.encode([name, f"a {name} b", f"a{name}b"], one_thread=True)[0]
+            ):
                 raise UserError(
-                    f"{self.name}: the text {name!r} is encoded as the special token {name} (id {self.id_of(name)}); special tokens "
-                    "must be ones that text cannot spell: control symbols, or added tokens outside the model's vocabulary"
+                    f"{self.name}: the text {name!r} is encoded as the special token {name} (id"
+                    f" {self.id_of(name)}); special tokens must be ones that text cannot spell:"
+                    " control symbols, or added tokens outside the model's vocabulary"
                 )
 
 
 def train_byte_level_bpe(texts: Iterator[str], vocab_size: int) -> Tokenizer:
-    """Train a byte-level BPE tokenizer with LLaDA's special tokens, which take the last ids. The same texts give the same one.
+    """Train a byte-level BPE tokenizer with LLaDA's special tokens, which take the last ids. The
+    same texts give the same one.
 
     Args:
         texts: read once.
-        vocab_size: ids in all: 256 bytes, 6 special tokens, the rest merges. The result has fewer when the texts have no more pairs.
+        vocab_size: ids in all: 256 bytes, 6 special tokens, the rest merges. The result has fewer
+            when the texts have no more pairs.
 
     Raises:
         UserError: a vocab_size without room for bytes and special tokens.
@@ -227,16 +289,20 @@ def train_byte_level_bpe(texts: Iterator[str], vocab_size: int) -> Tokenizer:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     smallest = len(alphabet) + len(SPECIAL_TOKENS)
     if vocab_size < smallest:
-        raise UserError(f"vocab_size: {vocab_size} is less than {smallest}, the bytes and the special tokens")
+        raise UserError(
+            f"vocab_size: {vocab_size} is less than {smallest}, the bytes and the special tokens"
+        )
     fast = Fast(models.BPE())
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     fast.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size - len(SPECIAL_TOKENS), initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(SPECIAL_TOKENS), initial_alphabet=alphabet, show_progress=False
+    )
     fast.train_from_iterator(texts, trainer)
     return Tokenizer(HuggingFace(fast.to_str()), {}, "trained tokenizer").with_special_tokens()
 
 
-# -- files ------------------------------------------------------------------------------------------------------------
+# -- files -----------------------------------------------------------------------------------------
 
 
 def _tokenizer_file(path: Path) -> Path:
@@ -247,8 +313,11 @@ def _tokenizer_file(path: Path) -> Path:
         raise UserError(f"{path}: no tokenizer in this folder (neither {DEFINITION} nor {MODEL})")
     if not path.is_file():
         raise UserError(f"{path}: no such tokenizer folder or file")
-    if path.suffix != ".json" and ".model" not in path.suffixes:  # tokenizer.model.v3 is a name in use
-        raise UserError(f"{path}: not a tokenizer (a folder, a tokenizer.json or a SentencePiece .model)")
+    # tokenizer.model.v3 is a name in use
+    if path.suffix != ".json" and ".model" not in path.suffixes:
+        raise UserError(
+            f"{path}: not a tokenizer (a folder, a tokenizer.json or a SentencePiece .model)"
+        )
     return path
 
 
@@ -270,14 +339,20 @@ def _assigned_roles(folder: Path | None, backend: Backend) -> Roles:
 
 
 def _stored_template(folder: Path) -> str | None:
-    """The chat template beside a tokenizer: a file of its own goes before tokenizer_config.json, as for transformers."""
+    """The chat template beside a tokenizer: a file of its own goes before tokenizer_config.json, as
+    for transformers.
+    """
     if (folder / _TEMPLATE).is_file():
         try:
             return read_bytes(folder / _TEMPLATE).decode("utf-8").replace("\r\n", "\n")
         except UnicodeDecodeError:
             raise UserError(f"{folder / _TEMPLATE}: not UTF-8") from None
-    found = read_json(folder / _CONFIG).get("chat_template") if (folder / _CONFIG).is_file() else None
+    found = (
+        read_json(folder / _CONFIG).get("chat_template") if (folder / _CONFIG).is_file() else None
+    )
     if isinstance(found, list):  # several with names
-        named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
+        named = {
+            entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)
+        }
         found = named.get("default")
     return found if isinstance(found, str) else None

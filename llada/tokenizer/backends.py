@@ -1,4 +1,6 @@
-"""What a tokenizer is made of: a tokenizer.json or a SentencePiece model, with the special tokens added to it."""
+"""What a tokenizer is made of: a tokenizer.json or a SentencePiece model, with the special tokens
+added to it.
+"""
 
 from __future__ import annotations
 
@@ -45,14 +47,17 @@ class Backend(Protocol):
 
 
 class HuggingFace:
-    """A tokenizer.json. What is kept, hashed and saved is its own text, so another version of the library changes no fingerprint."""
+    """A tokenizer.json. What is kept, hashed and saved is its own text, so another version of the
+    library changes no fingerprint.
+    """
 
     def __init__(self, text: str) -> None:
         from tokenizers import Tokenizer as Fast
 
         self.definition = text
         self._fast = Fast.from_str(text)
-        self._fast.encode_special_tokens = True  # not part of the definition: text is never read as special tokens
+        # not part of the definition: text is never read as special tokens
+        self._fast.encode_special_tokens = True
         self._encode = getattr(self._fast, "encode_batch_fast", self._fast.encode_batch)
         self.size = max(self._fast.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
@@ -62,7 +67,8 @@ class HuggingFace:
     @classmethod
     def read(cls, path: Path) -> HuggingFace:
         definition = read_json(path)
-        definition.update(truncation=None, padding=None)  # of a run of another model; documents are encoded whole
+        # of a run of another model; documents are encoded whole
+        definition.update(truncation=None, padding=None)
         try:
             return cls(json.dumps(definition, ensure_ascii=False))
         except Exception as error:  # the library raises nothing narrower
@@ -82,17 +88,26 @@ class HuggingFace:
 
     @cached_property
     def _special_entries(self) -> list[dict[str, Any]]:
-        return [entry for entry in json.loads(self.definition).get("added_tokens") or [] if entry.get("special")]
+        return [
+            entry
+            for entry in json.loads(self.definition).get("added_tokens") or []
+            if entry.get("special")
+        ]
 
     def encode(self, texts: list[str], one_thread: bool) -> tuple[I64, I64]:
         with _threads(one_thread):
             rows = [encoding.ids for encoding in self._encode(texts, add_special_tokens=False)]
         lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
-        return np.fromiter(chain.from_iterable(rows), dtype=np.int64, count=int(lengths.sum())), lengths
+        return (
+            np.fromiter(chain.from_iterable(rows), dtype=np.int64, count=int(lengths.sum())),
+            lengths,
+        )
 
     @cached_property
     def _stand_ins(self) -> tuple[Any, dict[int, str]]:
-        """A copy that reads other names, which no sound text holds, as special tokens; and special id -> that name."""
+        """A copy that reads other names, which no sound text holds, as special tokens; and special
+        id -> that name.
+        """
         from tokenizers import AddedToken
         from tokenizers import Tokenizer as Fast
 
@@ -101,21 +116,41 @@ class HuggingFace:
         entries = self._special_entries
         names = {entry["id"]: f"\ufdd0{entry['id']}\ufdd1" for entry in entries}
         flags = ("single_word", "lstrip", "rstrip", "normalized")
-        fast.add_tokens([AddedToken(names[e["id"]], special=False, **{flag: bool(e.get(flag)) for flag in flags}) for e in entries])
+        fast.add_tokens(
+            [
+                AddedToken(
+                    names[e["id"]], special=False, **{flag: bool(e.get(flag)) for flag in flags}
+                )
+                for e in entries
+            ]
+        )
         return fast, names
 
     def encode_between(self, units: Sequence[Unit]) -> list[list[int]]:
         fast, names = self._stand_ins
-        ends = [[None if end is None else fast.token_to_id(names[end]) for end in (before, after)] for before, _, after in units]
-        texts = ["".join(("" if b is None else names[b], text, "" if a is None else names[a])) for b, text, a in units]
+        ends = [
+            [None if end is None else fast.token_to_id(names[end]) for end in (before, after)]
+            for before, _, after in units
+        ]
+        texts = [
+            "".join(("" if b is None else names[b], text, "" if a is None else names[a]))
+            for b, text, a in units
+        ]
         rows = []
         encode = getattr(fast, "encode_batch_fast", fast.encode_batch)
-        for unit, (before, after), encoding in zip(units, ends, encode(texts, add_special_tokens=False), strict=True):
+        for unit, (before, after), encoding in zip(
+            units, ends, encode(texts, add_special_tokens=False), strict=True
+        ):
             ids = encoding.ids
             first, last = int(before is not None), len(ids) - int(after is not None)
             if ids[:first] != [before] * first or ids[last:] != [after] * (len(ids) - last):
-                beside = " and ".join(str(self.token(end)) for end in (unit[0], unit[2]) if end is not None)
-                raise UserError(f"the tokenizer does not read {beside} as special beside the text {unit[1][:40]!r}")
+                beside = " and ".join(
+                    str(self.token(end)) for end in (unit[0], unit[2]) if end is not None
+                )
+                raise UserError(
+                    f"the tokenizer does not read {beside} as special beside the text"
+                    f" {unit[1][:40]!r}"
+                )
             rows.append(ids[first:last])
         return rows
 
@@ -124,13 +159,20 @@ class HuggingFace:
 
     def with_special(self, tokens: Iterable[str]) -> HuggingFace:
         definition = json.loads(self.definition)
-        added: dict[str, dict[str, Any]] = {entry["content"]: entry for entry in definition.get("added_tokens") or []}
+        added: dict[str, dict[str, Any]] = {
+            entry["content"]: entry for entry in definition.get("added_tokens") or []
+        }
         size, changed = self.size, False
         for token in tokens:
             token_id = self.id_of(token)
             if token not in added:
                 flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-                added[token] = {"id": size if token_id is None else token_id, "content": token, **flags, "special": True}
+                added[token] = {
+                    "id": size if token_id is None else token_id,
+                    "content": token,
+                    **flags,
+                    "special": True,
+                }
                 size += token_id is None
             elif added[token].get("special"):
                 continue
@@ -141,7 +183,10 @@ class HuggingFace:
         result = HuggingFace(json.dumps(definition, ensure_ascii=False))
         for token in added:
             if result.id_of(token) != added[token]["id"]:
-                raise UserError(f"tokenizer: {token} would get id {result.id_of(token)}, not {added[token]['id']}: its ids have holes")
+                raise UserError(
+                    f"tokenizer: {token} would get id {result.id_of(token)}, not"
+                    f" {added[token]['id']}: its ids have holes"
+                )
         return result
 
     def canonical(self) -> bytes:
@@ -152,7 +197,9 @@ class HuggingFace:
 
 
 class SentencePiece:
-    """A SentencePiece model, and special tokens after its last id that the model does not know: no text can spell them."""
+    """A SentencePiece model, and special tokens after its last id that the model does not know: no
+    text can spell them.
+    """
 
     def __init__(self, model: bytes, extra: Mapping[str, int]) -> None:
         from sentencepiece import SentencePieceProcessor
@@ -166,7 +213,13 @@ class SentencePiece:
             raise ValueError("the ids of its added tokens do not follow its own")
         self.size = self._pieces + len(self.extra)
         self._special = {token_id: token for token, token_id in self.extra.items()}
-        self._special.update({i: self._processor.id_to_piece(i) for i in range(self._pieces) if self._processor.is_control(i)})
+        self._special.update(
+            {
+                i: self._processor.id_to_piece(i)
+                for i in range(self._pieces)
+                if self._processor.is_control(i)
+            }
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         return SentencePiece, (self.definition, self.extra)
@@ -174,17 +227,26 @@ class SentencePiece:
     @classmethod
     def read(cls, path: Path, sidecar: Path | None) -> tuple[SentencePiece, Roles]:
         """The model with what the file of added tokens says, where there is one."""
-        content = read_json(sidecar) if sidecar is not None and sidecar.is_file() else {"added_tokens": {}, "roles": {}}
+        content = (
+            read_json(sidecar)
+            if sidecar is not None and sidecar.is_file()
+            else {"added_tokens": {}, "roles": {}}
+        )
         try:
             backend = cls(read_bytes(path), content["added_tokens"])
             roles = {role: str(token) for role, token in content["roles"].items()}
         except UserError:
             raise
-        except Exception as error:  # the library raises RuntimeError, OSError or TypeError by what is wrong
-            raise UserError(f"{path}: not a SentencePiece model with sound added tokens ({error})") from None
+        except Exception as error:
+            # the library raises RuntimeError, OSError or TypeError by what is wrong
+            raise UserError(
+                f"{path}: not a SentencePiece model with sound added tokens ({error})"
+            ) from None
         for role, token in roles.items():
             if role not in ROLES or backend.id_of(token) is None:
-                raise UserError(f"{sidecar}: {role} {token!r} is not a role with a token of the vocabulary")
+                raise UserError(
+                    f"{sidecar}: {role} {token!r} is not a role with a token of the vocabulary"
+                )
         return backend, roles
 
     def id_of(self, token: str) -> int | None:
@@ -199,8 +261,16 @@ class SentencePiece:
         return self._processor.id_to_piece(token_id) if 0 <= token_id < self._pieces else None
 
     def roles(self) -> Roles:
-        ids = {"bos": self._processor.bos_id(), "eos": self._processor.eos_id(), "pad": self._processor.pad_id()}
-        return {role: self._processor.id_to_piece(token_id) for role, token_id in ids.items() if token_id >= 0}
+        ids = {
+            "bos": self._processor.bos_id(),
+            "eos": self._processor.eos_id(),
+            "pad": self._processor.pad_id(),
+        }
+        return {
+            role: self._processor.id_to_piece(token_id)
+            for role, token_id in ids.items()
+            if token_id >= 0
+        }
 
     def special(self) -> dict[str, int]:
         return {token: token_id for token_id, token in self._special.items()}
@@ -210,20 +280,32 @@ class SentencePiece:
         return rows
 
     def encode(self, texts: list[str], one_thread: bool) -> tuple[I64, I64]:
-        rows = self._processor.encode(texts, out_type="numpy", num_threads=1 if one_thread else -1) if texts else []
+        rows = (
+            self._processor.encode(texts, out_type="numpy", num_threads=1 if one_thread else -1)
+            if texts
+            else []
+        )
         lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
         return np.concatenate([np.empty(0, np.int64), *rows], dtype=np.int64), lengths
 
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
         text, run, spoken = "", [], False
         for token_id in [*ids, None]:
-            if token_id is not None and 0 <= token_id < self._pieces and token_id not in self._special:
+            if (
+                token_id is not None
+                and 0 <= token_id < self._pieces
+                and token_id not in self._special
+            ):
                 run.append(token_id)
                 continue
             if run:
                 part = self._processor.decode(run)
                 # The processor drops the space at a text's start; after other words it is one.
-                if spoken and self._processor.id_to_piece(run[0]).startswith("▁") and not part.startswith(" "):
+                if (
+                    spoken
+                    and self._processor.id_to_piece(run[0]).startswith("▁")
+                    and not part.startswith(" ")
+                ):
                     part = f" {part}"
                 text, run, spoken = text + part, [], True
             if token_id in self._special and not skip_special_tokens:
@@ -232,17 +314,24 @@ class SentencePiece:
 
     def with_special(self, tokens: Iterable[str]) -> SentencePiece:
         missing = [token for token in tokens if self.id_of(token) is None]
-        return SentencePiece(self.definition, {**self.extra, **{token: self.size + i for i, token in enumerate(missing)}})
+        return SentencePiece(
+            self.definition,
+            {**self.extra, **{token: self.size + i for i, token in enumerate(missing)}},
+        )
 
     def canonical(self) -> bytes:
-        return canonical_json({"model": hashlib.sha256(self.definition).hexdigest(), "added_tokens": self.extra})
+        return canonical_json(
+            {"model": hashlib.sha256(self.definition).hexdigest(), "added_tokens": self.extra}
+        )
 
     def save(self, folder: Path, roles: Roles) -> None:
         (folder / MODEL).write_bytes(self.definition)
-        write_text(folder / SIDECAR, json.dumps({"added_tokens": self.extra, "roles": roles}, indent=2))
+        write_text(
+            folder / SIDECAR, json.dumps({"added_tokens": self.extra, "roles": roles}, indent=2)
+        )
 
 
-# -- helpers ----------------------------------------------------------------------------------------------------------
+# -- helpers ---------------------------------------------------------------------------------------
 
 
 def read_bytes(path: Path) -> bytes:
@@ -272,7 +361,9 @@ def canonical_json(content: Any) -> bytes:
 
 @contextmanager
 def _threads(one: bool) -> Iterator[None]:
-    """Keep the tokenizers library, which asks the environment at each call, to the calling thread."""
+    """Keep the tokenizers library, which asks the environment at each call, to the
+    calling thread.
+    """
     name = "TOKENIZERS_PARALLELISM"
     before = os.environ.get(name)
     if one:

@@ -1,7 +1,9 @@
-"""`llada compare`: how much better one run is than another on the same held-out text, with the error of the difference.
+"""`llada compare`: how much better one run is than another on the same held-out text, with the
+error of the difference.
 
-Runs that were validated alike have read the same text under the same noise. So the losses are subtracted draw by draw, and what both
-share, the difficulty of the text and most of the noise, is in neither the difference nor its error.
+Runs that were validated alike have read the same text under the same noise. So the losses are
+subtracted draw by draw, and what both share, the difficulty of the text and most of the noise, is
+in neither the difference nor its error.
 """
 
 from __future__ import annotations
@@ -56,7 +58,8 @@ class Difference:
     Attributes:
         run: that is compared.
         corpora: name in the first run -> NELBO of `run` less that of the first, nats per token.
-        mean: over the corpora by weight; None: of a single corpus, or where the runs weigh them differently.
+        mean: over the corpora by weight; None: of a single corpus, or where the runs weigh them
+            differently.
         bits_per_byte: of the mean, or of the single corpus; None: there is neither.
     """
 
@@ -71,29 +74,46 @@ def open_runs(paths: Sequence[str], step: str | None, corpus: str | None) -> lis
 
     Args:
         paths: run folders, the first is what the others are compared with.
-        step: a number of steps, "last" for each run's own last validation, None for the newest that all have.
+        step: a number of steps, "last" for each run's own last validation, None for the newest that
+            all have.
         corpus: name in the first run of the only corpus to compare; None: all.
 
     Raises:
-        UserError: fewer than two runs, a folder without validations, a step that a run lacks, another corpus, a damaged file.
+        UserError: fewer than two runs, a folder without validations, a step that a run lacks,
+            another corpus, a damaged file.
     """
     if len(paths) < 2:
-        raise UserError(f"RUN: {len(paths)} given; name two runs or more, the others are compared with the first")
+        raise UserError(
+            f"RUN: {len(paths)} given; name two runs or more, the others are compared with the"
+            " first"
+        )
     there = {path: _steps(path) for path in paths}
-    runs = [Run(path, chosen, validation_files.read(Path(path), chosen)) for path, chosen in _choose(there, paths, step)]
+    runs = [
+        Run(path, chosen, validation_files.read(Path(path), chosen))
+        for path, chosen in _choose(there, paths, step)
+    ]
     if corpus is None:
         return runs
     names = [measured.name for measured in runs[0].corpora]
     if corpus not in names:
         raise UserError(
-            f"--corpus: {runs[0].path} was not validated on '{corpus}', only on {', '.join(names)}{did_you_mean(corpus, names)}"
+            f"--corpus: {runs[0].path} was not validated on '{corpus}', only on"
+            f" {', '.join(names)}{did_you_mean(corpus, names)}"
         )
     text = runs[0].corpora[names.index(corpus)].measure.text
-    only = [replace(run, corpora=[m for m in run.corpora if m.measure.text == text or m.name == corpus][:1]) for run in runs]
+    only = [
+        replace(
+            run, corpora=[m for m in run.corpora if m.measure.text == text or m.name == corpus][:1]
+        )
+        for run in runs
+    ]
     for run, selected in zip(runs, only, strict=True):
         if not selected.corpora:
             there_too = ", ".join(measured.name for measured in run.corpora) or "none"
-            raise UserError(f"--corpus: {run.path} was not validated on '{corpus}' of {runs[0].path}, only on {there_too}")
+            raise UserError(
+                f"--corpus: {run.path} was not validated on '{corpus}' of {runs[0].path}, only on"
+                f" {there_too}"
+            )
     return [replace(runs[0], corpora=[runs[0].corpora[names.index(corpus)]]), *only[1:]]
 
 
@@ -107,11 +127,16 @@ def _steps(path: str) -> list[int]:
         raise UserError(f"RUN: no folder '{path}'{near}")
     steps = validation_files.steps(run)
     if not steps:
-        raise UserError(f"RUN: '{path}' has no {validation_files.FOLDER}/step_*.npz, which a run writes with each of its validations")
+        raise UserError(
+            f"RUN: '{path}' has no {validation_files.FOLDER}/step_*.npz, which a run writes with"
+            " each of its validations"
+        )
     return steps
 
 
-def _choose(there: dict[str, list[int]], paths: Sequence[str], step: str | None) -> list[tuple[str, int]]:
+def _choose(
+    there: dict[str, list[int]], paths: Sequence[str], step: str | None
+) -> list[tuple[str, int]]:
     if step == LAST:
         return [(path, there[path][-1]) for path in paths]
     if step is not None:
@@ -119,12 +144,18 @@ def _choose(there: dict[str, list[int]], paths: Sequence[str], step: str | None)
             raise UserError(f"--step: '{step}' is neither a number of steps nor '{LAST}'")
         for path in paths:
             if int(step) not in there[path]:
-                raise UserError(f"--step: {path} has no validation after step {step}; it has: {', '.join(map(str, there[path]))}")
+                raise UserError(
+                    f"--step: {path} has no validation after step {step}; it has:"
+                    f" {', '.join(map(str, there[path]))}"
+                )
         return [(path, int(step)) for path in paths]
     common = set.intersection(*(set(steps) for steps in there.values()))
     if not common:
         last = ", ".join(f"{path} {there[path][-1]}" for path in paths)
-        raise UserError(f"--step: no step after which all runs were validated (their last: {last}); --step {LAST} compares these")
+        raise UserError(
+            f"--step: no step after which all runs were validated (their last: {last}); --step"
+            f" {LAST} compares these"
+        )
     return [(path, max(common)) for path in paths]
 
 
@@ -140,18 +171,33 @@ def _difference(first: Run, second: Run) -> Difference:
         paired = replace(a.sample, loss=b.sample.loss - a.sample.loss)
         estimates[a.name] = paired.estimate()
     weights, others = ([m.weight for m in corpora] for corpora in zip(*pairs, strict=True))
-    alike = all(math.isclose(w / sum(weights), v / sum(others)) for w, v in zip(weights, others, strict=True))
+    alike = all(
+        math.isclose(w / sum(weights), v / sum(others))
+        for w, v in zip(weights, others, strict=True)
+    )
     mean = weighted(list(estimates.values()), weights) if alike else None
-    bits = [e.scaled(a.tokens_per_byte / math.log(2)) for e, (a, _) in zip(estimates.values(), pairs, strict=True)]
-    return Difference(second, estimates, mean if len(pairs) > 1 else None, weighted(bits, weights) if alike else None)
+    bits = [
+        e.scaled(a.tokens_per_byte / math.log(2))
+        for e, (a, _) in zip(estimates.values(), pairs, strict=True)
+    ]
+    return Difference(
+        second,
+        estimates,
+        mean if len(pairs) > 1 else None,
+        weighted(bits, weights) if alike else None,
+    )
 
 
 def _pairs(first: Run, second: Run) -> list[tuple[Measured, Measured]]:
-    """The corpora of two runs that belong together: those of the same text, whatever they are called."""
+    """The corpora of two runs that belong together: those of the same text, whatever they are
+    called.
+    """
     left = list(second.corpora)
     pairs = []
     for a in first.corpora:
-        b = next((m for m in left if m.measure.text == a.measure.text), None) or next((m for m in left if m.name == a.name), None)
+        b = next((m for m in left if m.measure.text == a.measure.text), None) or next(
+            (m for m in left if m.name == a.name), None
+        )
         if b is None:
             _refuse_corpora(first, second)
         left = [m for m in left if m is not b]
@@ -165,12 +211,15 @@ def _pairs(first: Run, second: Run) -> list[tuple[Measured, Measured]]:
 def _refuse_corpora(first: Run, second: Run) -> NoReturn:
     lists = [", ".join(m.name for m in run.corpora) or "none" for run in (first, second)]
     raise UserError(
-        f"{first.path} and {second.path} were validated on different corpora ({lists[0]}; {lists[1]}); --corpus compares one that both have"
+        f"{first.path} and {second.path} were validated on different corpora ({lists[0]};"
+        f" {lists[1]}); --corpus compares one that both have"
     )
 
 
 def _check_measures(first: Run, second: Run, a: Measured, b: Measured) -> None:
-    """Raises UserError, naming what differs, unless both runs read the same text under the same noise."""
+    """Raises UserError, naming what differs, unless both runs read the same text under the same
+    noise.
+    """
     if a.measure == b.measure:
         return
     old, new = asdict(a.measure), asdict(b.measure)
@@ -179,32 +228,54 @@ def _check_measures(first: Run, second: Run, a: Measured, b: Measured) -> None:
         differ = ["tokenizer"]  # the text's fingerprint follows the tokenizer's
     elif differ != ["items"]:
         differ.remove("items")  # which follow from the others
-    words = [_WORDS[key] if key in _FINGERPRINTS else f"{_WORDS[key]} ({old[key]} and {new[key]})" for key in differ]
+    words = [
+        _WORDS[key] if key in _FINGERPRINTS else f"{_WORDS[key]} ({old[key]} and {new[key]})"
+        for key in differ
+    ]
     raise UserError(
-        f"{first.path} and {second.path} cannot be compared on '{a.name}': they were validated with different {', '.join(words)}"
+        f"{first.path} and {second.path} cannot be compared on '{a.name}': they were validated with"
+        f" different {', '.join(words)}"
     )
 
 
-# -- in words and in JSON ----------------------------------------------------------------------------------------------
+# -- in words and in JSON --------------------------------------------------------------------------
 
 
 def in_words(runs: Sequence[Run], differences: Sequence[Difference]) -> str:
     """What a reader wants to know: each run's NELBO, and which is better by how much."""
     lines = []
     for m in runs[0].corpora:
-        read = f"each text read at {m.measure.draws_per_item} values of t; the same text and noise in all runs"
+        read = (
+            f"each text read at {m.measure.draws_per_item} values of t; the same text and noise in"
+            " all runs"
+        )
         lines.append(f"{m.name}: {len(m.items):,} {m.measure.unit}, {read}")
         if m.sample.effective_items() < FEW:
             even = f"{m.sample.effective_items():.1f} of equal length"
-            lines.append(f"{m.name}: the errors are rough, so few {m.measure.unit} (they weigh like {even}) say little of other text")
+            lines.append(
+                f"{m.name}: the errors are rough, so few {m.measure.unit} (they weigh like {even})"
+                " say little of other text"
+            )
     width = max(len(run.path) for run in runs)
     for run in runs:
-        each = [f"{m.name} {_plain(m.sample.estimate())}" if len(run.corpora) > 1 else _plain(m.sample.estimate()) for m in run.corpora]
-        lines.append(f"{run.path:{width}}  step {run.step}  NELBO {', '.join(each)} nats per token (± standard error)")
+        each = [
+            (
+                f"{m.name} {_plain(m.sample.estimate())}"
+                if len(run.corpora) > 1
+                else _plain(m.sample.estimate())
+            )
+            for m in run.corpora
+        ]
+        lines.append(
+            f"{run.path:{width}}  step {run.step}  NELBO {', '.join(each)} nats per token (±"
+            " standard error)"
+        )
     for difference in differences:
         names = runs[0].path, difference.run.path
         for name, estimate in difference.corpora.items():
-            lines.append(_verdict(*names, estimate, f" on {name}" if len(difference.corpora) > 1 else ""))
+            lines.append(
+                _verdict(*names, estimate, f" on {name}" if len(difference.corpora) > 1 else "")
+            )
         if difference.mean is not None:
             lines.append(_verdict(*names, difference.mean, " over all corpora, by weight"))
         elif len(difference.corpora) > 1:
@@ -222,7 +293,10 @@ def _verdict(first: str, second: str, estimate: Estimate, where: str) -> str:
     better, worse = (second, first) if estimate.mean < 0 else (first, second)
     size, half = abs(estimate.mean), estimate.half_width()
     if half is None:
-        return f"{better} is lower than {worse} by {size:.4f} nats per token{where}; one item tells nothing of other text"
+        return (
+            f"{better} is lower than {worse} by {size:.4f} nats per token{where}; one item tells"
+            " nothing of other text"
+        )
     if size == 0 and half == 0:
         return f"{second} equals {first}{where}"
     by = f"{size:.4f} ± {half:.4f} nats per token (95 %){where}"
@@ -244,7 +318,11 @@ def as_json(runs: Sequence[Run], differences: Sequence[Difference]) -> dict[str,
                 "run": run.path,
                 "step": run.step,
                 "corpora": {
-                    m.name: {**(fields(m.sample.estimate()) or {}), "items": len(m.items), "measure": m.measure.fingerprint}
+                    m.name: {
+                        **(fields(m.sample.estimate()) or {}),
+                        "items": len(m.items),
+                        "measure": m.measure.fingerprint,
+                    }
                     for m in run.corpora
                 },
             }

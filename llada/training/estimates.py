@@ -1,11 +1,13 @@
 """Means of validation losses, and how far they may be off.
 
-A text (a window or a part of a document in it, or a reply) is read in sweeps: four draws at evenly spaced t, from an offset that is
-keyed by the text. The mean is a pooled ratio R = sum of losses / sum of lengths. It has two errors:
+A text (a window or a part of a document in it, or a reply) is read in sweeps: four draws at evenly
+spaced t, from an offset that is keyed by the text. The mean is a pooled ratio R = sum of losses /
+sum of lengths. It has two errors:
 
-* `se`: of other text. The items (windows, documents, conversations) are independent, so with e_i = sum over the draws of item i of
-  (loss - R x length), SE = sqrt(k / (k - 1) x sum e_i^2) / total length (Cochran, Sampling Techniques, section 6.4). What is left
-  of the noise of t and masks is in e_i already. Intervals use Student's t with k - 1 degrees of freedom.
+* `se`: of other text. The items (windows, documents, conversations) are independent, so with e_i =
+  sum over the draws of item i of (loss - R x length), SE = sqrt(k / (k - 1) x sum e_i^2) / total
+  length (Cochran, Sampling Techniques, section 6.4). What is left of the noise of t and masks is in
+  e_i already. Intervals use Student's t with k - 1 degrees of freedom.
 * `se_noise`: of the same text under other noise, see `noise_error`.
 """
 
@@ -49,7 +51,9 @@ class Estimate:
 
     def scaled(self, factor: float) -> Estimate:
         """In another unit."""
-        se, noise = (None if error is None else error * abs(factor) for error in (self.se, self.se_noise))
+        se, noise = (
+            None if error is None else error * abs(factor) for error in (self.se, self.se_noise)
+        )
         return Estimate(self.mean * factor, se, noise, self.degrees)
 
     def half_width(self, level: float = LEVEL) -> float | None:
@@ -67,7 +71,8 @@ class Sample:
     """The losses of one corpus in one validation.
 
     Attributes:
-        loss: of every draw, summed over its text, nats; a row a sweep, t ascending, float64 [sweeps, 4].
+        loss: of every draw, summed over its text, nats; a row a sweep, t ascending, float64
+            [sweeps, 4].
         length: tokens of the text of each sweep, int64 [sweeps].
         item: whose text it is, 0..k-1, int64 [sweeps].
         text: a number that sweeps of the same text share, int64 [sweeps].
@@ -83,7 +88,9 @@ class Sample:
         return sums(self.item, self.loss.sum(axis=1)), sums(self.item, SWEEP * self.length)
 
     def effective_items(self) -> float:
-        """How many items of equal length would weigh as evenly (Kish): a single one that holds most of the text leaves about one."""
+        """How many items of equal length would weigh as evenly (Kish): a single one that holds most
+        of the text leaves about one.
+        """
         _, length = self.by_item()
         return float(length.sum() ** 2 / (length**2).sum())
 
@@ -108,15 +115,19 @@ def pooled(loss: F64, length: F64) -> tuple[float, float | None]:
 
 
 def noise_error(sample: Sample) -> float | None:
-    """Standard error of the pooled ratio if the same text were read with other masks and other offsets of t.
+    """Standard error of the pooled ratio if the same text were read with other masks and other
+    offsets of t.
 
-    The spread of a text's four draws is mostly the change of the loss with t, which evenly spaced t average out, so it says little.
-    Two terms remain, and both are read off contrasts in which that change cancels:
+    The spread of a text's four draws is mostly the change of the loss with t, which evenly spaced t
+    average out, so it says little. Two terms remain, and both are read off contrasts in which that
+    change cancels:
 
-    * Masks. x_1 - x_2 - x_3 + x_4 of a sweep (t ascending) has the variance of the sum of its four draws, whatever the variance of each,
-      and a linear dependence on t cancels. The mean contrast per token, the curvature that all texts share, is subtracted.
-    * Offset. The sum over evenly spaced t moves with the offset by the loss's rise from t = 0 to t = 1, so its variance is rise^2 / 12,
-      however many draws there are. The rise is the mean over all sweeps, extrapolated from the outer draws.
+    * Masks. x_1 - x_2 - x_3 + x_4 of a sweep (t ascending) has the variance of the sum of its four
+      draws, whatever the variance of each, and a linear dependence on t cancels. The mean contrast
+      per token, the curvature that all texts share, is subtracted.
+    * Offset. The sum over evenly spaced t moves with the offset by the loss's rise from t = 0 to t
+      = 1, so its variance is rise^2 / 12, however many draws there are. The rise is the mean over
+      all sweeps, extrapolated from the outer draws.
     """
     sweeps = len(sample.loss)
     if sweeps < 2:
@@ -137,14 +148,20 @@ def weighted(estimates: Sequence[Estimate], weights: Sequence[float]) -> Estimat
     mean = float(sum(w * e.mean for w, e in zip(share, estimates, strict=True)))
     se = _root_of_squares(share, [e.se for e in estimates])
     noise = _root_of_squares(share, [e.se_noise for e in estimates])
-    fourth = sum((w * (e.se or 0.0)) ** 4 / e.degrees for w, e in zip(share, estimates, strict=True))
+    fourth = sum(
+        (w * (e.se or 0.0)) ** 4 / e.degrees for w, e in zip(share, estimates, strict=True)
+    )
     degrees = float(se**4 / fourth) if se and fourth else min(e.degrees for e in estimates)
     return Estimate(mean, se, noise, degrees)
 
 
 def _root_of_squares(weights: F64, errors: Sequence[float | None]) -> float | None:
     known = [error for error in errors if error is not None]
-    return math.hypot(*(w * e for w, e in zip(weights, known, strict=True))) if len(known) == len(errors) else None
+    return (
+        math.hypot(*(w * e for w, e in zip(weights, known, strict=True)))
+        if len(known) == len(errors)
+        else None
+    )
 
 
 def with_error(values: dict[str, Any], key: str, digits: int = 4) -> str:
@@ -154,12 +171,16 @@ def with_error(values: dict[str, Any], key: str, digits: int = 4) -> str:
 
 
 def t_quantile(level: float, degrees: float) -> float:
-    """x with P(-x < T < x) = `level` for Student's T of `degrees` degrees of freedom (at least 1)."""
+    """x with P(-x < T < x) = `level` for Student's T of `degrees` degrees of freedom (at
+    least 1).
+    """
     nodes, weights = np.polynomial.legendre.leggauss(64)
     scale = math.exp(math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)) / math.sqrt(math.pi)
 
     def probability(x: float) -> float:
-        """P(|T| < x), integrated over the angle arctan(x / sqrt(degrees)), where the density is a power of the cosine."""
+        """P(|T| < x), integrated over the angle arctan(x / sqrt(degrees)), where the density is a
+        power of the cosine.
+        """
         angle = math.atan(x / math.sqrt(degrees))
         return scale * angle * float(weights @ np.cos(angle * nodes) ** (degrees - 1))
 

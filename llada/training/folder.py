@@ -19,7 +19,11 @@ from llada.training.lock import RunLock
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What the system says when there is no room for what is written."""
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
-_OTHERS = {MANIFEST: "a prepared corpus", "config.json": "a Hugging Face folder", checkpoint.MARKER: "a checkpoint"}
+_OTHERS = {
+    MANIFEST: "a prepared corpus",
+    "config.json": "a Hugging Face folder",
+    checkpoint.MARKER: "a checkpoint",
+}
 """Files that tell folders which are no run's."""
 
 
@@ -31,7 +35,8 @@ class RunFolder:
         stopped: true once this process is asked to stop, which ends the waiting for another one.
 
     Raises:
-        UserError: a folder that cannot be made or written, one that is something else than a run's, or that another process holds.
+        UserError: a folder that cannot be made or written, one that is something else than a run's,
+            or that another process holds.
         RunError: the disk is full or fails.
         TryAgain: asked to stop while waiting.
     """
@@ -47,7 +52,9 @@ class RunFolder:
             raise
 
     def release(self) -> None:
-        """Let others use the folder; where nothing was written into it, it is removed as it was made."""
+        """Let others use the folder; where nothing was written into it, it is removed as it was
+        made.
+        """
         self._lock.release()
         self._remove_empty()
 
@@ -91,12 +98,16 @@ def refuse_others(path: Path) -> None:
             raise UserError(f"run.dir: '{path}' is {what} (it holds {name}); choose another folder")
     for above in path.resolve().parents:
         if (above / MANIFEST).is_file() and (above / "tokenizer").is_dir():
-            raise UserError(f"run.dir: '{path}' lies in {above}, a prepared corpus, which is only read; choose a folder outside")
+            raise UserError(
+                f"run.dir: '{path}' lies in {above}, a prepared corpus, which is only read; choose"
+                " a folder outside"
+            )
 
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Turn a system's error while the block writes to a run folder into one line that names the folder and the reason.
+    """Turn a system's error while the block writes to a run folder into one line that names the
+    folder and the reason.
 
     Raises:
         UserError: the folder may not be written.
@@ -108,11 +119,20 @@ def naming(path: Path) -> Iterator[None]:
         raise  # whoever read the console's lines is gone; the folder is sound
     except OSError as error:
         if not os.path.isdir(path):
-            raise RunError(f"run.dir: '{path}' is gone: it was moved or deleted, or its disk is away") from error
+            raise RunError(
+                f"run.dir: '{path}' is gone: it was moved or deleted, or its disk is away"
+            ) from error
         reason = error.strerror or str(error)
         if error.errno in _FORBIDDEN:
-            raise UserError(f"run.dir: '{path}' cannot be written ({reason}); choose a folder that can be written") from error
-        left = f"; {readable_size(shutil.disk_usage(path).free)} are left" if error.errno in FULL else ""
+            raise UserError(
+                f"run.dir: '{path}' cannot be written ({reason}); choose a folder that can be"
+                " written"
+            ) from error
+        left = (
+            f"; {readable_size(shutil.disk_usage(path).free)} are left"
+            if error.errno in FULL
+            else ""
+        )
         raise RunError(f"run.dir: '{path}' cannot be written ({reason}{left})") from error
 
 
@@ -129,5 +149,8 @@ def _make(path: Path) -> list[Path]:
         for folder in reversed(made):
             with suppress(OSError):
                 folder.rmdir()
-        raise UserError(f"run.dir: '{path}' cannot be made ({error.strerror}); choose a folder that can be written") from None
+        raise UserError(
+            f"run.dir: '{path}' cannot be made ({error.strerror}); choose a folder that can be"
+            " written"
+        ) from None
     return made

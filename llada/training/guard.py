@@ -1,4 +1,6 @@
-"""Watches loss and gradient norm: names steps far above the recent ones, and stops a run that leaves out step after step."""
+"""Watches loss and gradient norm: names steps far above the recent ones, and stops a run that
+leaves out step after step.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +15,17 @@ from llada.errors import RunError
 from llada.settings import TrainSection
 
 _LAG = 2
-"""Steps between a step and the last one its limits come from: a GPU reports a step's numbers while it computes the next."""
+"""Steps between a step and the last one its limits come from: a GPU reports a step's numbers while
+it computes the next.
+"""
 
 _TAIL_START = 1.2816
-"""Of a normal distribution: the standard deviations above the median where its upper tenth starts."""
+"""Of a normal distribution: the standard deviations above the median where its upper tenth starts.
+"""
 _TAIL_MEDIAN = 0.3633
-"""Of a normal distribution: the standard deviations between that start and the median of its upper tenth."""
+"""Of a normal distribution: the standard deviations between that start and the median of its upper
+tenth.
+"""
 
 
 class Applied(NamedTuple):
@@ -30,11 +37,13 @@ class Applied(NamedTuple):
 
 
 class Guard:
-    """The spike rule over the last `train.spike_window` applied steps, and the count of steps left out in a row.
+    """The spike rule over the last `train.spike_window` applied steps, and the count of steps left
+    out in a row.
 
     Args:
         section: the run's settings.
-        recent: applied steps before this start, oldest first, as `recent` gave them when the checkpoint was written.
+        recent: applied steps before this start, oldest first, as `recent` gave them when the
+            checkpoint was written.
     """
 
     def __init__(self, section: TrainSection, recent: Iterable[Applied] = ()) -> None:
@@ -48,17 +57,24 @@ class Guard:
         return list(self._recent)
 
     def spike_limits(self, step: int) -> Limits:
-        """What loss and norm of `step` (0-based) must exceed to be a spike, see `upper_limit`; infinite until the window is full.
+        """What loss and norm of `step` (0-based) must exceed to be a spike, see `upper_limit`;
+        infinite until the window is full.
 
         A function of the results of steps up to `step` - 2 alone, whenever they were read.
         """
         section = self._section
-        known = [entry for entry in self._recent if entry.step <= step - _LAG][-section.spike_window :]
+        known = [entry for entry in self._recent if entry.step <= step - _LAG][
+            -section.spike_window :
+        ]
         if section.spike_sigma is None or len(known) < section.spike_window:
             return Limits()
         return Limits(
-            upper_limit([entry.loss for entry in known], section.spike_sigma, section.spike_loss_factor),
-            upper_limit([entry.grad_norm for entry in known], section.spike_sigma, section.spike_norm_factor),
+            upper_limit(
+                [entry.loss for entry in known], section.spike_sigma, section.spike_loss_factor
+            ),
+            upper_limit(
+                [entry.grad_norm for entry in known], section.spike_sigma, section.spike_norm_factor
+            ),
         )
 
     def limits(self, step: int) -> Limits:
@@ -80,29 +96,42 @@ class Guard:
             RunError: more than train.max_skipped steps in a row were left out.
         """
         limits = self.spike_limits(step)
-        what = _above(result, limits) or (None if result.applied else "left out because of another rank's numbers")
+        what = _above(result, limits) or (
+            None if result.applied else "left out because of another rank's numbers"
+        )
         if result.applied:
             self._left_out = 0
-            self._recent = [*self._recent, Applied(step, result.loss, result.grad_norm)][-(self._section.spike_window + _LAG) :]
+            self._recent = [*self._recent, Applied(step, result.loss, result.grad_norm)][
+                -(self._section.spike_window + _LAG) :
+            ]
         else:
             self._left_out += 1
         if what is None:
             return None
-        named = f"step {step + 1}: {what}; samples {samples.start} to {samples.stop - 1} of the data order"
+        named = (
+            f"step {step + 1}: {what}; samples {samples.start} to {samples.stop - 1} of the data"
+            " order"
+        )
         if self._left_out > self._section.max_skipped:
-            raise RunError(f"{named}; {self._left_out} steps in a row updated nothing (train.max_skipped: {self._section.max_skipped})")
+            raise RunError(
+                f"{named}; {self._left_out} steps in a row updated nothing (train.max_skipped:"
+                f" {self._section.max_skipped})"
+            )
         return named + ("" if result.applied else "; the step updated nothing")
 
 
 def upper_limit(values: Sequence[float], sigma: float, factor: float) -> float:
-    """What the next value must exceed to be a spike: far out in the tail of the recent values, and far above their level.
+    """What the next value must exceed to be a spike: far out in the tail of the recent values, and
+    far above their level.
 
-    Losses and gradient norms are positive, noisy by a factor, and skewed: a healthy run has single norms of twice the usual. So the
-    rule works on logarithms, and takes the width of the upper tail from the largest tenth of the window itself, not from a mean and
-    standard deviation. For normal logarithms the limit is the level plus `sigma` standard deviations; a heavier tail moves it up.
+    Losses and gradient norms are positive, noisy by a factor, and skewed: a healthy run has single
+    norms of twice the usual. So the rule works on logarithms, and takes the width of the upper tail
+    from the largest tenth of the window itself, not from a mean and standard deviation. For normal
+    logarithms the limit is the level plus `sigma` standard deviations; a heavier tail moves it up.
     Only the median of that tenth counts, so a few past spikes in the window do not hide the next.
 
-    The level follows the window's trend where it rises (warm-up), and is that of the newer half where it falls.
+    The level follows the window's trend where it rises (warm-up), and is that of the newer half
+    where it falls.
 
     Args:
         values: of the applied steps of the window, oldest first.
@@ -112,19 +141,25 @@ def upper_limit(values: Sequence[float], sigma: float, factor: float) -> float:
     logs = np.log(np.maximum(values, np.finfo(np.float64).tiny))
     half = len(logs) // 2
     slope = float(np.median(logs[-half:]) - np.median(logs[:half])) / (len(logs) - half)
-    carried = logs - slope * np.arange(1 - len(logs), 1)  # each value where the trend would have it at the newest step
+    # each value where the trend would have it at the newest step
+    carried = logs - slope * np.arange(1 - len(logs), 1)
     level = float(np.median(carried))
     ordered = np.sort(carried) - level
     tail = ordered[-len(ordered) // 10 :]
     start = float(ordered[-len(tail) - 1])
     deviation = float(np.median(tail) - start) / _TAIL_MEDIAN
     ahead = slope * (_LAG if slope > 0 else -half / 2)
-    return math.exp(min(level + ahead + max(start + (sigma - _TAIL_START) * deviation, math.log(factor)), 700.0))
+    return math.exp(
+        min(level + ahead + max(start + (sigma - _TAIL_START) * deviation, math.log(factor)), 700.0)
+    )
 
 
 def _above(result: StepResult, limits: Limits) -> str | None:
     """What is wrong with a step's numbers."""
-    for name, value, limit in (("loss", result.loss, limits.loss), ("gradient norm", result.grad_norm, limits.grad_norm)):
+    for name, value, limit in (
+        ("loss", result.loss, limits.loss),
+        ("gradient norm", result.grad_norm, limits.grad_norm),
+    ):
         if not math.isfinite(value):
             return f"loss {result.loss:g} and gradient norm {result.grad_norm:g} are not finite"
         if value > limit:

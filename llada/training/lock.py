@@ -1,4 +1,6 @@
-"""One run folder, one process that writes to it: RUN/lock names the holder, who keeps touching it."""
+"""One run folder, one process that writes to it: RUN/lock names the holder, who keeps
+touching it.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,9 @@ NAME = "lock"
 class RunLock:
     """Holds a run folder until `release`.
 
-    A lock whose holder is gone is taken over: at once where that can be told (a dead process of this host, an earlier attempt of the
-    same Slurm job), else when it has not been touched for `stale` seconds of the file server's clock.
+    A lock whose holder is gone is taken over: at once where that can be told (a dead process of
+    this host, an earlier attempt of the same Slurm job), else when it has not been touched for
+    `stale` seconds of the file server's clock.
 
     Args:
         folder: of the run; exists.
@@ -32,12 +35,19 @@ class RunLock:
         stopped: true once this process is asked to stop, which ends the waiting.
 
     Raises:
-        UserError: the holder is alive and is named; or the lock is a folder, or a file that no run wrote.
+        UserError: the holder is alive and is named; or the lock is a folder, or a file that no run
+            wrote.
         TryAgain: asked to stop while waiting.
         OSError: the lock cannot be written; nothing of it is left.
     """
 
-    def __init__(self, folder: Path, beat: float = 10.0, stale: float = 60.0, stopped: Callable[[], bool] = lambda: False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        beat: float = 10.0,
+        stale: float = 60.0,
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> None:
         self._folder, self._path = folder, folder / NAME
         self._beat, self._stale, self._stopped = beat, stale, stopped
         self._own = _this_process()
@@ -77,13 +87,17 @@ class RunLock:
             if self._now() - touched > self._stale * 1e9:
                 break
             if self._stopped():
-                raise TryAgain(f"stopped while waiting for {self._path}, held by {_describe(holder)}; run the same command again")
+                raise TryAgain(
+                    f"stopped while waiting for {self._path}, held by {_describe(holder)}; run the"
+                    " same command again"
+                )
             time.sleep(min(1.0, self._beat / 4))
             self._announce(holder)
             again, holder = self._touched(), _read(self._path)
             if again is not None and again != touched:
                 raise UserError(
-                    f"run.dir: '{self._folder}' is in use by {_describe(holder)}; stop that first, or choose another run.dir"
+                    f"run.dir: '{self._folder}' is in use by {_describe(holder)}; stop that first,"
+                    " or choose another run.dir"
                 ) from None
             touched = again
         if touched is not None and _read(self._path) == holder:
@@ -99,13 +113,17 @@ class RunLock:
             what = "a file that no run wrote"
         else:
             return
-        raise UserError(f"run.dir: '{self._path}' is {what}, and a run keeps its lock there; move it away, or choose another run.dir")
+        raise UserError(
+            f"run.dir: '{self._path}' is {what}, and a run keeps its lock there; move it away, or"
+            " choose another run.dir"
+        )
 
     def _announce(self, holder: dict[str, Any]) -> None:
         """Say once what is waited for."""
         if not self._announced:
             print(
-                f"waiting for {self._path}, held by {_describe(holder)}; it counts as left behind after {self._stale:.0f} s without a sign",
+                f"waiting for {self._path}, held by {_describe(holder)}; it counts as left behind"
+                f" after {self._stale:.0f} s without a sign",
                 file=sys.stderr,
                 flush=True,
             )
@@ -130,7 +148,9 @@ class RunLock:
             return None
 
     def _now(self) -> int:
-        """Nanoseconds since 1970 by the file server's clock, which is the one that dates the touches."""
+        """Nanoseconds since 1970 by the file server's clock, which is the one that dates the
+        touches.
+        """
         probe = self._folder / f"{NAME}.{uuid.uuid4().hex[:8]}"
         probe.touch()
         try:
@@ -142,7 +162,8 @@ class RunLock:
         while not self._ended.wait(self._beat):
             if _read(self._path) not in (self._own, None):
                 print(
-                    f"failed: {self._folder} was taken over by {_describe(_read(self._path))} while this process did not answer",
+                    f"failed: {self._folder} was taken over by {_describe(_read(self._path))} while"
+                    " this process did not answer",
                     file=sys.stderr,
                     flush=True,
                 )
@@ -160,7 +181,9 @@ def holder(folder: Path, stale: float = 60.0) -> str | None:
 
 
 def holding_process(folder: Path, stale: float = 60.0) -> tuple[str, int] | None:
-    """Host and number of the process that holds a run folder; None: nobody who is known to be alive."""
+    """Host and number of the process that holds a run folder; None: nobody who is known to be
+    alive.
+    """
     found = _alive(folder, stale)
     return None if found is None else (str(found.get("host")), int(found.get("pid", 0)))
 
@@ -198,8 +221,13 @@ def _born(pid: int) -> str | None:
 
 def _gone(holder: dict[str, Any], own: dict[str, Any]) -> bool:
     """Whether a holder is known to have ended."""
-    if own["job"] is not None and holder.get("job") == own["job"] and None not in (own["attempt"], holder.get("attempt")):
-        return bool(holder["attempt"] != own["attempt"])  # Slurm starts a job again only when all of it has ended
+    if (
+        own["job"] is not None
+        and holder.get("job") == own["job"]
+        and None not in (own["attempt"], holder.get("attempt"))
+    ):
+        # Slurm starts a job again only when all of it has ended
+        return bool(holder["attempt"] != own["attempt"])
     if holder.get("host") != own["host"]:
         return False
     pid = holder.get("pid")
@@ -220,7 +248,9 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _is_foreign(path: Path) -> bool:
-    """Whether a file holds something else than a lock, a torn one or the nothing that a crash leaves."""
+    """Whether a file holds something else than a lock, a torn one or the nothing that a crash
+    leaves.
+    """
     try:
         content = path.read_bytes().strip(b"\0 \r\n\t")
     except OSError:
@@ -233,4 +263,7 @@ def _describe(holder: dict[str, Any] | None) -> str:
     if "pid" not in holder:
         return "a process that it does not name"
     job = f"job {holder['job']}, " if holder.get("job") else ""
-    return f"{job}process {holder.get('pid', '?')} on host {holder.get('host', '?')} since {holder.get('since', '?')}"
+    return (
+        f"{job}process {holder.get('pid', '?')} on host {holder.get('host', '?')} since"
+        f" {holder.get('since', '?')}"
+    )

@@ -40,7 +40,9 @@ FINISHED, STOPPED = 0, 75
 """Exit codes: done; checkpoint written, run me again."""
 
 
-def train(config: RunConfig, stop: StopRequest, allow_changed: bool = False, rewind: int | None = None) -> int:
+def train(
+    config: RunConfig, stop: StopRequest, allow_changed: bool = False, rewind: int | None = None
+) -> int:
     """Run `config` from its latest checkpoint, or from the start, to `train.steps`.
 
     Args:
@@ -78,11 +80,15 @@ def _loop(run: Run, stop: StopRequest) -> int:
     if run.starts_from_weights:
         run.validate(0)
     for step, plan, batches in run.batches():
-        result = run.engine.train_step(batches, run.schedule.learning_rate(step), run.guard.limits(step))
+        result = run.engine.train_step(
+            batches, run.schedule.learning_rate(step), run.guard.limits(step)
+        )
         run.record(step, plan, result)
         done = step + 1
         last = done == config.train.steps
-        stopping, writing = run.engine.any_of(bool(stop), run.saving is not None and not run.saving.written())
+        stopping, writing = run.engine.any_of(
+            bool(stop), run.saving is not None and not run.saving.written()
+        )
         if not writing:
             run.finish_save()
         if done % config.validation.every == 0 or last:
@@ -91,16 +97,27 @@ def _loop(run: Run, stop: StopRequest) -> int:
             run.save(done, wait=last or stopping)
         if stopping and not last:
             run.note("signal", step=done, signal=stop.signal)
-            run.say(f"{stop.signal or 'another rank'}: stopped after step {done} with a checkpoint; run the same command again to continue")
+            run.say(
+                f"{stop.signal or 'another rank'}: stopped after step {done} with a checkpoint; run"
+                " the same command again to continue"
+            )
             return STOPPED
     run.finish()
     return FINISHED
 
 
 class Run:
-    """Everything a run needs, from its config: data, engine, schedule, where it stands, and where its numbers go."""
+    """Everything a run needs, from its config: data, engine, schedule, where it stands, and where
+    its numbers go.
+    """
 
-    def __init__(self, config: RunConfig, stop: StopRequest, allow_changed: bool = False, rewind: int | None = None) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        stop: StopRequest,
+        allow_changed: bool = False,
+        rewind: int | None = None,
+    ) -> None:
         self.config = config
         self.folder = Path(config.run.dir)
         self.root = self.folder / "checkpoints"
@@ -119,8 +136,11 @@ class Run:
         self.tokenizer_files = read_files(self.data.tokenizer_folder) if rank == 0 else {}
         self.held = folder.hold(self.folder, rank, lambda: bool(stop))
         try:
-            # Only now: a process that held the folder until a moment ago may have written checkpoints.
-            self._prepare(find_start(config, self.data, self.root, self.threads, allow_changed, rewind))
+            # Only now: a process that held the folder until a moment ago may have written
+            # checkpoints.
+            self._prepare(
+                find_start(config, self.data, self.root, self.threads, allow_changed, rewind)
+            )
         except BaseException:
             if self.held is not None:
                 self.held.release()
@@ -160,12 +180,17 @@ class Run:
             with folder.naming(self.folder):
                 checkpoint.set_aside(start.aside)
                 self._open_sinks(start)
-        self.watchdog = Watchdog(self.folder / "heartbeats", self.place.rank, self.place.world_size, config.run.hang_timeout)
+        self.watchdog = Watchdog(
+            self.folder / "heartbeats",
+            self.place.rank,
+            self.place.world_size,
+            config.run.hang_timeout,
+        )
         self.saving: Saving | None = None
         self.blocked = 0.0
         self._time = time.perf_counter()
 
-    # -- the steps -----------------------------------------------------------------------------------------------------
+    # -- the steps ---------------------------------------------------------------------------------
 
     def batches(self) -> Loader:
         """(step, plan, micro-batches of this replica) for every step that is left."""
@@ -173,14 +198,18 @@ class Run:
         return self.loader
 
     def make_batches(self, step: int) -> Prepared:
-        """The plan and this rank's part of a step's micro-batches (0-based); a pure function of config and data."""
+        """The plan and this rank's part of a step's micro-batches (0-based); a pure function of
+        config and data.
+        """
         plan = self.data.plan(step)
         batch, place = self.config.batch, self.place
         own = sample_offsets(batch.global_, batch.micro, place.data_rank, place.data_size)
         return plan, [self.engine.prepare(self.data.batch(plan, offsets)) for offsets in own]
 
     def record(self, step: int, plan: Plan, result: StepResult) -> None:
-        """Note one step (0-based) once its numbers are there; on a GPU that is while the next step computes."""
+        """Note one step (0-based) once its numbers are there; on a GPU that is while the next step
+        computes.
+        """
         self.settle()
         self._unread = step, plan, result
         if result.done():
@@ -207,7 +236,9 @@ class Run:
         """A step's line of metrics.jsonl."""
         config, own = self.config, plan.maskable > 0
         predicted = self.data.objective.expected_predictions(plan.maskable[own], plan.t[own])
-        flops = step_flops(config.model, plan.counted.tolist(), predicted, config.data.sequence_length)
+        flops = step_flops(
+            config.model, plan.counted.tolist(), predicted, config.data.sequence_length
+        )
         rate = flops.actual / seconds / self.place.world_size
         mfu = self._peak.mfu(rate)
         return {
@@ -241,7 +272,9 @@ class Run:
         self._time = time.perf_counter()
 
     def save(self, done: int, wait: bool) -> None:
-        """Start to write the checkpoint after `done` steps, and with `wait` or without checkpoint.asynchronous finish it; collective."""
+        """Start to write the checkpoint after `done` steps, and with `wait` or without
+        checkpoint.asynchronous finish it; collective.
+        """
         self.settle()
         self.finish_save()
         with folder.naming(self.folder):
@@ -264,14 +297,22 @@ class Run:
                 tokenizer=self.data.manifest.tokenizer_fingerprint,
                 ranks=self.place.world_size,
             )
-            self.saving = Saving(self.root, state, self.tokenizer_files, checkpoint_volume(config).bytes_each, self.engine)
+            self.saving = Saving(
+                self.root,
+                state,
+                self.tokenizer_files,
+                checkpoint_volume(config).bytes_each,
+                self.engine,
+            )
             self.blocked += time.perf_counter() - started
         if wait or not self.config.checkpoint.asynchronous:
             self.finish_save()
         self._time = time.perf_counter()
 
     def finish_save(self) -> None:
-        """Wait for the checkpoint that is being written, if any, and give it its name; collective."""
+        """Wait for the checkpoint that is being written, if any, and give it its
+        name; collective.
+        """
         if self.saving is None:
             return
         started = time.perf_counter()
@@ -279,7 +320,9 @@ class Run:
         saving.finish()
         self.note("checkpoint", step=saving.step)
         if self.place.is_main:
-            checkpoint.prune(self.root, self.config.checkpoint.keep_last, self.config.checkpoint.keep_every)
+            checkpoint.prune(
+                self.root, self.config.checkpoint.keep_last, self.config.checkpoint.keep_every
+            )
         self.watchdog.advance(saving.step)
         self.blocked += time.perf_counter() - started
 
@@ -291,21 +334,33 @@ class Run:
             steps = self.config.train.steps
             said = f"finished {steps} steps: {self.folder}"
             if self.first >= steps:
-                said = f"nothing to do: {self.folder} is at step {self.first}, train.steps is {steps}; a larger one trains on"
+                said = (
+                    f"nothing to do: {self.folder} is at step {self.first}, train.steps is {steps};"
+                    " a larger one trains on"
+                )
             self.say(said + (f", curve {picture}" if picture else ""))
 
-    # -- where its numbers go ------------------------------------------------------------------------------------------
+    # -- where its numbers go ----------------------------------------------------------------------
 
     def _open_sinks(self, start: Start) -> None:
         config = self.config
         cut = metrics.cut(self.folder, self.first)
         self._peak = Peak(self.device, DTYPES[config.precision])
-        provenance = {"llada": llada.__version__, "git": revision.of_code(), **versions(config, self.threads), "lineage": self.lineage}
+        provenance = {
+            "llada": llada.__version__,
+            "git": revision.of_code(),
+            **versions(config, self.threads),
+            "lineage": self.lineage,
+        }
         text = yaml.safe_dump({**dump_config(config), PROVENANCE: provenance}, sort_keys=False)
         if self.first < config.train.steps or not (self.folder / "config.yaml").exists():
             write_atomically(self.folder / "config.yaml", text)
         self.console = metrics.Console(config.train.steps, self.first, config.logging)
-        self.sinks = [metrics.JsonLines(self.folder), self.console, metrics.StepEvents(self.events, config.train.steps, config.logging)]
+        self.sinks = [
+            metrics.JsonLines(self.folder),
+            self.console,
+            metrics.StepEvents(self.events, config.train.steps, config.logging),
+        ]
         if config.logging.tensorboard:
             self.sinks.append(metrics.TensorBoard(self.folder))
         if config.logging.wandb:
@@ -314,14 +369,19 @@ class Run:
             self.say(note)
         if self.first:
             self.say(
-                f"resumed from {start.folder} at step {self.first}" + (f"; {cut} later lines of metrics.jsonl set aside" if cut else "")
+                f"resumed from {start.folder} at step {self.first}"
+                + (f"; {cut} later lines of metrics.jsonl set aside" if cut else "")
             )
         elif start.folder:
             self.say(f"initialised from {start.folder} ({config.run.init_what})")
         peak = f"{self._peak.flops / 1e12:.3g} TFLOP/s per rank ({self._peak.source})"
         self.say(f"peak {peak}; {self.place.world_size} ranks, {self.threads} threads each")
         for i, reader in enumerate(self.data.readers[TRAIN]):
-            without = "" if i in self.validator.corpora else "; nothing held out that fits: trains without validation"
+            without = (
+                ""
+                if i in self.validator.corpora
+                else "; nothing held out that fits: trains without validation"
+            )
             self.say(f"{config.data.mixture[i].path}: {reader.summary()}{without}")
         for line in (*self.data.weight_changes(), *self.data.use()):
             self.say(line)
@@ -353,7 +413,9 @@ class Run:
                 self.events.write(event, **fields)
 
     def tell(self, event: str, **fields: Any) -> None:
-        """Write once how a run without a launcher goes; with one, its supervisor knows more and writes it."""
+        """Write once how a run without a launcher goes; with one, its supervisor knows more and
+        writes it.
+        """
         if "LLADA_ATTEMPT" not in os.environ:
             self.note(event, **fields)
 
@@ -363,7 +425,9 @@ class Run:
             self.console.say(text)
 
     def close(self) -> None:
-        """Stop the loader, close the sinks, let go of the folder; each of them even where another fails."""
+        """Stop the loader, close the sinks, let go of the folder; each of them even where another
+        fails.
+        """
         with folder.naming(self.folder), ExitStack() as last_first:
             if self.held is not None:
                 last_first.callback(self.held.release)
@@ -377,8 +441,18 @@ class Run:
 
 def _set_threads(config: RunConfig, world_size: int) -> int:
     """Fix torch's CPU threads, which decide the order of sums."""
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", "1" if world_size == 1 else str(world_size))))
-    # The launcher, which may narrow the cores of a rank to those near its GPU, says how many it has to itself.
-    threads = config.run.threads or int(os.environ.get("LLADA_THREADS", "0")) or max(1, len(os.sched_getaffinity(0)) // local)
+    local = int(
+        os.environ.get(
+            "LOCAL_WORLD_SIZE",
+            os.environ.get("SLURM_NTASKS_PER_NODE", "1" if world_size == 1 else str(world_size)),
+        )
+    )
+    # The launcher, which may narrow the cores of a rank to those near its GPU, says how many it has
+    # to itself.
+    threads = (
+        config.run.threads
+        or int(os.environ.get("LLADA_THREADS", "0"))
+        or max(1, len(os.sched_getaffinity(0)) // local)
+    )
     torch.set_num_threads(threads)
     return threads

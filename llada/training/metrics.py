@@ -1,4 +1,6 @@
-"""Where the numbers of a run go: metrics.jsonl always, the console, and TensorBoard and W&B by config. Main rank only."""
+"""Where the numbers of a run go: metrics.jsonl always, the console, and TensorBoard and W&B by
+config. Main rank only.
+"""
 
 from __future__ import annotations
 
@@ -78,8 +80,8 @@ def _parse(raw: str) -> dict[str, Any] | None:
 
 
 def cut(folder: Path, step: int) -> int:
-    """Cut metrics.jsonl back to the lines up to `step`; the others, a torn one included, go to metrics.attempt-N.jsonl, and the files
-    of later validations to validation.attempt-N.
+    """Cut metrics.jsonl back to the lines up to `step`; the others, a torn one included, go to
+    metrics.attempt-N.jsonl, and the files of later validations to validation.attempt-N.
 
     Returns:
         How many lines were cut.
@@ -113,7 +115,9 @@ class StepEvents:
         self._log, self._total, self._every, self._first = log, total, section.every, True
 
     def write(self, line: dict[str, Any]) -> None:
-        if "loss" in line and (self._first or line["step"] % self._every == 0 or line["step"] == self._total):
+        if "loss" in line and (
+            self._first or line["step"] % self._every == 0 or line["step"] == self._total
+        ):
             fields = {key: line[key] for key in ("step", "loss", "tokens_per_second")}
             self._log.write("step", **_finite(fields), steps=self._total)
             self._first = False
@@ -139,7 +143,9 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A W&B run, offline unless a key is configured; its id is kept in RUN/wandb_id, so a restart goes on with the same run."""
+    """A W&B run, offline unless a key is configured; its id is kept in RUN/wandb_id, so a restart
+    goes on with the same run.
+    """
 
     def __init__(self, folder: Path, config: RunConfig) -> None:
         import wandb
@@ -187,7 +193,13 @@ class Console:
         self._total, self._every, self._nelbo = total, section.every, ""
         self._progress: Any = None
         if sys.stdout.isatty():
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+            from rich.progress import (
+                BarColumn,
+                MofNCompleteColumn,
+                Progress,
+                TextColumn,
+                TimeRemainingColumn,
+            )
 
             self._progress = Progress(
                 TextColumn("step"),
@@ -202,7 +214,11 @@ class Console:
 
     def write(self, line: dict[str, Any]) -> None:
         if "loss" not in line:
-            self._nelbo = f" | NELBO {line['nelbo_per_token']:.3f}" if "nelbo_per_token" in line else self._nelbo
+            self._nelbo = (
+                f" | NELBO {line['nelbo_per_token']:.3f}"
+                if "nelbo_per_token" in line
+                else self._nelbo
+            )
             return
         speed = f"{line['tokens_per_second']:,.0f} tokens/s | MFU {100 * line['mfu']:.0f} %"
         text = f"loss {line['loss']:.4f}{self._nelbo} | {speed}"
@@ -210,7 +226,10 @@ class Console:
             self._progress.update(self._task, completed=line["step"], description=text)
         elif line["step"] % self._every == 0 or line["step"] == self._total:
             eta = clock((self._total - line["step"]) * line["seconds"])
-            print(f"step {line['step']}/{self._total} | {text} | lr {line['lr']:.2e} | ETA {eta}", flush=True)
+            print(
+                f"step {line['step']}/{self._total} | {text} | lr {line['lr']:.2e} | ETA {eta}",
+                flush=True,
+            )
 
     def say(self, text: str) -> None:
         """Print a line above the progress line."""
@@ -233,8 +252,8 @@ def clock(seconds: float) -> str:
 def plot(folder: Path, task: Task = "pretrain") -> Path | None:
     """Draw the loss curve of a run to RUN/loss.png; None when there is nothing to draw.
 
-    In fine-tuning the training loss is a mean over conversations, padding included, and the NELBO one over the tokens of replies:
-    they are no common quantity and have axes of their own.
+    In fine-tuning the training loss is a mean over conversations, padding included, and the NELBO
+    one over the tokens of replies: they are no common quantity and have axes of their own.
     """
     import matplotlib
 
@@ -251,13 +270,31 @@ def plot(folder: Path, task: Task = "pretrain") -> Path | None:
     if not train:
         return None
     apart = task == "sft" and bool(valid)
-    figure, panels = plt.subplots(1 + apart, sharex=True, squeeze=False, figsize=(8, 4.5 + 2.5 * apart), dpi=120)
+    figure, panels = plt.subplots(
+        1 + apart, sharex=True, squeeze=False, figsize=(8, 4.5 + 2.5 * apart), dpi=120
+    )
     axes, below = panels[0, 0], panels[-1, 0]
-    axes.plot(*zip(*train, strict=True), color="tab:blue", alpha=0.25, linewidth=0.8, label="training loss, each step")
-    axes.plot(*zip(*_smooth(train), strict=True), color="tab:blue", label="training loss, moving average")
+    axes.plot(
+        *zip(*train, strict=True),
+        color="tab:blue",
+        alpha=0.25,
+        linewidth=0.8,
+        label="training loss, each step",
+    )
+    axes.plot(
+        *zip(*_smooth(train), strict=True), color="tab:blue", label="training loss, moving average"
+    )
     if valid:
         steps, means, errors = zip(*valid, strict=True)
-        below.errorbar(steps, means, errors, fmt="o-", capsize=2, color="tab:red", label="validation NELBO ± standard error")
+        below.errorbar(
+            steps,
+            means,
+            errors,
+            fmt="o-",
+            capsize=2,
+            color="tab:red",
+            label="validation NELBO ± standard error",
+        )
     axes.set_ylabel("nats per token, padded replies" if apart else "nats per token")
     below.set_ylabel("nats per token")
     below.set_xlabel("optimizer step")
@@ -272,4 +309,7 @@ def plot(folder: Path, task: Task = "pretrain") -> Path | None:
 
 def _smooth(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
     width = max(1, len(points) // 30)
-    return [(points[i][0], sum(y for _, y in points[max(0, i - width + 1) : i + 1]) / min(width, i + 1)) for i in range(len(points))]
+    return [
+        (points[i][0], sum(y for _, y in points[max(0, i - width + 1) : i + 1]) / min(width, i + 1))
+        for i in range(len(points))
+    ]

@@ -14,7 +14,9 @@ _SHOWN_TOKENS = 48
 
 
 def describe_step(config: RunConfig, step: int, samples: int) -> str:
-    """Corpora, windows or conversations, segments, t and masks of training step `step` (1-based), `samples` of them in full."""
+    """Corpora, windows or conversations, segments, t and masks of training step `step` (1-based),
+    `samples` of them in full.
+    """
     if step > config.train.steps:
         raise UserError(f"step: {step} is past the run's last, train.steps = {config.train.steps}")
     data = open_data(config)
@@ -24,9 +26,18 @@ def describe_step(config: RunConfig, step: int, samples: int) -> str:
     t, maskable = plan.t[own], plan.maskable[own]
     expected = data.objective.expected_predictions(maskable, t)
     lines = [
-        f"step {step}: samples {plan.samples[0]} to {plan.samples[-1]}, {own.sum()} segments, {plan.tokens:,} tokens",
-        f"t: smallest {t.min():.4f}, mean {t.mean():.4f}, largest {t.max():.4f} ({config.objective.timesteps})",
-        f"masked tokens expected: {expected:,.0f} of {maskable.sum():,} ({config.objective.masking})",
+        (
+            f"step {step}: samples {plan.samples[0]} to {plan.samples[-1]}, {own.sum()} segments,"
+            f" {plan.tokens:,} tokens"
+        ),
+        (
+            f"t: smallest {t.min():.4f}, mean {t.mean():.4f}, largest {t.max():.4f}"
+            f" ({config.objective.timesteps})"
+        ),
+        (
+            f"masked tokens expected: {expected:,.0f} of {maskable.sum():,}"
+            f" ({config.objective.masking})"
+        ),
     ]
     for i, source in enumerate(data.mixture.sources):
         lines.append(f"corpus {i}: {source.name}: {(plan.sources == i).sum()} samples")
@@ -40,7 +51,10 @@ def _describe_sample(data: TrainingData, plan: Plan, offset: int, tokenizer: Tok
     masked = set(data.objective.corrupt(window).predicted.tolist())
     source = int(plan.sources[offset])
     name = Path(data.mixture.sources[source].name).name
-    lines = [f"sample {window.sample}: corpus {source} ({name}), {data.describe(source, int(plan.items[offset]))}"]
+    lines = [
+        f"sample {window.sample}: corpus {source} ({name}),"
+        f" {data.describe(source, int(plan.items[offset]))}"
+    ]
     for start, end, t, scale in window.segments():
         if not scale:
             continue

@@ -31,7 +31,14 @@ class Saving:
         RunError: it cannot be written; what was written of it is removed, earlier checkpoints stay.
     """
 
-    def __init__(self, root: Path, state: checkpoint.State, tokenizer: Mapping[str, bytes], size: int, engine: Engine) -> None:
+    def __init__(
+        self,
+        root: Path,
+        state: checkpoint.State,
+        tokenizer: Mapping[str, bytes],
+        size: int,
+        engine: Engine,
+    ) -> None:
         self._state, self._tokenizer, self._size, self._engine = state, tokenizer, size, engine
         self._partial = root / f"{checkpoint.name(state.step)}.partial"
         self._together(self._begin if engine.place.is_main else None)
@@ -56,7 +63,11 @@ class Saving:
         """Wait for every rank, then complete the checkpoint; its folder."""
         self._together(self._wait)
         self._collective(self._pending.finish)
-        written = {name: entry for files in self._engine.gather(self._pending.files) for name, entry in files.items()}
+        written = {
+            name: entry
+            for files in self._engine.gather(self._pending.files)
+            for name, entry in files.items()
+        }
         self._together((lambda: self._commit(written)) if self._engine.place.is_main else None)
         return self._partial.with_name(checkpoint.name(self._state.step))
 
@@ -69,19 +80,27 @@ class Saving:
         checkpoint.commit(self._partial, self._state, self._tokenizer, written)
 
     def _together(self, work: Callable[[], object] | None) -> None:
-        """Do this rank's part of work without communication; if any rank failed, all raise, and none waits for one that is gone."""
+        """Do this rank's part of work without communication; if any rank failed, all raise, and
+        none waits for one that is gone.
+        """
         problem: str | None = None
         try:
             if work is not None:
                 work()
         except Exception as error:  # whatever a file system or the writer makes of it
             problem = self._reason(error)
-        problems = [(rank, text) for rank, text in enumerate(self._engine.gather(problem)) if text is not None]
+        problems = [
+            (rank, text)
+            for rank, text in enumerate(self._engine.gather(problem))
+            if text is not None
+        ]
         if problems:
             self._fail(*problems[0])
 
     def _collective(self, work: Callable[[], object]) -> None:
-        """Do work in which the ranks wait for each other: a rank that fails leaves at once, which ends the others' waiting."""
+        """Do work in which the ranks wait for each other: a rank that fails leaves at once, which
+        ends the others' waiting.
+        """
         try:
             work()
         except Exception as error:
@@ -104,16 +123,17 @@ class Saving:
         if self._engine.place.is_main:
             shutil.rmtree(self._partial, ignore_errors=True)
         raise RunError(
-            f"checkpoint after step {self._state.step}: {self._partial.parent} cannot be written on rank {rank} ({text}); "
-            "earlier checkpoints are as they were"
+            f"checkpoint after step {self._state.step}: {self._partial.parent} cannot be written on"
+            f" rank {rank} ({text}); earlier checkpoints are as they were"
         )
 
 
 def system_error(error: BaseException, folder: Path) -> OSError | None:
-    """What the system said when a write into a folder failed; None where it was not the system that failed.
+    """What the system said when a write into a folder failed; None where it was not the system that
+    failed.
 
-    The writer of tensors puts a message of its own in the place of the system's ("enforce fail at inline_container.cc"). Then a file
-    is written to the same disk, to hear it.
+    The writer of tensors puts a message of its own in the place of the system's ("enforce fail at
+    inline_container.cc"). Then a file is written to the same disk, to hear it.
     """
     cause: BaseException | None = error
     while cause is not None:

@@ -1,4 +1,6 @@
-"""The learning rate: pieces of absolute length, so that extending a run changes nothing that came before."""
+"""The learning rate: pieces of absolute length, so that extending a run changes nothing that came
+before.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +30,8 @@ class _Piece:
 class Schedule:
     """Learning rate of every step.
 
-    Step k (1-based) of a piece of n steps has progress k / n: a linear warm-up of n steps reaches its end at step n, and the
-    first step already learns.
+    Step k (1-based) of a piece of n steps has progress k / n: a linear warm-up of n steps reaches
+    its end at step n, and the first step already learns.
 
     Args:
         section: the pieces.
@@ -63,6 +65,9 @@ class Schedule:
             return piece.start
         if step >= piece.first + piece.steps:
             raise UserError(
-                f"schedule.stages: end after {self.steps} steps, step {step + 1} has no learning rate; add a stage or lower train.steps"
+                f"schedule.stages: end after {self.steps} steps, step {step + 1} has no learning"
+                " rate; add a stage or lower train.steps"
             )
-        return piece.start + (piece.end - piece.start) * _SHAPES[piece.shape]((step - piece.first + 1) / piece.steps)
+        return piece.start + (piece.end - piece.start) * _SHAPES[piece.shape](
+            (step - piece.first + 1) / piece.steps
+        )

@@ -1,7 +1,8 @@
-"""Asking a run to stop: SIGTERM, SIGINT and SIGUSR1 only set a flag; the loop stops at a step boundary with a checkpoint.
+"""Asking a run to stop: SIGTERM, SIGINT and SIGUSR1 only set a flag; the loop stops at a step
+boundary with a checkpoint.
 
-Standard library only, so that the handlers can be installed before the slow imports: a signal during start-up must not kill
-a run that could have ended in order.
+Standard library only, so that the handlers can be installed before the slow imports: a signal
+during start-up must not kill a run that could have ended in order.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ class StopRequest:
         return self
 
     def close(self) -> None:
-        """Ignore the stop signals from now on: the process ends, and while Python does, a repeated one would kill it."""
+        """Ignore the stop signals from now on: the process ends, and while Python does, a repeated
+        one would kill it.
+        """
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 

@@ -1,10 +1,12 @@
 """Validation: the NELBO of held-out documents on fixed noise, with its errors.
 
-Always fixed-count masking (its expectation is the exact NELBO, whatever the training uses) and the same noise in every run,
-whatever its seed, and at every step. Of conversations, the NELBO of the responses given their prompts, without padding.
+Always fixed-count masking (its expectation is the exact NELBO, whatever the training uses) and the
+same noise in every run, whatever its seed, and at every step. Of conversations, the NELBO of the
+responses given their prompts, without padding.
 
-Every window (or conversation) that is read is read in one or more sweeps of four draws. The draws of a text lie evenly over [0, 1) in t,
-from an offset of its own; no two texts share noise. What follows from the losses stands in `estimates`.
+Every window (or conversation) that is read is read in one or more sweeps of four draws. The draws
+of a text lie evenly over [0, 1) in t, from an offset of its own; no two texts share noise. What
+follows from the losses stands in `estimates`.
 """
 
 from __future__ import annotations
@@ -21,7 +23,16 @@ from llada.data.base import F64, I64, VALIDATION, Plan, TrainingData
 from llada.engine.base import Engine, Place
 from llada.noise import derive_key, hash64, permute, to_unit
 from llada.objectives import Batch, collate
-from llada.training.estimates import FEW, SWEEP, Estimate, Sample, pooled, sums, weighted, with_error
+from llada.training.estimates import (
+    FEW,
+    SWEEP,
+    Estimate,
+    Sample,
+    pooled,
+    sums,
+    weighted,
+    with_error,
+)
 from llada.training.validation_files import Measure, Measured
 
 _SEED = 0  # the noise is part of the measure, not of the run
@@ -54,7 +65,9 @@ class Design:
 
     def sample(self, losses: F64) -> Sample:
         """The losses of the draws from those of the plan's segments."""
-        return Sample(losses[self.segments], self.plan.maskable[self.segments[:, 0]], self.owner, self.text)
+        return Sample(
+            losses[self.segments], self.plan.maskable[self.segments[:, 0]], self.owner, self.text
+        )
 
 
 @dataclass(frozen=True)
@@ -91,7 +104,11 @@ class Validator:
         weights = [m.weight for m in corpora]
         nelbo = weighted([e for e, _ in estimates], weights)
         bits = weighted([e.scaled(factor) for e, factor in estimates], weights)
-        line = {**_fields("nelbo_per_token", nelbo), **_fields("bits_per_byte", bits), "corpora": {}}
+        line = {
+            **_fields("nelbo_per_token", nelbo),
+            **_fields("bits_per_byte", bits),
+            "corpora": {},
+        }
         for i, m, (estimate, factor) in zip(self.corpora, corpora, estimates, strict=True):
             line["corpora"][m.name] = {
                 **_fields("nelbo_per_token", estimate),
@@ -105,17 +122,23 @@ class Validator:
         return Validation(line, corpora)
 
     def design(self, corpus: int) -> Design:
-        """The draws of a corpus: at most validation.windows, of as many different windows (conversations) as get four each."""
+        """The draws of a corpus: at most validation.windows, of as many different windows
+        (conversations) as get four each.
+        """
         data = self._data
         plan, sweeps = self._plan(corpus)
         rows = np.repeat(np.arange(len(plan.samples)), np.diff(plan.firsts))
         within = np.arange(len(rows)) - plan.firsts[rows]
         read = np.flatnonzero(plan.maskable > 0)
         # The four draws of a sweep follow each other in the plan, and their windows are cut alike.
-        segments = read[np.lexsort((plan.t[read], within[read], rows[read] // SWEEP))].reshape(-1, SWEEP)
+        segments = read[np.lexsort((plan.t[read], within[read], rows[read] // SWEEP))].reshape(
+            -1, SWEEP
+        )
         first = segments[:, 0]
         items, owner = np.unique(data.owners(plan)[first], return_inverse=True)
-        _, text = np.unique(np.stack([plan.items[rows[first]], within[first]]), axis=1, return_inverse=True)
+        _, text = np.unique(
+            np.stack([plan.items[rows[first]], within[first]]), axis=1, return_inverse=True
+        )
         config, manifest = data.config, data.corpora[corpus].manifest
         digest = hashlib.sha256()
         for array in (items, owner, plan.maskable[segments], plan.t[segments]):
@@ -139,33 +162,51 @@ class Validator:
         sweeps = windows // (SWEEP * count)
         draws = np.arange(count * sweeps * SWEEP, dtype=np.int64)
         purpose = self.purpose(corpus)
-        order = permute(np.arange(count), data.readers[VALIDATION][corpus].count, derive_key(_SEED, purpose, "order"))
+        order = permute(
+            np.arange(count),
+            data.readers[VALIDATION][corpus].count,
+            derive_key(_SEED, purpose, "order"),
+        )
         sweep = draws // SWEEP % sweeps
 
         def draw_t(rows: I64, texts: I64) -> F64:
             offset = to_unit(hash64(derive_key(_SEED, purpose, "offset"), texts))
             return (offset + draws[rows] % SWEEP / SWEEP + sweep[rows] / (SWEEP * sweeps)) % 1.0
 
-        return data.validation_plan(draws, corpus, order[draws // (SWEEP * sweeps)], sweep, draw_t), sweeps
+        return (
+            data.validation_plan(draws, corpus, order[draws // (SWEEP * sweeps)], sweep, draw_t),
+            sweeps,
+        )
 
     def purpose(self, corpus: int) -> str:
         """Name of the noise of a corpus: it follows the text, not its path."""
         return f"validation/{self._data.corpora[corpus].manifest.fingerprint(VALIDATION)}"
 
     def _batches(self, plan: Plan, corpus: int) -> list[Batch]:
-        """This replica's micro-batches; the last ones are filled up with draws of weight 0, since pipelines have fixed shapes."""
+        """This replica's micro-batches; the last ones are filled up with draws of weight 0, since
+        pipelines have fixed shapes.
+        """
         data, micro = self._data, self._data.config.batch.micro
         parallel = data.config.parallel
-        unit = micro * self._place.data_size * (parallel.pipeline if parallel.virtual_pipeline else 1)
+        unit = (
+            micro * self._place.data_size * (parallel.pipeline if parallel.virtual_pipeline else 1)
+        )
         total = -(-len(plan.samples) // unit) * unit
         batches = []
         for first in range(self._place.data_rank * micro, total, micro * self._place.data_size):
             draws = [i if i < len(plan.samples) else None for i in range(first, first + micro)]
             windows = [data.window(VALIDATION, plan, 0 if i is None else i) for i in draws]
-            corrupted = [self.objective.corrupt(w, masking="fixed_count", purpose=self.purpose(corpus)) for w in windows]
+            corrupted = [
+                self.objective.corrupt(w, masking="fixed_count", purpose=self.purpose(corpus))
+                for w in windows
+            ]
             empty = slice(0, 0)
             corrupted = [
-                c if i is not None else replace(c, predicted=c.predicted[empty], weights=c.weights[empty])
+                (
+                    c
+                    if i is not None
+                    else replace(c, predicted=c.predicted[empty], weights=c.weights[empty])
+                )
                 for i, c in zip(draws, corrupted, strict=True)
             ]
             batches.append(collate(windows, corrupted, plan.normaliser))
@@ -194,7 +235,9 @@ def _fields(name: str, estimate: Estimate) -> dict[str, Any]:
 
 
 def _by_decile(sample: Sample, t: F64) -> list[dict[str, float | None] | None]:
-    """NELBO per token of the draws in each tenth of t, with its standard error over items; None where there is none."""
+    """NELBO per token of the draws in each tenth of t, with its standard error over items; None
+    where there is none.
+    """
     decile = np.minimum((t * 10).astype(int), 9)
     item = np.repeat(sample.item[:, None], SWEEP, axis=1)
     length = np.repeat(sample.length[:, None], SWEEP, axis=1)
@@ -214,12 +257,21 @@ def _by_decile(sample: Sample, t: F64) -> list[dict[str, float | None] | None]:
 def describe(line: dict[str, Any]) -> str:
     """One line for the console."""
     few = [name for name, values in line["corpora"].items() if values["items_effective"] < FEW]
-    rough = f" (rough: few {' and '.join(dict.fromkeys(line['corpora'][name]['unit'] for name in few))} of {', '.join(few)})" if few else ""
-    return f"NELBO {with_error(line, 'nelbo_per_token')} nats/token, {with_error(line, 'bits_per_byte')} bits/byte{rough}"
+    rough = (
+        f" (rough: few {' and '.join(dict.fromkeys(line['corpora'][name]['unit'] for name in few))}"
+        f" of {', '.join(few)})"
+        if few
+        else ""
+    )
+    return (
+        f"NELBO {with_error(line, 'nelbo_per_token')} nats/token,"
+        f" {with_error(line, 'bits_per_byte')} bits/byte{rough}"
+    )
 
 
 def unigram_entropy(counts: torch.Tensor | np.ndarray) -> float:
-    """Entropy of the empirical token distribution, nats per token: what a model that ignores context could reach.
+    """Entropy of the empirical token distribution, nats per token: what a model that ignores
+    context could reach.
 
     Args:
         counts: occurrences of every id [vocabulary].

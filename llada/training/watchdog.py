@@ -1,8 +1,9 @@
 """Notices a run that hangs: a rank that stopped answering, or a collective that never ends.
 
-Every rank writes a small heartbeat file from a thread of its own, so a process that is stopped, swapped out or gone falls silent
-while one that merely waits for it goes on. When no step ends within the time allowed, the lowest rank that is still alive names the
-silent ones, and every live rank exits for a restart.
+Every rank writes a small heartbeat file from a thread of its own, so a process that is stopped,
+swapped out or gone falls silent while one that merely waits for it goes on. When no step ends
+within the time allowed, the lowest rank that is still alive names the silent ones, and every live
+rank exits for a restart.
 """
 
 from __future__ import annotations
@@ -43,10 +44,18 @@ class Watchdog:
         folder: where the ranks' heartbeats lie; shared by all hosts, as checkpoints are.
         rank, size: of this process and the world.
         timeout: seconds without a finished step after which the run ends; 0: never.
-        leave: called with the message ("" on ranks that do not report) instead of ending the process; for tests.
+        leave: called with the message ("" on ranks that do not report) instead of ending the
+            process; for tests.
     """
 
-    def __init__(self, folder: Path, rank: int, size: int, timeout: float, leave: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        rank: int,
+        size: int,
+        timeout: float,
+        leave: Callable[[str], None] | None = None,
+    ) -> None:
         self._folder, self._rank, self._size, self._timeout = folder, rank, size, timeout
         self._leave = leave or _leave
         self._host = socket.gethostname()
@@ -83,7 +92,9 @@ class Watchdog:
         path = self._path(self._rank)
         try:
             path.parent.mkdir(exist_ok=True)  # not the run folder: one that was deleted stays so
-            path.with_suffix(".tmp").write_text(json.dumps(Beat(self._host, self._step, time.time())._asdict()))
+            path.with_suffix(".tmp").write_text(
+                json.dumps(Beat(self._host, self._step, time.time())._asdict())
+            )
             os.replace(path.with_suffix(".tmp"), path)
         except OSError:
             return  # a full disk is not a hang; the next beat tries again
@@ -100,7 +111,9 @@ class Watchdog:
             self._leave("")
             return
         if silent:
-            who = "; ".join(_describe(rank, beats[rank]) for rank in silent[:8]) + ("; ..." if len(silent) > 8 else "")
+            who = "; ".join(_describe(rank, beats[rank]) for rank in silent[:8]) + (
+                "; ..." if len(silent) > 8 else ""
+            )
         else:
             slowest = min(beats, key=lambda rank: beats[rank].step)  # type: ignore[union-attr]  # all are there
             who = f"every rank answers, none finishes a step; {_describe(slowest, beats[slowest])}"
@@ -118,10 +131,12 @@ class Watchdog:
 
 
 def record_collectives(folder: Path) -> None:
-    """Keep the last NCCL operations of this process in memory; torch or the watchdog write them to `folder` when one does not end.
+    """Keep the last NCCL operations of this process in memory; torch or the watchdog write them to
+    `folder` when one does not end.
 
-    Call before the first process group; `folder` may be made later, where it is missing nothing is written. Read them with
-    `torchfrtrace --prefix rank_ FOLDER`. Variables that are set already stay.
+    Call before the first process group; `folder` may be made later, where it is missing nothing is
+    written. Read them with `torchfrtrace --prefix rank_ FOLDER`. Variables that are set already
+    stay.
     """
     if not torch.cuda.is_available():
         return
@@ -135,18 +150,26 @@ def _dump_collectives(rank: int) -> None:
     prefix = os.environ.get("TORCH_FR_DUMP_TEMP_FILE")
     if prefix is not None and dist.is_nccl_available():
         c10d: Any = torch._C._distributed_c10d
-        with contextlib.suppress(OSError, RuntimeError):  # the process is about to end; the report is what matters
+        # the process is about to end; the report is what matters
+        with contextlib.suppress(OSError, RuntimeError):
             Path(f"{prefix}{rank}").write_bytes(c10d._dump_nccl_trace())
 
 
 def _describe(rank: int, beat: Beat | None) -> str:
     if beat is None:
         return f"rank {rank} never answered"
-    return f"rank {rank} on host {beat.host} answered {time.time() - beat.time:.0f} s ago, last step {beat.step}"
+    return (
+        f"rank {rank} on host {beat.host} answered {time.time() - beat.time:.0f} s ago, last step"
+        f" {beat.step}"
+    )
 
 
 def _leave(message: str) -> None:
     """End the process at once: its main thread waits for a rank that does not come back."""
     if message:
-        print(f"failed: {message}; run the same command again to continue from the last checkpoint", file=sys.stderr, flush=True)
+        print(
+            f"failed: {message}; run the same command again to continue from the last checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
     os._exit(RESTART)

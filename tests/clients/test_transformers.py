@@ -1,4 +1,6 @@
-"""Exported folders in the hands of the oldest and the newest supported transformers, with peft and accelerate (checks.py)."""
+"""Exported folders in the hands of the oldest and the newest supported transformers, with peft and
+accelerate (checks.py).
+"""
 
 from __future__ import annotations
 
@@ -30,14 +32,21 @@ HERE = Path(__file__).parent
 CLIENTS = HERE.parents[1] / "build" / "clients"
 SCRIPT = HERE / "checks.py"
 VERSIONS = ("transformers-4.46", "transformers-5")
-MODELS: dict[str, dict[str, Any]] = {"whole": {}, "tied": {"num_query_groups": 2, "tie_embeddings": True}}
+MODELS: dict[str, dict[str, Any]] = {
+    "whole": {},
+    "tied": {"num_query_groups": 2, "tie_embeddings": True},
+}
 """Runs to export: the one of the workplace, and a tied one with grouped queries."""
 
 
 def names_of_checks() -> list[str]:
     """Of CHECKS in the script, which is not imported: it shuts this project out."""
     for node in ast.parse(SCRIPT.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id == "CHECKS":
+        if (
+            isinstance(node, ast.AnnAssign)
+            and isinstance(node.target, ast.Name)
+            and node.target.id == "CHECKS"
+        ):
             assert isinstance(node.value, ast.Tuple)
             return [name.id for name in node.value.elts if isinstance(name, ast.Name)]
     raise AssertionError(f"no CHECKS in {SCRIPT}")
@@ -53,10 +62,16 @@ def exported(workplace: Workplace, run: str, folder: Path) -> ModelSection:
 
 
 def reference(folder: Path, model: ModelSection) -> dict[str, torch.Tensor]:
-    """Inputs, and what the oracle and the package's sampler make of them with the weights of the folder."""
+    """Inputs, and what the oracle and the package's sampler make of them with the weights of the
+    folder.
+    """
     tokenizer = Tokenizer.load(folder)
     mask_id, known = tokenizer.mask_id, tokenizer.vocab_size
-    weights = {name: value for path in folder.glob("*.safetensors") for name, value in load_file(path).items()}
+    weights = {
+        name: value
+        for path in folder.glob("*.safetensors")
+        for name, value in load_file(path).items()
+    }
     oracle = Oracle(model, weights)
     generator = torch.Generator().manual_seed(4)
     clean = torch.randint(0, known, (4, 20), generator=generator)
@@ -78,15 +93,42 @@ def reference(folder: Path, model: ModelSection) -> dict[str, torch.Tensor]:
             nll = [-float(logits[row, i].double().log_softmax(-1)[labels[row, i]]) for i in hidden]
             rows.append(sum(nll) / float(chance[row, 0]) / len(places))
         answers = [
-            torch.cat([prompt, diffusion.generate(lambda x: oracle(x, torch.zeros_like(x)), prompt, specials, options)], 1)
-            for options in (SamplingOptions(length=16, steps=8), SamplingOptions(length=16, steps=8, block_length=4, cfg=0.5))
+            torch.cat(
+                [
+                    prompt,
+                    diffusion.generate(
+                        lambda x: oracle(x, torch.zeros_like(x)), prompt, specials, options
+                    ),
+                ],
+                1,
+            )
+            for options in (
+                SamplingOptions(length=16, steps=8),
+                SamplingOptions(length=16, steps=8, block_length=4, cfg=0.5),
+            )
         ]
         padded = oracle(ids, seen)
     chat = ChatFormat(tokenizer).prompt([Message("user", "What is a mask?")])
     return {
-        **{"input_ids": ids, "attention_mask": seen, "labels": labels, "p_mask": chance, "prompt": prompt},
-        **{"logits": logits, "padded": padded, "loss": torch.tensor(sum(rows) / 4), "generated": answers[0], "guided": answers[1]},
-        **{"mask_id": torch.tensor(mask_id), "num_tokens": torch.tensor(known), "chat": torch.from_numpy(chat).long()},
+        **{
+            "input_ids": ids,
+            "attention_mask": seen,
+            "labels": labels,
+            "p_mask": chance,
+            "prompt": prompt,
+        },
+        **{
+            "logits": logits,
+            "padded": padded,
+            "loss": torch.tensor(sum(rows) / 4),
+            "generated": answers[0],
+            "guided": answers[1],
+        },
+        **{
+            "mask_id": torch.tensor(mask_id),
+            "num_tokens": torch.tensor(known),
+            "chat": torch.from_numpy(chat).long(),
+        },
     }
 
 
@@ -105,15 +147,34 @@ def results(workplace: Workplace, tmp_path_factory: pytest.TempPathFactory) -> A
         if name not in exports:
             exports[name] = tmp_path_factory.mktemp(name)
             model = exported(workplace, name, exports[name] / "export")
-            save_file(reference(exports[name] / "export", model), exports[name] / "reference.safetensors")
+            save_file(
+                reference(exports[name] / "export", model), exports[name] / "reference.safetensors"
+            )
         out = tmp_path_factory.mktemp(version)
         pins = (HERE / f"{version}.txt").read_text(encoding="utf-8")
         wanted = re.findall(r"^transformers==(\S+)", pins, re.MULTILINE)[0]
-        kept = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "TORCH", "HF_", "TRANSFORMERS_"))}
-        offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(out / "home"), "HF_MODULES_CACHE": str(out / "modules")}
+        kept = {
+            key: value
+            for key, value in os.environ.items()
+            if not key.startswith(("PYTHON", "TORCH", "HF_", "TRANSFORMERS_"))
+        }
+        offline = {
+            "HF_HUB_OFFLINE": "1",
+            "HF_HOME": str(out / "home"),
+            "HF_MODULES_CACHE": str(out / "modules"),
+        }
         folder = exports[name]
         process = subprocess.run(
-            [sys.executable, "-W", "ignore", SCRIPT, folder / "export", folder / "reference.safetensors", wanted, out],
+            [
+                sys.executable,
+                "-W",
+                "ignore",
+                SCRIPT,
+                folder / "export",
+                folder / "reference.safetensors",
+                wanted,
+                out,
+            ],
             cwd=out,
             env={**kept, **offline, "PYTHONPATH": str(installed)},
             stdin=subprocess.DEVNULL,
@@ -133,7 +194,9 @@ def results(workplace: Workplace, tmp_path_factory: pytest.TempPathFactory) -> A
 @pytest.mark.parametrize("check", names_of_checks())
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("version", VERSIONS)
-def test_the_export_does_what_its_users_do(version: str, name: str, check: str, results: Any) -> None:
+def test_the_export_does_what_its_users_do(
+    version: str, name: str, check: str, results: Any
+) -> None:
     found = results(version, name)
     assert found.keys() == set(names_of_checks())
     assert not found[check], found[check]

@@ -27,7 +27,7 @@ def test_quotas_add_up_and_stay_within_one_of_the_share(weights: list[float]) ->
     assert np.abs(quotas - np.array(weights) / sum(weights) * SHUFFLE_BLOCK).max() < 1
 
 
-def test_every_block_has_the_exact_quotas_and_no_window_is_skipped_or_repeated_within_an_epoch() -> None:
+def test_blocks_have_exact_quotas_and_no_window_is_skipped_or_repeated_within_an_epoch() -> None:
     mixture = Mixture([source("a", 7001, 0.7), source("b", 911, 0.3)], seed=3)
     read: list[list[int]] = [[], []]
     for block in range(4):
@@ -52,9 +52,16 @@ def test_the_order_within_a_block_mixes_the_corpora() -> None:
 
 
 def test_a_capped_corpus_is_read_to_its_cap_and_its_quota_goes_to_the_others_by_weight() -> None:
-    mixture = Mixture([source("a", 5000, 0.5, cap=12_000), source("b", 10**6, 0.3), source("c", 10**6, 0.2)], seed=0)
+    mixture = Mixture(
+        [source("a", 5000, 0.5, cap=12_000), source("b", 10**6, 0.3), source("c", 10**6, 0.2)],
+        seed=0,
+    )
     assert [stage.first_block for stage in mixture.stages] == [0, 2, 3]
-    assert [stage.quotas.tolist() for stage in mixture.stages] == [[5000, 3000, 2000], [2000, 4800, 3200], [0, 6000, 4000]]
+    assert [stage.quotas.tolist() for stage in mixture.stages] == [
+        [5000, 3000, 2000],
+        [2000, 4800, 3200],
+        [0, 6000, 4000],
+    ]
     found, positions = mixture.positions(np.arange(4 * SHUFFLE_BLOCK))
     for i, count in enumerate((12_000, 16_800, 11_200)):
         np.testing.assert_array_equal(np.sort(positions[found == i]), np.arange(count))
@@ -62,19 +69,32 @@ def test_a_capped_corpus_is_read_to_its_cap_and_its_quota_goes_to_the_others_by_
 
 
 def test_what_a_run_reads_of_each_corpus_is_known_before_it_starts() -> None:
-    mixture = Mixture([source("a", 5000, 0.5, cap=12_000), source("b", 10**6, 0.3), source("c", 10**6, 0.2, cap=900_000)], seed=0)
+    mixture = Mixture(
+        [
+            source("a", 5000, 0.5, cap=12_000),
+            source("b", 10**6, 0.3),
+            source("c", 10**6, 0.2, cap=900_000),
+        ],
+        seed=0,
+    )
     for samples in (0, 7, 12_345, 3 * SHUFFLE_BLOCK, 3 * SHUFFLE_BLOCK + 1):
         found, _ = mixture.positions(np.arange(samples))
         assert mixture.consumed(samples).tolist() == [int((found == i).sum()) for i in range(3)]
     assert mixture.exhausted_after(0) == 3 * SHUFFLE_BLOCK and mixture.exhausted_after(1) is None
     whole = Mixture([source("a", 30, cap=60)], seed=0)
-    assert whole.exhausted_after(0) == whole.num_samples == 60 and whole.consumed(60).tolist() == [60]
+    assert whole.exhausted_after(0) == whole.num_samples == 60 and whole.consumed(60).tolist() == [
+        60
+    ]
 
 
 def test_a_mixture_of_capped_corpora_ends_when_all_are_read() -> None:
     mixture = Mixture([source("a", 12_000, cap=24_000), source("b", 50_000, cap=10_001)], seed=0)
     # 5000 each a block for two blocks; then 9999 and 1; then a's last 4001.
-    assert [stage.quotas.tolist() for stage in mixture.stages] == [[5000, 5000], [9999, 1], [4001, 0]]
+    assert [stage.quotas.tolist() for stage in mixture.stages] == [
+        [5000, 5000],
+        [9999, 1],
+        [4001, 0],
+    ]
     assert mixture.num_samples == 34_001
     mixture.locate(34_000)
     with pytest.raises(IndexError, match="past the mixture's last"):
@@ -82,9 +102,18 @@ def test_a_mixture_of_capped_corpora_ends_when_all_are_read() -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(st.integers(1, 25_000), st.floats(0.05, 10), st.integers(1, 30_000)), min_size=1, max_size=4))
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 25_000), st.floats(0.05, 10), st.integers(1, 30_000)),
+        min_size=1,
+        max_size=4,
+    )
+)
 def test_every_capped_corpus_is_read_exactly_to_its_cap(rows: list[tuple[int, float, int]]) -> None:
-    sources = [Source(f"s{i}", f"d{i}", windows, weight, cap) for i, (windows, weight, cap) in enumerate(rows)]
+    sources = [
+        Source(f"s{i}", f"d{i}", windows, weight, cap)
+        for i, (windows, weight, cap) in enumerate(rows)
+    ]
     mixture = Mixture(sources, seed=1)
     assert mixture.num_samples == sum(cap for _, _, cap in rows)
     assert mixture.stages[-1].consumed.tolist() != [cap for _, _, cap in rows]
@@ -104,10 +133,16 @@ def test_the_order_follows_the_data_not_its_path_or_place() -> None:
 @pytest.mark.parametrize(
     ("sources", "message"),
     [
-        ([source("a", 10**6, 1.0), source("b", 100, 1e-6)], r"data.mixture.1.weight: 1e-06 gives b no sample"),
+        (
+            [source("a", 10**6, 1.0), source("b", 100, 1e-6)],
+            r"data.mixture.1.weight: 1e-06 gives b no sample",
+        ),
         ([source("a", 0)], r"data.mixture.0.path: a holds no full window"),
         ([source("a", 9, cap=0)], r"data.mixture.0.max_epochs: less than one of the 9 windows"),
-        ([Source("a", "f", 9, 1.0), Source("b", "f", 9, 1.0)], r"data.mixture.1.path: b holds the same data as a"),
+        (
+            [Source("a", "f", 9, 1.0), Source("b", "f", 9, 1.0)],
+            r"data.mixture.1.path: b holds the same data as a",
+        ),
     ],
 )
 def test_refused(sources: list[Source], message: str) -> None:
@@ -121,7 +156,7 @@ def test_a_sample_of_a_huge_mixture_needs_no_table() -> None:
     assert 0 <= window < mixture.sources[i].windows
 
 
-# -- weights that change -----------------------------------------------------------------------------------------------
+# -- weights that change ---------------------------------------------------------------------------
 
 BLOCK = 40
 
@@ -129,7 +164,9 @@ changing = st.lists(
     st.tuples(
         st.integers(1, 150),  # windows
         st.sampled_from([0.0, 0.2, 0.7, 1.0, 3.0]),
-        st.dictionaries(st.integers(1, 12 * BLOCK), st.sampled_from([0.0, 0.3, 1.0, 4.0]), max_size=3),
+        st.dictionaries(
+            st.integers(1, 12 * BLOCK), st.sampled_from([0.0, 0.3, 1.0, 4.0]), max_size=3
+        ),
         st.one_of(st.none(), st.integers(1, 300)),
     ),
     min_size=1,
@@ -138,7 +175,10 @@ changing = st.lists(
 
 
 def changing_sources(rows: list[tuple[int, float, dict[int, float], int | None]]) -> list[Source]:
-    return [Source(f"s{i}", f"d{i}", n, weight, cap, tuple(sorted(changes.items()))) for i, (n, weight, changes, cap) in enumerate(rows)]
+    return [
+        Source(f"s{i}", f"d{i}", n, weight, cap, tuple(sorted(changes.items())))
+        for i, (n, weight, changes, cap) in enumerate(rows)
+    ]
 
 
 def weight_by_hand(source: Source, block: int) -> float:
@@ -152,8 +192,12 @@ def weight_by_hand(source: Source, block: int) -> float:
 
 @settings(max_examples=300, deadline=None)
 @given(changing)
-def test_no_window_is_skipped_or_read_twice_across_changes_and_caps(rows: list[tuple[int, float, dict[int, float], int | None]]) -> None:
-    """Block by block: what each source gives goes on where it stopped, in shares of the weights of that block."""
+def test_no_window_is_skipped_or_read_twice_across_changes_and_caps(
+    rows: list[tuple[int, float, dict[int, float], int | None]],
+) -> None:
+    """Block by block: what each source gives goes on where it stopped, in shares of the weights of
+    that block.
+    """
     sources = changing_sources(rows)
     mixture = Mixture(sources, seed=2, block=BLOCK)
     total = 15 * BLOCK if mixture.num_samples is None else min(15 * BLOCK, mixture.num_samples)
@@ -162,20 +206,30 @@ def test_no_window_is_skipped_or_read_twice_across_changes_and_caps(rows: list[t
     for first in range(0, total, BLOCK):
         own = found[first : first + BLOCK]
         weights = [weight_by_hand(source, first // BLOCK) for source in sources]
-        left = [np.inf if source.max_windows is None else source.max_windows - c for source, c in zip(sources, consumed, strict=True)]
+        left = [
+            np.inf if source.max_windows is None else source.max_windows - c
+            for source, c in zip(sources, consumed, strict=True)
+        ]
         active = [w if rest else 0.0 for w, rest in zip(weights, left, strict=True)]
-        scarce = any(w and w / sum(active) * BLOCK + 1 > rest for w, rest in zip(active, left, strict=True))
+        scarce = any(
+            w and w / sum(active) * BLOCK + 1 > rest for w, rest in zip(active, left, strict=True)
+        )
         for i, weight in enumerate(active):
             given_ = sorted(positions[first : first + BLOCK][own == i].tolist())
-            assert given_ == list(range(consumed[i], consumed[i] + len(given_)))  # none skipped, none twice
+            # none skipped, none twice
+            assert given_ == list(range(consumed[i], consumed[i] + len(given_)))
             assert len(given_) <= left[i] and (weight or not given_)
             assert scarce or abs(len(given_) - weight / sum(active) * BLOCK) < 1
             consumed[i] += len(given_)
-    if mixture.num_samples is not None and mixture.num_samples == total:  # it ends only where nothing with a weight is left
+    # it ends only where nothing with a weight is left
+    if mixture.num_samples is not None and mixture.num_samples == total:
         end = -(-total // BLOCK)
         blocks = range(end - 1, end) if total % BLOCK else range(end, end + 1)
         for i, source in enumerate(sources):
-            assert all(not weight_by_hand(source, block) or consumed[i] == source.max_windows for block in blocks)
+            assert all(
+                not weight_by_hand(source, block) or consumed[i] == source.max_windows
+                for block in blocks
+            )
     _, windows = mixture.places(np.arange(total))
     for i, source in enumerate(sources):
         ordered = windows[found == i][np.argsort(positions[found == i])].tolist()
@@ -187,21 +241,35 @@ def test_no_window_is_skipped_or_read_twice_across_changes_and_caps(rows: list[t
 @settings(max_examples=100, deadline=None)
 @given(changing, st.integers(0, 3), st.integers(1, 12 * BLOCK), st.sampled_from([0.5, 2.0]))
 def test_a_later_change_leaves_everything_before_it_alone(
-    rows: list[tuple[int, float, dict[int, float], int | None]], which: int, samples: int, weight: float
+    rows: list[tuple[int, float, dict[int, float], int | None]],
+    which: int,
+    samples: int,
+    weight: float,
 ) -> None:
     sources = changing_sources(rows)
     i = which % len(sources)
-    before = [replace(s, changes=tuple((n, w) for n, w in s.changes if n < samples)) for s in sources]
-    after = [replace(s, changes=(*s.changes, (samples, weight))) if k == i else s for k, s in enumerate(before)]
+    before = [
+        replace(s, changes=tuple((n, w) for n, w in s.changes if n < samples)) for s in sources
+    ]
+    after = [
+        replace(s, changes=(*s.changes, (samples, weight))) if k == i else s
+        for k, s in enumerate(before)
+    ]
     plain, changed = Mixture(before, seed=2, block=BLOCK), Mixture(after, seed=2, block=BLOCK)
     until = -(-samples // BLOCK) * BLOCK
-    until = min(until, *(m.num_samples for m in (plain, changed) if m.num_samples is not None), until)
-    for ours, theirs in zip(plain.places(np.arange(until)), changed.places(np.arange(until)), strict=True):
+    until = min(
+        until, *(m.num_samples for m in (plain, changed) if m.num_samples is not None), until
+    )
+    for ours, theirs in zip(
+        plain.places(np.arange(until)), changed.places(np.arange(until)), strict=True
+    ):
         np.testing.assert_array_equal(ours, theirs)
 
 
 def test_annealing_by_hand() -> None:
-    """Web text and books; at 25,000 samples the web goes down to a tenth and a third corpus comes in, at 45,000 books leave."""
+    """Web text and books; at 25,000 samples the web goes down to a tenth and a third corpus comes
+    in, at 45,000 books leave.
+    """
     mixture = Mixture(
         [
             Source("web", "w", 10**6, 8.0, None, ((25_000, 1.0),)),
@@ -210,7 +278,10 @@ def test_annealing_by_hand() -> None:
         ],
         seed=0,
     )
-    assert [(stage.first_block, stage.quotas.tolist(), stage.consumed.tolist()) for stage in mixture.stages] == [
+    assert [
+        (stage.first_block, stage.quotas.tolist(), stage.consumed.tolist())
+        for stage in mixture.stages
+    ] == [
         (0, [8000, 2000, 0], [0, 0, 0]),
         (3, [1000, 2000, 7000], [24_000, 6000, 0]),
         (5, [1250, 0, 8750], [26_000, 10_000, 14_000]),
@@ -219,13 +290,19 @@ def test_annealing_by_hand() -> None:
 
 
 @pytest.mark.parametrize(("samples", "block"), [(1, 1), (40, 1), (41, 2), (80, 2)])
-def test_a_change_takes_effect_with_the_first_block_at_or_after_it(samples: int, block: int) -> None:
-    mixture = Mixture([Source("a", "a", 99, 1.0), Source("b", "b", 99, 0.0, None, ((samples, 1.0),))], seed=0, block=BLOCK)
+def test_a_change_takes_effect_with_the_first_block_at_or_after_it(
+    samples: int, block: int
+) -> None:
+    mixture = Mixture(
+        [Source("a", "a", 99, 1.0), Source("b", "b", 99, 0.0, None, ((samples, 1.0),))],
+        seed=0,
+        block=BLOCK,
+    )
     found, _ = mixture.positions(np.arange(4 * BLOCK))
     assert int(np.flatnonzero(found == 1)[0]) // BLOCK == block == mixture.changes[0]
 
 
-def test_a_mixture_ends_where_nothing_with_a_weight_is_left_even_if_something_would_come_later() -> None:
+def test_a_mixture_ends_where_no_weight_is_left_even_if_a_corpus_would_come_later() -> None:
     later = Source("b", "b", 99, 0.0, None, ((3 * BLOCK, 1.0),))
     assert Mixture([source("a", 50, cap=50), later], seed=0, block=BLOCK).num_samples == 50
     assert Mixture([source("a", 80, cap=80), later], seed=0, block=BLOCK).num_samples == 80
@@ -233,7 +310,9 @@ def test_a_mixture_ends_where_nothing_with_a_weight_is_left_even_if_something_wo
 
 
 def test_a_change_to_a_weight_too_small_for_a_block_is_refused() -> None:
-    with pytest.raises(UserError, match=r"data.mixture.1.weight_at: 1e-06 gives b no sample in a block of 10000"):
+    with pytest.raises(
+        UserError, match=r"data.mixture.1.weight_at: 1e-06 gives b no sample in a block of 10000"
+    ):
         Mixture([source("a", 9), Source("b", "b", 9, 1.0, None, ((5, 1e-6),))], seed=0)
 
 
@@ -246,13 +325,23 @@ CONFIG: dict[str, Any] = {
     "run": {"dir": "unused"},
     "train": {"steps": 1},
     "batch": {"global": 4, "micro": 4},
-    "model": {"num_layers": 1, "hidden_size": 64, "num_attention_heads": 4, "ffn_hidden_size": 64, "vocab_size": 384},
+    "model": {
+        "num_layers": 1,
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "ffn_hidden_size": 64,
+        "vocab_size": 384,
+    },
     "schedule": {"stages": [{"shape": "constant", "start": 1e-3}]},
 }
 
 
 def entry(weight: float, *changes: tuple[float, float]) -> dict[str, Any]:
-    return {"path": "x", "weight": weight, "weight_at": [{"tokens": tokens, "weight": w} for tokens, w in changes]}
+    return {
+        "path": "x",
+        "weight": weight,
+        "weight_at": [{"tokens": tokens, "weight": w} for tokens, w in changes],
+    }
 
 
 @pytest.mark.parametrize(
@@ -267,8 +356,14 @@ def entry(weight: float, *changes: tuple[float, float]) -> dict[str, Any]:
         ([entry(1, (9, 1.0), (9, 2.0))], "data.mixture.0.weight_at: tokens 9 after 9"),
         ([entry(1), entry(0)], "data.mixture.1.weight: 0.0 and never more"),
         ([entry(0, (5, 1.0))], "data.mixture: the weights of all corpora are 0 at the start"),
-        ([entry(1, (9, 0.0)), entry(0, (7, 1.0), (20, 0.0))], "data.mixture: the weights of all corpora are 0 from 20 tokens on"),
-        ([{"path": "x", "weight_at": [{"token": 1, "weight": 2}]}], "did you mean 'data.mixture.0.weight_at.0.tokens'?"),
+        (
+            [entry(1, (9, 0.0)), entry(0, (7, 1.0), (20, 0.0))],
+            "data.mixture: the weights of all corpora are 0 from 20 tokens on",
+        ),
+        (
+            [{"path": "x", "weight_at": [{"token": 1, "weight": 2}]}],
+            "did you mean 'data.mixture.0.weight_at.0.tokens'?",
+        ),
     ],
 )
 def test_settings_that_are_refused(mixture: list[dict[str, Any]], message: str) -> None:
@@ -278,5 +373,13 @@ def test_settings_that_are_refused(mixture: list[dict[str, Any]], message: str) 
 
 
 def test_fine_tuning_refuses_changes_at_token_counts() -> None:
-    with pytest.raises(UserError, match=r"^data.mixture.1.weight_at: changes at token counts are for pretraining"):
-        build_config({**CONFIG, "task": "sft", "data": {"sequence_length": 8, "mixture": [entry(1), entry(1, (5, 2.0))]}})
+    with pytest.raises(
+        UserError, match=r"^data.mixture.1.weight_at: changes at token counts are for pretraining"
+    ):
+        build_config(
+            {
+                **CONFIG,
+                "task": "sft",
+                "data": {"sequence_length": 8, "mixture": [entry(1), entry(1, (5, 2.0))]},
+            }
+        )

@@ -1,4 +1,6 @@
-"""Shards that open when they are read: the same tokens and documents, few open files, and damage met late is named alike."""
+"""Shards that open when they are read: the same tokens and documents, few open files, and damage
+met late is named alike.
+"""
 
 from __future__ import annotations
 
@@ -38,8 +40,24 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
         with ShardWriter(folder, f"train-{i:05d}", np.uint16, TRAIN) as writer:
             writer.append(ids, lengths, len(ids))
             entries.append(writer.close())
-    fields = {"tool_version": "0", "vocab_size": 92, "rows": 128, "mask_id": MASK, "eos_id": EOS, "tokenizer_fingerprint": "f"}
-    Manifest(FORMAT_VERSION, kind=TEXT, dtype="uint16", options={}, sources=[], skipped={}, shards=entries, **fields).save(folder)
+    fields = {
+        "tool_version": "0",
+        "vocab_size": 92,
+        "rows": 128,
+        "mask_id": MASK,
+        "eos_id": EOS,
+        "tokenizer_fingerprint": "f",
+    }
+    Manifest(
+        FORMAT_VERSION,
+        kind=TEXT,
+        dtype="uint16",
+        options={},
+        sources=[],
+        skipped={},
+        shards=entries,
+        **fields,
+    ).save(folder)
     return folder
 
 
@@ -54,15 +72,28 @@ def run_config(corpus: Path, **data: Any) -> Any:
             "run": {"dir": "unused"},
             "train": {"steps": 1},
             "batch": {"global": 20, "micro": 4},
-            "data": {"sequence_length": LENGTH, "mixture": [{"path": str(corpus)}], "document_mask": True, **data},
-            "model": {"num_layers": 1, "hidden_size": 64, "num_attention_heads": 4, "ffn_hidden_size": 64, "vocab_size": 128},
+            "data": {
+                "sequence_length": LENGTH,
+                "mixture": [{"path": str(corpus)}],
+                "document_mask": True,
+                **data,
+            },
+            "model": {
+                "num_layers": 1,
+                "hidden_size": 64,
+                "num_attention_heads": 4,
+                "ffn_hidden_size": 64,
+                "vocab_size": 128,
+            },
             "schedule": {"stages": [{"shape": "constant", "start": 1e-3}]},
         }
     )
 
 
 def expected_windows(folder: Path) -> list[tuple[list[int], list[int]]]:
-    """Tokens and document starts of every window, from the plain files; a document starts after each EOS."""
+    """Tokens and document starts of every window, from the plain files; a document starts after
+    each EOS.
+    """
     found = []
     for path in sorted(folder.glob("*.bin")):
         ids = np.fromfile(path, np.uint16).tolist()
@@ -84,7 +115,10 @@ def test_any_number_of_open_files_reads_the_same(sound: Path, capacity: int) -> 
     expected = expected_windows(sound)
     assert reader.count == len(expected)
     for window in np.random.default_rng(1).permutation(reader.count).tolist():
-        assert (reader.tokens(window).tolist(), reader.document_starts(window).tolist()) == expected[window]
+        assert (
+            reader.tokens(window).tolist(),
+            reader.document_starts(window).tolist(),
+        ) == expected[window]
         assert open_files() <= before + 2 * min(capacity, SHARDS)
     assert open_files() == before + 2 * min(capacity, SHARDS)
     del reader
@@ -98,7 +132,10 @@ def test_threads_share_open_files(sound: Path) -> None:
 
     def read(thread: int) -> bool:
         order = np.random.default_rng(thread).permutation(reader.count).tolist()
-        return all((reader.tokens(w).tolist(), reader.document_starts(w).tolist()) == expected[w] for w in order)
+        return all(
+            (reader.tokens(w).tolist(), reader.document_starts(w).tolist()) == expected[w]
+            for w in order
+        )
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(read, range(8)))
@@ -109,7 +146,9 @@ def test_opening_looks_at_the_manifest_alone_unless_this_rank_verifies(corpus: P
         path.unlink()
     data = PretrainData(run_config(corpus))
     assert len(data.mixture.places(np.arange(9))[1]) == 9
-    with pytest.raises(UserError, match=r"data.mixture.0.path: .*train-00000.bin: missing from the corpus"):
+    with pytest.raises(
+        UserError, match=r"data.mixture.0.path: .*train-00000.bin: missing from the corpus"
+    ):
         PretrainData(run_config(corpus), verify=True)
 
 
@@ -118,10 +157,22 @@ def test_opening_looks_at_the_manifest_alone_unless_this_rank_verifies(corpus: P
     [
         ("train-00007.bin", "missing", r"train-00007.bin: missing from the corpus .*; put it back"),
         ("train-00007.idx", "missing", r"train-00007.idx: missing from the corpus .*; put it back"),
-        ("train-00007.bin", "short", r"train-00007.bin: truncated or altered \(\d+ bytes, the manifest says \d+\); prepare"),
-        ("train-00007.idx", "short", r"train-00007.idx: truncated or altered \(\d+ bytes, 14 documents need \d+\); prepare"),
+        (
+            "train-00007.bin",
+            "short",
+            r"train-00007.bin: truncated or altered \(\d+ bytes, the manifest says \d+\); prepare",
+        ),
+        (
+            "train-00007.idx",
+            "short",
+            r"train-00007.idx: truncated or altered \(\d+ bytes, 14 documents need \d+\); prepare",
+        ),
         ("train-00007.idx", "header", r"train-00007.idx: truncated or altered \(its header"),
-        ("train-00007.idx", "another", r"train-00007.idx: truncated or altered \(documents: 1, the manifest says 14\)"),
+        (
+            "train-00007.idx",
+            "another",
+            r"train-00007.idx: truncated or altered \(documents: 1, the manifest says 14\)",
+        ),
     ],
 )
 def test_damage_is_met_when_it_is_read(corpus: Path, name: str, change: str, message: str) -> None:
@@ -152,12 +203,16 @@ def test_a_file_that_shrinks_while_it_is_open_is_named(corpus: Path) -> None:
     reader = WindowReader(Corpus.open(corpus), TRAIN, LENGTH)
     reader.tokens(0)
     os.truncate(corpus / "train-00000.bin", 20)
-    with pytest.raises(UserError, match=r"train-00000.bin: truncated or altered \(it ends at byte 20\)"):
+    with pytest.raises(
+        UserError, match=r"train-00000.bin: truncated or altered \(it ends at byte 20\)"
+    ):
         reader.tokens(1)
 
 
 def test_the_order_goes_through_all_shards_at_once(sound: Path) -> None:
-    """The first tenth of an epoch touches shards as drawing without replacement does, not one after the other."""
+    """The first tenth of an epoch touches shards as drawing without replacement does, not one after
+    the other.
+    """
     data = PretrainData(run_config(sound))
     reader = data.readers[TRAIN][0]
     assert isinstance(reader, WindowReader)
@@ -165,13 +220,18 @@ def test_the_order_goes_through_all_shards_at_once(sound: Path) -> None:
     shards = np.searchsorted(reader.firsts, windows, side="right") - 1
     counts = np.bincount(shards[: 2 * SHARDS], minlength=SHARDS)
     drawn = np.random.default_rng(0)
-    untouched = [(np.bincount(drawn.permutation(shards)[: 2 * SHARDS], minlength=SHARDS) == 0).sum() for _ in range(2000)]
+    untouched = [
+        (np.bincount(drawn.permutation(shards)[: 2 * SHARDS], minlength=SHARDS) == 0).sum()
+        for _ in range(2000)
+    ]
     assert np.quantile(untouched, 0.0005) <= (counts == 0).sum() <= np.quantile(untouched, 0.9995)
     neighbours = np.corrcoef(shards[:-1], shards[1:])[0, 1]
     assert abs(neighbours) < 4 / np.sqrt(len(shards))
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     lengths=st.lists(st.one_of(st.integers(1, 3), st.integers(1, 400)), min_size=1, max_size=120),
     block=st.sampled_from([2, 3, 8, 1024]),

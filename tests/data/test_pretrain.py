@@ -33,20 +33,38 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     texts = [" ".join(rng.choice(WORDS, rng.integers(1, 30))) for _ in range(400)]
     (root / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     train_byte_level_bpe(iter(texts), 300).save(root / "tokenizer")
-    prepare([root / "a.jsonl"], root / "tokenizer", root / "corpus", validation_fraction=0.1, shard_tokens=1500)
+    prepare(
+        [root / "a.jsonl"],
+        root / "tokenizer",
+        root / "corpus",
+        validation_fraction=0.1,
+        shard_tokens=1500,
+    )
     return root
 
 
-def data(folder: Path, batch: int = 16, objective: dict[str, Any] | None = None, **settings: Any) -> PretrainData:
+def data(
+    folder: Path, batch: int = 16, objective: dict[str, Any] | None = None, **settings: Any
+) -> PretrainData:
     raw = {
         "objective": objective or {},
         "seed": 3,
         "run": {"dir": "unused"},
         "train": {"steps": 100},
         "batch": {"global": batch, "micro": 4},
-        "model": {"num_layers": 1, "hidden_size": 64, "num_attention_heads": 4, "ffn_hidden_size": 64, "vocab_size": 384},
+        "model": {
+            "num_layers": 1,
+            "hidden_size": 64,
+            "num_attention_heads": 4,
+            "ffn_hidden_size": 64,
+            "vocab_size": 384,
+        },
         "schedule": {"stages": [{"shape": "constant", "start": 1e-3}]},
-        "data": {"sequence_length": LENGTH, "mixture": [{"path": str(folder / "corpus")}], **settings},
+        "data": {
+            "sequence_length": LENGTH,
+            "mixture": [{"path": str(folder / "corpus")}],
+            **settings,
+        },
     }
     return PretrainData(build_config(raw))
 
@@ -73,7 +91,12 @@ def windows_by_hand(folder: Path) -> list[tuple[list[int], set[int]]]:
             stream += document
         documents = documents[entry.documents :]
         for first in range(0, len(stream) - LENGTH + 1, LENGTH):
-            found.append((stream[first : first + LENGTH], {s - first for s in starts if first < s < first + LENGTH}))
+            found.append(
+                (
+                    stream[first : first + LENGTH],
+                    {s - first for s in starts if first < s < first + LENGTH},
+                )
+            )
     assert not documents
     return found
 
@@ -89,7 +112,9 @@ def test_windows_and_documents(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("document_mask", [False, True])
-def test_segments_are_the_union_of_documents_and_random_length(document_mask: bool, folder: Path) -> None:
+def test_segments_are_the_union_of_documents_and_random_length(
+    document_mask: bool, folder: Path
+) -> None:
     made = data(folder, document_mask=document_mask, random_length_probability=0.5)
     expected = windows_by_hand(folder)
     cuts = 0
@@ -108,7 +133,9 @@ def test_segments_are_the_union_of_documents_and_random_length(document_mask: bo
 
 @pytest.mark.parametrize("mode", ["stratified", "iid"])
 def test_t_is_drawn_as_the_config_says_by_each_segments_length(mode: str, folder: Path) -> None:
-    made = data(folder, document_mask=True, random_length_probability=0.5, objective={"timesteps": mode})
+    made = data(
+        folder, document_mask=True, random_length_probability=0.5, objective={"timesteps": mode}
+    )
     for step in range(3):
         plan = made.plan(step)
         lengths = np.concatenate([np.diff(b) for b in plan.bounds])
@@ -123,16 +150,23 @@ def test_masks_are_drawn_as_the_config_says(folder: Path) -> None:
         ({"masking": "bernoulli"}, lambda t: 1 / (0.999 * t + 0.001)),
         ({"masking": "bernoulli", "eps": 0.25}, lambda t: 1 / (0.75 * t + 0.25)),
     ):
-        batch = data(folder, random_length_probability=0.0, objective=objective).batch(plan, range(16))
+        batch = data(folder, random_length_probability=0.0, objective=objective).batch(
+            plan, range(16)
+        )
         for row in range(16):
             weights = batch.weights[batch.rows == row]
-            np.testing.assert_allclose(weights, np.full(len(weights), rule(plan.t[plan.firsts[row]])), rtol=1e-6)
+            np.testing.assert_allclose(
+                weights, np.full(len(weights), rule(plan.t[plan.firsts[row]])), rtol=1e-6
+            )
             if objective["masking"] == "fixed_count":
                 assert len(weights) == 1 + int(plan.t[plan.firsts[row]] * LENGTH)
 
 
 def test_weights_that_differ_in_the_last_digit_are_other_data(folder: Path) -> None:
-    near = [data(folder, mixture=[{"path": str(folder / "corpus"), "weight": w}]).fingerprint for w in (0.10005951, 0.10006049)]
+    near = [
+        data(folder, mixture=[{"path": str(folder / "corpus"), "weight": w}]).fingerprint
+        for w in (0.10005951, 0.10006049)
+    ]
     assert near[0] != near[1]
 
 
@@ -144,20 +178,37 @@ def test_the_fingerprint_names_changes_of_weights_and_is_the_old_one_without(fol
     assert fingerprint() == f"{content}x1.0"
     assert fingerprint(weight=0.5, max_epochs=50.0).startswith(f"{content}x0.5<")
     changes = [[], [(900, 2.0)], [(900, 2.5)], [(2000, 2.0)], [(900, 2.0), (2000, 1.0)]]
-    found = {fingerprint(weight_at=[{"tokens": tokens, "weight": weight} for tokens, weight in row]) for row in changes}
+    found = {
+        fingerprint(weight_at=[{"tokens": tokens, "weight": weight} for tokens, weight in row])
+        for row in changes
+    }
     assert len(found) == len(changes)
 
 
 def test_changes_of_weights_are_counted_in_tokens_and_said(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "b.jsonl").write_text("".join(json.dumps({"text": "beta " * n}) + "\n" for n in range(1, 60)))
-    prepare([tmp_path / "b.jsonl"], folder / "tokenizer", tmp_path / "second", validation_fraction=0.0)
+    (tmp_path / "b.jsonl").write_text(
+        "".join(json.dumps({"text": "beta " * n}) + "\n" for n in range(1, 60))
+    )
+    prepare(
+        [tmp_path / "b.jsonl"], folder / "tokenizer", tmp_path / "second", validation_fraction=0.0
+    )
     first, second = str(folder / "corpus"), str(tmp_path / "second")
-    later = {"path": second, "weight": 0.0, "weight_at": [{"tokens": 480_001, "weight": 3.0}, {"tokens": 10**9, "weight": 1.0}]}
+    later = {
+        "path": second,
+        "weight": 0.0,
+        "weight_at": [{"tokens": 480_001, "weight": 3.0}, {"tokens": 10**9, "weight": 1.0}],
+    }
     made = data(folder, mixture=[{"path": first}, later])
-    assert made.mixture.changes == [2, 2084]  # 480,001 tokens are more than one block of 10,000 x 48
+    assert made.mixture.changes == [
+        2,
+        2084,
+    ]  # 480,001 tokens are more than one block of 10,000 x 48
     assert made.weight_changes() == [
         f"weights change in step 1,251, after 960,000 tokens: 25 % {first}, 75 % {second}",
-        f"weights change in step 1,302,501, after 1,000,320,000 tokens: 50 % {first}, 50 % {second}",
+        (
+            f"weights change in step 1,302,501, after 1,000,320,000 tokens: 50 % {first}, 50 %"
+            f" {second}"
+        ),
     ]
     assert set(made.plan(1249).sources.tolist()) == {0}
     assert abs(sum(made.plan(step).sources.sum() for step in range(1250, 1310)) - 0.75 * 960) < 60
@@ -184,12 +235,17 @@ def test_the_same_noise_whatever_the_micro_batches(folder: Path) -> None:
             for r, c, w in zip(part.rows, part.columns, part.weights, strict=True)
             for s in [part.samples[r]]
         }
-        assert weights == {(whole.samples[r], int(c)): float(w) for r, c, w in zip(whole.rows, whole.columns, whole.weights, strict=True)}
+        assert weights == {
+            (whole.samples[r], int(c)): float(w)
+            for r, c, w in zip(whole.rows, whole.columns, whole.weights, strict=True)
+        }
         assert {part.normaliser for part in parts} == {whole.normaliser}
 
 
 def test_ranks_of_a_step_see_different_noise(folder: Path) -> None:
-    """Data-parallel ranks that seed alike would mask alike: here no two windows of a step share a mask or a t."""
+    """Data-parallel ranks that seed alike would mask alike: here no two windows of a step share a
+    mask or a t.
+    """
     made = data(folder, random_length_probability=0.0)
     plan = made.plan(0)
     batch = made.batch(plan, range(16))
@@ -204,7 +260,9 @@ def test_later_epochs_get_new_masks(folder: Path) -> None:
         plan = made.plan(step)
         batch = made.batch(plan, range(4))
         for r in range(4):
-            seen.setdefault(int(plan.items[r]), set()).add(tuple(batch.columns[batch.rows == r].tolist()))
+            seen.setdefault(int(plan.items[r]), set()).add(
+                tuple(batch.columns[batch.rows == r].tolist())
+            )
     twice = [masks for masks in seen.values() if len(masks) > 1]
     assert len(twice) > len(seen) / 2
 
@@ -212,12 +270,19 @@ def test_later_epochs_get_new_masks(folder: Path) -> None:
 @pytest.mark.parametrize("masking", ["bernoulli", "fixed_count"])
 def test_batches_against_a_walk_over_positions(masking: str, folder: Path) -> None:
     """Every mask, weight and segment from the draws of the noise, one position after the other."""
-    made = data(folder, document_mask=True, random_length_probability=0.5, objective={"masking": masking, "eps": 0.05})
+    made = data(
+        folder,
+        document_mask=True,
+        random_length_probability=0.5,
+        objective={"masking": masking, "eps": 0.05},
+    )
     windows = windows_by_hand(folder)
     plan = made.plan(3)
     rows: list[tuple[int, int, int, float, int]] = []
     segment = 0
-    for row, (sample, item) in enumerate(zip(plan.samples.tolist(), plan.items.tolist(), strict=True)):
+    for row, (sample, item) in enumerate(
+        zip(plan.samples.tolist(), plan.items.tolist(), strict=True)
+    ):
         draws = mask_uniforms(3, sample, LENGTH).tolist()
         for start, end in itertools.pairwise(plan.bounds[row].tolist()):
             t = float(plan.t[segment])
@@ -235,11 +300,18 @@ def test_batches_against_a_walk_over_positions(masking: str, folder: Path) -> No
     hidden = {(row, place) for place, row, *_ in rows}
     for row, item in enumerate(plan.items.tolist()):
         clean = windows[item][0]
-        assert batch.inputs[row].tolist() == [made.manifest.mask_id if (row, k) in hidden else clean[k] for k in range(LENGTH)]
+        assert batch.inputs[row].tolist() == [
+            made.manifest.mask_id if (row, k) in hidden else clean[k] for k in range(LENGTH)
+        ]
 
 
 @pytest.mark.parametrize(
-    ("token", "what"), [(-1, "an id past the vocabulary"), (10**6, "an id past the vocabulary"), (None, "the mask token")]
+    ("token", "what"),
+    [
+        (-1, "an id past the vocabulary"),
+        (10**6, "an id past the vocabulary"),
+        (None, "the mask token"),
+    ],
 )
 def test_ids_that_cannot_be_are_refused(token: int | None, what: str, folder: Path) -> None:
     corpus = data(folder).corpora[0]
@@ -280,4 +352,6 @@ def test_loader_stops_early_and_stays_only_so_far_ahead() -> None:
     loader = Loader(make, 0, 1000, ahead=2)
     assert ready.wait(5)
     loader.close()
-    assert len(made) <= 8 and not any(thread.name == "loader" and thread.is_alive() for thread in threading.enumerate())
+    assert len(made) <= 8 and not any(
+        thread.name == "loader" and thread.is_alive() for thread in threading.enumerate()
+    )

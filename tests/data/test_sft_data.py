@@ -34,7 +34,12 @@ def conversations() -> list[dict[str, Any]]:
 
     rows: list[dict[str, Any]] = [{"prompt": text(5), "response": text(6)} for _ in range(90)]
     for _ in range(20):
-        turns = [("user", text(3)), ("assistant", text(3)), ("user", text(3)), ("assistant", text(3))]
+        turns = [
+            ("user", text(3)),
+            ("assistant", text(3)),
+            ("user", text(3)),
+            ("assistant", text(3)),
+        ]
         rows.append({"messages": [{"role": role, "content": content} for role, content in turns]})
     rows.append({"prompt": "short", "response": "y" * 200})
     rows.append({"prompt": "z" * 200, "response": "short"})
@@ -46,8 +51,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("sft")
     rows = conversations()
     (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    train_byte_level_bpe(iter(json.dumps(row) for row in rows[:-2] * 3), 330).save(root / "tokenizer")
-    prepare_sft([root / "rows.jsonl"], root / "tokenizer", root / "corpus", validation_fraction=0.2, shard_tokens=900)
+    train_byte_level_bpe(iter(json.dumps(row) for row in rows[:-2] * 3), 330).save(
+        root / "tokenizer"
+    )
+    prepare_sft(
+        [root / "rows.jsonl"],
+        root / "tokenizer",
+        root / "corpus",
+        validation_fraction=0.2,
+        shard_tokens=900,
+    )
     return root
 
 
@@ -58,7 +71,13 @@ def config(folder: Path, batch: int = 8, **sections: Any) -> Any:
         "run": {"dir": "unused"},
         "train": {"steps": 100},
         "batch": {"global": batch, "micro": 1},
-        "model": {"num_layers": 1, "hidden_size": 64, "num_attention_heads": 4, "ffn_hidden_size": 64, "vocab_size": 384},
+        "model": {
+            "num_layers": 1,
+            "hidden_size": 64,
+            "num_attention_heads": 4,
+            "ffn_hidden_size": 64,
+            "vocab_size": 384,
+        },
         "schedule": {"stages": [{"shape": "constant", "start": 1e-3}]},
         "data": {"sequence_length": LENGTH, "mixture": [{"path": str(folder / "corpus")}]},
         **sections,
@@ -78,11 +97,18 @@ def examples(folder: Path) -> dict[tuple[int, ...], int]:
     chat = ChatFormat(tokenizer)
     found = {}
     for row in conversations():
-        turns = row.get("messages") or [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["response"]}]
+        turns = row.get("messages") or [
+            {"role": "user", "content": row["prompt"]},
+            {"role": "assistant", "content": row["response"]},
+        ]
         messages = [Message(turn["role"], turn["content"]) for turn in turns]
         for place in range(1, len(messages), 2):
             prompt = chat.prompt(messages[:place]).tolist()
-            whole = (*prompt, *tokenizer.encode(messages[place].content.strip()).tolist(), tokenizer.eos_id)
+            whole = (
+                *prompt,
+                *tokenizer.encode(messages[place].content.strip()).tolist(),
+                tokenizer.eos_id,
+            )
             if len(whole) <= LENGTH:
                 found[whole] = len(prompt)
     return found
@@ -112,7 +138,9 @@ def test_rows_are_prompt_response_padding_and_filler(group: int, folder: Path) -
                 assert window.spans[1][0] == window.spans[1][1]
                 assert (window.scales[1], window.t[1]) == (0, 0)
             totals[sample], padded[sample] = total, end
-        assert plan.tokens == sum(padded[sample] for sample in plan.samples.tolist()), "filler is in no count"
+        assert plan.tokens == sum(padded[sample] for sample in plan.samples.tolist()), (
+            "filler is in no count"
+        )
     for sample in range(60):
         first = sample // group * group
         assert padded[sample] == max(totals[other] for other in range(first, first + group))
@@ -120,10 +148,18 @@ def test_rows_are_prompt_response_padding_and_filler(group: int, folder: Path) -
 
 def test_the_end_of_a_capped_mixture_cuts_its_last_group(folder: Path) -> None:
     mixture = [{"path": str(folder / "corpus"), "max_epochs": 1}]
-    data = made(folder, batch=1, sft={"pad_group": 50}, data={"sequence_length": LENGTH, "mixture": mixture}, train={"steps": 1})
+    data = made(
+        folder,
+        batch=1,
+        sft={"pad_group": 50},
+        data={"sequence_length": LENGTH, "mixture": mixture},
+        train={"steps": 1},
+    )
     last = data.mixture.num_samples - 1
     ends = [int(data.plan(sample).bounds[0][1]) for sample in range(last + 1)]
-    longest = [data.readers[TRAIN][0].total(data.plan(sample).items[0]) for sample in range(last + 1)]
+    longest = [
+        data.readers[TRAIN][0].total(data.plan(sample).items[0]) for sample in range(last + 1)
+    ]
     assert ends == [max(longest[s // 50 * 50 : s // 50 * 50 + 50]) for s in range(last + 1)]
 
 
@@ -138,7 +174,9 @@ def test_t_is_drawn_per_conversation(mode: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("masking", ["bernoulli", "fixed_count"])
-def test_no_prompt_token_and_no_filler_is_ever_masked_weighted_or_changed(masking: str, folder: Path) -> None:
+def test_no_prompt_token_and_no_filler_is_ever_masked_weighted_or_changed(
+    masking: str, folder: Path
+) -> None:
     data = made(folder, objective={"masking": masking})
     masked_padding = 0
     for step in range(40):
@@ -157,10 +195,14 @@ def test_no_prompt_token_and_no_filler_is_ever_masked_weighted_or_changed(maskin
             if masking == "fixed_count":
                 size = int(end - start)
                 count = 1 + int(window.t[0] * size)
-                np.testing.assert_allclose(batch.weights[inside], np.full(count, 1 / count), rtol=1e-6)
+                np.testing.assert_allclose(
+                    batch.weights[inside], np.full(count, 1 / count), rtol=1e-6
+                )
             else:
                 p = 0.999 * window.t[0] + 0.001
-                np.testing.assert_allclose(batch.weights[inside], np.full(len(columns), 1 / p / (end - start)), rtol=1e-6)
+                np.testing.assert_allclose(
+                    batch.weights[inside], np.full(len(columns), 1 / p / (end - start)), rtol=1e-6
+                )
     assert masked_padding > 20, "padding is part of the response"
 
 
@@ -176,7 +218,13 @@ def test_validation_is_the_response_with_its_own_eos(folder: Path) -> None:
     data = made(folder)
     reader = data.readers[VALIDATION][0]
     draws = np.arange(16)
-    plan = data.validation_plan(draws, 0, draws % reader.count, draws // reader.count, lambda rows, texts: np.full(len(rows), 0.5))
+    plan = data.validation_plan(
+        draws,
+        0,
+        draws % reader.count,
+        draws // reader.count,
+        lambda rows, texts: np.full(len(rows), 0.5),
+    )
     for i in range(16):
         window = data.window(VALIDATION, plan, i)
         reply = int(plan.items[i])
@@ -187,14 +235,18 @@ def test_validation_is_the_response_with_its_own_eos(folder: Path) -> None:
     assert reader.tokens_per_byte() == responses.sum() / data.manifest.totals(VALIDATION)[2]
 
 
-def test_validation_reads_every_reply_of_a_conversation_and_counts_the_conversation(folder: Path) -> None:
+def test_validation_reads_every_reply_of_a_conversation_and_counts_the_conversation(
+    folder: Path,
+) -> None:
     data = made(folder, validation={"windows": 400})
     reader = data.readers[VALIDATION][0]
     assert reader.count < 100 and len(reader.rows) > reader.count
     design = Validator(data, Place(0, 1, 0, 1)).design(0)
     assert set(design.plan.items.tolist()) == set(range(len(reader.rows)))
     assert design.measure.unit == "conversations" and len(design.items) == reader.count
-    replies = design.plan.items[np.searchsorted(design.plan.firsts, design.segments, side="right") - 1]
+    replies = design.plan.items[
+        np.searchsorted(design.plan.firsts, design.segments, side="right") - 1
+    ]
     assert (replies == replies[:, :1]).all(), "a sweep reads one reply"
     assert (design.items[design.owner] == reader.rows[replies[:, 0], 0]).all()
     for text in range(design.text.max() + 1):
@@ -203,7 +255,9 @@ def test_validation_reads_every_reply_of_a_conversation_and_counts_the_conversat
     offsets = {round(float(t), 9) for t in design.t[:, 0]}
     assert len(offsets) == len(design.t), "no two sweeps share their t"
     read = design.plan.maskable[design.segments[:, 0]]
-    assert read.tolist() == [reader.total(int(r)) - reader.prompt_length(int(r)) for r in replies[:, 0]]
+    assert read.tolist() == [
+        reader.total(int(r)) - reader.prompt_length(int(r)) for r in replies[:, 0]
+    ]
 
 
 def test_what_does_not_fit_is_counted_and_listed(folder: Path) -> None:
@@ -216,21 +270,40 @@ def test_what_does_not_fit_is_counted_and_listed(folder: Path) -> None:
     assert "longer than data.sequence_length = 40 and not trained on" in said
     for split in (TRAIN, VALIDATION):
         reader = data.readers[split][0]
-        of_lost = np.isin(reader._all[:, 0], [row["conversation"] for row in reader.too_long()]).sum()
+        of_lost = np.isin(
+            reader._all[:, 0], [row["conversation"] for row in reader.too_long()]
+        ).sum()
         later = len(reader._all) - len(reader.rows) - of_lost
         assert later > 0
-        words = f"; replies of the others that are longer than 40 tokens with their prompt, and not trained on: {later}"
+        words = (
+            "; replies of the others that are longer than 40 tokens with their prompt, and not"
+            f" trained on: {later}"
+        )
         assert reader.summary().endswith(words)
 
 
 def test_refusals(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"data.sequence_length: 8 is too short: \d+ conversations \(\d+ by their prompt alone; number"):
+    with pytest.raises(
+        UserError,
+        match=(
+            r"data.sequence_length: 8 is too short: \d+ conversations \(\d+ by their prompt alone;"
+            r" number"
+        ),
+    ):
         made(folder, data={"sequence_length": 8, "mixture": [{"path": str(folder / "corpus")}]})
     (tmp_path / "a.txt").write_text("alpha beta " * 50)
     prepare([tmp_path / "a.txt"], folder / "tokenizer", tmp_path / "text")
-    with pytest.raises(UserError, match=r"was made by `llada data prepare` and can be trained on by `llada pretrain` only"):
-        made(folder, data={"sequence_length": LENGTH, "mixture": [{"path": str(tmp_path / "text")}]})
-    with pytest.raises(UserError, match=r"was made by `llada data prepare-sft` and can be trained on by `llada sft` only"):
+    with pytest.raises(
+        UserError,
+        match=r"was made by `llada data prepare` and can be trained on by `llada pretrain` only",
+    ):
+        made(
+            folder, data={"sequence_length": LENGTH, "mixture": [{"path": str(tmp_path / "text")}]}
+        )
+    with pytest.raises(
+        UserError,
+        match=r"was made by `llada data prepare-sft` and can be trained on by `llada sft` only",
+    ):
         open_data(config(folder, task="pretrain"))
 
 
@@ -241,8 +314,24 @@ def test_refusals(folder: Path, tmp_path: Path) -> None:
             {"data": {"sequence_length": 40, "mixture": [{"path": "x"}], "document_mask": True}},
             "data.document_mask: true is for pretraining",
         ),
-        ({"data": {"sequence_length": 40, "mixture": [{"path": "x"}], "random_length_probability": 0.1}}, "not cut, set 0"),
-        ({"schedule": {"stages": [{"shape": "linear", "end": 1, "tokens": 9}, {"shape": "constant"}]}}, "give the lengths as steps"),
+        (
+            {
+                "data": {
+                    "sequence_length": 40,
+                    "mixture": [{"path": "x"}],
+                    "random_length_probability": 0.1,
+                }
+            },
+            "not cut, set 0",
+        ),
+        (
+            {
+                "schedule": {
+                    "stages": [{"shape": "linear", "end": 1, "tokens": 9}, {"shape": "constant"}]
+                }
+            },
+            "give the lengths as steps",
+        ),
         ({"task": "pretrain", "sft": {"pad_group": 4}}, "sft.pad_group: 4 is for task: sft only"),
         ({"sft": {"pad_grup": 4}}, "sft.pad_grup: unknown setting .did you mean 'sft.pad_group'?"),
     ],
@@ -256,15 +345,25 @@ def test_a_reply_that_was_cut_is_not_padded(folder: Path, tmp_path: Path) -> Non
     """EOS after it would teach the model to end in the middle of a sentence."""
     limit = LENGTH - 12
     prepare_sft(
-        [folder / "rows.jsonl"], folder / "tokenizer", tmp_path / "corpus", max_tokens=limit, truncate=True, validation_fraction=0.2
+        [folder / "rows.jsonl"],
+        folder / "tokenizer",
+        tmp_path / "corpus",
+        max_tokens=limit,
+        truncate=True,
+        validation_fraction=0.2,
     )
-    mixture = [{"path": str(path)} for path in (tmp_path / "corpus", folder / "corpus")]  # the other corpus has longer replies
+    mixture = [
+        {"path": str(path)} for path in (tmp_path / "corpus", folder / "corpus")
+    ]  # the other corpus has longer replies
     data = made(folder, sft={"pad_group": 8}, data={"sequence_length": LENGTH, "mixture": mixture})
     readers, eos = data.readers[TRAIN], data.manifest.eos_id
     seen = {True: 0, False: 0}
     for step in range(80):
         plan = data.plan(step)
-        totals = [readers[source].total(int(item)) for source, item in zip(plan.sources, plan.items, strict=True)]
+        totals = [
+            readers[source].total(int(item))
+            for source, item in zip(plan.sources, plan.items, strict=True)
+        ]
         for i in range(8):
             window = data.window(TRAIN, plan, i)
             start, end = window.spans[0].tolist()
@@ -280,9 +379,22 @@ def test_a_reply_that_was_cut_is_not_padded(folder: Path, tmp_path: Path) -> Non
 
 def test_corpora_of_two_chat_templates_are_refused(folder: Path, tmp_path: Path) -> None:
     template = tmp_path / "own.jinja"
-    template.write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:")
-    prepare_sft([folder / "rows.jsonl"], folder / "tokenizer", tmp_path / "other", chat_template=str(template), validation_fraction=0.2)
+    template.write_text(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+    )
+    prepare_sft(
+        [folder / "rows.jsonl"],
+        folder / "tokenizer",
+        tmp_path / "other",
+        chat_template=str(template),
+        validation_fraction=0.2,
+    )
     mixture = [{"path": str(path)} for path in (folder / "corpus", tmp_path / "other")]
-    with pytest.raises(UserError, match=r"data.mixture.1.path: .*/other was prepared with another chat template than .*/corpus"):
+    with pytest.raises(
+        UserError,
+        match=(
+            r"data.mixture.1.path: .*/other was prepared with another chat template than .*/corpus"
+        ),
+    ):
         made(folder, data={"sequence_length": 300, "mixture": mixture})
     made(folder, data={"sequence_length": 300, "mixture": mixture[1:]})

@@ -1,4 +1,6 @@
-"""The corpus format against Megatron's own reader and against plain recomputation; every kind of damage is found."""
+"""The corpus format against Megatron's own reader and against plain recomputation; every kind of
+damage is found.
+"""
 
 from __future__ import annotations
 
@@ -21,20 +23,39 @@ from llada.errors import UserError
 EOS, MASK, VOCABULARY = 9, 10, 11
 UINT16, INT32 = np.dtype("<u2"), np.dtype("<i4")
 
-documents_of_ids = st.lists(st.lists(st.integers(0, EOS - 1), max_size=7).map(lambda ids: [*ids, EOS]), min_size=1, max_size=12)
-shared_folder = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+documents_of_ids = st.lists(
+    st.lists(st.integers(0, EOS - 1), max_size=7).map(lambda ids: [*ids, EOS]),
+    min_size=1,
+    max_size=12,
+)
+shared_folder = settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 def join(documents: list[list[int]]) -> list[int]:
     return list(chain.from_iterable(documents))
 
 
-def write(folder: Path, documents: list[list[int]], name: str = "train_00000", dtype=UINT16, split: str = "train", parts: int = 1):
+def write(
+    folder: Path,
+    documents: list[list[int]],
+    name: str = "train_00000",
+    dtype=UINT16,
+    split: str = "train",
+    parts: int = 1,
+):
     """Write documents in `parts` calls; returns the entry."""
     with ShardWriter(folder, name, dtype, split) as writer:
         for part in range(parts):
-            chosen = documents[part * len(documents) // parts : (part + 1) * len(documents) // parts]
-            writer.append(np.array(join(chosen), dtype=np.int64), [len(document) for document in chosen], 5 * len(chosen))
+            chosen = documents[
+                part * len(documents) // parts : (part + 1) * len(documents) // parts
+            ]
+            writer.append(
+                np.array(join(chosen), dtype=np.int64),
+                [len(document) for document in chosen],
+                5 * len(chosen),
+            )
         return writer.close()
 
 
@@ -83,16 +104,20 @@ def flip(path: Path, offset: int) -> None:
 
 
 def reseal(folder: Path, name: str) -> None:
-    """Give the manifest the checksums and sizes of a shard's present files, as a tool with a defect would have written them."""
+    """Give the manifest the checksums and sizes of a shard's present files, as a tool with a defect
+    would have written them.
+    """
     manifest = Manifest.load(folder)
     new = {}
     for kind in ("bin", "idx"):
         content = (folder / f"{name}.{kind}").read_bytes()
         new |= {f"{kind}_bytes": len(content), f"{kind}_xxh3": xxhash.xxh3_64_hexdigest(content)}
-    replace(manifest, shards=[replace(e, **new) if e.name == name else e for e in manifest.shards]).save(folder)
+    replace(
+        manifest, shards=[replace(e, **new) if e.name == name else e for e in manifest.shards]
+    ).save(folder)
 
 
-# -- one shard ---------------------------------------------------------------------------------------------------------
+# -- one shard -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [UINT16, INT32])
@@ -117,7 +142,9 @@ def test_files_are_byte_for_byte_megatrons(tmp_path: Path, dtype):
     builder.finalize(str(tmp_path / "theirs.idx"))
     write(tmp_path, TRAIN, "ours", dtype)
     for kind in ("bin", "idx"):
-        assert (tmp_path / f"ours.{kind}").read_bytes() == (tmp_path / f"theirs.{kind}").read_bytes()
+        assert (tmp_path / f"ours.{kind}").read_bytes() == (
+            tmp_path / f"theirs.{kind}"
+        ).read_bytes()
 
 
 def test_token_dtype_is_megatrons_choice():
@@ -139,7 +166,8 @@ def test_tokens_and_document_starts_round_trip(tmp_path: Path, documents, parts,
     tokens = shard.tokens(start, stop)
     assert tokens.tolist() == flat[start:stop]
     assert tokens.dtype == np.int64
-    # Plainly: a document starts wherever the token before is EOS, since only document ends are EOS here.
+    # Plainly: a document starts wherever the token before is EOS, since only document ends are EOS
+    # here.
     expected = [i for i in range(start + 1, stop) if flat[i - 1] == EOS]
     assert shard.document_starts(start, stop).tolist() == expected
 
@@ -171,7 +199,11 @@ def test_an_empty_shard(tmp_path: Path):
     with ShardWriter(tmp_path, "none", UINT16, "train") as writer:
         writer.append([], [], 0)
     shard = Shard(tmp_path / "none")
-    assert (shard.num_tokens, shard.num_documents, shard.document_starts(0, 5).tolist()) == (0, 0, [])
+    assert (shard.num_tokens, shard.num_documents, shard.document_starts(0, 5).tolist()) == (
+        0,
+        0,
+        [],
+    )
     make_manifest([writer.close()]).save(tmp_path)
     assert problems(tmp_path) == []
 
@@ -217,7 +249,10 @@ def test_a_failure_while_the_index_is_put_in_place_leaves_nothing(tmp_path: Path
     ],
 )
 def test_wrong_documents_are_refused(tmp_path: Path, tokens, lengths, message):
-    with pytest.raises(ValueError, match=message), ShardWriter(tmp_path, "a", UINT16, "train") as writer:
+    with (
+        pytest.raises(ValueError, match=message),
+        ShardWriter(tmp_path, "a", UINT16, "train") as writer,
+    ):
         writer.append(tokens, lengths, 1)
     assert list(tmp_path.iterdir()) == []
 
@@ -240,8 +275,16 @@ def test_a_shard_of_another_size_is_refused_when_opened(tmp_path: Path, kind, ch
         path.unlink()
     else:
         content = path.read_bytes()
-        path.write_bytes({"shorter": content[:-1], "longer": content + b"\0\0", "empty": b""}[change])
-    with pytest.raises(UserError, match=f"train_00000.{kind}: {'missing from' if change == 'missing' else 'truncated or altered'}"):
+        path.write_bytes(
+            {"shorter": content[:-1], "longer": content + b"\0\0", "empty": b""}[change]
+        )
+    with pytest.raises(
+        UserError,
+        match=(
+            f"train_00000.{kind}:"
+            f" {'missing from' if change == 'missing' else 'truncated or altered'}"
+        ),
+    ):
         Shard(tmp_path / "train_00000")
 
 
@@ -253,7 +296,7 @@ def test_a_wrong_header_is_refused_when_opened(tmp_path: Path, offset):
         Shard(tmp_path / "train_00000")
 
 
-# -- manifest and corpus -----------------------------------------------------------------------------------------------
+# -- manifest and corpus ---------------------------------------------------------------------------
 
 
 def test_manifest_and_shards_come_back(folder: Path):
@@ -274,15 +317,22 @@ def test_manifest_and_shards_come_back(folder: Path):
 def test_fingerprint_follows_content_not_names(folder: Path, tmp_path_factory):
     manifest = Manifest.load(folder)
     elsewhere = tmp_path_factory.mktemp("elsewhere")
-    same = make_manifest([write(elsewhere, TRAIN, "x", parts=4), write(elsewhere, TRAIN[::-1], "y")])
+    same = make_manifest(
+        [write(elsewhere, TRAIN, "x", parts=4), write(elsewhere, TRAIN[::-1], "y")]
+    )
     assert same.fingerprint("train") == manifest.fingerprint("train")
     others = [
         replace(same, tokenizer_fingerprint="0" * 64),
         replace(same, shards=same.shards[::-1]),
         replace(same, shards=same.shards[:1]),
-        make_manifest([write(elsewhere, [[1, 2, 3, EOS, EOS], *TRAIN[2:]], "z"), same.shards[1]]),  # other boundaries, same tokens
+        # other boundaries, same tokens
+        make_manifest([write(elsewhere, [[1, 2, 3, EOS, EOS], *TRAIN[2:]], "z"), same.shards[1]]),
     ]
-    prints = [manifest.fingerprint("train"), manifest.fingerprint("validation"), *(other.fingerprint("train") for other in others)]
+    prints = [
+        manifest.fingerprint("train"),
+        manifest.fingerprint("validation"),
+        *(other.fingerprint("train") for other in others),
+    ]
     assert len(set(prints)) == len(prints)
 
 
@@ -346,7 +396,9 @@ def test_a_failed_save_keeps_the_old_manifest(folder: Path):
     assert not list(folder.glob("*.partial"))
 
 
-@pytest.mark.parametrize("name", ["train_00001.bin", "train_00001.idx", "validation_00000.bin", "validation_00000.idx"])
+@pytest.mark.parametrize(
+    "name", ["train_00001.bin", "train_00001.idx", "validation_00000.bin", "validation_00000.idx"]
+)
 @pytest.mark.parametrize("change", ["truncated", "missing"])
 def test_a_lost_or_truncated_file_is_refused_when_opened(folder: Path, name, change):
     path = folder / name
@@ -354,7 +406,13 @@ def test_a_lost_or_truncated_file_is_refused_when_opened(folder: Path, name, cha
         path.unlink()
     else:
         path.write_bytes(path.read_bytes()[:-2])
-    with pytest.raises(UserError, match=f"{name}: {'missing from the corpus' if change == 'missing' else 'truncated or altered'}"):
+    with pytest.raises(
+        UserError,
+        match=(
+            f"{name}:"
+            f" {'missing from the corpus' if change == 'missing' else 'truncated or altered'}"
+        ),
+    ):
         Corpus.open(folder)
     found = problems(folder, hashes=False)
     assert len(found) == 1 and name in found[0]
@@ -376,7 +434,9 @@ def test_a_shard_of_other_counts_than_the_manifest_says_is_refused(folder: Path)
     manifest = Manifest.load(folder)
     for change in ({"documents": 5}, {"tokens": 11}):
         replace(manifest, shards=[replace(manifest.shards[0], **change)]).save(folder)
-        with pytest.raises(UserError, match=r"train_00000.idx: truncated or altered .*the manifest says"):
+        with pytest.raises(
+            UserError, match=r"train_00000.idx: truncated or altered .*the manifest says"
+        ):
             list(Corpus.open(folder).shards("train"))
         assert len(problems(folder)) == 1
     replace(manifest, dtype="int32").save(folder)
@@ -402,7 +462,9 @@ def test_wrong_tokens_with_right_checksums_are_found(folder: Path, offset, token
 def test_a_wrong_highest_id_is_found(folder: Path):
     manifest = Manifest.load(folder)
     replace(manifest, shards=[replace(manifest.shards[0], max_token_id=3)]).save(folder)
-    assert [line.endswith("the highest id is 9, the manifest says 3") for line in problems(folder)] == [True]
+    assert [
+        line.endswith("the highest id is 9, the manifest says 3") for line in problems(folder)
+    ] == [True]
 
 
 @pytest.mark.parametrize(
@@ -421,7 +483,9 @@ def test_a_wrong_index_with_right_checksums_is_found(folder: Path, offset, messa
 
 
 def test_checks_and_index_work_in_pieces(folder: Path, tmp_path_factory, monkeypatch):
-    """With pieces of three tokens or documents the files are the same and the same problems are found."""
+    """With pieces of three tokens or documents the files are the same and the same problems are
+    found.
+    """
     for module in ("shards", "corpus"):
         monkeypatch.setattr(f"llada.data.{module}.CHUNK", 3)
     again = tmp_path_factory.mktemp("again")

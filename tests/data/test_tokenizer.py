@@ -1,4 +1,6 @@
-"""The tokenizer against the libraries it wraps; text never becomes a special token; every refusal."""
+"""The tokenizer against the libraries it wraps; text never becomes a special token;
+every refusal.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,13 @@ def sentencepiece_model(path: Path, **options) -> Path:
     from sentencepiece import SentencePieceTrainer
 
     model = io.BytesIO()
-    settings = {"vocab_size": 330, "hard_vocab_limit": False, "byte_fallback": True, "minloglevel": 2, **options}
+    settings = {
+        "vocab_size": 330,
+        "hard_vocab_limit": False,
+        "byte_fallback": True,
+        "minloglevel": 2,
+        **options,
+    }
     SentencePieceTrainer.train(sentence_iterator=iter(TEXTS), model_writer=model, **settings)
     path.write_bytes(model.getvalue())
     return path
@@ -59,12 +67,16 @@ def piece(piece_model: Path) -> Tokenizer:
     return Tokenizer.load(piece_model, require_mask=False).with_special_tokens()
 
 
-def word_level(path: Path, words: list[str], added: list[str] = (), special: bool = True, **config) -> Path:
+def word_level(
+    path: Path, words: list[str], added: list[str] = (), special: bool = True, **config
+) -> Path:
     """A folder with a word-level tokenizer.json; `config` goes to tokenizer_config.json."""
     from tokenizers import AddedToken, models, pre_tokenizers
     from tokenizers import Tokenizer as Fast
 
-    fast = Fast(models.WordLevel({word: i for i, word in enumerate(["[UNK]", *words])}, unk_token="[UNK]"))
+    fast = Fast(
+        models.WordLevel({word: i for i, word in enumerate(["[UNK]", *words])}, unk_token="[UNK]")
+    )
     fast.pre_tokenizer = pre_tokenizers.Whitespace()
     tokens = [AddedToken(token, special=special, normalized=False) for token in added]
     if special:
@@ -78,7 +90,7 @@ def word_level(path: Path, words: list[str], added: list[str] = (), special: boo
     return path
 
 
-# -- training ----------------------------------------------------------------------------------------------------------
+# -- training --------------------------------------------------------------------------------------
 
 
 def test_special_tokens_take_the_last_ids_and_count(bpe: Tokenizer):
@@ -86,19 +98,35 @@ def test_special_tokens_take_the_last_ids_and_count(bpe: Tokenizer):
     assert bpe.rows == 384
     assert [bpe.id_of(token) for token in SPECIAL_TOKENS] == list(range(324, 330))
     assert (bpe.bos_id, bpe.eos_id, bpe.pad_id, bpe.mask_id) == (324, 325, 325, 326)
-    names = {"bos": "<|startoftext|>", "eos": "<|endoftext|>", "pad": "<|endoftext|>", "mask": "<|mdm_mask|>"}
+    names = {
+        "bos": "<|startoftext|>",
+        "eos": "<|endoftext|>",
+        "pad": "<|endoftext|>",
+        "mask": "<|mdm_mask|>",
+    }
     assert bpe.special_tokens() == {role: (name, bpe.id_of(name)) for role, name in names.items()}
 
 
 def test_training_repeats_itself_in_another_process(bpe: Tokenizer):
     code = (
-        "import sys, json; from llada.tokenizer import train_byte_level_bpe as t; print(t(iter(json.load(sys.stdin)), 330).fingerprint);"
-        "assert not {'torch', 'transformers'} & set(sys.modules)"
+        "import sys, json; from llada.tokenizer import train_byte_level_bpe as t;"
+        " print(t(iter(json.load(sys.stdin)), 330).fingerprint);assert not {'torch',"
+        " 'transformers'} & set(sys.modules)"
     )
     root = Path(__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(root), "RAYON_NUM_THREADS": "1", "PYTHONHASHSEED": "7"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(root),
+        "RAYON_NUM_THREADS": "1",
+        "PYTHONHASHSEED": "7",
+    }
     done = subprocess.run(
-        [sys.executable, "-c", code], input=json.dumps(TEXTS), env=environment, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code],
+        input=json.dumps(TEXTS),
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert done.stdout.strip() == bpe.fingerprint
 
@@ -122,7 +150,7 @@ def test_byte_level_round_trip(bpe: Tokenizer, text: str):
     assert not (ids >= 324).any()
 
 
-# -- text is never special ---------------------------------------------------------------------------------------------
+# -- text is never special -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["bpe", "piece"])
@@ -149,7 +177,9 @@ def test_pickling_keeps_text_ordinary(bpe: Tokenizer, piece: Tokenizer):
 
 
 def test_a_special_token_that_is_a_word_of_the_model_is_refused(tmp_path: Path):
-    """Word-level with a splitter on spaces alone reads the word "[MASK]" from the model's own vocabulary."""
+    """Word-level with a splitter on spaces alone reads the word "[MASK]" from the model's own
+    vocabulary.
+    """
     from tokenizers import Tokenizer as Fast
     from tokenizers import pre_tokenizers
 
@@ -162,15 +192,21 @@ def test_a_special_token_that_is_a_word_of_the_model_is_refused(tmp_path: Path):
 
 
 @pytest.mark.parametrize("token", ["<|mdm_mask|>", "<|endoftext|>"])
-def test_a_user_defined_sentencepiece_symbol_as_special_token_is_refused(tmp_path: Path, token: str):
-    path = sentencepiece_model(tmp_path / "tokenizer.model", user_defined_symbols=[token], eos_id=-1)
+def test_a_user_defined_sentencepiece_symbol_as_special_token_is_refused(
+    tmp_path: Path, token: str
+):
+    path = sentencepiece_model(
+        tmp_path / "tokenizer.model", user_defined_symbols=[token], eos_id=-1
+    )
     with pytest.raises(UserError, match="is encoded as the special token") as refusal:
         Tokenizer.load(path, require_mask=False)
     assert token in str(refusal.value)
 
 
 def test_a_control_symbol_of_sentencepiece_is_a_mask_token(tmp_path: Path):
-    tokenizer = Tokenizer.load(sentencepiece_model(tmp_path / "m.model", control_symbols=["[MASK]"]))
+    tokenizer = Tokenizer.load(
+        sentencepiece_model(tmp_path / "m.model", control_symbols=["[MASK]"])
+    )
     assert tokenizer.token(tokenizer.mask_id) == "[MASK]"
     assert tokenizer.mask_id not in tokenizer.encode("a [MASK] b")
 
@@ -186,7 +222,7 @@ def test_an_ordinary_added_token_with_a_role_becomes_special(tmp_path: Path):
     assert Tokenizer.load(tmp_path / "saved").fingerprint == tokenizer.fingerprint
 
 
-# -- agreement with the libraries --------------------------------------------------------------------------------------
+# -- agreement with the libraries ------------------------------------------------------------------
 
 
 def test_autotokenizer_agrees(bpe: Tokenizer, bpe_folder: Path):
@@ -210,7 +246,12 @@ def test_what_transformers_saves_is_loaded(bpe: Tokenizer, bpe_folder: Path, tmp
 
     AutoTokenizer.from_pretrained(bpe_folder).save_pretrained(tmp_path)
     again = Tokenizer.load(tmp_path)
-    assert (again.vocab_size, again.mask_id, again.eos_id, again.pad_id) == (bpe.vocab_size, bpe.mask_id, bpe.eos_id, bpe.pad_id)
+    assert (again.vocab_size, again.mask_id, again.eos_id, again.pad_id) == (
+        bpe.vocab_size,
+        bpe.mask_id,
+        bpe.eos_id,
+        bpe.pad_id,
+    )
     assert again.encode(TEXTS[1]).tolist() == bpe.encode(TEXTS[1]).tolist()
 
 
@@ -236,17 +277,22 @@ def test_a_batch_is_its_texts_one_by_one(kind: str, request):
     assert (empty.size, none.size) == (0, 0)
 
 
-def test_truncation_and_padding_of_the_file_are_not_applied(bpe: Tokenizer, bpe_folder: Path, tmp_path: Path):
+def test_truncation_and_padding_of_the_file_are_not_applied(
+    bpe: Tokenizer, bpe_folder: Path, tmp_path: Path
+):
     from tokenizers import Tokenizer as Fast
 
     fast = Fast.from_file(str(bpe_folder / "tokenizer.json"))
     fast.enable_truncation(4)
     fast.enable_padding(length=64)
     fast.save(str(tmp_path / "other.json"))
-    assert Tokenizer.load(tmp_path / "other.json").encode(TEXTS[0]).tolist() == bpe.encode(TEXTS[0]).tolist()
+    assert (
+        Tokenizer.load(tmp_path / "other.json").encode(TEXTS[0]).tolist()
+        == bpe.encode(TEXTS[0]).tolist()
+    )
 
 
-# -- decoding ----------------------------------------------------------------------------------------------------------
+# -- decoding --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["bpe", "piece"])
@@ -264,7 +310,11 @@ def test_decode_with_special_tokens(kind: str, request):
 
 def test_tokens_for_people(bpe: Tokenizer, piece: Tokenizer):
     newline, space = bpe.encode("\n")[0], bpe.encode(" ")[0]
-    assert (bpe.token(newline), bpe.token(space), bpe.token(bpe.mask_id)) == ("\\n", " ", "<|mdm_mask|>")
+    assert (bpe.token(newline), bpe.token(space), bpe.token(bpe.mask_id)) == (
+        "\\n",
+        " ",
+        "<|mdm_mask|>",
+    )
     assert bpe.token(bpe.vocab_size) == f"<{bpe.vocab_size}>"
     part = bpe.encode("☃")[0]  # the first byte of three
     assert bpe.token(part).isprintable() and "\ufffd" not in bpe.token(part)
@@ -272,16 +322,26 @@ def test_tokens_for_people(bpe: Tokenizer, piece: Tokenizer):
     assert piece.token(piece.rows) == f"<{piece.rows}>"
 
 
-# -- roles and special tokens ------------------------------------------------------------------------------------------
+# -- roles and special tokens ----------------------------------------------------------------------
 
 
 def test_roles_from_the_config_come_first(tmp_path: Path):
     added = ["<x>", "<y>", "<z>", "</s>", "[MASK]"]
-    config = {"eos_token": "<x>", "mask_token": {"content": "<y>", "special": True}, "pad_token": "<gone>", "bos_token": None}
+    config = {
+        "eos_token": "<x>",
+        "mask_token": {"content": "<y>", "special": True},
+        "pad_token": "<gone>",
+        "bos_token": None,
+    }
     folder = word_level(tmp_path, ["a"], added, **config)
-    (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": "<y>", "bos_token": "<z>"}))
+    (folder / "special_tokens_map.json").write_text(
+        json.dumps({"eos_token": "<y>", "bos_token": "<z>"})
+    )
     tokenizer = Tokenizer.load(folder)
-    names = [None if i is None else tokenizer.token(i) for i in (tokenizer.eos_id, tokenizer.mask_id, tokenizer.bos_id, tokenizer.pad_id)]
+    names = [
+        None if i is None else tokenizer.token(i)
+        for i in (tokenizer.eos_id, tokenizer.mask_id, tokenizer.bos_id, tokenizer.pad_id)
+    ]
     assert names == ["<x>", "<y>", "<z>", None]
     assert Tokenizer.load(folder / "tokenizer.json").fingerprint == tokenizer.fingerprint
 
@@ -290,7 +350,12 @@ def test_roles_from_the_config_come_first(tmp_path: Path):
 @pytest.mark.parametrize("eos", ["<|endoftext|>", "</s>", "<|eot_id|>"])
 def test_roles_from_well_known_names(tmp_path: Path, mask: str, eos: str):
     tokenizer = Tokenizer.load(word_level(tmp_path, ["a"], [mask, eos]))
-    assert (tokenizer.mask_id, tokenizer.eos_id, tokenizer.bos_id, tokenizer.pad_id) == (2, 3, None, None)
+    assert (tokenizer.mask_id, tokenizer.eos_id, tokenizer.bos_id, tokenizer.pad_id) == (
+        2,
+        3,
+        None,
+        None,
+    )
 
 
 @pytest.mark.parametrize("missing", ["mask", "EOS"])
@@ -315,17 +380,28 @@ def test_missing_special_tokens_follow_the_last_id_and_roles_are_kept(tmp_path: 
     assert after.with_special_tokens().fingerprint == after.fingerprint
 
 
-def test_sentencepiece_special_tokens_live_beside_the_model(piece: Tokenizer, piece_model: Path, tmp_path: Path):
+def test_sentencepiece_special_tokens_live_beside_the_model(
+    piece: Tokenizer, piece_model: Path, tmp_path: Path
+):
     before = Tokenizer.load(piece_model, require_mask=False)
-    assert [piece.id_of(token) for token in SPECIAL_TOKENS] == list(range(before.vocab_size, before.vocab_size + 6))
+    assert [piece.id_of(token) for token in SPECIAL_TOKENS] == list(
+        range(before.vocab_size, before.vocab_size + 6)
+    )
     assert (piece.eos_id, piece.bos_id) == (before.eos_id, before.bos_id)
-    assert (piece.pad_id, piece.mask_id) == (piece.id_of("<|endoftext|>"), piece.id_of("<|mdm_mask|>"))
+    assert (piece.pad_id, piece.mask_id) == (
+        piece.id_of("<|endoftext|>"),
+        piece.id_of("<|mdm_mask|>"),
+    )
     piece.save(tmp_path)
     assert (tmp_path / "tokenizer.model").read_bytes() == piece_model.read_bytes()
     for path in (tmp_path, tmp_path / "tokenizer.model"):
         again = Tokenizer.load(path)
         assert again.fingerprint == piece.fingerprint
-        assert (again.eos_id, again.pad_id, again.mask_id) == (piece.eos_id, piece.pad_id, piece.mask_id)
+        assert (again.eos_id, again.pad_id, again.mask_id) == (
+            piece.eos_id,
+            piece.pad_id,
+            piece.mask_id,
+        )
 
 
 def test_ids_with_holes_are_refused(tmp_path: Path):
@@ -340,10 +416,12 @@ def test_ids_with_holes_are_refused(tmp_path: Path):
         tokenizer.with_special_tokens()
 
 
-# -- fingerprint -------------------------------------------------------------------------------------------------------
+# -- fingerprint -----------------------------------------------------------------------------------
 
 
-def test_fingerprint_survives_saving_and_layout_of_the_file(bpe: Tokenizer, bpe_folder: Path, tmp_path: Path):
+def test_fingerprint_survives_saving_and_layout_of_the_file(
+    bpe: Tokenizer, bpe_folder: Path, tmp_path: Path
+):
     first = Tokenizer.load(bpe_folder)
     first.save(tmp_path)
     path = tmp_path / "tokenizer.json"
@@ -351,22 +429,35 @@ def test_fingerprint_survives_saving_and_layout_of_the_file(bpe: Tokenizer, bpe_
     assert Tokenizer.load(tmp_path).fingerprint == first.fingerprint == bpe.fingerprint
 
 
-def test_fingerprint_follows_definition_and_roles(bpe: Tokenizer, piece: Tokenizer, bpe_folder: Path, tmp_path: Path):
+def test_fingerprint_follows_definition_and_roles(
+    bpe: Tokenizer, piece: Tokenizer, bpe_folder: Path, tmp_path: Path
+):
     bpe.save(tmp_path)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "eos_token": "<|eot_id|>"}))
-    others = [Tokenizer.load(tmp_path), train_byte_level_bpe(iter(TEXTS), 331), train_byte_level_bpe(iter(TEXTS[:1]), 330), piece]
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({**config, "eos_token": "<|eot_id|>"})
+    )
+    others = [
+        Tokenizer.load(tmp_path),
+        train_byte_level_bpe(iter(TEXTS), 331),
+        train_byte_level_bpe(iter(TEXTS[:1]), 330),
+        piece,
+    ]
     prints = [bpe.fingerprint, *(other.fingerprint for other in others)]
     assert len(set(prints)) == len(prints)
 
 
-# -- refusals of files -------------------------------------------------------------------------------------------------
+# -- refusals of files -----------------------------------------------------------------------------
 
 
 def test_paths_that_are_no_tokenizer_are_refused(tmp_path: Path):
     (tmp_path / "notes.txt").write_text("x")
     (tmp_path / "empty").mkdir()
-    for path, message in (("nowhere", "no such tokenizer"), ("notes.txt", "not a tokenizer"), ("empty", "no tokenizer in this folder")):
+    for path, message in (
+        ("nowhere", "no such tokenizer"),
+        ("notes.txt", "not a tokenizer"),
+        ("empty", "no tokenizer in this folder"),
+    ):
         with pytest.raises(UserError, match=f"{path}: {message}"):
             Tokenizer.load(tmp_path / path)
 
@@ -391,7 +482,9 @@ def test_broken_files_are_refused(tmp_path: Path, name: str, content: bytes, mes
 @pytest.mark.parametrize("role", ["eos", "mask"])
 def test_a_role_outside_the_vocabulary_is_refused(tmp_path: Path, role: str):
     folder = word_level(tmp_path, ["a"], ["</s>", "[MASK]"], **{f"{role}_token": "<gone>"})
-    with pytest.raises(UserError, match=f"tokenizer_config.json: {role}_token '<gone>' is not in the vocabulary"):
+    with pytest.raises(
+        UserError, match=f"tokenizer_config.json: {role}_token '<gone>' is not in the vocabulary"
+    ):
         Tokenizer.load(folder)
 
 

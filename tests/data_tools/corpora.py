@@ -14,13 +14,23 @@ from llada.tokenizer import Tokenizer
 Ids = list[list[int]]
 
 
-def write_corpus(folder: Path, tokenizer: Tokenizer, train: Sequence[Ids], validation: Sequence[Ids] = (), **changes: object) -> Path:
-    """A corpus of the documents (without EOS) of each shard, written with the plain shard writer."""
+def write_corpus(
+    folder: Path,
+    tokenizer: Tokenizer,
+    train: Sequence[Ids],
+    validation: Sequence[Ids] = (),
+    **changes: object,
+) -> Path:
+    """A corpus of the documents (without EOS) of each shard, written with the plain
+    shard writer.
+    """
     folder.mkdir(parents=True)
     entries = []
     for split, shards in zip(SPLITS, (train, validation), strict=True):
         for number, documents in enumerate(shards):
-            with ShardWriter(folder, f"{split}-{number:05d}", token_dtype(tokenizer.rows), split) as writer:
+            with ShardWriter(
+                folder, f"{split}-{number:05d}", token_dtype(tokenizer.rows), split
+            ) as writer:
                 flat = [i for ids in documents for i in [*ids, tokenizer.eos_id]]
                 text_bytes = sum(len(tokenizer.decode(ids).encode()) for ids in documents)
                 writer.append(np.array(flat), [len(ids) + 1 for ids in documents], text_bytes)
@@ -55,4 +65,8 @@ def documents_of(folder: Path, split: str) -> list[list[int]]:
 
 
 def shard_files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.suffix in (".bin", ".idx", ".replies")}
+    return {
+        path.name: path.read_bytes()
+        for path in sorted(folder.iterdir())
+        if path.suffix in (".bin", ".idx", ".replies")
+    }

@@ -52,7 +52,9 @@ def system(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def make(system: Path, megabytes: float, name: str = "out.jsonl") -> subprocess.CompletedProcess[str]:
+def make(
+    system: Path, megabytes: float, name: str = "out.jsonl"
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, SCRIPT, "--megabytes", str(megabytes), "--output", system / name],
         env={**os.environ, "PATH": str(system / "bin")},
@@ -68,7 +70,10 @@ def test_the_text_of_packages(system: Path):
     assert texts == ["größer", "Café\n\none two\nthree\n\na\n  b\n\nR&D €", "new"]
     digest = hashlib.sha256((system / "out.jsonl").read_bytes()).hexdigest()
     size = sum(len(text.encode()) for text in texts)
-    assert made.stdout == f"{system / 'out.jsonl'}: {size:,} bytes of text, 3 documents, sha256 {digest}\n"
+    assert (
+        made.stdout
+        == f"{system / 'out.jsonl'}: {size:,} bytes of text, 3 documents, sha256 {digest}\n"
+    )
     assert "linux-doc: passed over (E: No packages found)" in made.stderr
     assert "sha256 " + digest in make(system, 45 / 1e6, "again.jsonl").stdout
 
@@ -77,9 +82,14 @@ def test_too_little_text_and_no_apt_are_one_line(system: Path):
     (system / "bin" / "dpkg-deb").unlink()
     missing = make(system, 1)
     assert missing.returncode == 1
-    assert missing.stderr.splitlines()[-1] == "dpkg-deb is not here: this needs a Debian or Ubuntu system with apt-get and dpkg-deb"
+    assert (
+        missing.stderr.splitlines()[-1]
+        == "dpkg-deb is not here: this needs a Debian or Ubuntu system with apt-get and dpkg-deb"
+    )
     (system / "bin" / "apt-get").write_text("#!/bin/sh\necho E: offline >&2\nexit 1\n")
     little = make(system, 1)
     assert little.returncode == 1
-    assert little.stderr.splitlines()[-1].startswith("--megabytes: 1 asked for, the packages that apt offers hold 0.0")
+    assert little.stderr.splitlines()[-1].startswith(
+        "--megabytes: 1 asked for, the packages that apt offers hold 0.0"
+    )
     assert not list(system.glob("out.jsonl*"))

@@ -1,4 +1,6 @@
-"""One corpus in many ways: workers, tasks, kills, a full disk; always the same bytes, or one clear line and nothing lost."""
+"""One corpus in many ways: workers, tasks, kills, a full disk; always the same bytes, or one clear
+line and nothing lost.
+"""
 
 from __future__ import annotations
 
@@ -31,8 +33,21 @@ UNIT = 9000
 
 def texts(n: int, seed: int) -> list[str]:
     generator = random.Random(seed)
-    words = ["masked", "diffusion", "größer", "🙂", "the", "<|mdm_mask|>", "\n", "0x1F", "model", "a" * 50]
-    return [f"{i} " + " ".join(generator.choices(words, k=generator.randrange(60))) for i in range(n)]
+    words = [
+        "masked",
+        "diffusion",
+        "größer",
+        "🙂",
+        "the",
+        "<|mdm_mask|>",
+        "\n",
+        "0x1F",
+        "model",
+        "a" * 50,
+    ]
+    return [
+        f"{i} " + " ".join(generator.choices(words, k=generator.randrange(60))) for i in range(n)
+    ]
 
 
 def write_lines(path: Path, documents: list[str]) -> None:
@@ -40,7 +55,10 @@ def write_lines(path: Path, documents: list[str]) -> None:
     path.write_bytes(gzip.compress(content, mtime=0) if path.suffix == ".gz" else content)
 
 
-DOCUMENTS = {f"{name}.jsonl": texts(count, seed) for seed, (name, count) in enumerate({"a": 250, "b": 1, "c": 40, "d.0": 120}.items())}
+DOCUMENTS = {
+    f"{name}.jsonl": texts(count, seed)
+    for seed, (name, count) in enumerate({"a": 250, "b": 1, "c": 40, "d.0": 120}.items())
+}
 DOCUMENTS["c.jsonl"][7:9] = [DOCUMENTS["a.jsonl"][3]] * 2  # copies, over two files
 
 
@@ -64,7 +82,11 @@ def everything() -> list[str]:
 
 
 def sums(folder: Path) -> dict[str, str]:
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def make(place: Path, output: Path, **options) -> Manifest:
@@ -86,10 +108,12 @@ def whole(request: pytest.FixtureRequest, place: Path) -> tuple[bool, dict[str, 
     return request.param, sums(folder)
 
 
-# -- the same bytes ----------------------------------------------------------------------------------------------------
+# -- the same bytes --------------------------------------------------------------------------------
 
 
-def test_every_document_is_there_once_and_megatron_reads_it(place: Path, whole: tuple[bool, dict[str, str]]):
+def test_every_document_is_there_once_and_megatron_reads_it(
+    place: Path, whole: tuple[bool, dict[str, str]]
+):
     deduplicated, _ = whole
     folder = place / f"whole-{deduplicated}"
     manifest = Manifest.load(folder)
@@ -97,14 +121,21 @@ def test_every_document_is_there_once_and_megatron_reads_it(place: Path, whole: 
     expected = everything()
     if deduplicated:
         expected = list(dict.fromkeys(expected))
-        assert manifest.skipped["documents that repeat an earlier one"] == len(everything()) - len(expected) > 1
+        assert (
+            manifest.skipped["documents that repeat an earlier one"]
+            == len(everything()) - len(expected)
+            > 1
+        )
     for split in ("train", "validation"):
-        own = [text for text in expected if (hash_of(text) < 0.1 * 2**64) == (split == "validation")]
+        own = [
+            text for text in expected if (hash_of(text) < 0.1 * 2**64) == (split == "validation")
+        ]
         read = [ids for entry in manifest.of(split) for ids in documents(folder / entry.name)]
         assert read == [[*encoder.encode(text).tolist(), encoder.eos_id] for text in own]
         assert manifest.totals(split)[2] == sum(len(text.encode()) for text in own)
     assert len(manifest.of("train")) > 10
-    assert all(entry.tokens >= 2000 for entry in manifest.of("validation")[:-1])  # of all units together
+    # of all units together
+    assert all(entry.tokens >= 2000 for entry in manifest.of("validation")[:-1])
     assert sum(source["documents"] for source in manifest.sources) == len(everything())
 
 
@@ -115,7 +146,9 @@ def hash_of(text: str) -> int:
 
 
 def documents(path: Path) -> list[list[int]]:
-    from megatron.core.datasets.indexed_dataset import IndexedDataset  # not at the top: workers import this module
+    from megatron.core.datasets.indexed_dataset import (
+        IndexedDataset,
+    )  # not at the top: workers import this module
 
     dataset = IndexedDataset(str(path))
     return [dataset[i].tolist() for i in range(len(dataset))]
@@ -135,7 +168,12 @@ def test_five_tasks_in_any_order(place: Path, whole: tuple[bool, dict[str, str]]
         task = waiting.pop(0)
         rounds += 1
         try:
-            make(place, tmp_path / "corpus", dedup=whole[0], effort=Effort(task=task, tasks=5, wait=0))
+            make(
+                place,
+                tmp_path / "corpus",
+                dedup=whole[0],
+                effort=Effort(task=task, tasks=5, wait=0),
+            )
         except TryAgain as error:
             assert whole[0] and "are still to come from other tasks" in str(error)
             waiting.append(task)
@@ -143,7 +181,8 @@ def test_five_tasks_in_any_order(place: Path, whole: tuple[bool, dict[str, str]]
             assert f"task {task} of 5 is done" in str(error)
     assert rounds == (5 if not whole[0] else rounds)
     assert sums(tmp_path / "corpus") == whole[1]
-    assert make(place, tmp_path / "corpus", dedup=whole[0], effort=Effort(task=2, tasks=5)).plan  # once more: nothing to do
+    # once more: nothing to do
+    assert make(place, tmp_path / "corpus", dedup=whole[0], effort=Effort(task=2, tasks=5)).plan
     assert sums(tmp_path / "corpus") == whole[1]
 
 
@@ -153,8 +192,9 @@ from data_tools.build import Effort
 from data_tools.prepare import prepare
 if __name__ == "__main__":
     place, output, dedup, workers = sys.argv[1:]
-    prepare([place + "/in"], place + "/tokenizer", output, unit_bytes={unit}, validation_fraction=0.1, shard_tokens=2000,
-            dedup=dedup == "True", effort=Effort(workers=int(workers)))
+    prepare([place + "/in"], place + "/tokenizer", output, unit_bytes={unit},
+            validation_fraction=0.1, shard_tokens=2000, dedup=dedup == "True",
+            effort=Effort(workers=int(workers)))
 """
 
 
@@ -185,7 +225,9 @@ def test_ten_kills_at_random_moments(deduplicated: bool, place: Path, tmp_path: 
     assert not target.with_name("corpus.partial").exists()
 
 
-def start(script: Path, place: Path, target: Path, deduplicated: bool, workers: int) -> processes.Process:
+def start(
+    script: Path, place: Path, target: Path, deduplicated: bool, workers: int
+) -> processes.Process:
     words = (str(script), str(place), str(target), str(deduplicated), str(workers))
     environment = {**os.environ, "PYTHONPATH": str(processes.ROOT)}
     return processes.start(*words, cwd=place, env=environment, stdout=processes.DEVNULL)
@@ -194,10 +236,16 @@ def start(script: Path, place: Path, target: Path, deduplicated: bool, workers: 
 def done(target: Path) -> int:
     """Units (or hashes of units) that are finished."""
     partial = target.with_name("corpus.partial")
-    return sum(1 for folder in ("units", "hashes", "duplicates") for _ in (partial / folder).glob("[0-9]*.[jn]*"))
+    return sum(
+        1
+        for folder in ("units", "hashes", "duplicates")
+        for _ in (partial / folder).glob("[0-9]*.[jn]*")
+    )
 
 
-def test_units_done_by_two_at_once_are_the_same(place: Path, whole: tuple[bool, dict[str, str]], tmp_path: Path):
+def test_units_done_by_two_at_once_are_the_same(
+    place: Path, whole: tuple[bool, dict[str, str]], tmp_path: Path
+):
     """The same command twice at the same time, as after a mistaken second submission."""
     script = tmp_path / "prepare.py"
     script.write_text(COMMAND.format(unit=UNIT))
@@ -207,7 +255,7 @@ def test_units_done_by_two_at_once_are_the_same(place: Path, whole: tuple[bool, 
     assert sums(tmp_path / "corpus") == whole[1]
 
 
-# -- interruptions -----------------------------------------------------------------------------------------------------
+# -- interruptions ---------------------------------------------------------------------------------
 
 
 def counting(monkeypatch: pytest.MonkeyPatch, fails_at: int, error: BaseException) -> list[int]:
@@ -227,9 +275,16 @@ def counting(monkeypatch: pytest.MonkeyPatch, fails_at: int, error: BaseExceptio
     return units
 
 
-def test_what_is_finished_is_not_done_again(place: Path, whole: tuple[bool, dict[str, str]], tmp_path: Path, monkeypatch):
+def test_what_is_finished_is_not_done_again(
+    place: Path, whole: tuple[bool, dict[str, str]], tmp_path: Path, monkeypatch
+):
     units = counting(monkeypatch, 6, KeyboardInterrupt())
-    with pytest.raises(KeyboardInterrupt, match=r"5 of \d+ units are finished and kept in '.*corpus.partial': the same command goes on"):
+    with pytest.raises(
+        KeyboardInterrupt,
+        match=(
+            r"5 of \d+ units are finished and kept in '.*corpus.partial': the same command goes on"
+        ),
+    ):
         make(place, tmp_path / "corpus", dedup=whole[0])
     assert not (tmp_path / "corpus").exists()
     with pytest.raises(UserError, match=r"no manifest.json"):
@@ -258,11 +313,19 @@ def test_hashes_are_kept_too(place: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert hashed == [0, 1, 2, 3, *range(3, max(hashed) + 1)]
 
 
-def test_an_unfinished_preparation_of_something_else_is_refused(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_an_unfinished_preparation_of_something_else_is_refused(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     counting(monkeypatch, 3, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         make(place, tmp_path / "corpus")
-    with pytest.raises(UserError, match=r"unfinished preparation with other settings \(shard_tokens 2000, now 3000\); --force discards it"):
+    with pytest.raises(
+        UserError,
+        match=(
+            r"unfinished preparation with other settings \(shard_tokens 2000, now 3000\); --force"
+            r" discards it"
+        ),
+    ):
         make(place, tmp_path / "corpus", shard_tokens=3000)
     with pytest.raises(UserError, match=r"unfinished preparation of other inputs"):
         prepare(
@@ -277,13 +340,19 @@ def test_an_unfinished_preparation_of_something_else_is_refused(place: Path, tmp
     train_byte_level_bpe(iter(["other text"] * 9), 300).save(other)
     with pytest.raises(UserError, match=r"with other settings \(tokenizer '"):
         make(place, tmp_path / "corpus", tokenizer_path=other)
-    assert make(place, tmp_path / "corpus", shard_tokens=3000, force=True).options["shard_tokens"] == 3000
+    assert (
+        make(place, tmp_path / "corpus", shard_tokens=3000, force=True).options["shard_tokens"]
+        == 3000
+    )
     (tmp_path / "mine.partial").mkdir()
     (tmp_path / "mine.partial" / "notes").touch()
     with pytest.raises(UserError, match=r"mine.partial' is in the way"):
         make(place, tmp_path / "mine")
     (tmp_path / "mine.partial" / "plan.json").write_text('{"sources": []}')
-    with pytest.raises(UserError, match=r"mine.partial/plan.json: damaged, .*; remove '.*mine.partial' to start over"):
+    with pytest.raises(
+        UserError,
+        match=r"mine.partial/plan.json: damaged, .*; remove '.*mine.partial' to start over",
+    ):
         make(place, tmp_path / "mine")
 
 
@@ -304,7 +373,9 @@ def test_inputs_that_change_meanwhile(place: Path, tmp_path: Path, monkeypatch: 
         os.utime(path, (1, 1))
         prepare([path], place / "tokenizer", tmp_path / "corpus", unit_bytes=UNIT)
     monkeypatch.setattr(build, "make_plan", changed)
-    with pytest.raises(UserError, match=r"a.jsonl has changed since the preparation began; start over with --force"):
+    with pytest.raises(
+        UserError, match=r"a.jsonl has changed since the preparation began; start over with --force"
+    ):
         prepare([path], place / "tokenizer", tmp_path / "corpus", unit_bytes=UNIT, force=True)
 
 
@@ -319,11 +390,17 @@ def small_disk(tmp_path: Path):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_full_disk(workers: int, place: Path, whole: tuple[bool, dict[str, str]], small_disk: Path):
+def test_a_full_disk(
+    workers: int, place: Path, whole: tuple[bool, dict[str, str]], small_disk: Path
+):
     ballast = small_disk / "ballast"
     ballast.write_bytes(bytes(700_000))
     with pytest.raises(
-        RunError, match=r"No space left on device\); \d+ of \d+ units are finished and kept .*: the same command goes on"
+        RunError,
+        match=(
+            r"No space left on device\); \d+ of \d+ units are finished and kept .*: the same"
+            r" command goes on"
+        ),
     ) as caught:
         make(place, small_disk / "corpus", dedup=whole[0], effort=Effort(workers=workers))
     assert "\n" not in str(caught.value)
@@ -358,23 +435,33 @@ class _Failing:
         return work
 
 
-@pytest.mark.parametrize("error", [UserError("a"), RunError("b"), OSError(28, "No space"), ValueError("d")])
+@pytest.mark.parametrize(
+    "error", [UserError("a"), RunError("b"), OSError(28, "No space"), ValueError("d")]
+)
 def test_what_a_worker_raises_is_raised(error: Exception):
     seen: list[tuple[int, ...]] = []
-    with pytest.raises(RuntimeError if isinstance(error, ValueError) else type(error), match=str(error.args[0])):
+    with pytest.raises(
+        RuntimeError if isinstance(error, ValueError) else type(error), match=str(error.args[0])
+    ):
         pool.run(_Failing(error), "any", range(2), 2, lambda *numbers: seen.append(numbers))
     assert (1, 2, 3) in seen
 
 
-# -- duplicates --------------------------------------------------------------------------------------------------------
+# -- duplicates ------------------------------------------------------------------------------------
 
 
-def test_duplicates_are_merged_a_range_at_a_time(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_duplicates_are_merged_a_range_at_a_time(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     make(place, tmp_path / "whole", dedup=True)
     monkeypatch.setattr(dedup, "ROWS_AT_ONCE", 50)
     seen: list[int] = []
     merge = dedup.MergeJob._merge
-    monkeypatch.setattr(dedup.MergeJob, "_merge", lambda self, number, advance: (seen.append(number), merge(self, number, advance)))
+    monkeypatch.setattr(
+        dedup.MergeJob,
+        "_merge",
+        lambda self, number, advance: (seen.append(number), merge(self, number, advance)),
+    )
     make(place, tmp_path / "corpus", dedup=True)
     assert seen == list(range(len(everything()) // 50 + 1))
     assert sums(tmp_path / "corpus") == sums(tmp_path / "whole")
@@ -386,15 +473,24 @@ def test_the_first_copy_stays(place: Path, tmp_path: Path):
     for number in range(3):
         write_lines(tmp_path / f"{number}.jsonl", found[200 * number : 200 * (number + 1)])
     inputs = [tmp_path / f"{number}.jsonl" for number in (2, 0, 1)]
-    manifest = prepare(inputs, place / "tokenizer", tmp_path / "corpus", unit_bytes=700, validation_fraction=0.0, dedup=True)
+    manifest = prepare(
+        inputs,
+        place / "tokenizer",
+        tmp_path / "corpus",
+        unit_bytes=700,
+        validation_fraction=0.0,
+        dedup=True,
+    )
     order = found[400:] + found[:400]
     encoder = Tokenizer.load(place / "tokenizer")
     read = [ids for entry in manifest.shards for ids in documents(tmp_path / "corpus" / entry.name)]
-    assert read == [[*encoder.encode(text).tolist(), encoder.eos_id] for text in dict.fromkeys(order)]
+    assert read == [
+        [*encoder.encode(text).tolist(), encoder.eos_id] for text in dict.fromkeys(order)
+    ]
     assert manifest.skipped == {"documents that repeat an earlier one": 600 - len(set(found))}
 
 
-# -- what users get wrong ----------------------------------------------------------------------------------------------
+# -- what users get wrong --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -402,7 +498,10 @@ def test_the_first_copy_stays(place: Path, tmp_path: Path):
     [
         ({"workers": 0}, "--workers: 0 is less than 1"),
         ({"tasks": 0}, "--tasks: 0 is less than 1"),
-        ({"task": 5, "tasks": 5}, r"--task: 5 is not one of 0..4, the numbers of the tasks \(--tasks 5\)"),
+        (
+            {"task": 5, "tasks": 5},
+            r"--task: 5 is not one of 0..4, the numbers of the tasks \(--tasks 5\)",
+        ),
         ({"task": -1}, "--task: -1 is not one of 0..0"),
         ({"workers": 10**6}, "--workers: 1000000 is more than 4,096, the most that are allowed"),
         ({"tasks": 10**12}, "--tasks: 1000000000000 is more than 1,000,000"),
@@ -414,7 +513,9 @@ def test_efforts_that_are_refused(effort: dict[str, float], message: str):
         Effort(**effort)
 
 
-def test_another_task_finished_the_corpus(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_another_task_finished_the_corpus(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """Between the last unit of this task and its own attempt to finish."""
     from data_tools import finish
 
@@ -435,10 +536,12 @@ def test_another_task_finished_the_corpus(place: Path, tmp_path: Path, monkeypat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "whole"]
 
 
-# -- two commands, one output ------------------------------------------------------------------------------------------
+# -- two commands, one output ----------------------------------------------------------------------
 
 
-def instead_of(monkeypatch: pytest.MonkeyPatch, module: object, name: str, first: Callable[[], object]) -> None:
+def instead_of(
+    monkeypatch: pytest.MonkeyPatch, module: object, name: str, first: Callable[[], object]
+) -> None:
     """The next call of a function runs `first` before it does its work."""
     function = getattr(module, name)
 
@@ -450,17 +553,28 @@ def instead_of(monkeypatch: pytest.MonkeyPatch, module: object, name: str, first
     monkeypatch.setattr(module, name, late)
 
 
-def test_another_command_finishes_first(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_another_command_finishes_first(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """After this one looked whether the output is free."""
-    instead_of(monkeypatch, build, "make_plan", lambda: make(place, tmp_path / "corpus", shard_tokens=3000))
-    with pytest.raises(UserError, match="corpus' was made by another command while this one ran, and stays as it is"):
+    instead_of(
+        monkeypatch, build, "make_plan", lambda: make(place, tmp_path / "corpus", shard_tokens=3000)
+    )
+    with pytest.raises(
+        UserError,
+        match="corpus' was made by another command while this one ran, and stays as it is",
+    ):
         make(place, tmp_path / "corpus")
     assert Manifest.load(tmp_path / "corpus").options["shard_tokens"] == 3000
     assert os.listdir(tmp_path) == ["corpus"]
 
 
-def test_another_command_begins_first(place: Path, whole: tuple[bool, dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Its settings are others: this one neither works in its folder nor, with --force, removes it while it is in use."""
+def test_another_command_begins_first(
+    place: Path, whole: tuple[bool, dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Its settings are others: this one neither works in its folder nor, with --force, removes it
+    while it is in use.
+    """
     from data_tools import finish
 
     refusals: list[str] = []
@@ -471,7 +585,9 @@ def test_another_command_begins_first(place: Path, whole: tuple[bool, dict[str, 
         refusals.append(str(caught.value))
 
     def while_it_works() -> None:
-        refused(False, r"unfinished preparation with other settings \(.*shard_tokens 2000, now 3000")
+        refused(
+            False, r"unfinished preparation with other settings \(.*shard_tokens 2000, now 3000"
+        )
         refused(True, "other processes may be at work in it")
 
     instead_of(monkeypatch, finish, "_put_together", while_it_works)
@@ -487,12 +603,19 @@ def test_another_command_begins_first(place: Path, whole: tuple[bool, dict[str, 
             make(place, tmp_path / "late" / "corpus")
 
     instead_of(monkeypatch, build, "make_plan", begun)
-    with pytest.raises(UserError, match=r"another command is preparing it with other settings \(shard_tokens 2000, now 3000\)"):
+    with pytest.raises(
+        UserError,
+        match=(
+            r"another command is preparing it with other settings \(shard_tokens 2000, now 3000\)"
+        ),
+    ):
         make(place, tmp_path / "late" / "corpus", shard_tokens=3000)
     assert os.listdir(tmp_path / "late") == ["corpus.partial"]
 
 
-def test_an_output_that_appears_at_the_end(place: Path, whole: tuple[bool, dict[str, str]], tmp_path: Path, monkeypatch):
+def test_an_output_that_appears_at_the_end(
+    place: Path, whole: tuple[bool, dict[str, str]], tmp_path: Path, monkeypatch
+):
     from data_tools import finish
 
     output = tmp_path / "corpus"
@@ -502,7 +625,13 @@ def test_an_output_that_appears_at_the_end(place: Path, whole: tuple[bool, dict[
         (output / "notes").touch()
 
     instead_of(monkeypatch, finish, "_put_together", taken)
-    with pytest.raises(UserError, match=r"was made by another command .* this corpus is whole in '.*corpus.partial': move one away"):
+    with pytest.raises(
+        UserError,
+        match=(
+            r"was made by another command .* this corpus is whole in '.*corpus.partial': move one"
+            r" away"
+        ),
+    ):
         make(place, output, dedup=whole[0])
     assert os.listdir(output) == ["notes"]
     output.rename(tmp_path / "notes")

@@ -1,4 +1,6 @@
-"""`llada data ...` as users type it. A user's mistake arrives as UserError, which the top level prints."""
+"""`llada data ...` as users type it. A user's mistake arrives as UserError, which the top level
+prints.
+"""
 
 from __future__ import annotations
 
@@ -40,25 +42,59 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """a.txt, b.txt, c.jsonl, a tokenizer `tok` and a corpus `corpus` of all three."""
     folder = tmp_path_factory.mktemp("place")
     for name in "ab":
-        (folder / f"{name}.txt").write_text(f"{name}: the quick brown fox jumps over the lazy dog\n" * 20)
-    (folder / "c.jsonl").write_text("".join(json.dumps({"text": f"line {i}"}) + "\n" for i in range(50)))
+        (folder / f"{name}.txt").write_text(
+            f"{name}: the quick brown fox jumps over the lazy dog\n" * 20
+        )
+    (folder / "c.jsonl").write_text(
+        "".join(json.dumps({"text": f"line {i}"}) + "\n" for i in range(50))
+    )
     inputs = [folder / name for name in ("a.txt", "b.txt", "c.jsonl")]
     shown("tokenizer", "train", "--input", *inputs, "--vocab-size", 300, "--output", folder / "tok")
-    shown("prepare", "--input", *inputs, "--tokenizer", folder / "tok", "--output", folder / "corpus", "--validation-fraction", 0.2)
+    shown(
+        "prepare",
+        "--input",
+        *inputs,
+        "--tokenizer",
+        folder / "tok",
+        "--output",
+        folder / "corpus",
+        "--validation-fraction",
+        0.2,
+    )
     return folder
 
 
 def test_inputs_in_every_form(place: Path, tmp_path: Path):
     a, b, c = (place / name for name in ("a.txt", "b.txt", "c.jsonl"))
-    for i, words in enumerate(([f"--input={a}", b, c], ["--input", a, "--input", b, "--input", c], ["--input", a, b, "--input", c])):
+    for i, words in enumerate(
+        (
+            [f"--input={a}", b, c],
+            ["--input", a, "--input", b, "--input", c],
+            ["--input", a, b, "--input", c],
+        )
+    ):
         shown("prepare", *words, "--tokenizer", place / "tok", "--output", tmp_path / str(i))
         sources = Manifest.load(tmp_path / str(i)).sources
-        assert sorted((source["path"], source["documents"]) for source in sources) == [(str(a), 1), (str(b), 1), (str(c), 50)]
+        assert sorted((source["path"], source["documents"]) for source in sources) == [
+            (str(a), 1),
+            (str(b), 1),
+            (str(c), 50),
+        ]
 
 
 def test_prepare_prints_what_it_made(place: Path, tmp_path: Path):
     output = tmp_path / "corpus"
-    text = shown("prepare", "--input", place / "c.jsonl", "--tokenizer", place / "tok", "--output", output, "--validation-fraction", 0)
+    text = shown(
+        "prepare",
+        "--input",
+        place / "c.jsonl",
+        "--tokenizer",
+        place / "tok",
+        "--output",
+        output,
+        "--validation-fraction",
+        0,
+    )
     assert "train: 50 documents, " in text
     assert "validation: no documents; training on this corpus has no validation" in text
     assert text.endswith(f"\n{output}\n")
@@ -123,20 +159,42 @@ def test_every_option_arrives(place: Path, tmp_path: Path):
             ["--input", "data_tools", "--output", "data_tools/corpus"],
             "--output: 'data_tools/corpus' lies inside data_tools, which is only read",
         ),
-        (["--max-length", str(10**30)], "is more than 1,099,511,627,776 bytes, and a document has to fit into memory"),
+        (
+            ["--max-length", str(10**30)],
+            "is more than 1,099,511,627,776 bytes, and a document has to fit into memory",
+        ),
     ],
 )
-def test_mistakes_are_one_line(words: list[str], message: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_mistakes_are_one_line(
+    words: list[str], message: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.chdir(Path(__file__).parents[2])
-    given = ["--input", place / "c.jsonl", "--tokenizer", place / "tok", "--output", tmp_path / "out"]
+    given = [
+        "--input",
+        place / "c.jsonl",
+        "--tokenizer",
+        place / "tok",
+        "--output",
+        tmp_path / "out",
+    ]
     assert message in refusal("prepare", *given, *words)
     assert not list(tmp_path.iterdir())
 
 
 def test_missing_options_are_usage_errors(place: Path, tmp_path: Path):
-    assert llada_data("prepare", "--input", place / "a.txt", "--output", tmp_path / "x").exit_code == 2
-    assert llada_data("prepare", "--tokenizer", place / "tok", "--output", tmp_path / "x").exit_code == 2
-    assert llada_data("tokenizer", "train", "--input", place / "a.txt", "--output", tmp_path / "x").exit_code == 2
+    assert (
+        llada_data("prepare", "--input", place / "a.txt", "--output", tmp_path / "x").exit_code == 2
+    )
+    assert (
+        llada_data("prepare", "--tokenizer", place / "tok", "--output", tmp_path / "x").exit_code
+        == 2
+    )
+    assert (
+        llada_data(
+            "tokenizer", "train", "--input", place / "a.txt", "--output", tmp_path / "x"
+        ).exit_code
+        == 2
+    )
 
 
 def test_inspect(place: Path):
@@ -153,7 +211,17 @@ def test_verify(place: Path, tmp_path: Path):
     assert "not a prepared corpus" in refusal("verify", tmp_path)
 
     damaged = tmp_path / "corpus"
-    shown("prepare", "--input", place / "c.jsonl", "--tokenizer", place / "tok", "--output", damaged, "--validation-fraction", 0.3)
+    shown(
+        "prepare",
+        "--input",
+        place / "c.jsonl",
+        "--tokenizer",
+        place / "tok",
+        "--output",
+        damaged,
+        "--validation-fraction",
+        0.3,
+    )
     for name in ("train-00000.bin", "validation-00000.idx"):
         path = damaged / name
         path.write_bytes(path.read_bytes()[:-1])
@@ -164,7 +232,16 @@ def test_verify(place: Path, tmp_path: Path):
     assert "train-00000.bin" in lines[0]
     assert "validation-00000.idx" in lines[1]
     assert str(result.exception) == f"{damaged}: 2 problems, the first: {lines[0]}"
-    shown("prepare", "--input", place / "c.jsonl", "--tokenizer", place / "tok", "--output", damaged, "--force")
+    shown(
+        "prepare",
+        "--input",
+        place / "c.jsonl",
+        "--tokenizer",
+        place / "tok",
+        "--output",
+        damaged,
+        "--force",
+    )
     (damaged / "train-00000.bin").unlink()
     result = llada_data("verify", damaged)
     assert "train-00000.bin" in str(result.exception)
@@ -173,9 +250,19 @@ def test_verify(place: Path, tmp_path: Path):
 
 def test_a_tokenizer_that_was_replaced(place: Path, tmp_path: Path):
     """By another valid one of the same size: every command that reads token ids with it refuses."""
-    shown("prepare", "--input", place / "c.jsonl", "--tokenizer", place / "tok", "--output", tmp_path / "corpus")
+    shown(
+        "prepare",
+        "--input",
+        place / "c.jsonl",
+        "--tokenizer",
+        place / "tok",
+        "--output",
+        tmp_path / "corpus",
+    )
     shutil.rmtree(tmp_path / "corpus" / "tokenizer")
-    train_byte_level_bpe(iter(["sphinx of black quartz judge my vow"] * 9), 300).save(tmp_path / "corpus" / "tokenizer")
+    train_byte_level_bpe(iter(["sphinx of black quartz judge my vow"] * 9), 300).save(
+        tmp_path / "corpus" / "tokenizer"
+    )
     message = f"{tmp_path / 'corpus' / 'tokenizer'}: not the tokenizer of this corpus"
     for words in (
         ["verify", tmp_path / "corpus"],
@@ -190,14 +277,31 @@ def test_a_tokenizer_that_was_replaced(place: Path, tmp_path: Path):
 
 def test_outputs_inside_a_corpus(place: Path, tmp_path: Path):
     inside = place / "corpus" / "new"
-    for words in (["split", place / "corpus", "--parts", 2], ["export", place / "corpus"], ["merge", place / "corpus", tmp_path / "other"]):
+    for words in (
+        ["split", place / "corpus", "--parts", 2],
+        ["export", place / "corpus"],
+        ["merge", place / "corpus", tmp_path / "other"],
+    ):
         if words[0] == "merge":
-            shown("prepare", "--input", place / "b.txt", "--tokenizer", place / "tok", "--output", tmp_path / "other")
+            shown(
+                "prepare",
+                "--input",
+                place / "b.txt",
+                "--tokenizer",
+                place / "tok",
+                "--output",
+                tmp_path / "other",
+            )
         output = inside.with_suffix(".jsonl") if words[0] == "export" else inside
-        assert f"--output: '{output}' lies inside {place / 'corpus'}, which is only read" in refusal(*words, "--output", output)
+        assert (
+            f"--output: '{output}' lies inside {place / 'corpus'}, which is only read"
+            in refusal(*words, "--output", output)
+        )
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"])
+@pytest.mark.parametrize(
+    "name", ["manifest.json", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"]
+)
 def test_files_that_are_nested_too_deep(name: str, place: Path, tmp_path: Path):
     shutil.copytree(place / "corpus", tmp_path / "corpus")
     (tmp_path / "corpus" / name).write_text('{"a":' * 3000 + "1" + "}" * 3000)
@@ -205,10 +309,22 @@ def test_files_that_are_nested_too_deep(name: str, place: Path, tmp_path: Path):
 
 
 def test_tokenizer_train(place: Path, tmp_path: Path):
-    words = ["tokenizer", "train", "--input", place / "a.txt", place / "b.txt", "--vocab-size", 270, "--output", tmp_path / "t"]
+    words = [
+        "tokenizer",
+        "train",
+        "--input",
+        place / "a.txt",
+        place / "b.txt",
+        "--vocab-size",
+        270,
+        "--output",
+        tmp_path / "t",
+    ]
     lines = shown(*words).splitlines()
     made = Tokenizer.load(tmp_path / "t")
-    assert lines[0] == f"{tmp_path / 't'}: 270 ids, 384 rows, mask {made.mask_id}, EOS {made.eos_id}"
+    assert (
+        lines[0] == f"{tmp_path / 't'}: 270 ids, 384 rows, mask {made.mask_id}, EOS {made.eos_id}"
+    )
     texts = [(place / name).read_text() for name in ("a.txt", "b.txt")]
     ratio = sum(map(len, texts)) / sum(len(made.encode(text)) for text in texts)
     size = sum(map(len, texts))
@@ -216,13 +332,36 @@ def test_tokenizer_train(place: Path, tmp_path: Path):
     assert lines[2].startswith(f"{ratio:.2f} bytes per token, {1 / ratio:.3f} tokens per byte, ")
     assert "exists; --force replaces a tokenizer" in refusal(*words)
     shown(*words, "--force")
-    sampled = [*words[:-4], "--vocab-size", 295, "--kind", "bpe", "--sample-bytes", 1500, "--output", tmp_path / "piece"]
+    sampled = [
+        *words[:-4],
+        "--vocab-size",
+        295,
+        "--kind",
+        "bpe",
+        "--sample-bytes",
+        1500,
+        "--output",
+        tmp_path / "piece",
+    ]
     assert f"trained on {size // 2:,} of {size:,} bytes of text" in shown(*sampled)
     assert (tmp_path / "piece" / "tokenizer.model").is_file()
-    assert "'unigrm' is none of byte-bpe, unigram, bpe (did you mean 'unigram'?)" in refusal(*words, "--force", "--kind", "unigrm")
+    assert "'unigrm' is none of byte-bpe, unigram, bpe (did you mean 'unigram'?)" in refusal(
+        *words, "--force", "--kind", "unigrm"
+    )
     assert "--sample-bytes: 0 is less than 1" in refusal(*words, "--force", "--sample-bytes", 0)
-    assert "--vocab-size: 1000000000000 is more than 10,000,000" in refusal(*words, "--force", "--vocab-size", 10**12)
-    many = shown("tokenizer", "train", "--input", place / "c.jsonl", "--vocab-size", 5000, "--output", tmp_path / "many")
+    assert "--vocab-size: 1000000000000 is more than 10,000,000" in refusal(
+        *words, "--force", "--vocab-size", 10**12
+    )
+    many = shown(
+        "tokenizer",
+        "train",
+        "--input",
+        place / "c.jsonl",
+        "--vocab-size",
+        5000,
+        "--output",
+        tmp_path / "many",
+    )
     assert "(the text has pairs for no more than that, 5,000 were asked for)" in many
 
 
@@ -237,14 +376,25 @@ def test_tokenizer_info(place: Path, tmp_path: Path):
         f" pad: {made.pad_id} <|endoftext|>",
         f"mask: {made.mask_id} <|mdm_mask|>",
         "further special tokens: "
-        + ", ".join(f"{made.id_of(name)} {name}" for name in ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")),
+        + ", ".join(
+            f"{made.id_of(name)} {name}"
+            for name in ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+        ),
     ]
     assert lines[-1].startswith("encoder: ")
-    measured = shown("tokenizer", "info", place / "tok", "--input", place / "c.jsonl", "--input", place / "a.txt").splitlines()
+    measured = shown(
+        "tokenizer", "info", place / "tok", "--input", place / "c.jsonl", "--input", place / "a.txt"
+    ).splitlines()
     texts = [f"line {i}" for i in range(50)] + [(place / "a.txt").read_text()]
-    size, tokens, words = (sum(map(f, texts)) for f in (len, lambda text: len(made.encode(text)), lambda text: len(text.split())))
+    size, tokens, words = (
+        sum(map(f, texts))
+        for f in (len, lambda text: len(made.encode(text)), lambda text: len(text.split()))
+    )
     assert measured[:-1] == lines
-    fit = f"{size / tokens:.2f} bytes per token, {tokens / size:.3f} tokens per byte, {tokens / words:.2f} tokens per word"
+    fit = (
+        f"{size / tokens:.2f} bytes per token, {tokens / size:.3f} tokens per byte,"
+        f" {tokens / words:.2f} tokens per word"
+    )
     assert measured[-1] == f"{fit} on {size:,} bytes, a sample of the input"
     assert "no file or folder" in refusal("tokenizer", "info", place / "tok", "--input", "nothing")
     definition = json.loads((place / "tok" / "tokenizer.json").read_text())
@@ -257,7 +407,22 @@ def test_tokenizer_info(place: Path, tmp_path: Path):
 
 
 def test_the_commands_are_quick_to_import():
-    heavy = ["numpy", "torch", "tokenizers", "xxhash", "orjson", "zstandard", "pydantic", "megatron"]
+    heavy = [
+        "numpy",
+        "torch",
+        "tokenizers",
+        "xxhash",
+        "orjson",
+        "zstandard",
+        "pydantic",
+        "megatron",
+    ]
     code = f"import sys, data_tools.cli; print([name for name in {heavy} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[2],
+    )
     assert done.stdout.strip() == "[]"

@@ -20,7 +20,12 @@ from data_tools import contamination as module
 from data_tools.contamination import Contamination, evaluation_texts, words_of
 from llada.errors import UserError
 
-IDEOGRAPHIC = ("IDEOGRAPHIC ITERATION", "IDEOGRAPHIC CLOSING", "IDEOGRAPHIC NUMBER", "IDEOGRAPHIC ANNOTATION")
+IDEOGRAPHIC = (
+    "IDEOGRAPHIC ITERATION",
+    "IDEOGRAPHIC CLOSING",
+    "IDEOGRAPHIC NUMBER",
+    "IDEOGRAPHIC ANNOTATION",
+)
 KANA = ("HIRAGANA", "KATAKANA", "HALFWIDTH KATAKANA", "HENTAIGANA")
 CJK = ("CJK UNIFIED", "CJK COMPATIBILITY", "HANGUL SYLLABLE", *IDEOGRAPHIC, *KANA)
 
@@ -73,7 +78,11 @@ def test_words_of_any_text(text: str):
 
 def test_words_of_every_character():
     for start in range(0, sys.maxunicode + 1, 1 << 12):
-        characters = [chr(i) for i in range(start, start + (1 << 12)) if unicodedata.category(chr(i)) not in ("Cs", "Cn", "Co")]
+        characters = [
+            chr(i)
+            for i in range(start, start + (1 << 12))
+            if unicodedata.category(chr(i)) not in ("Cs", "Cn", "Co")
+        ]
         text = "x".join(characters)
         assert words_of(text) == plain_words(text)
 
@@ -83,7 +92,12 @@ one_text = st.lists(st.sampled_from([*vocabulary, "unknown"]), max_size=12).map(
 
 
 @settings(max_examples=200, deadline=None)
-@given(evaluation=st.lists(one_text, min_size=1, max_size=5), texts=st.lists(one_text, max_size=6), n=st.integers(1, 4), data=st.data())
+@given(
+    evaluation=st.lists(one_text, min_size=1, max_size=5),
+    texts=st.lists(one_text, max_size=6),
+    n=st.integers(1, 4),
+    data=st.data(),
+)
 def test_overlaps_are_those_of_brute_force(evaluation: list[str], texts: list[str], n: int, data):
     short = sum(len(plain_words(text)) < n for text in evaluation)
     if short == len(evaluation):
@@ -92,7 +106,9 @@ def test_overlaps_are_those_of_brute_force(evaluation: list[str], texts: list[st
         return
     found = Contamination(evaluation, n)
     assert (found.texts, found.too_short) == (len(evaluation), short)
-    assert found.ngrams == len({tuple(w[i : i + n]) for w in map(plain_words, evaluation) for i in range(len(w) - n + 1)})
+    assert found.ngrams == len(
+        {tuple(w[i : i + n]) for w in map(plain_words, evaluation) for i in range(len(w) - n + 1)}
+    )
     result = found.overlaps(texts)
     assert result.dtype == np.bool_
     assert result.tolist() == plain_overlaps(evaluation, texts, n)
@@ -104,14 +120,23 @@ def test_colliding_hashes_change_nothing(evaluation: list[str], texts: list[str]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_MULTIPLIER", 1 << 63)  # two hashes in all
         evaluation = [*evaluation, "a b c", "b a c", "c c c c", "a a b c"]
-        assert Contamination(evaluation, 3).overlaps(texts).tolist() == plain_overlaps(evaluation, texts, 3)
+        assert Contamination(evaluation, 3).overlaps(texts).tolist() == plain_overlaps(
+            evaluation, texts, 3
+        )
 
 
 def test_thirteen_words_by_default_and_none_across_texts():
     words = [f"w{i}" for i in range(20)]
     found = Contamination([" ".join(words), "too short"])
     assert (found.ngram, found.too_short, found.ngrams) == (13, 1, 8)
-    texts = [" ".join(words[3:16]), " ".join(words[3:15]), " ".join(words[15:]), "", "W3, w4;" + "-".join(words[5:16]), " ".join(words[:7])]
+    texts = [
+        " ".join(words[3:16]),
+        " ".join(words[3:15]),
+        " ".join(words[15:]),
+        "",
+        "W3, w4;" + "-".join(words[5:16]),
+        " ".join(words[:7]),
+    ]
     assert found.overlaps(texts).tolist() == [True, False, False, False, True, False]
     assert found.overlaps([]).tolist() == []
     across = Contamination([" ".join(words[:10]) + " end", "start " + " ".join(words[10:])], 5)
@@ -123,10 +148,17 @@ def test_another_process_finds_the_same(tmp_path: Path):
     found = Contamination(["one two three four", "five six seven"], 3)
     texts = ["x two three four", "two three five", "five six seven"]
     (tmp_path / "c.pickle").write_bytes(pickle.dumps((found, texts)))
-    code = "import pickle,sys; c, t = pickle.load(open(sys.argv[1], 'rb')); print(c.overlaps(t).tolist())"
+    code = (
+        "import pickle,sys; c, t = pickle.load(open(sys.argv[1], 'rb'));"
+        " print(c.overlaps(t).tolist())"
+    )
     root = str(Path(__file__).parents[2])
     process = subprocess.run(
-        [sys.executable, "-c", code, tmp_path / "c.pickle"], env={"PYTHONPATH": root}, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code, tmp_path / "c.pickle"],
+        env={"PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert process.stdout.strip() == str(found.overlaps(texts).tolist()) == "[True, False, True]"
 
@@ -136,18 +168,24 @@ def test_a_megabyte_takes_no_second():
     generator = np.random.default_rng(0)
     words = np.array([f"word{i}" for i in range(20000)])
     texts = [" ".join(words[generator.integers(0, len(words), 1500)]) for _ in range(60)]
-    evaluation = [" ".join(words[generator.permutation(len(words))]) for _ in range(3)]  # every word is known, no n-gram is
+    evaluation = [
+        " ".join(words[generator.permutation(len(words))]) for _ in range(3)
+    ]  # every word is known, no n-gram is
     found = Contamination(evaluation)
     started = time.process_time()
     assert not found.overlaps(texts).any()
     assert sum(map(len, texts)) / 1e6 / (time.process_time() - started) > 1
 
 
-# -- evaluation texts --------------------------------------------------------------------------------------------------
+# -- evaluation texts ------------------------------------------------------------------------------
 
 
 def test_texts_of_files(tmp_path: Path):
-    records = [{"question": "q one", "choices": {"text": ["a", "b"], "n": 3}, "answer": None}, "bare", ["x", [{"y": "z"}]]]
+    records = [
+        {"question": "q one", "choices": {"text": ["a", "b"], "n": 3}, "answer": None},
+        "bare",
+        ["x", [{"y": "z"}]],
+    ]
     lines = "\ufeff" + "\n\n".join(json.dumps(record) for record in records)
     (tmp_path / "e.jsonl").write_text(lines)
     (tmp_path / "e.json.gz").write_bytes(gzip.compress(lines.encode()))
@@ -166,7 +204,11 @@ def test_texts_of_files(tmp_path: Path):
     [
         ("missing.txt", None, "no file '"),
         ("a.jsonl", b'{"a": "b"}\n{"a"\n', "a.jsonl:2: not JSON"),
-        ("a.json", b'["b", {"a"]', "a.json: cannot be read (element 2, which begins at byte 5, does not end)"),
+        (
+            "a.json",
+            b'["b", {"a"]',
+            "a.json: cannot be read (element 2, which begins at byte 5, does not end)",
+        ),
         ("a.json", b'["b", {"a"}]', "a.json, element 2: not JSON"),
         ("a.jsonl", b'{"a": 1}\n', "no text in"),
         ("a.txt", b" \n", "no text in"),

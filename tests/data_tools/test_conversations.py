@@ -18,7 +18,9 @@ from llada.errors import UserError
 Q, A, S = Message("user", "q"), Message("assistant", "a"), Message("system", "s")
 
 
-def turns(*pairs: tuple[str, Any], keys: tuple[str, str] = ("role", "content")) -> list[dict[str, Any]]:
+def turns(
+    *pairs: tuple[str, Any], keys: tuple[str, str] = ("role", "content")
+) -> list[dict[str, Any]]:
     return [dict(zip(keys, pair, strict=True)) for pair in pairs]
 
 
@@ -28,21 +30,50 @@ GOOD = [
     ({"prompt": "q", "response": "a", "system": "s"}, {}, [S, Q, A]),
     ({"prompt": "q", "response": "a", "system": None}, {}, [Q, A]),
     ({"prompt": "q", "response": "a", "system": " "}, {}, [Q, A]),
-    ({"q": "q", "a": "a", "sys": "s"}, {"prompt": "q", "response": "a", "system": "sys"}, [S, Q, A]),
+    (
+        {"q": "q", "a": "a", "sys": "s"},
+        {"prompt": "q", "response": "a", "system": "sys"},
+        [S, Q, A],
+    ),
     ({"messages": turns(("user", "q"), ("assistant", "a"))}, {}, [Q, A]),
     ({"messages": turns(("System", "s"), ("USER", "q"), ("model", "a"))}, {}, [S, Q, A]),
-    ({"messages": turns(("user", "q"), ("assistant", "a")), "prompt": "q", "prompt_id": "1"}, {}, [Q, A]),
-    ({"messages": turns(("user", "q"), ("assistant", "a")), "prompt": None, "response": None}, {}, [Q, A]),
+    (
+        {"messages": turns(("user", "q"), ("assistant", "a")), "prompt": "q", "prompt_id": "1"},
+        {},
+        [Q, A],
+    ),
+    (
+        {"messages": turns(("user", "q"), ("assistant", "a")), "prompt": None, "response": None},
+        {},
+        [Q, A],
+    ),
     ({"conversations": SHARE}, {}, [Q, A]),
     ({"conversations": SHARE, "system": "s"}, {}, [S, Q, A]),
-    ({"conversations": turns(("system", "s"), ("user", "q"), ("chatgpt", "a"), keys=("from", "value"))}, {}, [S, Q, A]),
+    (
+        {
+            "conversations": turns(
+                ("system", "s"), ("user", "q"), ("chatgpt", "a"), keys=("from", "value")
+            )
+        },
+        {},
+        [S, Q, A],
+    ),
     ({"conversations": turns(("human", "q"), ("bot", "a"))}, {}, [Q, A]),
     ({"talk": SHARE}, {"conversations": "talk"}, [Q, A]),
-    ({"messages": SHARE, "conversations": turns(("user", "x"), ("assistant", "y"))}, {"form": "messages"}, [Q, A]),
+    (
+        {"messages": SHARE, "conversations": turns(("user", "x"), ("assistant", "y"))},
+        {"form": "messages"},
+        [Q, A],
+    ),
     ({"messages": "x", "conversations": SHARE}, {"form": "sharegpt"}, [Q, A]),
     ({"messages": "x", "prompt": "q", "response": "a"}, {"form": "prompt-response"}, [Q, A]),
     (
-        {"messages": turns(("user", [{"type": "text", "text": "a b"}, {"type": "text", "text": " c"}]), ("assistant", "a"))},
+        {
+            "messages": turns(
+                ("user", [{"type": "text", "text": "a b"}, {"type": "text", "text": " c"}]),
+                ("assistant", "a"),
+            )
+        },
         {},
         [Message("user", "a b c"), A],
     ),
@@ -51,11 +82,27 @@ GOOD = [
         {"prompt": "instruction", "context": "input", "response": "output"},
         [Message("user", "Add.\n\n1 2"), Message("assistant", "3")],
     ),
-    ({"instruction": "q", "input": "", "output": "a"}, {"prompt": "instruction", "context": "input", "response": "output"}, [Q, A]),
-    ({"instruction": "q", "output": "a"}, {"prompt": "instruction", "context": "input", "response": "output"}, [Q, A]),
+    (
+        {"instruction": "q", "input": "", "output": "a"},
+        {"prompt": "instruction", "context": "input", "response": "output"},
+        [Q, A],
+    ),
+    (
+        {"instruction": "q", "output": "a"},
+        {"prompt": "instruction", "context": "input", "response": "output"},
+        [Q, A],
+    ),
     ({"instruction": "q", "input": "", "output": "a", "text": "x"}, {}, [Q, A]),
-    ({"instruction": "q", "input": None, "output": "a", "system": "s", "history": []}, {}, [S, Q, A]),
-    ({"instruction": "Add.", "input": "1 2", "output": "3"}, {}, [Message("user", "Add.\n\n1 2"), Message("assistant", "3")]),
+    (
+        {"instruction": "q", "input": None, "output": "a", "system": "s", "history": []},
+        {},
+        [S, Q, A],
+    ),
+    (
+        {"instruction": "Add.", "input": "1 2", "output": "3"},
+        {},
+        [Message("user", "Add.\n\n1 2"), Message("assistant", "3")],
+    ),
     (
         {"instruction": "q", "output": "a", "history": [["r", "b"]], "system": "s"},
         {},
@@ -72,7 +119,9 @@ GOOD = [
 
 
 @pytest.mark.parametrize(("record", "options", "wanted"), GOOD)
-def test_a_record_is_these_turns(record: Any, options: dict[str, Any], wanted: list[Message]) -> None:
+def test_a_record_is_these_turns(
+    record: Any, options: dict[str, Any], wanted: list[Message]
+) -> None:
     fields = pickle.loads(pickle.dumps(Fields(**options)))
     talk = fields.conversation(record)
     assert list(talk.messages) == wanted
@@ -82,38 +131,130 @@ def test_a_record_is_these_turns(record: Any, options: dict[str, Any], wanted: l
 BAD = [
     ({"prompt": "q"}, {}, "field 'response' is missing", "lines without the field"),
     ({"promt": "q", "response": "a"}, {}, "(did you mean 'promt'?)", "lines without the field"),
-    ({"prompt": "q", "response": "a", "messages": []}, {}, "choose with --format", "more than one conversation"),
-    ({"messages": [], "conversations": SHARE}, {}, "'messages' and 'conversations' are two", "more than one conversation"),
-    ({"prompt": "q", "response": "a"}, {"form": "sharegpt"}, "field 'conversations' is missing", "lines without the field"),
+    (
+        {"prompt": "q", "response": "a", "messages": []},
+        {},
+        "choose with --format",
+        "more than one conversation",
+    ),
+    (
+        {"messages": [], "conversations": SHARE},
+        {},
+        "'messages' and 'conversations' are two",
+        "more than one conversation",
+    ),
+    (
+        {"prompt": "q", "response": "a"},
+        {"form": "sharegpt"},
+        "field 'conversations' is missing",
+        "lines without the field",
+    ),
     (["q"], {"form": "messages"}, "a JSON list", "lines without the field"),
     ({"conversations": {"from": "human"}}, {}, "not a list of turns", "without turns"),
-    ({"conversations": turns(("human", "q"), ("gtp", "a"), keys=("from", "value"))}, {}, "'gtp' (did you mean 'gpt'?)", "unknown role"),
-    ({"messages": turns(("user", "q"), ("tool", "x"), ("assistant", "a"))}, {}, "turn 2: unknown role 'tool'", "unknown role"),
     (
-        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": None, "tool_calls": [1]}]},
+        {"conversations": turns(("human", "q"), ("gtp", "a"), keys=("from", "value"))},
+        {},
+        "'gtp' (did you mean 'gpt'?)",
+        "unknown role",
+    ),
+    (
+        {"messages": turns(("user", "q"), ("tool", "x"), ("assistant", "a"))},
+        {},
+        "turn 2: unknown role 'tool'",
+        "unknown role",
+    ),
+    (
+        {
+            "messages": [
+                {"role": "user", "content": "q"},
+                {"role": "assistant", "content": None, "tool_calls": [1]},
+            ]
+        },
         {},
         "turn 2",
         "tool calls",
     ),
-    ({"messages": turns(("user", [{"type": "image"}]), ("assistant", "a"))}, {}, "turn 1: a part of type 'image'", "not text"),
-    ({"messages": turns(("user", ["x"]), ("assistant", "a"))}, {}, "turn 1: a part of type 'str'", "not text"),
-    ({"messages": turns(("user", [{"type": "text"}]), ("assistant", "a"))}, {}, "turn 1: field 'text' is missing", "bad turn"),
+    (
+        {"messages": turns(("user", [{"type": "image"}]), ("assistant", "a"))},
+        {},
+        "turn 1: a part of type 'image'",
+        "not text",
+    ),
+    (
+        {"messages": turns(("user", ["x"]), ("assistant", "a"))},
+        {},
+        "turn 1: a part of type 'str'",
+        "not text",
+    ),
+    (
+        {"messages": turns(("user", [{"type": "text"}]), ("assistant", "a"))},
+        {},
+        "turn 1: field 'text' is missing",
+        "bad turn",
+    ),
     ({"messages": ["q", "a"]}, {}, "turn 1: a JSON str", "bad turn"),
-    ({"conversations": [{"from": "human", "content": "q"}]}, {}, "turn 1: field 'value' is missing", "bad turn"),
-    ({"messages": turns(("user", "q"), ("assistant", "a"), ("user", "r"))}, {}, "--drop-trailing", "without a reply at the end"),
-    ({"messages": turns(("user", "q"))}, {"drop_trailing": True}, "no turn is the assistant's", "without any reply"),
-    ({"messages": turns(("system", "t"), ("user", "q"), ("assistant", "a")), "system": "s"}, {}, "field 'system'", "two system prompts"),
-    ({"prompt": "q", "response": "a", "system": 3}, {}, "field 'system' is not a string but int", "not a string"),
+    (
+        {"conversations": [{"from": "human", "content": "q"}]},
+        {},
+        "turn 1: field 'value' is missing",
+        "bad turn",
+    ),
+    (
+        {"messages": turns(("user", "q"), ("assistant", "a"), ("user", "r"))},
+        {},
+        "--drop-trailing",
+        "without a reply at the end",
+    ),
+    (
+        {"messages": turns(("user", "q"))},
+        {"drop_trailing": True},
+        "no turn is the assistant's",
+        "without any reply",
+    ),
+    (
+        {"messages": turns(("system", "t"), ("user", "q"), ("assistant", "a")), "system": "s"},
+        {},
+        "field 'system'",
+        "two system prompts",
+    ),
+    (
+        {"prompt": "q", "response": "a", "system": 3},
+        {},
+        "field 'system' is not a string but int",
+        "not a string",
+    ),
     ({"prompt": "q", "response": " "}, {}, "(turn 2) is empty", "empty response"),
-    ({"instruction": "q", "output": "a", "conversations": SHARE}, {}, "choose with --format", "more than one conversation"),
-    ({"instruction": "q", "input": "a"}, {"form": "alpaca"}, "field 'output' is missing", "lines without the field"),
-    ({"instruction": "q", "output": "a", "history": [["r"]]}, {}, "'history' is not a list of pairs", "bad history"),
-    ({"instruction": "q", "output": "a", "history": "r"}, {}, "'history' is not a list of pairs", "bad history"),
+    (
+        {"instruction": "q", "output": "a", "conversations": SHARE},
+        {},
+        "choose with --format",
+        "more than one conversation",
+    ),
+    (
+        {"instruction": "q", "input": "a"},
+        {"form": "alpaca"},
+        "field 'output' is missing",
+        "lines without the field",
+    ),
+    (
+        {"instruction": "q", "output": "a", "history": [["r"]]},
+        {},
+        "'history' is not a list of pairs",
+        "bad history",
+    ),
+    (
+        {"instruction": "q", "output": "a", "history": "r"},
+        {},
+        "'history' is not a list of pairs",
+        "bad history",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("record", "options", "message", "reason"), BAD)
-def test_what_is_no_conversation(record: Any, options: dict[str, Any], message: str, reason: str) -> None:
+def test_what_is_no_conversation(
+    record: Any, options: dict[str, Any], message: str, reason: str
+) -> None:
     with pytest.raises(BadRecord) as caught:
         Fields(**options).conversation(record)
     assert message in str(caught.value)
@@ -131,12 +272,26 @@ def test_turns_after_the_last_reply_are_left_out_when_asked() -> None:
 
 
 def test_another_form_is_refused() -> None:
-    with pytest.raises(UserError, match=r"--format: 'shareGPT' is not allowed \(did you mean 'sharegpt'\?\); one of auto"):
+    with pytest.raises(
+        UserError,
+        match=r"--format: 'shareGPT' is not allowed \(did you mean 'sharegpt'\?\); one of auto",
+    ):
         Fields(form="shareGPT")
 
 
 def test_the_examples_in_the_documents() -> None:
     text = (Path(__file__).parents[2] / "docs" / "sft.md").read_text(encoding="utf-8")
-    examples = [json.loads(line) for block in re.findall(r"(?ms)^```json\n(.*?)^```", text) for line in block.splitlines()]
-    roles = [[message.role for message in Fields().conversation(example).messages] for example in examples]
-    assert roles == [["user", "assistant"], *[["system", "user", "assistant"]] * 3, ["user", "assistant"]]
+    examples = [
+        json.loads(line)
+        for block in re.findall(r"(?ms)^```json\n(.*?)^```", text)
+        for line in block.splitlines()
+    ]
+    roles = [
+        [message.role for message in Fields().conversation(example).messages]
+        for example in examples
+    ]
+    assert roles == [
+        ["user", "assistant"],
+        *[["system", "user", "assistant"]] * 3,
+        ["user", "assistant"],
+    ]

@@ -29,8 +29,12 @@ def corpus(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Pa
     """Two training shards and one of validation, lengths from 1 to some thousand."""
     generator = np.random.default_rng(2)
     lengths = [[int(2 ** generator.uniform(0, 11)) - 1 for _ in range(n)] for n in (90, 41, 20)]
-    shards = [[generator.integers(65, 90, length).tolist() for length in shard] for shard in lengths]
-    return write_corpus(tmp_path_factory.mktemp("inspect") / "corpus", tokenizer, shards[:2], shards[2:])
+    shards = [
+        [generator.integers(65, 90, length).tolist() for length in shard] for shard in lengths
+    ]
+    return write_corpus(
+        tmp_path_factory.mktemp("inspect") / "corpus", tokenizer, shards[:2], shards[2:]
+    )
 
 
 def test_statistics_are_those_of_plain_counting(corpus: Path, tokenizer: Tokenizer):
@@ -56,17 +60,26 @@ def test_statistics_are_those_of_plain_counting(corpus: Path, tokenizer: Tokeniz
         sizes = [shard.num_tokens for shard in Corpus.open(corpus).shards(split)]
         assert numbers["windows"]["windows"] == sum(size // 100 for size in sizes)
         assert numbers["windows"]["tail_tokens"] == sum(size % 100 for size in sizes)
-        assert [s["start"] for s in numbers["samples"]] == [tokenizer.decode(documents[s["document"]][:40]) for s in numbers["samples"]]
+        assert [s["start"] for s in numbers["samples"]] == [
+            tokenizer.decode(documents[s["document"]][:40]) for s in numbers["samples"]
+        ]
         assert len(numbers["samples"]) == 5
 
 
 def test_text_shows_the_same(corpus: Path):
     text = shown("inspect", corpus, "--samples", 1, "--sequence-length", 100)
     assert text == describe(corpus, 1, 100) + "\n"
-    numbers = json.loads(shown("inspect", corpus, "--json", "--sequence-length", 100))["splits"]["train"]
+    numbers = json.loads(shown("inspect", corpus, "--json", "--sequence-length", 100))["splits"][
+        "train"
+    ]
     lengths, windows = numbers["lengths"], numbers["windows"]
-    assert f"median {lengths['median']:,}, 90 % up to {lengths['p90']:,}, 99 % up to {lengths['p99']:,}, longest {lengths['max']:,}" in text
-    assert f"{windows['windows']:,} windows of 100 tokens; {windows['tail_tokens']:,} tokens (" in text
+    assert (
+        f"median {lengths['median']:,}, 90 % up to {lengths['p90']:,}, 99 % up to"
+        f" {lengths['p99']:,}, longest {lengths['max']:,}" in text
+    )
+    assert (
+        f"{windows['windows']:,} windows of 100 tokens; {windows['tail_tokens']:,} tokens (" in text
+    )
     assert "windows of" not in shown("inspect", corpus)
     assert "train document 0: '" in text
     assert "--sequence-length: 0" in refusal("inspect", corpus, "--sequence-length", 0)
@@ -75,14 +88,19 @@ def test_text_shows_the_same(corpus: Path):
 def test_large_corpora_are_sampled_and_say_so(tmp_path: Path, tokenizer: Tokenizer):
     """Lengths grow along the corpus: a sample that leaves a part out would show it."""
     lengths = [1 + i // 300 for i in range(30_000)]
-    shards = [[[65] * (length - 1) for length in part] for part in (lengths[:7000], lengths[7000:7003], lengths[7003:])]
+    shards = [
+        [[65] * (length - 1) for length in part]
+        for part in (lengths[:7000], lengths[7000:7003], lengths[7003:])
+    ]
     folder = write_corpus(tmp_path / "c", tokenizer, shards)
     opened = Corpus.open(folder)
     assert sampled_lengths(opened.shards("train"), 30_000).tolist() == lengths
     everything = statistics(opened, samples=0, exact=8192)
     found = everything["splits"]["train"]["lengths"]
     assert 0.8 * 8192 <= found["documents_read"] <= 8192
-    assert f"EOS counted, of {found['documents_read']:,} of the 30,000 documents" in as_text(everything, opened)
+    assert f"EOS counted, of {found['documents_read']:,} of the 30,000 documents" in as_text(
+        everything, opened
+    )
     assert found["mean"] == pytest.approx(plain.mean(lengths))
     stretch = 30_000 / 8 / 300  # of which one block is read, in units of length
     assert found["median"] == pytest.approx(50, abs=stretch / 2)
@@ -97,11 +115,13 @@ def test_the_picture_is_one(corpus: Path, tmp_path: Path):
         assert picture.format == "PNG"
         assert len(set(picture.convert("L").resize((40, 40)).tobytes())) > 5  # not blank
     assert "does not end with .png" in refusal("inspect", corpus, "--png", tmp_path / "lengths.svg")
-    assert "--png: " in refusal("inspect", corpus, "--png", tmp_path / "lengths.png" / "lengths.png")
+    assert "--png: " in refusal(
+        "inspect", corpus, "--png", tmp_path / "lengths.png" / "lengths.png"
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["lengths.png"]
 
 
-# -- verify ------------------------------------------------------------------------------------------------------------
+# -- verify ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -110,8 +130,14 @@ def test_a_flipped_bit_in_any_file_is_named(tmp_path: Path, tokenizer: Tokenizer
     records = [{"prompt": f"question {i}", "response": "yes " * (i % 7 + 1)} for i in range(40)]
     (tmp_path / "c.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     folder = tmp_path / "corpus"
-    prepare_sft([tmp_path / "c.jsonl"], tmp_path / "tok", folder, validation_fraction=0.3, shard_tokens=500)
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix in (".bin", ".idx", ".replies"))
+    prepare_sft(
+        [tmp_path / "c.jsonl"], tmp_path / "tok", folder, validation_fraction=0.3, shard_tokens=500
+    )
+    files = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and path.suffix in (".bin", ".idx", ".replies")
+    )
     assert {path.suffix for path in files} == {".bin", ".idx", ".replies"}
     assert len(files) >= 9
     assert check(folder, workers) == []

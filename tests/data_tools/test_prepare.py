@@ -1,4 +1,6 @@
-"""Preparation against plain recomputation: token stream, split, shards; and nothing left behind when it fails."""
+"""Preparation against plain recomputation: token stream, split, shards; and nothing left behind
+when it fails.
+"""
 
 from __future__ import annotations
 
@@ -26,13 +28,28 @@ from llada.errors import RunError, UserError
 from llada.tokenizer import Tokenizer, train_byte_level_bpe
 from tests.stand_ins import like
 
-WORDS = ["masked", "diffusion", "größer", "🙂", "the", "<|mdm_mask|>", "<|endoftext|>", "\n", "0x1F", "model"]
+WORDS = [
+    "masked",
+    "diffusion",
+    "größer",
+    "🙂",
+    "the",
+    "<|mdm_mask|>",
+    "<|endoftext|>",
+    "\n",
+    "0x1F",
+    "model",
+]
 
 
 def documents(n: int) -> list[str]:
     """Texts of 1 to some hundred characters, special tokens spelt out in them."""
     generator = np.random.default_rng(7)
-    return [f"{i} " + " ".join(WORDS[k] for k in generator.integers(0, len(WORDS), generator.integers(0, 40))) for i in range(n)]
+    return [
+        f"{i} "
+        + " ".join(WORDS[k] for k in generator.integers(0, len(WORDS), generator.integers(0, 40)))
+        for i in range(n)
+    ]
 
 
 TEXTS = documents(300)
@@ -53,7 +70,11 @@ def source(tmp_path: Path) -> Path:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def held_out(text: str, fraction: float) -> bool:
@@ -74,9 +95,18 @@ def stored(folder: Path, split: str) -> list[list[list[int]]]:
 
 @pytest.mark.parametrize("fraction", [0.0, 0.3])
 @pytest.mark.parametrize("limit", [40, 500, 2**28])
-def test_the_token_stream(fraction: float, limit: int, tokenizer: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_token_stream(
+    fraction: float,
+    limit: int,
+    tokenizer: Path,
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
     monkeypatch.setattr(passes, "BATCH_BYTES", 1000)
-    manifest = prepare([source], tokenizer, tmp_path / "corpus", validation_fraction=fraction, shard_tokens=limit)
+    manifest = prepare(
+        [source], tokenizer, tmp_path / "corpus", validation_fraction=fraction, shard_tokens=limit
+    )
     encoder = Tokenizer.load(tokenizer)
     for split in ("train", "validation"):
         texts = [text for text in TEXTS if held_out(text, fraction) == (split == "validation")]
@@ -88,23 +118,46 @@ def test_the_token_stream(fraction: float, limit: int, tokenizer: Path, source: 
             shards[-1].append([*encoder.encode(text).tolist(), encoder.eos_id])
         assert stored(tmp_path / "corpus", split) == [shard for shard in shards if shard]
         tokens = sum(len(document) for shard in shards for document in shard)
-        assert manifest.totals(split) == (len(texts), tokens, sum(len(text.encode()) for text in texts))
-        assert [entry.name for entry in manifest.of(split)] == [f"{split}-{i:05d}" for i, shard in enumerate(shards) if shard]
-    ids = [i for split in ("train", "validation") for shard in stored(tmp_path / "corpus", split) for d in shard for i in d[:-1]]
+        assert manifest.totals(split) == (
+            len(texts),
+            tokens,
+            sum(len(text.encode()) for text in texts),
+        )
+        assert [entry.name for entry in manifest.of(split)] == [
+            f"{split}-{i:05d}" for i, shard in enumerate(shards) if shard
+        ]
+    ids = [
+        i
+        for split in ("train", "validation")
+        for shard in stored(tmp_path / "corpus", split)
+        for d in shard
+        for i in d[:-1]
+    ]
     assert not {encoder.mask_id, encoder.eos_id} & set(ids)
     assert problems(tmp_path / "corpus") == []
 
 
-def test_the_folder_is_self_contained_and_the_same_again(tokenizer: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_folder_is_self_contained_and_the_same_again(
+    tokenizer: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     for name in ("one", "two"):
         prepare([source], tokenizer, tmp_path / name, validation_fraction=0.1, shard_tokens=1000)
         monkeypatch.setattr(passes, "BATCH_BYTES", 700)  # how documents are grouped changes nothing
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
     manifest = Manifest.load(tmp_path / "one")
     copy = Tokenizer.load(tmp_path / "one" / "tokenizer")
-    assert copy.fingerprint == Tokenizer.load(tokenizer).fingerprint == manifest.tokenizer_fingerprint
-    assert (manifest.rows, manifest.vocab_size, manifest.mask_id, manifest.eos_id) == (384, 320, copy.mask_id, copy.eos_id)
-    assert manifest.sources == [{"path": str(source), "bytes": source.stat().st_size, "documents": 300}]
+    assert (
+        copy.fingerprint == Tokenizer.load(tokenizer).fingerprint == manifest.tokenizer_fingerprint
+    )
+    assert (manifest.rows, manifest.vocab_size, manifest.mask_id, manifest.eos_id) == (
+        384,
+        320,
+        copy.mask_id,
+        copy.eos_id,
+    )
+    assert manifest.sources == [
+        {"path": str(source), "bytes": source.stat().st_size, "documents": 300}
+    ]
     assert manifest.options["shard_tokens"] == 1000
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
@@ -115,7 +168,9 @@ def test_megatron_reads_it(tokenizer: Path, source: Path, tmp_path: Path):
     prepare([source], tokenizer, tmp_path / "corpus", validation_fraction=0.0)
     encoder = Tokenizer.load(tokenizer)
     dataset = IndexedDataset(str(tmp_path / "corpus" / "train-00000"))
-    assert [dataset[i].tolist() for i in range(len(dataset))] == [[*encoder.encode(text), encoder.eos_id] for text in TEXTS]
+    assert [dataset[i].tolist() for i in range(len(dataset))] == [
+        [*encoder.encode(text), encoder.eos_id] for text in TEXTS
+    ]
 
 
 def test_special_tokens_are_added_to_the_copy(tokenizer: Path, source: Path, tmp_path: Path):
@@ -136,7 +191,9 @@ def test_what_is_left_out_is_counted(tokenizer: Path, tmp_path: Path):
     folder.mkdir()
     (folder / "a.jsonl").write_text('{"text": "eins"}\noops\n{"text": 1}\n{"text": ""}\n')
     (folder / "b.csv").write_text("1")
-    manifest = prepare([folder], tokenizer, tmp_path / "corpus", skip_bad=True, validation_fraction=0.0)
+    manifest = prepare(
+        [folder], tokenizer, tmp_path / "corpus", skip_bad=True, validation_fraction=0.0
+    )
     assert manifest.skipped == {
         "documents empty": 1,
         "files with another extension": 1,
@@ -145,8 +202,14 @@ def test_what_is_left_out_is_counted(tokenizer: Path, tmp_path: Path):
     }
     count = len(Tokenizer.load(tokenizer).encode("eins")) + 1
     assert summary(manifest).splitlines() == [
-        f"train: 1 documents, {count} tokens, 4 bytes of text, {4 / count:.2f} bytes per token, 1 shard",
-        "validation: no documents; training on this corpus has no validation (--validation-fraction is 0)",
+        (
+            f"train: 1 documents, {count} tokens, 4 bytes of text, {4 / count:.2f} bytes per token,"
+            " 1 shard"
+        ),
+        (
+            "validation: no documents; training on this corpus has no validation"
+            " (--validation-fraction is 0)"
+        ),
         "left out: 1 documents empty",
         "left out: 1 files with another extension",
         "left out: 1 lines not JSON",
@@ -179,7 +242,14 @@ class _Interrupted:
         (ValueError("x"), ValueError),
     ],
 )
-def test_nothing_is_left_behind(error: BaseException, seen, tokenizer: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_nothing_is_left_behind(
+    error: BaseException,
+    seen,
+    tokenizer: Path,
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
     monkeypatch.setattr(passes, "BATCH_BYTES", 1000)
     broken = _Interrupted(Tokenizer.load(tokenizer), error)
     monkeypatch.setattr(module, "open_encoder", lambda *_: broken)
@@ -192,7 +262,9 @@ def test_nothing_is_left_behind(error: BaseException, seen, tokenizer: Path, sou
     assert [path.name for path in tmp_path.iterdir()] == [source.name]
 
 
-def test_a_failed_replacement_keeps_what_was_there(tokenizer: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_failed_replacement_keeps_what_was_there(
+    tokenizer: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     output = tmp_path / "corpus"
     prepare([source], tokenizer, output)
     before = contents(output)
@@ -207,13 +279,20 @@ def test_a_failed_replacement_keeps_what_was_there(tokenizer: Path, source: Path
         os.rename(old, new)
 
     monkeypatch.setattr("llada.files.os", like(os, rename=no_second_rename))
-    with pytest.raises(RunError, match=r"Input/output error.*all is written and kept in .*corpus.partial"):
+    with pytest.raises(
+        RunError, match=r"Input/output error.*all is written and kept in .*corpus.partial"
+    ):
         prepare([source], tokenizer, output, force=True, validation_fraction=0.5)
     assert contents(output) == before
     monkeypatch.undo()
-    prepare([source], tokenizer, output, force=True, validation_fraction=0.5)  # only the name was missing
+    # only the name was missing
+    prepare([source], tokenizer, output, force=True, validation_fraction=0.5)
     assert Manifest.load(output).options["validation_fraction"] == 0.5
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.jsonl", "corpus", "texts.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "bad.jsonl",
+        "corpus",
+        "texts.jsonl",
+    ]
 
 
 def test_force(tokenizer: Path, source: Path, tmp_path: Path):
@@ -222,7 +301,10 @@ def test_force(tokenizer: Path, source: Path, tmp_path: Path):
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
     prepare([source], tokenizer, output, shard_tokens=1000)  # the same again: it is there already
     assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before
-    other = r"--output: '.*corpus' exists, a corpus prepared with other settings \(shard_tokens 1000, now 268435456\); --force replaces"
+    other = (
+        r"--output: '.*corpus' exists, a corpus prepared with other settings \(shard_tokens 1000,"
+        r" now 268435456\); --force replaces"
+    )
     with pytest.raises(UserError, match=other):
         prepare([source], tokenizer, output)
     prepare([source], tokenizer, output, force=True)
@@ -272,18 +354,27 @@ def test_shard_tokens_must_be_positive(tokenizer: Path, source: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("wrong", ["mask", "past", "negative"])
-def test_ids_that_no_text_may_have(wrong: str, tokenizer: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_ids_that_no_text_may_have(
+    wrong: str, tokenizer: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     honest = Tokenizer.load(tokenizer)
     bad_id = {"mask": honest.mask_id, "past": honest.vocab_size, "negative": -1}[wrong]
     encode = Tokenizer.encode_batch
 
     def spoilt(self: Tokenizer, texts: list[str], one_thread: bool = False):
         flat, lengths = encode(self, texts, one_thread)
-        flat[5 if len(texts) > 3 else slice(0)] = bad_id  # not in what is tried when a tokenizer is loaded
+        # not in what is tried when a tokenizer is loaded
+        flat[5 if len(texts) > 3 else slice(0)] = bad_id
         return flat, lengths
 
     monkeypatch.setattr(Tokenizer, "encode_batch", spoilt)
-    with pytest.raises(UserError, match=rf"gave id {bad_id} for text; allowed are 0..319 without the mask token {honest.mask_id}"):
+    with pytest.raises(
+        UserError,
+        match=(
+            rf"gave id {bad_id} for text; allowed are 0..319 without the mask token"
+            rf" {honest.mask_id}"
+        ),
+    ):
         prepare([source], tokenizer, tmp_path / "corpus", effort=Effort(backend="library"))
     assert not (tmp_path / "corpus").exists()
 
@@ -292,22 +383,40 @@ def test_ids_that_no_text_may_have(wrong: str, tokenizer: Path, source: Path, tm
 
 
 def test_describe(tokenizer: Path, source: Path, tmp_path: Path):
-    manifest = prepare([source], tokenizer, tmp_path / "corpus", validation_fraction=0.2, shard_tokens=2000)
+    manifest = prepare(
+        [source], tokenizer, tmp_path / "corpus", validation_fraction=0.2, shard_tokens=2000
+    )
     shown = describe(tmp_path / "corpus", samples=10**6).splitlines()  # all of them
     assert all(line in shown for line in summary(manifest).splitlines())
     train = [text for text in TEXTS if not held_out(text, 0.2)]
     encoder = Tokenizer.load(tokenizer)
     lengths = [len(encoder.encode(text)) + 1 for text in train]
     first = shown.index("train: documents by length in tokens, EOS counted") + 1
-    rows = [line.replace(",", "").split() for line in shown[first : shown.index("", first)] if " to " in line[:30]]
+    rows = [
+        line.replace(",", "").split()
+        for line in shown[first : shown.index("", first)]
+        if " to " in line[:30]
+    ]
     assert [int(row[2]) for row in rows] == [2 * int(row[0]) - 1 for row in rows]
-    assert [int(row[3]) for row in rows] == [sum(int(row[0]) <= length <= int(row[2]) for length in lengths) for row in rows]
+    assert [int(row[3]) for row in rows] == [
+        sum(int(row[0]) <= length <= int(row[2]) for length in lengths) for row in rows
+    ]
     assert sum(int(row[3]) for row in rows) == len(train)
     starts = [encoder.decode([*encoder.encode(text), encoder.eos_id][:40]) for text in train]
-    assert [line for line in shown if line.startswith("train document ")] == [f"train document {i}: {s!r}" for i, s in enumerate(starts)]
-    few = [line for line in describe(tmp_path / "corpus", samples=2).splitlines() if line.startswith("train document ")]
+    assert [line for line in shown if line.startswith("train document ")] == [
+        f"train document {i}: {s!r}" for i, s in enumerate(starts)
+    ]
+    few = [
+        line
+        for line in describe(tmp_path / "corpus", samples=2).splitlines()
+        if line.startswith("train document ")
+    ]
     assert few == [f"train document {i}: {starts[i]!r}" for i in (0, len(train) - 1)]
-    assert not [line for line in describe(tmp_path / "corpus", samples=0).splitlines() if " document " in line]
+    assert not [
+        line
+        for line in describe(tmp_path / "corpus", samples=0).splitlines()
+        if " document " in line
+    ]
 
 
 def test_check_finds_damage_and_another_tokenizer(tokenizer: Path, source: Path, tmp_path: Path):
@@ -326,7 +435,9 @@ def test_check_finds_damage_and_another_tokenizer(tokenizer: Path, source: Path,
     assert any("train-00000.bin" in line and "checksum" in line for line in check(corpus))
 
 
-def test_progress_goes_to_its_stream(capsys: pytest.CaptureFixture[str], tokenizer: Path, source: Path, tmp_path: Path):
+def test_progress_goes_to_its_stream(
+    capsys: pytest.CaptureFixture[str], tokenizer: Path, source: Path, tmp_path: Path
+):
     prepare([source], tokenizer, tmp_path / "quiet")
     assert capsys.readouterr() == ("", "")
 
@@ -358,7 +469,7 @@ def test_memory_does_not_grow_with_the_number_of_batches():
     assert sizes == [5] * 200
 
 
-# -- against the libraries alone ---------------------------------------------------------------------------------------
+# -- against the libraries alone -------------------------------------------------------------------
 
 
 def test_ids_are_those_of_the_tokenizers_library(tokenizer: Path, source: Path, tmp_path: Path):
@@ -368,38 +479,64 @@ def test_ids_are_those_of_the_tokenizers_library(tokenizer: Path, source: Path, 
     fast = Fast.from_file(str(tokenizer / "tokenizer.json"))
     fast.encode_special_tokens = True
     eos = fast.token_to_id("<|endoftext|>")
-    assert stored(tmp_path / "corpus", "train") == [[[*fast.encode(text, add_special_tokens=False).ids, eos] for text in TEXTS]]
+    assert stored(tmp_path / "corpus", "train") == [
+        [[*fast.encode(text, add_special_tokens=False).ids, eos] for text in TEXTS]
+    ]
 
 
 def test_ids_are_those_of_sentencepiece(source: Path, tmp_path: Path):
     from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
     written = io.BytesIO()
-    options = {"vocab_size": 330, "hard_vocab_limit": False, "byte_fallback": True, "minloglevel": 2}
+    options = {
+        "vocab_size": 330,
+        "hard_vocab_limit": False,
+        "byte_fallback": True,
+        "minloglevel": 2,
+    }
     SentencePieceTrainer.train(sentence_iterator=iter(TEXTS), model_writer=written, **options)
     model = tmp_path / "some.model"
     model.write_bytes(written.getvalue())
-    with pytest.raises(UserError, match=r"some.model: the tokenizer has no mask token .*--add-special-tokens"):
+    with pytest.raises(
+        UserError, match=r"some.model: the tokenizer has no mask token .*--add-special-tokens"
+    ):
         prepare([source], model, tmp_path / "corpus")
-    manifest = prepare([source], model, tmp_path / "corpus", add_special_tokens=True, validation_fraction=0.0)
+    manifest = prepare(
+        [source], model, tmp_path / "corpus", add_special_tokens=True, validation_fraction=0.0
+    )
     theirs = SentencePieceProcessor(model_file=str(model))
-    assert stored(tmp_path / "corpus", "train") == [[[*theirs.encode(text), theirs.eos_id()] for text in TEXTS]]
+    assert stored(tmp_path / "corpus", "train") == [
+        [[*theirs.encode(text), theirs.eos_id()] for text in TEXTS]
+    ]
     assert manifest.mask_id >= theirs.get_piece_size()
     assert check(tmp_path / "corpus") == []
 
 
 @pytest.mark.parametrize(("words", "dtype"), [(65401, "uint16"), (65402, "int32")])
 def test_ids_take_four_bytes_from_65500_rows(words: int, dtype: str, tmp_path: Path):
-    """65,401 words, the unknown word and 6 special tokens are 511 x 128 rows; one word more makes it 512 x 128 = 65,536."""
+    """65,401 words, the unknown word and 6 special tokens are 511 x 128 rows; one word more makes
+    it 512 x 128 = 65,536.
+    """
     from tokenizers import Tokenizer as Fast
     from tokenizers import models, pre_tokenizers
 
-    fast = Fast(models.WordLevel({word: i for i, word in enumerate(["[UNK]", *(f"w{i}" for i in range(words))])}, unk_token="[UNK]"))
+    fast = Fast(
+        models.WordLevel(
+            {word: i for i, word in enumerate(["[UNK]", *(f"w{i}" for i in range(words))])},
+            unk_token="[UNK]",
+        )
+    )
     fast.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast.save(str(tmp_path / "words.json"))
     (tmp_path / "a.txt").write_text(f"w0 w1 w{words - 1}")
     corpus = tmp_path / "corpus"
-    manifest = prepare([tmp_path / "a.txt"], tmp_path / "words.json", corpus, add_special_tokens=True, validation_fraction=0.0)
+    manifest = prepare(
+        [tmp_path / "a.txt"],
+        tmp_path / "words.json",
+        corpus,
+        add_special_tokens=True,
+        validation_fraction=0.0,
+    )
     assert (manifest.dtype, manifest.rows) == (dtype, 65408 if dtype == "uint16" else 65536)
     assert stored(corpus, "train") == [[[1, 2, words, manifest.eos_id]]]
     assert check(corpus) == []

@@ -38,7 +38,9 @@ TALKS = [
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sft") / "tokenizer"
-    train_byte_level_bpe(iter([json.dumps(row, ensure_ascii=False) for row in PAIRS + TALKS]), 340).save(folder)
+    train_byte_level_bpe(
+        iter([json.dumps(row, ensure_ascii=False) for row in PAIRS + TALKS]), 340
+    ).save(folder)
     return folder
 
 
@@ -60,21 +62,27 @@ def pairs_of(folder: Path, split: str) -> list[tuple[list[int], list[int]]]:
     for entry in corpus.manifest.of(split):
         flat = np.fromfile(folder / f"{entry.name}.bin", corpus.manifest.dtype).tolist()
         starts = np.concatenate([[0], np.cumsum(corpus.shard(entry).lengths)]).tolist()
-        for document, history_end, turn_start, response_start, turn_end in np.fromfile(folder / f"{entry.name}.replies", "<i8").reshape(
-            -1, 5
-        ):
+        for document, history_end, turn_start, response_start, turn_end in np.fromfile(
+            folder / f"{entry.name}.replies", "<i8"
+        ).reshape(-1, 5):
             ids = flat[starts[document] : starts[document + 1]]
-            found.append((ids[:history_end] + ids[turn_start:response_start], ids[response_start:turn_end]))
+            found.append(
+                (ids[:history_end] + ids[turn_start:response_start], ids[response_start:turn_end])
+            )
     return found
 
 
 @pytest.mark.parametrize("limit", [300, 2**28])
 @pytest.mark.parametrize("fraction", [0.0, 0.25])
-def test_every_reply_with_its_prompt(limit: int, fraction: float, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_reply_with_its_prompt(
+    limit: int, fraction: float, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("data_tools.passes.BATCH_BYTES", 700)
     source = write(tmp_path / "talks.jsonl", PAIRS + TALKS)
     folder = tmp_path / "corpus"
-    manifest = prepare_sft([source], tokenizer, folder, validation_fraction=fraction, shard_tokens=limit)
+    manifest = prepare_sft(
+        [source], tokenizer, folder, validation_fraction=fraction, shard_tokens=limit
+    )
     assert problems(folder) == []
     assert (len(manifest.of("train")) > 3) == (limit == 300)
     encoder = Tokenizer.load(tokenizer)
@@ -89,14 +97,27 @@ def test_every_reply_with_its_prompt(limit: int, fraction: float, tokenizer: Pat
     assert sorted(train + held_out) == sorted(wanted)
     assert train == [pair for pair in wanted if pair in train]  # in the order of the files
     assert bool(held_out) == (fraction > 0)
-    replies = sum(len(m.content.encode()) for row in PAIRS + TALKS for m in turns(row) if m.role == "assistant")
+    replies = sum(
+        len(m.content.encode())
+        for row in PAIRS + TALKS
+        for m in turns(row)
+        if m.role == "assistant"
+    )
     assert sum(manifest.totals(split)[2] for split in ("train", "validation")) == replies
 
 
 def test_one_question_is_never_on_both_sides(tokenizer: Path, tmp_path: Path) -> None:
     rows = [{"prompt": f"question {i % 30}", "response": f"answer {i}"} for i in range(300)]
-    prepare_sft([write(tmp_path / "rows.jsonl", rows)], tokenizer, tmp_path / "corpus", validation_fraction=0.3)
-    sides = [{tuple(prompt) for prompt, _ in pairs_of(tmp_path / "corpus", split)} for split in ("train", "validation")]
+    prepare_sft(
+        [write(tmp_path / "rows.jsonl", rows)],
+        tokenizer,
+        tmp_path / "corpus",
+        validation_fraction=0.3,
+    )
+    sides = [
+        {tuple(prompt) for prompt, _ in pairs_of(tmp_path / "corpus", split)}
+        for split in ("train", "validation")
+    ]
     assert all(sides)
     assert len(sides[0]) + len(sides[1]) == 30
 
@@ -111,7 +132,9 @@ def test_the_kind_is_in_the_manifest_and_damage_is_found(tokenizer: Path, tmp_pa
     rows[3] = 10**6
     rows.tofile(path)
     assert any("checksum" in problem for problem in problems(folder))
-    assert any("reply 0 does not lie inside" in problem for problem in problems(folder, hashes=False))
+    assert any(
+        "reply 0 does not lie inside" in problem for problem in problems(folder, hashes=False)
+    )
     path.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(UserError, match="truncated or altered"):
         Corpus.open(folder)
@@ -122,20 +145,50 @@ def message(role: Any, content: Any = "text") -> dict[str, Any]:
 
 
 BAD = [
-    ({"prompt": "p", "response": " \n"}, "the response (turn 2) is empty", "conversations with an empty response"),
-    ({"messages": [message("user"), message("asistant")]}, "unknown role 'asistant' (did you mean 'assistant'?)", "an unknown role"),
-    ({"messages": TALKS[0]["messages"], **PAIRS[0]}, "choose with --format", "more than one conversation"),
-    ({"messages": [message("assistant"), message("user")]}, "the last turn is the user's", "without a reply"),
+    (
+        {"prompt": "p", "response": " \n"},
+        "the response (turn 2) is empty",
+        "conversations with an empty response",
+    ),
+    (
+        {"messages": [message("user"), message("asistant")]},
+        "unknown role 'asistant' (did you mean 'assistant'?)",
+        "an unknown role",
+    ),
+    (
+        {"messages": TALKS[0]["messages"], **PAIRS[0]},
+        "choose with --format",
+        "more than one conversation",
+    ),
+    (
+        {"messages": [message("assistant"), message("user")]},
+        "the last turn is the user's",
+        "without a reply",
+    ),
     ({"messages": []}, "not a list of turns", "without turns"),
-    ({"messages": [message("user"), {"role": "assistant"}]}, "turn 2: field 'content' is missing", "with a bad turn"),
-    ({"messages": [message("user"), message("assistant", 3)]}, "turn 2: field 'content' is not a string but int", "with a bad turn"),
-    ({"prompt": "p", "respons": "r"}, "field 'response' is missing, there are: prompt, respons", "without the field"),
+    (
+        {"messages": [message("user"), {"role": "assistant"}]},
+        "turn 2: field 'content' is missing",
+        "with a bad turn",
+    ),
+    (
+        {"messages": [message("user"), message("assistant", 3)]},
+        "turn 2: field 'content' is not a string but int",
+        "with a bad turn",
+    ),
+    (
+        {"prompt": "p", "respons": "r"},
+        "field 'response' is missing, there are: prompt, respons",
+        "without the field",
+    ),
     (["p", "r"], "a JSON list", "without the field"),
 ]
 
 
 @pytest.mark.parametrize(("row", "problem", "reason"), BAD)
-def test_a_bad_line_is_named_or_counted(row: Any, problem: str, reason: str, tokenizer: Path, tmp_path: Path) -> None:
+def test_a_bad_line_is_named_or_counted(
+    row: Any, problem: str, reason: str, tokenizer: Path, tmp_path: Path
+) -> None:
     source = write(tmp_path / "rows.jsonl", [*PAIRS[:3], row])
     output = tmp_path / "out" / "corpus"
     with pytest.raises(UserError) as caught:
@@ -143,7 +196,9 @@ def test_a_bad_line_is_named_or_counted(row: Any, problem: str, reason: str, tok
     assert str(caught.value).startswith(f"{source}:4: ")
     assert problem in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl"], "nothing half-written is left"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl"], (
+        "nothing half-written is left"
+    )
     manifest = prepare_sft([source], tokenizer, output, skip_bad=True)
     [(counted, number)] = manifest.skipped.items()
     assert reason in counted
@@ -162,8 +217,23 @@ def test_only_json_lines_are_read(tokenizer: Path, tmp_path: Path) -> None:
 
 def test_the_command(tokenizer: Path, tmp_path: Path) -> None:
     rows = [{"q": row["prompt"], "a": row["response"]} for row in PAIRS]
-    words = ["prepare-sft", "--input", str(write(tmp_path / "rows.jsonl", rows)), "--tokenizer", str(tokenizer), "--output"]
-    words += [str(tmp_path / "corpus"), "--prompt-field", "q", "--response-field", "a", "--validation-fraction", "0"]
+    words = [
+        "prepare-sft",
+        "--input",
+        str(write(tmp_path / "rows.jsonl", rows)),
+        "--tokenizer",
+        str(tokenizer),
+        "--output",
+    ]
+    words += [
+        str(tmp_path / "corpus"),
+        "--prompt-field",
+        "q",
+        "--response-field",
+        "a",
+        "--validation-fraction",
+        "0",
+    ]
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.output
     assert "train: 120 conversations with 120 replies" in result.output
@@ -176,9 +246,10 @@ def test_the_command(tokenizer: Path, tmp_path: Path) -> None:
 
 
 MARKED = (
-    "{% for m in messages %}{% if m.role == 'system' and not loop.first %}{{ raise_exception('a late system turn') }}{% endif %}"
-    "<|start_header_id|>{{ m.role }}: {{ m.content | trim }}<|eot_id|>{% endfor %}"
-    "{% if add_generation_prompt %}<|start_header_id|>assistant: {% endif %}"
+    "{% for m in messages %}{% if m.role == 'system' and not loop.first %}{{ raise_exception('a"
+    " late system turn') }}{% endif %}<|start_header_id|>{{ m.role }}: {{ m.content | trim"
+    " }}<|eot_id|>{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant: {%"
+    " endif %}"
 )
 
 
@@ -194,15 +265,29 @@ def test_a_chat_template_of_the_tokenizer_or_of_a_file(tokenizer: Path, tmp_path
     own = with_template(tokenizer, tmp_path / "own")
     (tmp_path / "file.jinja").write_text(MARKED)
     source = write(tmp_path / "talks.jsonl", PAIRS[:20] + TALKS)
-    first = prepare_sft([source], own, tmp_path / "a", chat_template="tokenizer", validation_fraction=0)
-    second = prepare_sft([source], tokenizer, tmp_path / "b", chat_template=str(tmp_path / "file.jinja"), validation_fraction=0)
+    first = prepare_sft(
+        [source], own, tmp_path / "a", chat_template="tokenizer", validation_fraction=0
+    )
+    second = prepare_sft(
+        [source],
+        tokenizer,
+        tmp_path / "b",
+        chat_template=str(tmp_path / "file.jinja"),
+        validation_fraction=0,
+    )
     default = prepare_sft([source], own, tmp_path / "c", validation_fraction=0)
     assert first.fingerprint("train") == second.fingerprint("train") != default.fingerprint("train")
     assert problems(tmp_path / "a") == []
     encoder = Tokenizer.load(tmp_path / "b" / "tokenizer")
-    assert encoder.chat_template == Tokenizer.load(tmp_path / "a" / "tokenizer").chat_template == MARKED
+    assert (
+        encoder.chat_template
+        == Tokenizer.load(tmp_path / "a" / "tokenizer").chat_template
+        == MARKED
+    )
     assert Tokenizer.load(tmp_path / "c" / "tokenizer").chat_template == TEMPLATE
-    assert {m.tokenizer_fingerprint for m in (first, second, default)} == {Tokenizer.load(tokenizer).fingerprint}
+    assert {m.tokenizer_fingerprint for m in (first, second, default)} == {
+        Tokenizer.load(tokenizer).fingerprint
+    }
     chat = TemplateFormat(encoder, MARKED)
     wanted = []
     for row in PAIRS[:20] + TALKS:
@@ -214,16 +299,23 @@ def test_a_chat_template_of_the_tokenizer_or_of_a_file(tokenizer: Path, tmp_path
     assert pairs_of(tmp_path / "c", "train") != wanted
 
 
-def test_a_conversation_that_the_template_refuses_is_a_bad_line(tokenizer: Path, tmp_path: Path) -> None:
+def test_a_conversation_that_the_template_refuses_is_a_bad_line(
+    tokenizer: Path, tmp_path: Path
+) -> None:
     own = with_template(tokenizer, tmp_path / "own")
     late = {"messages": [message("user"), message("system"), message("assistant")]}
     source = write(tmp_path / "talks.jsonl", [*PAIRS[:3], late])
     with pytest.raises(
         UserError,
-        match=r"talks.jsonl:4: the chat template refuses it: a late system turn; --skip-bad counts such lines and leaves them out",
+        match=(
+            r"talks.jsonl:4: the chat template refuses it: a late system turn; --skip-bad counts"
+            r" such lines and leaves them out"
+        ),
     ):
         prepare_sft([source], own, tmp_path / "corpus", chat_template="tokenizer")
-    manifest = prepare_sft([source], own, tmp_path / "corpus", chat_template="tokenizer", skip_bad=True)
+    manifest = prepare_sft(
+        [source], own, tmp_path / "corpus", chat_template="tokenizer", skip_bad=True
+    )
     assert manifest.skipped == {"conversations that the chat template refuses": 1}
 
 
@@ -231,8 +323,14 @@ def test_a_conversation_that_the_template_refuses_is_a_bad_line(tokenizer: Path,
     ("options", "problem"),
     [
         ({"chat_template": "tokenizer"}, "has no chat template (chat_template.jinja"),
-        ({"chat_template": "nowhere.jinja"}, "--chat-template: 'nowhere.jinja' is neither llada nor tokenizer nor a file"),
-        ({"chat_template": "tokeniser"}, "--chat-template: 'tokeniser' (did you mean 'tokenizer'?) is neither"),
+        (
+            {"chat_template": "nowhere.jinja"},
+            "--chat-template: 'nowhere.jinja' is neither llada nor tokenizer nor a file",
+        ),
+        (
+            {"chat_template": "tokeniser"},
+            "--chat-template: 'tokeniser' (did you mean 'tokenizer'?) is neither",
+        ),
         ({"chat_template": "empty.jinja"}, "the chat template leaves out turn 1"),
         ({"chat_template": "broken.jinja"}, "the chat template is not valid Jinja: line 1"),
         ({"chat_template": "binary.jinja"}, "binary.jinja is not UTF-8"),
@@ -242,14 +340,20 @@ def test_a_conversation_that_the_template_refuses_is_a_bad_line(tokenizer: Path,
     ],
 )
 def test_options_that_cannot_be_used(
-    options: dict[str, Any], problem: str, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    options: dict[str, Any],
+    problem: str,
+    tokenizer: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken.jinja").write_text("{% if %}")
     (tmp_path / "empty.jinja").touch()
     (tmp_path / "binary.jinja").write_bytes(b"\xff\xfe")
     with pytest.raises(UserError) as caught:
-        prepare_sft([write(tmp_path / "rows.jsonl", PAIRS)], tokenizer, tmp_path / "corpus", **options)
+        prepare_sft(
+            [write(tmp_path / "rows.jsonl", PAIRS)], tokenizer, tmp_path / "corpus", **options
+        )
     assert problem in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "corpus").exists()
@@ -257,16 +361,38 @@ def test_options_that_cannot_be_used(
 
 @pytest.mark.parametrize("truncate", [False, True])
 @pytest.mark.parametrize("template", ["llada", "tokenizer"])
-def test_replies_longer_than_max_tokens(template: str, truncate: bool, tokenizer: Path, tmp_path: Path) -> None:
+def test_replies_longer_than_max_tokens(
+    template: str, truncate: bool, tokenizer: Path, tmp_path: Path
+) -> None:
     own = with_template(tokenizer, tmp_path / "own")
     rng = np.random.default_rng(1)
-    rows = [{"messages": [message("user", "u" * int(n)), message("assistant", "é" * int(m))]} for n, m in rng.integers(1, 60, (60, 2))]
-    rows += [{"messages": [*row["messages"], message("user", "v"), message("assistant", "w" * (i % 40 + 1))]} for i, row in enumerate(rows)]
+    rows = [
+        {"messages": [message("user", "u" * int(n)), message("assistant", "é" * int(m))]}
+        for n, m in rng.integers(1, 60, (60, 2))
+    ]
+    rows += [
+        {
+            "messages": [
+                *row["messages"],
+                message("user", "v"),
+                message("assistant", "w" * (i % 40 + 1)),
+            ]
+        }
+        for i, row in enumerate(rows)
+    ]
     source = write(tmp_path / "talks.jsonl", rows)
-    whole = prepare_sft([source], own, tmp_path / "whole", chat_template=template, validation_fraction=0)
+    whole = prepare_sft(
+        [source], own, tmp_path / "whole", chat_template=template, validation_fraction=0
+    )
     limit = 70
     manifest = prepare_sft(
-        [source], own, tmp_path / "cut", chat_template=template, max_tokens=limit, truncate=truncate, validation_fraction=0
+        [source],
+        own,
+        tmp_path / "cut",
+        chat_template=template,
+        max_tokens=limit,
+        truncate=truncate,
+        validation_fraction=0,
     )
     assert problems(tmp_path / "cut") == []
     wanted, counts = [], {"prompt": 0, "long": 0}
@@ -288,25 +414,43 @@ def test_replies_longer_than_max_tokens(template: str, truncate: bool, tokenizer
         if truncate
         else "replies that with their prompt are longer than --max-tokens"
     )
-    assert manifest.skipped == {reason: counts["long"], "replies whose prompt alone takes --max-tokens": counts["prompt"]}
+    assert manifest.skipped == {
+        reason: counts["long"],
+        "replies whose prompt alone takes --max-tokens": counts["prompt"],
+    }
     decode = Tokenizer.load(tokenizer).decode
-    kept = sum(len(decode([i for i in response if i != manifest.eos_id]).encode()) for _, response in found)
+    kept = sum(
+        len(decode([i for i in response if i != manifest.eos_id]).encode()) for _, response in found
+    )
     assert manifest.totals("train")[2] == kept
     assert manifest.totals("train")[1] < whole.totals("train")[1], "what is left out takes no room"
 
 
 def test_what_all_fits_is_not_touched(tokenizer: Path, tmp_path: Path) -> None:
     source = write(tmp_path / "talks.jsonl", PAIRS + TALKS)
-    manifests = [prepare_sft([source], tokenizer, tmp_path / f"{limit}", max_tokens=limit, truncate=False) for limit in (None, 500)]
+    manifests = [
+        prepare_sft([source], tokenizer, tmp_path / f"{limit}", max_tokens=limit, truncate=False)
+        for limit in (None, 500)
+    ]
     assert manifests[0].fingerprint("train") == manifests[1].fingerprint("train")
     assert manifests[1].skipped == {}
 
 
 def test_lengths_are_told(tokenizer: Path, tmp_path: Path) -> None:
     folder = tmp_path / "corpus"
-    rows = [*PAIRS, *TALKS, *({"prompt": "p" * n, "response": "r" * 3} for n in range(400, 600, 10))]
+    rows = [
+        *PAIRS,
+        *TALKS,
+        *({"prompt": "p" * n, "response": "r" * 3} for n in range(400, 600, 10)),
+    ]
     prepare_sft([write(tmp_path / "talks.jsonl", rows)], tokenizer, folder, validation_fraction=0.2)
-    lengths = np.array([(len(p), len(r), len(p) + len(r)) for split in ("train", "validation") for p, r in pairs_of(folder, split)])
+    lengths = np.array(
+        [
+            (len(p), len(r), len(p) + len(r))
+            for split in ("train", "validation")
+            for p, r in pairs_of(folder, split)
+        ]
+    )
     lines = describe(folder).splitlines()
     start = lines.index(f"lengths in tokens of {len(lengths):,} replies:")
     for column, line in enumerate(lines[start + 2 : start + 5]):
@@ -324,12 +468,57 @@ def test_lengths_are_told(tokenizer: Path, tmp_path: Path) -> None:
 
 def test_the_command_with_every_option(tokenizer: Path, tmp_path: Path) -> None:
     own = with_template(tokenizer, tmp_path / "own")
-    rows: list[Any] = [{"talk": [{"from": "human", "value": f"q {i}"}, {"from": "gpt", "value": "a" * i}]} for i in range(1, 31)]
-    rows += [{"talk": [{"from": "human", "value": "q"}, {"from": "human", "value": "r"}, {"from": "gpt", "value": "a"}], "sys": "Be kind."}]
-    rows += [{"talk": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}, {"from": "human", "value": "more?"}]}, {"talk": 3}]
-    words = ["prepare-sft", "--input", str(write(tmp_path / "rows.jsonl", rows)), "--tokenizer", str(own), "--output"]
-    words += [str(tmp_path / "corpus"), "--validation-fraction", "0", "--format", "sharegpt", "--conversations-field", "talk"]
-    words += ["--system-field", "sys", "--chat-template", "tokenizer", "--max-tokens", "60", "--truncate", "--skip-bad"]
+    rows: list[Any] = [
+        {"talk": [{"from": "human", "value": f"q {i}"}, {"from": "gpt", "value": "a" * i}]}
+        for i in range(1, 31)
+    ]
+    rows += [
+        {
+            "talk": [
+                {"from": "human", "value": "q"},
+                {"from": "human", "value": "r"},
+                {"from": "gpt", "value": "a"},
+            ],
+            "sys": "Be kind.",
+        }
+    ]
+    rows += [
+        {
+            "talk": [
+                {"from": "human", "value": "q"},
+                {"from": "gpt", "value": "a"},
+                {"from": "human", "value": "more?"},
+            ]
+        },
+        {"talk": 3},
+    ]
+    words = [
+        "prepare-sft",
+        "--input",
+        str(write(tmp_path / "rows.jsonl", rows)),
+        "--tokenizer",
+        str(own),
+        "--output",
+    ]
+    words += [
+        str(tmp_path / "corpus"),
+        "--validation-fraction",
+        "0",
+        "--format",
+        "sharegpt",
+        "--conversations-field",
+        "talk",
+    ]
+    words += [
+        "--system-field",
+        "sys",
+        "--chat-template",
+        "tokenizer",
+        "--max-tokens",
+        "60",
+        "--truncate",
+        "--skip-bad",
+    ]
     words += ["--drop-trailing", "--join-turns", "--context-field", "none"]
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.output + repr(result.exception)
@@ -337,7 +526,12 @@ def test_the_command_with_every_option(tokenizer: Path, tmp_path: Path) -> None:
     assert "left out: 1 ends of conversations without a reply (--drop-trailing)" in result.output
     assert "left out: 1 conversations without turns" in result.output
     options = Manifest.load(tmp_path / "corpus").options
-    assert (options["form"], options["conversations"], options["max_tokens"], options["chat_template"]) == (
+    assert (
+        options["form"],
+        options["conversations"],
+        options["max_tokens"],
+        options["chat_template"],
+    ) == (
         "sharegpt",
         "talk",
         60,
@@ -350,13 +544,33 @@ def test_the_command_with_every_option(tokenizer: Path, tmp_path: Path) -> None:
 def test_both_steps_in_another_process_are_the_same(tokenizer: Path) -> None:
     """Settings and tokenizer travel; what is made of them there gives the same tokens."""
     settings = SFTSettings(Fields(drop_trailing=True), MARKED, 60, True)
-    records = [*PAIRS[:5], *TALKS[:5], {"messages": [message("user"), message("assistant"), message("user")]}]
+    records = [
+        *PAIRS[:5],
+        *TALKS[:5],
+        {"messages": [message("user"), message("assistant"), message("user")]},
+    ]
     found = []
-    for given, encoder in ((settings, Tokenizer.load(tokenizer)), pickle.loads(pickle.dumps((settings, Tokenizer.load(tokenizer))))):
+    for given, encoder in (
+        (settings, Tokenizer.load(tokenizer)),
+        pickle.loads(pickle.dumps((settings, Tokenizer.load(tokenizer)))),
+    ):
         steps = Conversations(given, encoder)
-        encoded, left_out = steps.encode(pickle.loads(pickle.dumps([steps.record(record) for record in records])))
+        encoded, left_out = steps.encode(
+            pickle.loads(pickle.dumps([steps.record(record) for record in records]))
+        )
         assert encoded.replies is not None
-        found.append((encoded.flat.tolist(), encoded.lengths.tolist(), encoded.replies.tolist(), encoded.hashes, left_out))
+        found.append(
+            (
+                encoded.flat.tolist(),
+                encoded.lengths.tolist(),
+                encoded.replies.tolist(),
+                encoded.hashes,
+                left_out,
+            )
+        )
     assert found[0] == found[1]
     [note] = [note for note in found[0][-1] if "--drop-trailing" in note.reason]
-    assert (note.conversation, note.message) == (10, "the last 1 of 3 turns have no reply and are left out")
+    assert (note.conversation, note.message) == (
+        10,
+        "the last 1 of 3 turns have no reply and are left out",
+    )

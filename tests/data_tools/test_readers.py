@@ -21,7 +21,9 @@ TEXTS = ["eins", "zwei\nZeilen", "drei é 🙂", " \n"]
 
 
 def jsonl(texts: list[str], field: str = "text") -> bytes:
-    return "".join(json.dumps({"id": i, field: text}) + "\n" for i, text in enumerate(texts)).encode()
+    return "".join(
+        json.dumps({"id": i, field: text}) + "\n" for i, text in enumerate(texts)
+    ).encode()
 
 
 def read_all(*inputs: Path, **options) -> tuple[list[str], Report]:
@@ -38,7 +40,9 @@ def refusal(*inputs: Path, **options) -> str:
 
 # --- JSON Lines
 
-FRAMES = b"".join(zstandard.ZstdCompressor().compress(line + b"\n") for line in jsonl(TEXTS).splitlines())
+FRAMES = b"".join(
+    zstandard.ZstdCompressor().compress(line + b"\n") for line in jsonl(TEXTS).splitlines()
+)
 COMPRESSED = {
     "a.jsonl": jsonl(TEXTS),
     "a.json": jsonl(TEXTS),
@@ -58,19 +62,31 @@ def test_jsonl_in_every_wrapping(name: str, tmp_path: Path):
     path.write_bytes(COMPRESSED[name])
     texts, report = read_all(path)
     assert texts == TEXTS
-    assert report.sources == [{"path": str(path), "bytes": len(COMPRESSED[name]), "documents": len(TEXTS)}]
+    assert report.sources == [
+        {"path": str(path), "bytes": len(COMPRESSED[name]), "documents": len(TEXTS)}
+    ]
     assert not report.skipped
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
-    texts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=20), min_size=1, max_size=6).filter(any),
+    texts=st.lists(
+        st.text(st.characters(exclude_categories=["Cs"]), max_size=20), min_size=1, max_size=6
+    ).filter(any),
     ascii_only=st.booleans(),
     cuts=st.lists(st.integers(0, 200), max_size=4).map(sorted),
 )
-def test_any_text_comes_back_wherever_frames_end(tmp_path: Path, texts: list[str], ascii_only: bool, cuts: list[int]):
-    content = "".join(json.dumps({"text": text}, ensure_ascii=ascii_only) + "\n" for text in texts).encode()
-    parts = [content[start:end] for start, end in zip([0, *cuts], [*cuts, len(content)], strict=True)]
+def test_any_text_comes_back_wherever_frames_end(
+    tmp_path: Path, texts: list[str], ascii_only: bool, cuts: list[int]
+):
+    content = "".join(
+        json.dumps({"text": text}, ensure_ascii=ascii_only) + "\n" for text in texts
+    ).encode()
+    parts = [
+        content[start:end] for start, end in zip([0, *cuts], [*cuts, len(content)], strict=True)
+    ]
     for suffix, compress in (("", bytes), (".gz", gzip.compress), (".zst", zstandard.compress)):
         path = tmp_path / f"a.jsonl{suffix}"
         path.write_bytes(b"".join(compress(part) for part in parts if part))
@@ -86,7 +102,9 @@ def test_long_lines_and_much_text_through_zstd(tmp_path: Path):
 
 
 def test_a_byte_order_mark_and_blank_lines_are_no_text(tmp_path: Path):
-    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + jsonl(["eins"]) + b"\n  \n" + jsonl(["zwei"]))
+    (tmp_path / "a.jsonl").write_bytes(
+        b"\xef\xbb\xbf" + jsonl(["eins"]) + b"\n  \n" + jsonl(["zwei"])
+    )
     (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfdrei\r\n")
     texts, report = read_all(tmp_path / "a.jsonl", tmp_path / "b.txt")
     assert texts == ["eins", "zwei", "drei\r\n"]
@@ -97,18 +115,33 @@ BAD_LINES = [
     (b"{oops", "not JSON", "lines not JSON"),
     (b'{"text": "a\xff"}', "not JSON", "lines not JSON"),
     (b'{"text": "\\ud800"}', "not JSON", "lines not JSON"),
-    (b'{"txt": "a", "id": 1}', r"field 'text' is missing, there are: txt, id \(did you mean 'txt'\?\); choose it with --text-field", None),
+    (
+        b'{"txt": "a", "id": 1}',
+        (
+            r"field 'text' is missing, there are: txt, id \(did you mean 'txt'\?\); choose it with"
+            r" --text-field"
+        ),
+        None,
+    ),
     (b'["text"]', "a JSON list, not an object with the field 'text'", "lines without the field"),
     (b'{"text": 3}', "field 'text' is not a string but int", "lines whose field is not a string"),
-    (b'{"text": null}', "field 'text' is not a string but NoneType", "lines whose field is not a string"),
+    (
+        b'{"text": null}',
+        "field 'text' is not a string but NoneType",
+        "lines whose field is not a string",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("line", "message", "reason"), BAD_LINES)
-def test_a_bad_line_is_refused_or_counted(line: bytes, message: str, reason: str | None, tmp_path: Path):
+def test_a_bad_line_is_refused_or_counted(
+    line: bytes, message: str, reason: str | None, tmp_path: Path
+):
     path = tmp_path / "a.jsonl"
     path.write_bytes(jsonl(["eins"]) + b"\n" + line + b"\n" + jsonl(["zwei"]))
-    with pytest.raises(UserError, match=rf"^{path}:3: {message}.*--skip-bad counts such lines and leaves them out$"):
+    with pytest.raises(
+        UserError, match=rf"^{path}:3: {message}.*--skip-bad counts such lines and leaves them out$"
+    ):
         read_all(path)
     texts, report = read_all(path, skip_bad=True)
     assert texts == ["eins", "zwei"]
@@ -131,7 +164,9 @@ def test_empty_documents_are_counted(tmp_path: Path):
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
 def test_a_compressed_file_that_breaks_off(suffix: str, tmp_path: Path):
-    texts = [os.urandom(300).hex() for _ in range(400)]  # does not compress well: the break lies in the middle
+    texts = [
+        os.urandom(300).hex() for _ in range(400)
+    ]  # does not compress well: the break lies in the middle
     pack = gzip.compress if suffix == ".gz" else zstandard.ZstdCompressor(level=1).compress
     (tmp_path / "sub").mkdir()
     path = tmp_path / "sub" / f"a.jsonl{suffix}"
@@ -140,7 +175,8 @@ def test_a_compressed_file_that_breaks_off(suffix: str, tmp_path: Path):
     if suffix == ".zst":
         compressor = zstandard.ZstdCompressor().compressobj()
         packed = b"".join(
-            compressor.compress(line + b"\n") + compressor.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK) for line in jsonl(texts).splitlines()
+            compressor.compress(line + b"\n") + compressor.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
+            for line in jsonl(texts).splitlines()
         )
         packed += compressor.flush()
     path.write_bytes(packed[: len(packed) // 2])
@@ -198,9 +234,14 @@ def test_a_folder(tmp_path: Path):
     }
     assert texts == [text for found in read_in_order.values() for text in found]
     assert report.sources == [
-        {"path": str(root / name), "bytes": len(contents[name]), "documents": len(found)} for name, found in read_in_order.items()
+        {"path": str(root / name), "bytes": len(contents[name]), "documents": len(found)}
+        for name, found in read_in_order.items()
     ]
-    assert report.skipped == {"files with another extension": 3, "documents empty": 1, "files not UTF-8": 1}
+    assert report.skipped == {
+        "files with another extension": 3,
+        "documents empty": 1,
+        "files not UTF-8": 1,
+    }
 
     texts, report = read_all(root, extensions=parse_extensions(["csv", ".MD"]))
     assert texts == ["# y", "eins", "zwei", "drei", "1,2"]
@@ -247,8 +288,13 @@ def test_unreadable_files_and_folders(tmp_path: Path, monkeypatch: pytest.Monkey
     texts, report = read_all(tmp_path / "in")
     assert texts == ["b.txt"]
     assert report.skipped == {"files unreadable": 1, "folders unreadable": 1}
-    assert "a.txt: cannot be read ([Errno 13] Permission denied" in refusal(tmp_path / "in" / "a.txt")
-    assert refusal(tmp_path / "in" / "closed") == f"--input: {tmp_path}/in/closed: cannot be read (Permission denied)"
+    assert "a.txt: cannot be read ([Errno 13] Permission denied" in refusal(
+        tmp_path / "in" / "a.txt"
+    )
+    assert (
+        refusal(tmp_path / "in" / "closed")
+        == f"--input: {tmp_path}/in/closed: cannot be read (Permission denied)"
+    )
 
 
 def test_named_inputs_that_are_refused(tmp_path: Path):
@@ -273,7 +319,10 @@ def test_named_inputs_that_are_refused(tmp_path: Path):
         path = tmp_path / name
         assert refusal(good, path, skip_bad=True) == message.format(path)
     folder = tmp_path / "folder"
-    assert refusal(folder) == f"--input: no document in {folder} (left out: 1 files with another extension)"
+    assert (
+        refusal(folder)
+        == f"--input: no document in {folder} (left out: 1 files with another extension)"
+    )
     assert read_all(good, folder)[0] == ["good"]
     assert "is given twice" in refusal(good, tmp_path / "folder" / ".." / "good.txt")
     assert refusal() == "--input: give at least one file or folder"

@@ -23,7 +23,9 @@ from llada.tokenizer import Tokenizer, train_byte_level_bpe
 from tests.data_tools.corpora import documents_of, shard_files, write_corpus
 from tests.data_tools.test_cli import refusal, shown
 
-SMALL = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+SMALL = settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 LENGTHS = st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=6), min_size=1, max_size=3)
 
 
@@ -33,7 +35,9 @@ def tokenizer() -> Tokenizer:
 
 
 def ids_of(lengths: list[list[int]], start: int = 0) -> list[list[list[int]]]:
-    """Shards of documents of these lengths (without EOS); every id tells where it stands, all below 200."""
+    """Shards of documents of these lengths (without EOS); every id tells where it stands, all below
+    200.
+    """
     counter = iter(range(start, 10**6))
     return [[[next(counter) % 200 for _ in range(length)] for length in shard] for shard in lengths]
 
@@ -44,13 +48,17 @@ def flat(shards: list[list[list[int]]], eos: int) -> list[list[int]]:
 
 @SMALL
 @given(one=LENGTHS, two=LENGTHS, held_out=LENGTHS, limit=st.integers(1, 40))
-def test_merge_keeps_every_document_in_order(tmp_path_factory, tokenizer, one, two, held_out, limit):
+def test_merge_keeps_every_document_in_order(
+    tmp_path_factory, tokenizer, one, two, held_out, limit
+):
     folder = tmp_path_factory.mktemp("merge")
     first, second, third = ids_of(one), ids_of(two, 1000), ids_of(held_out, 77)
     write_corpus(folder / "a", tokenizer, first, third)
     write_corpus(folder / "b", tokenizer, second)
     manifest = merge([folder / "a", folder / "b"], folder / "out", shard_tokens=limit)
-    assert documents_of(folder / "out", "train") == flat(first, tokenizer.eos_id) + flat(second, tokenizer.eos_id)
+    assert documents_of(folder / "out", "train") == flat(first, tokenizer.eos_id) + flat(
+        second, tokenizer.eos_id
+    )
     assert documents_of(folder / "out", "validation") == flat(third, tokenizer.eos_id)
     assert problems(folder / "out") == []
     for name in SPLITS:
@@ -60,7 +68,9 @@ def test_merge_keeps_every_document_in_order(tmp_path_factory, tokenizer, one, t
             own = [next(documents) for _ in range(entry.documents)]
             assert entry.tokens - len(own[-1]) < limit  # full with its last document, not before
             assert entry.tokens >= limit or number == len(entries) - 1
-        assert sum(e.text_bytes for e in entries) == sum(Manifest.load(folder / c).totals(name)[2] for c in "ab")
+        assert sum(e.text_bytes for e in entries) == sum(
+            Manifest.load(folder / c).totals(name)[2] for c in "ab"
+        )
 
 
 @SMALL
@@ -74,7 +84,9 @@ def test_merging_the_parts_gives_the_whole(tmp_path_factory, tokenizer, train, h
     folders = sorted((folder / "parts").iterdir())
     assert [path.name for path in folders] == [f"part-{i:05d}" for i in range(parts)]
     for name in SPLITS:
-        assert list(chain.from_iterable(documents_of(path, name) for path in folders)) == documents_of(whole, name)
+        assert list(
+            chain.from_iterable(documents_of(path, name) for path in folders)
+        ) == documents_of(whole, name)
         assert sum(m.totals(name)[2] for m in made) == Manifest.load(whole).totals(name)[2]
     tokens = [m.totals("train")[1] for m in made]
     longest = max(map(len, documents_of(whole, "train")))
@@ -91,7 +103,9 @@ def test_merging_the_parts_gives_the_whole(tmp_path_factory, tokenizer, train, h
 
 
 @pytest.mark.parametrize("lengths", [[[0, 90, 0, 0]], [[90], [0, 0], [0]], [[0, 0, 0], [90]]])
-def test_every_part_has_a_document_beside_a_long_one(tmp_path: Path, tokenizer, lengths: list[list[int]]):
+def test_every_part_has_a_document_beside_a_long_one(
+    tmp_path: Path, tokenizer, lengths: list[list[int]]
+):
     whole = write_corpus(tmp_path / "whole", tokenizer, ids_of(lengths))
     assert [m.totals("train")[0] for m in split(whole, 4, tmp_path / "parts")] == [1, 1, 1, 1]
 
@@ -100,7 +114,13 @@ def test_merging_the_parts_of_a_prepared_corpus_gives_its_files(tmp_path: Path, 
     texts = [f"document {i}: " + "größer 🙂 the text " * (i % 9) for i in range(120)]
     (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     tokenizer.save(tmp_path / "tok")
-    whole = prepare([tmp_path / "t.jsonl"], tmp_path / "tok", tmp_path / "whole", validation_fraction=0.2, shard_tokens=900)
+    whole = prepare(
+        [tmp_path / "t.jsonl"],
+        tmp_path / "tok",
+        tmp_path / "whole",
+        validation_fraction=0.2,
+        shard_tokens=900,
+    )
     output = shown("split", tmp_path / "whole", "--parts", 4, "--output", tmp_path / "parts")
     assert output.count("train ") == 4
     folders = sorted((tmp_path / "parts").iterdir())
@@ -113,7 +133,9 @@ def test_merging_the_parts_of_a_prepared_corpus_gives_its_files(tmp_path: Path, 
     assert shard_files(tmp_path / "again") == shard_files(tmp_path / "whole")
     merged = Manifest.load(tmp_path / "again")
     assert merged.shards == whole.shards
-    assert [entry["path"] for entry in merged.options["merged"]] == [str(folder) for folder in folders]
+    assert [entry["path"] for entry in merged.options["merged"]] == [
+        str(folder) for folder in folders
+    ]
     assert merged.options["validation_fraction"] == 0.2
 
 
@@ -121,11 +143,23 @@ def test_conversations_keep_their_replies(tmp_path: Path, tokenizer):
     tokenizer.save(tmp_path / "tok")
     for name, n in (("a", 30), ("b", 17)):
         turns = [
-            [{"role": role, "content": f"{name} {i} {k} " * (1 + i % 4)} for k in range(1 + i % 2) for role in ("user", "assistant")]
+            [
+                {"role": role, "content": f"{name} {i} {k} " * (1 + i % 4)}
+                for k in range(1 + i % 2)
+                for role in ("user", "assistant")
+            ]
             for i in range(n)
         ]
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in turns))
-        prepare_sft([tmp_path / f"{name}.jsonl"], tmp_path / "tok", tmp_path / name, validation_fraction=0.3, shard_tokens=400)
+        (tmp_path / f"{name}.jsonl").write_text(
+            "".join(json.dumps({"messages": messages}) + "\n" for messages in turns)
+        )
+        prepare_sft(
+            [tmp_path / f"{name}.jsonl"],
+            tmp_path / "tok",
+            tmp_path / name,
+            validation_fraction=0.3,
+            shard_tokens=400,
+        )
 
     def conversations(folder: Path, name: str) -> list[tuple[list[int], list[list[int]]]]:
         """Ids and rows of replies of every document, the rows by a plain search."""
@@ -134,7 +168,12 @@ def test_conversations_keep_their_replies(tmp_path: Path, tokenizer):
             shard, rows = corpus.shard(entry), corpus.replies(entry)
             starts = np.concatenate([[0], np.cumsum(shard.lengths[:])])
             for i in range(shard.num_documents):
-                found.append((shard.tokens(int(starts[i]), int(starts[i + 1])).tolist(), rows[rows[:, 0] == i, 1:].tolist()))
+                found.append(
+                    (
+                        shard.tokens(int(starts[i]), int(starts[i + 1])).tolist(),
+                        rows[rows[:, 0] == i, 1:].tolist(),
+                    )
+                )
         return found
 
     merged = merge([tmp_path / "a", tmp_path / "b"], tmp_path / "ab", shard_tokens=350)
@@ -144,10 +183,24 @@ def test_conversations_keep_their_replies(tmp_path: Path, tokenizer):
     for name in SPLITS:
         expected = conversations(tmp_path / "a", name) + conversations(tmp_path / "b", name)
         assert conversations(tmp_path / "ab", name) == expected
-        assert list(chain.from_iterable(conversations(tmp_path / "parts" / f"part-0000{i}", name) for i in range(3))) == expected
-        for folder, manifest in [(tmp_path / "ab", merged), *((tmp_path / "parts" / f"part-0000{i}", m) for i, m in enumerate(parts))]:
+        assert (
+            list(
+                chain.from_iterable(
+                    conversations(tmp_path / "parts" / f"part-0000{i}", name) for i in range(3)
+                )
+            )
+            == expected
+        )
+        for folder, manifest in [
+            (tmp_path / "ab", merged),
+            *((tmp_path / "parts" / f"part-0000{i}", m) for i, m in enumerate(parts)),
+        ]:
             own = conversations(folder, name)
-            texts = [tokenizer.decode(ids[row[2] : row[3]], skip_special_tokens=True) for ids, rows in own for row in rows]
+            texts = [
+                tokenizer.decode(ids[row[2] : row[3]], skip_special_tokens=True)
+                for ids, rows in own
+                for row in rows
+            ]
             assert manifest.totals(name)[2] == sum(len(text.encode()) for text in texts)
     assert len(REPLY_FIELDS) == 5
 
@@ -156,11 +209,15 @@ def test_bytes_of_text_are_shared_where_tokens_do_not_tell(tmp_path: Path, token
     """As with a tokenizer that normalises: the sum of a shard stays, cut by tokens."""
     whole = write_corpus(tmp_path / "whole", tokenizer, ids_of([[3, 5, 4]]))
     manifest = Manifest.load(whole)
-    replace(manifest, shards=[replace(entry, text_bytes=1000) for entry in manifest.shards]).save(whole)
+    replace(manifest, shards=[replace(entry, text_bytes=1000) for entry in manifest.shards]).save(
+        whole
+    )
     made = split(whole, 3, tmp_path / "parts")
     assert sum(m.totals("train")[2] for m in made) == 1000
     for part in made:
-        assert part.totals("train")[2] == pytest.approx(1000 * part.totals("train")[1] / manifest.totals("train")[1], abs=1)
+        assert part.totals("train")[2] == pytest.approx(
+            1000 * part.totals("train")[1] / manifest.totals("train")[1], abs=1
+        )
 
 
 def test_bytes_of_tokens(tokenizer):
@@ -169,7 +226,7 @@ def test_bytes_of_tokens(tokenizer):
     assert token_bytes(tokenizer)[[tokenizer.eos_id, tokenizer.mask_id]].sum() == 0
 
 
-# -- what is refused ---------------------------------------------------------------------------------------------------
+# -- what is refused -------------------------------------------------------------------------------
 
 
 @pytest.fixture()
@@ -194,7 +251,12 @@ def test_merge_refuses_what_does_not_belong_together(pair: Path, tokenizer):
     other = train_byte_level_bpe(iter(["abc abc"] * 3), 270)
     write_corpus(pair / "other", other, ids_of([[3]]))
     mine = Manifest.load(pair / "a")
-    expect_refusal(lambda: merge([pair / "a", pair / "other"], out), mine.tokenizer_fingerprint, other.fingerprint, "tokenizers")
+    expect_refusal(
+        lambda: merge([pair / "a", pair / "other"], out),
+        mine.tokenizer_fingerprint,
+        other.fingerprint,
+        "tokenizers",
+    )
     write_corpus(pair / "kind", tokenizer, ids_of([[3]]), kind=CONVERSATIONS, shards=[])
     expect_refusal(lambda: merge([pair / "a", pair / "kind"], out), "kinds", "text", CONVERSATIONS)
     expect_refusal(lambda: merge([pair / "a"], out), "two folders")
@@ -204,7 +266,11 @@ def test_merge_refuses_what_does_not_belong_together(pair: Path, tokenizer):
 
 def test_the_same_data_twice_is_refused(pair: Path):
     def twice(*names: str) -> None:
-        expect_refusal(lambda: merge([pair / name for name in names], pair / "out"), "the same data", str(pair / names[-1]))
+        expect_refusal(
+            lambda: merge([pair / name for name in names], pair / "out"),
+            "the same data",
+            str(pair / names[-1]),
+        )
 
     shutil.copytree(pair / "a", pair / "copy")
     twice("a", "a")
@@ -219,12 +285,16 @@ def test_the_same_data_twice_is_refused(pair: Path):
     twice("ab", "halves/part-00000")
     split(pair / "ab", 2, pair / "half_of_both")
     twice("half_of_both/part-00000", "ab")
-    made = merge([pair / "halves/part-00000", pair / "b", pair / "halves/part-00001"], pair / "again")
+    made = merge(
+        [pair / "halves/part-00000", pair / "b", pair / "halves/part-00001"], pair / "again"
+    )
     assert made.totals("train")[0] == 5
     twice("again", "a")
 
 
-@pytest.mark.parametrize("name", ["train-00000.bin", "train-00000.idx", "train-00001.bin", "validation-00000.idx"])
+@pytest.mark.parametrize(
+    "name", ["train-00000.bin", "train-00000.idx", "train-00001.bin", "validation-00000.idx"]
+)
 def test_a_flipped_bit_is_refused(pair: Path, name: str):
     path = pair / "a" / name
     content = bytearray(path.read_bytes())
@@ -238,7 +308,9 @@ def test_a_flipped_bit_is_refused(pair: Path, name: str):
 
 def test_ids_past_the_vocabulary_are_refused(pair: Path, tokenizer):
     write_corpus(pair / "bad", tokenizer, [[[5, tokenizer.vocab_size + 3]]])
-    expect_refusal(lambda: merge([pair / "a", pair / "bad"], pair / "out"), "train-00000.bin", "not in 0..")
+    expect_refusal(
+        lambda: merge([pair / "a", pair / "bad"], pair / "out"), "train-00000.bin", "not in 0.."
+    )
 
 
 def test_more_parts_than_documents_are_refused(pair: Path):
@@ -247,7 +319,10 @@ def test_more_parts_than_documents_are_refused(pair: Path):
 
 
 def test_outputs_are_replaced_on_request_only(pair: Path):
-    for command, words in (("merge", [pair / "a", pair / "b"]), ("split", [pair / "a", "--parts", 2])):
+    for command, words in (
+        ("merge", [pair / "a", pair / "b"]),
+        ("split", [pair / "a", "--parts", 2]),
+    ):
         shown(command, *words, "--output", pair / command)
         assert "exists; --force" in refusal(command, *words, "--output", pair / command)
         shown(command, *words, "--output", pair / command, "--force")

@@ -1,4 +1,6 @@
-"""Sources in slices: whatever the cuts, every document once, in order, with its line; tables as lines; memory bounded by lengths."""
+"""Sources in slices: whatever the cuts, every document once, in order, with its line; tables as
+lines; memory bounded by lengths.
+"""
 
 from __future__ import annotations
 
@@ -34,18 +36,26 @@ def sliced(path: Path | str, size: int, **options: Any) -> tuple[list[list[str]]
     units, _ = cut([measure(source, settings, report) or Extent(0, 0) for source in sources], size)
     found = []
     for unit in units:
-        found.append([text for piece in unit for text in read_slice(sources[piece.source], piece.slice, settings, report)])
+        found.append(
+            [
+                text
+                for piece in unit
+                for text in read_slice(sources[piece.source], piece.slice, settings, report)
+            ]
+        )
     return found, report
 
 
-# -- cutting -----------------------------------------------------------------------------------------------------------
+# -- cutting ---------------------------------------------------------------------------------------
 
 
 @given(
     extents=st.lists(
         st.one_of(
             st.tuples(st.integers(0, 50), st.integers(0, 400)).map(lambda pair: Extent(*pair)),
-            st.lists(st.integers(0, 90), max_size=9).map(lambda sizes: Extent(len(sizes), sum(sizes), sizes)),
+            st.lists(st.integers(0, 90), max_size=9).map(
+                lambda sizes: Extent(len(sizes), sum(sizes), sizes)
+            ),
         ),
         max_size=8,
     ),
@@ -53,11 +63,27 @@ def sliced(path: Path | str, size: int, **options: Any) -> tuple[list[list[str]]
 )
 def test_units_tile_the_sources(extents: list[Extent], size: int):
     units, text = cut(extents, size)
-    positions = [(piece.source, position) for unit in units for piece in unit for position in range(piece.start, piece.stop)]
-    assert positions == [(source, position) for source, extent in enumerate(extents) for position in range(extent.length)]
-    largest = max([max(e.sizes, default=0) if e.sizes is not None else -(-e.text_bytes // max(e.length, 1)) for e in extents], default=0)
+    positions = [
+        (piece.source, position)
+        for unit in units
+        for piece in unit
+        for position in range(piece.start, piece.stop)
+    ]
+    assert positions == [
+        (source, position)
+        for source, extent in enumerate(extents)
+        for position in range(extent.length)
+    ]
+    largest = max(
+        [
+            max(e.sizes, default=0) if e.sizes is not None else -(-e.text_bytes // max(e.length, 1))
+            for e in extents
+        ],
+        default=0,
+    )
     assert all(part <= size + largest for part in text)
-    assert all(part + len(unit) >= size for part, unit in zip(text[:-1], units[:-1], strict=True))  # a piece is rounded down once
+    # a piece is rounded down once
+    assert all(part + len(unit) >= size for part, unit in zip(text[:-1], units[:-1], strict=True))
     assert len(units) == len(text)
 
 
@@ -66,24 +92,34 @@ def test_small_files_are_put_together_and_large_ones_cut(tmp_path: Path):
         (tmp_path / f"{number:02d}.txt").write_text("x" * 100)
     found, _ = sliced(tmp_path, 1000)
     assert [len(unit) for unit in found] == [10, 10, 10]
-    (tmp_path / "30.jsonl").write_text("".join(json.dumps({"text": "y" * 89}) + "\n" for _ in range(50)))  # 102 bytes each
+    (tmp_path / "30.jsonl").write_text(
+        "".join(json.dumps({"text": "y" * 89}) + "\n" for _ in range(50))
+    )  # 102 bytes each
     found, _ = sliced(tmp_path, 1000)
     assert [len(unit) for unit in found[:3]] == [10, 10, 10]
     assert all(len(unit) in (9, 10) for unit in found[3:-1])
     assert sum(len(unit) for unit in found) == 80
 
 
-# -- JSON Lines --------------------------------------------------------------------------------------------------------
+# -- JSON Lines ------------------------------------------------------------------------------------
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
-    texts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12), min_size=1, max_size=8),
+    texts=st.lists(
+        st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12),
+        min_size=1,
+        max_size=8,
+    ),
     blank=st.integers(0, 3),
     last_newline=st.booleans(),
     size=st.integers(1, 60),
 )
-def test_lines_wherever_they_are_cut(tmp_path: Path, texts: list[str], blank: int, last_newline: bool, size: int):
+def test_lines_wherever_they_are_cut(
+    tmp_path: Path, texts: list[str], blank: int, last_newline: bool, size: int
+):
     lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
     content = ("\n" * blank + "\n".join(lines) + "\n" * last_newline).encode()
     (tmp_path / "a.jsonl").write_bytes(content)
@@ -110,17 +146,28 @@ def test_lengths(tmp_path: Path):
     report = Report()
     found = list(read([tmp_path / "a.jsonl"], ReadOptions(min_length=10, max_length=20), report))
     assert found == ["ä" * 5, "c" * 10, "d" * 20, "🙂" * 5]
-    assert report.skipped == {"documents shorter than --min-length": 1, "documents longer than --max-length": 2}
+    assert report.skipped == {
+        "documents shorter than --min-length": 1,
+        "documents longer than --max-length": 2,
+    }
     (tmp_path / "b.txt").write_text("f" * 21)
-    with pytest.raises(UserError, match=r"no document in .*b.txt \(left out: 1 documents longer than --max-length\)"):
+    with pytest.raises(
+        UserError,
+        match=r"no document in .*b.txt \(left out: 1 documents longer than --max-length\)",
+    ):
         list(read([tmp_path / "b.txt"], ReadOptions(max_length=20), Report()))
-    for wrong, message in (({"min_length": 0}, "--min-length: 0"), ({"max_length": 5, "min_length": 6}, "--max-length: 5 is less than")):
+    for wrong, message in (
+        ({"min_length": 0}, "--min-length: 0"),
+        ({"max_length": 5, "min_length": 6}, "--max-length: 5 is less than"),
+    ):
         with pytest.raises(UserError, match=message):
             ReadOptions(**wrong)
 
 
 def test_a_line_does_not_need_its_length_in_memory(tmp_path: Path):
-    """Two lines and a file of 120 MB, read in a process that may take 70 MB more of addresses than it has after its imports."""
+    """Two lines and a file of 120 MB, read in a process that may take 70 MB more of addresses than
+    it has after its imports.
+    """
     line = b'{"text": "' + b"x" * 120_000_000 + b'"}\n'
     small = b'{"text": "small"}\n'
     (tmp_path / "a.jsonl").write_bytes(small + line + small)
@@ -137,11 +184,20 @@ def test_a_line_does_not_need_its_length_in_memory(tmp_path: Path):
         "found = list(read([sys.argv[1]], ReadOptions(max_length=4 << 20), report))\n"
         "print(len(found), dict(report.skipped))\n"
     )
-    result = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=100, check=False)
-    assert result.stdout == "4 {'lines too long to read': 2, 'documents longer than --max-length': 1}\n", result.stderr
+    result = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert (
+        result.stdout
+        == "4 {'lines too long to read': 2, 'documents longer than --max-length': 1}\n"
+    ), result.stderr
 
 
-# -- tables ------------------------------------------------------------------------------------------------------------
+# -- tables ----------------------------------------------------------------------------------------
 
 
 def write_table(path: Path, rows: list[dict[str, Any]], group: int) -> None:
@@ -150,7 +206,10 @@ def write_table(path: Path, rows: list[dict[str, Any]], group: int) -> None:
         parquet.write_table(table, path, row_group_size=group)
         return
     stream = path.stem.endswith("stream")
-    with pa.OSFile(str(path), "wb") as sink, (pa.ipc.new_stream if stream else pa.ipc.new_file)(sink, table.schema) as writer:
+    with (
+        pa.OSFile(str(path), "wb") as sink,
+        (pa.ipc.new_stream if stream else pa.ipc.new_file)(sink, table.schema) as writer,
+    ):
         writer.write_table(table, max_chunksize=group)
 
 
@@ -165,11 +224,19 @@ def test_tables(name: str, size: int, tmp_path: Path):
     assert [text for unit in found for text in unit] == TEXTS
     assert len(found) == (9 if size == 1 else 1 if size == 10**6 else len(found))
     assert not report.skipped
-    with pytest.raises(UserError, match=r"--text-field: .* has no column 'txt', there are: id, text, other \(did you mean 'text'\?\)"):
+    with pytest.raises(
+        UserError,
+        match=(
+            r"--text-field: .* has no column 'txt', there are: id, text, other \(did you mean"
+            r" 'text'\?\)"
+        ),
+    ):
         sliced(tmp_path / name, size, text_field="txt")
     with pytest.raises(UserError, match=rf"{name}:1: field 'id' is not a string but int"):
         sliced(tmp_path / name, size, text_field="id")
-    (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[: 100 if "stream" not in name else 40])
+    (tmp_path / name).write_bytes(
+        (tmp_path / name).read_bytes()[: 100 if "stream" not in name else 40]
+    )
     with pytest.raises(UserError, match=rf"--input: .*{name}: cannot be read \("):
         sliced(tmp_path / name, size)
     (tmp_path / "b.txt").write_text("b")
@@ -203,7 +270,9 @@ def test_a_row_that_is_not_utf8_is_one_bad_row(named: bool, tmp_path: Path):
 
 @pytest.mark.parametrize("size", [1, 10**6])
 def test_a_damaged_row_group_is_never_left_out_silently(size: int, tmp_path: Path):
-    parquet.write_table(pa.Table.from_pylist(ROWS), tmp_path / "a.parquet", row_group_size=10, compression="snappy")
+    parquet.write_table(
+        pa.Table.from_pylist(ROWS), tmp_path / "a.parquet", row_group_size=10, compression="snappy"
+    )
     (tmp_path / "b.txt").write_text("b")
     column = parquet.ParquetFile(tmp_path / "a.parquet").metadata.row_group(3).column(1)
     data = bytearray((tmp_path / "a.parquet").read_bytes())
@@ -224,7 +293,10 @@ def test_compressed_tables_are_refused(tmp_path: Path):
 
 @pytest.fixture()
 def saved(tmp_path: Path) -> Path:
-    splits = {"train": datasets.Dataset.from_list(ROWS), "test": datasets.Dataset.from_list(ROWS[:3])}
+    splits = {
+        "train": datasets.Dataset.from_list(ROWS),
+        "test": datasets.Dataset.from_list(ROWS[:3]),
+    }
     datasets.DatasetDict(splits).save_to_disk(tmp_path / "saved")
     splits["test"].save_to_disk(tmp_path / "one")
     for number in range(3):
@@ -245,7 +317,14 @@ def saved(tmp_path: Path) -> Path:
         ("files", {"split": "train[:25%]"}, TEXTS[:15]),
     ],
 )
-def test_datasets(name: str, options: dict[str, str], texts: list[str], streaming: bool, saved: Path, monkeypatch: pytest.MonkeyPatch):
+def test_datasets(
+    name: str,
+    options: dict[str, str],
+    texts: list[str],
+    streaming: bool,
+    saved: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", saved / "cache")
     if streaming and "[" in options.get("split", ""):  # the library slices no stream
         with pytest.raises(UserError, match=r"--input: hf:.*files: cannot be loaded as a dataset"):
@@ -258,7 +337,13 @@ def test_datasets(name: str, options: dict[str, str], texts: list[str], streamin
 
 
 def test_datasets_that_are_refused(saved: Path):
-    with pytest.raises(UserError, match=r"--split: hf:.*saved has no split 'tran', there are: train, test \(did you mean 'train'\?\)"):
+    with pytest.raises(
+        UserError,
+        match=(
+            r"--split: hf:.*saved has no split 'tran', there are: train, test \(did you mean"
+            r" 'train'\?\)"
+        ),
+    ):
         sliced(f"hf:{saved / 'saved'}", 200, split="tran")
     with pytest.raises(UserError, match=r"--input: hf:.*nowhere: cannot be loaded as a dataset"):
         sliced(f"hf:{saved / 'nowhere'}", 200)
@@ -266,7 +351,7 @@ def test_datasets_that_are_refused(saved: Path):
         sliced(f"hf:{saved / 'saved'}", 200, text_field="txt")
 
 
-# -- patterns, the whole command ---------------------------------------------------------------------------------------
+# -- patterns, the whole command -------------------------------------------------------------------
 
 
 def test_patterns(tmp_path: Path):
@@ -275,10 +360,17 @@ def test_patterns(tmp_path: Path):
         (tmp_path / name).write_text(name)
     report = Report()
     assert list(read([f"{tmp_path}/*/*.txt"], ReadOptions(), report)) == ["a/1.txt", "b/3.txt"]
-    assert list(read([f"{tmp_path}/**/*.txt"], ReadOptions(), report)) == ["a/1.txt", "b/3.txt", "b/c/4.txt"]
+    assert list(read([f"{tmp_path}/**/*.txt"], ReadOptions(), report)) == [
+        "a/1.txt",
+        "b/3.txt",
+        "b/c/4.txt",
+    ]
     with pytest.raises(UserError, match=r"no file matches '.*\*.csv'"):
         list(read([f"{tmp_path}/*.csv"], ReadOptions(), report))
-    assert list(read([tmp_path / "a", f"{tmp_path}/a/*"], ReadOptions(), report)) == ["a/1.txt", "a/2.md"]
+    assert list(read([tmp_path / "a", f"{tmp_path}/a/*"], ReadOptions(), report)) == [
+        "a/1.txt",
+        "a/2.md",
+    ]
     assert report.skipped == {"files read already under another name": 2}
     with pytest.raises(UserError, match=r"2.md' is read already as .*2.md"):
         list(read([tmp_path / "a", tmp_path / "a" / "2.md"], ReadOptions(), report))
@@ -289,21 +381,40 @@ def test_what_is_left_out_is_listed_and_evaluation_texts_are_kept_out(tmp_path: 
 
     train_byte_level_bpe(iter(TEXTS), 300).save(tmp_path / "tokenizer")
     question = "what is the capital of the largest country in the whole wide world today"
-    (tmp_path / "evaluation.jsonl").write_text(json.dumps({"question": question, "choices": ["a", "b"]}) + "\n")
-    rows = [*ROWS[:10], {"text": f"Somebody asked: {question.title()}? Nobody knew."}, {"txt": "bad"}, *ROWS[10:]]
+    (tmp_path / "evaluation.jsonl").write_text(
+        json.dumps({"question": question, "choices": ["a", "b"]}) + "\n"
+    )
+    rows = [
+        *ROWS[:10],
+        {"text": f"Somebody asked: {question.title()}? Nobody knew."},
+        {"txt": "bad"},
+        *ROWS[10:],
+    ]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     counts = {}
     for drop in (False, True):
         rule = Decontamination((str(tmp_path / "evaluation.jsonl"),), 13, drop)
         manifest = prepare(
-            [tmp_path / "a.jsonl"], tmp_path / "tokenizer", tmp_path / f"corpus-{drop}", skip_bad=True, decontamination=rule, unit_bytes=500
+            [tmp_path / "a.jsonl"],
+            tmp_path / "tokenizer",
+            tmp_path / f"corpus-{drop}",
+            skip_bad=True,
+            decontamination=rule,
+            unit_bytes=500,
         )
         counts[drop] = sum(entry.documents for entry in manifest.shards)
         reason = {"documents that overlap an evaluation text": 1}
         assert (manifest.noted, manifest.skipped) == (
-            ({}, {**reason, "lines without the field": 1}) if drop else (reason, {"lines without the field": 1})
+            ({}, {**reason, "lines without the field": 1})
+            if drop
+            else (reason, {"lines without the field": 1})
         )
-        listed = [json.loads(line) for line in (tmp_path / f"corpus-{drop}" / LEFT_OUT).read_text().splitlines()]
-        assert [(line["line"], line["reason"]) for line in listed] == [(12, "lines without the field")]
+        listed = [
+            json.loads(line)
+            for line in (tmp_path / f"corpus-{drop}" / LEFT_OUT).read_text().splitlines()
+        ]
+        assert [(line["line"], line["reason"]) for line in listed] == [
+            (12, "lines without the field")
+        ]
         assert Manifest.load(tmp_path / f"corpus-{drop}").options["decontaminate"]["drop"] is drop
     assert counts == {False: 61, True: 60}

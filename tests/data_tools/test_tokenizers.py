@@ -1,4 +1,6 @@
-"""Training of tokenizers: every text comes back, the same input gives the same bytes, the sample is of the whole input."""
+"""Training of tokenizers: every text comes back, the same input gives the same bytes, the sample is
+of the whole input.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ TEXTS = [
     "hello hello hello world world <|mdm_mask|> </s> [MASK] \u2581 \u2585 \0 \uf8ff",
 ] * 5
 PIECES = ("unigram", "bpe")
-any_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=40) | st.text("\u2581\uf8ffAB \n\t\r\0\u2585a1日\ufeff", max_size=12)
+any_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=40) | st.text(
+    "\u2581\uf8ffAB \n\t\r\0\u2585a1日\ufeff", max_size=12
+)
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +47,12 @@ def library() -> Path:
 @pytest.fixture(scope="module")
 def pieces(library: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]:
     folder = tmp_path_factory.mktemp("pieces")
-    return {kind: train_tokenizer([library], 600, folder / kind, kind=kind).tokenizer for kind in PIECES}
+    return {
+        kind: train_tokenizer([library], 600, folder / kind, kind=kind).tokenizer for kind in PIECES
+    }
 
 
-# -- the command -------------------------------------------------------------------------------------------------------
+# -- the command -----------------------------------------------------------------------------------
 
 
 def test_train_byte_level(source: Path, tmp_path: Path):
@@ -55,7 +61,11 @@ def test_train_byte_level(source: Path, tmp_path: Path):
     assert loaded.fingerprint == made.tokenizer.fingerprint
     assert loaded.rows == 384
     size, tokens = sum(len(t.encode()) for t in TEXTS), sum(len(loaded.encode(t)) for t in TEXTS)
-    assert (made.fit.text_bytes, made.fit.tokens, made.fit.words) == (size, tokens, sum(len(t.split()) for t in TEXTS))
+    assert (made.fit.text_bytes, made.fit.tokens, made.fit.words) == (
+        size,
+        tokens,
+        sum(len(t.split()) for t in TEXTS),
+    )
     assert (made.text_bytes, made.sample_bytes) == (size, size)
     assert loaded.fingerprint == train_byte_level_bpe(iter(TEXTS), 320).fingerprint
 
@@ -67,8 +77,11 @@ def test_train_byte_level(source: Path, tmp_path: Path):
     with pytest.raises(UserError, match="vocab_size: 100 is less than 262"):
         train_tokenizer([source], 100, tmp_path / "t", force=True)
     assert Tokenizer.load(tmp_path / "t").fingerprint == loaded.fingerprint
-    train_tokenizer([source], 330, tmp_path / "t", force=True, kind="bpe")  # another kind takes its place whole
-    assert sorted(path.name for path in (tmp_path / "t").iterdir() if "special" not in path.name) == [
+    # another kind takes its place whole
+    train_tokenizer([source], 330, tmp_path / "t", force=True, kind="bpe")
+    assert sorted(
+        path.name for path in (tmp_path / "t").iterdir() if "special" not in path.name
+    ) == [
         "tokenizer.model",
         "tokenizer_config.json",
     ]
@@ -84,10 +97,18 @@ def test_sentencepiece_vocabulary(pieces: dict[str, Tokenizer], kind: str):
     tokenizer = pieces[kind]
     assert (tokenizer.vocab_size, tokenizer.rows) == (600, 640)
     assert [tokenizer.id_of(token) for token in SPECIAL_TOKENS] == list(range(594, 600))
-    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.mask_id) == (594, 595, 595, 596)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.mask_id) == (
+        594,
+        595,
+        595,
+        596,
+    )
     assert [tokenizer.token(i) for i in tokenizer.encode("self 2026")][-4:] == ["2", "0", "2", "6"]
     assert tokenizer.encode("        return").size <= 4  # indentation is few tokens
-    assert len(tokenizer.encode(" a")) <= 2 and tokenizer.encode("a").tolist() != tokenizer.encode(" a").tolist()
+    assert (
+        len(tokenizer.encode(" a")) <= 2
+        and tokenizer.encode("a").tolist() != tokenizer.encode(" a").tolist()
+    )
 
 
 @settings(max_examples=150, deadline=None)
@@ -122,11 +143,14 @@ def test_sentencepiece_itself_gives_the_text_back(pieces: dict[str, Tokenizer]):
 
 @pytest.mark.parametrize("kind", ["byte-bpe", *PIECES])
 def test_the_same_input_gives_the_same_bytes(library: Path, tmp_path: Path, kind: str):
-    """In another process with other threads and hashes, at another time and place, from a sample."""
+    """In another process with other threads and hashes, at another time and place, from
+    a sample.
+    """
     size = 1200 if kind == "byte-bpe" else 500
     code = (
-        "import sys; from data_tools.tokenizers import train_tokenizer; "
-        "train_tokenizer([sys.argv[1]], int(sys.argv[2]), sys.argv[3], kind=sys.argv[4], sample_bytes=30000)"
+        "import sys; from data_tools.tokenizers import train_tokenizer;"
+        " train_tokenizer([sys.argv[1]], int(sys.argv[2]), sys.argv[3], kind=sys.argv[4],"
+        " sample_bytes=30000)"
     )
     environment = {
         **os.environ,
@@ -135,24 +159,46 @@ def test_the_same_input_gives_the_same_bytes(library: Path, tmp_path: Path, kind
         "PYTHONHASHSEED": "7",
         "TMPDIR": str(tmp_path),
     }
-    subprocess.run([sys.executable, "-c", code, library, str(size), tmp_path / "a", kind], env=environment, check=True)
+    subprocess.run(
+        [sys.executable, "-c", code, library, str(size), tmp_path / "a", kind],
+        env=environment,
+        check=True,
+    )
     train_tokenizer([library], size, tmp_path / "b", kind=kind, sample_bytes=30000)
-    digests = [{path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (tmp_path / name).iterdir()} for name in "ab"]
+    digests = [
+        {
+            path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in (tmp_path / name).iterdir()
+        }
+        for name in "ab"
+    ]
     assert digests[0] == digests[1]
-    assert str(tmp_path).encode() not in b"".join(path.read_bytes() for path in (tmp_path / "a").iterdir())
+    assert str(tmp_path).encode() not in b"".join(
+        path.read_bytes() for path in (tmp_path / "a").iterdir()
+    )
 
 
 @pytest.mark.parametrize("kind", PIECES)
 @pytest.mark.parametrize(
     ("texts", "size", "message"),
     [
-        (["hello world\n"] * 5, 5000, r"vocab_size: 5000 is more than the text can fill; at most \d+ with this sample"),
-        (["".join(map(chr, range(0x4E00, 0x5000)))], 300, r"vocab_size: 300 has no room for the characters of the text; at least \d+ with"),
+        (
+            ["hello world\n"] * 5,
+            5000,
+            r"vocab_size: 5000 is more than the text can fill; at most \d+ with this sample",
+        ),
+        (
+            ["".join(map(chr, range(0x4E00, 0x5000)))],
+            300,
+            r"vocab_size: 300 has no room for the characters of the text; at least \d+ with",
+        ),
         ([" \n \n"], 300, "--input: no text to train on, only spaces and line ends"),
         (["some text"], 263, "vocab_size: 263 is less than 264"),
     ],
 )
-def test_what_sentencepiece_cannot_do_is_one_line(kind: str, texts: list[str], size: int, message: str):
+def test_what_sentencepiece_cannot_do_is_one_line(
+    kind: str, texts: list[str], size: int, message: str
+):
     with pytest.raises(UserError, match=message) as refusal:
         train_sentencepiece(texts, size, kind)
     assert "\n" not in str(refusal.value)
@@ -180,7 +226,7 @@ def test_a_line_longer_than_sentencepiece_takes_is_trained_on():
     assert len(tokenizer.encode(" jumps over the lazy dog")) == 5
 
 
-# -- the sample --------------------------------------------------------------------------------------------------------
+# -- the sample ------------------------------------------------------------------------------------
 
 
 def test_all_is_kept_when_it_fits():
@@ -190,7 +236,10 @@ def test_all_is_kept_when_it_fits():
 
 
 @settings(max_examples=50, deadline=None)
-@given(texts=st.lists(st.text("ab \n日", min_size=1, max_size=30), max_size=30), repeat=st.integers(1, 400))
+@given(
+    texts=st.lists(st.text("ab \n日", min_size=1, max_size=30), max_size=30),
+    repeat=st.integers(1, 400),
+)
 def test_long_texts_are_cut_without_loss(texts: list[str], repeat: int):
     whole = [text * repeat for text in texts]
     sample = sample_passages(iter(whole), 1 << 40)

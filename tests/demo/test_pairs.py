@@ -46,6 +46,11 @@ def test_first_sentences_of_a_file(tmp_path: Path) -> None:
     }
     assert dict(docstring_pairs(tmp_path / "shapes.py")) == wanted
     target = tmp_path / "pairs.jsonl"
-    assert write_pairs([tmp_path / "shapes.py", tmp_path / "broken.py", tmp_path / "shapes.py"], target) == 3
+    assert (
+        write_pairs(
+            [tmp_path / "shapes.py", tmp_path / "broken.py", tmp_path / "shapes.py"], target
+        )
+        == 3
+    )
     rows = [json.loads(line) for line in target.read_text().splitlines()]
     assert {row["prompt"]: row["response"] for row in rows} == wanted

@@ -15,7 +15,9 @@ CONFIGS = str(ROOT / "configs/demo/pretrain.yaml"), str(ROOT / "configs/demo/sft
 
 
 def test_a_file_with_a_second_name_is_read_once(tmp_path: Path) -> None:
-    """Debian's Python has a link beside one of its modules: the same input twice would be refused."""
+    """Debian's Python has a link beside one of its modules: the same input twice would
+    be refused.
+    """
     for name in ("json", "site-packages", "__pycache__", ".hidden"):
         (tmp_path / name).mkdir()
     for name in ("ast.py", "README.txt", "_data.py"):
@@ -33,6 +35,15 @@ def test_a_folder_that_is_more_than_a_demo_is_not_removed(tmp_path: Path) -> Non
 
 
 def test_a_folder_inside_its_own_input_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"--dir: '.*/runs/demo' lies inside .*, which is only read"):
-        run_demo(StopRequest(), [str(tmp_path)], CONFIGS, str(tmp_path / "runs" / "demo"), smoke=True, fresh=False)
+    with pytest.raises(
+        UserError, match=r"--dir: '.*/runs/demo' lies inside .*, which is only read"
+    ):
+        run_demo(
+            StopRequest(),
+            [str(tmp_path)],
+            CONFIGS,
+            str(tmp_path / "runs" / "demo"),
+            smoke=True,
+            fresh=False,
+        )
     assert not list(tmp_path.iterdir())

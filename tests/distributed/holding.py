@@ -1,4 +1,6 @@
-"""What every rank does in the test of holding a run folder; the ranks import it by its full name."""
+"""What every rank does in the test of holding a run folder; the ranks import it by its
+full name.
+"""
 
 from __future__ import annotations
 

@@ -26,20 +26,42 @@ class RankPool:
     def __init__(self, size: int, folder: Path) -> None:
         self.size = size
         with Listener(family="AF_UNIX") as listener:
-            words = ("-m", "tests.distributed.pool", listener.address, str(folder / "store"), str(size))
-            # As here, since pytest adds the folders of the tests, whose functions the ranks are sent by name.
-            environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(processes.ROOT), *sys.path])}
+            words = (
+                "-m",
+                "tests.distributed.pool",
+                listener.address,
+                str(folder / "store"),
+                str(size),
+            )
+            # As here, since pytest adds the folders of the tests, whose functions the ranks are
+            # sent by name.
+            environment = {
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join([str(processes.ROOT), *sys.path]),
+            }
             self._processes = [
-                processes.start(*words, str(rank), cwd=processes.ROOT, env=environment, stdout=processes.DEVNULL, stderr=None)
+                processes.start(
+                    *words,
+                    str(rank),
+                    cwd=processes.ROOT,
+                    env=environment,
+                    stdout=processes.DEVNULL,
+                    stderr=None,
+                )
                 for rank in range(size)
             ]
             accepted = [listener.accept() for _ in range(size)]
         for end in accepted:
-            end.send(bytes(multiprocessing.current_process().authkey))  # tensors are handed over in shared memory, under this key
-        self._ends: list[Connection] = [end for _, end in sorted((end.recv(), end) for end in accepted)]
+            # tensors are handed over in shared memory, under this key
+            end.send(bytes(multiprocessing.current_process().authkey))
+        self._ends: list[Connection] = [
+            end for _, end in sorted((end.recv(), end) for end in accepted)
+        ]
 
     def run(self, function: Callable[..., Any], *args: Any, timeout: float = 600) -> list[Any]:
-        """The results of `function(*args)` on every rank; a rank's exception fails the test with its traceback."""
+        """The results of `function(*args)` on every rank; a rank's exception fails the test with
+        its traceback.
+        """
         for end in self._ends:
             end.send((function, args))
         results, errors = [], []
@@ -72,7 +94,13 @@ def work(address: str, store: str, size: int, rank: int) -> None:
     with Client(address) as end:
         end.send(rank)
         multiprocessing.current_process().authkey = end.recv()
-        dist.init_process_group("gloo", store=dist.FileStore(store, size), rank=rank, world_size=size, timeout=timedelta(seconds=300))
+        dist.init_process_group(
+            "gloo",
+            store=dist.FileStore(store, size),
+            rank=rank,
+            world_size=size,
+            timeout=timedelta(seconds=300),
+        )
         while (task := end.recv()) is not None:
             function, args = task
             try:

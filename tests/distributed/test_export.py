@@ -1,4 +1,6 @@
-"""Checkpoints of every kind of layout, read without the training engine; and folders that others wrote, loaded on every layout."""
+"""Checkpoints of every kind of layout, read without the training engine; and folders that others
+wrote, loaded on every layout.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 }
 
 
-def save_on_ranks(parallel: dict[str, Any], model: dict[str, Any], precision: str, folder: Path) -> Any:
+def save_on_ranks(
+    parallel: dict[str, Any], model: dict[str, Any], precision: str, folder: Path
+) -> Any:
     """One step, so that norms are no longer ones; then a save. This rank's weights."""
     config = small_config(model, {**parallel}, precision=precision, batch={"global": 8, "micro": 1})
     engine = MegatronEngine(config)
@@ -49,17 +53,23 @@ def save_on_ranks(parallel: dict[str, Any], model: dict[str, Any], precision: st
         every = step_batches(config, 0)
         engine.train_step(every[place.data_rank :: place.data_size], 1e-2)
         engine.save(folder)
-        return {n: p.detach().clone() for n, p in engine.parameters().items()}, *engine._tensor_place()
+        return {
+            n: p.detach().clone() for n, p in engine.parameters().items()
+        }, *engine._tensor_place()
     finally:
         engine.close()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_stored_weights_are_the_ranks_weights(layout: str, pool: RankPool, tmp_path: Path) -> None:
+def test_the_stored_weights_are_the_ranks_weights(
+    layout: str, pool: RankPool, tmp_path: Path
+) -> None:
     parallel, model, precision = LAYOUTS[layout]
     folder = tmp_path / "model"
     folder.mkdir()
-    wanted = weights.gather(small_config(model).model, pool.run(save_on_ranks, parallel, model, precision, folder))
+    wanted = weights.gather(
+        small_config(model).model, pool.run(save_on_ranks, parallel, model, precision, folder)
+    )
     config = small_config(model)
     stored = CheckpointWeights(StoredTensors(folder), config.model)
     found = {name: all_rows(stored, name) for name in stored.shapes}
@@ -71,7 +81,7 @@ def test_the_stored_weights_are_the_ranks_weights(layout: str, pool: RankPool, t
     assert (norms != 1).float().mean() > 0.9
 
 
-# -- a checkpoint of many ranks in plain transformers -------------------------------------------------------------------
+# -- a checkpoint of many ranks in plain transformers ----------------------------------------------
 
 READER = """
 import sys
@@ -87,24 +97,45 @@ assert not {"llada", "megatron"} & sys.modules.keys()
 """
 
 
-def test_a_checkpoint_of_tp2_pp2_converts_on_one_process_and_has_the_oracles_logits(pool: RankPool, tmp_path: Path) -> None:
-    """The weights of the ranks after a step, in the oracle; and their checkpoint, converted and read by plain transformers."""
+def test_a_checkpoint_of_tp2_pp2_converts_on_one_process_and_has_the_oracles_logits(
+    pool: RankPool, tmp_path: Path
+) -> None:
+    """The weights of the ranks after a step, in the oracle; and their checkpoint, converted and
+    read by plain transformers.
+    """
     tokenizer = byte_tokenizer()
     sizes = {"vocab_size": 384}
     run = tmp_path / "run" / "checkpoints" / "step_00000001"
     (run / "model").mkdir(parents=True)
-    ranks = pool.run(save_on_ranks, {"tensor": 2, "sequence": True, "pipeline": 2}, sizes, "fp32", run / "model")
+    ranks = pool.run(
+        save_on_ranks, {"tensor": 2, "sequence": True, "pipeline": 2}, sizes, "fp32", run / "model"
+    )
     config = small_config(sizes)
     tokenizer.save(tmp_path / "tokenizer")
     state = checkpoint.State(1, 8, 256, "", dump_config(config), {}, [], [])
     checkpoint.seal(run, state, read_files(tmp_path / "tokenizer"), {})
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+        "HF_MODULES_CACHE": str(tmp_path / "modules"),
+    }
     convert = ("-m", "llada", "convert", "to-hf", str(tmp_path / "run"), str(tmp_path / "out"))
-    assert processes.start(*convert, cwd=tmp_path, env=environment, stdout=None, stderr=None).wait(600) == 0
+    assert (
+        processes.start(*convert, cwd=tmp_path, env=environment, stdout=None, stderr=None).wait(600)
+        == 0
+    )
     ids = torch.randint(0, 384, (2, 32), generator=torch.Generator().manual_seed(4))
     save_file({"ids": ids}, tmp_path / "ids.safetensors")
     environment.pop("PYTHONPATH")
-    read = ["-W", "ignore", "-c", READER, str(tmp_path / "out"), str(tmp_path / "ids.safetensors"), str(tmp_path / "logits.safetensors")]
+    read = [
+        "-W",
+        "ignore",
+        "-c",
+        READER,
+        str(tmp_path / "out"),
+        str(tmp_path / "ids.safetensors"),
+        str(tmp_path / "logits.safetensors"),
+    ]
     subprocess.run([sys.executable, *read], check=True, env=environment, cwd=tmp_path, timeout=600)
     found = load_file(tmp_path / "logits.safetensors")["logits"]
     wanted = Oracle(config.model, weights.gather(config.model, ranks))(ids, torch.zeros_like(ids))
@@ -116,16 +147,22 @@ def byte_tokenizer() -> Tokenizer:
     return train_byte_level_bpe(iter(["a few bytes"]), 262)
 
 
-# -- what others wrote, on every layout ---------------------------------------------------------------------------------
+# -- what others wrote, on every layout ------------------------------------------------------------
 
 FAST = ("TP2 x PP2 x DP2, everything on", "TP2+SP x CP2 x DP2", "tied head, PP2 x VP2 x DP4")
 
 
 def pass_through(
-    parallel: dict[str, Any], model: dict[str, Any], precision: str, sources: tuple[Path, Path], outs: tuple[Path, Path]
+    parallel: dict[str, Any],
+    model: dict[str, Any],
+    precision: str,
+    sources: tuple[Path, Path],
+    outs: tuple[Path, Path],
 ) -> None:
     """Load a Hugging Face folder, save; load an imported checkpoint, save."""
-    engine = MegatronEngine(small_config(model, parallel, precision=precision, batch={"global": 8, "micro": 1}))
+    engine = MegatronEngine(
+        small_config(model, parallel, precision=precision, batch={"global": 8, "micro": 1})
+    )
     try:
         engine.load_canonical(open_folder(sources[0]).weights)
         engine.save(outs[0])
@@ -135,7 +172,9 @@ def pass_through(
         engine.close()
 
 
-def written_folder(path: Path, model: ModelSection, tokenizer: Tokenizer, seed: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def written_folder(
+    path: Path, model: ModelSection, tokenizer: Tokenizer, seed: int, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
     tokenizer.save(path)
     tensors = {name: tensor.to(dtype) for name, tensor in published_tensors(model, seed).items()}
     (path / "config.json").write_text(json.dumps(published_config(model, tokenizer)))
@@ -146,12 +185,20 @@ def written_folder(path: Path, model: ModelSection, tokenizer: Tokenizer, seed: 
 PASSED = [*((name, "fp32") for name in MATRIX), *((name, "bf16") for name in FAST)]
 
 
-@pytest.mark.parametrize(("layout", "precision"), [pytest.param(*one, marks=() if one[0] in FAST else pytest.mark.slow) for one in PASSED])
-def test_folders_and_imports_pass_through_every_layout_bit_for_bit(layout: str, precision: str, pool: RankPool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("layout", "precision"),
+    [pytest.param(*one, marks=() if one[0] in FAST else pytest.mark.slow) for one in PASSED],
+)
+def test_folders_and_imports_pass_through_every_layout_bit_for_bit(
+    layout: str, precision: str, pool: RankPool, tmp_path: Path
+) -> None:
     """Also in bf16 every digit of an fp32 folder is kept, in the masters."""
     parallel, sizes = MATRIX[layout]
     model = small_config({**sizes, "vocab_size": 384}).model
-    wanted = [written_folder(tmp_path / f"folder{i}", model, byte_tokenizer(), i, torch.float32) for i in range(2)]
+    wanted = [
+        written_folder(tmp_path / f"folder{i}", model, byte_tokenizer(), i, torch.float32)
+        for i in range(2)
+    ]
     from_hf(tmp_path / "folder1", tmp_path / "imported")
     outs = tmp_path / "out0", tmp_path / "out1"
     for out in outs:

@@ -8,8 +8,12 @@ from tests.distributed.holding import hold_and_release
 from tests.distributed.pool import RankPool
 
 
-def test_rank_0_holds_the_folder_and_all_are_refused_together(pool: RankPool, tmp_path: Path) -> None:
-    assert pool.run(hold_and_release, tmp_path / "run") == [(rank == 0, "") for rank in range(pool.size)]
+def test_rank_0_holds_the_folder_and_all_are_refused_together(
+    pool: RankPool, tmp_path: Path
+) -> None:
+    assert pool.run(hold_and_release, tmp_path / "run") == [
+        (rank == 0, "") for rank in range(pool.size)
+    ]
     (tmp_path / "run").write_text("a file")
     found = pool.run(hold_and_release, tmp_path / "run")
     assert found == [(False, found[0][1])] * pool.size

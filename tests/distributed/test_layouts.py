@@ -1,6 +1,8 @@
-"""Every layout of eight ranks against the single-process oracle over five optimizer steps: losses, gradient norms, every gradient
-tensor before clipping at the first and the last step, and the weights after. Rows hold packed documents and cuts, some segments are
-a single token, and key heads are shared (grouped queries)."""
+"""Every layout of eight ranks against the single-process oracle over five optimizer steps: losses,
+gradient norms, every gradient tensor before clipping at the first and the last step, and the
+weights after. Rows hold packed documents and cuts, some segments are a single token, and key heads
+are shared (grouped queries).
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,17 @@ FOUR_GROUPS = {"num_query_groups": 4}
 TIED = {"tie_embeddings": True}
 NO_GATHER = {"overlap_param_gather": False}
 NO_OVERLAP = {"overlap_grad_reduce": False, **NO_GATHER}
-SMALL_BUCKETS = {"bucket_size": 5000}  # one a layer or so, and one for the head alone, as in a large model
-ALL_ON = {"tensor": 2, "sequence": True, "pipeline": 2, "virtual_pipeline": 2, "recompute": "full", **SMALL_BUCKETS}
+SMALL_BUCKETS = {
+    "bucket_size": 5000
+}  # one a layer or so, and one for the head alone, as in a large model
+ALL_ON = {
+    "tensor": 2,
+    "sequence": True,
+    "pipeline": 2,
+    "virtual_pipeline": 2,
+    "recompute": "full",
+    **SMALL_BUCKETS,
+}
 
 LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "DP8": ({}, {}),
@@ -36,12 +47,18 @@ LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "DP8, full recompute": ({"recompute": "full"}, {}),
     "TP2 x DP4": ({"tensor": 2}, {}),
     "TP2+SP x DP4": ({"tensor": 2, "sequence": True}, {}),
-    "TP2+SP x DP4, selective recompute": ({"tensor": 2, "sequence": True, "recompute": "selective"}, {}),
+    "TP2+SP x DP4, selective recompute": (
+        {"tensor": 2, "sequence": True, "recompute": "selective"},
+        {},
+    ),
     "TP4+SP x DP2": ({"tensor": 4, "sequence": True}, FOUR_GROUPS),
     "PP2 x DP4": ({"pipeline": 2}, {}),
     "PP2 x DP4, uneven": ({"pipeline": 2, "layers_per_stage": [1, 3]}, {}),
     "PP2 x VP2 x DP4": ({"pipeline": 2, "virtual_pipeline": 2}, {}),
-    "PP2 x VP2 x DP4, uneven": ({"pipeline": 2, "virtual_pipeline": 2, "layers_per_stage": [2, 1, 3, 2]}, EIGHT),
+    "PP2 x VP2 x DP4, uneven": (
+        {"pipeline": 2, "virtual_pipeline": 2, "layers_per_stage": [2, 1, 3, 2]},
+        EIGHT,
+    ),
     "PP4 x DP2": ({"pipeline": 4}, {}),
     "PP4 x VP2 x DP2": ({"pipeline": 4, "virtual_pipeline": 2}, EIGHT),
     "PP8": ({"pipeline": 8}, EIGHT),
@@ -50,9 +67,15 @@ LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "CP2 x PP2 x DP2": ({"context": 2, "pipeline": 2}, {}),
     "TP2 x PP2 x DP2, everything on": (ALL_ON, {}),
     "TP2 x CP2 x PP2": ({"tensor": 2, "context": 2, "pipeline": 2}, {}),
-    "TP2+SP x CP2 x PP2, full recompute": ({"tensor": 2, "sequence": True, "context": 2, "pipeline": 2, "recompute": "full"}, {}),
+    "TP2+SP x CP2 x PP2, full recompute": (
+        {"tensor": 2, "sequence": True, "context": 2, "pipeline": 2, "recompute": "full"},
+        {},
+    ),
     "TP2+SP x CP2 x DP2": ({"tensor": 2, "sequence": True, "context": 2}, {}),
-    "TP2 x CP2 x PP2 x VP2": ({"tensor": 2, "context": 2, "pipeline": 2, "virtual_pipeline": 2}, {}),
+    "TP2 x CP2 x PP2 x VP2": (
+        {"tensor": 2, "context": 2, "pipeline": 2, "virtual_pipeline": 2},
+        {},
+    ),
     "tied head, PP2 x DP4, small buckets": ({"pipeline": 2, **SMALL_BUCKETS}, TIED),
     "tied head, PP2 x VP2 x DP4": ({"pipeline": 2, "virtual_pipeline": 2}, TIED),
     "tied head, TP2+SP x PP2 x DP2": ({"tensor": 2, "sequence": True, "pipeline": 2}, TIED),
@@ -60,7 +83,9 @@ LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 def gradients(engine: MegatronEngine) -> dict[str, torch.Tensor]:
-    """This rank's reduced gradients: of every parameter the part that its share of the distributed optimizer holds, else NaN."""
+    """This rank's reduced gradients: of every parameter the part that its share of the distributed
+    optimizer holds, else NaN.
+    """
     found = {}
     names = {id(parameter): name for name, parameter in engine.parameters().items()}
     for part in engine._optimizers():
@@ -74,14 +99,18 @@ def gradients(engine: MegatronEngine) -> dict[str, torch.Tensor]:
 
 
 def train_on_ranks(parallel: dict[str, Any], model: dict[str, Any], micro: int) -> dict[str, Any]:
-    """Five steps on this rank: losses, gradient norms, gradients of the first and the last step, and its weights before and after."""
+    """Five steps on this rank: losses, gradient norms, gradients of the first and the last step,
+    and its weights before and after.
+    """
     config = small_config(model, parallel, batch={"global": 8, "micro": micro})
     engine = MegatronEngine(config)
     try:
         place = engine.place
         before = {n: p.detach().clone() for n, p in engine.parameters().items()}
         results, grads = [], []
-        offsets = sample_offsets(config.batch.global_, config.batch.micro, place.data_rank, place.data_size)
+        offsets = sample_offsets(
+            config.batch.global_, config.batch.micro, place.data_rank, place.data_size
+        )
         own = [part[0] // config.batch.micro for part in offsets]
         for step, rate in enumerate(RATES):
             every = step_batches(config, step)
@@ -90,25 +119,38 @@ def train_on_ranks(parallel: dict[str, Any], model: dict[str, Any], micro: int) 
                 grads.append(gradients(engine))
         sums = engine.evaluate([every[i] for i in own], 64)
         after = {n: p.detach().clone() for n, p in engine.parameters().items()}
-        return {"results": results, "grads": grads, "before": before, "after": after, "tensor": engine._tensor_place(), "sums": sums}
+        return {
+            "results": results,
+            "grads": grads,
+            "before": before,
+            "after": after,
+            "tensor": engine._tensor_place(),
+            "sums": sums,
+        }
     finally:
         engine.close()
 
 
-def whole(answers: list[dict[str, Any]], tensors: list[dict[str, torch.Tensor]], config: Any) -> dict[str, torch.Tensor]:
+def whole(
+    answers: list[dict[str, Any]], tensors: list[dict[str, torch.Tensor]], config: Any
+) -> dict[str, torch.Tensor]:
     """Canonical tensors from the ranks' parts; where one rank has NaN another one has the value."""
     merged: dict[tuple[int, int], dict[str, torch.Tensor]] = {}
     for answer, own in zip(answers, tensors, strict=True):
         there = merged.setdefault(answer["tensor"], {})
         for name, value in own.items():
-            there[name] = torch.where(there[name].isnan(), value, there[name]) if name in there else value
+            there[name] = (
+                torch.where(there[name].isnan(), value, there[name]) if name in there else value
+            )
     return weights.gather(config.model, [(own, *place) for place, own in merged.items()])
 
 
 def micro_batch_size(parallel: dict[str, Any]) -> int:
-    """Sequences of a micro-batch, so that each replica has two or, with a pipeline, as many as chunks of the model.
+    """Sequences of a micro-batch, so that each replica has two or, with a pipeline, as many as
+    chunks of the model.
 
-    The collectives of eight ranks on two cores take their time; more micro-batches repeat them. Eight replicas have one each.
+    The collectives of eight ranks on two cores take their time; more micro-batches repeat them.
+    Eight replicas have one each.
     """
     stages = parallel.get("pipeline", 1)
     replica = parallel.get("tensor", 1) * parallel.get("context", 1) * stages
@@ -116,15 +158,21 @@ def micro_batch_size(parallel: dict[str, Any]) -> int:
     return max(1, replica // max(2, chunks))
 
 
-def check_five_steps(pool: RankPool, parallel: dict[str, Any], model: dict[str, Any], micro: int) -> None:
+def check_five_steps(
+    pool: RankPool, parallel: dict[str, Any], model: dict[str, Any], micro: int
+) -> None:
     """Run a layout and compare all there is to compare."""
     answers = pool.run(train_on_ranks, parallel, model, micro)
     config = small_config(model)
     start = whole(answers, [answer["before"] for answer in answers], config)
     assert set(start) == set(weights.canonical_shapes(config.model))
     for name, value in start.items():  # every layout starts from the same keyed weights
-        piece = weights.Piece(name, (0, value.shape[0]), (0, value.shape[1]) if value.dim() > 1 else None, 0)
-        assert torch.equal(value, weights.initial_values(config.model, config.seed, piece).float()), name
+        piece = weights.Piece(
+            name, (0, value.shape[0]), (0, value.shape[1]) if value.dim() > 1 else None, 0
+        )
+        assert torch.equal(
+            value, weights.initial_values(config.model, config.seed, piece).float()
+        ), name
     trainer = OracleTrainer(config, start)
     for step, rate in enumerate(RATES):
         loss, norm, wanted = trainer.step(step_batches(config, step), rate)
@@ -133,8 +181,13 @@ def check_five_steps(pool: RankPool, parallel: dict[str, Any], model: dict[str, 
             assert answer["results"][step].grad_norm == pytest.approx(norm, rel=1e-6)
         if step in (0, STEPS - 1):
             found = whole(answers, [answer["grads"][step > 0] for answer in answers], config)
-            scale = max(1.0, norm / config.optimizer.clip)  # in fp32 the optimizer clips its gradients in place
-            wrong = [name for name in wanted if not (found[name] * scale - wanted[name]).norm() <= 1e-5 * wanted[name].norm()]
+            # in fp32 the optimizer clips its gradients in place
+            scale = max(1.0, norm / config.optimizer.clip)
+            wrong = [
+                name
+                for name in wanted
+                if not (found[name] * scale - wanted[name]).norm() <= 1e-5 * wanted[name].norm()
+            ]
             assert not wrong, f"gradients of step {step + 1}"
     after = whole(answers, [answer["after"] for answer in answers], config)
     for name, value in trainer.oracle.w.items():
@@ -158,7 +211,9 @@ def test_accumulation_on_two_replicas_changes_nothing(micro: int, pool: RankPool
 
 
 def broken_steps(parallel: dict[str, Any]) -> dict[str, Any]:
-    """A good step, one with nan on a single rank, one above a limit, and what they did to weights, moments and step counts."""
+    """A good step, one with nan on a single rank, one above a limit, and what they did to weights,
+    moments and step counts.
+    """
     config = small_config({}, parallel, batch={"global": 8, "micro": 1})
     engine = MegatronEngine(config)
     try:
@@ -168,7 +223,12 @@ def broken_steps(parallel: dict[str, Any]) -> dict[str, Any]:
             return step_batches(config, step)[place.data_rank :: place.data_size]
 
         def state() -> list[torch.Tensor]:
-            kept = [value for part in engine._optimizers() for moments in part.optimizer.state.values() for value in moments.values()]
+            kept = [
+                value
+                for part in engine._optimizers()
+                for moments in part.optimizer.state.values()
+                for value in moments.values()
+            ]
             return [value.detach().clone() for value in [*engine.parameters().values(), *kept]]
 
         engine.train_step(own(0), 1e-3)
@@ -183,13 +243,19 @@ def broken_steps(parallel: dict[str, Any]) -> dict[str, Any]:
         ]
         same = all(torch.equal(a, b) for a, b in zip(before, state(), strict=True))
         results.append(engine.train_step(own(1), 1e-3, Limits(1e9, 1e9)))
-        return {"applied": [result.applied for result in results], "same": same, "loss": results[-1].loss}
+        return {
+            "applied": [result.applied for result in results],
+            "same": same,
+            "loss": results[-1].loss,
+        }
     finally:
         engine.close()
 
 
 @pytest.mark.parametrize("parallel", [NO_OVERLAP, {"tensor": 2, "pipeline": 2}])
-def test_a_step_that_one_rank_cannot_take_is_left_out_by_all(parallel: dict[str, Any], pool: RankPool) -> None:
+def test_a_step_that_one_rank_cannot_take_is_left_out_by_all(
+    parallel: dict[str, Any], pool: RankPool
+) -> None:
     answers = pool.run(broken_steps, parallel)
     assert [answer["applied"] for answer in answers] == [[False, False, False, True]] * len(answers)
     assert all(answer["same"] for answer in answers)

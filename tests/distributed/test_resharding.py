@@ -1,4 +1,6 @@
-"""A checkpoint moves to another layout: every stored tensor element by element, and the run goes on as if nothing had happened."""
+"""A checkpoint moves to another layout: every stored tensor element by element, and the run goes on
+as if nothing had happened.
+"""
 
 from __future__ import annotations
 
@@ -29,17 +31,35 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
-def steps_on_ranks(parallel: dict[str, Any], settings: dict[str, Any], load: Path | None, steps: range, save: Path | None) -> Any:
+def steps_on_ranks(
+    parallel: dict[str, Any],
+    settings: dict[str, Any],
+    load: Path | None,
+    steps: range,
+    save: Path | None,
+) -> Any:
     """Load, train, save: losses and gradient norms of the steps, and every optimizer step count."""
-    config = small_config(settings.get("model"), parallel, batch={"global": 8, "micro": 1}, precision=settings.get("precision", "fp32"))
+    config = small_config(
+        settings.get("model"),
+        parallel,
+        batch={"global": 8, "micro": 1},
+        precision=settings.get("precision", "fp32"),
+    )
     engine = MegatronEngine(config)
     try:
         if load is not None:
             engine.load(load)
         place = engine.place
         own = [part[0] for part in sample_offsets(8, 1, place.data_rank, place.data_size)]
-        results = [engine.train_step([step_batches(config, step)[i] for i in own], RATES[step]) for step in steps]
-        counts = {float(moments["step"]) for part in engine._optimizers() for moments in part.optimizer.state.values()}
+        results = [
+            engine.train_step([step_batches(config, step)[i] for i in own], RATES[step])
+            for step in steps
+        ]
+        counts = {
+            float(moments["step"])
+            for part in engine._optimizers()
+            for moments in part.optimizer.state.values()
+        }
         if save is not None:
             engine.save(save)
         return [(result.loss, result.grad_norm) for result in results], counts
@@ -57,19 +77,32 @@ def tensors(path: Path) -> dict[str, torch.Tensor]:
     return {name: stored.read(name) for name in stored.names()}
 
 
-SETTINGS: dict[str, dict[str, Any]] = {"fp32": {}, "bf16": {"precision": "bf16"}, "tied": {"model": {"tie_embeddings": True}}}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "fp32": {},
+    "bf16": {"precision": "bf16"},
+    "tied": {"model": {"tie_embeddings": True}},
+}
 
 
 @pytest.fixture(scope="module", params=SETTINGS)
-def saved(request: pytest.FixtureRequest, pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+def saved(
+    request: pytest.FixtureRequest, pool: RankPool, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, Any], Path]:
     """Settings, and the folder of a checkpoint under TP2 x PP2 x DP2 after three steps."""
-    settings, first = SETTINGS[request.param], folder(tmp_path_factory.mktemp(request.param) / "first")
+    settings, first = (
+        SETTINGS[request.param],
+        folder(tmp_path_factory.mktemp(request.param) / "first"),
+    )
     pool.run(steps_on_ranks, LAYOUTS["TP2 x PP2 x DP2"], settings, None, range(3), first)
     return settings, first
 
 
-@pytest.mark.parametrize("target", ["DP8", "PP2 x VP2 x DP4", "TP2+SP x CP2 x DP2", "PP2 uneven x DP4, overlap"])
-def test_every_weight_moment_and_count_moves(target: str, saved: tuple[dict[str, Any], Path], pool: RankPool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "target", ["DP8", "PP2 x VP2 x DP4", "TP2+SP x CP2 x DP2", "PP2 uneven x DP4, overlap"]
+)
+def test_every_weight_moment_and_count_moves(
+    target: str, saved: tuple[dict[str, Any], Path], pool: RankPool, tmp_path: Path
+) -> None:
     """Loaded on another layout, and saved there again."""
     settings, first = saved
     second = folder(tmp_path / "second")
@@ -80,11 +113,15 @@ def test_every_weight_moment_and_count_moves(target: str, saved: tuple[dict[str,
     kinds = {name.split(".")[2] for name in before if name.startswith("optimizer.state.")}
     assert kinds == {"param", "exp_avg", "exp_avg_sq"}
     assert all(torch.equal(value, after[name]) for name, value in before.items())
-    assert max(float(value.abs().max()) for name, value in before.items() if ".exp_avg." in name) > 0
+    assert (
+        max(float(value.abs().max()) for name, value in before.items() if ".exp_avg." in name) > 0
+    )
 
 
 def weights_on_ranks(load: Path) -> dict[str, torch.Tensor]:
-    """This rank's weights in an fp32 run on eight replicas that starts from the weights of a checkpoint."""
+    """This rank's weights in an fp32 run on eight replicas that starts from the weights of a
+    checkpoint.
+    """
     engine = MegatronEngine(small_config(batch={"global": 8, "micro": 1}))
     try:
         engine.load(load, optimizer=False)
@@ -97,17 +134,27 @@ def test_every_replica_gets_the_masters_of_a_bf16_run(pool: RankPool, tmp_path: 
     first = folder(tmp_path / "first")
     pool.run(steps_on_ranks, LAYOUTS["DP8"], {"precision": "bf16"}, None, range(3), first)
     stored = tensors(first)
-    masters = {name: value for name, value in stored.items() if name.startswith("optimizer.state.param.")}
+    masters = {
+        name: value for name, value in stored.items() if name.startswith("optimizer.state.param.")
+    }
     wanted = sorted(float(value.double().sum()) for value in masters.values())
     assert wanted != sorted(float(value.bfloat16().double().sum()) for value in masters.values())
     answers = pool.run(weights_on_ranks, first)
     total = sum(value.double().sum() for value in answers[0].values())
     assert float(total) == pytest.approx(sum(wanted), rel=1e-12)
-    assert all(torch.equal(value, answer[name]) for answer in answers[1:] for name, value in answers[0].items())
+    assert all(
+        torch.equal(value, answer[name])
+        for answer in answers[1:]
+        for name, value in answers[0].items()
+    )
 
 
-def test_a_run_moves_twice_and_repeats_the_uninterrupted_one(pool: RankPool, tmp_path: Path) -> None:
-    """TP2 x PP2 to step 5, DP8 to step 10, one process to step 15; against the oracle that never stopped."""
+def test_a_run_moves_twice_and_repeats_the_uninterrupted_one(
+    pool: RankPool, tmp_path: Path
+) -> None:
+    """TP2 x PP2 to step 5, DP8 to step 10, one process to step 15; against the oracle that never
+    stopped.
+    """
     config = small_config()
     alone = MegatronEngine(config)
     try:

@@ -17,8 +17,12 @@ from tests.model.oracle import Oracle
 MASK = 126
 
 
-def small_config(model: dict[str, Any] | None = None, parallel: dict[str, Any] | None = None, **settings: Any) -> RunConfig:
-    """Two query groups, four layers, packed documents; `settings` replace whole top-level sections."""
+def small_config(
+    model: dict[str, Any] | None = None, parallel: dict[str, Any] | None = None, **settings: Any
+) -> RunConfig:
+    """Two query groups, four layers, packed documents; `settings` replace whole
+    top-level sections.
+    """
     raw: dict[str, Any] = {
         "seed": 11,
         "precision": "fp32",
@@ -35,14 +39,18 @@ def small_config(model: dict[str, Any] | None = None, parallel: dict[str, Any] |
             "vocab_size": 128,
             **(model or {}),
         },
-        "schedule": {"stages": [{"shape": "linear", "end": 1e-3, "steps": 10}, {"shape": "constant"}]},
+        "schedule": {
+            "stages": [{"shape": "linear", "end": 1e-3, "steps": 10}, {"shape": "constant"}]
+        },
         "parallel": parallel or {},
     }
     return build_config({**raw, **settings})
 
 
 def step_batches(config: RunConfig, step: int, masking: str = "bernoulli") -> list[Batch]:
-    """All micro-batches of a step on made-up documents: rows of one, two and more segments, some a single token long."""
+    """All micro-batches of a step on made-up documents: rows of one, two and more segments, some a
+    single token long.
+    """
     rng = np.random.default_rng(100 + step)
     length, count = config.data.sequence_length, config.batch.global_
     cuts = [np.unique(rng.integers(1, length, size=rng.integers(0, 4))) for _ in range(count)]
@@ -52,12 +60,21 @@ def step_batches(config: RunConfig, step: int, masking: str = "bernoulli") -> li
     t = timesteps(config.seed, step, np.concatenate([np.diff(b) for b in bounds]), "stratified")
     objective = MaskedDiffusion(config.seed, MASK, masking)
     windows = [
-        Window(step * count + i, rng.integers(0, MASK, length), bounds[i], t[firsts[i] : firsts[i + 1]], int(firsts[i]))
+        Window(
+            step * count + i,
+            rng.integers(0, MASK, length),
+            bounds[i],
+            t[firsts[i] : firsts[i + 1]],
+            int(firsts[i]),
+        )
         for i in range(count)
     ]
     corrupted = [objective.corrupt(w) for w in windows]
     micro = config.batch.micro
-    return [collate(windows[i : i + micro], corrupted[i : i + micro], count * length) for i in range(0, count, micro)]
+    return [
+        collate(windows[i : i + micro], corrupted[i : i + micro], count * length)
+        for i in range(0, count, micro)
+    ]
 
 
 def segment_ids(batch: Batch) -> torch.Tensor:
@@ -69,7 +86,10 @@ def segment_ids(batch: Batch) -> torch.Tensor:
 def canonical(engine: MegatronEngine, what: str = "weights") -> dict[str, torch.Tensor]:
     """Copies of the engine's weights or gradients by canonical name, on CPU; one process."""
     parameters = engine.parameters()
-    tensors = {n: (p.detach() if what == "weights" else p.main_grad).cpu().clone() for n, p in parameters.items()}
+    tensors = {
+        n: (p.detach() if what == "weights" else p.main_grad).cpu().clone()
+        for n, p in parameters.items()
+    }
     return weights.gather(engine.config.model, [(tensors, 0, 1)])
 
 
@@ -81,7 +101,10 @@ class OracleTrainer:
         matrices = [p for p in self.oracle.w.values() if p.dim() > 1]
         vectors = [p for p in self.oracle.w.values() if p.dim() == 1]
         o = config.optimizer
-        groups = [{"params": matrices, "weight_decay": o.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        groups = [
+            {"params": matrices, "weight_decay": o.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(o.beta1, o.beta2), eps=o.eps)
 
     def loss(self, batches: list[Batch]) -> torch.Tensor:
@@ -93,11 +116,15 @@ class OracleTrainer:
             clean[batch.rows, batch.columns] = batch.targets
             weights = torch.zeros(batch.inputs.shape)
             weights[batch.rows, batch.columns] = batch.weights
-            each = torch.nn.functional.cross_entropy(logits.flatten(0, 1), clean.flatten(), reduction="none").view_as(weights)
+            each = torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1), clean.flatten(), reduction="none"
+            ).view_as(weights)
             total = total + (each * weights).sum().double() / batch.normaliser
         return total
 
-    def step(self, batches: list[Batch], learning_rate: float) -> tuple[float, float, dict[str, torch.Tensor]]:
+    def step(
+        self, batches: list[Batch], learning_rate: float
+    ) -> tuple[float, float, dict[str, torch.Tensor]]:
         """Loss, gradient norm and gradients before clipping; then the update."""
         self.optimizer.zero_grad()
         loss = self.loss(batches)

@@ -20,7 +20,9 @@ from tests.engine.support import small_config, step_batches
 
 
 def test_an_importable_fused_adam_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With Transformer Engine or Apex, Megatron-Core takes their Adam and hands it arguments that torch's does not know."""
+    """With Transformer Engine or Apex, Megatron-Core takes their Adam and hands it arguments that
+    torch's does not know.
+    """
     import megatron.core.optimizer as optimizer
 
     class FusedAdam:
@@ -49,7 +51,10 @@ def test_exchanges_between_stages_do_not_wait_for_the_device() -> None:
 def test_more_ranks_than_gpus_are_refused() -> None:
     assert [layout._own_gpu(rank, 4) for rank in range(4)] == [0, 1, 2, 3]
     assert layout._own_gpu(3, 1) == 0  # each rank sees only its own
-    with pytest.raises(UserError, match=r"local rank 4 has no GPU of its own, this machine shows 4; .*LLADA_DEVICE=cpu"):
+    with pytest.raises(
+        UserError,
+        match=r"local rank 4 has no GPU of its own, this machine shows 4; .*LLADA_DEVICE=cpu",
+    ):
         layout._own_gpu(4, 4)
 
 
@@ -57,7 +62,9 @@ def test_ranks_that_see_the_same_gpu_are_refused(monkeypatch: pytest.MonkeyPatch
     def gathered(into: list[str], own: str) -> None:
         into[:] = [own, "another node's GPU-1", own]
 
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="GPU-1", name="H100"))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="GPU-1", name="H100")
+    )
     monkeypatch.setattr(dist, "get_world_size", lambda: 3)
     monkeypatch.setattr(dist, "all_gather_object", gathered)
     with pytest.raises(UserError, match=r"ranks 0, 2 would share one GPU \(H100\)"):
@@ -70,16 +77,22 @@ def test_collectives_wait_twice_as_long_as_the_watchdog(monkeypatch: pytest.Monk
 
     given: dict[str, object] = {}
     monkeypatch.setattr(dist, "is_initialized", lambda: False)
-    monkeypatch.setattr(dist, "init_process_group", lambda *_, timeout, **__: given.update(world=timeout))
+    monkeypatch.setattr(
+        dist, "init_process_group", lambda *_, timeout, **__: given.update(world=timeout)
+    )
     layout.join_world(hang_timeout_s=600)
     assert given["world"] == timedelta(seconds=1200)
-    monkeypatch.setattr(parallel_state, "initialize_model_parallel", lambda **settings: given.update(settings))
+    monkeypatch.setattr(
+        parallel_state, "initialize_model_parallel", lambda **settings: given.update(settings)
+    )
     monkeypatch.setattr(layout, "Place", lambda *_: None)
     for name in ("get_data_parallel_rank", "get_data_parallel_world_size"):
         monkeypatch.setattr(parallel_state, name, lambda: 0)
     for name in ("get_rank", "get_world_size"):
         monkeypatch.setattr(dist, name, lambda: 0)
-    monkeypatch.setattr("megatron.core.tensor_parallel.model_parallel_cuda_manual_seed", lambda seed: None)
+    monkeypatch.setattr(
+        "megatron.core.tensor_parallel.model_parallel_cuda_manual_seed", lambda seed: None
+    )
     layout.start_model_parallel(small_config().parallel, hang_timeout_s=600)
     assert given["distributed_timeout_minutes"] == 20
 
@@ -91,7 +104,10 @@ def test_deterministic_runs_fix_every_order(monkeypatch: pytest.MonkeyPatch) -> 
     try:
         use_deterministic_algorithms()
         assert torch.are_deterministic_algorithms_enabled()
-        assert (os.environ["CUBLAS_WORKSPACE_CONFIG"], os.environ["NCCL_ALGO"]) == (":4096:8", "Ring")
+        assert (os.environ["CUBLAS_WORKSPACE_CONFIG"], os.environ["NCCL_ALGO"]) == (
+            ":4096:8",
+            "Ring",
+        )
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -106,10 +122,15 @@ def test_a_context_rank_gets_its_part_with_the_lengths_for_its_kernel(rank: int)
     assert torch.equal(part.positions, torch.arange(first, first + length))
     wanted = [
         ((column - first) * len(batch.inputs) + row, int(target), float(weight))
-        for row, column, target, weight in zip(batch.rows.tolist(), batch.columns.tolist(), batch.targets, batch.weights, strict=True)
+        for row, column, target, weight in zip(
+            batch.rows.tolist(), batch.columns.tolist(), batch.targets, batch.weights, strict=True
+        )
         if first <= column < first + length
     ]
-    assert list(zip(part.indices.tolist(), part.targets.tolist(), part.weights.tolist(), strict=True)) == wanted
+    assert (
+        list(zip(part.indices.tolist(), part.targets.tolist(), part.weights.tolist(), strict=True))
+        == wanted
+    )
     assert part.lengths is not None
     assert int(part.lengths.queries[-1]) == len(batch.inputs) * length
     assert int(part.lengths.keys[-1]) == batch.inputs.numel()

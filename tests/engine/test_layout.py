@@ -7,8 +7,21 @@ import pytest
 from llada.engine.layout import world_from_environment
 from llada.errors import UserError
 
-TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
-SRUN = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "4", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
+TORCHRUN = {
+    "RANK": "1",
+    "WORLD_SIZE": "2",
+    "LOCAL_RANK": "1",
+    "MASTER_ADDR": "a",
+    "MASTER_PORT": "1",
+}
+SRUN = {
+    "SLURM_PROCID": "3",
+    "SLURM_NTASKS": "4",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_NUM_TASKS": "4",
+    "MASTER_ADDR": "a",
+    "MASTER_PORT": "1",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -25,10 +38,17 @@ def world(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> tuple[i
 
 @pytest.mark.parametrize(
     ("variables", "expected"),
-    [({}, (0, 1, 0)), (TORCHRUN, (1, 2, 1)), (SRUN, (3, 4, 1)), ({"RANK": "0", "WORLD_SIZE": "1"}, (0, 1, 0))],
+    [
+        ({}, (0, 1, 0)),
+        (TORCHRUN, (1, 2, 1)),
+        (SRUN, (3, 4, 1)),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, (0, 1, 0)),
+    ],
     ids=["alone", "torchrun", "srun", "a world of one"],
 )
-def test_a_whole_environment(variables: dict[str, str], expected: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_whole_environment(
+    variables: dict[str, str], expected: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert world(monkeypatch, variables) == expected
 
 
@@ -36,13 +56,19 @@ def test_a_whole_environment(variables: dict[str, str], expected: tuple[int, int
     ("variables", "without", "message"),
     [
         (TORCHRUN, "WORLD_SIZE", "RANK=1 is set and WORLD_SIZE is not; set both"),
-        (TORCHRUN, "RANK", "RANK/WORLD_SIZE/LOCAL_RANK must be integers, set by torchrun or srun; RANK is not set"),
+        (
+            TORCHRUN,
+            "RANK",
+            "RANK/WORLD_SIZE/LOCAL_RANK must be integers, set by torchrun or srun; RANK is not set",
+        ),
         (TORCHRUN, "MASTER_ADDR", "WORLD_SIZE=2, but MASTER_ADDR is not set"),
         (TORCHRUN, "MASTER_PORT", "WORLD_SIZE=2, but MASTER_PORT is not set"),
         (SRUN, "MASTER_PORT", "SLURM_NTASKS=4, but MASTER_PORT is not set"),
         (SRUN, "MASTER_ADDR", "srun started 4 tasks, but MASTER_ADDR"),
     ],
 )
-def test_half_an_environment(variables: dict[str, str], without: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_half_an_environment(
+    variables: dict[str, str], without: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(UserError, match=f"^environment: {message}"):
         world(monkeypatch, {name: value for name, value in variables.items() if name != without})

@@ -1,4 +1,6 @@
-"""The model in the engine: logits, what reaches what, parameter groups, per-segment sums. One engine for the whole file."""
+"""The model in the engine: logits, what reaches what, parameter groups, per-segment sums. One
+engine for the whole file.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ def engine() -> Iterator[MegatronEngine]:
 
 def test_logits_equal_the_oracle(engine: MegatronEngine) -> None:
     batch = step_batches(engine.config, 0)[0]
-    wanted = OracleTrainer(engine.config, canonical(engine)).oracle(batch.inputs, segment_ids(batch))
+    wanted = OracleTrainer(engine.config, canonical(engine)).oracle(
+        batch.inputs, segment_ids(batch)
+    )
     got = engine.logits(batch)
     assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max()
 
@@ -36,9 +40,13 @@ def input_gradient(engine: MegatronEngine, bounds: tuple[int, ...], position: in
     batch = replace(batch, layout=Segments((bounds,), config.data.sequence_length))
     chunk = engine.chunks[0]
     kept: list[torch.Tensor] = []
-    hook = chunk.embedding.register_forward_hook(lambda module, args, out: kept.append(out.requires_grad_()) or out)
+    hook = chunk.embedding.register_forward_hook(
+        lambda module, args, out: kept.append(out.requires_grad_()) or out
+    )
     try:
-        attention = attention_inputs(batch.layout, batch.positions, 0, config.model.head_dim, config.model.rope_theta, None)
+        attention = attention_inputs(
+            batch.layout, batch.positions, 0, config.model.head_dim, config.model.rope_theta, None
+        )
         logits = chunk(batch.inputs, attention)
         (gradient,) = torch.autograd.grad(logits[position].square().sum(), kept[0])
     finally:
@@ -80,6 +88,9 @@ def test_evaluate_gives_the_sum_of_every_segment(engine: MegatronEngine) -> None
     with torch.no_grad():
         for batch in batches:
             logits = trainer.oracle(batch.inputs, segment_ids(batch))[batch.rows, batch.columns]
-            each = torch.nn.functional.cross_entropy(logits, batch.targets, reduction="none") * batch.weights
+            each = (
+                torch.nn.functional.cross_entropy(logits, batch.targets, reduction="none")
+                * batch.weights
+            )
             wanted.index_add_(0, batch.segments, each.double())
     torch.testing.assert_close(sums, wanted, rtol=1e-5, atol=1e-6)

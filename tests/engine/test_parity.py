@@ -1,4 +1,6 @@
-"""The engine on one process against the plain-PyTorch oracle: logits, losses, every gradient, five optimizer steps."""
+"""The engine on one process against the plain-PyTorch oracle: logits, losses, every gradient, five
+optimizer steps.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,8 @@ def test_five_steps_equal_the_oracle(shape: str, masking: str) -> None:
             assert result.grad_norm == pytest.approx(norm, rel=1e-6)
             if step in (0, 4):
                 ours = canonical(engine, "gradients")
-                scale = max(1.0, norm / config.optimizer.clip)  # in fp32 the optimizer clips main_grad in place
+                # in fp32 the optimizer clips main_grad in place
+                scale = max(1.0, norm / config.optimizer.clip)
                 wrong = [name for name in grads if not close(ours[name] * scale, grads[name], 1e-5)]
                 assert not wrong
         after = canonical(engine)
@@ -58,7 +61,12 @@ def test_nothing_masked_gives_zero_not_nan() -> None:
         none = slice(0, 0)
         batches = [
             replace(
-                b, rows=b.rows[none], columns=b.columns[none], targets=b.targets[none], weights=b.weights[none], segments=b.segments[none]
+                b,
+                rows=b.rows[none],
+                columns=b.columns[none],
+                targets=b.targets[none],
+                weights=b.weights[none],
+                segments=b.segments[none],
             )
             for b in step_batches(config, 0)
         ]
@@ -87,25 +95,35 @@ def test_a_step_that_is_not_finite_updates_nothing() -> None:
 
 @pytest.mark.parametrize("micro", [1, 2, 4, 8])
 def test_accumulation_changes_nothing(micro: int) -> None:
-    """One step of 8 sequences in 8, 4, 2 or 1 micro-batches: the oracle's loss and gradients, which know no micro-batches."""
+    """One step of 8 sequences in 8, 4, 2 or 1 micro-batches: the oracle's loss and gradients, which
+    know no micro-batches.
+    """
     config = small_config(batch={"global": 8, "micro": micro})
     engine = MegatronEngine(config)
     try:
         trainer = OracleTrainer(config, canonical(engine))
-        loss, norm, _ = trainer.step(step_batches(small_config(batch={"global": 8, "micro": 8}), 3), 1e-3)
+        loss, norm, _ = trainer.step(
+            step_batches(small_config(batch={"global": 8, "micro": 8}), 3), 1e-3
+        )
         result = engine.train_step(step_batches(config, 3), 1e-3)
-        assert result.loss == pytest.approx(loss, rel=1e-6) and result.grad_norm == pytest.approx(norm, rel=1e-6)
+        assert result.loss == pytest.approx(loss, rel=1e-6) and result.grad_norm == pytest.approx(
+            norm, rel=1e-6
+        )
     finally:
         engine.close()
 
 
 def test_bf16_keeps_master_weights_and_follows_fp32() -> None:
-    """Losses agree to bf16 rounding (2^-9 relative a product), and updates below bf16's resolution are not lost."""
+    """Losses agree to bf16 rounding (2^-9 relative a product), and updates below bf16's resolution
+    are not lost.
+    """
     losses = {}
     for precision in ("fp32", "bf16"):
         engine = MegatronEngine(small_config(precision=precision))
         try:
-            losses[precision] = [engine.train_step(step_batches(engine.config, step), 1e-5).loss for step in range(4)]
+            losses[precision] = [
+                engine.train_step(step_batches(engine.config, step), 1e-5).loss for step in range(4)
+            ]
             if precision == "bf16":
                 assert {p.dtype for p in engine.parameters().values()} == {torch.bfloat16}
                 masters = [p for group in engine.optimizer.param_groups for p in group["params"]]

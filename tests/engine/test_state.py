@@ -41,7 +41,10 @@ def test_every_setting_of_the_optimizer_is_used(name: str) -> None:
         after = canonical(engine)
     finally:
         engine.close()
-    right, wrong = distance(after, trained(config, start)), distance(after, trained(small_config(), start))
+    right, wrong = (
+        distance(after, trained(config, start)),
+        distance(after, trained(small_config(), start)),
+    )
     assert right < 1e-3
     assert wrong > 20 * right
 
@@ -51,8 +54,12 @@ def masters(engine: MegatronEngine) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
-def test_weights_alone_are_the_fp32_masters_and_the_optimizer_starts_afresh(precision: str, tmp_path: Path) -> None:
-    """A run in bf16 keeps its small updates in the masters: a run that starts from its checkpoint must not lose them."""
+def test_weights_alone_are_the_fp32_masters_and_the_optimizer_starts_afresh(
+    precision: str, tmp_path: Path
+) -> None:
+    """A run in bf16 keeps its small updates in the masters: a run that starts from its checkpoint
+    must not lose them.
+    """
     source = MegatronEngine(small_config(precision="bf16"))
     for step in range(3):
         source.train_step(step_batches(source.config, step), 1e-4)
@@ -66,7 +73,8 @@ def test_weights_alone_are_the_fp32_masters_and_the_optimizer_starts_afresh(prec
         assert (wanted != wanted.bfloat16().float()).any()
         assert torch.equal(found.sort().values, wanted.sort().values)
         assert {group["betas"] for group in engine.optimizer.param_groups} == {(0.5, 0.95)}
-        if precision == "fp32":  # in fp32 the oracle follows exactly: no moments, a first step's bias correction
+        # in fp32 the oracle follows exactly: no moments, a first step's bias correction
+        if precision == "fp32":
             trainer = OracleTrainer(engine.config, canonical(engine))
             for step in range(3):
                 batches = step_batches(engine.config, 10 + step)
@@ -84,16 +92,24 @@ def test_changed_settings_of_the_optimizer_hold_after_a_resume(tmp_path: Path) -
     engine = MegatronEngine(small_config(optimizer={"beta2": 0.8, "eps": 1e-6}))
     try:
         engine.load(tmp_path)
-        assert {(group["betas"], group["eps"]) for group in engine.optimizer.param_groups} == {((0.9, 0.8), 1e-6)}
-        assert {int(moments["step"]) for moments in engine._optimizers()[0].optimizer.state.values()} == {1}
+        assert {(group["betas"], group["eps"]) for group in engine.optimizer.param_groups} == {
+            ((0.9, 0.8), 1e-6)
+        }
+        assert {
+            int(moments["step"]) for moments in engine._optimizers()[0].optimizer.state.values()
+        } == {1}
         engine.train_step(step_batches(first.config, 1), 1e-3)
-        assert {int(moments["step"]) for moments in engine._optimizers()[0].optimizer.state.values()} == {2}
+        assert {
+            int(moments["step"]) for moments in engine._optimizers()[0].optimizer.state.values()
+        } == {2}
     finally:
         engine.close()
 
 
 def test_closed_engines_leave_no_threads(tmp_path: Path) -> None:
-    """Every process group has threads; those of engines that are gone would take the processor in the end."""
+    """Every process group has threads; those of engines that are gone would take the processor in
+    the end.
+    """
     counts = []
     gc.disable()  # a collection by chance would hide the leak
     try:

@@ -1,4 +1,6 @@
-"""Where these tests compute: on the CPU at a toy size in every test run, and with `pytest -m gpu` on a GPU at a size that counts."""
+"""Where these tests compute: on the CPU at a toy size in every test run, and with `pytest -m gpu`
+on a GPU at a size that counts.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ class Hardware(NamedTuple):
         return self.device == "cuda"
 
     def config(self, **sections: Any) -> RunConfig:
-        """Grouped queries, four layers, documents; on a GPU with heads of 128, as in the published models."""
+        """Grouped queries, four layers, documents; on a GPU with heads of 128, as in the published
+        models.
+        """
         if not self.is_gpu:
             return small_config(**sections)
         model = {

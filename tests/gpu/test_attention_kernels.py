@@ -1,4 +1,6 @@
-"""Every attention kernel that is installed, at the size of the published models, against a plain softmax in fp32."""
+"""Every attention kernel that is installed, at the size of the published models, against a plain
+softmax in fp32.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ PUBLISHED = Shape(length=4096, rows=4, heads=8, groups=2, head_dim=128)
 TOY = Shape(length=64, rows=4, heads=4, groups=2, head_dim=16)
 
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float32: 2e-6}
-"""Relative L2 error. bf16 keeps 8 bits: operands and results are rounded by up to 2^-9, probabilities once more."""
+"""Relative L2 error. bf16 keeps 8 bits: operands and results are rounded by up to 2^-9,
+probabilities once more.
+"""
 
 
 class RecordedOperators(TorchDispatchMode):
@@ -62,8 +66,12 @@ def layouts(shape: Shape) -> dict[str, Segments]:
     }
 
 
-def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Segments, offset: int) -> torch.Tensor:
-    """Softmax over the keys of a query's own segment, one row and segment at a time, in fp32; [s, b, h, d]."""
+def plain(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Segments, offset: int
+) -> torch.Tensor:
+    """Softmax over the keys of a query's own segment, one row and segment at a time, in fp32; [s,
+    b, h, d].
+    """
     share = q.shape[2] // k.shape[2]
     rows = []
     for row, bounds in enumerate(layout.bounds):
@@ -73,7 +81,9 @@ def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Segments, o
             if low >= high:
                 continue
             queries = q[low - offset : high - offset, row].transpose(0, 1)
-            keys, values = (x[start:end, row].repeat_interleave(share, dim=1).transpose(0, 1) for x in (k, v))
+            keys, values = (
+                x[start:end, row].repeat_interleave(share, dim=1).transpose(0, 1) for x in (k, v)
+            )
             probabilities = (queries @ keys.transpose(1, 2) / math.sqrt(q.shape[-1])).softmax(-1)
             parts.append((probabilities @ values).transpose(0, 1))
         rows.append(torch.cat(parts))
@@ -85,23 +95,44 @@ def relative_error(ours: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 def errors(
-    kernel: attention.Kernel | None, shape: Shape, layout: Segments, part: slice, dtype: torch.dtype, device: str
+    kernel: attention.Kernel | None,
+    shape: Shape,
+    layout: Segments,
+    part: slice,
+    dtype: torch.dtype,
+    device: str,
 ) -> dict[str, float]:
-    """Relative errors of the output and the three gradients for the queries in `part`, and check which kernel ran."""
+    """Relative errors of the output and the three gradients for the queries in `part`, and check
+    which kernel ran.
+    """
     torch.manual_seed(0)
     offset, length = part.start, part.stop - part.start
 
     def tensor(tokens: int, heads: int) -> torch.Tensor:
-        return torch.randn(tokens, shape.rows, heads, shape.head_dim, device=device, dtype=dtype, requires_grad=True)
+        return torch.randn(
+            tokens,
+            shape.rows,
+            heads,
+            shape.head_dim,
+            device=device,
+            dtype=dtype,
+            requires_grad=True,
+        )
 
-    tensors = tensor(length, shape.heads), tensor(shape.length, shape.groups), tensor(shape.length, shape.groups)
+    tensors = (
+        tensor(length, shape.heads),
+        tensor(shape.length, shape.groups),
+        tensor(shape.length, shape.groups),
+    )
     used = kernel if kernel is not None and kernel.computes(layout) else None
     lengths = None
     if used is not None:
         on_cpu = attention.segment_lengths(layout, offset, length)
         lengths = replace(on_cpu, queries=on_cpu.queries.to(device), keys=on_cpu.keys.to(device))
     positions = torch.arange(offset, offset + length, device=device)
-    shared = attention.attention_inputs(layout, positions, offset, shape.head_dim, 1e4, used, lengths)
+    shared = attention.attention_inputs(
+        layout, positions, offset, shape.head_dim, 1e4, used, lengths
+    )
     with RecordedOperators() as operators:
         out = attention.attend(*tensors, shared)
     if device == "cuda":
@@ -112,7 +143,10 @@ def errors(
     wanted = plain(*wide, layout, offset)
     references = torch.autograd.grad(wanted, wide, direction.to(dtype).float())
     found = {"output": relative_error(out, wanted)}
-    found |= {name: relative_error(ours, theirs) for name, ours, theirs in zip("qkv", gradients, references, strict=True)}
+    found |= {
+        name: relative_error(ours, theirs)
+        for name, ours, theirs in zip("qkv", gradients, references, strict=True)
+    }
     return found
 
 
@@ -139,9 +173,14 @@ def kernels(device: str) -> list[attention.Kernel | None]:
 @pytest.mark.parametrize("cut", ["whole rows", "rows cut alike", "rows cut differently"])
 @pytest.mark.parametrize("quarter", [None, 2], ids=["all queries", "a context part"])
 def test_every_kernel_is_the_plain_computation(
-    cut: str, quarter: int | None, hardware: Hardware, record_property: Callable[[str, object], None]
+    cut: str,
+    quarter: int | None,
+    hardware: Hardware,
+    record_property: Callable[[str, object], None],
 ) -> None:
-    """A context part has the queries of one quarter and all keys: most segments then have no query at all."""
+    """A context part has the queries of one quarter and all keys: most segments then have no query
+    at all.
+    """
     shape = PUBLISHED if hardware.is_gpu else TOY
     size = shape.length if quarter is None else shape.length // 4
     part = slice((quarter or 0) * size, ((quarter or 0) + 1) * size)
@@ -157,6 +196,8 @@ def test_every_kernel_is_the_plain_computation(
 @pytest.mark.gpu
 def test_a_shape_that_only_the_unfused_kernel_has_is_refused() -> None:
     x = torch.ones(8, 1, 1, 8, device="cuda", dtype=torch.float64)
-    shared = attention.attention_inputs(Segments(((0, 8),), 8), torch.arange(8, device="cuda"), 0, 8, 1e4)
+    shared = attention.attention_inputs(
+        Segments(((0, 8),), 8), torch.arange(8, device="cuda"), 0, 8, 1e4
+    )
     with pytest.raises(RunError, match="math kernel is refused"):
         attention.attend(x, x, x, shared)

@@ -1,4 +1,6 @@
-"""The engine where it is meant to run: against the oracle, across restarts, and without waiting for the device."""
+"""The engine where it is meant to run: against the oracle, across restarts, and without waiting for
+the device.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,10 @@ GPU = Hardware("cuda")
 
 LOSS_TOLERANCE = {"fp32": 2e-6, "bf16": 5e-3}
 GRADIENT_TOLERANCE = {"fp32": 2e-5, "bf16": 4e-2}
-"""Relative. fp32: sums in another order. bf16 rounds by up to 2^-9 = 0.2 %, about ten times in each of four layers, forward and
-backward: a random walk of 80 such steps is 1.2 % (root mean square), and three times that is allowed."""
+"""Relative. fp32: sums in another order. bf16 rounds by up to 2^-9 = 0.2 %, about ten times in each
+of four layers, forward and backward: a random walk of 80 such steps is 1.2 % (root mean square),
+and three times that is allowed.
+"""
 
 
 @contextmanager
@@ -57,14 +61,20 @@ def state(engine: MegatronEngine) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_engine_equals_the_oracle(precision: str, hardware: Hardware, record_property: Callable[[str, object], None]) -> None:
-    """Three steps; losses, gradient norms, and every gradient tensor of the first step, against plain PyTorch in fp32 on the CPU.
+def test_the_engine_equals_the_oracle(
+    precision: str, hardware: Hardware, record_property: Callable[[str, object], None]
+) -> None:
+    """Three steps; losses, gradient norms, and every gradient tensor of the first step, against
+    plain PyTorch in fp32 on the CPU.
 
-    Adam's eps is far above the gradients: at its usual value the first update is the sign of a gradient, which rounding flips where
-    the gradient is nearly zero, and what is compared afterwards is two different models.
+    Adam's eps is far above the gradients: at its usual value the first update is the sign of a
+    gradient, which rounding flips where the gradient is nearly zero, and what is compared
+    afterwards is two different models.
     """
     with engine_of(hardware.config(precision=precision, optimizer={"eps": 1e-2})) as engine:
-        trainer = OracleTrainer(engine.config, {name: value.float() for name, value in canonical(engine).items()})
+        trainer = OracleTrainer(
+            engine.config, {name: value.float() for name, value in canonical(engine).items()}
+        )
         worst_loss = worst_norm = worst_gradient = 0.0
         for step in range(3):
             batches = step_batches(engine.config, step)
@@ -73,12 +83,20 @@ def test_the_engine_equals_the_oracle(precision: str, hardware: Hardware, record
             worst_loss = max(worst_loss, abs(result.loss / loss - 1))
             worst_norm = max(worst_norm, abs(result.grad_norm / norm - 1))
             if step == 0:
-                scale = max(1.0, result.grad_norm / engine.config.optimizer.clip)  # the optimizer clips its gradients in place
+                # the optimizer clips its gradients in place
+                scale = max(1.0, result.grad_norm / engine.config.optimizer.clip)
                 ours = canonical(engine, "gradients")
-                worst_gradient, tensor = max((relative(ours[name] * scale, wanted[name]), name) for name in wanted)
+                worst_gradient, tensor = max(
+                    (relative(ours[name] * scale, wanted[name]), name) for name in wanted
+                )
         record_property(f"{precision}: largest relative error of a loss", f"{worst_loss:.1e}")
-        record_property(f"{precision}: largest relative error of a gradient tensor", f"{worst_gradient:.1e} ({tensor})")
-        record_property(f"{precision}: largest relative error of a gradient norm", f"{worst_norm:.1e}")
+        record_property(
+            f"{precision}: largest relative error of a gradient tensor",
+            f"{worst_gradient:.1e} ({tensor})",
+        )
+        record_property(
+            f"{precision}: largest relative error of a gradient norm", f"{worst_norm:.1e}"
+        )
         assert worst_loss <= LOSS_TOLERANCE[precision]
         assert worst_norm <= GRADIENT_TOLERANCE[precision]
         assert worst_gradient <= GRADIENT_TOLERANCE[precision]
@@ -86,8 +104,12 @@ def test_the_engine_equals_the_oracle(precision: str, hardware: Hardware, record
 
 @pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_resumed_run_repeats_every_bit(precision: str, hardware: Hardware, tmp_path: Path) -> None:
-    """Saved in the background after two steps while two more are taken; a second engine loads it and takes the same two."""
+def test_a_resumed_run_repeats_every_bit(
+    precision: str, hardware: Hardware, tmp_path: Path
+) -> None:
+    """Saved in the background after two steps while two more are taken; a second engine loads it
+    and takes the same two.
+    """
     config = hardware.config(precision=precision, run={"dir": "unused", "deterministic": True})
     with engine_of(config) as engine:
         for step in range(2):
@@ -102,15 +124,21 @@ def test_a_resumed_run_repeats_every_bit(precision: str, hardware: Hardware, tmp
         after = state(engine)
     with engine_of(config) as engine:
         engine.load(tmp_path)
-        assert all(torch.equal(a, b) for a, b in zip(state(engine), saved, strict=True)), "later steps changed what was saved"
+        assert all(torch.equal(a, b) for a, b in zip(state(engine), saved, strict=True)), (
+            "later steps changed what was saved"
+        )
         again = [engine.train_step(prepared(engine, step), RATE) for step in (2, 3)]
         assert [(result.loss, result.grad_norm) for result in again] == numbers
         assert all(torch.equal(a, b) for a, b in zip(state(engine), after, strict=True))
 
 
 def test_saves_leave_no_host_memory_behind(hardware: Hardware, tmp_path: Path) -> None:
-    """The first save may keep its staging buffers, the next three must not add half of the state."""
-    with engine_of(hardware.config(precision="bf16", model={"vocab_size": 65536} if hardware.is_gpu else {})) as engine:
+    """The first save may keep its staging buffers, the next three must not add half of
+    the state.
+    """
+    with engine_of(
+        hardware.config(precision="bf16", model={"vocab_size": 65536} if hardware.is_gpu else {})
+    ) as engine:
         size = sum(value.numel() * value.element_size() for value in state(engine))
         used = []
         for number in range(4):
@@ -146,7 +174,9 @@ def test_recomputation_changes_nothing(hardware: Hardware) -> None:
 
 @pytest.mark.gpu
 def test_a_step_never_waits_for_the_device() -> None:
-    """Any operation that synchronises raises; the numbers of a step are read after the next one was queued."""
+    """Any operation that synchronises raises; the numbers of a step are read after the next one was
+    queued.
+    """
     with engine_of(GPU.config(precision="bf16")) as engine:
         batches = [prepared(engine, step) for step in range(5)]
         engine.train_step(batches[0], RATE)
@@ -161,15 +191,21 @@ def test_a_step_never_waits_for_the_device() -> None:
 
 
 @pytest.mark.gpu
-def test_memory_does_not_grow_with_varying_numbers_of_predictions(record_property: Callable[[str, object], None]) -> None:
-    """Every micro-batch predicts another number of positions, so every logits tensor has another size."""
+def test_memory_does_not_grow_with_varying_numbers_of_predictions(
+    record_property: Callable[[str, object], None],
+) -> None:
+    """Every micro-batch predicts another number of positions, so every logits tensor has another
+    size.
+    """
     with engine_of(GPU.config(precision="bf16", model={"vocab_size": 65536})) as engine:
         torch.cuda.reset_peak_memory_stats()
         reserved = []
         for step in range(50):
             engine.train_step(prepared(engine, step), RATE)
             reserved.append(torch.cuda.memory_reserved())
-        record_property("reserved memory after 50 steps over that after 10", f"{reserved[-1] / reserved[9]:.2f}")
+        record_property(
+            "reserved memory after 50 steps over that after 10", f"{reserved[-1] / reserved[9]:.2f}"
+        )
         assert reserved[-1] <= 1.2 * reserved[9]
 
 
@@ -197,7 +233,10 @@ def test_a_hang_is_named_before_nccl_ends_the_process(tmp_path: Path) -> None:
     """A kernel that never ends stands in for a collective whose partner is gone."""
     found = subprocess.run(
         [sys.executable, "-c", _HANG, str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        },
         capture_output=True,
         text=True,
         timeout=120,
@@ -213,7 +252,10 @@ def test_the_demo_runs(tmp_path: Path) -> None:
     found = subprocess.run(
         [sys.executable, "-m", "llada", "demo", "--smoke", "--dir", str(tmp_path / "demo")],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        },
         capture_output=True,
         text=True,
         timeout=300,

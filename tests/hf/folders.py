@@ -1,4 +1,6 @@
-"""Hugging Face folders made without this package's code: the published layout from plain tensors, and transformers' own Llama."""
+"""Hugging Face folders made without this package's code: the published layout from plain tensors,
+and transformers' own Llama.
+"""
 
 from __future__ import annotations
 
@@ -74,7 +76,9 @@ PUBLISHED_8B = {
     "vocab_size": 126464,
     "weight_tying": False,
 }
-"""The config.json of LLaDA-8B-Instruct, less its dtype, which each version of transformers spells its own way."""
+"""The config.json of LLaDA-8B-Instruct, less its dtype, which each version of transformers spells
+its own way.
+"""
 
 
 def published_config(model: ModelSection, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -99,21 +103,33 @@ def published_config(model: ModelSection, tokenizer: Tokenizer) -> dict[str, Any
 
 
 def published_tensors(model: ModelSection, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Random weights under the published names, written down once more: norms away from 1, matrices of unit gain."""
+    """Random weights under the published names, written down once more: norms away from 1, matrices
+    of unit gain.
+    """
     draw = torch.Generator().manual_seed(seed)
-    d, ff, kv, v = model.hidden_size, model.ffn_hidden_size, model.kv_heads * model.head_dim, model.vocab_size
+    d, ff, kv, v = (
+        model.hidden_size,
+        model.ffn_hidden_size,
+        model.kv_heads * model.head_dim,
+        model.vocab_size,
+    )
     matrices = {"q_proj": (d, d), "k_proj": (kv, d), "v_proj": (kv, d), "attn_out": (d, d)}
     matrices |= {"ff_proj": (ff, d), "up_proj": (ff, d), "ff_out": (d, ff)}
 
     def matrix(rows: int, columns: int) -> torch.Tensor:
         return torch.randn(rows, columns, generator=draw) / columns**0.5
 
-    tensors = {"model.transformer.wte.weight": matrix(v, d), "model.transformer.ln_f.weight": torch.rand(d, generator=draw) + 0.5}
+    tensors = {
+        "model.transformer.wte.weight": matrix(v, d),
+        "model.transformer.ln_f.weight": torch.rand(d, generator=draw) + 0.5,
+    }
     for i in range(model.num_layers):
         for name, shape in matrices.items():
             tensors[f"model.transformer.blocks.{i}.{name}.weight"] = matrix(*shape)
         for name in ("attn_norm", "ff_norm"):
-            tensors[f"model.transformer.blocks.{i}.{name}.weight"] = torch.rand(d, generator=draw) + 0.5
+            tensors[f"model.transformer.blocks.{i}.{name}.weight"] = (
+                torch.rand(d, generator=draw) + 0.5
+            )
     if not model.tie_embeddings:
         tensors["model.transformer.ff_out.weight"] = matrix(v, d)
     return tensors
@@ -126,7 +142,9 @@ def published_folder(
     model = ModelSection(**{**SIZES, **sizes})
     tensors = {name: tensor.to(dtype) for name, tensor in published_tensors(model).items()}
     shutil.copytree(tokenizer, folder)
-    (folder / "config.json").write_text(json.dumps(published_config(model, Tokenizer.load(tokenizer))))
+    (folder / "config.json").write_text(
+        json.dumps(published_config(model, Tokenizer.load(tokenizer)))
+    )
     if files == 1:
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         return tensors
@@ -136,17 +154,29 @@ def published_folder(
         part = {key: tensors[key] for key in list(tensors)[number::files]}
         save_file(part, folder / name, metadata={"format": "pt"})
         index |= dict.fromkeys(part, name)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": index})
+    )
     return tensors
 
 
 def llama_folder(folder: Path, tokenizer: Path, **fields: Any) -> torch.nn.Module:
-    """Write transformers' own Llama, causal and with its own names, beside a tokenizer; the model."""
+    """Write transformers' own Llama, causal and with its own names, beside a tokenizer;
+    the model.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(3)
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    model = LlamaForCausalLM(LlamaConfig(**{**sizes, "vocab_size": 500, "max_position_embeddings": 256, **fields})).eval()
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    model = LlamaForCausalLM(
+        LlamaConfig(**{**sizes, "vocab_size": 500, "max_position_embeddings": 256, **fields})
+    ).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:

@@ -20,7 +20,13 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def section(**settings: Any) -> ModelSection:
-    sizes = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "ffn_hidden_size": 96, "vocab_size": 128}
+    sizes = {
+        "num_layers": 2,
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "ffn_hidden_size": 96,
+        "vocab_size": 128,
+    }
     return ModelSection(**{**sizes, **settings})
 
 
@@ -34,7 +40,13 @@ def hf_config(model: ModelSection, **settings: Any) -> LLaDAConfig:
         vocab_size=model.vocab_size,
         rms_norm_eps=model.norm_eps,
         weight_tying=model.tie_embeddings,
-        **{"rope_theta": model.rope_theta, "mask_token_id": 126, "eos_token_id": 1, "pad_token_id": 1, **settings},
+        **{
+            "rope_theta": model.rope_theta,
+            "mask_token_id": 126,
+            "eos_token_id": 1,
+            "pad_token_id": 1,
+            **settings,
+        },
     )
 
 
@@ -42,7 +54,10 @@ def random_weights(model: ModelSection) -> dict[str, torch.Tensor]:
     """Norm weights away from 1, so that a norm whose weight is not used shows."""
     torch.manual_seed(0)
     shapes = canonical_shapes(model)
-    return {n: torch.rand(s) + 0.5 if len(s) == 1 else torch.randn(s) / math.sqrt(s[1]) for n, s in shapes.items()}
+    return {
+        n: torch.rand(s) + 0.5 if len(s) == 1 else torch.randn(s) / math.sqrt(s[1])
+        for n, s in shapes.items()
+    }
 
 
 def made(**settings: Any) -> LLaDAModelLM:
@@ -60,7 +75,9 @@ def assert_near(got: torch.Tensor, wanted: torch.Tensor, relative: float = 1e-5)
     assert (got - wanted).abs().max() <= relative * wanted.abs().max()
 
 
-def gradients(hf: LLaDAModelLM, inputs: torch.Tensor, direction: torch.Tensor) -> dict[str, torch.Tensor]:
+def gradients(
+    hf: LLaDAModelLM, inputs: torch.Tensor, direction: torch.Tensor
+) -> dict[str, torch.Tensor]:
     hf.zero_grad()
     (hf(inputs).logits * direction).sum().backward()
     return {name: p.grad.clone() for name, p in hf.named_parameters()}

@@ -15,7 +15,9 @@ from tests.hf.models import hf_config, section
 
 
 @pytest.mark.parametrize("given", [{}, PUBLISHED_8B])
-def test_the_config_is_the_published_one_by_default_and_written_in_full(given: dict[str, Any], tmp_path: Path) -> None:
+def test_the_config_is_the_published_one_by_default_and_written_in_full(
+    given: dict[str, Any], tmp_path: Path
+) -> None:
     LLaDAConfig(**given).save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())
     written.pop("transformers_version")
@@ -23,13 +25,29 @@ def test_the_config_is_the_published_one_by_default_and_written_in_full(given: d
 
 
 def test_every_field_comes_back_and_transformers_own_names_work(tmp_path: Path) -> None:
-    config = hf_config(section(num_query_groups=2, tie_embeddings=True), embedding_size=192, max_sequence_length=77, rope_theta=1e4)
+    config = hf_config(
+        section(num_query_groups=2, tie_embeddings=True),
+        embedding_size=192,
+        max_sequence_length=77,
+        rope_theta=1e4,
+    )
     config.save_pretrained(tmp_path)
     back = LLaDAConfig.from_pretrained(tmp_path)
     fields = LLaDAConfig.published_fields()
-    assert {name: getattr(back, name) for name in fields} == {name: getattr(config, name) for name in fields}
-    assert (back.hidden_size, back.num_hidden_layers, back.num_attention_heads, back.num_key_value_heads) == (64, 2, 4, 2)
-    assert (back.intermediate_size, back.max_position_embeddings, back.tie_word_embeddings) == (96, 77, True)
+    assert {name: getattr(back, name) for name in fields} == {
+        name: getattr(config, name) for name in fields
+    }
+    assert (
+        back.hidden_size,
+        back.num_hidden_layers,
+        back.num_attention_heads,
+        back.num_key_value_heads,
+    ) == (64, 2, 4, 2)
+    assert (back.intermediate_size, back.max_position_embeddings, back.tie_word_embeddings) == (
+        96,
+        77,
+        True,
+    )
 
 
 def test_the_tokenizers_size_is_written_only_where_it_is_known(tmp_path: Path) -> None:
@@ -40,7 +58,15 @@ def test_the_tokenizers_size_is_written_only_where_it_is_known(tmp_path: Path) -
 
 
 def test_sizes_left_out_follow_from_the_others() -> None:
-    config = LLaDAConfig(d_model=64, n_heads=8, mlp_hidden_size=None, mlp_ratio=3, vocab_size=100, eos_token_id=0, pad_token_id=0)
+    config = LLaDAConfig(
+        d_model=64,
+        n_heads=8,
+        mlp_hidden_size=None,
+        mlp_ratio=3,
+        vocab_size=100,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
     assert (config.n_kv_heads, config.mlp_hidden_size, config.embedding_size) == (8, 192, 100)
     assert LLaDAConfig(n_kv_heads=None, multi_query_attention=True).n_kv_heads == 1
 

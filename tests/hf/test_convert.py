@@ -71,14 +71,17 @@ print(json.dumps({
     "padding": float((beside - expected["logits"]).abs().max() / scale),
     "same": float((logits[0] - logits[1]).abs().max()),
     "shape": list(expected["input_ids"].shape),
-    "chat": tokenizer(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False),
-                      add_special_tokens=False)["input_ids"],
+    "chat": tokenizer(
+        tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False),
+        add_special_tokens=False)["input_ids"],
     "mask": tokenizer.mask_token_id, "eos": tokenizer.eos_token_id,
 }))
 """
 
 
-def test_plain_transformers_computes_the_training_models_logits(workplace: Workplace, tmp_path: Path) -> None:
+def test_plain_transformers_computes_the_training_models_logits(
+    workplace: Workplace, tmp_path: Path
+) -> None:
     folder, reference = tmp_path / "export", tmp_path / "reference.safetensors"
     said = convert(str(workplace.folder / "whole"), str(folder), True, str(reference))
     assert "verified on 4 x 128 tokens" in said
@@ -102,7 +105,9 @@ def test_plain_transformers_computes_the_training_models_logits(workplace: Workp
     assert found["same"] > 0.1
     tokenizer = Tokenizer.load(folder)
     assert (found["mask"], found["eos"]) == (tokenizer.mask_id, tokenizer.eos_id)
-    assert found["chat"] == ChatFormat(tokenizer).prompt([Message("user", "What is a mask?")]).tolist()
+    assert (
+        found["chat"] == ChatFormat(tokenizer).prompt([Message("user", "What is a mask?")]).tolist()
+    )
     ids = load_file(reference)["input_ids"]
     assert ids.dtype == torch.int64
     masked = (ids == tokenizer.mask_id).float().mean(-1)
@@ -110,10 +115,14 @@ def test_plain_transformers_computes_the_training_models_logits(workplace: Workp
 
 
 def weights_of(folder: Path) -> CheckpointWeights:
-    return CheckpointWeights(StoredTensors(folder / "model"), checkpoint.trained(checkpoint.read_state(folder)).model)
+    return CheckpointWeights(
+        StoredTensors(folder / "model"), checkpoint.trained(checkpoint.read_state(folder)).model
+    )
 
 
-def test_weights_are_dealt_into_files_of_a_limited_size(workplace: Workplace, tmp_path: Path) -> None:
+def test_weights_are_dealt_into_files_of_a_limited_size(
+    workplace: Workplace, tmp_path: Path
+) -> None:
     source = weights_of(checkpoint.resolve(workplace.folder / "whole"))
     tensors = {name: all_rows(source, name) for name in source.shapes}
     limit = 100_000
@@ -130,7 +139,9 @@ def test_weights_are_dealt_into_files_of_a_limited_size(workplace: Workplace, tm
             assert torch.equal(tensor, tensors[name].bfloat16())
 
 
-def test_the_config_names_the_longest_sequence_of_the_lineage(workplace: Workplace, tmp_path: Path) -> None:
+def test_the_config_names_the_longest_sequence_of_the_lineage(
+    workplace: Workplace, tmp_path: Path
+) -> None:
     source = tmp_path / "later"
     shutil.copytree(workplace.folder / "whole", source)
     path = checkpoint.resolve(source) / "state.json"
@@ -198,13 +209,20 @@ def test_a_config_that_is_not_the_weights_is_refused(workplace: Workplace, tmp_p
         ({"num_layers": 3}, norms),
     ):
         (source / "state.json").write_text(
-            json.dumps({**state, "config": {**state["config"], "model": {**state["config"]["model"], **change}}})
+            json.dumps(
+                {
+                    **state,
+                    "config": {**state["config"], "model": {**state["config"]["model"], **change}},
+                }
+            )
         )
         with pytest.raises(UserError, match=message):
             to_hf(source, tmp_path / "out", checksums=False)
 
 
-def test_an_output_that_exists_is_replaced_only_when_asked(workplace: Workplace, tmp_path: Path) -> None:
+def test_an_output_that_exists_is_replaced_only_when_asked(
+    workplace: Workplace, tmp_path: Path
+) -> None:
     source, out = str(workplace.folder / "whole"), tmp_path / "out"
     to_hf(source, out)
     before = (out / "model.safetensors").read_bytes()
@@ -218,7 +236,9 @@ def test_an_output_that_exists_is_replaced_only_when_asked(workplace: Workplace,
     assert (out / "thesis.txt").read_text() == "mine"
 
 
-def test_a_folder_that_computes_something_else_is_not_kept(workplace: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_computes_something_else_is_not_kept(
+    workplace: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The gate: --verify looks at the folder, and a wrong one never gets its name."""
 
     class Wrong(CheckpointWeights):
@@ -237,9 +257,15 @@ def test_a_folder_that_computes_something_else_is_not_kept(workplace: Workplace,
     [
         (["nowhere", "out"], "checkpoint: no folder 'nowhere'"),
         (["a" * 300, "out"], "checkpoint: no folder 'aaa"),
-        (["whole", "out", "--dtype", "fp8"], "--dtype: 'fp8' is not allowed; one of fp32, bf16, fp16"),
+        (
+            ["whole", "out", "--dtype", "fp8"],
+            "--dtype: 'fp8' is not allowed; one of fp32, bf16, fp16",
+        ),
         (["whole", "corpus"], "OUT: 'corpus' exists"),
-        (["whole", "out", "--reference", "/proc/no/r.safetensors"], "--reference: '/proc/no/r.safetensors' cannot be made (No such file"),
+        (
+            ["whole", "out", "--reference", "/proc/no/r.safetensors"],
+            "--reference: '/proc/no/r.safetensors' cannot be made (No such file",
+        ),
     ],
 )
 def test_refusals_of_the_command(arguments: list[str], message: str, workplace: Workplace) -> None:
@@ -249,14 +275,21 @@ def test_refusals_of_the_command(arguments: list[str], message: str, workplace: 
     assert not (workplace.folder / "out").exists()
 
 
-# -- averages, sizes, checksums, the model card ------------------------------------------------------------------------
+# -- averages, sizes, checksums, the model card ----------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def half(workplace: Workplace) -> Path:
     """A run in bf16, whose weights are rounded and whose masters are not."""
-    brief = {"train": {"steps": 4}, "checkpoint": {"every": 2}, "validation": {"every": 4, "windows": 8}}
-    workplace.run("pretrain", workplace.config("half.yaml", run={"dir": "half", "threads": 2}, precision="bf16", **brief))
+    brief = {
+        "train": {"steps": 4},
+        "checkpoint": {"every": 2},
+        "validation": {"every": 4, "windows": 8},
+    }
+    workplace.run(
+        "pretrain",
+        workplace.config("half.yaml", run={"dir": "half", "threads": 2}, precision="bf16", **brief),
+    )
     return workplace.folder / "half"
 
 
@@ -270,9 +303,14 @@ def test_the_mean_of_checkpoints_is_that_of_their_masters(half: Path, tmp_path: 
     both = []
     for step in (2, 4):
         dcp_to_torch_save(half / "checkpoints" / f"step_{step:08d}" / "model", tmp_path / "all.pt")
-        both.append(torch.load(tmp_path / "all.pt", weights_only=False))  # our own file, of the line before
+        # our own file, of the line before
+        both.append(torch.load(tmp_path / "all.pt", weights_only=False))
     found = load_file(tmp_path / "out" / "model.safetensors")
-    for key, stored in (("wte", "embedding.word_embeddings"), ("ff_out", "output_layer"), ("ln_f", "decoder.final_layernorm")):
+    for key, stored in (
+        ("wte", "embedding.word_embeddings"),
+        ("ff_out", "output_layer"),
+        ("ln_f", "decoder.final_layernorm"),
+    ):
         masters = [each[f"optimizer.state.param.{stored}.weight"] for each in both]
         wanted = ((masters[0].double() + masters[1].double()) / 2).float()
         assert torch.equal(found[f"model.transformer.{key}.weight"], wanted)
@@ -280,12 +318,16 @@ def test_the_mean_of_checkpoints_is_that_of_their_masters(half: Path, tmp_path: 
     down = [each["optimizer.state.param.decoder.layers.mlp.linear_fc2.weight"] for each in both]
     wanted = ((down[0].double() + down[1].double()) / 2).float()
     assert torch.equal(found["model.transformer.blocks.1.ff_out.weight"], wanted[1])
-    assert "mean of the checkpoints after steps 2, 4" in (tmp_path / "out" / "README.md").read_text()
+    assert (
+        "mean of the checkpoints after steps 2, 4" in (tmp_path / "out" / "README.md").read_text()
+    )
 
 
 @pytest.mark.slow
 def test_fp32_of_a_bf16_run_is_its_masters_and_verified_as_such(half: Path, tmp_path: Path) -> None:
-    """The gate is as narrow as for an fp32 run: the training model computes with the masters, or their mean, too."""
+    """The gate is as narrow as for an fp32 run: the training model computes with the masters, or
+    their mean, too.
+    """
     for name, average in (("out", 1), ("mean", 2)):
         said = convert(str(half), str(tmp_path / name), True, None, dtype="fp32", average=average)
         assert "in fp32 from the run's fp32 masters" in said and "allowed 1e-05" in said
@@ -311,7 +353,9 @@ main()
 
 
 def test_sigterm_leaves_nothing_half_written(workplace: Workplace, tmp_path: Path) -> None:
-    process = workplace.start(str(workplace.folder / "whole"), str(tmp_path / "out"), command=("-c", SLOW_WRITER))
+    process = workplace.start(
+        str(workplace.folder / "whole"), str(tmp_path / "out"), command=("-c", SLOW_WRITER)
+    )
     assert process.stdout is not None and process.stdout.readline() == "written\n"
     assert list(tmp_path.iterdir())
     process.terminate()
@@ -320,11 +364,19 @@ def test_sigterm_leaves_nothing_half_written(workplace: Workplace, tmp_path: Pat
     assert not list(tmp_path.iterdir())
 
 
-def test_the_mean_of_one_is_the_checkpoint_and_too_many_are_refused(workplace: Workplace, tmp_path: Path) -> None:
+def test_the_mean_of_one_is_the_checkpoint_and_too_many_are_refused(
+    workplace: Workplace, tmp_path: Path
+) -> None:
     source = workplace.folder / "whole"
-    with pytest.raises(UserError, match=r"--average: 4 checkpoints are asked for, .* has 3 complete ones up to step_00000012"):
+    with pytest.raises(
+        UserError,
+        match=r"--average: 4 checkpoints are asked for, .* has 3 complete ones up to step_00000012",
+    ):
         to_hf(source, tmp_path / "out", average=4)
-    with pytest.raises(UserError, match=r"--average: 2 checkpoints are asked for, .* has 1 complete ones up to step_00000004"):
+    with pytest.raises(
+        UserError,
+        match=r"--average: 2 checkpoints are asked for, .* has 1 complete ones up to step_00000004",
+    ):
         to_hf(source / "checkpoints" / "step_00000004", tmp_path / "out", average=2)
     with pytest.raises(UserError, match=r"--average: 0 is less than 1"):
         to_hf(source, tmp_path / "out", average=0)
@@ -332,50 +384,87 @@ def test_the_mean_of_one_is_the_checkpoint_and_too_many_are_refused(workplace: W
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [("5GB", 5 * 10**9), ("500MiB", 500 * 2**20), ("1.5 gb", 1_500_000_000), ("4096", 4096), ("7kb", 7000)]
+    ("text", "size"),
+    [
+        ("5GB", 5 * 10**9),
+        ("500MiB", 500 * 2**20),
+        ("1.5 gb", 1_500_000_000),
+        ("4096", 4096),
+        ("7kb", 7000),
+    ],
 )
 def test_sizes(text: str, size: int) -> None:
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "GB", "5 apples", "-3GB", "0", "5GBit", "1e9", f"{'9' * 400}TB"], ids=lambda text: text[:8])
+@pytest.mark.parametrize(
+    "text",
+    ["", "GB", "5 apples", "-3GB", "0", "5GBit", "1e9", f"{'9' * 400}TB"],
+    ids=lambda text: text[:8],
+)
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(UserError, match=r"--max-shard-size: '.*' is not a size"):
         parse_size(text)
 
 
-def test_a_flipped_bit_is_found_before_anything_is_written(workplace: Workplace, tmp_path: Path) -> None:
+def test_a_flipped_bit_is_found_before_anything_is_written(
+    workplace: Workplace, tmp_path: Path
+) -> None:
     source = copy(workplace, tmp_path)
     path = sorted(source.glob("model/*.distcp"))[0]
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    with pytest.raises(UserError, match=r"\.distcp has another checksum than its marker says; it is damaged"):
+    with pytest.raises(
+        UserError, match=r"\.distcp has another checksum than its marker says; it is damaged"
+    ):
         to_hf(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_the_model_card_says_what_the_checkpoint_knows(workplace: Workplace, tmp_path: Path) -> None:
+def test_the_model_card_says_what_the_checkpoint_knows(
+    workplace: Workplace, tmp_path: Path
+) -> None:
     to_hf(workplace.folder / "whole", tmp_path / "out", license_="apache-2.0")
     card = (tmp_path / "out" / "README.md").read_text()
     assert card.startswith("---\nlicense: apache-2.0\nlibrary_name: transformers\n")
-    last = [json.loads(line) for line in (workplace.folder / "whole" / "metrics.jsonl").read_text().splitlines()]
+    last = [
+        json.loads(line)
+        for line in (workplace.folder / "whole" / "metrics.jsonl").read_text().splitlines()
+    ]
     nelbo = next(line for line in reversed(last) if "nelbo_per_token" in line)
-    assert f"| corpus | {nelbo['nelbo_per_token']:.4f} ± {nelbo['nelbo_per_token_se']:.4f} | {nelbo['bits_per_byte']:.4f} ±" in card
+    assert (
+        f"| corpus | {nelbo['nelbo_per_token']:.4f} ± {nelbo['nelbo_per_token_se']:.4f} |"
+        f" {nelbo['bits_per_byte']:.4f} ±" in card
+    )
     assert "After step 12" in card and "| steps, tokens seen | 12, 6,144 |" in card
     shapes = load_file(tmp_path / "out" / "model.safetensors")
     assert f"{sum(tensor.numel() for tensor in shapes.values()):,} (" in card
     assert str(workplace.folder) not in card
     example = Path(module.__file__).with_name("finetuning_example.py").read_text()
     assert f"```python\n{example}```" in card
-    assert f"```python\n{example}```" in (Path(__file__).parents[2] / "docs" / "sft.md").read_text(), "the docs show the same program"
+    assert (
+        f"```python\n{example}```" in (Path(__file__).parents[2] / "docs" / "sft.md").read_text()
+    ), "the docs show the same program"
     tokenizer = Tokenizer.load(tmp_path / "out")
     generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert generation["eos_token_id"] == [tokenizer.eos_id, tokenizer.id_of("<|eot_id|>")]
-    code = card.split("```python\n")[1].split("```")[0].replace('folder = "."', f"folder = {str(tmp_path / 'out')!r}")
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    code = (
+        card.split("```python\n")[1]
+        .split("```")[0]
+        .replace('folder = "."', f"folder = {str(tmp_path / 'out')!r}")
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
-    with pytest.raises(UserError, match=r"--license: 'do what you want' is not an identifier of a licence"):
+    with pytest.raises(
+        UserError, match=r"--license: 'do what you want' is not an identifier of a licence"
+    ):
         to_hf(workplace.folder / "whole", tmp_path / "other", license_="do what you want")
 
 
@@ -390,9 +479,15 @@ class Counting(InMemory):
         return rows
 
 
-def test_no_tensor_is_ever_in_memory_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_tensor_is_ever_in_memory_as_a_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Both ways, blocks of at most so many values; what is read of a file is what was asked for."""
-    for place in ("llada.model.weights.BLOCK_ELEMENTS", "llada.hf.tensor_files.BLOCK_ELEMENTS", "llada.model.storing.PIECE_ELEMENTS"):
+    for place in (
+        "llada.model.weights.BLOCK_ELEMENTS",
+        "llada.hf.tensor_files.BLOCK_ELEMENTS",
+        "llada.model.storing.PIECE_ELEMENTS",
+    ):
         monkeypatch.setattr(place, 1000)
     model = ModelSection(**{**SIZES, "num_query_groups": 4})
     source = Counting(published_tensors(model))
@@ -401,16 +496,26 @@ def test_no_tensor_is_ever_in_memory_as_a_whole(tmp_path: Path, monkeypatch: pyt
     stored = CheckpointWeights(StoredTensors(tmp_path), model)
     read: list[int] = []
     real = module_of_stored.read_into
-    monkeypatch.setattr(module_of_stored, "read_into", lambda file, values: (read.append(values.numel()), real(file, values)))
+    monkeypatch.setattr(
+        module_of_stored,
+        "read_into",
+        lambda file, values: (read.append(values.numel()), real(file, values)),
+    )
     (tmp_path / "out").mkdir()
     assert write_safetensors(tmp_path / "out", stored, torch.float32, 10**9) == 1
-    assert max(read) <= 1000 and sum(read) == sum(tensor.numel() for tensor in source.tensors.values())
+    assert max(read) <= 1000 and sum(read) == sum(
+        tensor.numel() for tensor in source.tensors.values()
+    )
     found = load_file(tmp_path / "out" / "model.safetensors")
     assert all(torch.equal(found[name], tensor) for name, tensor in source.tensors.items())
 
 
-def test_a_disk_that_fails_to_flush_is_no_finished_export(workplace: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the thread that flushes is told is not lost, though the file may be synced without a complaint later."""
+def test_a_disk_that_fails_to_flush_is_no_finished_export(
+    workplace: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the thread that flushes is told is not lost, though the file may be synced without a
+    complaint later.
+    """
 
     flushed = threading.Event()
 

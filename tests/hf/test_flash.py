@@ -1,4 +1,6 @@
-"""Flash attention in the exported model, with stand-ins for the kernels: what transformers hands them gives the oracle's numbers."""
+"""Flash attention in the exported model, with stand-ins for the kernels: what transformers hands
+them gives the oracle's numbers.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,12 @@ from tests.hf.models import assert_near, made, section, tokens
 from tests.model.oracle import Oracle
 
 
-def flash_kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **settings: Any) -> torch.Tensor:
-    """What the package computes for a batch without padding [b, s, heads, head_dim], by a plain softmax."""
+def flash_kernel(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **settings: Any
+) -> torch.Tensor:
+    """What the package computes for a batch without padding [b, s, heads, head_dim], by a plain
+    softmax.
+    """
     assert not settings.pop("causal")
     assert settings.pop("softmax_scale") is None
     assert not any(settings.values()), settings
@@ -39,11 +45,18 @@ def flash_varlen_kernel(
     causal: bool = False,
 ) -> torch.Tensor:
     """The same for rows of several lengths one after the other, [tokens, heads, head_dim]."""
-    assert torch.equal(cu_seqlens_q, cu_seqlens_k) and max_seqlen_q == max_seqlen_k == int(cu_seqlens_q.diff().max())
+    assert torch.equal(cu_seqlens_q, cu_seqlens_k) and max_seqlen_q == max_seqlen_k == int(
+        cu_seqlens_q.diff().max()
+    )
     assert dropout_p == 0
     rows = (slice(a, b) for a, b in itertools.pairwise(cu_seqlens_q.tolist()))
     return torch.cat(
-        [flash_kernel(q[None, row], k[None, row], v[None, row], causal=causal, softmax_scale=softmax_scale)[0] for row in rows]
+        [
+            flash_kernel(
+                q[None, row], k[None, row], v[None, row], causal=causal, softmax_scale=softmax_scale
+            )[0]
+            for row in rows
+        ]
     )
 
 
@@ -59,17 +72,31 @@ def flash(monkeypatch: pytest.MonkeyPatch) -> LLaDAModelLM:
     return hf
 
 
-@pytest.mark.parametrize("padding", ["none", "left", "right", "both", "a row of it", "nothing else"])
-def test_flash_attention_is_called_for_what_the_oracle_computes(padding: str, flash: LLaDAModelLM) -> None:
+@pytest.mark.parametrize(
+    "padding", ["none", "left", "right", "both", "a row of it", "nothing else"]
+)
+def test_flash_attention_is_called_for_what_the_oracle_computes(
+    padding: str, flash: LLaDAModelLM
+) -> None:
     mask = torch.ones(2, 12, dtype=torch.long)
-    hidden = {"none": [], "left": [(0, slice(0, 4))], "right": [(1, slice(9, 12))], "a row of it": [(0, slice(0, 12))]}
-    hidden |= {"both": [*hidden["left"], *hidden["right"]], "nothing else": [(slice(0, 2), slice(0, 12))]}
+    hidden = {
+        "none": [],
+        "left": [(0, slice(0, 4))],
+        "right": [(1, slice(9, 12))],
+        "a row of it": [(0, slice(0, 12))],
+    }
+    hidden |= {
+        "both": [*hidden["left"], *hidden["right"]],
+        "nothing else": [(slice(0, 2), slice(0, 12))],
+    }
     for place in hidden[padding]:
         mask[place] = 0
     logits = flash(tokens(), attention_mask=mask).logits
     assert logits.isfinite().all()
     wanted = Oracle(section(num_query_groups=2), flash.state_dict())(tokens(), mask)
-    assert_near(logits[mask.bool()], wanted[mask.bool()]) if mask.any() else assert_near(logits, wanted)
+    assert_near(logits[mask.bool()], wanted[mask.bool()]) if mask.any() else assert_near(
+        logits, wanted
+    )
     logits.square().sum().backward()
     assert all(p.grad.isfinite().all() for p in flash.parameters())
 

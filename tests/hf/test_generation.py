@@ -1,4 +1,6 @@
-"""`model.diffusion_generate`: its tokens against the sampler of the package, another implementation, and its refusals."""
+"""`model.diffusion_generate`: its tokens against the sampler of the package, another
+implementation, and its refusals.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +21,17 @@ MASK, KNOWN = 100, 120
 
 
 def model(**shape: Any) -> LLaDAModelLM:
-    """Random weights under which [MASK] and the rows of no token would be the first choice everywhere."""
+    """Random weights under which [MASK] and the rows of no token would be the first choice
+    everywhere.
+    """
     hf = made(num_query_groups=2, **shape)
     hf.config.mask_token_id, hf.config.tokenizer_vocab_size = MASK, KNOWN
     with torch.no_grad():
         last = hf.get_output_embeddings().weight
         last *= 0.5
-        pull = hf(torch.full((1, 4), MASK), output_hidden_states=True).hidden_states[-1].mean((0, 1))
+        pull = (
+            hf(torch.full((1, 4), MASK), output_hidden_states=True).hidden_states[-1].mean((0, 1))
+        )
         last[MASK] = last[KNOWN:] = pull
     return hf
 
@@ -48,12 +54,20 @@ def test_without_limits_the_model_would_write_what_it_may_not() -> None:
 
 
 @pytest.mark.parametrize("cfg", [0.0, 1.5])
-@pytest.mark.parametrize(("steps", "block"), [(12, None), (5, None), (1, None), (6, 6), (6, 4), (12, 4), (3, 4), (4, 3)])
-def test_the_tokens_are_those_of_the_packages_sampler(steps: int, block: int | None, cfg: float) -> None:
+@pytest.mark.parametrize(
+    ("steps", "block"), [(12, None), (5, None), (1, None), (6, 6), (6, 4), (12, 4), (3, 4), (4, 3)]
+)
+def test_the_tokens_are_those_of_the_packages_sampler(
+    steps: int, block: int | None, cfg: float
+) -> None:
     hf, prompt = model(), prompts()
-    found = hf.diffusion_generate(prompt, max_new_tokens=12, steps=steps, block_length=block, cfg_scale=cfg)
+    found = hf.diffusion_generate(
+        prompt, max_new_tokens=12, steps=steps, block_length=block, cfg_scale=cfg
+    )
     assert torch.equal(found[:, :5], prompt)
-    assert torch.equal(found[:, 5:], wanted(hf, prompt, length=12, steps=steps, block_length=block, cfg=cfg))
+    assert torch.equal(
+        found[:, 5:], wanted(hf, prompt, length=12, steps=steps, block_length=block, cfg=cfg)
+    )
     assert (found != MASK).all() and (found < KNOWN).all()
     assert len(found[:, 5:].unique()) > 2, "not one token everywhere"
 
@@ -69,15 +83,24 @@ def test_gaps_are_filled_as_by_the_packages_sampler(steps: int) -> None:
     hf, text = model(), prompts(2, 11)
     text[0, [2, 3, 7, 10]] = text[1, [0, 5]] = MASK
     found = hf.diffusion_generate(text, max_new_tokens=0, steps=steps)
-    expected = diffusion.infill(lambda ids: hf(ids).logits.detach(), text, Specials(MASK, 1, KNOWN), SamplingOptions(steps=steps))
+    expected = diffusion.infill(
+        lambda ids: hf(ids).logits.detach(),
+        text,
+        Specials(MASK, 1, KNOWN),
+        SamplingOptions(steps=steps),
+    )
     assert torch.equal(found, expected)
     assert torch.equal(found[text != MASK], text[text != MASK])
     if steps == 4:
-        assert torch.equal(hf.diffusion_generate(text, max_new_tokens=0), found), "by default one a token of the row with most"
+        assert torch.equal(hf.diffusion_generate(text, max_new_tokens=0), found), (
+            "by default one a token of the row with most"
+        )
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("settings", [{"steps": 6}, {"steps": 8, "block_length": 2}, {"steps": 8, "cfg_scale": 1.0}])
+@pytest.mark.parametrize(
+    "settings", [{"steps": 6}, {"steps": 8, "block_length": 2}, {"steps": 8, "cfg_scale": 1.0}]
+)
 def test_a_padded_row_gives_what_it_gives_alone(side: str, settings: dict[str, Any]) -> None:
     hf, prompt = model(), prompts()
     settings = {"max_new_tokens": 8, **settings}
@@ -101,7 +124,9 @@ def test_gaps_beside_padding_are_filled_as_alone() -> None:
     mask[0, :3] = 0
     text[0, :3] = MASK
     found = hf.diffusion_generate(text, mask, max_new_tokens=0)
-    assert torch.equal(found[0, 3:], hf.diffusion_generate(text[:1, 3:], max_new_tokens=0, steps=2)[0])
+    assert torch.equal(
+        found[0, 3:], hf.diffusion_generate(text[:1, 3:], max_new_tokens=0, steps=2)[0]
+    )
     assert (found[0, :3] == MASK).all(), "padding is not written"
 
 
@@ -110,25 +135,40 @@ def test_a_generator_decides_the_noise(settings: dict[str, Any]) -> None:
     hf, prompt = model(), prompts()
 
     def sample(seed: int) -> torch.Tensor:
-        return hf.diffusion_generate(prompt, max_new_tokens=12, steps=6, generator=torch.Generator().manual_seed(seed), **settings)
+        return hf.diffusion_generate(
+            prompt,
+            max_new_tokens=12,
+            steps=6,
+            generator=torch.Generator().manual_seed(seed),
+            **settings,
+        )
 
     found = sample(7)
     assert torch.equal(found, sample(7))
     assert not torch.equal(found, sample(8))
     assert (found[:, 5:] != MASK).all() and (found < KNOWN).all()
     torch.manual_seed(7)
-    assert torch.equal(found, hf.diffusion_generate(prompt, max_new_tokens=12, steps=6, **settings)), "torch's own by default"
+    assert torch.equal(
+        found, hf.diffusion_generate(prompt, max_new_tokens=12, steps=6, **settings)
+    ), "torch's own by default"
 
 
 def test_a_temperature_samples_from_the_softmax() -> None:
-    """One token after a prompt: chi squared of 4,000 draws against softmax(logits / T) over the ids that may be written."""
+    """One token after a prompt: chi squared of 4,000 draws against softmax(logits / T) over the ids
+    that may be written.
+    """
     hf, draws, temperature = model(), 4000, 0.7
     prompt = prompts(1, 3)
-    logits = hf(torch.cat([prompt, torch.full((1, 1), MASK)], 1)).logits[0, -1, :KNOWN].double().detach()
+    logits = (
+        hf(torch.cat([prompt, torch.full((1, 1), MASK)], 1)).logits[0, -1, :KNOWN].double().detach()
+    )
     logits[MASK] = -torch.inf
     chance = (logits / temperature).softmax(-1)
     found = hf.diffusion_generate(
-        prompt.expand(draws, -1), max_new_tokens=1, temperature=temperature, generator=torch.Generator().manual_seed(0)
+        prompt.expand(draws, -1),
+        max_new_tokens=1,
+        temperature=temperature,
+        generator=torch.Generator().manual_seed(0),
     )
     often = chance * draws >= 5
     counts = torch.bincount(found[:, -1], minlength=KNOWN).double()
@@ -154,18 +194,29 @@ def test_a_temperature_samples_from_the_softmax() -> None:
         ({"temperature": -0.1}, "temperature: -0.1"),
         ({"temperature": float("nan")}, "temperature: nan"),
         ({"cfg_scale": float("inf")}, "cfg_scale: inf"),
-        ({"remasking": "entropy"}, "remasking: 'entropy' is not allowed; one of low_confidence, random"),
+        (
+            {"remasking": "entropy"},
+            "remasking: 'entropy' is not allowed; one of low_confidence, random",
+        ),
         ({"num_tokens": 129}, "num_tokens: 129 is not from 1 to the 128 rows"),
         ({"num_tokens": 0}, "num_tokens: 0"),
-        ({"input_ids": torch.zeros(5, dtype=torch.long)}, r"input_ids: torch.int64 of shape \(5,\)"),
+        (
+            {"input_ids": torch.zeros(5, dtype=torch.long)},
+            r"input_ids: torch.int64 of shape \(5,\)",
+        ),
         ({"input_ids": torch.zeros(2, 5)}, "input_ids: torch.float32"),
-        ({"attention_mask": torch.ones(2, 6)}, r"attention_mask: shape \(2, 6\) is not that of input_ids, \(2, 5\)"),
+        (
+            {"attention_mask": torch.ones(2, 6)},
+            r"attention_mask: shape \(2, 6\) is not that of input_ids, \(2, 5\)",
+        ),
         ({"input_ids": torch.tensor([[3, MASK]])}, r"a prompt with \[MASK\] cannot be continued"),
         ({"max_new_tokens": 0}, r"no \[MASK\] to fill"),
         ({"max_new_tokens": 0, "block_length": 2}, "there are no blocks"),
     ],
 )
-def test_a_setting_out_of_range_is_refused_in_one_line(settings: dict[str, Any], message: str) -> None:
+def test_a_setting_out_of_range_is_refused_in_one_line(
+    settings: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         model().diffusion_generate(**{"input_ids": prompts(), "max_new_tokens": 8, **settings})
     assert "\n" not in str(caught.value)
@@ -174,7 +225,12 @@ def test_a_setting_out_of_range_is_refused_in_one_line(settings: dict[str, Any],
 def test_numbers_of_numpy_are_numbers() -> None:
     hf, prompt = model(), prompts()
     wanted = hf.diffusion_generate(prompt, max_new_tokens=8, steps=4)
-    assert torch.equal(hf.diffusion_generate(prompt, max_new_tokens=np.int64(8), steps=np.int32(4), temperature=np.float32(0)), wanted)
+    assert torch.equal(
+        hf.diffusion_generate(
+            prompt, max_new_tokens=np.int64(8), steps=np.int32(4), temperature=np.float32(0)
+        ),
+        wanted,
+    )
 
 
 def test_a_model_without_a_mask_token_is_refused() -> None:
@@ -195,7 +251,15 @@ def test_generate_of_transformers_writes_by_diffusion_and_pads_what_follows_an_e
     hf, prompt = model(), prompts()
     plain = hf.diffusion_generate(prompt, max_new_tokens=12, steps=6)
     end, pad = int(plain[0, 7]), 99
-    found = hf.generate(prompt, max_new_tokens=12, steps=6, eos_token_id=[end, MASK], pad_token_id=pad, num_beams=1, top_p=None)
+    found = hf.generate(
+        prompt,
+        max_new_tokens=12,
+        steps=6,
+        eos_token_id=[end, MASK],
+        pad_token_id=pad,
+        num_beams=1,
+        top_p=None,
+    )
     for row, wanted in zip(found.tolist(), plain.tolist(), strict=True):
         stop = next((i for i in range(5, 17) if wanted[i] == end), 17)
         assert row == wanted[: stop + 1] + [pad] * (16 - stop)
@@ -207,27 +271,50 @@ def test_generate_of_transformers_writes_by_diffusion_and_pads_what_follows_an_e
 
 @pytest.mark.parametrize(
     ("settings", "temperature"),
-    [({}, 0.0), ({"do_sample": True}, 1.0), ({"do_sample": False, "temperature": 0.7}, 0.0), ({"temperature": 0.7}, 0.7)],
+    [
+        ({}, 0.0),
+        ({"do_sample": True}, 1.0),
+        ({"do_sample": False, "temperature": 0.7}, 0.0),
+        ({"temperature": 0.7}, 0.7),
+    ],
 )
-def test_sampling_is_chosen_as_in_transformers(settings: dict[str, Any], temperature: float) -> None:
+def test_sampling_is_chosen_as_in_transformers(
+    settings: dict[str, Any], temperature: float
+) -> None:
     hf, draw = model(), torch.Generator
     hf.config.eos_token_id = 127  # never written
     hf.generation_config.eos_token_id = None
-    wanted = hf.diffusion_generate(prompts(), max_new_tokens=6, temperature=temperature, generator=draw().manual_seed(5))
-    assert torch.equal(hf.generate(prompts(), max_new_tokens=6, generator=draw().manual_seed(5), **settings), wanted)
+    wanted = hf.diffusion_generate(
+        prompts(), max_new_tokens=6, temperature=temperature, generator=draw().manual_seed(5)
+    )
+    assert torch.equal(
+        hf.generate(prompts(), max_new_tokens=6, generator=draw().manual_seed(5), **settings),
+        wanted,
+    )
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"top_p": 0.9, "num_beams": 4}, r"top_p=0.9, num_beams=4 not supported: text is written by diffusion.*see diffusion_generate"),
-        ({"generation_config": GenerationConfig(repetition_penalty=1.2)}, "repetition_penalty=1.2 not supported"),
+        (
+            {"top_p": 0.9, "num_beams": 4},
+            (
+                r"top_p=0.9, num_beams=4 not supported: text is written by diffusion.*see"
+                r" diffusion_generate"
+            ),
+        ),
+        (
+            {"generation_config": GenerationConfig(repetition_penalty=1.2)},
+            "repetition_penalty=1.2 not supported",
+        ),
         ({"step": 3}, "step=3 not supported"),
         ({"max_new_tokens": [5]}, r"max_new_tokens: \[5\] is not a whole number"),
         ({"max_length": 5, "max_new_tokens": None}, "0 new tokens are less than 1"),
     ],
 )
-def test_settings_for_text_from_left_to_right_are_refused_in_one_line(settings: dict[str, Any], message: str) -> None:
+def test_settings_for_text_from_left_to_right_are_refused_in_one_line(
+    settings: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         model().generate(prompts(), **{"max_new_tokens": 4, **settings})
     assert "\n" not in str(caught.value)

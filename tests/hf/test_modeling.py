@@ -19,7 +19,16 @@ from safetensors.torch import load_file, save_file
 from llada.hf import configuration_llada, generation_llada, modeling_llada
 from llada.hf.modeling_llada import LLaDAModelLM
 from llada.model.weights import canonical_shapes
-from tests.hf.models import SHAPES, assert_near, gradients, hf_config, made, noisy_batch, section, tokens
+from tests.hf.models import (
+    SHAPES,
+    assert_near,
+    gradients,
+    hf_config,
+    made,
+    noisy_batch,
+    section,
+    tokens,
+)
 from tests.model.oracle import Oracle
 
 
@@ -41,7 +50,9 @@ def test_logits_and_gradients_equal_the_oracle(shape: str) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_names_and_shapes_are_the_published_ones(shape: str) -> None:
     state = made(**SHAPES[shape]).state_dict()
-    assert {name: tuple(value.shape) for name, value in state.items()} == canonical_shapes(section(**SHAPES[shape]))
+    assert {name: tuple(value.shape) for name, value in state.items()} == canonical_shapes(
+        section(**SHAPES[shape])
+    )
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -72,7 +83,11 @@ def test_a_row_of_padding_is_finite_and_disturbs_no_other(dtype: torch.dtype, ki
     logits = hf(tokens(), attention_mask=mask).logits
     assert logits.dtype == dtype
     assert logits.isfinite().all()
-    assert_near(logits[1].float(), hf(tokens()[1:]).logits[0].float(), 1e-5 if dtype == torch.float32 else 2e-2)
+    assert_near(
+        logits[1].float(),
+        hf(tokens()[1:]).logits[0].float(),
+        1e-5 if dtype == torch.float32 else 2e-2,
+    )
     logits.float().square().sum().backward()
     assert all(p.grad.isfinite().all() for p in hf.parameters())
 
@@ -118,7 +133,9 @@ def test_every_token_reaches_every_position(masked: bool) -> None:
 
 def test_what_forward_takes_and_gives() -> None:
     hf, inputs = made(), tokens()
-    whole = hf(inputs, output_hidden_states=True, use_cache=True, output_attentions=False, labels=None)
+    whole = hf(
+        inputs, output_hidden_states=True, use_cache=True, output_attentions=False, labels=None
+    )
     assert whole.logits.shape == (2, 12, 128)
     assert whole.past_key_values is None
     assert [tuple(state.shape) for state in whole.hidden_states] == [(2, 12, 64)] * 3
@@ -138,13 +155,18 @@ def test_what_forward_takes_and_gives() -> None:
 
 
 def test_positions_may_be_given() -> None:
-    """Only differences matter: a shift changes nothing, and a gap is that of a longer text whose middle nobody sees."""
+    """Only differences matter: a shift changes nothing, and a gap is that of a longer text whose
+    middle nobody sees.
+    """
     hf, inputs = made(num_query_groups=2), tokens()
     assert_near(hf(inputs, position_ids=torch.arange(7, 19)[None]).logits, hf(inputs).logits)
     seen = torch.tensor([0, 1, 2, 7, 8, 9, 10, 11])
     mask = torch.zeros(2, 12, dtype=torch.long)
     mask[:, seen] = 1
-    assert_near(hf(inputs[:, seen], position_ids=seen.expand(2, -1)).logits, hf(inputs, attention_mask=mask).logits[:, seen])
+    assert_near(
+        hf(inputs[:, seen], position_ids=seen.expand(2, -1)).logits,
+        hf(inputs, attention_mask=mask).logits[:, seen],
+    )
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -159,7 +181,9 @@ def test_plain_softmax_attention_agrees(shape: str, kind: str) -> None:
     if kind in ("additive", "-inf"):
         mask = torch.zeros(mask.shape).masked_fill(~mask, -math.inf if kind == "-inf" else -1.5)
     given = None if kind == "none" else mask
-    assert_near(plain(tokens(), attention_mask=given).logits, hf(tokens(), attention_mask=given).logits)
+    assert_near(
+        plain(tokens(), attention_mask=given).logits, hf(tokens(), attention_mask=given).logits
+    )
 
 
 def test_an_attention_that_is_not_there_is_refused() -> None:
@@ -182,7 +206,9 @@ def test_the_head_is_called_as_a_module(tied: bool) -> None:
     """Offload hooks and adapters act on calls of modules; a look at the weight passes them by."""
     hf, inputs = made(tie_embeddings=tied), tokens()
     wanted = hf(inputs).logits
-    hf.get_output_embeddings().register_forward_hook(lambda module, given, out: 2 * out if out.shape[-1] == 128 else out)
+    hf.get_output_embeddings().register_forward_hook(
+        lambda module, given, out: 2 * out if out.shape[-1] == 128 else out
+    )
     assert torch.equal(hf(inputs).logits, 2 * wanted)
 
 
@@ -236,9 +262,18 @@ def test_the_loss_of_bf16_weights_is_fp32_and_close() -> None:
     [
         ({"p_mask": None}, "labels and p_mask together"),
         ({"labels": None}, "labels and p_mask together"),
-        ({"p_mask": torch.ones(12)}, r"p_mask: torch.float32 of shape \(12,\) is not floating of shape \(3, 12\), \(3, 1\) or \(3,\)"),
+        (
+            {"p_mask": torch.ones(12)},
+            (
+                r"p_mask: torch.float32 of shape \(12,\) is not floating of shape \(3, 12\), \(3,"
+                r" 1\) or \(3,\)"
+            ),
+        ),
         ({"p_mask": torch.ones(3, dtype=torch.long)}, "p_mask: torch.int64"),
-        ({"labels": torch.zeros(3, 11, dtype=torch.long)}, r"labels: shape \(3, 11\) is not \(3, 12\)"),
+        (
+            {"labels": torch.zeros(3, 11, dtype=torch.long)},
+            r"labels: shape \(3, 11\) is not \(3, 12\)",
+        ),
         ({"input_ids": None, "inputs_embeds": torch.zeros(3, 12, 64)}, "labels need input_ids"),
     ],
 )
@@ -262,12 +297,14 @@ ones[0, :3] = False
 pairs = ones[:, None, None, :].expand(2, 1, 12, 12)
 bias = torch.zeros(pairs.shape).masked_fill(~pairs, float("-inf"))
 noisy, labels, chance = noisy_batch(3)
-for masks, tied in (([None, ones], True), ([None, ones, ones.long(), ones.float(), pairs, bias], False)):
+every_mask = [None, ones, ones.long(), ones.float(), pairs, bias]
+for masks, tied in (([None, ones], True), (every_mask, False)):
     hf = made(num_query_groups=2, tie_embeddings=tied)
     compiled = torch.compile(hf, fullgraph=True, backend="aot_eager")
     for mask in masks:
         with torch.no_grad():
-            torch.testing.assert_close(compiled(inputs, attention_mask=mask).logits, hf(inputs, attention_mask=mask).logits)
+            logits = compiled(inputs, attention_mask=mask).logits
+            torch.testing.assert_close(logits, hf(inputs, attention_mask=mask).logits)
     loss = compiled(noisy, labels=labels, p_mask=chance).loss
     loss.backward()
     torch.testing.assert_close(loss, hf(noisy, labels=labels, p_mask=chance).loss)
@@ -278,7 +315,8 @@ with torch.no_grad():
     for length in (5, 9, 31):
         ids, mask = tokens(2, length), torch.ones(2, length, dtype=torch.long)
         mask[1, 2:] = 0
-        torch.testing.assert_close(dynamic(ids, attention_mask=mask).logits, hf(ids, attention_mask=mask).logits)
+        logits = dynamic(ids, attention_mask=mask).logits
+        torch.testing.assert_close(logits, hf(ids, attention_mask=mask).logits)
 assert len(graphs) == 1, f"{len(graphs)} graphs for three lengths"
 print("compiled")
 """
@@ -289,7 +327,14 @@ def test_it_compiles_as_one_graph_for_any_length() -> None:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("TORCH")}
     environment = {**kept, "PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, "-W", "ignore", "-c", COMPILED]
-    done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout == "compiled\n"
 
@@ -320,10 +365,15 @@ def test_new_weights_are_mitchells() -> None:
     """Bounded by 3 sigma, with the truncated normal's standard deviation of 0.9866 sigma."""
     torch.manual_seed(0)
     hf = LLaDAModelLM(hf_config(section()))
-    sigma = {"attn_out": [(2 * 64 * (i + 1)) ** -0.5 for i in range(2)], "ff_out": [(2 * 96 * (i + 1)) ** -0.5 for i in range(2)]}
+    sigma = {
+        "attn_out": [(2 * 64 * (i + 1)) ** -0.5 for i in range(2)],
+        "ff_out": [(2 * 96 * (i + 1)) ** -0.5 for i in range(2)],
+    }
     for name, parameter in hf.named_parameters():
         parts = name.split(".")
-        std = sigma[parts[4]][int(parts[3])] if parts[2] == "blocks" and parts[4] in sigma else 1 / 8
+        std = (
+            sigma[parts[4]][int(parts[3])] if parts[2] == "blocks" and parts[4] in sigma else 1 / 8
+        )
         if parameter.dim() == 1:
             assert (parameter == 1).all(), name
         else:
@@ -336,7 +386,9 @@ def test_a_saved_model_comes_back_bit_for_bit(shape: str, tmp_path: Path) -> Non
     hf = made(**SHAPES[shape])
     hf.save_pretrained(tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
-    assert {name: tuple(value.shape) for name, value in stored.items()} == canonical_shapes(section(**SHAPES[shape]))
+    assert {name: tuple(value.shape) for name, value in stored.items()} == canonical_shapes(
+        section(**SHAPES[shape])
+    )
     back, report = LLaDAModelLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values())
     state = back.state_dict()
@@ -348,14 +400,23 @@ def test_a_saved_model_comes_back_bit_for_bit(shape: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize(
     ("layers", "message"),
-    [(3, r"missing: .*blocks\.2\.attn_norm\.weight, .*blocks\.2\.v_proj\.weight$"), (1, r"too many: .*blocks\.1\.attn_norm\.weight, ")],
+    [
+        (3, r"missing: .*blocks\.2\.attn_norm\.weight, .*blocks\.2\.v_proj\.weight$"),
+        (1, r"too many: .*blocks\.1\.attn_norm\.weight, "),
+    ],
 )
-def test_weights_of_another_config_are_an_error(layers: int, message: str, tied: bool, tmp_path: Path) -> None:
-    """transformers fills what is missing with random numbers, drops what is too much, and only warns."""
+def test_weights_of_another_config_are_an_error(
+    layers: int, message: str, tied: bool, tmp_path: Path
+) -> None:
+    """transformers fills what is missing with random numbers, drops what is too much, and only
+    warns.
+    """
     made(tie_embeddings=tied).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "n_layers": layers}))
-    with pytest.raises(ValueError, match=rf"the weights in '.*' are not those of its config.json: {message}") as caught:
+    with pytest.raises(
+        ValueError, match=rf"the weights in '.*' are not those of its config.json: {message}"
+    ) as caught:
         LLaDAModelLM.from_pretrained(tmp_path)
     assert "\n" not in str(caught.value)
 
@@ -375,7 +436,8 @@ def test_states_of_the_blocks_are_kept_only_where_they_are_wanted(asked: bool) -
         block.register_forward_pre_hook(look)
     with torch.no_grad():
         hf(tokens(), output_hidden_states=asked)
-    # The first input is the embedding, which the caller may hold; of the others only that of this block.
+    # The first input is the embedding, which the caller may hold; of the others only that of this
+    # block.
     assert counts == ([0, 1, 2, 3] if asked else [0, 1, 1, 1])
 
 
@@ -389,7 +451,10 @@ def test_a_resized_vocabulary_can_be_saved(tied: bool, tmp_path: Path) -> None:
     back = LLaDAModelLM.from_pretrained(tmp_path)
     logits = back(tokens()).logits
     assert logits.shape[-1] == 136
-    assert (hf.config.tokenizer_vocab_size, back.config.tokenizer_vocab_size) == (None, None), "the new rows are tokens"
+    assert (hf.config.tokenizer_vocab_size, back.config.tokenizer_vocab_size) == (
+        None,
+        None,
+    ), "the new rows are tokens"
     assert_near(logits[..., :128], before)
 
 
@@ -409,7 +474,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 for folder, out in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
     inputs = torch.load(out + "/inputs.pt", weights_only=True)
     assert AutoConfig.from_pretrained(folder, trust_remote_code=True).model_type == "llada"
-    model, report = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
+    model, report = AutoModelForCausalLM.from_pretrained(
+        folder, trust_remote_code=True, output_loading_info=True)
     assert not any(report.values()), report
     assert type(model).__module__.startswith("transformers_modules."), type(model).__module__
     with torch.no_grad():
@@ -450,4 +516,10 @@ def test_a_folder_loads_where_this_package_is_absent(tmp_path: Path) -> None:
         assert_near(found["logits"], hf(tokens()).logits)
         assert torch.equal(found["same"], found["logits"])
         again = {path.name for path in (out / "again").iterdir()}
-        assert {"config.json", "model.safetensors", "configuration_llada.py", "generation_llada.py", "modeling_llada.py"} <= again
+        assert {
+            "config.json",
+            "model.safetensors",
+            "configuration_llada.py",
+            "generation_llada.py",
+            "modeling_llada.py",
+        } <= again

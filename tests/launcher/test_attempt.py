@@ -46,7 +46,9 @@ class StandIn:
     kills: int = 0
     words: list[str] | None = None
 
-    def start(self, command: Sequence[str], ranks: int, folder: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    def start(
+        self, command: Sequence[str], ranks: int, folder: Path, environment: dict[str, str]
+    ) -> subprocess.Popen[bytes]:
         for name, text in self.files.items():
             (folder / name).write_text(text)
         return subprocess.Popen(self.words or (["true"] if self.ends else ["sleep", "600"]))
@@ -62,11 +64,19 @@ class StandIn:
 
 
 def started(rank: int) -> dict[str, str]:
-    return {f"rank_{rank:05d}.start.json": json.dumps({"host": f"n{rank}", "time": 1.0, "pid": 1, "step": "0"})}
+    return {
+        f"rank_{rank:05d}.start.json": json.dumps(
+            {"host": f"n{rank}", "time": 1.0, "pid": 1, "step": "0"}
+        )
+    }
 
 
 def ended(rank: int, code: int, message: str | None = None) -> dict[str, str]:
-    return {f"rank_{rank:05d}.exit.json": json.dumps({"host": f"n{rank}", "time": 2.0, "code": code, "message": message})}
+    return {
+        f"rank_{rank:05d}.exit.json": json.dumps(
+            {"host": f"n{rank}", "time": 2.0, "code": code, "message": message}
+        )
+    }
 
 
 def run(machine: StandIn, folder: Path) -> StepEnd:
@@ -75,33 +85,52 @@ def run(machine: StandIn, folder: Path) -> StepEnd:
 
 def test_what_srun_says_of_tasks() -> None:
     text = (
-        "srun: error: n1: task 1: Killed\nsrun: error: n[2-3]: tasks 2,4-5: Out Of Memory\n"
-        "slurmstepd: error: Detected 1 oom-kill event(s)\nsrun: error: n0: task 0: Exited with exit code 1\n"
+        "srun: error: n1: task 1: Killed\nsrun: error: n[2-3]: tasks 2,4-5: Out Of"
+        " Memory\nslurmstepd: error: Detected 1 oom-kill event(s)\nsrun: error: n0: task 0: Exited"
+        " with exit code 1\n"
     )
     assert ended_tasks(text) == {
-        0: "srun: Exited with exit code 1", 1: "srun: Killed", 2: "srun: Out Of Memory", 4: "srun: Out Of Memory", 5: "srun: Out Of Memory",
-    }  # fmt: skip
+        0: "srun: Exited with exit code 1",
+        1: "srun: Killed",
+        2: "srun: Out Of Memory",
+        4: "srun: Out Of Memory",
+        5: "srun: Out Of Memory",
+    }
 
 
 @pytest.mark.parametrize(
     "others, ends",
-    [({}, False), (ended(0, 1, "failed: RuntimeError: Connection reset by peer"), False), ({}, True)],
+    [
+        ({}, False),
+        (ended(0, 1, "failed: RuntimeError: Connection reset by peer"), False),
+        ({}, True),
+    ],
     ids=["the other rank waits for it", "the other rank noticed", "both are over"],
 )
-def test_a_parent_that_is_killed_with_its_rank_is_named(tmp_path: Path, others: dict[str, str], ends: bool) -> None:
+def test_a_parent_that_is_killed_with_its_rank_is_named(
+    tmp_path: Path, others: dict[str, str], ends: bool
+) -> None:
     """Nobody is left to write rank 1's record; srun hears of it."""
     machine = StandIn({**started(0), **started(1), **others, "launcher.log": KILLED}, ends)
     end = run(machine, tmp_path)
     assert machine.kills == (0 if ends else 1)
-    reason = "rank 1 on n1: gone together with its parent process (srun: Killed); a lack of memory does this"
+    reason = (
+        "rank 1 on n1: gone together with its parent process (srun: Killed); a lack of memory does"
+        " this"
+    )
     assert decide(end, Situation(), LIMITS).reason == reason
 
 
 def test_the_tasks_that_are_killed_by_us_are_not_to_blame(tmp_path: Path) -> None:
     machine = StandIn({**started(0), **started(1), **ended(0, 1, "failed: OSError: disk")})
-    machine.kill = lambda process, starts: ((tmp_path / "launcher.log").write_text(KILLED), process.kill())  # type: ignore[method-assign]
+    machine.kill = lambda process, starts: (
+        (tmp_path / "launcher.log").write_text(KILLED),
+        process.kill(),
+    )  # type: ignore[method-assign]
     end = run(machine, tmp_path)
-    assert [one.rank for one in end.exits] == [0] and decide(end, Situation(), LIMITS).reason == "rank 0 on n0: OSError: disk"
+    assert [one.rank for one in end.exits] == [0] and decide(
+        end, Situation(), LIMITS
+    ).reason == "rank 0 on n0: OSError: disk"
 
 
 @pytest.mark.parametrize("kind", [ThisMachine, OneProcess])
@@ -114,25 +143,41 @@ def test_a_parent_of_this_machine_is_looked_for(kind: Callable[[JobSpec], Any]) 
 
 
 def test_a_parent_killed_with_its_rank_ends_a_single_process_too(tmp_path: Path) -> None:
-    machine = OneProcess(JobSpec("task", str(tmp_path), str(tmp_path), str(Path(__file__).parents[2]), [], sys.executable))
+    machine = OneProcess(
+        JobSpec(
+            "task", str(tmp_path), str(tmp_path), str(Path(__file__).parents[2]), [], sys.executable
+        )
+    )
     code = "import os, signal, time; os.kill(os.getppid(), signal.SIGKILL); time.sleep(600)"
     asked = Asked(StopRequest(), tmp_path / STOP)
     end = run_ranks(machine, [sys.executable, "-c", code], 1, tmp_path, {}, asked, LIMITS)
-    assert end.first_failure is not None and end.first_failure.parent is not None and end.first_failure.code == -signal.SIGKILL
+    assert (
+        end.first_failure is not None
+        and end.first_failure.parent is not None
+        and end.first_failure.code == -signal.SIGKILL
+    )
 
 
 def test_ranks_do_not_outlive_the_process_that_started_them(tmp_path: Path) -> None:
-    """Of a killed torchrun they would train on, and hold the run folder against the next attempt."""
+    """Of a killed torchrun they would train on, and hold the run folder against the
+    next attempt.
+    """
     said = "Setting OMP_NUM_THREADS environment variable for each process to be 1 in default\n"
-    machine = StandIn({**started(0), **started(1), "launcher.log": said}, words=["sh", "-c", "kill -9 $$"])
+    machine = StandIn(
+        {**started(0), **started(1), "launcher.log": said}, words=["sh", "-c", "kill -9 $$"]
+    )
     end = run(machine, tmp_path)
     assert machine.kills == 1 and not end.killed
-    reason = "rank 0, 1: gone without a word (the process that started the ranks was killed by SIGKILL)"
+    reason = (
+        "rank 0, 1: gone without a word (the process that started the ranks was killed by SIGKILL)"
+    )
     assert decide(end, Situation(), LIMITS).reason == reason
 
 
 def test_a_stop_of_the_last_moment_is_seen_by_the_decision(tmp_path: Path) -> None:
-    """`llada stop` touches a file and signals the ranks, which may be through within the seconds for which a look holds."""
+    """`llada stop` touches a file and signals the ranks, which may be through within the seconds
+    for which a look holds.
+    """
     spec = JobSpec("train", str(tmp_path), str(tmp_path), str(tmp_path), [], sys.executable)
     (tmp_path / "job.json").write_text(spec.to_json())
     supervisor = Supervisor(tmp_path, StopRequest(), local=True)
@@ -150,7 +195,8 @@ def test_a_stop_between_the_decision_and_the_requeue_is_seen(tmp_path: Path) -> 
     supervisor.job = "12"
     assert not supervisor.asked.wanted
     (tmp_path / STOP).touch()
-    supervisor._again(Decision("requeued", "SIGUSR1: stopped with a checkpoint"))  # would ask Slurm, which is not here
+    # would ask Slurm, which is not here
+    supervisor._again(Decision("requeued", "SIGUSR1: stopped with a checkpoint"))
     last = json.loads((tmp_path / "events.jsonl").read_text().splitlines()[-1])
     assert (last["event"], last["reason"]) == ("stopped", "as asked, before the next start")
 
@@ -160,6 +206,7 @@ def test_a_snapshot_holds_valid_bytecode(tmp_path: Path) -> None:
     compileall.compile_file(str(Path(events.__file__)), quiet=1)
     code = snapshot.take(tmp_path / "code")
     (copy,) = (code / "llada" / "__pycache__").glob(f"events.{sys.implementation.cache_tag}.pyc")
-    modified, size = struct.unpack("<II", copy.read_bytes()[8:16])  # PEP 552: what Python compares with the source
+    # PEP 552: what Python compares with the source
+    modified, size = struct.unpack("<II", copy.read_bytes()[8:16])
     source = (code / "llada" / "events.py").stat()
     assert (modified, size) == (int(source.st_mtime), source.st_size)

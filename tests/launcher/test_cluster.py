@@ -23,7 +23,9 @@ def load(tmp_path: Path, *overrides: str, **settings: Any) -> ClusterProfile:
 
 
 def run(tmp_path: Path, **sections: Any) -> RunConfig:
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**CONFIG, "run": {"dir": str(tmp_path / "run")}, **sections}))
+    (tmp_path / "run.yaml").write_text(
+        yaml.safe_dump({**CONFIG, "run": {"dir": str(tmp_path / "run")}, **sections})
+    )
     return load_config(tmp_path / "run.yaml")
 
 
@@ -31,12 +33,24 @@ def run(tmp_path: Path, **sections: Any) -> RunConfig:
 def test_shipped_profiles(path: Path, tmp_path: Path) -> None:
     profile = load_profile(path)
     script = submit.training(run(tmp_path), profile, 32, 8, tmp_path / "launch", []).script()
-    assert "#SBATCH --nodes=32" in script and "#SBATCH --ntasks-per-node=8" in script and f"#SBATCH --account={profile.account}" in script
+    assert (
+        "#SBATCH --nodes=32" in script
+        and "#SBATCH --ntasks-per-node=8" in script
+        and f"#SBATCH --account={profile.account}" in script
+    )
 
 
 @pytest.mark.parametrize(
     "text, expected",
-    [("90", 90), ("1:30", 2), ("02:00:00", 120), ("1-00", 1440), ("1-12:30", 2190), ("1-00:00:01", 1441), ("7-00:00:00", 10080)],
+    [
+        ("90", 90),
+        ("1:30", 2),
+        ("02:00:00", 120),
+        ("1-00", 1440),
+        ("1-12:30", 2190),
+        ("1-00:00:01", 1441),
+        ("7-00:00:00", 10080),
+    ],
 )
 def test_times_are_slurms(text: str, expected: int) -> None:
     assert minutes(text) == expected
@@ -47,15 +61,30 @@ def test_times_are_slurms(text: str, expected: int) -> None:
     [
         ({"partiton": "gpu"}, "partiton: unknown setting (did you mean 'partition'?)"),
         ({"requeue": {"limt": 3}}, "requeue.limt: unknown setting (did you mean 'requeue.limit'?)"),
-        ({"environment": {"container": {"kind": "docker", "image": "x"}}}, "environment.container.kind: 'docker' is not allowed"),
+        (
+            {"environment": {"container": {"kind": "docker", "image": "x"}}},
+            "environment.container.kind: 'docker' is not allowed",
+        ),
         ({"time": "an hour"}, "time: 'an hour' is no time: write D-HH:MM:SS, HH:MM:SS or minutes"),
-        ({"time": 43200}, "time: 43200 is a number to YAML, even where 12:00:00 was written; put the time in quotes"),
+        (
+            {"time": 43200},
+            (
+                "time: 43200 is a number to YAML, even where 12:00:00 was written; put the time in"
+                " quotes"
+            ),
+        ),
         ({"cpu_jobs": {"time": 43200}}, "cpu_jobs.time: 43200 is a number to YAML"),
         ({"time": "5", "signal_seconds": 300}, "signal_seconds: 300 is not less than time = 5"),
         ({"sbatch": {"nodes": "4"}}, "sbatch: nodes is set by the launcher; leave it out"),
-        ({"sbatch": {"ntasks_per_node": 4}}, "sbatch: ntasks_per_node is set by the launcher; leave it out"),
+        (
+            {"sbatch": {"ntasks_per_node": 4}},
+            "sbatch: ntasks_per_node is set by the launcher; leave it out",
+        ),
         ({"gpu_request": "gpu"}, "gpu_request: 'gpu' is not allowed"),
-        ({"preflight": {"slow_factor": 1.0}}, "preflight.slow_factor: 1.0 is not allowed: input should be greater than 1"),
+        (
+            {"preflight": {"slow_factor": 1.0}},
+            "preflight.slow_factor: 1.0 is not allowed: input should be greater than 1",
+        ),
     ],
 )
 def test_mistakes_are_one_line(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
@@ -67,7 +96,9 @@ def test_mistakes_are_one_line(tmp_path: Path, settings: dict[str, Any], message
 
 def test_a_profile_that_is_none(tmp_path: Path) -> None:
     load(tmp_path)
-    with pytest.raises(UserError, match=r"--cluster: no file '.*profil.yaml' \(did you mean '.*profile.yaml'\?\)"):
+    with pytest.raises(
+        UserError, match=r"--cluster: no file '.*profil.yaml' \(did you mean '.*profile.yaml'\?\)"
+    ):
         load_profile(tmp_path / "profil.yaml")
     (tmp_path / "broken.yaml").write_text("time: [")
     with pytest.raises(UserError, match=r"--cluster: .*broken.yaml is not valid YAML"):
@@ -100,41 +131,92 @@ def test_every_setting_reaches_the_script(tmp_path: Path) -> None:
             "python": "python",
         },
     )
-    prepared = submit.training(run(tmp_path, parallel={"tensor": 2}), profile, 2, 4, tmp_path / "l", ["--allow-changed"])
+    prepared = submit.training(
+        run(tmp_path, parallel={"tensor": 2}), profile, 2, 4, tmp_path / "l", ["--allow-changed"]
+    )
     lines = prepared.script().splitlines()
     for wanted in (
-        "--time=750", "--partition=gpu,spare", "--account=a", "--qos=q", "--constraint='nvlink&ib'", "--reservation=r", "--exclusive",
-        "--exclude=n1,n2", "--gres=gpu:a100:4", "--cpus-per-task=6", "--mem=40960M", "--mail-type=FAIL", "--nice=100", "--requeue",
-        "--signal=B:USR1@300", f"--output={tmp_path / 'run/logs/job-%j.log'}",
-    ):  # fmt: skip
+        "--time=750",
+        "--partition=gpu,spare",
+        "--account=a",
+        "--qos=q",
+        "--constraint='nvlink&ib'",
+        "--reservation=r",
+        "--exclusive",
+        "--exclude=n1,n2",
+        "--gres=gpu:a100:4",
+        "--cpus-per-task=6",
+        "--mem=40960M",
+        "--mail-type=FAIL",
+        "--nice=100",
+        "--requeue",
+        "--signal=B:USR1@300",
+        f"--output={tmp_path / 'run/logs/job-%j.log'}",
+    ):
         assert f"#SBATCH {wanted}" in lines
-    assert "module load cuda/12.4 || exit 1" in lines and "module load 'odd name' || exit 1" in lines
+    assert (
+        "module load cuda/12.4 || exit 1" in lines and "module load 'odd name' || exit 1" in lines
+    )
     assert ". '/opt/my env/activate' || exit 1" in lines
     spec = prepared.spec
     assert spec.srun == [
-        "--cpus-per-task=6", "--container-image=/i.sqsh", f"--container-workdir={tmp_path}/l/code",
-        "--container-mounts=/a:/a,/b:/b", "--mpi=none",
-    ]  # fmt: skip
+        "--cpus-per-task=6",
+        "--container-image=/i.sqsh",
+        f"--container-workdir={tmp_path}/l/code",
+        "--container-mounts=/a:/a,/b:/b",
+        "--mpi=none",
+    ]
     assert spec.python == "python"
     assert spec.environment["NCCL_DEBUG"] == "INFO" and spec.environment["OMP_NUM_THREADS"] == "4"
     assert spec.environment["NCCL_SOCKET_IFNAME"] == spec.environment["GLOO_SOCKET_IFNAME"] == "ib0"
     assert spec.environment["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
-    assert spec.command == ["pretrain", str(tmp_path / "l/config.yaml"), "--allow-changed"] and spec.ranks == 8
+    assert (
+        spec.command == ["pretrain", str(tmp_path / "l/config.yaml"), "--allow-changed"]
+        and spec.ranks == 8
+    )
 
 
 def test_chains_and_containers(tmp_path: Path) -> None:
-    profile = load(tmp_path, environment={"container": {"kind": "apptainer", "image": "/i.sif", "mounts": ["/a"]}}, memory_per_task_gb=0)
+    profile = load(
+        tmp_path,
+        environment={"container": {"kind": "apptainer", "image": "/i.sif", "mounts": ["/a"]}},
+        memory_per_task_gb=0,
+    )
     prepared = submit.training(run(tmp_path), profile, 1, 2, tmp_path / "l", [], chain=3)
     assert "#SBATCH --no-requeue" in prepared.script() and "#SBATCH --mem=0" in prepared.script()
     assert not prepared.spec.restarts.requeue and prepared.spec.chain == 3
-    assert prepared.spec.container == ["apptainer", "exec", "--nv", "--pwd", str(tmp_path / "l/code"), "--bind", "/a", "/i.sif"]
+    assert prepared.spec.container == [
+        "apptainer",
+        "exec",
+        "--nv",
+        "--pwd",
+        str(tmp_path / "l/code"),
+        "--bind",
+        "/a",
+        "/i.sif",
+    ]
     assert "CUDA_DEVICE_MAX_CONNECTIONS" not in prepared.spec.environment
 
 
 def test_jobs_without_gpus_have_their_own_settings(tmp_path: Path) -> None:
-    profile = load(tmp_path, partition="gpu", account="a", cpu_jobs={"partition": "cpu", "time": "10", "cpus": 3, "memory_gb": 1.5})
-    prepared = submit.single(profile, Path("/s"), Path("/f"), Path("/c"), ["data", "prepare", "--task", "{task}"], 5)
-    for wanted in ("--partition=cpu", "--account=a", "--time=10", "--cpus-per-task=3", "--mem=1536M", "--array=0-4", "--nodes=1"):
+    profile = load(
+        tmp_path,
+        partition="gpu",
+        account="a",
+        cpu_jobs={"partition": "cpu", "time": "10", "cpus": 3, "memory_gb": 1.5},
+    )
+    prepared = submit.single(
+        profile, Path("/s"), Path("/f"), Path("/c"), ["data", "prepare", "--task", "{task}"], 5
+    )
+    for wanted in (
+        "--partition=cpu",
+        "--account=a",
+        "--time=10",
+        "--cpus-per-task=3",
+        "--mem=1536M",
+        "--array=0-4",
+        "--nodes=1",
+    ):
         assert f"#SBATCH {wanted}" in prepared.script().splitlines()
     assert "gpu" not in prepared.script()
 

@@ -1,4 +1,6 @@
-"""`llada launch` on a machine without Slurm: plans, refusals, and what a run looks like from outside."""
+"""`llada launch` on a machine without Slurm: plans, refusals, and what a run looks like from
+outside.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,11 @@ def llada(*words: str) -> str:
 
 
 def config(folder: Path, name: str, **sections: Any) -> str:
-    (folder / f"{name}.yaml").write_text(yaml.safe_dump({**CONFIG, "batch": {"global": 8, "micro": 2}, "run": {"dir": name}, **sections}))
+    (folder / f"{name}.yaml").write_text(
+        yaml.safe_dump(
+            {**CONFIG, "batch": {"global": 8, "micro": 2}, "run": {"dir": name}, **sections}
+        )
+    )
     return f"{name}.yaml"
 
 
@@ -64,8 +70,16 @@ def test_a_plan_needs_no_slurm_and_writes_nothing(here: Path) -> None:
         "convert",
         "train.steps=7",
     )
-    assert "pretrain in planned: 2 nodes x 2 ranks = 4 ranks" in out and "starts at step 0 of 7" in out and "a chain of 2 jobs" in out
-    assert "#SBATCH --ntasks-per-node=2" in out and "#SBATCH --no-requeue" in out and "then: a job converts" in out
+    assert (
+        "pretrain in planned: 2 nodes x 2 ranks = 4 ranks" in out
+        and "starts at step 0 of 7" in out
+        and "a chain of 2 jobs" in out
+    )
+    assert (
+        "#SBATCH --ntasks-per-node=2" in out
+        and "#SBATCH --no-requeue" in out
+        and "then: a job converts" in out
+    )
     volume = checkpoint_volume(load_config("planned.yaml", ["train.steps=7"]))
     assert volume.kept == 2 and f"\ncheckpoints: {volume} (every 4 steps)\n" in out
     assert not (here / "planned").exists()
@@ -74,10 +88,19 @@ def test_a_plan_needs_no_slurm_and_writes_nothing(here: Path) -> None:
 
 
 def test_fine_tuning_is_launched_alike(here: Path) -> None:
-    (here / "words.jsonl").write_text("".join(json.dumps({"prompt": f"what is {n}?", "response": f"{n} it is"}) + "\n" for n in range(40)))
+    (here / "words.jsonl").write_text(
+        "".join(
+            json.dumps({"prompt": f"what is {n}?", "response": f"{n} it is"}) + "\n"
+            for n in range(40)
+        )
+    )
     prepare_sft([here / "words.jsonl"], here / "tokenizer", here / "words", validation_fraction=0.2)
     tuned = config(
-        here, "tuned", task="sft", data={"sequence_length": 64, "mixture": [{"path": "words"}]}, run={"dir": "tuned", "init_from": "whole"}
+        here,
+        "tuned",
+        task="sft",
+        data={"sequence_length": 64, "mixture": [{"path": "words"}]},
+        run={"dir": "tuned", "init_from": "whole"},
     )
     out = llada("launch", tuned, "--cluster", "cluster.yaml", *SIZE, "--dry-run")
     assert "sft in tuned: 2 nodes x 2 ranks = 4 ranks" in out
@@ -91,10 +114,22 @@ def test_fine_tuning_is_launched_alike(here: Path) -> None:
         (["--local", "--cluster", "cluster.yaml"], "--local: this machine has no profile"),
         (["--local", "--nodes", "2"], "--nodes: 2 is for a cluster"),
         (["--local", "--chain", "2"], "--chain: 2 is for a cluster"),
-        (["--cluster", "cluster.yaml", *SIZE, "--then", "eval"], "--then: 'eval' is not allowed; it can be: convert"),
-        (["--cluster", "cluster.yaml", *SIZE, "--after", "soon"], "--after: 'soon' is no job's number"),
-        (["--cluster", "cluster.yaml", *SIZE, "--dry-run", "train.step=7"], "train.step: unknown setting"),
-        (["--cluster", "cluster.yaml", *SIZE, "--dry-run", "--set", "tme=3"], "tme: unknown setting .*did you mean 'time'"),
+        (
+            ["--cluster", "cluster.yaml", *SIZE, "--then", "eval"],
+            "--then: 'eval' is not allowed; it can be: convert",
+        ),
+        (
+            ["--cluster", "cluster.yaml", *SIZE, "--after", "soon"],
+            "--after: 'soon' is no job's number",
+        ),
+        (
+            ["--cluster", "cluster.yaml", *SIZE, "--dry-run", "train.step=7"],
+            "train.step: unknown setting",
+        ),
+        (
+            ["--cluster", "cluster.yaml", *SIZE, "--dry-run", "--set", "tme=3"],
+            "tme: unknown setting .*did you mean 'time'",
+        ),
         (["--cluster", "cluster.yaml", *SIZE, "--dry-run", "run.init_from=nowhere"], "nowhere"),
         (
             ["--cluster", "cluster.yaml", *SIZE, "--dry-run", "run.dir=whole", "seed=6"],
@@ -115,7 +150,10 @@ def test_too_little_disk_for_two_checkpoints(here: Path, monkeypatch: pytest.Mon
         llada("launch", config(here, "big"), "--local", "--gpus-per-node", "2", "--dry-run")
     # A machine without Slurm is not the one that the run will be on.
     out = llada("launch", config(here, "big"), "--cluster", "cluster.yaml", *SIZE, "--dry-run")
-    assert "MB left; on this machine, so that the cluster's disk is compared when the run is launched there" in out
+    assert (
+        "MB left; on this machine, so that the cluster's disk is compared when the run is launched"
+        " there" in out
+    )
 
 
 def test_only_training_takes_whole_nodes(here: Path) -> None:
@@ -140,14 +178,32 @@ def test_a_run_that_diverged_has_failed(here: Path) -> None:
 
 def test_a_run_without_a_launcher_from_outside(here: Path) -> None:
     found = watch.status(Path("whole"))
-    assert (found.state, found.step, found.steps, found.checkpoint, found.restarts) == ("FINISHED", 12, 12, 12, None)
+    assert (found.state, found.step, found.steps, found.checkpoint, found.restarts) == (
+        "FINISHED",
+        12,
+        12,
+        12,
+        None,
+    )
     assert found.loss is not None and "12 of 12; latest checkpoint 12" in llada("status", "whole")
     with pytest.raises(UserError, match="RUN: 'corpus' is no run"):
         llada("status", "corpus")
     assert "nothing runs" in llada("stop", "whole")
     table = llada("runs", ".").splitlines()
-    assert table[0].split() == ["run", "task", "state", "step", "loss", "tokens/s", "to", "go", "restarts"]
-    assert any(line.startswith("whole") and "FINISHED" in line and "12/12" in line for line in table)
+    assert table[0].split() == [
+        "run",
+        "task",
+        "state",
+        "step",
+        "loss",
+        "tokens/s",
+        "to",
+        "go",
+        "restarts",
+    ]
+    assert any(
+        line.startswith("whole") and "FINISHED" in line and "12/12" in line for line in table
+    )
     with pytest.raises(UserError, match="ROOTS: no folder 'nowhere'"):
         llada("runs", "nowhere")
 
@@ -162,7 +218,8 @@ def test_logs_of_attempts_and_ranks(tmp_path: Path) -> None:
     run = str(tmp_path)
     assert llada("logs", run) == "attempt 2 rank 0\n"
     assert llada("logs", run, "--rank", "1", "--attempt", "1") == "attempt 1 rank 1\n"
-    assert llada("logs", run, "-f") == "attempt 2 rank 0\n"  # nothing runs, so nothing more is to come
+    # nothing runs, so nothing more is to come
+    assert llada("logs", run, "-f") == "attempt 2 rank 0\n"
     with pytest.raises(UserError, match="--rank: 7 has no log; there are 0 to 1"):
         llada("logs", run, "--rank", "7")
     with pytest.raises(UserError, match="--attempt: 3 is none of 1, 2"):
@@ -173,14 +230,24 @@ def test_events_survive_torn_lines_and_tell_restarts(tmp_path: Path) -> None:
     log = EventLog(tmp_path)
     assert restarts([]) == {} and watch.events.read(tmp_path) == []
     log.write("started", attempt=1)
-    log.write("requeued", attempt=1, failure=True, reason="rank 1 on n1: killed by SIGKILL", excluded=None)
+    log.write(
+        "requeued", attempt=1, failure=True, reason="rank 1 on n1: killed by SIGKILL", excluded=None
+    )
     with open(tmp_path / "events.jsonl", "a") as file:
         file.write('{"event": "torn\n[1]\n')
     log.write("started", attempt=2)
     found = watch.events.read(tmp_path)
-    assert [line["event"] for line in found] == ["started", "requeued", "started"] and "excluded" not in found[1]
+    assert [line["event"] for line in found] == [
+        "started",
+        "requeued",
+        "started",
+    ] and "excluded" not in found[1]
     assert abs(found[0]["time"] - time.time()) < 60
-    assert restarts(found) == {"attempt": 2, "restarts": 1, "last_error": "rank 1 on n1: killed by SIGKILL"}
+    assert restarts(found) == {
+        "attempt": 2,
+        "restarts": 1,
+        "last_error": "rank 1 on n1: killed by SIGKILL",
+    }
 
 
 def test_a_run_that_died_without_a_word_is_lost(tmp_path: Path) -> None:

@@ -17,13 +17,21 @@ LIMITS = Restarts(limit=2, backoff=60.0)
 
 def ends(*codes: int, message: str | None = None, **fields: Any) -> StepEnd:
     """All ranks ended, in the order of their numbers."""
-    exits = [Exit(rank, f"n{rank // 2}", float(rank), code, message if code else None) for rank, code in enumerate(codes)]
+    exits = [
+        Exit(rank, f"n{rank // 2}", float(rank), code, message if code else None)
+        for rank, code in enumerate(codes)
+    ]
     return StepEnd(exits, fields.pop("ranks", len(codes)), **fields)
 
 
 def test_finished_only_when_every_rank_is() -> None:
     assert decide(ends(0, 0), Situation(), LIMITS).event == "finished"
-    assert decide(ends(0, 0), Situation(signal="SIGTERM", wanted=True, state="cancelled"), LIMITS).event == "finished"
+    assert (
+        decide(
+            ends(0, 0), Situation(signal="SIGTERM", wanted=True, state="cancelled"), LIMITS
+        ).event
+        == "finished"
+    )
     assert decide(ends(0, ranks=2), Situation(), LIMITS).event == "requeued"
 
 
@@ -35,15 +43,22 @@ def test_a_stop_in_order_is_no_failure_and_never_counts() -> None:
 
 
 def test_cancelled_is_final_and_a_requeue_by_slurm_is_left_to_it() -> None:
-    assert decide(ends(75, 75), Situation(signal="SIGTERM", state="cancelled"), LIMITS).event == "cancelled"
+    assert (
+        decide(ends(75, 75), Situation(signal="SIGTERM", state="cancelled"), LIMITS).event
+        == "cancelled"
+    )
     left = decide(ends(75, 75), Situation(signal="SIGTERM", state="requeued"), LIMITS)
     assert left.event == "requeued" and left.by_slurm and not left.failure
-    assert decide(ends(-9, 1), Situation(signal="SIGTERM", state="requeued", unreachable=["n1"]), LIMITS).failure
+    assert decide(
+        ends(-9, 1), Situation(signal="SIGTERM", state="requeued", unreachable=["n1"]), LIMITS
+    ).failure
 
 
 def test_a_stop_that_the_user_wanted_is_not_started_again() -> None:
     assert decide(ends(75, 75), Situation(signal="SIGUSR1", wanted=True), LIMITS).event == "stopped"
-    crashed = decide(ends(1, 1, message="failed: OSError"), Situation(signal="SIGUSR1", wanted=True), LIMITS)
+    crashed = decide(
+        ends(1, 1, message="failed: OSError"), Situation(signal="SIGUSR1", wanted=True), LIMITS
+    )
     assert crashed.event == "stopped" and crashed.failure and "OSError" in crashed.reason
 
 
@@ -56,27 +71,53 @@ def test_a_stop_that_takes_too_long_is_a_failure_without_a_new_checkpoint() -> N
 
 
 def test_a_node_that_is_lost_is_no_scancel() -> None:
-    found = decide(ends(75, 75), Situation(signal="SIGTERM", state="lost", unreachable=["n1"]), LIMITS)
+    found = decide(
+        ends(75, 75), Situation(signal="SIGTERM", state="lost", unreachable=["n1"]), LIMITS
+    )
     assert found.event == "requeued" and found.failure and "Slurm does not reach n1" in found.reason
 
 
 def test_a_mistake_of_the_users_is_not_tried_again() -> None:
     found = decide(ends(2, -9, message="error: data.mixture.0.path: gone"), Situation(), LIMITS)
-    assert (found.event, found.code, found.reason) == ("failed", 2, "rank 0 on n0: error: data.mixture.0.path: gone")
+    assert (found.event, found.code, found.reason) == (
+        "failed",
+        2,
+        "rank 0 on n0: error: data.mixture.0.path: gone",
+    )
 
 
 def test_the_first_rank_that_failed_is_named() -> None:
-    end = StepEnd([Exit(3, "n1", 1.0, -11, None), Exit(0, "n0", 2.0, 1, "failed: RuntimeError: connection closed by peer")], 2)
+    end = StepEnd(
+        [
+            Exit(3, "n1", 1.0, -11, None),
+            Exit(0, "n0", 2.0, 1, "failed: RuntimeError: connection closed by peer"),
+        ],
+        2,
+    )
     found = decide(end, Situation(unreachable=["n1"]), LIMITS)
-    assert found.reason == "rank 3 on n1: killed by SIGSEGV; Slurm does not reach n1" and found.failure
+    assert (
+        found.reason == "rank 3 on n1: killed by SIGSEGV; Slurm does not reach n1" and found.failure
+    )
 
 
 @pytest.mark.parametrize(
     "code, message",
     [
-        (1, "failed: RuntimeError: [gloo/transport/tcp/pair.cc:538] Read error [10.77.0.10]:4172: Connection reset by peer"),
+        (
+            1,
+            (
+                "failed: RuntimeError: [gloo/transport/tcp/pair.cc:538] Read error"
+                " [10.77.0.10]:4172: Connection reset by peer"
+            ),
+        ),
         (1, "failed: RuntimeError: Connection closed by peer [10.77.0.10]:4172"),
-        (1, "failed: DistBackendError: NCCL error: remote process exited or there was a network error"),
+        (
+            1,
+            (
+                "failed: DistBackendError: NCCL error: remote process exited or there was a network"
+                " error"
+            ),
+        ),
         (-6, None),  # as NCCL's watchdog ends a process
         (-15, None),  # as torchrun ends the others
     ],
@@ -87,19 +128,35 @@ def test_a_rank_that_only_lost_its_peer_is_not_the_cause(code: int, message: str
     assert decide(end, Situation(), LIMITS).reason == "rank 1 on n1: killed by SIGKILL"
     alone = StepEnd([Exit(0, "n0", 1.0, code, message), Exit(1, "n1", 2.0, 75, None)], 2)
     assert decide(alone, Situation(), LIMITS).reason.startswith("rank 0 on n0: ")
-    assert decide(alone, Situation(unreachable=["n1"]), LIMITS).reason.startswith("Slurm does not reach n1; rank 0 on n0: ")
+    assert decide(alone, Situation(unreachable=["n1"]), LIMITS).reason.startswith(
+        "Slurm does not reach n1; rank 0 on n0: "
+    )
 
 
 def test_a_hang_is_told_by_the_rank_that_noticed_it() -> None:
-    message = "failed: hang: no step finished for 10 s (run.hang_timeout): rank 1 never answered; run the same command again"
+    message = (
+        "failed: hang: no step finished for 10 s (run.hang_timeout): rank 1 never answered; run the"
+        " same command again"
+    )
     end = StepEnd([Exit(0, "n0", 1.0, 75, message)], 2, killed=True)
-    assert decide(end, Situation(), LIMITS).reason.startswith("rank 0 on n0: hang: no step finished for 10 s")
+    assert decide(end, Situation(), LIMITS).reason.startswith(
+        "rank 0 on n0: hang: no step finished for 10 s"
+    )
 
 
 def test_nodes_without_a_rank_are_left_out_unless_all_are() -> None:
-    end = StepEnd([], 4, absent=["n1"], hosts=["n0", "n1"], launcher=(1, "srun: error: Task launch failed on node n1"))
+    end = StepEnd(
+        [],
+        4,
+        absent=["n1"],
+        hosts=["n0", "n1"],
+        launcher=(1, "srun: error: Task launch failed on node n1"),
+    )
     found = decide(end, Situation(), LIMITS)
-    assert (found.exclude, found.delay) == (["n1"], 0.0) and "Task launch failed on node n1" in found.reason
+    assert (found.exclude, found.delay) == (
+        ["n1"],
+        0.0,
+    ) and "Task launch failed on node n1" in found.reason
     none = decide(StepEnd([], 4, absent=["n0", "n1"], hosts=["n0", "n1"]), Situation(), LIMITS)
     assert none.exclude == [] and none.delay == 60.0
 
@@ -107,11 +164,25 @@ def test_nodes_without_a_rank_are_left_out_unless_all_are() -> None:
 def test_the_back_off_doubles_up_to_an_hour_and_the_limit_ends_it() -> None:
     end = ends(1, message="failed: RuntimeError: NCCL")
     many = Restarts(limit=20, backoff=60.0)
-    assert [decide(end, Situation(failures=n), many).delay for n in range(8)] == [60, 120, 240, 480, 960, 1920, 3600, 3600]
-    assert [decide(end, Situation(failures=n), LIMITS).event for n in range(3)] == ["requeued", "requeued", "failed"]
+    assert [decide(end, Situation(failures=n), many).delay for n in range(8)] == [
+        60,
+        120,
+        240,
+        480,
+        960,
+        1920,
+        3600,
+        3600,
+    ]
+    assert [decide(end, Situation(failures=n), LIMITS).event for n in range(3)] == [
+        "requeued",
+        "requeued",
+        "failed",
+    ]
     last = decide(end, Situation(failures=2), LIMITS)
     assert last.reason.startswith(
-        "3 failures in a row without a new checkpoint, and requeue.limit is 2; the last: rank 0 on n0: RuntimeError"
+        "3 failures in a row without a new checkpoint, and requeue.limit is 2; the last: rank 0 on"
+        " n0: RuntimeError"
     )
     assert decide(end, Situation(failures=2, progress=True), LIMITS).event == "requeued"
     assert decide(end, Situation(), Restarts(limit=0)).event == "failed"
@@ -123,23 +194,43 @@ def test_the_same_step_failing_twice_is_no_accident() -> None:
     assert first.event == "requeued"
     second = decide(end, Situation(failures=1, last=first.reason), LIMITS)
     assert second.event == "failed" and second.reason.startswith("twice the same")
-    assert decide(ends(-9), Situation(failures=1, last="rank 0 on n0: killed by SIGKILL"), LIMITS).event == "requeued"
-    wrong = "preflight: n0: torch sees 0 GPUs, 4 are asked for; that is most of the nodes, so none is excluded"
-    assert [restart(wrong, [], Situation(failures=n, last=wrong if n else None), LIMITS).event for n in (0, 1)] == ["requeued", "failed"]
+    assert (
+        decide(
+            ends(-9), Situation(failures=1, last="rank 0 on n0: killed by SIGKILL"), LIMITS
+        ).event
+        == "requeued"
+    )
+    wrong = (
+        "preflight: n0: torch sees 0 GPUs, 4 are asked for; that is most of the nodes, so none is"
+        " excluded"
+    )
+    assert [
+        restart(wrong, [], Situation(failures=n, last=wrong if n else None), LIMITS).event
+        for n in (0, 1)
+    ] == ["requeued", "failed"]
 
 
-# -- how many failures were there before -------------------------------------------------------------------------------
+# -- how many failures were there before -----------------------------------------------------------
 
 
 def story(*attempts: list[tuple[str, bool]]) -> list[dict[str, Any]]:
     return [
-        {"event": event, "attempt": number, **({"failure": True, "reason": f"{number}"} if failed else {})}
+        {
+            "event": event,
+            "attempt": number,
+            **({"failure": True, "reason": f"{number}"} if failed else {}),
+        }
         for number, lines in enumerate(attempts, 1)
         for event, failed in [("started", False), *lines]
     ]
 
 
-CRASH, SILENT, STOP, GOOD = [("requeued", True)], [], [("requeued", False)], [("checkpoint", False), ("requeued", True)]
+CRASH, SILENT, STOP, GOOD = (
+    [("requeued", True)],
+    [],
+    [("requeued", False)],
+    [("checkpoint", False), ("requeued", True)],
+)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +254,9 @@ def test_failures_in_a_row(attempts: list[list[tuple[str, bool]]], expected: int
 
 @given(st.lists(st.sampled_from([CRASH, SILENT, STOP, GOOD]), max_size=12))
 def test_failures_in_a_row_is_the_published_rule(attempts: list[list[tuple[str, bool]]]) -> None:
-    """Count forwards: a checkpoint starts the count again, a failure adds one, a stop in order nothing."""
+    """Count forwards: a checkpoint starts the count again, a failure adds one, a stop in order
+    nothing.
+    """
     count = 0
     for lines in attempts:
         if any(event == "checkpoint" for event, _ in lines):

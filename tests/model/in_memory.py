@@ -12,7 +12,9 @@ class InMemory:
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
         self.tensors = tensors
-        self.shapes: Mapping[str, tuple[int, ...]] = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        self.shapes: Mapping[str, tuple[int, ...]] = {
+            name: tuple(tensor.shape) for name, tensor in tensors.items()
+        }
 
     def dtype(self, name: str) -> torch.dtype:
         return self.tensors[name].dtype

@@ -1,4 +1,6 @@
-"""The numerical oracle: LLaDA's transformer in plain PyTorch, by canonical names, sharing no code with the package's model."""
+"""The numerical oracle: LLaDA's transformer in plain PyTorch, by canonical names, sharing no code
+with the package's model.
+"""
 
 from __future__ import annotations
 
@@ -12,27 +14,35 @@ P = "model.transformer"
 
 
 class Oracle(torch.nn.Module):
-    """Computes logits from a dict of canonical weights. Attention is a plain softmax over a boolean mask of equal segments."""
+    """Computes logits from a dict of canonical weights. Attention is a plain softmax over a boolean
+    mask of equal segments.
+    """
 
     def __init__(self, model: ModelSection, canonical: dict[str, torch.Tensor]) -> None:
         super().__init__()
         for name in ("sin", "cos", "exp", "log"):  # settle the math library's first-call race
             getattr(torch.ones(1), name)()
         self.model = model
-        self.w = {name: torch.nn.Parameter(value.detach().clone()) for name, value in canonical.items()}
+        self.w = {
+            name: torch.nn.Parameter(value.detach().clone()) for name, value in canonical.items()
+        }
 
     def norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
         return x * (x.pow(2).mean(-1, keepdim=True) + self.model.norm_eps).rsqrt() * self.w[name]
 
     def rope(self, x: torch.Tensor) -> torch.Tensor:
         d = x.shape[-1]
-        angles = torch.arange(x.shape[2]).float()[:, None] * (1.0 / self.model.rope_theta ** (torch.arange(0, d, 2).float() / d))
+        angles = torch.arange(x.shape[2]).float()[:, None] * (
+            1.0 / self.model.rope_theta ** (torch.arange(0, d, 2).float() / d)
+        )
         cos, sin = torch.cat([angles.cos()] * 2, -1), torch.cat([angles.sin()] * 2, -1)
         swapped = torch.cat([-x[..., d // 2 :], x[..., : d // 2]], -1)
         return x * cos + swapped * sin
 
     def forward(self, inputs: torch.Tensor, segment: torch.Tensor) -> torch.Tensor:
-        """inputs [b, L]; segment [b, L]: tokens attend where it is equal. Logits [b, L, vocabulary]."""
+        """inputs [b, L]; segment [b, L]: tokens attend where it is equal. Logits [b, L,
+        vocabulary].
+        """
         m, w = self.model, self.w
         b, n = inputs.shape
         same = segment[:, None, :, None] == segment[:, None, None, :]
@@ -40,12 +50,28 @@ class Oracle(torch.nn.Module):
         for i in range(m.num_layers):
             p = f"{P}.blocks.{i}"
             h = self.norm(x, f"{p}.attn_norm.weight")
-            q, k, v = ((h @ w[f"{p}.{s}_proj.weight"].T).view(b, n, -1, m.head_dim).transpose(1, 2) for s in "qkv")
-            k, v = (y.repeat_interleave(m.num_attention_heads // m.kv_heads, 1) for y in (self.rope(k), v))
-            scores = (self.rope(q) @ k.transpose(-1, -2) / math.sqrt(m.head_dim)).masked_fill(~same, -math.inf)
-            x = x + (scores.softmax(-1) @ v).transpose(1, 2).reshape(b, n, -1) @ w[f"{p}.attn_out.weight"].T
+            q, k, v = (
+                (h @ w[f"{p}.{s}_proj.weight"].T).view(b, n, -1, m.head_dim).transpose(1, 2)
+                for s in "qkv"
+            )
+            k, v = (
+                y.repeat_interleave(m.num_attention_heads // m.kv_heads, 1)
+                for y in (self.rope(k), v)
+            )
+            scores = (self.rope(q) @ k.transpose(-1, -2) / math.sqrt(m.head_dim)).masked_fill(
+                ~same, -math.inf
+            )
+            x = (
+                x
+                + (scores.softmax(-1) @ v).transpose(1, 2).reshape(b, n, -1)
+                @ w[f"{p}.attn_out.weight"].T
+            )
             h = self.norm(x, f"{p}.ff_norm.weight")
             gate = h @ w[f"{p}.ff_proj.weight"].T
-            x = x + (gate * gate.sigmoid() * (h @ w[f"{p}.up_proj.weight"].T)) @ w[f"{p}.ff_out.weight"].T
+            x = (
+                x
+                + (gate * gate.sigmoid() * (h @ w[f"{p}.up_proj.weight"].T))
+                @ w[f"{p}.ff_out.weight"].T
+            )
         head = w[f"{P}.wte.weight"] if m.tie_embeddings else w[f"{P}.ff_out.weight"]
         return self.norm(x, f"{P}.ln_f.weight") @ head.T

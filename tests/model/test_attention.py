@@ -20,12 +20,21 @@ LAYOUT = Segments(((0, 16), (0, 5, 6, 16), (0, 16), (0, 9, 16)), 16)
 
 def qkv(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
     torch.manual_seed(0)
-    return tuple(torch.randn(16, 4, heads, 8, dtype=dtype, requires_grad=True) for heads in (6, 2, 2))
+    return tuple(
+        torch.randn(16, 4, heads, 8, dtype=dtype, requires_grad=True) for heads in (6, 2, 2)
+    )
 
 
-def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Segments = LAYOUT) -> torch.Tensor:
+def plain(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Segments = LAYOUT
+) -> torch.Tensor:
     """A softmax over a boolean mask; [s, b, h, d]."""
-    ids = torch.stack([torch.searchsorted(torch.tensor(row[1:]), torch.arange(16), right=True) for row in layout.bounds])
+    ids = torch.stack(
+        [
+            torch.searchsorted(torch.tensor(row[1:]), torch.arange(16), right=True)
+            for row in layout.bounds
+        ]
+    )
     same = ids[:, None, :, None] == ids[:, None, None, :]
     q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
     k, v = (x.repeat_interleave(3, dim=1) for x in (k, v))
@@ -34,10 +43,19 @@ def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Segments = 
 
 
 def inputs(
-    offset: int = 0, length: int = 16, kernel: attention.Kernel | None = None, layout: Segments = LAYOUT
+    offset: int = 0,
+    length: int = 16,
+    kernel: attention.Kernel | None = None,
+    layout: Segments = LAYOUT,
 ) -> attention.AttentionInputs:
-    lengths = attention.segment_lengths(layout, offset, length) if kernel is not None and kernel.computes(layout) else None
-    return attention.attention_inputs(layout, torch.arange(offset, offset + length), offset, 8, 1e4, kernel, lengths)
+    lengths = (
+        attention.segment_lengths(layout, offset, length)
+        if kernel is not None and kernel.computes(layout)
+        else None
+    )
+    return attention.attention_inputs(
+        layout, torch.arange(offset, offset + length), offset, 8, 1e4, kernel, lengths
+    )
 
 
 def test_segments_and_their_gradients() -> None:
@@ -46,25 +64,35 @@ def test_segments_and_their_gradients() -> None:
     seed = torch.randn(16, 4, 6, 8)
     ours = torch.autograd.grad((attention.attend(*tensors, inputs()) * seed).sum(), tensors)
     wanted = torch.autograd.grad((plain(*tensors) * seed).sum(), tensors)
-    torch.testing.assert_close(attention.attend(*tensors, inputs()), plain(*tensors), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        attention.attend(*tensors, inputs()), plain(*tensors), rtol=1e-5, atol=1e-6
+    )
     for a, b in zip(ours, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("parts", [2, 4])
 def test_a_contiguous_part_of_the_queries_sees_all_keys_of_its_segments(parts: int) -> None:
-    """Context parallelism: each rank has a part of the row's queries and the gathered keys and values."""
+    """Context parallelism: each rank has a part of the row's queries and the gathered keys and
+    values.
+    """
     q, k, v = qkv()
     size = 16 // parts
     pieces = [attention.attend(q[i : i + size], k, v, inputs(i, size)) for i in range(0, 16, size)]
     torch.testing.assert_close(torch.cat(pieces), plain(q, k, v), rtol=1e-5, atol=1e-6)
 
 
-def loop_kernel(q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, max_q: int, max_k: int) -> torch.Tensor:
-    """What a variable-length kernel computes, segment by segment; empty query segments are allowed."""
+def loop_kernel(
+    q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, max_q: int, max_k: int
+) -> torch.Tensor:
+    """What a variable-length kernel computes, segment by segment; empty query segments
+    are allowed.
+    """
     assert cu_q.dtype == torch.int32 and max_q == cu_q.diff().max() and max_k == cu_k.diff().max()
     out = torch.empty_like(q)
-    for (a, b), (c, d) in zip(itertools.pairwise(cu_q.tolist()), itertools.pairwise(cu_k.tolist()), strict=True):
+    for (a, b), (c, d) in zip(
+        itertools.pairwise(cu_q.tolist()), itertools.pairwise(cu_k.tolist()), strict=True
+    ):
         keys, values = (x[c:d].repeat_interleave(3, dim=1).transpose(0, 1) for x in (k, v))
         scores = q[a:b].transpose(0, 1) @ keys.transpose(-1, -2) / math.sqrt(8)
         out[a:b] = (scores.softmax(-1) @ values).transpose(0, 1)
@@ -76,13 +104,19 @@ def test_cumulative_lengths_for_a_variable_length_kernel(parts: int) -> None:
     kernel = attention.Kernel("loop", loop_kernel, whole_rows=True)
     q, k, v = qkv()
     size = 16 // parts
-    pieces = [attention.attend(q[i : i + size], k, v, inputs(i, size, kernel)) for i in range(0, 16, size)]
+    pieces = [
+        attention.attend(q[i : i + size], k, v, inputs(i, size, kernel)) for i in range(0, 16, size)
+    ]
     torch.testing.assert_close(torch.cat(pieces), plain(q, k, v), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("parts", [1, 2, 4])
-def test_rows_with_equal_boundaries_are_computed_as_further_heads_without_a_copy(parts: int) -> None:
-    """Six query heads on two key heads in four rows: the kernel sees one row with 24 query heads on 8."""
+def test_rows_with_equal_boundaries_are_computed_as_further_heads_without_a_copy(
+    parts: int,
+) -> None:
+    """Six query heads on two key heads in four rows: the kernel sees one row with 24 query heads on
+    8.
+    """
     seen: list[Any] = []
 
     def noted(q: Any, k: Any, v: Any, *lengths: Any) -> torch.Tensor:
@@ -93,7 +127,10 @@ def test_rows_with_equal_boundaries_are_computed_as_further_heads_without_a_copy
     layout = Segments(((0, 5, 6, 16),) * 4, 16)
     q, k, v = qkv()
     size = 16 // parts
-    outputs = [attention.attend(q[i : i + size], k, v, inputs(i, size, kernel, layout)) for i in range(0, 16, size)]
+    outputs = [
+        attention.attend(q[i : i + size], k, v, inputs(i, size, kernel, layout))
+        for i in range(0, 16, size)
+    ]
     torch.testing.assert_close(torch.cat(outputs), plain(q, k, v, layout), rtol=1e-5, atol=1e-6)
     assert seen[0][0].shape == (size, 24, 8) and seen[0][1].shape == (16, 8, 8)
     assert seen[0][0].data_ptr() == q.data_ptr() and seen[0][1].data_ptr() == k.data_ptr()
@@ -111,7 +148,9 @@ def test_flash_attn_computes_whole_rows_too(whole_rows: bool) -> None:
     layout = Segments(((0, 16),) * 4, 16)
     kernel = attention.Kernel("noted", noted, whole_rows)
     out = attention.attend(q, k, v, inputs(kernel=kernel, layout=layout))
-    torch.testing.assert_close(out, attention.attend(q, k, v, inputs(layout=layout)), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        out, attention.attend(q, k, v, inputs(layout=layout)), rtol=1e-5, atol=1e-6
+    )
     assert len(calls) == whole_rows
 
 
@@ -121,18 +160,24 @@ def test_rotation_and_its_gradient() -> None:
     x = torch.randn(16, 4, 6, 8, requires_grad=True)
     pairs = torch.view_as_complex(torch.stack(x.chunk(2, -1), -1).contiguous())
     angles = positions[:, None].double() * 1e4 ** (-torch.arange(0, 8, 2).double() / 8)
-    turned = torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)[:, None, None, :].to(pairs.dtype))
+    turned = torch.view_as_real(
+        pairs * torch.polar(torch.ones_like(angles), angles)[:, None, None, :].to(pairs.dtype)
+    )
     wanted = torch.cat((turned[..., 0], turned[..., 1]), -1)
     torch.testing.assert_close(attention.rotate(x, cos, sin), wanted, rtol=1e-5, atol=1e-5)
     seed = torch.randn_like(x)
     ours = torch.autograd.grad((attention.rotate(x, cos, sin) * seed).sum(), x)[0]
-    torch.testing.assert_close(ours, torch.autograd.grad((wanted * seed).sum(), x)[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        ours, torch.autograd.grad((wanted * seed).sum(), x)[0], rtol=1e-5, atol=1e-5
+    )
 
 
 def test_bf16_is_rotated_in_fp32() -> None:
     cos, sin = attention.rotary_tables(torch.arange(2000, 2016), 8, 1e4)
     x = torch.randn(16, 4, 6, 8).bfloat16()
-    assert torch.equal(attention.rotate(x, cos, sin), attention.rotate(x.float(), cos, sin).bfloat16())
+    assert torch.equal(
+        attention.rotate(x, cos, sin), attention.rotate(x.float(), cos, sin).bfloat16()
+    )
 
 
 def module(name: str, **attributes: Any) -> types.ModuleType:
@@ -158,22 +203,33 @@ EVERY = ["flash_attn.cute", "flash_attn_interface", "flash_attn"]
 def test_the_newest_kernel_made_for_the_gpu_is_chosen(
     installed: list[str], capability: int, wanted: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def kernel(q: torch.Tensor, *_: Any, causal: bool = True, **__: Any) -> tuple[torch.Tensor, None]:
+    def kernel(
+        q: torch.Tensor, *_: Any, causal: bool = True, **__: Any
+    ) -> tuple[torch.Tensor, None]:
         assert causal is False
         return q, None
 
     for name in EVERY:
-        monkeypatch.setitem(sys.modules, name, module(name, flash_attn_varlen_func=kernel) if name in installed else None)
+        monkeypatch.setitem(
+            sys.modules,
+            name,
+            module(name, flash_attn_varlen_func=kernel) if name in installed else None,
+        )
     found = attention.varlen_kernel.__wrapped__(capability)
     assert found is not None and found.name == wanted
     # On Hopper and newer whole rows are cuDNN's where flash-attn 2 is the newest.
-    assert found.whole_rows == (wanted not in ("torch varlen", "flash-attn 2") or (wanted, capability) == ("flash-attn 2", 8))
+    assert found.whole_rows == (
+        wanted not in ("torch varlen", "flash-attn 2")
+        or (wanted, capability) == ("flash-attn 2", 8)
+    )
     if wanted != "torch varlen":
         q = torch.ones(3, 2, 8)
         assert found.call(q, q, q, None, None, 3, 3) is q
 
 
-def test_a_gpu_without_a_kernel_and_head_dimensions_without_one_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_without_a_kernel_and_head_dimensions_without_one_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     gpu = torch.device("cuda", 0)
     monkeypatch.setattr(attention, "varlen_kernel", lambda _: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
@@ -186,8 +242,12 @@ def test_a_gpu_without_a_kernel_and_head_dimensions_without_one_are_refused(monk
     assert attention.choose_kernel(gpu, torch.float32, 20) is None
 
 
-def test_the_math_kernel_is_not_among_those_allowed_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On CPU only the math and flash kernels exist: with the fused ones alone, an explicit mask has none left."""
+def test_the_math_kernel_is_not_among_those_allowed_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On CPU only the math and flash kernels exist: with the fused ones alone, an explicit mask has
+    none left.
+    """
     q = torch.ones(1, 2, 8, 16)
     mask = torch.ones(8, 8, dtype=torch.bool)
     from torch.nn.attention import SDPBackend, sdpa_kernel

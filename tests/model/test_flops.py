@@ -11,18 +11,23 @@ from llada.model.weights import canonical_shapes, num_parameters
 from llada.settings import ModelSection
 from tests.model.oracle import Oracle
 
-MODEL = ModelSection(num_layers=2, hidden_size=64, num_attention_heads=4, ffn_hidden_size=96, vocab_size=128)
+MODEL = ModelSection(
+    num_layers=2, hidden_size=64, num_attention_heads=4, ffn_hidden_size=96, vocab_size=128
+)
 
 
 def test_full_length_equals_torchs_counter() -> None:
-    oracle = Oracle(MODEL, {name: torch.randn(shape) for name, shape in canonical_shapes(MODEL).items()})
+    oracle = Oracle(
+        MODEL, {name: torch.randn(shape) for name, shape in canonical_shapes(MODEL).items()}
+    )
     tokens = torch.randint(0, 128, (3, 32))
     with FlopCounterMode(display=False) as counter:
         logits = oracle(tokens, torch.zeros_like(tokens))
         logits.sum().backward()
     flops = step_flops(MODEL, [32, 32, 32], 96, 32)
     assert flops.full_length == flops.actual
-    # The rotary tables are elementwise; every matrix product is counted, and nothing flows back into the token ids.
+    # The rotary tables are elementwise; every matrix product is counted, and nothing flows back
+    # into the token ids.
     assert flops.actual == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
@@ -40,13 +45,32 @@ def test_grouped_queries_cost_less() -> None:
 
 
 def test_parameters_of_the_published_models() -> None:
-    """1,487,243,264 and 8,015,581,184 parameters; 969,246,720 and 6,979,588,096 without embedding and head."""
+    """1,487,243,264 and 8,015,581,184 parameters; 969,246,720 and 6,979,588,096 without embedding
+    and head.
+    """
     small = ModelSection(
-        num_layers=22, hidden_size=2048, num_attention_heads=32, num_query_groups=4, ffn_hidden_size=5634, vocab_size=126464
+        num_layers=22,
+        hidden_size=2048,
+        num_attention_heads=32,
+        num_query_groups=4,
+        ffn_hidden_size=5634,
+        vocab_size=126464,
     )
-    large = ModelSection(num_layers=32, hidden_size=4096, num_attention_heads=32, ffn_hidden_size=12288, vocab_size=126464)
-    assert [num_parameters(small), num_parameters(small, embedding=False)] == [1_487_243_264, 969_246_720]
-    assert [num_parameters(large), num_parameters(large, embedding=False)] == [8_015_581_184, 6_979_588_096]
+    large = ModelSection(
+        num_layers=32,
+        hidden_size=4096,
+        num_attention_heads=32,
+        ffn_hidden_size=12288,
+        vocab_size=126464,
+    )
+    assert [num_parameters(small), num_parameters(small, embedding=False)] == [
+        1_487_243_264,
+        969_246_720,
+    ]
+    assert [num_parameters(large), num_parameters(large, embedding=False)] == [
+        8_015_581_184,
+        6_979_588_096,
+    ]
 
 
 def test_the_peak_on_cpu_is_measured_and_never_below_what_a_step_reaches() -> None:

@@ -1,7 +1,7 @@
 """Known mistakes of diffusion trainers, and traps of the libraries, as changes of the code.
 
-A mistake that fits on the border of a function replaces that function; its name in the module is all that a renaming has to keep.
-One in the middle of a function replaces text of the source.
+A mistake that fits on the border of a function replaces that function; its name in the module is
+all that a renaming has to keep. One in the middle of a function replaces text of the source.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ SFT = "tests/data/test_sft_data.py"
 
 
 def changes(module: str, tests: str) -> Callable[[Change], Change]:
-    """Register a function that changes `module` after its import. What it does wrong is its name."""
+    """Register a function that changes `module` after its import. What it does wrong is
+    its name.
+    """
 
     def register(change: Change) -> Change:
         MISTAKES[change.__name__.replace("_", " ")] = Mistake(module, tests, change=change)
@@ -33,7 +35,7 @@ def rewrites(name: str, module: str, old: str, new: str, tests: str) -> None:
     MISTAKES[name] = Mistake(module, tests, rewrite=(old, new))
 
 
-# -- noise -------------------------------------------------------------------------------------------------------------
+# -- noise -----------------------------------------------------------------------------------------
 
 
 @changes("llada.objectives.masked", PRETRAIN)
@@ -75,7 +77,7 @@ rewrites(
 )
 
 
-# -- the loss ----------------------------------------------------------------------------------------------------------
+# -- the loss --------------------------------------------------------------------------------------
 
 
 @changes("llada.objectives.masked", "tests/objectives")
@@ -93,7 +95,9 @@ def no_weight_1_over_p(masked: Any) -> None:
 def division_by_the_number_of_masked_tokens(megatron: Any) -> None:
     right = megatron._training_loss
 
-    def training_loss(total: Any, weights: Any, segments: Any, normaliser: float, losses: Any) -> Any:
+    def training_loss(
+        total: Any, weights: Any, segments: Any, normaliser: float, losses: Any
+    ) -> Any:
         return right(total, weights, segments, max(1, len(losses)), losses)
 
     megatron._training_loss = training_loss
@@ -101,7 +105,9 @@ def division_by_the_number_of_masked_tokens(megatron: Any) -> None:
 
 @changes("llada.engine.megatron", "tests/engine/test_parity.py")
 def a_loss_scaled_by_accumulation(megatron: Any) -> None:
-    """Where the loss function returns two values instead of three, Megatron-Core's schedules divide by the micro-batches."""
+    """Where the loss function returns two values instead of three, Megatron-Core's schedules divide
+    by the micro-batches.
+    """
     right = megatron._training_loss
 
     def training_loss(*arguments: Any) -> Any:
@@ -115,7 +121,8 @@ rewrites(
     "a normaliser of the local micro-batch",
     "llada.data.base",
     "[self.objective.corrupt(window) for window in windows], plan.normaliser)",
-    "[self.objective.corrupt(window) for window in windows], plan.normaliser * len(windows) / len(plan.samples))",
+    "[self.objective.corrupt(window) for window in windows], plan.normaliser * len(windows) /"
+    " len(plan.samples))",
     PRETRAIN,
 )
 rewrites(
@@ -127,7 +134,7 @@ rewrites(
 )
 
 
-# -- validation --------------------------------------------------------------------------------------------------------
+# -- validation ------------------------------------------------------------------------------------
 
 rewrites(
     "a mean of ratios",
@@ -138,13 +145,15 @@ rewrites(
 )
 
 
-@changes("llada.training.estimates", "tests/training/test_comparison.py::test_said_in_words_and_in_json")
+@changes(
+    "llada.training.estimates", "tests/training/test_comparison.py::test_said_in_words_and_in_json"
+)
 def an_error_without_its_degrees_of_freedom(estimates: Any) -> None:
     right = estimates.Estimate.half_width
     estimates.Estimate.half_width = lambda self, *level: right(replace(self, degrees=10**9), *level)
 
 
-# -- data --------------------------------------------------------------------------------------------------------------
+# -- data ------------------------------------------------------------------------------------------
 
 rewrites(
     "windows that are read again after a change of weights",
@@ -167,7 +176,13 @@ rewrites(
     "spans[own] = np.stack([starts - 1, ends], axis=1)",
     SFT,
 )
-rewrites("padding left out of the response", "llada.data.sft", "np.repeat(longest, group)[: len(ends)][own]", "ends[own]", SFT)
+rewrites(
+    "padding left out of the response",
+    "llada.data.sft",
+    "np.repeat(longest, group)[: len(ends)][own]",
+    "ends[own]",
+    SFT,
+)
 rewrites(
     "EOS taught after a reply that was cut",
     "llada.data.sft",
@@ -184,7 +199,7 @@ rewrites(
 )
 
 
-# -- attention and the model -------------------------------------------------------------------------------------------
+# -- attention and the model -----------------------------------------------------------------------
 
 
 @changes("llada.model.attention", "tests/engine/test_model.py")
@@ -192,7 +207,9 @@ def causal_attention(attention: Any) -> None:
     from tests.stand_ins import like
 
     right = attention.F.scaled_dot_product_attention
-    attention.F = like(attention.F, scaled_dot_product_attention=lambda *inputs: right(*inputs, is_causal=True))
+    attention.F = like(
+        attention.F, scaled_dot_product_attention=lambda *inputs: right(*inputs, is_causal=True)
+    )
 
 
 @changes("llada.model.attention", "tests/engine/test_model.py")
@@ -233,7 +250,7 @@ rewrites(
 )
 
 
-# -- ranks and their state ---------------------------------------------------------------------------------------------
+# -- ranks and their state -------------------------------------------------------------------------
 
 
 @changes("llada.engine.megatron", f"{LAYOUTS}[TP2 x DP4]")
@@ -242,7 +259,10 @@ def tensor_ranks_that_read_different_tokens(megatron: Any) -> None:
 
     def rank_batch(*arguments: Any) -> Any:
         part = right(*arguments)
-        return replace(part, inputs=part.inputs.roll(megatron.parallel_state.get_tensor_model_parallel_rank(), 1))
+        return replace(
+            part,
+            inputs=part.inputs.roll(megatron.parallel_state.get_tensor_model_parallel_rank(), 1),
+        )
 
     megatron.rank_batch = rank_batch
 
@@ -301,20 +321,29 @@ rewrites(
     "llada.engine.megatron",
     "whole = torch.empty(parameter.shape, dtype=torch.float32)",
     "whole = torch.empty(parameter.shape, dtype=self.dtype)",
-    "tests/distributed/test_export.py::test_folders_and_imports_pass_through_every_layout_bit_for_bit[TP2+SP x CP2 x DP2-bf16]",
+    "tests/distributed/test_export.py::test_folders_and_imports_pass_through_every_layout_bit_for_bit[TP2+SP"
+    " x CP2 x DP2-bf16]",
 )
 
 
-# -- Hugging Face folders ----------------------------------------------------------------------------------------------
+# -- Hugging Face folders --------------------------------------------------------------------------
 
 
-@changes("llada.hf.folder", "tests/hf/test_from_hf.py::test_a_llama_is_the_same_function_under_a_causal_mask")
+@changes(
+    "llada.hf.folder",
+    "tests/hf/test_from_hf.py::test_a_llama_is_the_same_function_under_a_causal_mask",
+)
 def keys_and_values_of_an_imported_llama_exchanged(folder: Any) -> None:
-    names = next(value for value in vars(folder).values() if isinstance(value, dict) and "k_proj" in value)
+    names = next(
+        value for value in vars(folder).values() if isinstance(value, dict) and "k_proj" in value
+    )
     names["k_proj"], names["v_proj"] = names["v_proj"], names["k_proj"]
 
 
-@changes("llada.hf.convert", "tests/hf/test_convert.py::test_the_mean_of_checkpoints_is_that_of_their_masters")
+@changes(
+    "llada.hf.convert",
+    "tests/hf/test_convert.py::test_the_mean_of_checkpoints_is_that_of_their_masters",
+)
 def a_mean_of_rounded_weights(convert: Any) -> None:
     right = convert.CheckpointWeights
     convert.CheckpointWeights = lambda stored, model, masters: right(stored, model)
@@ -329,7 +358,7 @@ rewrites(
 )
 
 
-# -- the launcher and the run folder -----------------------------------------------------------------------------------
+# -- the launcher and the run folder ---------------------------------------------------------------
 
 
 @changes("llada.training.lock", "tests/training/test_lock.py")
@@ -339,7 +368,11 @@ def a_run_folder_taken_from_a_living_process(lock: Any) -> None:
 
 
 rewrites(
-    "a job that comes back after scancel", "launch.decide", 'if now.state == "cancelled":', "if False:", "tests/launcher/test_decide.py"
+    "a job that comes back after scancel",
+    "launch.decide",
+    'if now.state == "cancelled":',
+    "if False:",
+    "tests/launcher/test_decide.py",
 )
 rewrites(
     "stops in order that use up the restarts",

@@ -1,4 +1,6 @@
-"""Proof that the suite would notice: known mistakes, planted one at a time. The tests that each one names must fail."""
+"""Proof that the suite would notice: known mistakes, planted one at a time. The tests that each one
+names must fail.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from tests.mutations.planting import ROOT, environment
 
 
 def chosen() -> list[str]:
-    """All of them, or with MUTATIONS=I/N in the environment every N-th from number I (0-based) on."""
+    """All of them, or with MUTATIONS=I/N in the environment every N-th from number I
+    (0-based) on.
+    """
     first, _, every = os.environ.get("MUTATIONS", "0/1").partition("/")
     return list(MISTAKES)[int(first) :: int(every)]
 
@@ -23,17 +27,27 @@ def test_every_text_that_a_mistake_replaces_is_there() -> None:
     assert len(MISTAKES) >= 37
     for mistake in MISTAKES.values():
         assert mistake.path.is_file()
-        mistake.check()
+        mistake.source()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", chosen())
 def test_the_suite_notices(name: str) -> None:
     mistake = MISTAKES[name]
-    # Plain asserts: that a test fails is all that counts, and where CI is set pytest explains the difference of two long lists
-    # without a limit, for hours.
+    # Plain asserts: that a test fails is all that counts, and where CI is set pytest explains the
+    # difference of two long lists without a limit, for hours.
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", mistake.tests, "-x", "-q", "-p", "no:cacheprovider", "--assert=plain"],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            mistake.tests,
+            "-x",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "--assert=plain",
+        ],
         cwd=ROOT,
         env=environment(name),
         stdin=subprocess.DEVNULL,
@@ -41,8 +55,16 @@ def test_the_suite_notices(name: str) -> None:
         text=True,
         timeout=400,
     )
-    assert done.returncode == 1, f"{mistake.tests} did not fail\n{done.stdout[-2000:]}\n{done.stderr[-500:]}"
+    assert done.returncode == 1, (
+        f"{mistake.tests} did not fail\n{done.stdout[-2000:]}\n{done.stderr[-500:]}"
+    )
     assert "FAILED" in done.stdout
     # The mistake must be what fails, not its planting.
-    accidents = ("ImportError", "SyntaxError", "NameError", "mutations/mistakes.py", "mutations/planting.py")
+    accidents = (
+        "ImportError",
+        "SyntaxError",
+        "NameError",
+        "mutations/mistakes.py",
+        "mutations/planting.py",
+    )
     assert not any(accident in done.stdout for accident in accidents), done.stdout[-2000:]

@@ -16,25 +16,43 @@ MASK = 9
 
 
 def losses_of_a_toy_model() -> dict[frozenset[int], np.ndarray]:
-    """An arbitrary "model": for every set of masked positions a loss for each of them (a 4-token text, its CE by context)."""
+    """An arbitrary "model": for every set of masked positions a loss for each of them (a 4-token
+    text, its CE by context).
+    """
     rng = np.random.default_rng(0)
-    return {frozenset(s): rng.uniform(0.1, 3.0, L) for k in range(L + 1) for s in itertools.combinations(range(L), k)}
+    return {
+        frozenset(s): rng.uniform(0.1, 3.0, L)
+        for k in range(L + 1)
+        for s in itertools.combinations(range(L), k)
+    }
 
 
 def exact_nelbo(model: dict[frozenset[int], np.ndarray]) -> float:
-    """The bound from its other definition: the mean over all generation orders of the sum of -log p(next | revealed)."""
+    """The bound from its other definition: the mean over all generation orders of the sum of -log
+    p(next | revealed).
+    """
     orders = list(itertools.permutations(range(L)))
-    return sum(sum(model[frozenset(order[k:])][order[k]] for k in range(L)) for order in orders) / len(orders)
+    return sum(
+        sum(model[frozenset(order[k:])][order[k]] for k in range(L)) for order in orders
+    ) / len(orders)
 
 
 def weighted_loss(
-    objective: MaskedDiffusion, model: dict[frozenset[int], np.ndarray], t: float, draws: np.ndarray, monkeypatch: pytest.MonkeyPatch
+    objective: MaskedDiffusion,
+    model: dict[frozenset[int], np.ndarray],
+    t: float,
+    draws: np.ndarray,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> tuple[float, int]:
     monkeypatch.setattr(module, "mask_uniforms", lambda *_: draws)
     window = Window(0, np.arange(L), np.array([0, L]), np.array([t]), 0)
     c = objective.corrupt(window)
-    assert (c.inputs[c.predicted] == MASK).all() and (np.delete(c.inputs, c.predicted) == np.delete(np.arange(L), c.predicted)).all()
-    return float((c.weights * model[frozenset(c.predicted.tolist())][c.predicted]).sum()), len(c.predicted)
+    assert (c.inputs[c.predicted] == MASK).all() and (
+        np.delete(c.inputs, c.predicted) == np.delete(np.arange(L), c.predicted)
+    ).all()
+    return float((c.weights * model[frozenset(c.predicted.tolist())][c.predicted]).sum()), len(
+        c.predicted
+    )
 
 
 def test_fixed_count_is_the_exact_nelbo(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,8 +60,11 @@ def test_fixed_count_is_the_exact_nelbo(monkeypatch: pytest.MonkeyPatch) -> None
     objective = MaskedDiffusion(0, MASK, "fixed_count")
     total, seen = 0.0, []
     for cell in range(L):  # t uniform: each cell of width 1/L gives one count
-        for ranks in itertools.permutations(range(L)):  # draws: each order of the positions is equally likely
-            loss, count = weighted_loss(objective, model, (cell + 0.37) / L, np.array(ranks) / L, monkeypatch)
+        # draws: each order of the positions is equally likely
+        for ranks in itertools.permutations(range(L)):
+            loss, count = weighted_loss(
+                objective, model, (cell + 0.37) / L, np.array(ranks) / L, monkeypatch
+            )
             total += loss
             seen.append(count)
     assert sorted(set(seen)) == [1, 2, 3, 4]
@@ -51,16 +72,22 @@ def test_fixed_count_is_the_exact_nelbo(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize("eps", [1e-3, 0.2])
-def test_bernoulli_is_the_integral_from_eps_to_one(eps: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bernoulli_is_the_integral_from_eps_to_one(
+    eps: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = losses_of_a_toy_model()
 
     def beta(k: int) -> float:
         """Integral of p^(k-1) (1-p)^(L-k) over [eps, 1], expanded."""
-        return sum(math.comb(L - k, j) * (-1) ** j * (1 - eps ** (k + j)) / (k + j) for j in range(L - k + 1))
+        return sum(
+            math.comb(L - k, j) * (-1) ** j * (1 - eps ** (k + j)) / (k + j)
+            for j in range(L - k + 1)
+        )
 
     exact = sum(model[s][list(s)].sum() * beta(len(s)) for s in model if s) / (1 - eps)
     objective = MaskedDiffusion(0, MASK, "bernoulli", eps)
-    nodes, node_weights = np.polynomial.legendre.leggauss(4)  # the integrand is a polynomial of degree 3 in t
+    # the integrand is a polynomial of degree 3 in t
+    nodes, node_weights = np.polynomial.legendre.leggauss(4)
     total = 0.0
     for node, node_weight in zip((nodes + 1) / 2, node_weights / 2, strict=True):
         p = (1 - eps) * node + eps
@@ -74,13 +101,18 @@ def test_bernoulli_is_the_integral_from_eps_to_one(eps: float, monkeypatch: pyte
 
 
 def test_constant_loss_has_mean_one_and_the_analytic_variance() -> None:
-    """CE = 1: fixed-count gives exactly 1. Bernoulli has mean 1 and variance (ln(1/eps) / (1-eps) - 1) / L over t and masks."""
+    """CE = 1: fixed-count gives exactly 1. Bernoulli has mean 1 and variance (ln(1/eps) / (1-eps) -
+    1) / L over t and masks.
+    """
     length, eps, count = 64, 0.05, 20_000
     t = np.random.default_rng(1).random(count)
     values = {}
     for masking in ("bernoulli", "fixed_count"):
         objective = MaskedDiffusion(0, MASK, masking, eps)
-        windows = (Window(i, np.zeros(length, dtype=np.int64), np.array([0, length]), t[i : i + 1], 0) for i in range(count))
+        windows = (
+            Window(i, np.zeros(length, dtype=np.int64), np.array([0, length]), t[i : i + 1], 0)
+            for i in range(count)
+        )
         values[masking] = np.array([objective.corrupt(w).weights.sum() / length for w in windows])
     np.testing.assert_allclose(values["fixed_count"], 1.0, atol=1e-12)
     variance = (math.log(1 / eps) / (1 - eps) - 1) / length
@@ -96,13 +128,17 @@ def test_segments_have_their_own_t_and_masks_do_not_depend_on_the_segmentation()
     np.testing.assert_array_equal(whole.predicted, split.predicted)
     np.testing.assert_array_equal(whole.weights, split.weights)
     mixed = objective.corrupt(Window(5, tokens, np.array([0, 80, 200]), np.array([0.1, 0.6]), 0))
-    np.testing.assert_array_equal(mixed.predicted[mixed.predicted >= 80], whole.predicted[whole.predicted >= 80])
+    np.testing.assert_array_equal(
+        mixed.predicted[mixed.predicted >= 80], whole.predicted[whole.predicted >= 80]
+    )
     assert set(mixed.weights) == {1 / (0.999 * 0.1 + 0.001), 1 / (0.999 * 0.6 + 0.001)}
 
 
 def test_fixed_count_counts_per_segment() -> None:
     objective = MaskedDiffusion(4, MASK, "fixed_count")
-    c = objective.corrupt(Window(5, np.zeros(100, dtype=np.int64), np.array([0, 10, 100]), np.array([0.55, 0.999]), 0))
+    c = objective.corrupt(
+        Window(5, np.zeros(100, dtype=np.int64), np.array([0, 10, 100]), np.array([0.55, 0.999]), 0)
+    )
     assert (c.predicted < 10).sum() == 6 and (c.predicted >= 10).sum() == 90
     assert set(c.weights) == {10 / 6, 90 / 90}
 
@@ -112,7 +148,11 @@ def test_special_tokens_are_masked_like_any_other() -> None:
     objective = MaskedDiffusion(0, MASK, "bernoulli")
     hits = np.zeros(16)
     for sample in range(4000):
-        hits[objective.corrupt(Window(sample, np.arange(16), np.array([0, 16]), np.array([0.5]), 0)).predicted] += 1
+        hits[
+            objective.corrupt(
+                Window(sample, np.arange(16), np.array([0, 16]), np.array([0.5]), 0)
+            ).predicted
+        ] += 1
     assert np.abs(hits / 4000 - 0.5005).max() < 4.5 * math.sqrt(0.25 / 4000)
 
 
@@ -126,7 +166,9 @@ def test_collate_orders_predictions_and_names_their_segments() -> None:
     batch = collate(windows, corrupted, 16.0)
     keys = (batch.columns * 2 + batch.rows).tolist()
     assert keys == sorted(keys)
-    for row, column, target, weight, segment in zip(batch.rows, batch.columns, batch.targets, batch.weights, batch.segments, strict=True):
+    for row, column, target, weight, segment in zip(
+        batch.rows, batch.columns, batch.targets, batch.weights, batch.segments, strict=True
+    ):
         window, c = windows[row], corrupted[row]
         assert batch.inputs[row, column] == MASK and target == window.tokens[column]
         assert weight == pytest.approx(c.weights[list(c.predicted).index(int(column))])
@@ -139,28 +181,43 @@ def test_expected_predictions_match_the_draws() -> None:
     for masking in ("bernoulli", "fixed_count"):
         objective = MaskedDiffusion(0, MASK, masking)
         drawn = [
-            len(objective.corrupt(Window(s, np.zeros(256, dtype=np.int64), np.array([0, 64, 256]), t, 0)).predicted) for s in range(500)
+            len(
+                objective.corrupt(
+                    Window(s, np.zeros(256, dtype=np.int64), np.array([0, 64, 256]), t, 0)
+                ).predicted
+            )
+            for s in range(500)
         ]
         assert objective.expected_predictions(lengths, t) == pytest.approx(np.mean(drawn), rel=0.01)
 
 
-@pytest.mark.parametrize("draws", [[0.5, 0.25, 0.25, 0.25, 0.75], [0.25] * 5, [0.1, 0.9, 0.1, 0.2, 0.2]])
-def test_of_equal_draws_the_earlier_positions_are_masked(draws: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "draws", [[0.5, 0.25, 0.25, 0.25, 0.75], [0.25] * 5, [0.1, 0.9, 0.1, 0.2, 0.2]]
+)
+def test_of_equal_draws_the_earlier_positions_are_masked(
+    draws: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "mask_uniforms", lambda *_: np.array(draws))
     objective = MaskedDiffusion(0, MASK, "fixed_count")
     for count in range(1, 6):
-        c = objective.corrupt(Window(0, np.arange(5), np.array([0, 5]), np.array([(count - 0.5) / 5]), 0))
+        c = objective.corrupt(
+            Window(0, np.arange(5), np.array([0, 5]), np.array([(count - 0.5) / 5]), 0)
+        )
         assert c.predicted.tolist() == sorted(sorted(range(5), key=lambda i: draws[i])[:count])
 
 
 @pytest.mark.parametrize("masking", ["bernoulli", "fixed_count"])
-def test_positions_outside_the_spans_and_segments_of_scale_zero_are_left_alone(masking: str) -> None:
+def test_positions_outside_the_spans_and_segments_of_scale_zero_are_left_alone(
+    masking: str,
+) -> None:
     """A prompt before the span, filler behind it, and a segment that counts nothing."""
     objective = MaskedDiffusion(0, MASK, masking, eps=0.2)
     spans, scales = np.array([[3, 20], [25, 40], [64, 64]]), np.array([0.25, 0.0, 0.0])
     for sample in range(50):
         t = np.array([0.9, 0.9, 0.0])
-        c = objective.corrupt(Window(sample, np.arange(64), np.array([0, 20, 40, 64]), t, 0, spans, scales))
+        c = objective.corrupt(
+            Window(sample, np.arange(64), np.array([0, 20, 40, 64]), t, 0, spans, scales)
+        )
         assert len(c.predicted) and c.predicted.min() >= 3 and c.predicted.max() < 20
         weight = 1 / (0.8 * 0.9 + 0.2) if masking == "bernoulli" else 17 / 16
         assert set(c.weights) == {0.25 * weight}

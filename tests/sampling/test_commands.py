@@ -52,10 +52,18 @@ def test_a_checkpoint_and_its_export_write_the_same(workplace: Workplace, export
     ours, theirs = load(workplace.folder / "whole"), load(export)
     torch.testing.assert_close(ours(ids), theirs(ids), rtol=0, atol=1e-6)
     assert ours.specials == theirs.specials
-    for words in (["sample", "{}", "def f(", "--length", "8"], ["sample", "{}", "what?", "--chat", "--length", "6", "--temperature", "1"]):
-        first, second = (run(*(word.replace("{}", str(model)) for word in words)) for model in (workplace.folder / "whole", export))
+    for words in (
+        ["sample", "{}", "def f(", "--length", "8"],
+        ["sample", "{}", "what?", "--chat", "--length", "6", "--temperature", "1"],
+    ):
+        first, second = (
+            run(*(word.replace("{}", str(model)) for word in words))
+            for model in (workplace.folder / "whole", export)
+        )
         assert first == second
-    assert run("infill", workplace.folder / "whole", "a [MASK*3] b") == run("infill", export, "a [MASK*3] b")
+    assert run("infill", workplace.folder / "whole", "a [MASK*3] b") == run(
+        "infill", export, "a [MASK*3] b"
+    )
 
 
 def test_every_step_is_shown(export: Path) -> None:
@@ -84,26 +92,44 @@ def test_special_tokens_are_not_printed(export: Path, monkeypatch: pytest.Monkey
     assert commands.fill_gaps(model, "[MASK*4]", SamplingOptions(steps=1)) == "yy"
 
 
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes")])
-def test_a_text_that_does_not_fit_into_memory(error: Exception, export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes"),
+    ],
+)
+def test_a_text_that_does_not_fit_into_memory(
+    error: Exception, export: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(self: Any, tokens: torch.Tensor) -> torch.Tensor:
         raise error
 
     model = load(export)
     monkeypatch.setattr(type(model), "__call__", fail)
-    with pytest.raises(UserError, match="a text of 5 tokens does not fit into the memory of cpu; shorten it"):
+    with pytest.raises(
+        UserError, match="a text of 5 tokens does not fit into the memory of cpu; shorten it"
+    ):
         commands.write(model, "", False, SamplingOptions(5, 5))
 
 
 def test_a_prompt_from_stdin(export: Path) -> None:
-    result = CliRunner().invoke(app, ["sample", str(export), "-", "--length", "4"], input="import os")
+    result = CliRunner().invoke(
+        app, ["sample", str(export), "-", "--length", "4"], input="import os"
+    )
     assert result.stdout == run("sample", export, "import os", "--length", "4")
 
 
 @pytest.mark.parametrize("end", ["<|endoftext|>", "<|eot_id|>"])
-def test_an_answer_ends_at_eos_or_at_the_end_of_its_turn(end: str, export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_answer_ends_at_eos_or_at_the_end_of_its_turn(
+    end: str, export: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = load(export)
-    wanted = [*model.tokenizer.encode("yes").tolist(), model.tokenizer.id_of(end), *model.tokenizer.encode("no").tolist()]
+    wanted = [
+        *model.tokenizer.encode("yes").tolist(),
+        model.tokenizer.id_of(end),
+        *model.tokenizer.encode("no").tolist(),
+    ]
 
     def forced(tokens: torch.Tensor) -> torch.Tensor:
         logits = torch.zeros(*tokens.shape, 512)
@@ -117,12 +143,17 @@ def test_an_answer_ends_at_eos_or_at_the_end_of_its_turn(end: str, export: Path,
     assert commands.write(model, "well?", True, SamplingOptions(len(wanted), 1)) == ("yesno", False)
 
 
-def test_a_question_is_put_into_the_models_own_chat_template(workplace: Workplace, tmp_path: Path) -> None:
-    """A checkpoint carries the template with its tokenizer; its export has it in place of LLaDA's."""
+def test_a_question_is_put_into_the_models_own_chat_template(
+    workplace: Workplace, tmp_path: Path
+) -> None:
+    """A checkpoint carries the template with its tokenizer; its export has it in place
+    of LLaDA's.
+    """
     from transformers import AutoTokenizer
 
     template = (
-        "{% for m in messages %}{{ m.role }}: {{ m.content | trim }}<|eot_id|>{% endfor %}{{ 'assistant:' if add_generation_prompt }}"
+        "{% for m in messages %}{{ m.role }}: {{ m.content | trim }}<|eot_id|>{% endfor %}{{"
+        " 'assistant:' if add_generation_prompt }}"
     )
     run_folder = tmp_path / "run"
     shutil.copytree(workplace.folder / "whole", run_folder)
@@ -134,13 +165,17 @@ def test_a_question_is_put_into_the_models_own_chat_template(workplace: Workplac
     theirs = AutoTokenizer.from_pretrained(tmp_path / "export")
     assert theirs.chat_template == template
     question = " what? "
-    text = theirs.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False)
+    text = theirs.apply_chat_template(
+        [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
+    )
     assert text == "user: what?<|eot_id|>assistant:"
     for model in (load(source), load(tmp_path / "export")):
         seen: list[list[int]] = []
         real = type(model).__call__
 
-        def spy(self: Any, tokens: torch.Tensor, seen: list[list[int]] = seen, real: Any = real) -> torch.Tensor:
+        def spy(
+            self: Any, tokens: torch.Tensor, seen: list[list[int]] = seen, real: Any = real
+        ) -> torch.Tensor:
             seen.append(tokens[0].tolist())
             return real(self, tokens)
 
@@ -149,8 +184,12 @@ def test_a_question_is_put_into_the_models_own_chat_template(workplace: Workplac
             commands.write(model, question, True, SamplingOptions(4, 1))
         prompt = theirs(text, add_special_tokens=False)["input_ids"]
         assert seen[0] == [*prompt, *[model.specials.mask_id] * 4]
-    (tmp_path / "export" / "chat_template.jinja").write_text("{{ raise_exception('closed today') }}")
-    assert "closed today" in refusal("sample", tmp_path / "export", "what?", "--chat", "--length", "2")
+    (tmp_path / "export" / "chat_template.jinja").write_text(
+        "{{ raise_exception('closed today') }}"
+    )
+    assert "closed today" in refusal(
+        "sample", tmp_path / "export", "what?", "--chat", "--length", "2"
+    )
 
 
 def test_gaps(export: Path) -> None:
@@ -168,7 +207,9 @@ def test_playback_shows_hidden_new_and_old(export: Path) -> None:
     tokenizer = Tokenizer.load(export)
     a, b = tokenizer.encode("a").tolist()[0], tokenizer.encode("b").tolist()[0]
     playback = Playback(tokenizer, tokenizer.mask_id, first=1)
-    pieces = playback.pieces(torch.tensor([b, a, b, tokenizer.mask_id]), torch.tensor([False, False, True, False]))
+    pieces = playback.pieces(
+        torch.tensor([b, a, b, tokenizer.mask_id]), torch.tensor([False, False, True, False])
+    )
     assert pieces == [("a", ""), ("b", "bold green"), ("▒", "dim")]
 
 
@@ -181,7 +222,11 @@ def changed(export: Path, target: Path, name: str, change: Any) -> Path:
 def without_mask(path: Path) -> None:
     """A tokenizer in whose files no token has the mask's name."""
     for file in path.parent.glob("*token*.json"):
-        file.write_text(file.read_text().replace("<|mdm_mask|>", "<|other|>").replace('"mask_token"', '"other_token"'))
+        file.write_text(
+            file.read_text()
+            .replace("<|mdm_mask|>", "<|other|>")
+            .replace('"mask_token"', '"other_token"')
+        )
 
 
 def field(**values: Any) -> Callable[[Path], None]:
@@ -197,15 +242,33 @@ def field(**values: Any) -> Callable[[Path], None]:
         ("model.safetensors", Path.unlink, "has no weights (model.safetensors"),
         ("tokenizer.json", without_mask, "the tokenizer has no mask token"),
         ("tokenizer.json", Path.unlink, "no tokenizer in this folder"),
-        ("config.json", field(mask_token_id=7), "config.json: mask_token_id 7 is not the tokenizer's mask token"),
-        ("model.safetensors", lambda path: path.write_bytes(path.read_bytes()[:1000]), "not a sound safetensors file"),
+        (
+            "config.json",
+            field(mask_token_id=7),
+            "config.json: mask_token_id 7 is not the tokenizer's mask token",
+        ),
+        (
+            "model.safetensors",
+            lambda path: path.write_bytes(path.read_bytes()[:1000]),
+            "not a sound safetensors file",
+        ),
         ("config.json", field(n_layers=8), "missing: model.transformer.blocks.2.attn_norm.weight"),
         ("config.json", field(n_layers=1), "too many: model.transformer.blocks.1.attn_norm.weight"),
-        ("config.json", field(mlp_hidden_size=96), "blocks.0.ff_proj.weight is [128, 64], not [96, 64]"),
-        ("config.json", field(model_type="llama", architectures=["LlamaForCausalLM"]), "missing hidden_size"),
+        (
+            "config.json",
+            field(mlp_hidden_size=96),
+            "blocks.0.ff_proj.weight is [128, 64], not [96, 64]",
+        ),
+        (
+            "config.json",
+            field(model_type="llama", architectures=["LlamaForCausalLM"]),
+            "missing hidden_size",
+        ),
     ],
 )
-def test_folders_that_cannot_be_used(name: str, change: Any, message: str, export: Path, tmp_path: Path) -> None:
+def test_folders_that_cannot_be_used(
+    name: str, change: Any, message: str, export: Path, tmp_path: Path
+) -> None:
     folder = changed(export, tmp_path / "broken", name, change)
     assert message in refusal("sample", folder, "x", "--length", "2")
     assert message in refusal("infill", folder, "[MASK]")
@@ -224,14 +287,25 @@ def test_weights_that_are_not_finite(export: Path, tmp_path: Path) -> None:
         assert "logits are not finite" in str(result.exception)
 
 
-def test_a_model_that_writes_from_left_to_right_is_refused(workplace: Workplace, tmp_path: Path) -> None:
+def test_a_model_that_writes_from_left_to_right_is_refused(
+    workplace: Workplace, tmp_path: Path
+) -> None:
     llama_folder(tmp_path / "llama", workplace.folder / "tokenizer", vocab_size=512)
-    assert "is a LlamaForCausalLM, which writes from left to right" in refusal("sample", tmp_path / "llama", "x")
+    assert "is a LlamaForCausalLM, which writes from left to right" in refusal(
+        "sample", tmp_path / "llama", "x"
+    )
 
 
 def test_code_in_a_folder_is_not_run(export: Path, tmp_path: Path) -> None:
-    folder = changed(export, tmp_path / "evil", "modeling_llada.py", lambda path: path.write_text("raise SystemExit('owned')"))
-    assert run("sample", folder, "x", "--length", "2") == run("sample", export, "x", "--length", "2")
+    folder = changed(
+        export,
+        tmp_path / "evil",
+        "modeling_llada.py",
+        lambda path: path.write_text("raise SystemExit('owned')"),
+    )
+    assert run("sample", folder, "x", "--length", "2") == run(
+        "sample", export, "x", "--length", "2"
+    )
 
 
 @pytest.mark.parametrize(
@@ -240,8 +314,14 @@ def test_code_in_a_folder_is_not_run(export: Path, tmp_path: Path) -> None:
         (["sample", "nowhere"], "MODEL: no folder 'nowhere'"),
         (["sample", "{corpus}"], "is neither an exported folder"),
         (["sample", "{export}", "x", "--remasking", "high"], "--remasking: 'high' is not allowed"),
-        (["sample", "{export}", "x", "--length", str(10**12)], "--length: 1000000000000 is more than 100000"),
-        (["sample", "{export}", "x", "--length", "8", "--steps", str(10**12)], "--steps: 1000000000000 is more than 100000"),
+        (
+            ["sample", "{export}", "x", "--length", str(10**12)],
+            "--length: 1000000000000 is more than 100000",
+        ),
+        (
+            ["sample", "{export}", "x", "--length", "8", "--steps", str(10**12)],
+            "--steps: 1000000000000 is more than 100000",
+        ),
         (["sample", "a" * 5000, "x"], "MODEL: no folder 'aaa"),
         (["infill", "{export}", f"[MASK*{'9' * 5000}]"], "allowed are 1 to 100000"),
         (["sample", "{export}", "ab\udcff"], "PROMPT: not UTF-8 at character 3"),
@@ -253,7 +333,14 @@ def test_code_in_a_folder_is_not_run(export: Path, tmp_path: Path) -> None:
     ],
 )
 def test_refusals(arguments: list[str], message: str, workplace: Workplace, export: Path) -> None:
-    words = [word.format(export=export, corpus=workplace.folder / "corpus") if word.startswith("{") else word for word in arguments]
+    words = [
+        (
+            word.format(export=export, corpus=workplace.folder / "corpus")
+            if word.startswith("{")
+            else word
+        )
+        for word in arguments
+    ]
     assert message in refusal(*words)
 
 

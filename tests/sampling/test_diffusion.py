@@ -12,15 +12,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llada.errors import UserError
-from llada.sampling.diffusion import Event, SamplingOptions, Specials, cut_at_end, generate, infill, quotas
+from llada.sampling.diffusion import (
+    Event,
+    SamplingOptions,
+    Specials,
+    cut_at_end,
+    generate,
+    infill,
+    quotas,
+)
 
 ROWS, VOCAB, MASK, EOS = 40, 36, 34, 3
 SPECIALS = Specials(MASK, EOS, VOCAB)
 
 
 class Toy:
-    """A fixed bidirectional model: logits of a position depend on all tokens of its row and their distance. Masks and padding rows
-    get large logits, as an untrained head may give them."""
+    """A fixed bidirectional model: logits of a position depend on all tokens of its row and their
+    distance. Masks and padding rows get large logits, as an untrained head may give them.
+    """
 
     def __init__(self, seed: int = 0) -> None:
         rng = torch.Generator().manual_seed(seed)
@@ -40,8 +49,12 @@ class Toy:
         return logits
 
 
-def published(model: Any, prompt: torch.Tensor, steps: int, length: int, block: int, w: float) -> torch.Tensor:
-    """Low-confidence remasking at temperature 0 for one row, position by position. [MASK] and padding rows are not written."""
+def published(
+    model: Any, prompt: torch.Tensor, steps: int, length: int, block: int, w: float
+) -> torch.Tensor:
+    """Low-confidence remasking at temperature 0 for one row, position by position. [MASK] and
+    padding rows are not written.
+    """
     x = torch.cat([prompt, torch.full((length,), MASK)])
     p = len(prompt)
     blocks = length // block
@@ -71,17 +84,23 @@ def published(model: Any, prompt: torch.Tensor, steps: int, length: int, block: 
 
 
 @pytest.mark.parametrize(
-    ("length", "steps", "block"), [(12, 12, 12), (12, 5, 12), (12, 1, 12), (12, 6, 4), (12, 9, 4), (16, 4, 4), (8, 32, 8)]
+    ("length", "steps", "block"),
+    [(12, 12, 12), (12, 5, 12), (12, 1, 12), (12, 6, 4), (12, 9, 4), (16, 4, 4), (8, 32, 8)],
 )
 @pytest.mark.parametrize("w", [0.0, 1.5])
-def test_the_same_tokens_as_the_published_algorithm(length: int, steps: int, block: int, w: float) -> None:
+def test_the_same_tokens_as_the_published_algorithm(
+    length: int, steps: int, block: int, w: float
+) -> None:
     for seed in range(4):
         model = Toy(seed)
         prompts = torch.randint(0, MASK, (3, 5), generator=torch.Generator().manual_seed(seed))
         options = SamplingOptions(length, steps, block, cfg=w)
         found = generate(model, prompts, SPECIALS, options)
         for row in range(3):
-            assert found[row].tolist() == published(model, prompts[row], steps, length, block, w).tolist()
+            assert (
+                found[row].tolist()
+                == published(model, prompts[row], steps, length, block, w).tolist()
+            )
 
 
 @settings(max_examples=100, deadline=None)
@@ -96,7 +115,9 @@ def test_quotas(masks: int, steps: int) -> None:
 
 @pytest.mark.parametrize("remasking", ["low_confidence", "random"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_nothing_impossible_is_written_and_blocks_go_from_left_to_right(remasking: str, temperature: float) -> None:
+def test_nothing_impossible_is_written_and_blocks_go_from_left_to_right(
+    remasking: str, temperature: float
+) -> None:
     events: list[Event] = []
     prompt = torch.randint(0, MASK, (2, 4))
     options = SamplingOptions(12, 6, 4, temperature, remasking=remasking, seed=1)
@@ -119,19 +140,26 @@ def test_nothing_impossible_is_written_and_blocks_go_from_left_to_right(remaskin
 
 
 def test_temperature_samples_the_softmax() -> None:
-    """One mask, many seeds: frequencies within four standard errors of softmax(logits / T) over what may be written."""
+    """One mask, many seeds: frequencies within four standard errors of softmax(logits / T) over
+    what may be written.
+    """
     logits = torch.linspace(-1, 2, ROWS)
     options = [SamplingOptions(1, 1, temperature=0.7, seed=seed) for seed in range(4000)]
 
     def model(tokens: torch.Tensor) -> torch.Tensor:
         return logits.expand(*tokens.shape, ROWS)
 
-    counts = Counter(int(generate(model, torch.zeros(1, 1, dtype=torch.long), SPECIALS, option)) for option in options)
+    counts = Counter(
+        int(generate(model, torch.zeros(1, 1, dtype=torch.long), SPECIALS, option))
+        for option in options
+    )
     allowed = [k for k in range(VOCAB) if k != MASK]
     wanted = torch.softmax(logits[allowed].double() / 0.7, -1).numpy()
     found = np.array([counts[k] for k in allowed]) / len(options)
     assert counts[MASK] == 0
-    assert (np.abs(found - wanted) <= 4 * np.sqrt(wanted * (1 - wanted) / len(options)) + 1e-9).all()
+    assert (
+        np.abs(found - wanted) <= 4 * np.sqrt(wanted * (1 - wanted) / len(options)) + 1e-9
+    ).all()
 
 
 def test_random_remasking_chooses_uniformly() -> None:
@@ -142,7 +170,9 @@ def test_random_remasking_chooses_uniformly() -> None:
         generate(Toy(), torch.zeros(1, 1, dtype=torch.long), SPECIALS, options, events.append)
         firsts[int(events[0].committed[0].nonzero()[0])] += 1
     assert set(firsts) == set(range(1, 7))
-    assert all(abs(count - 250) < 4 * np.sqrt(1500 * (1 / 6) * (5 / 6)) for count in firsts.values())
+    assert all(
+        abs(count - 250) < 4 * np.sqrt(1500 * (1 / 6) * (5 / 6)) for count in firsts.values()
+    )
 
 
 def test_a_row_does_not_depend_on_what_is_sampled_beside_it() -> None:
@@ -150,7 +180,15 @@ def test_a_row_does_not_depend_on_what_is_sampled_beside_it() -> None:
     options = SamplingOptions(8, 4, temperature=0.8, remasking="random", seed=5)
     whole = generate(Toy(), prompt, SPECIALS, options)
     assert torch.equal(whole[:1], generate(Toy(), prompt[:1], SPECIALS, options))
-    assert not torch.equal(whole, generate(Toy(), prompt, SPECIALS, SamplingOptions(8, 4, temperature=0.8, remasking="random", seed=6)))
+    assert not torch.equal(
+        whole,
+        generate(
+            Toy(),
+            prompt,
+            SPECIALS,
+            SamplingOptions(8, 4, temperature=0.8, remasking="random", seed=6),
+        ),
+    )
 
 
 def test_infilling_fills_the_gaps_and_nothing_else() -> None:
@@ -173,7 +211,9 @@ def test_one_gap_at_the_end_is_generation() -> None:
     prompt = torch.randint(0, MASK, (1, 5))
     masked = torch.cat([prompt, torch.full((1, 6), MASK)], 1)
     out = infill(Toy(), masked, SPECIALS, SamplingOptions(steps=3, cfg=0.5))
-    assert torch.equal(out[:, 5:], generate(Toy(), prompt, SPECIALS, SamplingOptions(6, 3, cfg=0.5)))
+    assert torch.equal(
+        out[:, 5:], generate(Toy(), prompt, SPECIALS, SamplingOptions(6, 3, cfg=0.5))
+    )
 
 
 def test_a_text_is_cut_at_the_first_of_the_tokens_that_end_it() -> None:
@@ -188,7 +228,10 @@ def test_a_text_is_cut_at_the_first_of_the_tokens_that_end_it() -> None:
         ({"length": 0}, "--length: 0 is less than 1"),
         ({"steps": 0}, "--steps: 0 is less than 1"),
         ({"length": 12, "block_length": 5}, "--block-length: 5 does not divide --length 12"),
-        ({"length": 12, "block_length": 4, "steps": 4}, "--steps: 4 is not a multiple of the 3 blocks"),
+        (
+            {"length": 12, "block_length": 4, "steps": 4},
+            "--steps: 4 is not a multiple of the 3 blocks",
+        ),
         ({"temperature": -1.0}, "--temperature: -1.0"),
         ({"cfg": float("nan")}, "--cfg: nan"),
         ({"seed": -1}, r"--seed: -1 is not from 0 to 2\^64 - 1"),

@@ -1,7 +1,9 @@
-"""A real Slurm on one machine: munged, slurmctld, and a slurmd in namespaces of its own for each node.
+"""A real Slurm on one machine: munged, slurmctld, and a slurmd in namespaces of its own for each
+node.
 
-A node has its own address, host name, process numbers and /dev/shm, and reaches the others over a bridge: a launcher that believes
-in localhost fails here as it does on a cluster. Killing the first process of a node is a crash of that node. Needs root.
+A node has its own address, host name, process numbers and /dev/shm, and reaches the others over a
+bridge: a launcher that believes in localhost fails here as it does on a cluster. Killing the first
+process of a node is a crash of that node. Needs root.
 """
 
 from __future__ import annotations
@@ -26,16 +28,29 @@ def missing(accounting: bool = False) -> str | None:
     """Why a cluster cannot be started here; None: it can."""
     if os.geteuid() != 0:
         return "needs root, for namespaces"
-    absent = [name for name in PROGRAMS + (ACCOUNTING_PROGRAMS if accounting else ()) if shutil.which(name) is None]
+    absent = [
+        name
+        for name in PROGRAMS + (ACCOUNTING_PROGRAMS if accounting else ())
+        if shutil.which(name) is None
+    ]
     if absent:
         return f"needs {', '.join(absent)}; `make test-slurm` installs them from Debian packages"
-    if subprocess.run(["unshare", "--net", "--pid", "--fork", "true"], capture_output=True).returncode:
+    if subprocess.run(
+        ["unshare", "--net", "--pid", "--fork", "true"], capture_output=True
+    ).returncode:
         return "needs to make namespaces, which this machine does not let it"
     return None
 
 
-def until(condition: Callable[[], object], seconds: float, what: str, story: Callable[[], str] = str, pause: float = 0.1) -> None:
-    """Wait for something that is expected to happen, looking every `pause` seconds; `story` explains why it may not have.
+def until(
+    condition: Callable[[], object],
+    seconds: float,
+    what: str,
+    story: Callable[[], str] = str,
+    pause: float = 0.1,
+) -> None:
+    """Wait for something that is expected to happen, looking every `pause` seconds; `story`
+    explains why it may not have.
 
     `seconds` are those of an idle machine; other work beside it is given time.
     """
@@ -53,8 +68,10 @@ class Cluster:
     Attributes:
         root: folder of all its files.
         index: keeps several clusters of one machine apart.
-        islands: groups of nodes with partitions of their own (main and scavenge; main1 and scavenge1; ...), for tests side by side.
-        nodes, cpus, gpus, memory: nodes of an island, and what each has (memory in MB; the GPUs are device files only).
+        islands: groups of nodes with partitions of their own (main and scavenge; main1 and
+            scavenge1; ...), for tests side by side.
+        nodes, cpus, gpus, memory: nodes of an island, and what each has (memory in MB; the GPUs are
+        device files only).
         accounting: with slurmdbd and its database, and accounts that are enforced.
         forget_seconds: after which a finished job is no longer in slurmctld.
     """
@@ -86,11 +103,13 @@ class Cluster:
 
     def run(self, *words: str, check: bool = True) -> str:
         """Output of a command that talks to this cluster."""
-        done = subprocess.run(words, env=self.environment(), capture_output=True, text=True, timeout=300)
+        done = subprocess.run(
+            words, env=self.environment(), capture_output=True, text=True, timeout=300
+        )
         assert not check or done.returncode == 0, f"{' '.join(words)}: {done.stderr}"
         return done.stdout.strip()
 
-    # -- start and stop ------------------------------------------------------------------------------------------------
+    # -- start and stop ----------------------------------------------------------------------------
 
     def start(self) -> Cluster:
         """Start everything and wait until every node is idle."""
@@ -104,7 +123,13 @@ class Cluster:
         (munge / "key").chmod(0o400)
         paths = [
             f"--{name}={munge / file}"
-            for name, file in (("key-file", "key"), ("socket", "sock"), ("pid-file", "pid"), ("seed-file", "seed"), ("log-file", "log"))
+            for name, file in (
+                ("key-file", "key"),
+                ("socket", "sock"),
+                ("pid-file", "pid"),
+                ("seed-file", "seed"),
+                ("log-file", "log"),
+            )
         ]
         self._spawn("munged", "munged", "--foreground", "--force", *paths)
         until((munge / "sock").exists, _READY_SECONDS, "munged's socket")
@@ -134,12 +159,32 @@ class Cluster:
         (self.root / "spool" / name).mkdir(exist_ok=True)
         # The shell stays, as the node's init: it reaps orphans, and its end is the end of all.
         script = (
-            'hostname "$1"; mount --bind "$2/hosts" /etc/hosts; mount --bind "$2/nsswitch.conf" /etc/nsswitch.conf; '
-            "mount -t tmpfs -o mode=1777 shm /dev/shm; ulimit -c 0; "
-            'slurmd -D -N "$1" & while :; do wait -n || [ $? -ne 127 ] || break; done'
+            'hostname "$1"; mount --bind "$2/hosts" /etc/hosts; mount --bind "$2/nsswitch.conf"'
+            " /etc/nsswitch.conf; mount -t tmpfs -o mode=1777 shm /dev/shm; ulimit -c 0; slurmd -D"
+            ' -N "$1" & while :; do wait -n || [ $? -ne 127 ] || break; done'
         )
-        inside = ["unshare", "--uts", "--ipc", "--mount", "--pid", "--fork", "--mount-proc", "--kill-child"]
-        self._spawn(name, "nsenter", f"--net=/run/netns/{namespace}", *inside, "bash", "-c", script, "node", name, str(self.root))
+        inside = [
+            "unshare",
+            "--uts",
+            "--ipc",
+            "--mount",
+            "--pid",
+            "--fork",
+            "--mount-proc",
+            "--kill-child",
+        ]
+        self._spawn(
+            name,
+            "nsenter",
+            f"--net=/run/netns/{namespace}",
+            *inside,
+            "bash",
+            "-c",
+            script,
+            "node",
+            name,
+            str(self.root),
+        )
 
     def kill_node(self, node: int) -> None:
         """A crash: every process of the node is gone at once."""
@@ -164,9 +209,11 @@ class Cluster:
 
     def tail(self) -> str:
         """The ends of the logs, for a message."""
-        return "\n".join(path.read_text(errors="replace")[-1500:] for path in (self.root / "log").glob("*.log"))
+        return "\n".join(
+            path.read_text(errors="replace")[-1500:] for path in (self.root / "log").glob("*.log")
+        )
 
-    # -- pieces --------------------------------------------------------------------------------------------------------
+    # -- pieces ------------------------------------------------------------------------------------
 
     @property
     def _bridge(self) -> str:
@@ -180,7 +227,12 @@ class Cluster:
 
     def _wait_idle(self, nodes: range) -> None:
         wanted = {f"n{node}" for node in nodes}
-        until(lambda: wanted <= self._idle(), _READY_SECONDS, f"idle nodes: {sorted(wanted)}", self.tail)
+        until(
+            lambda: wanted <= self._idle(),
+            _READY_SECONDS,
+            f"idle nodes: {sorted(wanted)}",
+            self.tail,
+        )
 
     def _idle(self) -> set[str]:
         rows = self.run("sinfo", "--noheader", "--Node", "--format=%N %t", check=False).splitlines()
@@ -190,7 +242,9 @@ class Cluster:
         self.stop()  # what a killed earlier session left under these names
         for words in (["add", self._bridge, "type", "bridge"], ["set", self._bridge, "up"]):
             subprocess.run(["ip", "link", *words], check=True)
-        subprocess.run(["ip", "addr", "add", f"{self._address(1)}/24", "dev", self._bridge], check=True)
+        subprocess.run(
+            ["ip", "addr", "add", f"{self._address(1)}/24", "dev", self._bridge], check=True
+        )
 
     def _connect(self, node: int) -> None:
         """A network namespace with one end of a cable in it, and the other in the bridge."""
@@ -198,7 +252,19 @@ class Cluster:
         subprocess.run(["ip", "link", "del", cable], capture_output=True)
         commands = (
             ["ip", "netns", "add", namespace],
-            ["ip", "link", "add", cable, "type", "veth", "peer", "name", "eth0", "netns", namespace],
+            [
+                "ip",
+                "link",
+                "add",
+                cable,
+                "type",
+                "veth",
+                "peer",
+                "name",
+                "eth0",
+                "netns",
+                namespace,
+            ],
             ["ip", "link", "set", cable, "master", self._bridge, "up"],
             ["ip", "-n", namespace, "link", "set", "lo", "up"],
             ["ip", "-n", namespace, "addr", "add", f"{self._address(10 + node)}/24", "dev", "eth0"],
@@ -210,27 +276,46 @@ class Cluster:
 
     def _configure(self) -> None:
         host = os.uname().nodename.split(".")[0]
-        hosts = ["127.0.0.1 localhost", f"{self._address(1)} {host}", *(f"{self._address(10 + i)} n{i}" for i in self.all_nodes)]
+        hosts = [
+            "127.0.0.1 localhost",
+            f"{self._address(1)} {host}",
+            *(f"{self._address(10 + i)} n{i}" for i in self.all_nodes),
+        ]
         (self.root / "hosts").write_text("\n".join(hosts) + "\n")
         # No DNS inside: without this, looking up an IPv6 address of a node takes ten seconds.
-        (self.root / "nsswitch.conf").write_text("passwd: files\ngroup: files\nshadow: files\nhosts: files\n")
+        (self.root / "nsswitch.conf").write_text(
+            "passwd: files\ngroup: files\nshadow: files\nhosts: files\n"
+        )
         for gpu in range(self.gpus):
             device = self.root / "dev" / f"nvidia{gpu}"
             if not device.exists():
                 os.mknod(device, 0o666 | stat.S_IFCHR, os.makedev(1, 3))
         names = f"n[0-{self.all_nodes[-1]}]"
-        (self.root / "gres.conf").write_text(f"NodeName={names} Name=gpu File={self.root}/dev/nvidia[0-{self.gpus - 1}]\n")
+        (self.root / "gres.conf").write_text(
+            f"NodeName={names} Name=gpu File={self.root}/dev/nvidia[0-{self.gpus - 1}]\n"
+        )
         accounting = (
-            f"AccountingStorageType=accounting_storage/slurmdbd\nAccountingStorageHost=localhost\nAccountingStoragePort={self._port + 2}\n"
+            f"AccountingStorageType=accounting_storage/slurmdbd\nAccountingStorageHost=localhost\nAccountingStoragePort={self._port + 2}\n"  # noqa: E501
             f"AccountingStoragePass={self.root}/munge/sock\nAccountingStorageEnforce=associations,limits,qos\n"
             if self.accounting
             else "AccountingStorageType=accounting_storage/none\n"
         )
         addresses = f"10.77.{self.index}.[10-{10 + self.all_nodes[-1]}]"
-        text = _CONF.format(host=host, self=self, addresses=addresses, names=names, accounting=accounting, slurmd=self._port + 1)
+        text = _CONF.format(
+            host=host,
+            self=self,
+            addresses=addresses,
+            names=names,
+            accounting=accounting,
+            slurmd=self._port + 1,
+        )
         for island in range(self.islands):
             own = self.nodes_of(island)
-            text += _PARTITIONS.format(suffix=island or "", nodes=f"n[{own[0]}-{own[-1]}]", default="NO" if island else "YES")
+            text += _PARTITIONS.format(
+                suffix=island or "",
+                nodes=f"n[{own[0]}-{own[-1]}]",
+                default="NO" if island else "YES",
+            )
         self.conf.write_text(text)
 
     @property
@@ -241,20 +326,49 @@ class Cluster:
         """MariaDB and slurmdbd, and a cluster with one account."""
         data, socket = self.root / "mysql", self.root / "mysql.sock"
         subprocess.run(
-            ["mariadb-install-db", f"--datadir={data}", "--user=root", "--auth-root-authentication-method=normal", "--skip-test-db"],
+            [
+                "mariadb-install-db",
+                f"--datadir={data}",
+                "--user=root",
+                "--auth-root-authentication-method=normal",
+                "--skip-test-db",
+            ],
             check=True,
             capture_output=True,
         )
-        words = [f"--datadir={data}", f"--socket={socket}", f"--port={self._port + 3}", "--bind-address=127.0.0.1", "--user=root"]
-        self._spawn("mariadbd", "mariadbd", "--no-defaults", *words, "--innodb-buffer-pool-size=64M", "--innodb-flush-log-at-trx-commit=0")
+        words = [
+            f"--datadir={data}",
+            f"--socket={socket}",
+            f"--port={self._port + 3}",
+            "--bind-address=127.0.0.1",
+            "--user=root",
+        ]
+        self._spawn(
+            "mariadbd",
+            "mariadbd",
+            "--no-defaults",
+            *words,
+            "--innodb-buffer-pool-size=64M",
+            "--innodb-flush-log-at-trx-commit=0",
+        )
         until(socket.exists, _READY_SECONDS, "MariaDB's socket", self.tail)
         conf = self.root / "slurmdbd.conf"
-        conf.write_text(_DBD.format(self=self, port=self._port + 2, store=self._port + 3, host=os.uname().nodename.split(".")[0]))
+        conf.write_text(
+            _DBD.format(
+                self=self,
+                port=self._port + 2,
+                store=self._port + 3,
+                host=os.uname().nodename.split(".")[0],
+            )
+        )
         conf.chmod(0o600)
         self._spawn("slurmdbd", "slurmdbd", "-D")
         sacctmgr = ["sacctmgr", "--immediate", "add"]
         until(
-            lambda: "ci" in self.run("sacctmgr", "--noheader", "show", "cluster", check=False) or self._add_cluster(),
+            lambda: (
+                "ci" in self.run("sacctmgr", "--noheader", "show", "cluster", check=False)
+                or self._add_cluster()
+            ),
             _READY_SECONDS,
             "slurmdbd",
             self.tail,
@@ -269,7 +383,9 @@ class Cluster:
     def _spawn(self, name: str, *words: str) -> None:
         with open(self.root / "log" / f"{name}.log", "ab") as log:
             environment = {**self.environment(), "ROOT": str(self.root)}
-            self._processes[name] = subprocess.Popen(words, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            self._processes[name] = subprocess.Popen(
+                words, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
 
     def _end(self, name: str) -> None:
         process = self._processes.pop(name)
@@ -307,7 +423,8 @@ SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=2,bf_interval=2,sched_min_interval=0,batch_sched_delay=0
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-# A lost node is noticed in seconds. SIGKILL follows SIGTERM after twenty, in which a busy machine, too, gets through a step and a save.
+# A lost node is noticed in seconds. SIGKILL follows SIGTERM after twenty, in which a busy machine,
+# too, gets through a step and a save.
 SlurmdTimeout=6
 SlurmctldTimeout=6
 MessageTimeout=5
@@ -320,11 +437,11 @@ JobRequeue=1
 SlurmdParameters=config_overrides
 GresTypes=gpu
 NodeName={names} NodeAddr={addresses} CPUs={self.cpus} RealMemory={self.memory} Gres=gpu:{self.gpus} State=UNKNOWN
-"""
+"""  # noqa: E501
 _PARTITIONS = """\
 PartitionName=main{suffix} Nodes={nodes} Default={default} MaxTime=120 DefaultTime=10 PriorityTier=10 PreemptMode=OFF State=UP
 PartitionName=scavenge{suffix} Nodes={nodes} MaxTime=60 PriorityTier=1 PreemptMode=REQUEUE GraceTime=20 State=UP
-"""
+"""  # noqa: E501
 _DBD = """\
 AuthType=auth/munge
 AuthInfo=socket={self.root}/munge/sock

@@ -1,6 +1,7 @@
 """One Slurm cluster, one corpus and one uninterrupted run for all tests of this folder.
 
-A test marked with @scenario runs beside the others on an island of nodes of its own; it needs more patience than processor time.
+A test marked with @scenario runs beside the others on an island of nodes of its own; it needs more
+patience than processor time.
 """
 
 from __future__ import annotations
@@ -40,7 +41,14 @@ PROFILE: dict[str, Any] = {
     "signal_seconds": 20,
     "numa_binding": False,
     "requeue": {"backoff": 1.0, "grace": 120.0, "start_timeout": 60.0},
-    "preflight": {"enabled": False, "gpus": 0, "matmul_size": 128, "allreduce_mb": 0.5, "min_disk_gb": 0.1, "slow_factor": 1000.0},
+    "preflight": {
+        "enabled": False,
+        "gpus": 0,
+        "matmul_size": 128,
+        "allreduce_mb": 0.5,
+        "min_disk_gb": 0.1,
+        "slow_factor": 1000.0,
+    },
     "cpu_jobs": {"cpus": 1},
 }
 STEPS = 20
@@ -50,7 +58,8 @@ Curve = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Place(Workplace):
-    """A folder with a corpus, configs and a profile, and the `llada` command in it, whose Slurm is a cluster of the tests.
+    """A folder with a corpus, configs and a profile, and the `llada` command in it, whose Slurm is
+    a cluster of the tests.
 
     Attributes:
         cluster: of the tests.
@@ -64,7 +73,7 @@ class Place(Workplace):
     alone: threading.Lock = field(default_factory=threading.Lock)
     whole: Future[Curve] = field(default_factory=Future)
 
-    # -- the island ----------------------------------------------------------------------------------------------------
+    # -- the island --------------------------------------------------------------------------------
 
     @property
     def main(self) -> str:
@@ -95,15 +104,19 @@ class Place(Workplace):
         self.cluster.revive(self.island)
 
     def _no_jobs(self) -> bool:
-        """Cancels those that are left: one that is being put back into the queue comes back after the first time."""
+        """Cancels those that are left: one that is being put back into the queue comes back after
+        the first time.
+        """
         for partition in (self.main, self.scavenge):
             self.cluster.run("scancel", "--user=root", f"--partition={partition}", check=False)
         return not self.queue()
 
-    # -- commands ------------------------------------------------------------------------------------------------------
+    # -- commands ----------------------------------------------------------------------------------
 
     def write(self, name: str, **sections: Any) -> str:
-        """A config of a run of two ranks that share every matrix: when one is gone, the other notices."""
+        """A config of a run of two ranks that share every matrix: when one is gone, the other
+        notices.
+        """
         content = {
             **CONFIG,
             "run": {"dir": name, "threads": 1, "hang_timeout": 300.0},
@@ -117,9 +130,14 @@ class Place(Workplace):
         return f"{name}.yaml"
 
     def profile(self, name: str = "profile", **settings: Any) -> str:
-        merged = {key: {**PROFILE.get(key, {}), **value} if isinstance(value, dict) else value for key, value in settings.items()}
+        merged = {
+            key: {**PROFILE.get(key, {}), **value} if isinstance(value, dict) else value
+            for key, value in settings.items()
+        }
         path = f"{name}-{self.main}.yaml"
-        (self.folder / path).write_text(yaml.safe_dump({"partition": self.main, **PROFILE, **merged}))
+        (self.folder / path).write_text(
+            yaml.safe_dump({"partition": self.main, **PROFILE, **merged})
+        )
         return path
 
     def llada(self, *words: str) -> str:
@@ -131,15 +149,30 @@ class Place(Workplace):
         assert result.exit_code == 0, f"{words}: {result.output} {result.exception!r}"
         return result.output
 
-    def launch(self, name: str, *words: str, profile: str | None = None, nodes: int = 2, per_node: int = 1, **sections: Any) -> str:
+    def launch(
+        self,
+        name: str,
+        *words: str,
+        profile: str | None = None,
+        nodes: int = 2,
+        per_node: int = 1,
+        **sections: Any,
+    ) -> str:
         """Submit a run; the job's id."""
-        cluster = ["--cluster", profile or self.profile(), "--nodes", str(nodes), "--gpus-per-node", str(per_node)]
+        cluster = [
+            "--cluster",
+            profile or self.profile(),
+            "--nodes",
+            str(nodes),
+            "--gpus-per-node",
+            str(per_node),
+        ]
         self.llada("launch", self.write(name, **sections), *cluster, *words)
         sent = watch.latest(self.folder / name)
         assert sent is not None
         return sent.jobs[0]
 
-    # -- what is seen of a run -----------------------------------------------------------------------------------------
+    # -- what is seen of a run ---------------------------------------------------------------------
 
     def status(self, run: str) -> watch.Status:
         return watch.status(self.folder / run)
@@ -154,23 +187,44 @@ class Place(Workplace):
         return max((json.loads(line)["step"] for line in raw if line.endswith(b"}")), default=0)
 
     def wait_step(self, run: str, step: int, seconds: float = 60) -> None:
-        until(lambda: self.steps(run) >= step, seconds, f"step {step} of {run}", lambda: self.story(run))
+        until(
+            lambda: self.steps(run) >= step,
+            seconds,
+            f"step {step} of {run}",
+            lambda: self.story(run),
+        )
 
-    def wait_event(self, run: str, name: str, count: int = 1, seconds: float = 60) -> dict[str, Any]:
-        until(lambda: len(self.events(run, name)) >= count, seconds, f"{count} x {name} of {run}", lambda: self.story(run))
+    def wait_event(
+        self, run: str, name: str, count: int = 1, seconds: float = 60
+    ) -> dict[str, Any]:
+        until(
+            lambda: len(self.events(run, name)) >= count,
+            seconds,
+            f"{count} x {name} of {run}",
+            lambda: self.story(run),
+        )
         return self.events(run, name)[count - 1]
 
     def wait_state(self, run: str, state: str, seconds: float = 90) -> watch.Status:
-        until(lambda: self.status(run).state == state, seconds, f"{run} {state}", lambda: self.story(run), pause=1.0)
+        until(
+            lambda: self.status(run).state == state,
+            seconds,
+            f"{run} {state}",
+            lambda: self.story(run),
+            pause=1.0,
+        )
         return self.status(run)
 
     def story(self, run: str) -> str:
         """Everything that may explain a failed test."""
         told = [str(line) for line in self.events(run) if line["event"] != "step"]
-        logs = [f"{path}:\n{path.read_text(errors='replace')[-1500:]}" for path in sorted((self.folder / run).glob("logs/**/*.log"))]
+        logs = [
+            f"{path}:\n{path.read_text(errors='replace')[-1500:]}"
+            for path in sorted((self.folder / run).glob("logs/**/*.log"))
+        ]
         return "\n".join([*told, str(self.status(run)), *logs])
 
-    # -- what is done to it --------------------------------------------------------------------------------------------
+    # -- what is done to it ------------------------------------------------------------------------
 
     def ranks(self, run: str) -> dict[int, int]:
         """rank -> process, of the training processes of a run on all nodes."""
@@ -179,8 +233,17 @@ class Place(Workplace):
         for entry in Path("/proc").glob("[0-9]*"):
             try:
                 words = (entry / "cmdline").read_bytes().split(b"\0")
-                if marker in b" ".join(words) and b"pretrain" in words and b"launch.rank" not in words and b"srun" not in words[0]:
-                    values = dict(pair.split(b"=", 1) for pair in (entry / "environ").read_bytes().split(b"\0") if b"=" in pair)
+                if (
+                    marker in b" ".join(words)
+                    and b"pretrain" in words
+                    and b"launch.rank" not in words
+                    and b"srun" not in words[0]
+                ):
+                    values = dict(
+                        pair.split(b"=", 1)
+                        for pair in (entry / "environ").read_bytes().split(b"\0")
+                        if b"=" in pair
+                    )
                     if words[1:2] and words[1].endswith(b"/code"):
                         found[int(values[b"RANK"])] = int(entry.name)
             except (OSError, KeyError):
@@ -207,8 +270,12 @@ class Place(Workplace):
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     own = [item for item in items if Path(str(item.fspath)).is_relative_to(Path(__file__).parent)]
     reason = missing(accounting=True) if own else None
-    # Scenarios first: the other tests change what belongs to the whole process. Of them first those that have to wait for the clock.
-    beside = sorted((item for item in own if hasattr(getattr(item, "obj", None), "body")), key=lambda item: "time_limit" not in item.name)
+    # Scenarios first: the other tests change what belongs to the whole process. Of them first those
+    # that have to wait for the clock.
+    beside = sorted(
+        (item for item in own if hasattr(getattr(item, "obj", None), "body")),
+        key=lambda item: "time_limit" not in item.name,
+    )
     items[:] = [*beside, *(item for item in items if item not in beside)]
     for item in own:
         item.add_marker(pytest.mark.slurm)
@@ -218,7 +285,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def disk() -> Iterator[Path]:
-    """A folder that every node sees. Pytest's own may lie in /dev/shm, of which each node has one of its own."""
+    """A folder that every node sees. Pytest's own may lie in /dev/shm, of which each node has one
+    of its own.
+    """
     with tempfile.TemporaryDirectory(prefix="llada-slurm-", ignore_cleanup_errors=True) as folder:
         yield Path(folder)
 
@@ -231,7 +300,12 @@ def corpus(disk: Path) -> Path:
     library = Path(sysconfig.get_paths()["stdlib"])
     tokenizer = train_byte_level_bpe(read([library / "json"], ReadOptions(), Report()), 512)
     tokenizer.save(folder / "tokenizer")
-    prepare([library / "json", library / "email"], folder / "tokenizer", folder / "corpus", validation_fraction=0.15)
+    prepare(
+        [library / "json", library / "email"],
+        folder / "tokenizer",
+        folder / "corpus",
+        validation_fraction=0.15,
+    )
     return folder
 
 
@@ -263,14 +337,16 @@ def cluster(disk: Path) -> Iterator[Cluster]:
 
 @pytest.fixture
 def place(cluster: Cluster, corpus: Path) -> Iterator[Place]:
-    """The corpus's folder and the first island, with every node idle and no job left; for tests that run alone."""
+    """The corpus's folder and the first island, with every node idle and no job left; for tests
+    that run alone.
+    """
     with at(cluster, corpus):
         place = Place(corpus, cluster)
         yield place
         place.clear()
 
 
-# -- tests side by side ------------------------------------------------------------------------------------------------
+# -- tests side by side ----------------------------------------------------------------------------
 
 Body = Callable[[Place], None]
 
@@ -299,7 +375,9 @@ class Scenarios:
         self._alone = threading.Lock()
         self._over = threading.Event()
         self._whole: Future[Curve] = Future()
-        self._ends: dict[Body, Future[None]] = {body: Future() for body in [self._run_whole, *bodies]}
+        self._ends: dict[Body, Future[None]] = {
+            body: Future() for body in [self._run_whole, *bodies]
+        }
         self._waiting: SimpleQueue[Body] = SimpleQueue()
         for body in self._ends:
             self._waiting.put(body)
@@ -312,7 +390,9 @@ class Scenarios:
         self._ends[body].result()
 
     def wait(self) -> None:
-        """Until every body has ended. Meanwhile pytest must not go on to another test: it would take over the output of the commands."""
+        """Until every body has ended. Meanwhile pytest must not go on to another test: it would
+        take over the output of the commands.
+        """
         wait(self._ends.values())
 
     def close(self) -> None:
@@ -337,13 +417,30 @@ class Scenarios:
                     place.clear()
 
     def _run_whole(self, place: Place) -> None:
-        """An uninterrupted run of the same config, without a launcher: each rank started by srun itself."""
+        """An uninterrupted run of the same config, without a launcher: each rank started by srun
+        itself.
+        """
         try:
-            words = ["srun", f"--partition={place.main}", "--nodes=2", "--ntasks-per-node=1", sys.executable, "-W", "ignore"]
+            words = [
+                "srun",
+                f"--partition={place.main}",
+                "--nodes=2",
+                "--ntasks-per-node=1",
+                sys.executable,
+                "-W",
+                "ignore",
+            ]
             root = str(Path(__file__).parents[2])
-            environment = {**self._cluster.environment(), "MASTER_ADDR": place.node(0), "MASTER_PORT": "29500", "PYTHONPATH": root}
+            environment = {
+                **self._cluster.environment(),
+                "MASTER_ADDR": place.node(0),
+                "MASTER_PORT": "29500",
+                "PYTHONPATH": root,
+            }
             words += ["-m", "llada", "pretrain", place.write("whole")]
-            done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=600)
+            done = subprocess.run(
+                words, env=environment, capture_output=True, text=True, timeout=600
+            )
             assert done.returncode == 0, done.stderr[-3000:]
             self._whole.set_result(place.lines("whole"))
         except BaseException as error:
@@ -352,9 +449,15 @@ class Scenarios:
 
 
 @pytest.fixture(scope="session")
-def scenarios(request: pytest.FixtureRequest, cluster: Cluster, corpus: Path) -> Iterator[Scenarios]:
+def scenarios(
+    request: pytest.FixtureRequest, cluster: Cluster, corpus: Path
+) -> Iterator[Scenarios]:
     """All selected scenarios, through."""
-    bodies = [item.obj.body for item in request.session.items if isinstance(item, pytest.Function) and hasattr(item.obj, "body")]
+    bodies = [
+        item.obj.body
+        for item in request.session.items
+        if isinstance(item, pytest.Function) and hasattr(item.obj, "body")
+    ]
     with at(cluster, corpus):
         running = Scenarios(cluster, corpus, bodies)
         try:

@@ -1,4 +1,6 @@
-"""The same with slurmdbd: accounts are checked, and jobs that slurmctld has forgotten are still known."""
+"""The same with slurmdbd: accounts are checked, and jobs that slurmctld has forgotten are still
+known.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from tests.stand_ins import like
 
 @pytest.fixture(scope="module")
 def accounted(disk: Path, corpus: Path) -> Iterator[Place]:
-    """A cluster of two nodes with an accounting database, which forgets finished jobs after some seconds."""
+    """A cluster of two nodes with an accounting database, which forgets finished jobs after some
+    seconds.
+    """
     cluster = Cluster(disk / "accounted", index=1, nodes=2, accounting=True, forget_seconds=5)
     try:
         with at(cluster.start(), corpus):
@@ -27,12 +31,17 @@ def accounted(disk: Path, corpus: Path) -> Iterator[Place]:
 
 
 def test_an_account_that_is_none_is_refused(accounted: Place) -> None:
-    with pytest.raises(UserError, match="Slurm refuses the job: Invalid account or account/partition combination specified"):
+    with pytest.raises(
+        UserError,
+        match="Slurm refuses the job: Invalid account or account/partition combination specified",
+    ):
         accounted.launch("unpaid", profile=accounted.profile("wrong", account="scince"))
 
 
 def test_a_job_that_slurm_forgot_is_known_from_accounting(accounted: Place) -> None:
-    profile = accounted.profile("paid", account="science", environment={"source": ["/nowhere/activate"]})
+    profile = accounted.profile(
+        "paid", account="science", environment={"source": ["/nowhere/activate"]}
+    )
     job = accounted.launch("forgotten", profile=profile)
     until(lambda: not scheduler.describe(job), 90, "slurmctld to forget the job")
     status = accounted.status("forgotten")
@@ -43,7 +52,9 @@ def test_a_job_that_slurm_forgot_is_known_from_accounting(accounted: Place) -> N
 
 
 def test_without_accounting_it_says_so(accounted: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    job = accounted.cluster.run("sbatch", "--parsable", "--account=science", "--output=/dev/null", "--wrap", "true")
+    job = accounted.cluster.run(
+        "sbatch", "--parsable", "--account=science", "--output=/dev/null", "--wrap", "true"
+    )
     until(lambda: not scheduler.describe(job), 90, "slurmctld to forget the job")
     assert scheduler.jobs([job])[job].state == "COMPLETED"
     without_sacct = like(shutil, which=lambda name: None if name == "sacct" else shutil.which(name))

@@ -1,4 +1,6 @@
-"""What clusters do to a run, done to one on a real Slurm: afterwards its curve is that of a run that nothing happened to."""
+"""What clusters do to a run, done to one on a real Slurm: afterwards its curve is that of a run
+that nothing happened to.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,10 @@ from tests.slurm.conftest import STEPS, Place, scenario
 
 @scenario
 def test_time_limit_saves_requeues_and_goes_on_also_when_a_rank_hangs(place: Place) -> None:
-    """Two runs at once, since the minutes have to pass: one stops in order, of the other a rank never does. There Slurm would end the
-    supervisor with the ranks, and nobody would put the job back into the queue."""
+    """Two runs at once, since the minutes have to pass: one stops in order, of the other a rank
+    never does. There Slurm would end the supervisor with the ranks, and nobody would put the job
+    back into the queue.
+    """
     profile = place.profile("minutes", time="3", signal_seconds=6)
     job = place.launch("limit", profile=profile)
     place.launch("late", profile=profile)
@@ -22,13 +26,19 @@ def test_time_limit_saves_requeues_and_goes_on_also_when_a_rank_hangs(place: Pla
         place.wait_step("late", 7)
         os.kill(place.ranks("late")[1], signal.SIGSTOP)
         # Slurm looks at time limits every half minute.
-        until(lambda: all(_pending(pid, signal.SIGUSR1) for pid in place.ranks("limit").values()), 200, "the warning before the time limit")
+        until(
+            lambda: all(_pending(pid, signal.SIGUSR1) for pid in place.ranks("limit").values()),
+            200,
+            "the warning before the time limit",
+        )
     requeued = place.wait_event("limit", "requeued")
     assert "failure" not in requeued and requeued["reason"] == "SIGUSR1: stopped with a checkpoint"
     assert requeued["step"] == place.events("limit", "signal")[0]["step"] >= 7
     assert place.wait_event("late", "requeued", seconds=60)["step"] >= 5
     status = place.wait_state("limit", "FINISHED", seconds=150)
-    assert status.jobs == [f"{job} COMPLETED"] and status.restarts is not None and status.restarts >= 1
+    assert (
+        status.jobs == [f"{job} COMPLETED"] and status.restarts is not None and status.restarts >= 1
+    )
     place.wait_state("late", "FINISHED", seconds=150)
     assert place.lines("limit") == place.lines("late") == place.whole.result()
 
@@ -36,7 +46,11 @@ def test_time_limit_saves_requeues_and_goes_on_also_when_a_rank_hangs(place: Pla
 @scenario
 def test_a_signal_before_the_handlers_stand_is_neither_lost_nor_deadly(place: Place) -> None:
     job = place.launch("early")
-    until(lambda: any(place.folder.glob("early/logs/attempt-0001/rank_*.start.json")), 30, "the first rank")
+    until(
+        lambda: any(place.folder.glob("early/logs/attempt-0001/rank_*.start.json")),
+        30,
+        "the first rank",
+    )
     place.cluster.run("scancel", "--signal=USR1", "--batch", job)
     assert "failure" not in place.wait_event("early", "requeued")
     assert place.events("early", "signal")[0]["step"] == 1  # at the first step boundary
@@ -50,12 +64,27 @@ def test_preemption_by_a_higher_priority(place: Place) -> None:
     place.wait_step("preempted", 6)
     with place.paused("preempted"):
         urgent = place.cluster.run(
-            "sbatch", "--parsable", f"--partition={place.main}", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap", "sleep 4"
+            "sbatch",
+            "--parsable",
+            f"--partition={place.main}",
+            "--nodes=3",
+            "--exclusive",
+            "--output=/dev/null",
+            "--wrap",
+            "sleep 4",
         )
-        until(lambda: all(_pending(pid, signal.SIGUSR1) for pid in place.ranks("preempted").values()), 30, "the preemption")
+        until(
+            lambda: all(_pending(pid, signal.SIGUSR1) for pid in place.ranks("preempted").values()),
+            30,
+            "the preemption",
+        )
     requeued = place.wait_event("preempted", "requeued")
     assert "failure" not in requeued and requeued["step"] >= 6
-    until(lambda: "COMPLETED" in place.cluster.run("scontrol", "show", "job", urgent), 60, "the other job")
+    until(
+        lambda: "COMPLETED" in place.cluster.run("scontrol", "show", "job", urgent),
+        60,
+        "the other job",
+    )
     place.wait_state("preempted", "FINISHED")
     assert place.lines("preempted") == place.whole.result()
 
@@ -66,7 +95,9 @@ def test_plain_scontrol_requeue(place: Place) -> None:
     place.wait_step("administered", 6)
     place.cluster.run("scontrol", "requeue", job)
     requeued = place.wait_event("administered", "requeued")
-    assert "failure" not in requeued and requeued["reason"] == "Slurm puts the job back into the queue"
+    assert (
+        "failure" not in requeued and requeued["reason"] == "Slurm puts the job back into the queue"
+    )
     assert requeued["step"] >= 6  # stopped in order, although nobody asked the run itself
     place.wait_state("administered", "FINISHED")
     assert place.status("administered").restarts == 1
@@ -103,7 +134,9 @@ def test_a_node_is_dead_at_launch(place: Place) -> None:
     place.kill_node(1)  # Slurm still takes it for idle
     job = place.launch("stillborn")
     requeued = place.wait_event("stillborn", "requeued", seconds=90)
-    assert requeued["reason"].startswith(f"no rank started on {place.node(1)}") and requeued["excluded"] == [place.node(1)]
+    assert requeued["reason"].startswith(f"no rank started on {place.node(1)}") and requeued[
+        "excluded"
+    ] == [place.node(1)]
     place.wait_state("stillborn", "FINISHED", seconds=120)
     assert f"ExcNodeList={place.node(1)}" in place.cluster.run("scontrol", "show", "job", job)
     assert place.lines("stillborn") == place.whole.result()
@@ -115,8 +148,13 @@ def test_one_rank_exits(place: Place) -> None:
     place.wait_step("crashed", 7)
     os.kill(place.ranks("crashed")[1], signal.SIGKILL)
     requeued = place.wait_event("crashed", "requeued")
-    assert requeued["failure"] and requeued["reason"] == f"rank 1 on {place.node(1)}: killed by SIGKILL" and requeued["delay"] == 1.0
-    # And once more with its parent, as when the kernel kills a group for its memory: nobody is left there to say so.
+    assert (
+        requeued["failure"]
+        and requeued["reason"] == f"rank 1 on {place.node(1)}: killed by SIGKILL"
+        and requeued["delay"] == 1.0
+    )
+    # And once more with its parent, as when the kernel kills a group for its memory: nobody is left
+    # there to say so.
     place.wait_event("crashed", "started", 2)
     place.wait_step("crashed", 12)
     rank = place.ranks("crashed")[1]
@@ -124,8 +162,10 @@ def test_one_rank_exits(place: Place) -> None:
     requeued = place.wait_event("crashed", "requeued", 2)
     status = place.wait_state("crashed", "FINISHED")
     assert requeued["reason"] == status.last_error
-    assert requeued["reason"] == (
-        f"rank 1 on {place.node(1)}: gone together with its parent process (srun: Killed); a lack of memory does this"
+    assert (
+        requeued["reason"]
+        == f"rank 1 on {place.node(1)}: gone together with its parent process (srun: Killed); a"
+        " lack of memory does this"
     )
     assert status.restarts == 2
     assert place.lines("crashed") == place.whole.result()
@@ -161,7 +201,11 @@ def test_stop_ends_with_a_checkpoint_and_the_next_launch_goes_on(place: Place) -
     place.wait_step("stopped", 6)
     assert f"job {job} stops with a checkpoint" in place.llada("stop", "stopped")
     status = place.wait_state("stopped", "STOPPED")
-    assert status.checkpoint is not None and status.checkpoint >= 6 and place.events("stopped", "requeued") == []
+    assert (
+        status.checkpoint is not None
+        and status.checkpoint >= 6
+        and place.events("stopped", "requeued") == []
+    )
     until(lambda: not place.queue(), 30, "the job's end")
     assert "nothing runs" in place.llada("stop", "stopped")
     place.launch("stopped")
@@ -171,13 +215,29 @@ def test_stop_ends_with_a_checkpoint_and_the_next_launch_goes_on(place: Place) -
 
 @scenario
 def test_the_cap_ends_a_run_that_gets_nowhere(place: Place) -> None:
-    profile = place.profile("broken", requeue={"limit": 1}, environment={"variables": {"OMP_NUM_THREADS": "1", "PYTHONHOME": "/nowhere"}})
+    profile = place.profile(
+        "broken",
+        requeue={"limit": 1},
+        environment={"variables": {"OMP_NUM_THREADS": "1", "PYTHONHOME": "/nowhere"}},
+    )
     job = place.launch("hopeless", profile=profile, nodes=2)
     status = place.wait_state("hopeless", "FAILED")
     assert status.reason is not None
-    assert status.reason.startswith("2 failures in a row without a new checkpoint, and requeue.limit is 1; the last: ")
-    assert [line["event"] for line in place.events("hopeless")] == ["submitted", "started", "requeued", "started", "failed"]
-    until(lambda: "JobState=FAILED" in place.cluster.run("scontrol", "show", "job", job), 20, "Slurm's own word")
+    assert status.reason.startswith(
+        "2 failures in a row without a new checkpoint, and requeue.limit is 1; the last: "
+    )
+    assert [line["event"] for line in place.events("hopeless")] == [
+        "submitted",
+        "started",
+        "requeued",
+        "started",
+        "failed",
+    ]
+    until(
+        lambda: "JobState=FAILED" in place.cluster.run("scontrol", "show", "job", job),
+        20,
+        "Slurm's own word",
+    )
 
 
 def parent_of(pid: int) -> int:

@@ -21,7 +21,9 @@ from tests.stand_ins import like
 from tests.workplace import CONFIG, Workplace
 
 
-def test_every_file_is_flushed_before_the_marker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_file_is_flushed_before_the_marker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     flushed: list[str] = []
 
     def noted(descriptor: int) -> None:
@@ -37,7 +39,11 @@ def test_every_file_is_flushed_before_the_marker(tmp_path: Path, monkeypatch: py
     written = {"weights.distcp": checksum(folder / "model" / "weights.distcp")}
     final = checkpoint.commit(folder, state, {"tokenizer.json": b"{}"}, written)
     partial = "run/checkpoints/step_00000003.partial"
-    [marker] = [i for i, name in enumerate(flushed) if name.startswith(f"{partial}/{checkpoint.MARKER}.") and name.endswith(".tmp")]
+    [marker] = [
+        i
+        for i, name in enumerate(flushed)
+        if name.startswith(f"{partial}/{checkpoint.MARKER}.") and name.endswith(".tmp")
+    ]
     before = set(flushed[:marker])
     files = {str(path.relative_to(final)) for path in final.rglob("*")} - {checkpoint.MARKER}
     assert {f"{partial}/{name}" for name in files} <= before
@@ -55,13 +61,20 @@ def made(root: Path, step: int) -> Path:
     """A committed checkpoint of made-up files."""
     folder = checkpoint.begin(root / "checkpoints", step)
     (folder / "model" / "a.distcp").write_bytes(bytes(range(200)))
-    return checkpoint.commit(folder, checkpoint.State(step, 0, 0, "data", {}, {}, [], []), {"tokenizer.json": b"{}"}, {})
+    return checkpoint.commit(
+        folder, checkpoint.State(step, 0, 0, "data", {}, {}, [], []), {"tokenizer.json": b"{}"}, {}
+    )
 
 
 @pytest.mark.parametrize("shares", [1, 2, 3])
 @pytest.mark.parametrize("name", ["model/a.distcp", "state.json", "tokenizer/tokenizer.json"])
-@pytest.mark.parametrize(("change", "message"), [(b"", "has 0 bytes"), (None, "cannot be read"), ("flip", "another checksum")])
-def test_damage_to_any_file_is_found_by_some_share(shares: int, name: str, change: Any, message: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(b"", "has 0 bytes"), (None, "cannot be read"), ("flip", "another checksum")],
+)
+def test_damage_to_any_file_is_found_by_some_share(
+    shares: int, name: str, change: Any, message: str, tmp_path: Path
+) -> None:
     folder = made(tmp_path, 4)
     path = folder / name
     if change is None:
@@ -69,7 +82,9 @@ def test_damage_to_any_file_is_found_by_some_share(shares: int, name: str, chang
     else:
         data = path.read_bytes()
         path.write_bytes(bytes([data[0] ^ 1]) + data[1:] if change == "flip" else change)
-    found = [problem for share in range(shares) for problem in checkpoint.damage(folder, share, shares)]
+    found = [
+        problem for share in range(shares) for problem in checkpoint.damage(folder, share, shares)
+    ]
     assert len(found) == 1
     assert f"{path} {'has' if message != 'cannot be read' else ''}".strip() in found[0]
     assert message in found[0]
@@ -83,7 +98,13 @@ def test_a_damaged_marker_is_damage(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("last", "every", "kept"),
-    [(None, None, [2, 4, 6, 8, 10]), (2, None, [8, 10]), (1, 4, [4, 8, 10]), (9, None, [2, 4, 6, 8, 10]), (None, 4, [2, 4, 6, 8, 10])],
+    [
+        (None, None, [2, 4, 6, 8, 10]),
+        (2, None, [8, 10]),
+        (1, 4, [4, 8, 10]),
+        (9, None, [2, 4, 6, 8, 10]),
+        (None, 4, [2, 4, 6, 8, 10]),
+    ],
 )
 def test_retention(last: int | None, every: int | None, kept: list[int], tmp_path: Path) -> None:
     for step in (2, 4, 6, 8, 10):
@@ -91,22 +112,36 @@ def test_retention(last: int | None, every: int | None, kept: list[int], tmp_pat
     root = tmp_path / "checkpoints"
     (root / "step_00000001.deleted").mkdir()
     checkpoint.prune(root, last, every)
-    assert [path.name for path in checkpoint.committed(root)] == [checkpoint.name(step) for step in kept]
+    assert [path.name for path in checkpoint.committed(root)] == [
+        checkpoint.name(step) for step in kept
+    ]
     assert sorted(path.name for path in root.iterdir()) == [checkpoint.name(step) for step in kept]
 
 
 def test_a_run_keeps_what_it_is_told_to(workplace: Workplace) -> None:
-    """Written in the background or not, the same checkpoints stay, and each holds its own step's tensors, not later ones."""
+    """Written in the background or not, the same checkpoints stay, and each holds its own step's
+    tensors, not later ones.
+    """
     stored = []
     for asynchronous in (True, False):
         name = f"kept_{asynchronous}"
         keep = {"every": 2, "keep_last": 2, "keep_every": 6, "asynchronous": asynchronous}
-        workplace.run("pretrain", workplace.config(f"{name}.yaml", run={"dir": name, "threads": 2}, checkpoint=keep))
+        workplace.run(
+            "pretrain",
+            workplace.config(f"{name}.yaml", run={"dir": name, "threads": 2}, checkpoint=keep),
+        )
         checkpoints = workplace.folder / name / "checkpoints"
-        assert sorted(path.name for path in checkpoints.iterdir()) == ["step_00000006", "step_00000010", "step_00000012"]
+        assert sorted(path.name for path in checkpoints.iterdir()) == [
+            "step_00000006",
+            "step_00000010",
+            "step_00000012",
+        ]
         assert workplace.lines(name) == workplace.lines("whole")
         assert all(checkpoint.damage(folder) == [] for folder in checkpoints.iterdir())
-        raw = [json.loads(line) for line in (workplace.folder / name / "metrics.jsonl").read_text().splitlines()]
+        raw = [
+            json.loads(line)
+            for line in (workplace.folder / name / "metrics.jsonl").read_text().splitlines()
+        ]
         blocked = [line["checkpoint_blocked_seconds"] for line in raw if "loss" in line]
         assert blocked[0] == 0
         assert max(blocked) > 0
@@ -126,7 +161,10 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(workplace: Wor
     path.write_bytes(data)
     config = workplace.config("hurt.yaml", run={"dir": "hurt", "threads": 2})
     out = workplace.run("pretrain", config).stdout
-    assert f"ignored hurt/checkpoints/step_00000012: hurt/checkpoints/step_00000012/model/{path.name} has another checksum" in out
+    assert (
+        f"ignored hurt/checkpoints/step_00000012: hurt/checkpoints/step_00000012/model/{path.name}"
+        " has another checksum" in out
+    )
     assert "resumed from hurt/checkpoints/step_00000008" in out
     assert workplace.lines("hurt") == workplace.lines("whole")
     done = workplace.run("pretrain", _start_from(workplace, "from_hurt", str(latest)))
@@ -167,21 +205,34 @@ main()
 
 
 def test_a_full_disk_leaves_the_checkpoints_before(workplace: Workplace) -> None:
-    """Writing fails in the second save, as on a full disk: one clear line, exit 1, and the first checkpoint is as it was."""
+    """Writing fails in the second save, as on a full disk: one clear line, exit 1, and the first
+    checkpoint is as it was.
+    """
     (workplace.folder / "full.py").write_text(FULL_DISK)
     config = workplace.config("full.yaml", run={"dir": "full", "threads": 2})
     done = workplace.run("pretrain", config, code=1, command=("full.py",))
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("failed: checkpoint after step 8: full/checkpoints cannot be written on rank 0")
-    assert re.search(r"\(No space left on device: a checkpoint needs about 1.\d+ MB, [\d.]+ \wB are left\)", last), last
-    assert [path.name for path in (workplace.folder / "full" / "checkpoints").iterdir()] == ["step_00000004"]
+    assert last.startswith(
+        "failed: checkpoint after step 8: full/checkpoints cannot be written on rank 0"
+    )
+    assert re.search(
+        r"\(No space left on device: a checkpoint needs about 1.\d+ MB, [\d.]+ \wB are left\)", last
+    ), last
+    assert [path.name for path in (workplace.folder / "full" / "checkpoints").iterdir()] == [
+        "step_00000004"
+    ]
     assert checkpoint.damage(workplace.folder / "full" / "checkpoints" / "step_00000004") == []
     workplace.run("pretrain", config)
     assert workplace.lines("full") == workplace.lines("whole")
 
 
 def _start_from(place: Workplace, name: str, source: str = "whole", **changes: Any) -> str:
-    config = {**CONFIG, **changes, "run": {"dir": name, "threads": 2, "init_from": source}, "train": {"steps": 1}}
+    config = {
+        **CONFIG,
+        **changes,
+        "run": {"dir": name, "threads": 2, "init_from": source},
+        "train": {"steps": 1},
+    }
     (place.folder / f"{name}.yaml").write_text(yaml.safe_dump(config))
     return f"{name}.yaml"
 
@@ -191,7 +242,10 @@ def test_a_start_from_weights_with_another_rope_base(workplace: Workplace) -> No
     model = {**CONFIG["model"], "rope_theta": 1e4}
     config = _start_from(workplace, "longer", model=model, seed=8)
     refused = workplace.run("pretrain", config, code=2).stderr
-    assert "model.rope_theta: 10000.0, but run.init_from: whole/checkpoints/step_00000012 has 500000.0; leave it out" in refused
+    assert (
+        "model.rope_theta: 10000.0, but run.init_from: whole/checkpoints/step_00000012 has"
+        " 500000.0; leave it out" in refused
+    )
     out = workplace.run("pretrain", config, "--allow-changed").stdout
     assert "rope_theta 10000.0, norm_eps 1e-05" in out
     state = checkpoint.read_state(workplace.folder / "longer" / "checkpoints" / "step_00000001")
@@ -202,7 +256,10 @@ def test_a_start_from_weights_with_another_rope_base(workplace: Workplace) -> No
 
 def test_the_same_seed_and_data_are_said(workplace: Workplace) -> None:
     out = workplace.run("pretrain", _start_from(workplace, "again")).stdout
-    assert "seed: 5 and the data are those of whole/checkpoints/step_00000012: this run reads the same samples again" in out
+    assert (
+        "seed: 5 and the data are those of whole/checkpoints/step_00000012: this run reads the same"
+        " samples again" in out
+    )
 
 
 def test_weights_of_another_tokenizer_are_refused(workplace: Workplace) -> None:
@@ -213,14 +270,22 @@ def test_weights_of_another_tokenizer_are_refused(workplace: Workplace) -> None:
     path.write_text(text.replace('"normalizer": null', '"normalizer": {"type": "Lowercase"}'))
     assert path.read_text() != text
     state = path.parents[1] / "state.json"
-    state.write_text(json.dumps({**json.loads(state.read_text()), "tokenizer": Tokenizer.load(path.parent).fingerprint}))
+    state.write_text(
+        json.dumps(
+            {**json.loads(state.read_text()), "tokenizer": Tokenizer.load(path.parent).fingerprint}
+        )
+    )
     done = workplace.run("pretrain", _start_from(workplace, "mixed_up", "foreign"), code=2)
-    assert done.stderr.startswith("error: run.init_from: foreign/checkpoints/step_00000012 was trained with another tokenizer")
+    assert done.stderr.startswith(
+        "error: run.init_from: foreign/checkpoints/step_00000012 was trained with another tokenizer"
+    )
     assert len(done.stderr.splitlines()) == 1
     assert not (workplace.folder / "mixed_up").exists()
 
 
-def test_tasks_of_srun_that_cannot_find_each_other_are_refused(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tasks_of_srun_that_cannot_find_each_other_are_refused(
+    workplace: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """They would each train alone, on the same GPU, into the same folder."""
     for name in ("WORLD_SIZE", "MASTER_ADDR"):
         monkeypatch.delenv(name, raising=False)

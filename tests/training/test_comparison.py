@@ -23,12 +23,16 @@ ITEMS = 40
 
 
 def measured(gain: float, name: str = "wiki", weight: float = 1.0, **changes: object) -> Measured:
-    """A model's losses on made-up windows; `gain` nats per token better than the base, a little more or less on each."""
+    """A model's losses on made-up windows; `gain` nats per token better than the base, a little
+    more or less on each.
+    """
     rng = np.random.default_rng(len(name))
     length = rng.integers(30, 64, ITEMS)
     base, own = rng.normal(4, 1, (ITEMS, 4)), rng.normal(gain, 0.1 * abs(gain), (ITEMS, 1))
     sample = Sample(length[:, None] * (base - own), length, np.arange(ITEMS), np.arange(ITEMS))
-    return Measured(name, weight, 0.25, replace(MEASURE, **{"text": name, **changes}), np.arange(ITEMS), sample)
+    return Measured(
+        name, weight, 0.25, replace(MEASURE, **{"text": name, **changes}), np.arange(ITEMS), sample
+    )
 
 
 def run(folder: Path, name: str, *corpora: Measured, steps: tuple[int, ...] = (10,)) -> str:
@@ -39,7 +43,9 @@ def run(folder: Path, name: str, *corpora: Measured, steps: tuple[int, ...] = (1
     return str(path)
 
 
-def differences(*paths: str, step: str | None = None, corpus: str | None = None) -> list[comparison.Difference]:
+def differences(
+    *paths: str, step: str | None = None, corpus: str | None = None
+) -> list[comparison.Difference]:
     return comparison.compare(comparison.open_runs(paths, step, corpus))
 
 
@@ -49,21 +55,40 @@ def test_the_error_is_that_of_paired_items(tmp_path: Path) -> None:
     loss, length = (b.sample.loss - a.sample.loss).sum(axis=1), 4 * a.sample.length
     mean = loss.sum() / length.sum()
     error = math.sqrt(ITEMS / (ITEMS - 1) * ((loss - mean * length) ** 2).sum()) / length.sum()
-    assert found.corpora["wiki"].mean == pytest.approx(mean) and found.corpora["wiki"].se == pytest.approx(error)
+    assert found.corpora["wiki"].mean == pytest.approx(mean) and found.corpora[
+        "wiki"
+    ].se == pytest.approx(error)
     assert error < 0.1 * a.sample.estimate().se, "what both share is in neither"
-    assert found.mean is None and found.bits_per_byte.mean == pytest.approx(mean * 0.25 / math.log(2))
+    assert found.mean is None and found.bits_per_byte.mean == pytest.approx(
+        mean * 0.25 / math.log(2)
+    )
 
 
 def test_said_in_words_and_in_json(tmp_path: Path) -> None:
-    paths = [run(tmp_path, "a", measured(0)), run(tmp_path, "b", measured(0.05)), run(tmp_path, "c", measured(0))]
+    paths = [
+        run(tmp_path, "a", measured(0)),
+        run(tmp_path, "b", measured(0.05)),
+        run(tmp_path, "c", measured(0)),
+    ]
     a, b, c = paths
     half = t_quantile(0.95, ITEMS - 1) * differences(a, b)[0].corpora["wiki"].se
     mean = -differences(a, b)[0].corpora["wiki"].mean
     done = CliRunner().invoke(app, ["compare", *paths])
     lines = done.output.splitlines()
-    assert lines[0] == "wiki: 40 windows, each text read at 4 values of t; the same text and noise in all runs"
-    assert lines[-2:] == [f"{b} is better than {a} by {mean:.4f} ± {half:.4f} nats per token (95 %)", f"{c} equals {a}"]
-    assert CliRunner().invoke(app, ["compare", b, a]).output.splitlines()[-1].startswith(f"{b} is better than {a} by {mean:.4f} ±")
+    assert (
+        lines[0]
+        == "wiki: 40 windows, each text read at 4 values of t; the same text and noise in all runs"
+    )
+    assert lines[-2:] == [
+        f"{b} is better than {a} by {mean:.4f} ± {half:.4f} nats per token (95 %)",
+        f"{c} equals {a}",
+    ]
+    assert (
+        CliRunner()
+        .invoke(app, ["compare", b, a])
+        .output.splitlines()[-1]
+        .startswith(f"{b} is better than {a} by {mean:.4f} ±")
+    )
     answer = json.loads(CliRunner().invoke(app, ["compare", a, b, "--json"]).output)
     [found] = answer["differences"]
     assert (found["run"], found["less"]) == (b, a)
@@ -74,35 +99,62 @@ def test_said_in_words_and_in_json(tmp_path: Path) -> None:
 def test_errors_of_few_items_are_called_rough(tmp_path: Path) -> None:
     a = measured(0)
     length = np.where(np.arange(ITEMS) == 3, 100_000, 10)
-    long = [replace(a, sample=replace(a.sample, loss=a.sample.loss * gain, length=length)) for gain in (1.0, 0.9)]
+    long = [
+        replace(a, sample=replace(a.sample, loss=a.sample.loss * gain, length=length))
+        for gain in (1.0, 0.9)
+    ]
     paths = run(tmp_path, "a", long[0]), run(tmp_path, "b", long[1])
     said = comparison.in_words(comparison.open_runs(paths, None, None), differences(*paths))
-    assert "wiki: the errors are rough, so few windows (they weigh like 1.0 of equal length) say little of other text" in said
+    assert (
+        "wiki: the errors are rough, so few windows (they weigh like 1.0 of equal length) say"
+        " little of other text" in said
+    )
 
 
 def test_a_difference_within_its_error_is_called_so(tmp_path: Path) -> None:
     a, b = measured(0), measured(0)
-    other = replace(b.sample, loss=b.sample.loss + np.random.default_rng(0).normal(0, 1, b.sample.loss.shape))
+    other = replace(
+        b.sample, loss=b.sample.loss + np.random.default_rng(0).normal(0, 1, b.sample.loss.shape)
+    )
     paths = run(tmp_path, "a", a), run(tmp_path, "b", replace(b, sample=other))
-    assert "cannot be told apart" in comparison.in_words(comparison.open_runs(paths, None, None), differences(*paths))
-    diverged = (paths[0], run(tmp_path, "c", replace(b, sample=replace(b.sample, loss=b.sample.loss * math.nan))))
-    assert "a loss is not finite" in comparison.in_words(comparison.open_runs(diverged, None, None), differences(*diverged))
+    assert "cannot be told apart" in comparison.in_words(
+        comparison.open_runs(paths, None, None), differences(*paths)
+    )
+    diverged = (
+        paths[0],
+        run(tmp_path, "c", replace(b, sample=replace(b.sample, loss=b.sample.loss * math.nan))),
+    )
+    assert "a loss is not finite" in comparison.in_words(
+        comparison.open_runs(diverged, None, None), differences(*diverged)
+    )
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"sequence_length": 128, "items": "x"}, r"data.sequence_length \(64 and 128\)$"),
-        ({"windows": 512, "draws_per_item": 8, "items": "x"}, r"validation.windows \(256 and 512\), draws per item \(4 and 8\)$"),
-        ({"document_mask": True, "unit": "documents", "items": "x"}, r"windows and documents\), data.document_mask \(False and True\)$"),
+        (
+            {"windows": 512, "draws_per_item": 8, "items": "x"},
+            r"validation.windows \(256 and 512\), draws per item \(4 and 8\)$",
+        ),
+        (
+            {"document_mask": True, "unit": "documents", "items": "x"},
+            r"windows and documents\), data.document_mask \(False and True\)$",
+        ),
         ({"tokenizer": "x", "text": "x", "items": "x"}, r"tokenizer$"),
         ({"text": "x", "items": "x"}, r"held-out text$"),
         ({"items": "x"}, r"items, lengths or t$"),
     ],
 )
-def test_runs_that_were_validated_differently_are_refused(changes: dict[str, object], words: str, tmp_path: Path) -> None:
+def test_runs_that_were_validated_differently_are_refused(
+    changes: dict[str, object], words: str, tmp_path: Path
+) -> None:
     paths = run(tmp_path, "a", measured(0)), run(tmp_path, "b", measured(0, **changes))
-    with pytest.raises(UserError, match=r"/a and .*/b cannot be compared on 'wiki': they were validated with different .*" + words):
+    with pytest.raises(
+        UserError,
+        match=r"/a and .*/b cannot be compared on 'wiki': they were validated with different .*"
+        + words,
+    ):
         differences(*paths)
 
 
@@ -113,32 +165,67 @@ def test_corpora_are_matched_by_their_text_and_means_need_equal_weights(tmp_path
     b = run(tmp_path, "b", replace(measured(0.1, "code"), weight=2.0), renamed)
     [found] = differences(a, b)
     assert list(found.corpora) == ["wiki", "code"]
-    assert found.mean.mean == pytest.approx(0.75 * found.corpora["wiki"].mean + 0.25 * found.corpora["code"].mean)
+    assert found.mean.mean == pytest.approx(
+        0.75 * found.corpora["wiki"].mean + 0.25 * found.corpora["code"].mean
+    )
     c = run(tmp_path, "c", measured(0.05), measured(0.1, "code"))
     [unequal] = differences(a, c)
-    assert unequal.mean is None and unequal.bits_per_byte is None and unequal.corpora == found.corpora
-    assert "no mean over the corpora" in comparison.in_words(comparison.open_runs([a, c], None, None), [unequal])
+    assert (
+        unequal.mean is None and unequal.bits_per_byte is None and unequal.corpora == found.corpora
+    )
+    assert "no mean over the corpora" in comparison.in_words(
+        comparison.open_runs([a, c], None, None), [unequal]
+    )
     d = run(tmp_path, "d", measured(0.05))
-    with pytest.raises(UserError, match=r"validated on different corpora \(wiki, code; wiki\); --corpus compares one that both have"):
+    with pytest.raises(
+        UserError,
+        match=(
+            r"validated on different corpora \(wiki, code; wiki\); --corpus compares one that both"
+            r" have"
+        ),
+    ):
         differences(a, d)
     assert differences(a, d, corpus="wiki")[0].corpora == {"wiki": found.corpora["wiki"]}
-    with pytest.raises(UserError, match=r"--corpus: .*/a was not validated on 'wiky', only on wiki, code \(did you mean 'wiki'\?\)"):
+    with pytest.raises(
+        UserError,
+        match=(
+            r"--corpus: .*/a was not validated on 'wiky', only on wiki, code \(did you mean"
+            r" 'wiki'\?\)"
+        ),
+    ):
         differences(a, d, corpus="wiky")
-    with pytest.raises(UserError, match=r"--corpus: .*/d was not validated on 'code' of .*/a, only on wiki$"):
+    with pytest.raises(
+        UserError, match=r"--corpus: .*/d was not validated on 'code' of .*/a, only on wiki$"
+    ):
         differences(a, d, corpus="code")
 
 
 def test_steps(tmp_path: Path) -> None:
-    a, b = run(tmp_path, "a", measured(0), steps=(10, 20, 30)), run(tmp_path, "b", measured(0), steps=(10, 20, 25))
+    a, b = (
+        run(tmp_path, "a", measured(0), steps=(10, 20, 30)),
+        run(tmp_path, "b", measured(0), steps=(10, 20, 25)),
+    )
     c = run(tmp_path, "c", measured(0), steps=(7,))
 
     def chosen(*paths: str, step: str | None) -> list[int]:
         return [opened.step for opened in comparison.open_runs(paths, step, None)]
 
-    assert chosen(a, b, step=None) == [20, 20] and chosen(a, b, step="last") == [30, 25] and chosen(a, b, step="10") == [10, 10]
-    with pytest.raises(UserError, match=r"--step: .*/b has no validation after step 30; it has: 10, 20, 25"):
+    assert (
+        chosen(a, b, step=None) == [20, 20]
+        and chosen(a, b, step="last") == [30, 25]
+        and chosen(a, b, step="10") == [10, 10]
+    )
+    with pytest.raises(
+        UserError, match=r"--step: .*/b has no validation after step 30; it has: 10, 20, 25"
+    ):
         chosen(a, b, step="30")
-    with pytest.raises(UserError, match=r"no step after which all runs were validated \(their last: .*/a 30, .*/c 7\); --step last"):
+    with pytest.raises(
+        UserError,
+        match=(
+            r"no step after which all runs were validated \(their last: .*/a 30, .*/c 7\); --step"
+            r" last"
+        ),
+    ):
         chosen(a, c, step=None)
     with pytest.raises(UserError, match="--step: 'newest' is neither a number of steps nor 'last'"):
         chosen(a, b, step="newest")
@@ -160,7 +247,10 @@ def test_files_of_later_steps_are_set_aside(tmp_path: Path) -> None:
     path = Path(run(tmp_path, "a", measured(0), steps=(0, 10, 20, 30)))
     validation_files.set_aside(path, 10, attempt=2)
     assert validation_files.steps(path) == [0, 10]
-    assert sorted(file.name for file in (path / "validation.attempt-2").iterdir()) == ["step_00000020.npz", "step_00000030.npz"]
+    assert sorted(file.name for file in (path / "validation.attempt-2").iterdir()) == [
+        "step_00000020.npz",
+        "step_00000030.npz",
+    ]
     validation_files.set_aside(path, 0, attempt=3)
     assert validation_files.steps(path) == []
 
@@ -168,8 +258,12 @@ def test_files_of_later_steps_are_set_aside(tmp_path: Path) -> None:
 def test_runs_write_what_is_compared(workplace: Workplace) -> None:
     whole = str(workplace.folder / "whole")
     assert validation_files.steps(Path(whole)) == [4, 8, 12]
-    opened = [comparison.Run(whole, step, validation_files.read(Path(whole), step)) for step in (4, 12)]
+    opened = [
+        comparison.Run(whole, step, validation_files.read(Path(whole), step)) for step in (4, 12)
+    ]
     [found] = comparison.compare(opened)
     lines = {line["step"]: line for line in workplace.lines("whole") if "nelbo_per_token" in line}
-    assert found.corpora["corpus"].mean == pytest.approx(lines[12]["nelbo_per_token"] - lines[4]["nelbo_per_token"])
+    assert found.corpora["corpus"].mean == pytest.approx(
+        lines[12]["nelbo_per_token"] - lines[4]["nelbo_per_token"]
+    )
     assert found.corpora["corpus"].mean < 0

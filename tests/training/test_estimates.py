@@ -14,17 +14,20 @@ CONTEXT = 2.0
 
 
 class Corpus:
-    """Made-up items whose length, difficulty and dependence on t vary, and the losses that a model would have on them.
+    """Made-up items whose length, difficulty and dependence on t vary, and the losses that a model
+    would have on them.
 
     Args:
         rng: of the items.
         items: how many.
-        steep: whether the loss rises towards t = 1 as a power of the context that is left, and not linearly.
+        steep: whether the loss rises towards t = 1 as a power of the context that is left, and not
+            linearly.
     """
 
     def __init__(self, rng: np.random.Generator, items: int, steep: bool) -> None:
         self.length = rng.integers(64, 257, items)
-        self.level = 1.5 + self.length / 200 + rng.normal(0, 0.5, items)  # long ones are harder: a mean of ratios would be wrong
+        # long ones are harder: a mean of ratios would be wrong
+        self.level = 1.5 + self.length / 200 + rng.normal(0, 0.5, items)
         self.slope = np.exp(rng.normal(0, 0.25, items))
         self.steep = steep
 
@@ -34,24 +37,41 @@ class Corpus:
     def truth(self) -> float:
         """NELBO per token of these items, without noise."""
         t = (np.arange(20000) + 0.5) / 20000
-        return float((self.length * (self.level + self.slope * self.curve(t).mean())).sum() / self.length.sum())
+        return float(
+            (self.length * (self.level + self.slope * self.curve(t).mean())).sum()
+            / self.length.sum()
+        )
 
     def read(self, rng: np.random.Generator, sweeps: int) -> Sample:
         """Every item in so many sweeps of four draws."""
         k = len(self.length)
-        t = (rng.random((k, 1, 1)) + np.arange(4) / 4 + np.arange(sweeps)[:, None] / (4 * sweeps)) % 1.0
+        t = (
+            rng.random((k, 1, 1)) + np.arange(4) / 4 + np.arange(sweeps)[:, None] / (4 * sweeps)
+        ) % 1.0
         t = np.sort(t, axis=2).reshape(-1, 4)
         item = np.repeat(np.arange(k), sweeps)
         length = self.length[item]
         masked = 1 + np.floor(t * length[:, None])
-        noise = rng.normal(size=t.shape) * 2.5 / np.sqrt(masked) * np.sqrt(1 - masked / (length[:, None] + 1))
-        loss = length[:, None] * (self.level[item, None] + self.slope[item, None] * self.curve(t) + noise)
+        noise = (
+            rng.normal(size=t.shape)
+            * 2.5
+            / np.sqrt(masked)
+            * np.sqrt(1 - masked / (length[:, None] + 1))
+        )
+        loss = length[:, None] * (
+            self.level[item, None] + self.slope[item, None] * self.curve(t) + noise
+        )
         return Sample(loss, length, item, item)
 
 
-@pytest.mark.parametrize(("items", "sweeps", "repetitions"), [(9, 1, 2000), (9, 7, 1500), (40, 1, 1500), (200, 1, 1000), (1000, 1, 500)])
+@pytest.mark.parametrize(
+    ("items", "sweeps", "repetitions"),
+    [(9, 1, 2000), (9, 7, 1500), (40, 1, 1500), (200, 1, 1000), (1000, 1, 500)],
+)
 def test_intervals_cover_the_truth(items: int, sweeps: int, repetitions: int) -> None:
-    """In 95 % of all validations, each on other items, the interval holds the ratio over all items there could be."""
+    """In 95 % of all validations, each on other items, the interval holds the ratio over all items
+    there could be.
+    """
     rng = np.random.default_rng(items + sweeps)
     truth = Corpus(np.random.default_rng(1), 400_000, steep=True).truth()
     quantile = t_quantile(0.95, items - 1)
@@ -65,16 +85,21 @@ def test_intervals_cover_the_truth(items: int, sweeps: int, repetitions: int) ->
 
 @pytest.mark.parametrize("steep", [False, True])
 @pytest.mark.parametrize(("items", "sweeps"), [(30, 1), (200, 1), (12, 4)])
-def test_the_error_of_noise_is_the_spread_of_the_same_items_under_other_noise(items: int, sweeps: int, steep: bool) -> None:
+def test_the_error_of_noise_is_the_spread_of_the_same_items_under_other_noise(
+    items: int, sweeps: int, steep: bool
+) -> None:
     rng = np.random.default_rng(items)
     corpus = Corpus(rng, items, steep)
     samples = [corpus.read(rng, sweeps) for _ in range(600)]
     spread = np.std([pooled(*sample.by_item())[0] for sample in samples])
     found = np.sqrt(np.mean([noise_error(sample) ** 2 for sample in samples]))
     assert found / spread == pytest.approx(1, abs=0.12)
-    # What the draws of an item scatter is mostly their dependence on t, which the even spacing averages out.
+    # What the draws of an item scatter is mostly their dependence on t, which the even spacing
+    # averages out.
     total = 4 * samples[0].length.sum()
-    naive = np.sqrt(np.mean([4 * sample.loss.var(axis=1, ddof=1).sum() for sample in samples])) / total
+    naive = (
+        np.sqrt(np.mean([4 * sample.loss.var(axis=1, ddof=1).sum() for sample in samples])) / total
+    )
     assert naive > 1.25 * spread
 
 
@@ -104,7 +129,14 @@ def test_a_single_item_has_no_error() -> None:
 
 @pytest.mark.parametrize(
     ("level", "degrees", "known"),
-    [(0.95, 1, 12.7062), (0.95, 8, 2.3060), (0.95, 30, 2.0423), (0.99, 4, 4.6041), (0.95, 1e6, 1.95997), (0.68, 2.5, math.nan)],
+    [
+        (0.95, 1, 12.7062),
+        (0.95, 8, 2.3060),
+        (0.95, 30, 2.0423),
+        (0.99, 4, 4.6041),
+        (0.95, 1e6, 1.95997),
+        (0.68, 2.5, math.nan),
+    ],
 )
 def test_quantiles_of_student(level: float, degrees: float, known: float) -> None:
     """Of the usual tables; the last against a numerical integral of the density."""
@@ -120,5 +152,7 @@ def test_quantiles_of_student(level: float, degrees: float, known: float) -> Non
 def test_means_over_corpora_combine_independent_errors() -> None:
     found = weighted([Estimate(2.0, 0.3, 0.1, 10), Estimate(4.0, 0.4, 0.2, 20)], [3, 1])
     assert found.mean == pytest.approx(2.5)
-    assert found.se == pytest.approx(math.hypot(0.225, 0.1)) and found.se_noise == pytest.approx(math.hypot(0.075, 0.05))
+    assert found.se == pytest.approx(math.hypot(0.225, 0.1)) and found.se_noise == pytest.approx(
+        math.hypot(0.075, 0.05)
+    )
     assert found.degrees == pytest.approx(found.se**4 / (0.225**4 / 10 + 0.1**4 / 20))

@@ -27,7 +27,12 @@ def start(place: Workplace, config: str) -> list[processes.Process]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    common = {**place.environment(), "WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    common = {
+        **place.environment(),
+        "WORLD_SIZE": str(RANKS),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
     return [
         processes.start(
             *("-m", "llada", "pretrain", config),
@@ -58,20 +63,36 @@ def strays(folder: Path) -> list[str]:
     for link in Path("/proc").glob("[0-9]*/cwd"):
         with contextlib.suppress(OSError):  # it has ended
             if link.readlink() == folder:
-                found.append(f"{link.parent.name}: " + (link.parent / "cmdline").read_text().replace("\0", " "))
+                found.append(
+                    f"{link.parent.name}: "
+                    + (link.parent / "cmdline").read_text().replace("\0", " ")
+                )
     return found
 
 
 def leftovers(folder: Path) -> list[str]:
-    return [str(path) for pattern in ("*.partial", "*.tmp", "*.deleted") for path in folder.rglob(pattern)]
+    return [
+        str(path)
+        for pattern in ("*.partial", "*.tmp", "*.deleted")
+        for path in folder.rglob(pattern)
+    ]
 
 
 @pytest.mark.slow
 def test_twenty_kills_of_a_random_rank_at_random_moments(workplace: Workplace) -> None:
-    """During start-up, in steps and inside saves; every survivor ends too, and what is finished equals the uninterrupted run."""
+    """During start-up, in steps and inside saves; every survivor ends too, and what is finished
+    equals the uninterrupted run.
+    """
     rng = random.Random(4)
-    settings = {"parallel": LAYOUT, "checkpoint": {"every": 2, "keep_last": 2}, "batch": {"global": 8, "micro": 2}, "train": {"steps": 24}}
-    whole = workplace.config("undisturbed.yaml", run={"dir": "undisturbed", "threads": 1}, **settings)
+    settings = {
+        "parallel": LAYOUT,
+        "checkpoint": {"every": 2, "keep_last": 2},
+        "batch": {"global": 8, "micro": 2},
+        "train": {"steps": 24},
+    }
+    whole = workplace.config(
+        "undisturbed.yaml", run={"dir": "undisturbed", "threads": 1}, **settings
+    )
     began = time.monotonic()
     assert end(start(workplace, whole), 600) == [0] * RANKS
     duration = time.monotonic() - began
@@ -99,4 +120,12 @@ def test_twenty_kills_of_a_random_rank_at_random_moments(workplace: Workplace) -
             shutil.rmtree(workplace.folder / "disturbed")
             finished += 1
     assert finished >= 1
-    print(json.dumps({"kills": kills, "finished": finished, "survivors killed by the launcher": slow_survivors}))
+    print(
+        json.dumps(
+            {
+                "kills": kills,
+                "finished": finished,
+                "survivors killed by the launcher": slow_survivors,
+            }
+        )
+    )

@@ -28,14 +28,22 @@ time.sleep(60)
 
 def start_holder(folder: Path, **environment: str) -> subprocess.Popen[str]:
     holder = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(folder)], cwd=ROOT, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment}
+        [sys.executable, "-c", HOLD, str(folder)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **environment},
     )
     assert holder.stdout is not None and holder.stdout.readline() == "held\n"
     return holder
 
 
 def forge(folder: Path, **fields: object) -> None:
-    (folder / lock.NAME).write_text(json.dumps({"host": "elsewhere", "pid": 1, "born": None, "job": None, "attempt": None, **fields}))
+    (folder / lock.NAME).write_text(
+        json.dumps(
+            {"host": "elsewhere", "pid": 1, "born": None, "job": None, "attempt": None, **fields}
+        )
+    )
 
 
 def test_a_second_process_is_refused_and_the_holder_named(tmp_path: Path) -> None:
@@ -44,7 +52,8 @@ def test_a_second_process_is_refused_and_the_holder_named(tmp_path: Path) -> Non
         with pytest.raises(UserError) as caught:
             RunLock(tmp_path, 0.2)
         assert str(caught.value).startswith(
-            f"run.dir: '{tmp_path}' is in use by job 4711, process {holder.pid} on host {os.uname().nodename} since "
+            f"run.dir: '{tmp_path}' is in use by job 4711, process {holder.pid} on host"
+            f" {os.uname().nodename} since "
         )
         assert lock.holding_process(tmp_path) == (os.uname().nodename, holder.pid)
     finally:
@@ -75,7 +84,9 @@ def test_a_silent_holder_of_another_host_is_replaced_when_it_is_stale(tmp_path: 
     assert 0.5 < time.monotonic() - began < 5
 
 
-def test_an_earlier_attempt_of_the_same_job_is_replaced_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_earlier_attempt_of_the_same_job_is_replaced_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     forge(tmp_path, job="12", attempt="1")
     monkeypatch.setenv("SLURM_JOB_ID", "12")
     monkeypatch.setenv("LLADA_ATTEMPT", "2")
@@ -96,7 +107,12 @@ def test_an_earlier_attempt_of_the_same_job_is_replaced_at_once(tmp_path: Path, 
 def test_of_many_that_find_a_stale_lock_one_gets_it(tmp_path: Path) -> None:
     forge(tmp_path, host=os.uname().nodename, pid=os.getpid() + 10**6)
     command = [sys.executable, "-c", HOLD, str(tmp_path)]
-    many = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(6)]
+    many = [
+        subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for _ in range(6)
+    ]
     try:
         deadline = time.monotonic() + 30
         while sum(process.poll() is None for process in many) > 1 and time.monotonic() < deadline:
@@ -124,14 +140,23 @@ def test_a_torn_lock_is_waited_out(content: str, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("what", "content"), [("a folder", None), ("a file that no run wrote", "key: value")])
-def test_a_lock_that_no_run_left_is_refused_and_kept(what: str, content: str | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("what", "content"), [("a folder", None), ("a file that no run wrote", "key: value")]
+)
+def test_a_lock_that_no_run_left_is_refused_and_kept(
+    what: str, content: str | None, tmp_path: Path
+) -> None:
     path = tmp_path / lock.NAME
     if content is None:
         path.mkdir()
     else:
         path.write_text(content)
-    with pytest.raises(UserError, match=f"^run.dir: '{path}' is {what}, and a run keeps its lock there; move it away, or choose"):
+    with pytest.raises(
+        UserError,
+        match=(
+            f"^run.dir: '{path}' is {what}, and a run keeps its lock there; move it away, or choose"
+        ),
+    ):
         RunLock(tmp_path)
     assert path.is_dir() if content is None else path.read_text() == content
 

@@ -24,7 +24,10 @@ def test_cut_keeps_what_the_checkpoint_knows_and_sets_the_rest_aside(tmp_path: P
         (tmp_path / "validation" / f"step_{step:08d}.npz").touch()
     assert metrics.cut(tmp_path, 4) == 3
     assert path.read_text().splitlines() == rows[:5]
-    assert (tmp_path / "metrics.attempt-1.jsonl").read_text().splitlines() == [*rows[5:], '{"step": 7, "lo']
+    assert (tmp_path / "metrics.attempt-1.jsonl").read_text().splitlines() == [
+        *rows[5:],
+        '{"step": 7, "lo',
+    ]
     assert (tmp_path / "validation.attempt-1" / "step_00000006.npz").exists()
     assert metrics.cut(tmp_path, 4) == 0
     assert (tmp_path / "validation" / "step_00000004.npz").exists()
@@ -37,16 +40,33 @@ def test_lines_are_json_even_when_a_value_is_not_finite(tmp_path: Path) -> None:
     sink = metrics.JsonLines(tmp_path)
     sink.write({"step": 1, "loss": math.nan, "inner": {"x": math.inf, "y": [1.0]}})
     sink.close()
-    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "loss": "nan", "inner": {"x": "inf", "y": [1.0]}}
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {
+        "step": 1,
+        "loss": "nan",
+        "inner": {"x": "inf", "y": [1.0]},
+    }
     assert next(iter(metrics.read(tmp_path / "metrics.jsonl")))["step"] == 1
 
 
 def test_the_console_prints_every_so_many_steps(capsys: pytest.CaptureFixture[str]) -> None:
     console = metrics.Console(5, 0, LoggingSection(every=2))
     for step in range(1, 6):
-        console.write({"step": step, "loss": 2.0, "tokens_per_second": 10.0, "mfu": 0.5, "lr": 1e-3, "seconds": 1.0})
+        console.write(
+            {
+                "step": step,
+                "loss": 2.0,
+                "tokens_per_second": 10.0,
+                "mfu": 0.5,
+                "lr": 1e-3,
+                "seconds": 1.0,
+            }
+        )
         console.write({"step": step, "nelbo_per_token": 1.25})
-    assert [line.split(" | ")[0] for line in capsys.readouterr().out.splitlines()] == ["step 2/5", "step 4/5", "step 5/5"]
+    assert [line.split(" | ")[0] for line in capsys.readouterr().out.splitlines()] == [
+        "step 2/5",
+        "step 4/5",
+        "step 5/5",
+    ]
 
 
 def test_nothing_is_drawn_without_steps(tmp_path: Path) -> None:
@@ -55,7 +75,12 @@ def test_nothing_is_drawn_without_steps(tmp_path: Path) -> None:
 
 
 def test_durations_are_clock_times(capsys: pytest.CaptureFixture[str]) -> None:
-    assert [metrics.clock(s) for s in (0.4, 61, 3600, 93_784.6)] == ["0:00:00", "0:01:01", "1:00:00", "26:03:05"]
+    assert [metrics.clock(s) for s in (0.4, 61, 3600, 93_784.6)] == [
+        "0:00:00",
+        "0:01:01",
+        "1:00:00",
+        "26:03:05",
+    ]
     metrics.Console(110, 0, LoggingSection()).write(
         {"step": 10, "loss": 2.0, "tokens_per_second": 1.0, "mfu": 0.5, "lr": 1e-3, "seconds": 40.0}
     )
@@ -63,10 +88,14 @@ def test_durations_are_clock_times(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(("task", "panels"), [("pretrain", 1), ("sft", 2)])
-def test_losses_that_are_no_common_quantity_have_axes_of_their_own(task: Task, panels: int, tmp_path: Path) -> None:
+def test_losses_that_are_no_common_quantity_have_axes_of_their_own(
+    task: Task, panels: int, tmp_path: Path
+) -> None:
     import matplotlib.image
 
-    rows = [{"step": k, "loss": 1.0 / k} for k in range(1, 5)] + [{"step": 4, "nelbo_per_token": 2.5}]
+    rows = [{"step": k, "loss": 1.0 / k} for k in range(1, 5)] + [
+        {"step": 4, "nelbo_per_token": 2.5}
+    ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     picture = metrics.plot(tmp_path, task)
     assert picture is not None
@@ -76,7 +105,9 @@ def test_losses_that_are_no_common_quantity_have_axes_of_their_own(task: Task, p
 
 def test_tensorboard_and_wandb_take_the_same_lines(workplace: Workplace) -> None:
     logging = {"every": 1, "tensorboard": True, "wandb": True}
-    config = workplace.config("sinks.yaml", run={"dir": "sinks", "threads": 2}, train={"steps": 2}, logging=logging)
+    config = workplace.config(
+        "sinks.yaml", run={"dir": "sinks", "threads": 2}, train={"steps": 2}, logging=logging
+    )
     workplace.run("pretrain", config)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -14,7 +14,9 @@ from llada.training.preview import describe_step
 from tests.workplace import Workplace
 
 
-def test_the_text_says_what_the_plan_holds(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_text_says_what_the_plan_holds(
+    workplace: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(workplace.folder)
     config = load_config("whole.yaml")
     text = describe_step(config, 3, samples=8)
@@ -27,7 +29,9 @@ def test_the_text_says_what_the_plan_holds(workplace: Workplace, monkeypatch: py
         window = data.window(TRAIN, plan, i)
         masked = data.objective.corrupt(window).predicted
         for start, end, t in zip(window.bounds[:-1], window.bounds[1:], window.t, strict=True):
-            expected.append((str(start), str(end), f"{t:.4f}", str(((masked >= start) & (masked < end)).sum())))
+            expected.append(
+                (str(start), str(end), f"{t:.4f}", str(((masked >= start) & (masked < end)).sum()))
+            )
     assert shown == expected
     documents = [1 + len(data.readers[TRAIN][0].document_starts(int(w))) for w in plan.items]
     assert [int(n) for n in re.findall(r"window \d+, (\d+) documents", text)] == documents

@@ -22,9 +22,12 @@ from tests.workplace import Workplace
 
 
 def refusal(place: Workplace, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:
-    """The message of the UserError that the command ends with; the terminal shows it as one line and exits with 2."""
+    """The message of the UserError that the command ends with; the terminal shows it as one line
+    and exits with 2.
+    """
     monkeypatch.chdir(place.folder)
-    monkeypatch.setattr("llada.training.signals.signal", like(signal, signal=lambda *_: None))  # keep pytest's own handlers
+    # keep pytest's own handlers
+    monkeypatch.setattr("llada.training.signals.signal", like(signal, signal=lambda *_: None))
     result = CliRunner().invoke(app, list(arguments))
     assert isinstance(result.exception, UserError), result.output
     return str(result.exception)
@@ -33,8 +36,14 @@ def refusal(place: Workplace, monkeypatch: pytest.MonkeyPatch, *arguments: str) 
 def test_the_terminal_shows_one_line_and_exit_2(workplace: Workplace) -> None:
     done = workplace.run("pretrain", workplace.config(), "train.stps=3", code=2)
     allowed = "train.steps, train.max_skipped, train.spike_sigma"
-    allowed += ", train.spike_loss_factor, train.spike_norm_factor, train.spike_window, train.skip_spikes"
-    assert done.stderr == f"error: train.stps: unknown setting (did you mean 'train.steps'?); allowed here: {allowed}\n"
+    allowed += (
+        ", train.spike_loss_factor, train.spike_norm_factor, train.spike_window, train.skip_spikes"
+    )
+    assert (
+        done.stderr
+        == "error: train.stps: unknown setting (did you mean 'train.steps'?); allowed here:"
+        f" {allowed}\n"
+    )
     assert done.stdout == ""
 
 
@@ -43,11 +52,20 @@ def test_the_terminal_shows_one_line_and_exit_2(workplace: Workplace) -> None:
     [
         (["task=sft"], "task: run.yaml says 'sft', `llada pretrain` runs task 'pretrain' only"),
         (["data.mixture.0.path=nowhere"], "data.mixture.0.path: .*nowhere"),
-        (["model.vocab_size=256"], "model.vocab_size: 256 is too small for corpus, whose tokenizer has 512 ids"),
-        (["schedule.stages=[{shape: linear, end: 1, steps: 3}]"], "schedule.stages: end after 3 steps"),
+        (
+            ["model.vocab_size=256"],
+            "model.vocab_size: 256 is too small for corpus, whose tokenizer has 512 ids",
+        ),
+        (
+            ["schedule.stages=[{shape: linear, end: 1, steps: 3}]"],
+            "schedule.stages: end after 3 steps",
+        ),
         (["data.sequence_length=10000000"], "data.mixture.0.path: corpus holds no full window"),
         (["data.mixture.0.max_epochs=0.0001"], "data.mixture.0.max_epochs: less than one of the"),
-        (["data.mixture.0.max_epochs=0.03"], r"train.steps: 12 steps need 96 samples, the capped mixture holds \d\d;"),
+        (
+            ["data.mixture.0.max_epochs=0.03"],
+            r"train.steps: 12 steps need 96 samples, the capped mixture holds \d\d;",
+        ),
         (["engine=deepspeed"], "engine: 'deepspeed' is not allowed"),
         (["parallel.tensor=2"], "do not divide the world size 1"),
         (["run.dir=whole.yaml"], "run.dir: 'whole.yaml' cannot be made"),
@@ -59,11 +77,22 @@ def test_the_terminal_shows_one_line_and_exit_2(workplace: Workplace) -> None:
             ["run.init_from=whole", "model.hidden_size=32"],
             r"another architecture \(2 layers of width 64, .* is model.hidden_size: 64 -> 32",
         ),
-        (["data.mixture=[{path: corpus}, {path: corpus}]"], "data.mixture.1.path: corpus holds the same data as corpus"),
+        (
+            ["data.mixture=[{path: corpus}, {path: corpus}]"],
+            "data.mixture.1.path: corpus holds the same data as corpus",
+        ),
     ],
 )
-def test_config_and_data(overrides: list[str], message: str, workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
-    said = refusal(workplace, monkeypatch, "pretrain", workplace.config(run={"dir": "refused", "threads": 2}), *overrides)
+def test_config_and_data(
+    overrides: list[str], message: str, workplace: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = refusal(
+        workplace,
+        monkeypatch,
+        "pretrain",
+        workplace.config(run={"dir": "refused", "threads": 2}),
+        *overrides,
+    )
     assert re.search(message, said), said
     assert "\n" not in said
     assert not (workplace.folder / "refused").exists()
@@ -77,26 +106,39 @@ def test_config_and_data(overrides: list[str], message: str, workplace: Workplac
         (["objective.masking=fixed_count"], "objective.masking: 'bernoulli' -> 'fixed_count'"),
         (["data.mixture.0.path=other"], "data.mixture: data "),
         (["data.mixture.0.weight_at=[{tokens: 1000000000, weight: 2}]"], "data.mixture: data "),
-        (["schedule.stages.0.end=0.01"], "schedule.stages: learning rate of step 1: 0.0001 -> 0.001"),
+        (
+            ["schedule.stages.0.end=0.01"],
+            "schedule.stages: learning rate of step 1: 0.0001 -> 0.001",
+        ),
         (["run.threads=1"], "run.threads: 2 -> 1"),
     ],
 )
-def test_resuming_another_run(overrides: list[str], message: str, workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resuming_another_run(
+    overrides: list[str], message: str, workplace: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     said = refusal(workplace, monkeypatch, "pretrain", "whole.yaml", *overrides)
     assert message in said and "--allow-changed" in said
 
 
-def test_another_architecture_is_never_resumed(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_architecture_is_never_resumed(
+    workplace: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for allow in ([], ["--allow-changed"]):
-        said = refusal(workplace, monkeypatch, "pretrain", "whole.yaml", "model.ffn_hidden_size=96", *allow)
+        said = refusal(
+            workplace, monkeypatch, "pretrain", "whole.yaml", "model.ffn_hidden_size=96", *allow
+        )
         assert "another architecture" in said and "model.ffn_hidden_size: 128 -> 96" in said
 
 
 def test_a_change_can_be_allowed_and_is_recorded(workplace: Workplace) -> None:
     shutil.copytree(workplace.folder / "whole", workplace.folder / "changed")
-    config = workplace.config("changed.yaml", run={"dir": "changed", "threads": 2}, train={"steps": 13})
+    config = workplace.config(
+        "changed.yaml", run={"dir": "changed", "threads": 2}, train={"steps": 13}
+    )
     workplace.run("pretrain", config, "--allow-changed", "seed=6")
-    state = json.loads((workplace.folder / "changed" / "checkpoints" / "step_00000013" / "state.json").read_text())
+    state = json.loads(
+        (workplace.folder / "changed" / "checkpoints" / "step_00000013" / "state.json").read_text()
+    )
     assert state["lineage"] == [{"resumed_at_step": 12, "changed": ["seed: 5 -> 6"]}]
 
 
@@ -107,7 +149,10 @@ def damaged(place: Workplace, name: str) -> Path:
 
 
 def run_on(place: Workplace, monkeypatch: pytest.MonkeyPatch, corpus: Path) -> str:
-    config = place.config(run={"dir": "refused", "threads": 2}, data={"sequence_length": 64, "mixture": [{"path": corpus.name}]})
+    config = place.config(
+        run={"dir": "refused", "threads": 2},
+        data={"sequence_length": 64, "mixture": [{"path": corpus.name}]},
+    )
     return refusal(place, monkeypatch, "pretrain", config)
 
 
@@ -128,20 +173,28 @@ def test_one_altered_byte(name: str, workplace: Workplace, monkeypatch: pytest.M
 
 
 def test_a_mask_id_in_a_shard(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Written with matching checksums, as a faulty tool of the user's would: found at the start, or when the window is read."""
+    """Written with matching checksums, as a faulty tool of the user's would: found at the start, or
+    when the window is read.
+    """
     corpus = damaged(workplace, "forged")
     manifest = Manifest.load(corpus)
     path = corpus / "train-00000.bin"
     tokens = np.fromfile(path, dtype=manifest.dtype)
     tokens[:] = manifest.mask_id
     tokens.tofile(path)
-    entry: dict[str, Any] = {**vars(manifest.shards[0]), "bin_xxh3": xxhash.xxh3_64_hexdigest(path.read_bytes())}
-    type(manifest)(**{**vars(manifest), "shards": [type(manifest.shards[0])(**entry), *manifest.shards[1:]]}).save(corpus)
+    entry: dict[str, Any] = {
+        **vars(manifest.shards[0]),
+        "bin_xxh3": xxhash.xxh3_64_hexdigest(path.read_bytes()),
+    }
+    type(manifest)(
+        **{**vars(manifest), "shards": [type(manifest.shards[0])(**entry), *manifest.shards[1:]]}
+    ).save(corpus)
     said = run_on(workplace, monkeypatch, corpus)
     assert "the mask token" in said and "llada data verify" in said
     assert not (workplace.folder / "refused").exists()
     config = workplace.config(
-        run={"dir": "late", "threads": 2}, data={"sequence_length": 64, "mixture": [{"path": corpus.name}], "verify_bytes": 0}
+        run={"dir": "late", "threads": 2},
+        data={"sequence_length": 64, "mixture": [{"path": corpus.name}], "verify_bytes": 0},
     )
     said = refusal(workplace, monkeypatch, "pretrain", config)
     assert "the mask token" in said and "llada data verify" in said

@@ -16,7 +16,9 @@ def schedule(*stages: dict[str, object], tokens_per_step: int = 1000) -> Schedul
 
 
 def test_the_published_schedule() -> None:
-    """Linear 0 -> 4e-4 over 2000 iterations, constant until 1.2T tokens, 1e-4 for 0.8T, linear to 1e-5 over the last 0.3T."""
+    """Linear 0 -> 4e-4 over 2000 iterations, constant until 1.2T tokens, 1e-4 for 0.8T, linear to
+    1e-5 over the last 0.3T.
+    """
     tokens = 1280 * 4096
     s = schedule(
         {"shape": "linear", "end": 4e-4, "steps": 2000},

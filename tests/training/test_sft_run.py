@@ -1,4 +1,6 @@
-"""`llada sft` end to end: the published loss, any micro-batch, a start from pretrained weights, kill -9 and go on."""
+"""`llada sft` end to end: the published loss, any micro-batch, a start from pretrained weights,
+kill -9 and go on.
+"""
 
 from __future__ import annotations
 
@@ -43,10 +45,20 @@ def place(workplace: Workplace) -> Workplace:
     rows = []
     for i in range(120):
         a, b = rng.choice(names, 2, replace=False)
-        rows.append({"prompt": f"What comes after {a} and {b}, case {i}?", "response": f"{b} then {a}" + "." * int(rng.integers(1, 9))})
+        rows.append(
+            {
+                "prompt": f"What comes after {a} and {b}, case {i}?",
+                "response": f"{b} then {a}" + "." * int(rng.integers(1, 9)),
+            }
+        )
     rows += [{"prompt": "long " * 90, "response": "never read"}]
     (workplace.folder / "talks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    prepare_sft([workplace.folder / "talks.jsonl"], workplace.folder / "tokenizer", workplace.folder / "talks", validation_fraction=0.2)
+    prepare_sft(
+        [workplace.folder / "talks.jsonl"],
+        workplace.folder / "tokenizer",
+        workplace.folder / "talks",
+        validation_fraction=0.2,
+    )
     return workplace
 
 
@@ -58,9 +70,18 @@ def config(place: Workplace, name: str, init: bool = True, **sections: Any) -> s
 
 @pytest.mark.parametrize("micro", [1, 2, 8])
 @pytest.mark.parametrize("masking", ["bernoulli", "fixed_count"])
-def test_the_loss_is_the_published_formula_whatever_the_micro_batch(micro: int, masking: str, place: Workplace) -> None:
-    """Mean over the conversations of: sum over masked response tokens of loss / p, over the response's length with its padding."""
-    raw = {**SFT, "run": {"dir": "unused"}, "batch": {"global": 8, "micro": micro}, "objective": {"masking": masking}}
+def test_the_loss_is_the_published_formula_whatever_the_micro_batch(
+    micro: int, masking: str, place: Workplace
+) -> None:
+    """Mean over the conversations of: sum over masked response tokens of loss / p, over the
+    response's length with its padding.
+    """
+    raw = {
+        **SFT,
+        "run": {"dir": "unused"},
+        "batch": {"global": 8, "micro": micro},
+        "objective": {"masking": masking},
+    }
     raw["data"] = {"sequence_length": 64, "mixture": [{"path": str(place.folder / "talks")}]}
     settings = build_config(raw)
     data, engine = open_data(settings), MegatronEngine(settings)
@@ -87,7 +108,11 @@ def test_the_loss_is_the_published_formula_whatever_the_micro_batch(micro: int, 
             losses = torch.nn.functional.cross_entropy(logits, tokens[:end], reduction="none")
             total = total + losses[chosen].double().sum() / p / size / 8
         total.backward()
-        norm = torch.stack([w.grad.double().square().sum() for w in trainer.oracle.w.values()]).sum().sqrt()
+        norm = (
+            torch.stack([w.grad.double().square().sum() for w in trainer.oracle.w.values()])
+            .sum()
+            .sqrt()
+        )
         result = engine.train_step(batches, 1e-3)
         assert result.loss == pytest.approx(float(total.detach()), rel=1e-6)
         assert result.grad_norm == pytest.approx(float(norm), rel=1e-5)
@@ -99,7 +124,10 @@ def test_a_killed_run_repeats_the_uninterrupted_one(place: Workplace) -> None:
     whole = place.run("sft", config(place, "talked"))
     assert "initialised from whole/checkpoints/step_00000012 (weights)" in whole.stdout
     assert "1 conversations (1 by their prompt alone; number" in whole.stdout
-    listed = [json.loads(line) for line in (place.folder / "talked" / "too_long.jsonl").read_text().splitlines()]
+    listed = [
+        json.loads(line)
+        for line in (place.folder / "talked" / "too_long.jsonl").read_text().splitlines()
+    ]
     assert len(listed) == 1
     lines = place.lines("talked")
     steps = [line for line in lines if "loss" in line]
@@ -116,14 +144,19 @@ def test_a_killed_run_repeats_the_uninterrupted_one(place: Workplace) -> None:
         target = rng.randint(2, 9)
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline and process.poll() is None:
-            if path.exists() and sum('"loss"' in line for line in path.read_text().splitlines()) >= target:
+            if (
+                path.exists()
+                and sum('"loss"' in line for line in path.read_text().splitlines()) >= target
+            ):
                 break
             time.sleep(0.01)
         os.kill(process.pid, signal.SIGKILL)
         process.communicate()
     place.run("sft", name)
     assert place.lines("killed") == lines
-    state = json.loads((place.folder / "killed" / "checkpoints" / "step_00000012" / "state.json").read_text())
+    state = json.loads(
+        (place.folder / "killed" / "checkpoints" / "step_00000012" / "state.json").read_text()
+    )
     assert state["tokens"] == steps[-1]["tokens"]
     assert state["lineage"][-1]["init_from"] == "whole/checkpoints/step_00000012"
 
@@ -138,10 +171,29 @@ def test_llada_data_step_shows_responses(place: Workplace) -> None:
 @pytest.mark.parametrize(
     ("command", "sections", "message"),
     [
-        ("sft", {"task": "pretrain", "sft": {"pad_group": 2}}, "task: refused.yaml says 'pretrain', `llada sft` runs task 'sft' only"),
-        ("pretrain", {}, "task: refused.yaml says 'sft', `llada pretrain` runs task 'pretrain' only; use `llada sft`"),
-        ("sft", {"data": {"sequence_length": 64, "mixture": [{"path": "corpus"}]}}, "was made by `llada data prepare`"),
-        ("sft", {"data": {"sequence_length": 8, "mixture": [{"path": "talks"}]}}, "data.sequence_length: 8 is too short"),
+        (
+            "sft",
+            {"task": "pretrain", "sft": {"pad_group": 2}},
+            "task: refused.yaml says 'pretrain', `llada sft` runs task 'sft' only",
+        ),
+        (
+            "pretrain",
+            {},
+            (
+                "task: refused.yaml says 'sft', `llada pretrain` runs task 'pretrain' only; use"
+                " `llada sft`"
+            ),
+        ),
+        (
+            "sft",
+            {"data": {"sequence_length": 64, "mixture": [{"path": "corpus"}]}},
+            "was made by `llada data prepare`",
+        ),
+        (
+            "sft",
+            {"data": {"sequence_length": 8, "mixture": [{"path": "talks"}]}},
+            "data.sequence_length: 8 is too short",
+        ),
     ],
 )
 def test_refusals(command: str, sections: dict[str, Any], message: str, place: Workplace) -> None:

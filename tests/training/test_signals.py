@@ -20,7 +20,8 @@ if sys.argv[2] == "close":
     stop.close()
 class Late:
     def __del__(self):
-        os.kill(os.getpid(), int(sys.argv[1]))  # as the module goes, when Python has taken its own handlers away
+        # as the module goes, when Python has taken its own handlers away
+        os.kill(os.getpid(), int(sys.argv[1]))
 late = Late()
 late.itself = late
 sys.exit(75)
@@ -29,4 +30,9 @@ sys.exit(75)
 
 @pytest.mark.parametrize("number", STOP_SIGNALS, ids=lambda number: signal.Signals(number).name)
 def test_a_signal_at_the_very_end_changes_no_exit_code(number: int) -> None:
-    assert subprocess.run([sys.executable, "-c", CODE, str(int(number)), "close"], timeout=30).returncode == 75
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", CODE, str(int(number)), "close"], timeout=30
+        ).returncode
+        == 75
+    )

@@ -1,4 +1,6 @@
-"""Validation: the same noise every time, draws that share none, and the sums and errors it claims to be."""
+"""Validation: the same noise every time, draws that share none, and the sums and errors it claims
+to be.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +26,19 @@ from tests.engine.support import OracleTrainer, canonical
 from tests.workplace import CONFIG, Workplace
 
 
-def made(workplace: Workplace, micro: int, windows: int = 64, **data: object) -> tuple[PretrainData, MegatronEngine]:
-    raw = {**CONFIG, "batch": {"global": 8, "micro": micro}, "validation": {"every": 4, "windows": windows}}
-    raw["data"] = {**CONFIG["data"], "mixture": [{"path": str(workplace.folder / "corpus")}], **data}
+def made(
+    workplace: Workplace, micro: int, windows: int = 64, **data: object
+) -> tuple[PretrainData, MegatronEngine]:
+    raw = {
+        **CONFIG,
+        "batch": {"global": 8, "micro": micro},
+        "validation": {"every": 4, "windows": windows},
+    }
+    raw["data"] = {
+        **CONFIG["data"],
+        "mixture": [{"path": str(workplace.folder / "corpus")}],
+        **data,
+    }
     config = build_config(raw)
     return PretrainData(config), MegatronEngine(config)
 
@@ -38,15 +50,20 @@ def parts(workplace: Workplace) -> Iterator[tuple[PretrainData, MegatronEngine]]
     engine.close()
 
 
-def test_equals_a_plain_computation_of_the_bound(parts: tuple[PretrainData, MegatronEngine]) -> None:
-    """Every draw alone through the oracle: mean over the segments of L/n times the summed loss, per token."""
+def test_equals_a_plain_computation_of_the_bound(
+    parts: tuple[PretrainData, MegatronEngine],
+) -> None:
+    """Every draw alone through the oracle: mean over the segments of L/n times the summed loss, per
+    token.
+    """
     data, engine = parts
     validator = Validator(data, engine.place)
     measured = validator(engine)
     line, plan = measured.line, validator.design(0).plan
     trainer = OracleTrainer(data.config, canonical(engine))
     purpose = f"validation/{data.corpora[0].manifest.fingerprint(VALIDATION)}"
-    objective = MaskedDiffusion(0, data.manifest.mask_id)  # the noise is the measure's, whatever the run's seed
+    # the noise is the measure's, whatever the run's seed
+    objective = MaskedDiffusion(0, data.manifest.mask_id)
     assert data.config.seed != 0
     total, deciles, documents = 0.0, {}, {}
     starts = np.cumsum([0, *data.corpora[0].shards(VALIDATION)[0].lengths])
@@ -55,17 +72,27 @@ def test_equals_a_plain_computation_of_the_bound(parts: tuple[PretrainData, Mega
         corrupted = objective.corrupt(window, masking="fixed_count", purpose=purpose)
         segment = np.repeat(np.arange(len(window.bounds) - 1), np.diff(window.bounds))
         with torch.no_grad():
-            logits = trainer.oracle(torch.from_numpy(corrupted.inputs)[None], torch.from_numpy(segment)[None])[0]
-        each = torch.nn.functional.cross_entropy(logits, torch.from_numpy(window.tokens), reduction="none").numpy()
+            logits = trainer.oracle(
+                torch.from_numpy(corrupted.inputs)[None], torch.from_numpy(segment)[None]
+            )[0]
+        each = torch.nn.functional.cross_entropy(
+            logits, torch.from_numpy(window.tokens), reduction="none"
+        ).numpy()
         for k in range(len(window.bounds) - 1):
-            inside = (corrupted.predicted >= window.bounds[k]) & (corrupted.predicted < window.bounds[k + 1])
+            inside = (corrupted.predicted >= window.bounds[k]) & (
+                corrupted.predicted < window.bounds[k + 1]
+            )
             positions = corrupted.predicted[inside]
-            assert len(positions) == 1 + math.floor(window.t[k] * (window.bounds[k + 1] - window.bounds[k]))
+            assert len(positions) == 1 + math.floor(
+                window.t[k] * (window.bounds[k + 1] - window.bounds[k])
+            )
             size = window.bounds[k + 1] - window.bounds[k]
             loss = size / len(positions) * each[positions].sum()
             total += loss
             # Of a document all parts in all windows that are read belong together.
-            document = int(np.searchsorted(starts, plan.items[i] * 64 + window.bounds[k], side="right"))
+            document = int(
+                np.searchsorted(starts, plan.items[i] * 64 + window.bounds[k], side="right")
+            )
             own = documents.setdefault(document, [0.0, 0])
             own[0], own[1] = own[0] + loss, own[1] + size
             sums = deciles.setdefault(int(window.t[k] * 10), [0.0, 0])
@@ -73,18 +100,25 @@ def test_equals_a_plain_computation_of_the_bound(parts: tuple[PretrainData, Mega
     assert line["nelbo_per_token"] == pytest.approx(total / plan.lengths.sum(), rel=1e-5)
     errors = [loss - total / plan.lengths.sum() * size for loss, size in documents.values()]
     k = len(documents)
-    assert k > 1 and (line["corpora"]["corpus"]["items"], line["corpora"]["corpus"]["unit"]) == (k, "documents")
+    assert k > 1 and (line["corpora"]["corpus"]["items"], line["corpora"]["corpus"]["unit"]) == (
+        k,
+        "documents",
+    )
     expected = math.sqrt(k / (k - 1) * sum(e**2 for e in errors)) / plan.lengths.sum()
     assert line["nelbo_per_token_se"] == pytest.approx(expected, rel=1e-3)
     assert line["nelbo_per_token_se_noise"] > 0
     low, high = line["nelbo_per_token_ci95"]
-    assert (low + high) / 2 == pytest.approx(line["nelbo_per_token"]) and high - low > 2 * 1.96 * line["nelbo_per_token_se"]
+    assert (low + high) / 2 == pytest.approx(
+        line["nelbo_per_token"]
+    ) and high - low > 2 * 1.96 * line["nelbo_per_token_se"]
     for d, row in enumerate(line["corpora"]["corpus"]["t_deciles"]):
         assert (row is None) == (d not in deciles)
         if row is not None:
             assert row["nelbo_per_token"] == pytest.approx(deciles[d][0] / deciles[d][1], rel=1e-5)
     _, tokens, text_bytes = data.corpora[0].manifest.totals(VALIDATION)
-    assert line["bits_per_byte"] == pytest.approx(line["nelbo_per_token"] / math.log(2) * tokens / text_bytes)
+    assert line["bits_per_byte"] == pytest.approx(
+        line["nelbo_per_token"] / math.log(2) * tokens / text_bytes
+    )
 
 
 def test_the_same_noise_whatever_the_micro_batch_or_the_seed(workplace: Workplace) -> None:
@@ -99,11 +133,22 @@ def test_the_same_noise_whatever_the_micro_batch_or_the_seed(workplace: Workplac
     seen = []
     for seed in (1, 2):
         data = PretrainData(
-            build_config({**CONFIG, "seed": seed, "data": {**CONFIG["data"], "mixture": [{"path": str(workplace.folder / "corpus")}]}})
+            build_config(
+                {
+                    **CONFIG,
+                    "seed": seed,
+                    "data": {
+                        **CONFIG["data"],
+                        "mixture": [{"path": str(workplace.folder / "corpus")}],
+                    },
+                }
+            )
         )
         validator = Validator(data, engine.place)
         plan = validator.design(0).plan
-        seen.append((plan.t.tolist(), [batch.inputs.tolist() for batch in validator._batches(plan, 0)]))
+        seen.append(
+            (plan.t.tolist(), [batch.inputs.tolist() for batch in validator._batches(plan, 0)])
+        )
     assert seen[0] == seen[1]
 
 
@@ -112,34 +157,48 @@ def test_the_same_noise_whatever_the_micro_batch_or_the_seed(workplace: Workplac
 def test_every_text_is_read_at_evenly_spaced_t_from_its_own_offset_and_shares_no_noise(
     few: bool, document_mask: bool, parts: tuple[PretrainData, MegatronEngine], workplace: Workplace
 ) -> None:
-    """With fewer windows than a quarter of validation.windows, all of them are read, at more values of t."""
+    """With fewer windows than a quarter of validation.windows, all of them are read, at more values
+    of t.
+    """
     count = parts[0].readers[VALIDATION][0].count
     windows = count * 13 // 4 * 4 if few else count // 2 // 4 * 4
     mixture = [{"path": str(workplace.folder / "corpus")}]
     raw = {**CONFIG, "validation": {"windows": windows}}
-    config = build_config({**raw, "data": {"sequence_length": 64, "document_mask": document_mask, "mixture": mixture}})
+    config = build_config(
+        {**raw, "data": {"sequence_length": 64, "document_mask": document_mask, "mixture": mixture}}
+    )
     data = PretrainData(config)
     design = Validator(data, parts[1].place).design(0)
     plan, each = design.plan, 12 if few else 4
     assert len(plan.samples) == (12 * count if few else windows)
-    assert sorted(np.unique(plan.items, return_counts=True)[1]) == [each] * (count if few else windows // 4)
+    assert sorted(np.unique(plan.items, return_counts=True)[1]) == [each] * (
+        count if few else windows // 4
+    )
     assert len(set(plan.samples.tolist())) == len(plan.samples), "every draw has masks of its own"
-    assert sorted(design.segments.ravel().tolist()) == list(range(len(plan.t))), "every segment is one draw"
+    assert sorted(design.segments.ravel().tolist()) == list(range(len(plan.t))), (
+        "every segment is one draw"
+    )
     assert (plan.maskable[design.segments] == plan.maskable[design.segments[:, :1]]).all()
     offsets = []
     for text in range(design.text.max() + 1):
         t = np.sort(design.t[design.text == text].ravel())
         np.testing.assert_allclose(np.diff(t), 1 / each, atol=1e-12)
         offsets.append(t[0] * each)
-    assert len({round(offset, 9) for offset in offsets}) == len(offsets), "the offsets are independent draws"
+    assert len({round(offset, 9) for offset in offsets}) == len(offsets), (
+        "the offsets are independent draws"
+    )
     assert np.std(offsets) == pytest.approx(math.sqrt(1 / 12), rel=0.35)
     if document_mask:
-        assert len(design.items) < len(np.unique(design.text)), "the parts of a document are one item"
+        assert len(design.items) < len(np.unique(design.text)), (
+            "the parts of a document are one item"
+        )
     else:
         assert design.items.tolist() == sorted(set(plan.items.tolist()))
 
 
-def test_the_file_of_a_validation_holds_the_losses_behind_its_line(parts: tuple[PretrainData, MegatronEngine], tmp_path: Path) -> None:
+def test_the_file_of_a_validation_holds_the_losses_behind_its_line(
+    parts: tuple[PretrainData, MegatronEngine], tmp_path: Path
+) -> None:
     data, engine = parts
     measured = Validator(data, engine.place)(engine)
     path = validation_files.write(tmp_path, 7, measured.corpora)
@@ -147,9 +206,13 @@ def test_the_file_of_a_validation_holds_the_losses_behind_its_line(parts: tuple[
     [back] = validation_files.read(tmp_path, 7)
     line = measured.line["corpora"]["corpus"]
     assert (back.name, back.measure.fingerprint) == ("corpus", line["measure"])
-    assert back.sample.estimate().mean == line["nelbo_per_token"] == measured.line["nelbo_per_token"]
+    assert (
+        back.sample.estimate().mean == line["nelbo_per_token"] == measured.line["nelbo_per_token"]
+    )
     with np.load(path, allow_pickle=False) as file:  # what a reader without this code finds
-        assert file["0.item_loss"].sum() / file["0.item_length"].sum() == pytest.approx(line["nelbo_per_token"])
+        assert file["0.item_loss"].sum() / file["0.item_length"].sum() == pytest.approx(
+            line["nelbo_per_token"]
+        )
         assert len(file["0.item"]) == line["items"]
     content = path.read_bytes()
     for broken in (content[: len(content) // 2], b"", b"PK" + bytes(100)):
@@ -160,8 +223,16 @@ def test_the_file_of_a_validation_holds_the_losses_behind_its_line(parts: tuple[
 
 def test_names_of_corpora_are_short_and_distinct() -> None:
     assert short_names(["corpora/wiki", "/data/books/"]) == ["wiki", "books"]
-    assert short_names(["a/en/corpus", "a/de/corpus", "b/code"]) == ["en/corpus", "de/corpus", "code"]
-    assert short_names(["x/en/corpus", "y/en/corpus", "x/en/corpus"]) == ["x/en/corpus", "y/en/corpus", "x/en/corpus.2"]
+    assert short_names(["a/en/corpus", "a/de/corpus", "b/code"]) == [
+        "en/corpus",
+        "de/corpus",
+        "code",
+    ]
+    assert short_names(["x/en/corpus", "y/en/corpus", "x/en/corpus"]) == [
+        "x/en/corpus",
+        "y/en/corpus",
+        "x/en/corpus.2",
+    ]
 
 
 def test_unigram_entropy() -> None:
@@ -181,16 +252,28 @@ def test_a_corpus_without_validation_documents_trains_without(workplace: Workpla
 
 
 def test_a_mixture_reports_each_corpus(workplace: Workplace) -> None:
-    prepare([made_up_texts(workplace)], workplace.folder / "tokenizer", workplace.folder / "second", validation_fraction=0.3)
+    prepare(
+        [made_up_texts(workplace)],
+        workplace.folder / "tokenizer",
+        workplace.folder / "second",
+        validation_fraction=0.3,
+    )
     mixture = [{"path": "corpus", "weight": 3.0}, {"path": "second", "weight": 1.0}]
     config = workplace.config(
-        "mixed.yaml", run={"dir": "mixed", "threads": 2}, train={"steps": 2}, data={"sequence_length": 64, "mixture": mixture}
+        "mixed.yaml",
+        run={"dir": "mixed", "threads": 2},
+        train={"steps": 2},
+        data={"sequence_length": 64, "mixture": mixture},
     )
     workplace.run("pretrain", config)
     line = next(line for line in workplace.lines("mixed") if "nelbo_per_token" in line)
     first, other = line["corpora"]["corpus"], line["corpora"]["second"]
-    assert line["nelbo_per_token"] == pytest.approx(0.75 * first["nelbo_per_token"] + 0.25 * other["nelbo_per_token"])
-    assert line["nelbo_per_token_se"] == pytest.approx(math.hypot(0.75 * first["nelbo_per_token_se"], 0.25 * other["nelbo_per_token_se"]))
+    assert line["nelbo_per_token"] == pytest.approx(
+        0.75 * first["nelbo_per_token"] + 0.25 * other["nelbo_per_token"]
+    )
+    assert line["nelbo_per_token_se"] == pytest.approx(
+        math.hypot(0.75 * first["nelbo_per_token_se"], 0.25 * other["nelbo_per_token_se"])
+    )
 
 
 def made_up_texts(workplace: Workplace) -> Path:
@@ -198,5 +281,7 @@ def made_up_texts(workplace: Workplace) -> Path:
     path = workplace.folder / "made.jsonl"
     rng = np.random.default_rng(0)
     words = ["alpha", "beta", "gamma", "delta", "one", "two"]
-    path.write_text("".join(json.dumps({"text": " ".join(rng.choice(words, 200))}) + "\n" for _ in range(40)))
+    path.write_text(
+        "".join(json.dumps({"text": " ".join(rng.choice(words, 200))}) + "\n" for _ in range(40))
+    )
     return path

@@ -33,7 +33,9 @@ def test_silent_ranks_are_named_by_the_lowest_one_alive(tmp_path: Path) -> None:
         dog.close()
     assert said[2] == [""]
     [line] = said[1]
-    assert line.startswith("hang: no step finished for 0.5 s (run.hang_timeout): rank 0 on host node7 answered")
+    assert line.startswith(
+        "hang: no step finished for 0.5 s (run.hang_timeout): rank 0 on host node7 answered"
+    )
     assert "last step 17; rank 3 never answered" in line
 
 
@@ -69,9 +71,15 @@ def test_when_all_answer_the_slowest_is_named(tmp_path: Path) -> None:
     assert said[0].endswith("last step 5")
 
 
-def test_the_last_nccl_operations_are_kept_and_written_on_a_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_last_nccl_operations_are_kept_and_written_on_a_hang(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With stand-ins for NCCL, which is not on every machine."""
-    names = {"TORCH_FR_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1", "TORCH_FR_DUMP_TEMP_FILE": str(tmp_path / "fr" / "rank_")}
+    names = {
+        "TORCH_FR_BUFFER_SIZE": "2000",
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+        "TORCH_FR_DUMP_TEMP_FILE": str(tmp_path / "fr" / "rank_"),
+    }
     for name in names:
         monkeypatch.setenv(name, "")  # so that it is restored
         monkeypatch.delenv(name)
@@ -82,7 +90,9 @@ def test_the_last_nccl_operations_are_kept_and_written_on_a_hang(tmp_path: Path,
     assert not (tmp_path / "fr").exists(), "a run that is refused leaves nothing"
     (tmp_path / "fr").mkdir()
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
-    monkeypatch.setattr(torch._C._distributed_c10d, "_dump_nccl_trace", lambda: b"operations", raising=False)
+    monkeypatch.setattr(
+        torch._C._distributed_c10d, "_dump_nccl_trace", lambda: b"operations", raising=False
+    )
     said: list[str] = []
     dog = Watchdog(tmp_path / "beats", 3, 4, 0.3, said.append)
     assert wait_for(lambda: bool(said))
@@ -91,13 +101,22 @@ def test_the_last_nccl_operations_are_kept_and_written_on_a_hang(tmp_path: Path,
 
 
 def test_a_stopped_rank_ends_the_run_for_a_restart(workplace: Workplace) -> None:
-    """SIGSTOP, as a frozen node: the other rank waits in a collective until the watchdog ends it."""
+    """SIGSTOP, as a frozen node: the other rank waits in a collective until the watchdog
+    ends it.
+    """
     run = {"dir": "frozen", "threads": 1, "hang_timeout": 6}
-    config = workplace.config("frozen.yaml", run=run, train={"steps": 500}, validation={"every": 1000, "windows": 8})
+    config = workplace.config(
+        "frozen.yaml", run=run, train={"steps": 500}, validation={"every": 1000, "windows": 8}
+    )
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    environment = {**workplace.environment(), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    environment = {
+        **workplace.environment(),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
     ranks = [
         processes.start(
             *("-m", "llada", "pretrain", config),
@@ -117,5 +136,7 @@ def test_a_stopped_rank_ends_the_run_for_a_restart(workplace: Workplace) -> None
         ranks[1].communicate()
     assert ranks[0].returncode == RESTART
     last = error.strip().splitlines()[-1]
-    assert last.startswith("failed: hang: no step finished for 6 s (run.hang_timeout): rank 1 on host")
+    assert last.startswith(
+        "failed: hang: no step finished for 6 s (run.hang_timeout): rank 1 on host"
+    )
     assert "run the same command again" in last
