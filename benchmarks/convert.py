@@ -30,13 +30,13 @@ from typing import Any
 
 import torch
 
-from llada.config import load_config
+from llada.checkpoint.format import Trained
+from llada.config.sections import ModelSection
 from llada.hf.convert import model_config
 from llada.hf.tensor_files import total_bytes, write_safetensors
 from llada.model.weights import canonical_shapes, num_parameters
-from llada.settings import ModelSection
 from llada.tokenizer import Tokenizer, train_byte_level_bpe
-from llada.training.checkpoint import Trained
+from llada.training.configure import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -27,9 +27,9 @@ from typing import Any
 
 import numpy as np
 
-from data_tools import prepare as preparation
-from data_tools.build import Effort
-from data_tools.encoders import BACKENDS
+from data_tools.documents import text as preparation
+from data_tools.job.build import Effort
+from data_tools.tokenizers.encoders import BACKENDS
 from llada.data.corpus import Corpus
 from llada.tokenizer import Tokenizer
 

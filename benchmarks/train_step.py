@@ -32,13 +32,13 @@ import torch.nn.functional as F
 import yaml
 
 from llada.config import RunConfig, build_config
+from llada.config.sections import ModelSection
 from llada.engine.layout import join_world, sample_offsets
 from llada.engine.megatron import DTYPES, MegatronEngine
 from llada.errors import UserError
 from llada.model.flops import Peak, StepFlops, measured_matmul, step_flops
 from llada.noise import random_lengths, timesteps
 from llada.objectives import Batch, MaskedDiffusion, Window, collate
-from llada.settings import ModelSection
 
 PLAIN_LOOPS = {"every_position": True, "same_arithmetic": False}
 """Name of a plain loop, and whether it computes the logits of every position."""

@@ -12,7 +12,7 @@ import typer
 from llada.errors import UserError
 
 if TYPE_CHECKING:
-    from data_tools.build import Effort
+    from data_tools.job.build import Effort
     from llada.data.corpus import Manifest
 
 app = typer.Typer(no_args_is_help=True, help="Tokenize, shard, inspect and verify corpora.")
@@ -131,8 +131,8 @@ def prepare(
     force: Force = False,
 ) -> None:
     """Tokenize text into a folder of shards that training reads."""
-    from data_tools.passes import Decontamination
-    from data_tools.prepare import prepare as run
+    from data_tools.documents.text import prepare as run
+    from data_tools.job.worker import Decontamination
 
     rule = (
         Decontamination(tuple(decontaminate), decontaminate_ngram, not decontaminate_count)
@@ -167,7 +167,7 @@ def prepare(
 
 
 def _effort(workers: int | None, task: int, tasks: int, wait: float, backend: str) -> Effort:
-    from data_tools.build import Effort
+    from data_tools.job.build import Effort
 
     return Effort(
         len(os.sched_getaffinity(0)) if workers is None else workers,
@@ -181,8 +181,8 @@ def _effort(workers: int | None, task: int, tasks: int, wait: float, backend: st
 
 def _report(output: str, prepare: Callable[[], Manifest]) -> None:
     """Say what was made, or what is left to other tasks."""
-    from data_tools.build import Unfinished
-    from data_tools.finish import summary
+    from data_tools.job.build import Unfinished
+    from data_tools.job.finish import summary
 
     try:
         typer.echo(f"{summary(prepare())}\n{output}")
@@ -262,8 +262,8 @@ def prepare_sft(
     force: Force = False,
 ) -> None:
     """Encode conversations into a folder of shards that fine-tuning reads."""
-    from data_tools.conversations import Fields
-    from data_tools.sft import prepare_sft as run
+    from data_tools.documents.conversations import prepare_sft as run
+    from data_tools.documents.turns import Fields
 
     fields = Fields(
         prompt_field,
@@ -306,8 +306,8 @@ def merge(
     force: Force = False,
 ) -> None:
     """Make one prepared corpus of several of one tokenizer."""
-    from data_tools.finish import summary
-    from data_tools.rewrite import merge as run
+    from data_tools.job.finish import summary
+    from data_tools.tools.rewrite import merge as run
 
     manifest = run(
         folders, output, shard_tokens=shard_tokens, force=force, progress=sys.stderr.isatty()
@@ -325,7 +325,7 @@ def split(
     ] = False,
 ) -> None:
     """Cut a prepared corpus into several of about equal tokens."""
-    from data_tools.rewrite import split as run
+    from data_tools.tools.rewrite import split as run
 
     for number, manifest in enumerate(
         run(folder, parts, output, force=force, progress=sys.stderr.isatty())
@@ -351,7 +351,7 @@ def export(
     force: Force = False,
 ) -> None:
     """Decode the documents of a prepared corpus to JSON Lines."""
-    from data_tools.exchange import export as run
+    from data_tools.tools.exchange import export as run
 
     made = run(
         folder,
@@ -390,8 +390,8 @@ def import_(
     force: Force = False,
 ) -> None:
     """Make a prepared corpus of Megatron datasets that other tools tokenized."""
-    from data_tools.exchange import import_datasets
-    from data_tools.finish import summary
+    from data_tools.job.finish import summary
+    from data_tools.tools.exchange import import_datasets
 
     made = import_datasets(
         shards,
@@ -430,7 +430,7 @@ def inspect(
     """Show what a prepared corpus holds."""
     import json
 
-    from data_tools.inspect import as_text, draw, statistics
+    from data_tools.tools.inspect import as_text, draw, statistics
     from llada.data.corpus import Corpus
 
     corpus = Corpus.open(folder)
@@ -445,8 +445,8 @@ def verify(
     folder: Folder, workers: Annotated[int, typer.Option(help="Shards looked at at a time.")] = 1
 ) -> None:
     """Recompute checksums and check every token, document and count of a prepared corpus."""
-    from data_tools.inspect import check
-    from data_tools.progress import progress_bar
+    from data_tools.job.progress import progress_bar
+    from data_tools.tools.inspect import check
     from llada.data.corpus import Manifest
 
     try:
@@ -486,7 +486,7 @@ def train(
     force: Force = False,
 ) -> None:
     """Train a tokenizer that gives every text back; LLaDA's special tokens take the last ids."""
-    from data_tools.tokenizers import train_tokenizer
+    from data_tools.tokenizers.training import train_tokenizer
 
     made = train_tokenizer(
         [*input, *(more or [])],
@@ -529,8 +529,8 @@ def info(
     """Show size, kind and special tokens of a tokenizer, what encodes for it, and how it cuts a
     text.
     """
-    from data_tools.readers import ReadOptions, parse_extensions
-    from data_tools.tokenizers import describe
+    from data_tools.readers.reading import ReadOptions, parse_extensions
+    from data_tools.tokenizers.training import describe
 
     typer.echo(
         describe(path, input or [], ReadOptions(text_field, parse_extensions(ext), skip_bad))

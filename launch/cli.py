@@ -16,7 +16,7 @@ from typer.core import TyperGroup
 from llada.errors import UserError
 
 if TYPE_CHECKING:
-    from launch.cluster import ClusterProfile
+    from launch.profile import ClusterProfile
 
 
 class _Launch(TyperGroup):
@@ -107,7 +107,7 @@ def run(
     ] = None,
 ) -> None:
     """Submit the run of CONFIG, or start it on this machine with --local."""
-    from launch.commands import LaunchOptions, launch_run
+    from launch.submit.launch import LaunchOptions, launch_run
 
     options = LaunchOptions(
         nodes, gpus_per_node, dry_run, local, chain, then, after, allow_changed, rewind
@@ -127,7 +127,7 @@ def _launch_data(
     dry: bool,
     after: str | None,
 ) -> None:
-    from launch.commands import launch_data
+    from launch.submit.launch import launch_data
 
     profile = _profile(cluster, settings, False)
     assert profile is not None
@@ -164,7 +164,7 @@ def data_prepare_sft(
 
 
 def _profile(cluster: str | None, settings: list[str] | None, local: bool) -> ClusterProfile | None:
-    from launch.cluster import load_profile
+    from launch.profile import load_profile
 
     if local:
         if cluster is not None or settings:
@@ -182,7 +182,7 @@ def status(
     run: Run, as_json: Annotated[bool, typer.Option("--json", help="As one JSON object.")] = False
 ) -> None:
     """State, progress and last error of a run; why it is pending."""
-    from launch import watch
+    from launch import status as watch
 
     found = watch.status(watch.state_folder(run))
     typer.echo(json.dumps(found.as_dict(), indent=1) if as_json else str(found))
@@ -205,7 +205,7 @@ def logs(
     ] = False,
 ) -> None:
     """The log of a rank."""
-    from launch import watch
+    from launch import status as watch
 
     try:
         watch.print_bytes(watch.logs(watch.state_folder(run), rank, attempt, task, follow))
@@ -215,7 +215,7 @@ def logs(
 
 def stop(run: Run) -> None:
     """End a run with a checkpoint after its step, and cancel what of it waits in the queue."""
-    from launch import watch
+    from launch import status as watch
 
     typer.echo(watch.stop(watch.state_folder(run)))
 
@@ -228,7 +228,7 @@ def runs(
     as_json: Annotated[bool, typer.Option("--json", help="As a JSON list.")] = False,
 ) -> None:
     """All runs below some folders, the latest changed first."""
-    from launch import watch
+    from launch import status as watch
 
     missing = [root for root in roots or ["runs"] if not Path(root).is_dir()]
     if missing:

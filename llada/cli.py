@@ -125,7 +125,7 @@ def _train(
     from llada.training.signals import StopRequest
 
     stop = StopRequest().install()  # before the slow imports
-    from llada.config import load_config
+    from llada.training.configure import load_config
 
     resolved = load_config(config, overrides, task=task, rewind=rewind)
     with _slow_imports():
@@ -145,8 +145,9 @@ def show_config(config: Config, overrides: Overrides = None) -> None:
     """Print the resolved CONFIG: every setting, defaults and overrides applied; then its size,
     FLOPs and checkpoints as comments.
     """
-    from llada.config import load_config, to_yaml
-    from llada.summary import describe
+    from llada.config import to_yaml
+    from llada.planning.summary import describe
+    from llada.training.configure import load_config
 
     resolved = load_config(config, overrides)
     typer.echo(to_yaml(resolved), nl=False)
@@ -376,7 +377,7 @@ def data_step(
     samples: Annotated[int, typer.Option(min=1, help="Samples to print.")] = 8,
 ) -> None:
     """Print corpora, documents, t and masks of step STEP, without a model."""
-    from llada.config import load_config
+    from llada.training.configure import load_config
     from llada.training.preview import describe_step
 
     typer.echo(describe_step(load_config(config, overrides), step, samples))

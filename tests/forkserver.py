@@ -45,7 +45,7 @@ MODULES = (
     "llada.hf.importing",
     "llada.sampling.commands",
     "llada.training.loop",
-    "data_tools.prepare",
+    "data_tools.documents.text",
     "matplotlib.backends.backend_agg",
     "matplotlib.pyplot",
     "omegaconf",

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from llada.chat import TEMPLATE, ChatFormat, Message
+from llada.chat.format import TEMPLATE, ChatFormat, Message
 from llada.errors import UserError
 from llada.tokenizer import Tokenizer, train_byte_level_bpe
 

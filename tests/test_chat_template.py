@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from llada.chat import TEMPLATE, ChatFormat, Message, Reply
-from llada.chat_template import TemplateError, TemplateFormat, chat_format
+from llada.chat.format import TEMPLATE, ChatFormat, Message, Reply
+from llada.chat.template import TemplateError, TemplateFormat, chat_format
 from llada.errors import UserError
 from llada.tokenizer import Tokenizer
 

@@ -14,9 +14,10 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from launch.cluster import ClusterProfile
-from llada.config import RunConfig, build_config, dump_config, load_config, read_yaml, to_yaml
+from launch.profile import ClusterProfile
+from llada.config import RunConfig, build_config, dump_config, read_yaml, to_yaml
 from llada.errors import UserError
+from llada.training.configure import load_config
 from llada.training.schedule import Schedule
 
 ROOT = Path(__file__).parents[1]

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import yaml
 
-from llada.config import load_config
+from llada.checkpoint import format
 from llada.errors import UserError
-from llada.training import checkpoint
+from llada.training.configure import load_config
 from tests.workplace import CONFIG
 
 MODEL: dict[str, Any] = {**CONFIG["model"], "rope_theta": 1e4, "norm_eps": 1e-6}
@@ -39,9 +39,9 @@ def run_folder(path: Path) -> Path:
     folder = path / "checkpoints" / "step_00000003"
     folder.mkdir(parents=True)
     config = {"precision": "fp32", "data": {"sequence_length": 64}, "model": MODEL}
-    state = checkpoint.State(3, 24, 1536, "", config, {}, [], [])
-    (folder / checkpoint.STATE).write_text(json.dumps(asdict(state)))
-    (folder / checkpoint.MARKER).write_text("{}")
+    state = format.State(3, 24, 1536, "", config, {}, [], [])
+    (folder / format.STATE).write_text(json.dumps(asdict(state)))
+    (folder / format.MARKER).write_text("{}")
     return path
 
 

@@ -11,11 +11,12 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from llada.checkpoint import format
 from llada.cli import app
-from llada.config import build_config, dump_config, load_config
+from llada.config import build_config, dump_config
 from llada.files import readable_size
-from llada.summary import checkpoint_volume
-from llada.training import checkpoint
+from llada.planning.summary import checkpoint_volume
+from llada.training.configure import load_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -31,11 +32,11 @@ def test_the_number_of_checkpoints_is_what_pruning_leaves(
     raw["train"]["steps"] = steps
     raw["checkpoint"] |= {"every": 4, "keep_last": keep_last, "keep_every": keep_every}
     for step in sorted({*range(4, steps + 1, 4), steps}):
-        folder = tmp_path / checkpoint.name(step)
+        folder = tmp_path / format.name(step)
         folder.mkdir()
-        (folder / checkpoint.MARKER).touch()
-        checkpoint.prune(tmp_path, keep_last, keep_every)
-    assert checkpoint_volume(build_config(raw)).kept == len(checkpoint.committed(tmp_path))
+        (folder / format.MARKER).touch()
+        format.prune(tmp_path, keep_last, keep_every)
+    assert checkpoint_volume(build_config(raw)).kept == len(format.committed(tmp_path))
 
 
 @pytest.mark.parametrize(

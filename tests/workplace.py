@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
-from data_tools.prepare import prepare
-from data_tools.readers import ReadOptions, Report, read
+from data_tools.documents.text import prepare
+from data_tools.readers.reading import ReadOptions, Report, read
 from llada.tokenizer import train_byte_level_bpe
 from tests import processes
 

@@ -35,7 +35,7 @@ I64 = npt.NDArray[np.int64]
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 REPLY_FIELDS = ("document", "history_end", "turn_start", "response_start", "turn_end")
 """Of one reply: its document in the shard, and offsets into that document's tokens
-(llada.chat.Reply).
+(llada.chat.format.Reply).
 """
 _MOST_OPEN = 16384
 """Files of one kind that stay open at most, whatever the system allows."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from llada.checkpoint.format import committed
 from llada.config import RunConfig
 from llada.data.corpus import Corpus
 from llada.data.sft import ReplyReader
@@ -22,7 +23,6 @@ from llada.sampling.diffusion import cut_at_end
 from llada.sampling.models import Sampler, load
 from llada.tokenizer import Tokenizer
 from llada.training import metrics
-from llada.training.checkpoint import committed
 from llada.training.estimates import with_error
 from llada.training.validation import unigram_entropy
 

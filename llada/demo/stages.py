@@ -10,9 +10,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from llada.config import RunConfig, Task, load_config
+from llada.config import RunConfig, Task
 from llada.errors import UserError
 from llada.files import refuse_inside
+from llada.training.configure import load_config
 from llada.training.signals import StopRequest
 
 _GPU_STEPS = {"pretrain": 10_000, "sft": 2_000}
@@ -206,7 +207,7 @@ def _sources(inputs: list[str] | None) -> tuple[list[str], list[str] | None]:
 def _train_tokenizer(
     inputs: list[str], extensions: list[str] | None, size: int, target: Path
 ) -> None:
-    from data_tools.readers import sample_texts
+    from data_tools.readers.reading import sample_texts
     from llada.tokenizer import train_byte_level_bpe
 
     tokenizer = train_byte_level_bpe(sample_texts(inputs, extensions, _TOKENIZER_BYTES), size)
@@ -220,8 +221,8 @@ def _train_tokenizer(
 def _prepare(
     inputs: list[str], extensions: list[str] | None, tokenizer: Path, target: Path
 ) -> None:
-    from data_tools.finish import summary
-    from data_tools.prepare import prepare
+    from data_tools.documents.text import prepare
+    from data_tools.job.finish import summary
 
     print(
         summary(
@@ -233,8 +234,8 @@ def _prepare(
 
 def _prepare_talks(tokenizer: Path, pairs: Path, target: Path) -> None:
     """Questions about the standard library, whatever the pretraining read."""
-    from data_tools.finish import summary
-    from data_tools.sft import prepare_sft
+    from data_tools.documents.conversations import prepare_sft
+    from data_tools.job.finish import summary
     from llada.demo.pairs import write_pairs
 
     files = [

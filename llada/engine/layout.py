@@ -12,10 +12,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from llada.config.sections import ParallelSection
 from llada.device import VARIABLE, gpu_available
 from llada.engine.base import Place
 from llada.errors import UserError
-from llada.settings import ParallelSection
 
 _DEFAULT_TIMEOUT_S = 1800.0
 """Seconds that a collective may take where no hang timeout is set."""

@@ -14,11 +14,11 @@ import torch
 import torch.distributed as dist
 
 from llada.config import RunConfig
+from llada.config.sections import ModelSection, ParallelSection
 from llada.engine import cpu
 from llada.engine.base import NO_LIMITS, Limits, Place, StepResult
 from llada.engine.layout import gather_world, join_world, start_model_parallel, stop_model_parallel
 from llada.objectives.base import Batch
-from llada.settings import ModelSection, ParallelSection
 
 cpu.before_import()
 
@@ -35,12 +35,12 @@ from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E
 from megatron.core.transformer import TransformerConfig  # noqa: E402
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset  # noqa: E402
 
-from llada.engine import optimizer_state  # noqa: E402
+from llada.checkpoint import optimizer_state  # noqa: E402
+from llada.checkpoint.background import BackgroundSave, snapshot, write_in_threads  # noqa: E402
+from llada.checkpoint.reading import MASTERS, StoredTensors  # noqa: E402
 from llada.engine.rank_batch import RankBatch, rank_batch  # noqa: E402
-from llada.engine.saving import BackgroundSave, snapshot, write_in_threads  # noqa: E402
 from llada.model import weights  # noqa: E402
 from llada.model.attention import attention_inputs, choose_kernel  # noqa: E402
-from llada.model.stored import MASTERS, StoredTensors  # noqa: E402
 from llada.model.token_losses import KERNELS  # noqa: E402
 from llada.model.transformer import BidirectionalTransformer, Predicted  # noqa: E402
 

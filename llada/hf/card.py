@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import llada
+from llada.checkpoint.format import State, Trained
 from llada.errors import UserError
 from llada.model.weights import num_parameters
-from llada.training.checkpoint import State, Trained
 from llada.training.estimates import with_error
 
 _HEAD = """---

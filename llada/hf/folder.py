@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from pydantic import ValidationError
 
+from llada.checkpoint.reading import differences
+from llada.config.sections import ModelSection
 from llada.errors import UserError, did_you_mean
 from llada.hf.sources import Renamed, equal
 from llada.hf.tensor_files import TensorFiles, open_tensors
-from llada.model.stored import differences
 from llada.model.weights import BLOCK, EMBEDDING, FINAL_NORM, HEAD, Weights, canonical_shapes
-from llada.settings import ModelSection
 from llada.tokenizer import Tokenizer
 
 LLADA = "LLaDAModelLM"

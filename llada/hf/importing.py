@@ -13,16 +13,16 @@ from pathlib import Path
 import torch
 import yaml
 
+from llada.checkpoint import format
+from llada.checkpoint.writing import write_model
+from llada.config.sections import ModelSection
 from llada.errors import UserError
 from llada.files import flushed_meanwhile, new_folder, read_files, refuse_inside, require_space
 from llada.hf.folder import HfFolder, check_mask, open_folder
 from llada.hf.sources import GrownVocabulary
 from llada.hf.tensor_files import total_bytes
-from llada.model.storing import write_model
 from llada.model.weights import EMBEDDING, Weights, num_parameters
-from llada.settings import ModelSection
 from llada.tokenizer import MASK, SPECIAL_TOKENS, Tokenizer
-from llada.training import checkpoint
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -79,7 +79,7 @@ def from_hf(folder: str | Path, output: str | Path, options: ImportOptions | Non
     weights, model, note = _grown(source, before, tokenizer)
     dtype = PRECISIONS[precision]
     require_space(output, total_bytes(weights.shapes, dtype), "OUT")
-    state = checkpoint.State(
+    state = format.State(
         step=0,
         samples=0,
         tokens=0,
@@ -101,7 +101,7 @@ def from_hf(folder: str | Path, output: str | Path, options: ImportOptions | Non
         recent=[],
         tokenizer=tokenizer.fingerprint,
     )
-    names = (checkpoint.MARKER, checkpoint.STATE, "model", "tokenizer")
+    names = (format.MARKER, format.STATE, "model", "tokenizer")
     with (
         new_folder(output, options.force, "a checkpoint", names, setting="OUT") as partial,
         tempfile.TemporaryDirectory() as scratch,
@@ -110,7 +110,7 @@ def from_hf(folder: str | Path, output: str | Path, options: ImportOptions | Non
         with flushed_meanwhile(partial / "model"):
             write_model(partial / "model", weights, model, dtype)
         tokenizer.save(scratch)
-        checkpoint.seal(partial, state, read_files(Path(scratch)), {})
+        format.seal(partial, state, read_files(Path(scratch)), {})
     count = (
         f"{output}: {num_parameters(model):,} parameters of {source.architecture} in {precision}"
     )

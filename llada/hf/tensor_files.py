@@ -13,9 +13,9 @@ from typing import Any, Protocol
 import torch
 from safetensors import SafetensorError, safe_open
 
+from llada.checkpoint.reading import read_into, write_from
 from llada.errors import RunError, UserError
 from llada.files import ahead
-from llada.model.stored import read_into, write_from
 from llada.model.weights import BLOCK_ELEMENTS, Weights, row_blocks
 
 CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}

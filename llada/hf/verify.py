@@ -19,13 +19,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from llada.checkpoint import format
 from llada.config import RunConfig, build_config
+from llada.config.sections import ModelSection
 from llada.errors import RunError, UserError
 from llada.hf.folder import open_folder
 from llada.noise import stream, uniforms
 from llada.objectives import MaskedDiffusion, Window, collate
-from llada.settings import ModelSection
-from llada.training import checkpoint
 
 ROWS, LENGTH = 4, 128
 TOLERANCE = 1e-5
@@ -57,8 +57,8 @@ def training_logits(folders: Sequence[Path], masters: bool) -> tuple[torch.Tenso
     """
     from llada.engine.megatron import MegatronEngine
 
-    config = _alone(checkpoint.trained(checkpoint.read_state(folders[-1])).model)
-    tokenizer = checkpoint.load_tokenizer(folders[-1])
+    config = _alone(format.trained(format.read_state(folders[-1])).model)
+    tokenizer = format.load_tokenizer(folders[-1])
     windows = []
     for row in range(ROWS):
         ids = np.floor(uniforms(stream(0, "verify", row), LENGTH) * tokenizer.vocab_size).astype(

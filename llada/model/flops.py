@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from llada.settings import ModelSection
+from llada.config.sections import ModelSection
 
 # Dense bf16 peaks of the vendors' data sheets, FLOP/s, by a part of the device name; the more
 # specific name first.

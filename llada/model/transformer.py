@@ -24,9 +24,9 @@ from megatron.core.transformer.transformer_block import (
     get_num_layers_to_build,
 )
 
+from llada.config.sections import ModelSection
 from llada.model.attention import AttentionInputs, attend, rotate
 from llada.model.token_losses import TokenLoss
-from llada.settings import ModelSection
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from typing import Protocol
 
 import torch
 
+from llada.config.sections import ModelSection
 from llada.noise import stream, uniforms
-from llada.settings import ModelSection
 
 INIT_BLOCK_ROWS = 64
 """Rows of a weight that share one random stream; a rank generates only the blocks that meet its

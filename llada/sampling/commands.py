@@ -9,8 +9,8 @@ from dataclasses import replace
 
 import torch
 
-from llada.chat import Message
-from llada.chat_template import chat_format
+from llada.chat.format import Message
+from llada.chat.template import chat_format
 from llada.errors import UserError
 from llada.sampling.diffusion import SamplingOptions, cut_at_end, generate
 from llada.sampling.diffusion import infill as fill

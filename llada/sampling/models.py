@@ -7,16 +7,16 @@ from pathlib import Path
 
 import torch
 
-from llada.chat import END_OF_TURN
+from llada.chat.format import END_OF_TURN
+from llada.checkpoint import format
+from llada.checkpoint.format import Trained
+from llada.checkpoint.reading import CheckpointWeights, StoredTensors, all_rows
 from llada.errors import RunError, UserError
 from llada.hf.convert import model_config
 from llada.hf.folder import LLADA, check_mask, is_folder, open_folder
-from llada.model.stored import CheckpointWeights, StoredTensors, all_rows
 from llada.model.weights import Weights
 from llada.sampling.diffusion import Specials
 from llada.tokenizer import Tokenizer
-from llada.training import checkpoint
-from llada.training.checkpoint import Trained
 
 
 class Sampler:
@@ -77,15 +77,15 @@ def load(path: str | Path) -> Sampler:
     if not os.path.isdir(folder):  # False too for a name that no file can have
         raise UserError(f"MODEL: no folder '{path}'")
     try:
-        source = checkpoint.resolve(folder)
+        source = format.resolve(folder)
     except UserError:
         raise UserError(
             f"MODEL: '{path}' is neither an exported folder (it has no config.json) nor a"
             " checkpoint or a run with one"
         ) from None
-    trained = checkpoint.trained(checkpoint.read_state(source))
+    trained = format.trained(format.read_state(source))
     weights = CheckpointWeights(StoredTensors(source / "model"), trained.model)
-    return _sampler(trained, checkpoint.load_tokenizer(source), weights, device)
+    return _sampler(trained, format.load_tokenizer(source), weights, device)
 
 
 def _exported(path: Path, device: torch.device) -> Sampler:

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from llada.checkpoint import format
 from llada.data.corpus import MANIFEST
 from llada.engine.layout import gather_world
 from llada.errors import RunError, TryAgain, UserError
 from llada.files import readable_size, sync_folder
-from llada.training import checkpoint
 from llada.training.lock import RunLock
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -22,7 +22,7 @@ _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 _OTHERS = {
     MANIFEST: "a prepared corpus",
     "config.json": "a Hugging Face folder",
-    checkpoint.MARKER: "a checkpoint",
+    format.MARKER: "a checkpoint",
 }
 """Files that tell folders which are no run's."""
 

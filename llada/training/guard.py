@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from llada.config.sections import TrainSection
 from llada.engine.base import Limits, StepResult
 from llada.errors import RunError
-from llada.settings import TrainSection
 
 _LAG = 2
 """Steps between a step and the last one its limits come from: a GPU reports a step's numbers while

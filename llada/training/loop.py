@@ -14,6 +14,8 @@ import yaml
 
 import llada
 from llada import events, revision
+from llada.checkpoint import format
+from llada.checkpoint.saving import Saving
 from llada.config import PROVENANCE, RunConfig, dump_config
 from llada.data.base import TRAIN, Plan
 from llada.data.loader import Loader, Prepared
@@ -25,10 +27,9 @@ from llada.engine.layout import join_world, sample_offsets, world_from_environme
 from llada.engine.megatron import DTYPES, MegatronEngine
 from llada.files import read_files, write_atomically
 from llada.model.flops import Peak, step_flops
-from llada.summary import checkpoint_volume
-from llada.training import checkpoint, folder, metrics, validation_files
+from llada.planning.summary import checkpoint_volume
+from llada.training import folder, metrics, validation_files
 from llada.training.guard import Guard
-from llada.training.saving import Saving
 from llada.training.schedule import Schedule
 from llada.training.signals import StopRequest
 from llada.training.start import Start, find_start, versions
@@ -178,7 +179,7 @@ class Run:
             self.engine.any(False)  # every rank has looked at the folder
         if self.place.is_main:
             with folder.naming(self.folder):
-                checkpoint.set_aside(start.aside)
+                format.set_aside(start.aside)
                 self._open_sinks(start)
         self.watchdog = Watchdog(
             self.folder / "heartbeats",
@@ -284,7 +285,7 @@ class Run:
         if done > self.first:  # else it is the one this run started from
             started = time.perf_counter()
             config = self.config
-            state = checkpoint.State(
+            state = format.State(
                 step=done,
                 samples=done * config.batch.global_,
                 tokens=self.tokens,
@@ -320,7 +321,7 @@ class Run:
         saving.finish()
         self.note("checkpoint", step=saving.step)
         if self.place.is_main:
-            checkpoint.prune(
+            format.prune(
                 self.root, self.config.checkpoint.keep_last, self.config.checkpoint.keep_every
             )
         self.watchdog.advance(saving.step)

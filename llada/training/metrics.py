@@ -15,9 +15,9 @@ from typing import Any, Protocol
 
 from llada import events
 from llada.config import RunConfig, Task, dump_config
+from llada.config.sections import LoggingSection
 from llada.events import EventLog
 from llada.files import write_atomically
-from llada.settings import LoggingSection
 from llada.training import validation_files
 
 FILE = "metrics.jsonl"

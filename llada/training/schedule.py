@@ -8,8 +8,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from llada.config.sections import ScheduleSection
 from llada.errors import UserError
-from llada.settings import ScheduleSection
 
 _SHAPES: dict[str, Callable[[float], float]] = {
     "constant": lambda x: 0.0,

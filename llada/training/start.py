@@ -11,16 +11,17 @@ from typing import Any
 import torch
 
 from llada import events
-from llada.config import RunConfig, build_config, dump_config, load_config
+from llada.checkpoint import format
+from llada.checkpoint.reading import StoredTensors
+from llada.config import RunConfig, build_config, dump_config
 from llada.data.base import TrainingData
 from llada.engine.base import Engine
 from llada.engine.layout import gather_world, world_from_environment
 from llada.errors import UserError
 from llada.hf import folder as hf
 from llada.model.attention import kernel_name
-from llada.model.stored import StoredTensors
 from llada.tokenizer import Tokenizer
-from llada.training import checkpoint
+from llada.training.configure import load_config
 from llada.training.folder import refuse_others
 from llada.training.guard import Applied
 from llada.training.schedule import Schedule
@@ -130,14 +131,14 @@ def find_start(
             nothing to go back to, checkpoints that were written and are not there any more.
     """
     notes = [
-        f"ignored {folder}: no {checkpoint.MARKER} file, its save was cut off"
-        for folder in checkpoint.ignored(root)
+        f"ignored {folder}: no {format.MARKER} file, its save was cut off"
+        for folder in format.ignored(root)
     ]
-    found = checkpoint.committed(root)
+    found = format.committed(root)
     if rewind is not None:
-        target = root / checkpoint.name(rewind)
+        target = root / format.name(rewind)
         if target not in found:
-            there = ", ".join(str(checkpoint.step_of(path)) for path in found) or "none"
+            there = ", ".join(str(format.step_of(path)) for path in found) or "none"
             raise UserError(
                 f"--rewind: no checkpoint after step {rewind} in {root}; there are: {there}"
             )
@@ -178,13 +179,13 @@ def _refuse_lost(root: Path) -> None:
         for line in events.read(root.parent)
         if line["event"] == "checkpoint" and "step" in line
     ]
-    without_marker = checkpoint.unmarked(root)
+    without_marker = format.unmarked(root)
     if not steps and not without_marker:
         return
     had = (
         f"the checkpoint after step {steps[-1]} was written"
         if steps
-        else f"{without_marker[-1]} lost its {checkpoint.MARKER} file"
+        else f"{without_marker[-1]} lost its {format.MARKER} file"
     )
     raise UserError(
         f"run.dir: '{root.parent}' has lost its checkpoints: {had}, and {root} holds no complete"
@@ -198,9 +199,7 @@ def _damage(config: RunConfig, folder: Path) -> list[str]:
         return []
     rank, size, _ = world_from_environment()
     return [
-        problem
-        for share in gather_world(checkpoint.damage(folder, rank, size))
-        for problem in share
+        problem for share in gather_world(format.damage(folder, rank, size)) for problem in share
     ]
 
 
@@ -212,7 +211,7 @@ def _resume(
     allow_changed: bool,
     notes: list[str],
 ) -> Start:
-    state = checkpoint.read_state(folder)
+    state = format.read_state(folder)
     _same_architecture(f"resume from {folder}: it", config, state.config["model"])
     changes = _changes(config, data, folder, state, threads)
     if changes and not allow_changed:
@@ -249,7 +248,7 @@ def _rewind(
     if problems:
         raise UserError(f"--rewind: {problems[0]}; choose another step")
     start = _resume(config, data, target, threads, allow_changed, notes)
-    left = checkpoint.step_of(later[-1])
+    left = format.step_of(later[-1])
     record = {
         "rewound_to_step": start.step,
         "from_step": left,
@@ -265,7 +264,7 @@ def _rewind(
 def _rewound(config: RunConfig, folder: Path, step: int) -> bool:
     """Whether a checkpoint comes from a run that was rewound to this step with this schedule."""
     schedule = dump_config(config)["schedule"]
-    lineage = checkpoint.read_state(folder).lineage
+    lineage = format.read_state(folder).lineage
     return any(
         entry.get("rewound_to_step") == step and entry["schedule"] == schedule for entry in lineage
     )
@@ -289,7 +288,7 @@ def foresee(
     data.tokenizer()  # raises
     written = root.parent / "config.yaml"
     if written.is_file() and not allow_changed:
-        difference = checkpoint.first_difference(
+        difference = format.first_difference(
             dump_config(load_config(written)), dump_config(config), _MAY_CHANGE
         )
         if difference:
@@ -307,14 +306,12 @@ def _changes(
     config: RunConfig,
     data: TrainingData,
     folder: Path,
-    state: checkpoint.State,
+    state: format.State,
     threads: int | None,
 ) -> list[str]:
     """What differs from the checkpoint and would make the run another one."""
     watched = () if config.train.skip_spikes else _NAME_SPIKES
-    found = [
-        checkpoint.first_difference(state.config, dump_config(config), (*_MAY_CHANGE, *watched))
-    ]
+    found = [format.first_difference(state.config, dump_config(config), (*_MAY_CHANGE, *watched))]
     if state.data != data.fingerprint:
         found.append(f"data.mixture: data {state.data} -> {data.fingerprint}")
     old = _settings(state.config, folder)
@@ -354,7 +351,7 @@ def _settings(saved: dict[str, Any], folder: Path) -> RunConfig:
         ) from None
 
 
-def _threads_matter(config: RunConfig, old: RunConfig, state: checkpoint.State) -> bool:
+def _threads_matter(config: RunConfig, old: RunConfig, state: format.State) -> bool:
     """Whether another number of CPU threads a rank would make another run.
 
     It would where both configs set it. Where the machine decides it, it changes with the number of
@@ -373,7 +370,7 @@ def _same_architecture(subject: str, config: RunConfig, old: dict[str, Any]) -> 
     """Refuse weights of a model section that do not fit the run's, naming both."""
     new = dump_config(config)["model"]
     allowed = tuple(f"model.{key}" for key in ("embedding_init_std", *_CONSTANTS))
-    difference = checkpoint.first_difference(_comparable(old), _comparable(new), allowed, "model.")
+    difference = format.first_difference(_comparable(old), _comparable(new), allowed, "model.")
     if difference:
         raise UserError(
             f"{subject} holds another architecture ({_shape(old)}) than the config ({_shape(new)});"
@@ -425,15 +422,15 @@ def _from_weights(
     assert config.run.init_from is not None
     if hf.is_folder(config.run.init_from):
         return _from_folder(config, data, Path(config.run.init_from), allow_changed, notes)
-    source = checkpoint.resolve(config.run.init_from, "run.init_from")
-    state = checkpoint.read_state(source, "run.init_from")
+    source = format.resolve(config.run.init_from, "run.init_from")
+    state = format.read_state(source, "run.init_from")
     _same_architecture(f"run.init_from: {source}", config, state.config["model"])
     changed = _same_constants(source, config, state.config["model"], allow_changed)
     _same_tokenizer(
         source,
-        checkpoint.load_tokenizer(source, "run.init_from"),
+        format.load_tokenizer(source, "run.init_from"),
         data,
-        source / checkpoint.TOKENIZER,
+        source / format.TOKENIZER,
     )
     problems = _damage(config, source)
     if problems:

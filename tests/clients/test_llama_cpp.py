@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from data_tools.prepare import prepare
+from data_tools.documents.text import prepare
 from llada.hf.convert import to_hf
 from llada.hf.modeling_llada import LLaDAModelLM
 from llada.tokenizer import Tokenizer

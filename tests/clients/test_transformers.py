@@ -17,11 +17,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llada.chat import ChatFormat, Message
+from llada.chat.format import ChatFormat, Message
+from llada.config.sections import ModelSection
 from llada.hf.convert import to_hf
 from llada.sampling import diffusion
 from llada.sampling.diffusion import SamplingOptions, Specials
-from llada.settings import ModelSection
 from llada.tokenizer import Tokenizer
 from tests.model.oracle import Oracle
 from tests.workplace import CONFIG, Workplace

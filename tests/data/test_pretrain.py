@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_tools.prepare import prepare
+from data_tools.documents.text import prepare
 from llada.config import build_config
 from llada.data.base import TRAIN, check_tokens
 from llada.data.loader import Loader

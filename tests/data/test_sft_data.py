@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_tools.prepare import prepare
-from data_tools.sft import prepare_sft
-from llada.chat import ChatFormat, Message
+from data_tools.documents.conversations import prepare_sft
+from data_tools.documents.text import prepare
+from llada.chat.format import ChatFormat, Message
 from llada.config import build_config
 from llada.data.base import TRAIN, VALIDATION
 from llada.data.sft import SFTData

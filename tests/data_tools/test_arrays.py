@@ -16,9 +16,9 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_tools.arrays import BrokenArray, elements, holds_array
-from data_tools.readers import ReadOptions, Report, read
-from data_tools.sft import prepare_sft
+from data_tools.documents.conversations import prepare_sft
+from data_tools.readers.json_arrays import BrokenArray, elements, holds_array
+from data_tools.readers.reading import ReadOptions, Report, read
 from llada.data.corpus import SPLITS, Manifest
 from llada.errors import UserError
 from llada.tokenizer import train_byte_level_bpe

@@ -18,10 +18,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_tools import build, dedup, pool
-from data_tools.build import Effort, Unfinished
-from data_tools.inspect import check
-from data_tools.prepare import prepare
+from data_tools.documents.text import prepare
+from data_tools.filters import dedup
+from data_tools.job import build, pool
+from data_tools.job.build import Effort, Unfinished
+from data_tools.tools.inspect import check
 from llada.data.corpus import Manifest
 from llada.errors import RunError, TryAgain, UserError
 from llada.tokenizer import Tokenizer, train_byte_level_bpe
@@ -260,7 +261,7 @@ def test_units_done_by_two_at_once_are_the_same(
 
 def counting(monkeypatch: pytest.MonkeyPatch, fails_at: int, error: BaseException) -> list[int]:
     """The units that are tokenized; one of them, by its place in the order of work, fails."""
-    from data_tools.passes import _Opened
+    from data_tools.job.worker import _Opened
 
     units: list[int] = []
     tokenize = _Opened.tokenize
@@ -295,7 +296,7 @@ def test_what_is_finished_is_not_done_again(
 
 
 def test_hashes_are_kept_too(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from data_tools.passes import _Opened
+    from data_tools.job.worker import _Opened
 
     hashed: list[int] = []
     hash_unit = _Opened.hash
@@ -517,7 +518,7 @@ def test_another_task_finished_the_corpus(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Between the last unit of this task and its own attempt to finish."""
-    from data_tools import finish
+    from data_tools.job import finish
 
     make(place, tmp_path / "whole")
     put_together = finish._put_together
@@ -575,7 +576,7 @@ def test_another_command_begins_first(
     """Its settings are others: this one neither works in its folder nor, with --force, removes it
     while it is in use.
     """
-    from data_tools import finish
+    from data_tools.job import finish
 
     refusals: list[str] = []
 
@@ -616,7 +617,7 @@ def test_another_command_begins_first(
 def test_an_output_that_appears_at_the_end(
     place: Path, whole: tuple[bool, dict[str, str]], tmp_path: Path, monkeypatch
 ):
-    from data_tools import finish
+    from data_tools.job import finish
 
     output = tmp_path / "corpus"
 

@@ -16,8 +16,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_tools import contamination as module
-from data_tools.contamination import Contamination, evaluation_texts, words_of
+from data_tools.filters import decontamination as module
+from data_tools.filters.decontamination import Contamination, evaluation_texts, words_of
 from llada.errors import UserError
 
 IDEOGRAPHIC = (

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from data_tools.conversations import Fields
-from data_tools.readers import BadRecord
-from llada.chat import Message
+from data_tools.documents.turns import Fields
+from data_tools.readers.reading import BadRecord
+from llada.chat.format import Message
 from llada.errors import UserError
 
 Q, A, S = Message("user", "q"), Message("assistant", "a"), Message("system", "s")

@@ -19,10 +19,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_tools import encoders
-from data_tools.encoder_checks import difference, fixed_texts
-from data_tools.encoders import BACKENDS, choose_encoder, open_encoder
-from data_tools.tokenizers import train_sentencepiece
+from data_tools.tokenizers import encoders
+from data_tools.tokenizers.encoders import BACKENDS, choose_encoder, open_encoder
+from data_tools.tokenizers.equality import difference, fixed_texts
+from data_tools.tokenizers.training import train_sentencepiece
 from llada.errors import RunError, UserError
 from llada.tokenizer import SPECIAL_TOKENS, Tokenizer, train_byte_level_bpe
 

@@ -20,9 +20,9 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_tools.exchange import export, import_datasets
-from data_tools.megatron import IndexedDataset
-from data_tools.prepare import prepare
+from data_tools.documents.text import prepare
+from data_tools.tools.exchange import export, import_datasets
+from data_tools.tools.megatron import IndexedDataset
 from llada.data.corpus import SPLITS, Manifest, problems
 from llada.errors import UserError
 from llada.tokenizer import Tokenizer, train_byte_level_bpe

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_tools.inspect import as_text, check, describe, sampled_lengths, statistics
-from data_tools.sft import prepare_sft
+from data_tools.documents.conversations import prepare_sft
+from data_tools.tools.inspect import as_text, check, describe, sampled_lengths, statistics
 from llada.data.corpus import Corpus, problems
 from llada.errors import UserError
 from llada.tokenizer import Tokenizer, train_byte_level_bpe
@@ -173,7 +173,7 @@ def test_every_shard_is_reported_when_done(corpus: Path):
 
 
 def test_a_bar_goes_to_stderr(capsys: pytest.CaptureFixture[str]):
-    from data_tools.progress import progress_bar
+    from data_tools.job.progress import progress_bar
 
     with progress_bar(True, "verifying", 10) as done:
         done(4)

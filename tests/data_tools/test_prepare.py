@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 import xxhash
 
-from data_tools import passes
-from data_tools import prepare as module
 from data_tools.batches import in_batches
-from data_tools.build import Effort
-from data_tools.finish import summary
-from data_tools.inspect import check, describe
-from data_tools.prepare import prepare
+from data_tools.documents import text as module
+from data_tools.documents.text import prepare
+from data_tools.job import worker
+from data_tools.job.build import Effort
+from data_tools.job.finish import summary
+from data_tools.tools.inspect import check, describe
 from llada.data.corpus import Corpus, Manifest, problems
 from llada.errors import RunError, UserError
 from llada.tokenizer import Tokenizer, train_byte_level_bpe
@@ -103,7 +103,7 @@ def test_the_token_stream(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    monkeypatch.setattr(passes, "BATCH_BYTES", 1000)
+    monkeypatch.setattr(worker, "BATCH_BYTES", 1000)
     manifest = prepare(
         [source], tokenizer, tmp_path / "corpus", validation_fraction=fraction, shard_tokens=limit
     )
@@ -142,7 +142,7 @@ def test_the_folder_is_self_contained_and_the_same_again(
 ):
     for name in ("one", "two"):
         prepare([source], tokenizer, tmp_path / name, validation_fraction=0.1, shard_tokens=1000)
-        monkeypatch.setattr(passes, "BATCH_BYTES", 700)  # how documents are grouped changes nothing
+        monkeypatch.setattr(worker, "BATCH_BYTES", 700)  # how documents are grouped changes nothing
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
     manifest = Manifest.load(tmp_path / "one")
     copy = Tokenizer.load(tmp_path / "one" / "tokenizer")
@@ -250,7 +250,7 @@ def test_nothing_is_left_behind(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    monkeypatch.setattr(passes, "BATCH_BYTES", 1000)
+    monkeypatch.setattr(worker, "BATCH_BYTES", 1000)
     broken = _Interrupted(Tokenizer.load(tokenizer), error)
     monkeypatch.setattr(module, "open_encoder", lambda *_: broken)
     before = contents(tmp_path)

@@ -12,10 +12,10 @@ import pytest
 from typer.testing import CliRunner
 
 from data_tools.cli import app
-from data_tools.inspect import describe
-from data_tools.sft import Conversations, Fields, SFTSettings, prepare_sft
-from llada.chat import TEMPLATE, ChatFormat, Message
-from llada.chat_template import TemplateFormat
+from data_tools.documents.conversations import Conversations, Fields, SFTSettings, prepare_sft
+from data_tools.tools.inspect import describe
+from llada.chat.format import TEMPLATE, ChatFormat, Message
+from llada.chat.template import TemplateFormat
 from llada.data.corpus import Corpus, Manifest, problems
 from llada.errors import UserError
 from llada.tokenizer import Tokenizer, train_byte_level_bpe
@@ -77,7 +77,7 @@ def pairs_of(folder: Path, split: str) -> list[tuple[list[int], list[int]]]:
 def test_every_reply_with_its_prompt(
     limit: int, fraction: float, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("data_tools.passes.BATCH_BYTES", 700)
+    monkeypatch.setattr("data_tools.job.worker.BATCH_BYTES", 700)
     source = write(tmp_path / "talks.jsonl", PAIRS + TALKS)
     folder = tmp_path / "corpus"
     manifest = prepare_sft(

@@ -12,8 +12,8 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_tools.inputs import parse_extensions
-from data_tools.readers import ReadOptions, Report, read, sample_texts
+from data_tools.readers.reading import ReadOptions, Report, read, sample_texts
+from data_tools.readers.sources import parse_extensions
 from llada.errors import UserError
 from tests.stand_ins import like
 
@@ -283,8 +283,8 @@ def test_unreadable_files_and_folders(tmp_path: Path, monkeypatch: pytest.Monkey
                 yield path, folders, files
 
     # Not by chmod: root may read everything.
-    monkeypatch.setattr("data_tools.streams.open", guarded_open, raising=False)
-    monkeypatch.setattr("data_tools.inputs.os", like(os, walk=guarded_walk))
+    monkeypatch.setattr("data_tools.readers.compression.open", guarded_open, raising=False)
+    monkeypatch.setattr("data_tools.readers.sources.os", like(os, walk=guarded_walk))
     texts, report = read_all(tmp_path / "in")
     assert texts == ["b.txt"]
     assert report.skipped == {"files unreadable": 1, "folders unreadable": 1}

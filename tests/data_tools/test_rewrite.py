@@ -13,9 +13,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_tools.prepare import prepare
-from data_tools.rewrite import merge, split, token_bytes
-from data_tools.sft import prepare_sft
+from data_tools.documents.conversations import prepare_sft
+from data_tools.documents.text import prepare
+from data_tools.tools.rewrite import merge, split, token_bytes
 from llada.data.corpus import CONVERSATIONS, SPLITS, Corpus, Manifest, problems
 from llada.data.shards import REPLY_FIELDS
 from llada.errors import UserError

@@ -18,10 +18,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from data_tools.inputs import Extent, find_sources
-from data_tools.prepare import prepare
-from data_tools.readers import ReadOptions, Report, measure, read, read_slice
-from data_tools.units import cut
+from data_tools.documents.text import prepare
+from data_tools.job.work_plan import cut
+from data_tools.readers.reading import ReadOptions, Report, measure, read, read_slice
+from data_tools.readers.sources import Extent, find_sources
 from llada.data.corpus import LEFT_OUT, Manifest
 from llada.errors import UserError
 from llada.tokenizer import train_byte_level_bpe
@@ -176,7 +176,7 @@ def test_a_line_does_not_need_its_length_in_memory(tmp_path: Path):
     (tmp_path / "c.txt").write_bytes(b"y" * 120_000_000)
     script = (
         "import sys, resource, gzip, orjson\n"
-        "from data_tools.readers import ReadOptions, Report, read\n"
+        "from data_tools.readers.reading import ReadOptions, Report, read\n"
         "pages = int(open('/proc/self/statm').read().split()[0])\n"
         "limit = pages * resource.getpagesize() + 70_000_000\n"
         "resource.setrlimit(resource.RLIMIT_AS, (limit, limit))\n"
@@ -377,7 +377,7 @@ def test_patterns(tmp_path: Path):
 
 
 def test_what_is_left_out_is_listed_and_evaluation_texts_are_kept_out(tmp_path: Path):
-    from data_tools.passes import Decontamination
+    from data_tools.job.worker import Decontamination
 
     train_byte_level_bpe(iter(TEXTS), 300).save(tmp_path / "tokenizer")
     question = "what is the capital of the largest country in the whole wide world today"

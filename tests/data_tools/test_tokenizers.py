@@ -16,7 +16,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from data_tools.tokenizers import sample_passages, train_sentencepiece, train_tokenizer
+from data_tools.tokenizers.training import sample_passages, train_sentencepiece, train_tokenizer
 from llada.errors import UserError
 from llada.tokenizer import SPECIAL_TOKENS, Tokenizer, train_byte_level_bpe
 
@@ -148,7 +148,7 @@ def test_the_same_input_gives_the_same_bytes(library: Path, tmp_path: Path, kind
     """
     size = 1200 if kind == "byte-bpe" else 500
     code = (
-        "import sys; from data_tools.tokenizers import train_tokenizer;"
+        "import sys; from data_tools.tokenizers.training import train_tokenizer;"
         " train_tokenizer([sys.argv[1]], int(sys.argv[2]), sys.argv[3], kind=sys.argv[4],"
         " sample_bytes=30000)"
     )

@@ -15,16 +15,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from llada.checkpoint import format
+from llada.checkpoint.reading import CheckpointWeights, StoredTensors, all_rows
 from llada.config import dump_config
+from llada.config.sections import ModelSection
 from llada.engine.megatron import MegatronEngine
 from llada.files import read_files
 from llada.hf.folder import open_folder
 from llada.hf.importing import from_hf
 from llada.model import weights
-from llada.model.stored import CheckpointWeights, StoredTensors, all_rows
-from llada.settings import ModelSection
 from llada.tokenizer import Tokenizer, train_byte_level_bpe
-from llada.training import checkpoint
 from tests import processes
 from tests.distributed.pool import RankPool
 from tests.distributed.test_layouts import LAYOUTS as MATRIX
@@ -112,8 +112,8 @@ def test_a_checkpoint_of_tp2_pp2_converts_on_one_process_and_has_the_oracles_log
     )
     config = small_config(sizes)
     tokenizer.save(tmp_path / "tokenizer")
-    state = checkpoint.State(1, 8, 256, "", dump_config(config), {}, [], [])
-    checkpoint.seal(run, state, read_files(tmp_path / "tokenizer"), {})
+    state = format.State(1, 8, 256, "", dump_config(config), {}, [], [])
+    format.seal(run, state, read_files(tmp_path / "tokenizer"), {})
     environment = {
         **os.environ,
         "PYTHONPATH": str(Path(__file__).parents[2]),

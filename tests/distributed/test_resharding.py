@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from llada.checkpoint.reading import StoredTensors
 from llada.engine.layout import sample_offsets
 from llada.engine.megatron import MegatronEngine
-from llada.model.stored import StoredTensors
 from tests.distributed.pool import RankPool
 from tests.engine.support import OracleTrainer, canonical, small_config, step_batches
 

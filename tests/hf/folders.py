@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from llada.settings import ModelSection
+from llada.config.sections import ModelSection
 from llada.tokenizer import Tokenizer
 
 SIZES: dict[str, Any] = {

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
+from llada.config.sections import ModelSection
 from llada.hf.configuration_llada import LLaDAConfig
 from llada.hf.modeling_llada import LLaDAModelLM
 from llada.model.weights import canonical_shapes
-from llada.settings import ModelSection
 
 SHAPES: dict[str, dict[str, Any]] = {
     "mha": {},

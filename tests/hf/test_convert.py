@@ -17,18 +17,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llada.chat import ChatFormat, Message
+from llada.chat.format import ChatFormat, Message
+from llada.checkpoint import format
+from llada.checkpoint import reading as module_of_stored
+from llada.checkpoint.reading import CheckpointWeights, StoredTensors, all_rows
+from llada.checkpoint.writing import write_model
+from llada.config.sections import ModelSection
 from llada.errors import RunError, UserError
 from llada.files import flushed_meanwhile
 from llada.hf import convert as module
 from llada.hf.convert import convert, parse_size, to_hf
 from llada.hf.tensor_files import write_safetensors
-from llada.model import stored as module_of_stored
-from llada.model.stored import CheckpointWeights, StoredTensors, all_rows
-from llada.model.storing import write_model
-from llada.settings import ModelSection
 from llada.tokenizer import Tokenizer
-from llada.training import checkpoint
 from tests.hf.folders import SIZES, published_tensors
 from tests.model.in_memory import InMemory
 from tests.stand_ins import like
@@ -116,14 +116,14 @@ def test_plain_transformers_computes_the_training_models_logits(
 
 def weights_of(folder: Path) -> CheckpointWeights:
     return CheckpointWeights(
-        StoredTensors(folder / "model"), checkpoint.trained(checkpoint.read_state(folder)).model
+        StoredTensors(folder / "model"), format.trained(format.read_state(folder)).model
     )
 
 
 def test_weights_are_dealt_into_files_of_a_limited_size(
     workplace: Workplace, tmp_path: Path
 ) -> None:
-    source = weights_of(checkpoint.resolve(workplace.folder / "whole"))
+    source = weights_of(format.resolve(workplace.folder / "whole"))
     tensors = {name: all_rows(source, name) for name in source.shapes}
     limit = 100_000
     count = write_safetensors(tmp_path, source, torch.bfloat16, limit)
@@ -144,7 +144,7 @@ def test_the_config_names_the_longest_sequence_of_the_lineage(
 ) -> None:
     source = tmp_path / "later"
     shutil.copytree(workplace.folder / "whole", source)
-    path = checkpoint.resolve(source) / "state.json"
+    path = format.resolve(source) / "state.json"
     state = json.loads(path.read_text())
     state["lineage"] = [{"init_from": "before", "sequence_length": 4096}]
     path.write_text(json.dumps(state))
@@ -157,7 +157,7 @@ def test_the_config_names_the_longest_sequence_of_the_lineage(
 
 def copy(workplace: Workplace, tmp_path: Path) -> Path:
     target = tmp_path / "damaged"
-    shutil.copytree(checkpoint.resolve(workplace.folder / "whole"), target)
+    shutil.copytree(format.resolve(workplace.folder / "whole"), target)
     return target
 
 
@@ -486,7 +486,7 @@ def test_no_tensor_is_ever_in_memory_as_a_whole(
     for place in (
         "llada.model.weights.BLOCK_ELEMENTS",
         "llada.hf.tensor_files.BLOCK_ELEMENTS",
-        "llada.model.storing.PIECE_ELEMENTS",
+        "llada.checkpoint.writing.PIECE_ELEMENTS",
     ):
         monkeypatch.setattr(place, 1000)
     model = ModelSection(**{**SIZES, "num_query_groups": 4})

@@ -17,16 +17,16 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import PretrainedConfig
 
-from data_tools.prepare import prepare
-from data_tools.readers import ReadOptions, Report, read
+from data_tools.documents.text import prepare
+from data_tools.readers.reading import ReadOptions, Report, read
+from llada.checkpoint import format
+from llada.config.sections import ModelSection
 from llada.errors import RunError, UserError
 from llada.hf.convert import to_hf
 from llada.hf.folder import open_folder
 from llada.hf.importing import ImportOptions, from_hf
 from llada.hf.modeling_llada import LLaDAModelLM
-from llada.settings import ModelSection
 from llada.tokenizer import MASK, Tokenizer
-from llada.training import checkpoint
 from tests.engine.support import OracleTrainer
 from tests.hf.folders import SIZES, llama_folder, published_folder
 from tests.model.oracle import Oracle
@@ -159,8 +159,8 @@ def test_weights_of_an_independent_implementation_import_and_train_on(
     its import, have the oracle's losses and gradient norms over three steps, and the two are equal
     to the last digit.
     """
-    from llada.config import load_config
     from llada.data.tasks import open_data
+    from llada.training.configure import load_config
 
     tensors = published_folder(
         tmp_path / "folder", workplace.folder / "tokenizer", tie_embeddings=tied
@@ -254,7 +254,7 @@ def test_a_diffusion_model_starts_from_a_llama(
         **settings,
     )
     workplace.run("pretrain", name)
-    state = checkpoint.read_state(checkpoint.resolve(workplace.folder / "llama"))
+    state = format.read_state(format.resolve(workplace.folder / "llama"))
     assert [entry.get("architecture") for entry in state.lineage] == ["LlamaForCausalLM", None]
     assert state.lineage[0]["vocabulary"].startswith(f"vocabulary: 1 new tokens ({MASK} 500)")
     folder = workplace.config(

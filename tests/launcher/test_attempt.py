@@ -17,12 +17,12 @@ from typing import Any
 
 import pytest
 
-from launch import snapshot
-from launch.attempt import Asked, StepEnd, ended_tasks, run_ranks
-from launch.decide import Decision, Situation, decide
-from launch.job import STOP, JobSpec, Restarts
-from launch.machines import OneProcess, ThisMachine
-from launch.supervisor import Supervisor
+from launch.job.attempt import Asked, StepEnd, ended_tasks, run_ranks
+from launch.job.machines import OneProcess, ThisMachine
+from launch.job.policy import Decision, Situation, decide
+from launch.job.spec import STOP, JobSpec, Restarts
+from launch.job.supervisor import Supervisor
+from launch.submit import snapshot
 from llada import events
 from llada.training.signals import StopRequest
 

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import yaml
 
-from launch import submit
-from launch.cluster import ClusterProfile, load_profile, minutes
-from llada.config import RunConfig, load_config
+from launch.profile import ClusterProfile, load_profile, minutes
+from launch.submit import sbatch
+from llada.config import RunConfig
 from llada.errors import UserError
+from llada.training.configure import load_config
 from tests.workplace import CONFIG
 
 PROFILES = sorted((Path(__file__).parents[2] / "configs" / "clusters").glob("*.yaml"))
@@ -32,7 +33,7 @@ def run(tmp_path: Path, **sections: Any) -> RunConfig:
 @pytest.mark.parametrize("path", PROFILES, ids=lambda path: path.stem)
 def test_shipped_profiles(path: Path, tmp_path: Path) -> None:
     profile = load_profile(path)
-    script = submit.training(run(tmp_path), profile, 32, 8, tmp_path / "launch", []).script()
+    script = sbatch.training(run(tmp_path), profile, 32, 8, tmp_path / "launch", []).script()
     assert (
         "#SBATCH --nodes=32" in script
         and "#SBATCH --ntasks-per-node=8" in script
@@ -131,7 +132,7 @@ def test_every_setting_reaches_the_script(tmp_path: Path) -> None:
             "python": "python",
         },
     )
-    prepared = submit.training(
+    prepared = sbatch.training(
         run(tmp_path, parallel={"tensor": 2}), profile, 2, 4, tmp_path / "l", ["--allow-changed"]
     )
     lines = prepared.script().splitlines()
@@ -182,7 +183,7 @@ def test_chains_and_containers(tmp_path: Path) -> None:
         environment={"container": {"kind": "apptainer", "image": "/i.sif", "mounts": ["/a"]}},
         memory_per_task_gb=0,
     )
-    prepared = submit.training(run(tmp_path), profile, 1, 2, tmp_path / "l", [], chain=3)
+    prepared = sbatch.training(run(tmp_path), profile, 1, 2, tmp_path / "l", [], chain=3)
     assert "#SBATCH --no-requeue" in prepared.script() and "#SBATCH --mem=0" in prepared.script()
     assert not prepared.spec.restarts.requeue and prepared.spec.chain == 3
     assert prepared.spec.container == [
@@ -205,7 +206,7 @@ def test_jobs_without_gpus_have_their_own_settings(tmp_path: Path) -> None:
         account="a",
         cpu_jobs={"partition": "cpu", "time": "10", "cpus": 3, "memory_gb": 1.5},
     )
-    prepared = submit.single(
+    prepared = sbatch.single(
         profile, Path("/s"), Path("/f"), Path("/c"), ["data", "prepare", "--task", "{task}"], 5
     )
     for wanted in (
@@ -222,5 +223,5 @@ def test_jobs_without_gpus_have_their_own_settings(tmp_path: Path) -> None:
 
 
 def test_names_of_runs_do_not_meet() -> None:
-    assert submit.job_name(Path("/a/run")) != submit.job_name(Path("/b/run"))
-    assert submit.job_name(Path("/a/my run!")).startswith("llada-my_run_-")
+    assert sbatch.job_name(Path("/a/run")) != sbatch.job_name(Path("/b/run"))
+    assert sbatch.job_name(Path("/a/my run!")).startswith("llada-my_run_-")

@@ -14,13 +14,13 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from data_tools.sft import prepare_sft
-from launch import watch
+from data_tools.documents.conversations import prepare_sft
+from launch import status as watch
 from llada.cli import app
-from llada.config import load_config
 from llada.errors import RunError, UserError
 from llada.events import EventLog, restarts
-from llada.summary import checkpoint_volume
+from llada.planning.summary import checkpoint_volume
+from llada.training.configure import load_config
 from llada.training.loop import train
 from llada.training.signals import StopRequest
 from tests.stand_ins import like

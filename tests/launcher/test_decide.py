@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch.attempt import Exit, StepEnd
-from launch.decide import Situation, decide, failures_in_a_row, restart
-from launch.job import Restarts
+from launch.job.attempt import Exit, StepEnd
+from launch.job.policy import Situation, decide, failures_in_a_row, restart
+from launch.job.spec import Restarts
 
 LIMITS = Restarts(limit=2, backoff=60.0)
 

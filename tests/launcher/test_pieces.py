@@ -15,12 +15,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch import affinity, scheduler, watch
-from launch.job import JobSpec, Restarts, latest_checkpoint, next_folder
-from launch.machines import OneProcess, free_port
-from launch.rank import last_message
-from launch.scheduler import Job
-from launch.supervisor import _seconds
+from launch import slurm as scheduler
+from launch import status
+from launch.job import affinity
+from launch.job.machines import OneProcess, free_port
+from launch.job.rank import last_message
+from launch.job.spec import JobSpec, Restarts, latest_checkpoint, next_folder
+from launch.job.supervisor import _seconds
+from launch.slurm import Job
 from llada.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -144,14 +146,14 @@ def test_slurms_durations() -> None:
 
 
 def test_the_reason_of_a_pending_job_is_explained() -> None:
-    assert watch._because(Job("1", "PENDING", "PartitionTimeLimit")).startswith(
+    assert status._because(Job("1", "PENDING", "PartitionTimeLimit")).startswith(
         ": PartitionTimeLimit (asks for more time than the partition"
     )
-    assert watch._because(Job("1", "PENDING", "ReqNodeNotAvail, UnavailableNodes:n1")).endswith(
+    assert status._because(Job("1", "PENDING", "ReqNodeNotAvail, UnavailableNodes:n1")).endswith(
         "(a node it needs is down, drained or reserved)"
     )
-    assert watch._because(Job("1", "PENDING", "SomethingNew")) == ": SomethingNew"
-    assert watch._because(Job("1", "RUNNING")) == ""
+    assert status._because(Job("1", "PENDING", "SomethingNew")) == ": SomethingNew"
+    assert status._because(Job("1", "RUNNING")) == ""
 
 
 def test_no_slurm_on_the_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -204,7 +206,7 @@ def start_rank(folder: Path, code: str, *options: str) -> subprocess.Popen[bytes
     words = [
         sys.executable,
         "-m",
-        "launch.rank",
+        "launch.job.rank",
         "--folder",
         str(folder),
         "--directory",
@@ -306,7 +308,7 @@ def test_the_environment_of_a_rank_is_of_slurm_even_where_torchrun_left_its_own(
     words = [
         sys.executable,
         "-m",
-        "launch.rank",
+        "launch.job.rank",
         "--folder",
         str(tmp_path),
         "--directory",

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from launch.attempt import Exit, StepEnd
-from launch.preflight_rules import FINDINGS, Finding, Verdict, judge
+from launch.job.attempt import Exit, StepEnd
+from launch.preflight.rules import FINDINGS, Finding, Verdict, judge
 from tests import processes
 
 RULES: dict[str, Any] = {
@@ -188,7 +188,7 @@ def test_the_tests_run_and_meet_in_every_ring(tmp_path: Path, hosts: int) -> Non
         "LLADA_PREFLIGHT": json.dumps(RULES),
         "OMP_NUM_THREADS": "1",
     }
-    command = ("-m", "launch.preflight", str(tmp_path), str(tmp_path))
+    command = ("-m", "launch.preflight.main", str(tmp_path), str(tmp_path))
     ranks = [
         processes.start(
             *command,

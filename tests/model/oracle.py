@@ -8,7 +8,7 @@ import math
 
 import torch
 
-from llada.settings import ModelSection
+from llada.config.sections import ModelSection
 
 P = "model.transformer"
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from llada.config.sections import ModelSection
 from llada.model.flops import Peak, step_flops
 from llada.model.weights import canonical_shapes, num_parameters
-from llada.settings import ModelSection
 from tests.model.oracle import Oracle
 
 MODEL = ModelSection(

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llada.config.sections import ModelSection
 from llada.model import weights
-from llada.settings import ModelSection
 from tests.model.in_memory import InMemory
 
 MODEL = ModelSection(

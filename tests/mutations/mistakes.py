@@ -192,7 +192,7 @@ rewrites(
 )
 rewrites(
     "a turn's text read as special tokens",
-    "llada.chat_template",
+    "llada.chat.template",
     "for part in self._split(text) if is_own else [text]:",
     "for part in self._split(text):",
     "tests/test_chat_template.py",
@@ -292,7 +292,7 @@ def a_norms_gradient_counted_twice(megatron: Any) -> None:
     megatron._finalize = finalize
 
 
-@changes("llada.engine.optimizer_state", "tests/engine/test_state.py")
+@changes("llada.checkpoint.optimizer_state", "tests/engine/test_state.py")
 def one_step_count_for_all_parameters_after_loading(optimizer_state: Any) -> None:
     """AdamW then raises the count once for each parameter in every step."""
     right = optimizer_state.set_step_count
@@ -311,7 +311,7 @@ def one_step_count_for_all_parameters_after_loading(optimizer_state: Any) -> Non
 
 rewrites(
     "a piece of the moments that no rank writes",
-    "llada.engine.optimizer_state",
+    "llada.checkpoint.optimizer_state",
     "    if max(body, tail) < stop:",
     "    if max(body, tail) < stop and tail < body:",
     "tests/distributed/test_resharding.py",
@@ -369,21 +369,21 @@ def a_run_folder_taken_from_a_living_process(lock: Any) -> None:
 
 rewrites(
     "a job that comes back after scancel",
-    "launch.decide",
+    "launch.job.policy",
     'if now.state == "cancelled":',
     "if False:",
     "tests/launcher/test_decide.py",
 )
 rewrites(
     "stops in order that use up the restarts",
-    "launch.decide",
+    "launch.job.policy",
     'if not ends or ends[-1].get("failure"):',
     "if True:",
     "tests/launcher/test_decide.py",
 )
 rewrites(
     "a signal that is lost while Python imports",
-    "launch.rank",
+    "launch.job.rank",
     "if self._last is not None and time",
     "if sent == 0.0 and self._last is not None and time",
     "tests/launcher/test_pieces.py",

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from llada.checkpoint import format
 from llada.cli import app
 from llada.errors import RunError, UserError
 from llada.hf.convert import to_hf
@@ -22,7 +23,6 @@ from llada.sampling.gaps import parse
 from llada.sampling.models import load
 from llada.sampling.show import Playback
 from llada.tokenizer import Tokenizer
-from llada.training import checkpoint
 from tests.hf.folders import llama_folder
 from tests.workplace import Workplace
 
@@ -157,7 +157,7 @@ def test_a_question_is_put_into_the_models_own_chat_template(
     )
     run_folder = tmp_path / "run"
     shutil.copytree(workplace.folder / "whole", run_folder)
-    source = checkpoint.resolve(run_folder)
+    source = format.resolve(run_folder)
     tokenizer = Tokenizer.load(source / "tokenizer")
     tokenizer.chat_template = template
     tokenizer.save(source / "tokenizer")

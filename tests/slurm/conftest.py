@@ -26,9 +26,9 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from data_tools.prepare import prepare
-from data_tools.readers import ReadOptions, Report, read
-from launch import watch
+from data_tools.documents.text import prepare
+from data_tools.readers.reading import ReadOptions, Report, read
+from launch import status as watch
 from llada import events
 from llada.cli import app
 from llada.errors import UserError
@@ -236,7 +236,7 @@ class Place(Workplace):
                 if (
                     marker in b" ".join(words)
                     and b"pretrain" in words
-                    and b"launch.rank" not in words
+                    and b"launch.job.rank" not in words
                     and b"srun" not in words[0]
                 ):
                     values = dict(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import scheduler
+from launch import slurm
 from llada.errors import UserError
 from tests.slurm.cluster import Cluster, until
 from tests.slurm.conftest import Place, at
@@ -43,20 +43,20 @@ def test_a_job_that_slurm_forgot_is_known_from_accounting(accounted: Place) -> N
         "paid", account="science", environment={"source": ["/nowhere/activate"]}
     )
     job = accounted.launch("forgotten", profile=profile)
-    until(lambda: not scheduler.describe(job), 90, "slurmctld to forget the job")
+    until(lambda: not slurm.describe(job), 90, "slurmctld to forget the job")
     status = accounted.status("forgotten")
     assert status.state == "FAILED" and status.jobs == [f"{job} FAILED"]
     assert status.reason == f"Slurm says FAILED of job {job}"
     assert "/nowhere/activate" in accounted.llada("logs", "forgotten")
-    assert scheduler.jobs([job, "4000000"])["4000000"].state == "UNKNOWN"
+    assert slurm.jobs([job, "4000000"])["4000000"].state == "UNKNOWN"
 
 
 def test_without_accounting_it_says_so(accounted: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     job = accounted.cluster.run(
         "sbatch", "--parsable", "--account=science", "--output=/dev/null", "--wrap", "true"
     )
-    until(lambda: not scheduler.describe(job), 90, "slurmctld to forget the job")
-    assert scheduler.jobs([job])[job].state == "COMPLETED"
+    until(lambda: not slurm.describe(job), 90, "slurmctld to forget the job")
+    assert slurm.jobs([job])[job].state == "COMPLETED"
     without_sacct = like(shutil, which=lambda name: None if name == "sacct" else shutil.which(name))
-    monkeypatch.setattr(scheduler, "shutil", without_sacct)
-    assert scheduler.jobs([job])[job].state == "UNKNOWN"
+    monkeypatch.setattr(slurm, "shutil", without_sacct)
+    assert slurm.jobs([job])[job].state == "UNKNOWN"

@@ -16,11 +16,12 @@ from typing import Any
 import pytest
 import yaml
 
-from data_tools.prepare import prepare
-from launch import scheduler, watch
-from llada.config import load_config
+from data_tools.documents.text import prepare
+from launch import slurm
+from launch import status as watch
 from llada.data.corpus import Manifest
 from llada.errors import UserError
+from llada.training.configure import load_config
 from tests.slurm.cluster import until
 from tests.slurm.conftest import STEPS, Place, scenario
 
@@ -156,7 +157,7 @@ def test_a_chain_where_jobs_cannot_requeue(place: Place) -> None:
     place.cluster.run("scancel", "--signal=USR1", "--batch", jobs[0])  # as before a time limit
     place.wait_event("chain", "started", 2)
     status = place.wait_state("chain", "FINISHED")
-    shown = {job: scheduler.describe(job) for job in jobs}
+    shown = {job: slurm.describe(job) for job in jobs}
     assert [shown[job]["JobState"] for job in jobs] == [
         "FAILED",
         "COMPLETED",
@@ -167,7 +168,7 @@ def test_a_chain_where_jobs_cannot_requeue(place: Place) -> None:
     sent = watch.latest(place.folder / "chain")
     assert sent is not None and sent.then is not None
     until(
-        lambda: scheduler.describe(str(sent.then))["JobState"] == "RUNNING",
+        lambda: slurm.describe(str(sent.then))["JobState"] == "RUNNING",
         30,
         "the conversion to start",
     )
@@ -196,7 +197,7 @@ def test_scancel_of_a_chain_is_final_even_when_the_ranks_take_too_long(place: Pl
         os.kill(pid, signal.SIGSTOP)
     place.cluster.run("scancel", first)
     until(
-        lambda: scheduler.describe(second).get("JobState") == "CANCELLED",
+        lambda: slurm.describe(second).get("JobState") == "CANCELLED",
         30,
         "the second job's end",
         lambda: place.story("severed"),
@@ -469,7 +470,7 @@ def test_the_submitters_environment_changes_nothing(
     ):
         monkeypatch.setenv(name, value)
     job = place.launch("shielded", per_node=2)
-    shown = scheduler.describe(job)
+    shown = slurm.describe(job)
     assert (shown["TimeLimit"], shown["Partition"], shown["Requeue"]) == ("00:10:00", "main", "1")
     started = [
         place.folder / f"shielded/logs/attempt-0001/rank_{rank:05d}.start.json" for rank in range(4)

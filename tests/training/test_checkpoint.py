@@ -13,10 +13,10 @@ import pytest
 import torch
 import yaml
 
+from llada.checkpoint import format
+from llada.checkpoint.reading import StoredTensors
 from llada.files import checksum
-from llada.model.stored import StoredTensors
 from llada.tokenizer import Tokenizer
-from llada.training import checkpoint
 from tests.stand_ins import like
 from tests.workplace import CONFIG, Workplace
 
@@ -33,24 +33,24 @@ def test_every_file_is_flushed_before_the_marker(
     monkeypatch.setattr("llada.files.os", like(os, fsync=noted))
     root = tmp_path / "run" / "checkpoints"
     root.parent.mkdir()
-    state = checkpoint.State(3, 12, 100, "data", {}, {}, [], [])
-    folder = checkpoint.begin(root, 3)
+    state = format.State(3, 12, 100, "data", {}, {}, [], [])
+    folder = format.begin(root, 3)
     (folder / "model" / "weights.distcp").write_bytes(b"w")
     written = {"weights.distcp": checksum(folder / "model" / "weights.distcp")}
-    final = checkpoint.commit(folder, state, {"tokenizer.json": b"{}"}, written)
+    final = format.commit(folder, state, {"tokenizer.json": b"{}"}, written)
     partial = "run/checkpoints/step_00000003.partial"
     [marker] = [
         i
         for i, name in enumerate(flushed)
-        if name.startswith(f"{partial}/{checkpoint.MARKER}.") and name.endswith(".tmp")
+        if name.startswith(f"{partial}/{format.MARKER}.") and name.endswith(".tmp")
     ]
     before = set(flushed[:marker])
-    files = {str(path.relative_to(final)) for path in final.rglob("*")} - {checkpoint.MARKER}
+    files = {str(path.relative_to(final)) for path in final.rglob("*")} - {format.MARKER}
     assert {f"{partial}/{name}" for name in files} <= before
     assert "run" in before, "the entry of checkpoints/"
     assert flushed[-1] == "run/checkpoints", "the renamed folder's entry"
-    assert checkpoint.damage(final) == []
-    assert set(json.loads((final / checkpoint.MARKER).read_text())["files"]) == {
+    assert format.damage(final) == []
+    assert set(json.loads((final / format.MARKER).read_text())["files"]) == {
         "model/weights.distcp",
         "state.json",
         "tokenizer/tokenizer.json",
@@ -59,10 +59,10 @@ def test_every_file_is_flushed_before_the_marker(
 
 def made(root: Path, step: int) -> Path:
     """A committed checkpoint of made-up files."""
-    folder = checkpoint.begin(root / "checkpoints", step)
+    folder = format.begin(root / "checkpoints", step)
     (folder / "model" / "a.distcp").write_bytes(bytes(range(200)))
-    return checkpoint.commit(
-        folder, checkpoint.State(step, 0, 0, "data", {}, {}, [], []), {"tokenizer.json": b"{}"}, {}
+    return format.commit(
+        folder, format.State(step, 0, 0, "data", {}, {}, [], []), {"tokenizer.json": b"{}"}, {}
     )
 
 
@@ -82,9 +82,7 @@ def test_damage_to_any_file_is_found_by_some_share(
     else:
         data = path.read_bytes()
         path.write_bytes(bytes([data[0] ^ 1]) + data[1:] if change == "flip" else change)
-    found = [
-        problem for share in range(shares) for problem in checkpoint.damage(folder, share, shares)
-    ]
+    found = [problem for share in range(shares) for problem in format.damage(folder, share, shares)]
     assert len(found) == 1
     assert f"{path} {'has' if message != 'cannot be read' else ''}".strip() in found[0]
     assert message in found[0]
@@ -92,8 +90,8 @@ def test_damage_to_any_file_is_found_by_some_share(
 
 def test_a_damaged_marker_is_damage(tmp_path: Path) -> None:
     folder = made(tmp_path, 4)
-    (folder / checkpoint.MARKER).write_text('{"step": 4}')
-    assert "COMMITTED is damaged" in checkpoint.damage(folder)[0]
+    (folder / format.MARKER).write_text('{"step": 4}')
+    assert "COMMITTED is damaged" in format.damage(folder)[0]
 
 
 @pytest.mark.parametrize(
@@ -111,11 +109,9 @@ def test_retention(last: int | None, every: int | None, kept: list[int], tmp_pat
         made(tmp_path, step)
     root = tmp_path / "checkpoints"
     (root / "step_00000001.deleted").mkdir()
-    checkpoint.prune(root, last, every)
-    assert [path.name for path in checkpoint.committed(root)] == [
-        checkpoint.name(step) for step in kept
-    ]
-    assert sorted(path.name for path in root.iterdir()) == [checkpoint.name(step) for step in kept]
+    format.prune(root, last, every)
+    assert [path.name for path in format.committed(root)] == [format.name(step) for step in kept]
+    assert sorted(path.name for path in root.iterdir()) == [format.name(step) for step in kept]
 
 
 def test_a_run_keeps_what_it_is_told_to(workplace: Workplace) -> None:
@@ -137,7 +133,7 @@ def test_a_run_keeps_what_it_is_told_to(workplace: Workplace) -> None:
             "step_00000012",
         ]
         assert workplace.lines(name) == workplace.lines("whole")
-        assert all(checkpoint.damage(folder) == [] for folder in checkpoints.iterdir())
+        assert all(format.damage(folder) == [] for folder in checkpoints.iterdir())
         raw = [
             json.loads(line)
             for line in (workplace.folder / name / "metrics.jsonl").read_text().splitlines()
@@ -221,7 +217,7 @@ def test_a_full_disk_leaves_the_checkpoints_before(workplace: Workplace) -> None
     assert [path.name for path in (workplace.folder / "full" / "checkpoints").iterdir()] == [
         "step_00000004"
     ]
-    assert checkpoint.damage(workplace.folder / "full" / "checkpoints" / "step_00000004") == []
+    assert format.damage(workplace.folder / "full" / "checkpoints" / "step_00000004") == []
     workplace.run("pretrain", config)
     assert workplace.lines("full") == workplace.lines("whole")
 
@@ -248,7 +244,7 @@ def test_a_start_from_weights_with_another_rope_base(workplace: Workplace) -> No
     )
     out = workplace.run("pretrain", config, "--allow-changed").stdout
     assert "rope_theta 10000.0, norm_eps 1e-05" in out
-    state = checkpoint.read_state(workplace.folder / "longer" / "checkpoints" / "step_00000001")
+    state = format.read_state(workplace.folder / "longer" / "checkpoints" / "step_00000001")
     assert state.lineage[-1]["changed"] == ["model.rope_theta: 500000.0 -> 10000.0"]
     assert "initialised from whole/checkpoints/step_00000012 (weights)" in out
     assert "reads the same samples again" not in out

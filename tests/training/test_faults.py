@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from llada.training import checkpoint
+from llada.checkpoint import format
 from tests import processes
 from tests.workplace import Workplace
 
@@ -115,8 +115,8 @@ def test_twenty_kills_of_a_random_rank_at_random_moments(workplace: Workplace) -
             assert end(start(workplace, name), 600) == [0] * RANKS
             assert workplace.lines("disturbed") == wanted
             assert leftovers(workplace.folder / "disturbed") == []
-            folders = checkpoint.committed(workplace.folder / "disturbed" / "checkpoints")
-            assert [checkpoint.damage(folder) for folder in folders] == [[], []]
+            folders = format.committed(workplace.folder / "disturbed" / "checkpoints")
+            assert [format.damage(folder) for folder in folders] == [[], []]
             shutil.rmtree(workplace.folder / "disturbed")
             finished += 1
     assert finished >= 1

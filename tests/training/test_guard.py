@@ -12,9 +12,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llada.config.sections import TrainSection
 from llada.engine.base import Limits, StepResult
 from llada.errors import RunError
-from llada.settings import TrainSection
 from llada.training.guard import Applied, Guard, upper_limit
 from tests.workplace import Workplace
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from llada.config import Task
-from llada.settings import LoggingSection
+from llada.config.sections import LoggingSection
 from llada.training import metrics
 from tests.workplace import Workplace
 

@@ -6,10 +6,10 @@ import re
 
 import pytest
 
-from llada.config import load_config
 from llada.data.base import TRAIN
 from llada.data.pretrain import PretrainData
 from llada.errors import UserError
+from llada.training.configure import load_config
 from llada.training.preview import describe_step
 from tests.workplace import Workplace
 

@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 import torch
 
+from llada.checkpoint.saving import system_error
 from llada.config import build_config
 from llada.errors import RunError, TryAgain, UserError
 from llada.files import read_files
 from llada.training import folder, lock
 from llada.training.folder import RunFolder
 from llada.training.loop import train
-from llada.training.saving import system_error
 from llada.training.signals import StopRequest
 from llada.training.start import foresee
 from tests.training.test_lock import forge
@@ -277,9 +277,9 @@ def test_a_corpus_with_another_tokenizer_is_refused_before_it_is_read(
     workplace: Workplace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A valid tokenizer of the same size, whose ids mean something else."""
-    from data_tools.exchange import export
-    from data_tools.inspect import check, describe
-    from data_tools.rewrite import merge, split
+    from data_tools.tools.exchange import export
+    from data_tools.tools.inspect import check, describe
+    from data_tools.tools.rewrite import merge, split
     from llada.data.pretrain import PretrainData
     from llada.training.preview import describe_step
 

@@ -6,8 +6,8 @@ import math
 
 import pytest
 
+from llada.config.sections import ScheduleSection
 from llada.errors import UserError
-from llada.settings import ScheduleSection
 from llada.training.schedule import Schedule
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 
-from data_tools.sft import prepare_sft
+from data_tools.documents.conversations import prepare_sft
 from llada.config import build_config
 from llada.data.base import TRAIN
 from llada.data.tasks import open_data

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from data_tools.prepare import prepare
+from data_tools.documents.text import prepare
 from llada.config import build_config
 from llada.data.base import VALIDATION, short_names
 from llada.data.pretrain import PretrainData

@@ -1,0 +1,1 @@
+"""Removing duplicates and documents that repeat evaluation texts."""

@@ -1,0 +1,1 @@
+"""Encoding text fast, and training tokenizers."""

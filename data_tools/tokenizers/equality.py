@@ -1,0 +1,229 @@
+"""Are two encoders the same? Texts on which tokenizers are known to differ, and the comparison."""
+
+from __future__ import annotations
+
+import json
+import random
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from data_tools.batches import in_batches
+from data_tools.tokenizers.sentencepiece import symbols
+from llada.tokenizer import I64, SPECIAL_TOKENS, Tokenizer
+
+Encode = Callable[[list[str]], tuple[I64, I64]]
+
+_BATCH_CHARACTERS = 1 << 20
+_SHOWN = 40
+_VOCABULARY_TEXTS = 4096
+_RANDOM_TEXTS = 400
+
+_SPACES = (
+    "",
+    " ",
+    "  ",
+    "   ",
+    " " * 7,
+    " " * 100,
+    "\n",
+    "\n\n",
+    "\n \n",
+    "\r\n",
+    "\r",
+    "\r\n\r\n",
+    "\t",
+    "\t\t",
+    " \t ",
+    "\v",
+    "\f",
+)
+_ODD_SPACES = (
+    "\x85",
+    "\xa0",
+    "\u1680",
+    "\u2003",
+    "\u2028",
+    "\u2029",
+    "\u202f",
+    "\u205f",
+    "\u3000",
+    "\u200b",
+    "\u2060",
+    "\ufeff",
+    "\u180e",
+)
+_WRITING = (
+    "don't I'm we've they'll it'd you're DON'T I'M WE'VE 's 't d'être l’eau '''s",
+    "0 1 12 123 1234 12345 1234567890 3.14159 1,000,000 1e-9 0xFF ١٢٣ १२३ ½ ² Ⅷ １２３ 0"
+    + "7" * 70,
+    'x**2!=y[0]->f(a,b);//c/*d*/#e$f%g^h&i*(j)_k+l={m}|n\\o:p"q<r>s?t~u`v@w',
+    "snake_case camelCase PascalCase SCREAMING_CASE kebab-case v1.2.3-rc4 __init__ a.b.c",
+    "https://example.org/a/b?c=d&e=f%20g#h user@example.org C:\\Windows\\x.dll ../../etc",
+    (
+        "e\u0301 é n\u0303 ñ A\u030a Å Å ﬁ ﬀ ǆ ﷺ \u1100\u1161\u11a8 각"
+        " Z\u0351\u036b\u0343a\u0321l\u0356g\u0323o"
+    ),
+    (
+        "\U0001f469\u200d\U0001f469\u200d\U0001f467\u200d\U0001f466 \U0001f44d\U0001f3fd"
+        " \U0001f1e9\U0001f1ea ☃\ufe0f 🙂🙂🙂 1\ufe0f\u20e3"
+    ),
+    "日本語の文章です。中文没有空格，所以很长。 한국어 텍스트 ｶﾀｶﾅ ひらがな 日本 語 𠮷野家",
+    "שלום עולם مرحبا بالعالم \u202eevil\u202c \u200fabc\u200e नमस्ते ไทยภาษา ქართული ᏣᎳᎩ ǅ ıİßẞ ςσ",
+    "\ufeffbyte order mark \ufeff inside",
+    "\x00 \x00\x00 a\x00b \x01\x02\x07\x08\x0e\x1b[0m\x1f\x7f \x80\x9f \xad soft\xadhyphen",
+    (
+        "\ufffd \ufffe \uffff \ufdd0 \U0001fffe \U0010ffff \U0010fffd \U000e0041 \ue000 \uf8ff"
+        " \uf8ffA \uf8ffB \uf8ff\uf8ff"
+    ),
+    "\u2581 \u2581\u2581 a\u2581b \u2581a a\u2581 \u2581 a",
+    "\u0120hello \u010a \u0100 Ġ Ċ ĉ Ã© Â",
+    (
+        "<0x41> <0x0A> <0xFF> <0x00> <unk> <s>hi</s> <s> </s> <pad> <mask> [MASK] [CLS] [UNK]"
+        " [INST]x[/INST] ##ing @@ </w>"
+    ),
+    "def f(x):\n    if x:\n\treturn x  \n\n\n    # end   \n        \n}",
+    "a" * 999,
+    " a" * 333,
+    "ab" * 2000,
+    "-" * 80,
+    "=" * 257,
+    "\n" * 65,
+    "\t" * 33,
+    "あ" * 300,
+    "\u0301" * 70,
+    "🙂" * 70,
+    "pneumonoultramicroscopicsilicovolcanoconiosis" * 12,
+    "QUJDREVGR0hJSktMTU5PUFFSU1RVVldYWVo0123456789+/" * 40,
+    "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08" * 8,
+)
+
+_UNIFORM = (
+    (0x3400, 0x4DC0),
+    (0x4E00, 0xA000),
+    (0xAC00, 0xD7A4),
+    (0xE000, 0xF900),
+    (0x17000, 0x18D00),
+    (0x20000, 0x323B0),
+)
+"""Ranges of code points that are all alike: ideographs, Hangul, Tangut, private use."""
+_LAST_CODE_POINTS = (*range(0xE0000, 0xE01F0), 0xF0000, 0xFFFFD, 0x100000, 0x10FFFD, 0x10FFFF)
+
+
+def difference(candidate: Encode, reference: Encode, texts: Sequence[str]) -> str | None:
+    """The first text to which two encoders give different ids, shortened for people; None when
+    there is none.
+    """
+    for batch in in_batches(texts, len, _BATCH_CHARACTERS):
+        ids, lengths = candidate(batch)
+        right_ids, right_lengths = reference(batch)
+        if np.array_equal(lengths, right_lengths) and np.array_equal(ids, right_ids):
+            continue
+        wrong = next((text for text in batch if _differ(candidate, reference, text)), None)
+        return (
+            "a batch of texts that are right one by one"
+            if wrong is None
+            else _shortened(wrong, candidate, reference)
+        )
+    return None
+
+
+def _differ(candidate: Encode, reference: Encode, text: str) -> bool:
+    return not np.array_equal(candidate([text])[0], reference([text])[0])
+
+
+def _shortened(text: str, candidate: Encode, reference: Encode) -> str:
+    """The text, or the first line or half of it to which they give different ids, as a literal."""
+    for part in text.splitlines(keepends=True):
+        if _differ(candidate, reference, part):
+            text = part
+            break
+    while len(text) > _SHOWN:
+        half = len(text) // 2
+        wrong = [part for part in (text[:half], text[half:]) if _differ(candidate, reference, part)]
+        if not wrong:
+            return f"{text[:_SHOWN]!r}... ({len(text):,} characters)"
+        text = wrong[0]
+    return repr(text)
+
+
+def fixed_texts(tokenizer: Tokenizer) -> list[str]:
+    """The same for every input: spaces, writing systems, nearly every character, the tokenizer's
+    own tokens and special tokens.
+    """
+    texts = [*_SPACES, *_ODD_SPACES, *_WRITING]
+    texts += [
+        f"{before}{space}{after}"
+        for space in (*_SPACES, *_ODD_SPACES)
+        for before, after in (("a", ""), ("", "a"), (".", "1"), ("é", "é"))
+    ]
+    texts += [
+        unicodedata.normalize(form, text)
+        for text in _WRITING[:12]
+        for form in ("NFC", "NFD", "NFKC", "NFKD")
+    ]
+    texts += _spelled(tokenizer)
+    texts += _vocabulary(tokenizer)
+    texts += _random_mixtures()
+    texts += _characters()
+    return texts
+
+
+def _spelled(tokenizer: Tokenizer) -> Iterator[str]:
+    """Every special or added token, alone and inside words."""
+    names = {*SPECIAL_TOKENS, *(token for token, _ in tokenizer.special_tokens().values())}
+    if isinstance(tokenizer.definition, bytes):
+        names.update(symbols(tokenizer.definition))
+    else:
+        names.update(
+            token["content"] for token in json.loads(tokenizer.definition).get("added_tokens") or []
+        )
+    for name in sorted(names):
+        yield from (
+            name,
+            f"{name}{name}",
+            f"a{name}b",
+            f" {name} ",
+            f"x {name} y\n{name}\n",
+            name[:-1],
+            name[1:],
+            name.upper(),
+        )
+
+
+def _vocabulary(tokenizer: Tokenizer) -> Iterator[str]:
+    """Tokens from all over the vocabulary, each with the next one."""
+    size = tokenizer.vocab_size
+    for token_id in range(0, size, max(1, size // _VOCABULARY_TEXTS)):
+        yield tokenizer.decode([token_id, min(token_id + 1, size - 1)], skip_special_tokens=True)
+
+
+def _random_mixtures() -> Iterator[str]:
+    """Pieces of the other texts and characters, in random order, always the same."""
+    generator = random.Random(20250214)
+    pieces = [
+        *_SPACES,
+        *_ODD_SPACES,
+        *(word for text in _WRITING for word in text.split(" ")[:40]),
+        *"'.,;:!?-_(){}<>|/\\\"0123456789aZéßあ",
+    ]
+    for _ in range(_RANDOM_TEXTS):
+        yield "".join(generator.choices(pieces, k=generator.randrange(2, 25)))
+
+
+def _characters() -> Iterator[str]:
+    """Every character between letters, before a digit and after a space; of ranges of like
+    characters every 16th. The libraries know different versions of Unicode, so that what is a
+    letter to one may be none to the other.
+    """
+    alike = {
+        point for first, last in _UNIFORM for point in range(first + 32, last - 32) if point % 16
+    }
+    points = [
+        p
+        for p in (*range(0x323B0), *_LAST_CODE_POINTS)
+        if not 0xD800 <= p < 0xE000 and p not in alike
+    ]
+    for start in range(0, len(points), 32):
+        yield "".join(f"a{chr(p)}b {chr(p)}7{chr(p)}\n" for p in points[start : start + 32])

@@ -1,0 +1,1 @@
+"""Commands on prepared corpora: inspect, verify, export, import, merge, split."""

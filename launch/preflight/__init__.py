@@ -1,0 +1,1 @@
+"""Tests of the nodes before the first step of a run."""

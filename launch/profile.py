@@ -1,0 +1,249 @@
+"""The profile of a cluster: what its Slurm wants to be told, in one YAML file that all runs there
+share.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from llada.config import apply_override, one_line, read_yaml
+from llada.config.sections import Section
+from llada.errors import UserError
+
+_TIME = re.compile(
+    r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d{1,2}))?(?::(?P<third>\d{1,2}))?"
+)
+_RESERVED = {
+    "time",
+    "no-requeue",
+    "ntasks-per-node",
+    "job-name",
+    "nodes",
+    "ntasks",
+    "array",
+    "dependency",
+    "output",
+    "error",
+    "signal",
+    "open-mode",
+    "chdir",
+    "requeue",
+}
+
+
+class Container(Section):
+    """A container that the ranks run in; the batch script itself stays outside."""
+
+    kind: Literal["pyxis", "apptainer"]
+    """pyxis: srun --container-image (pyxis with enroot); apptainer: `apptainer exec --nv`."""
+    image: str
+    """Image, as the kind names it (a .sqsh or .sif file, or an address)."""
+    mounts: list[str] = Field(default_factory=list)
+    """SOURCE:TARGET pairs. The code, the data and the run folder must be seen under the same paths
+    as outside.
+    """
+
+
+class Environment(Section):
+    """What the job finds when it starts."""
+
+    modules: list[str] = Field(default_factory=list)
+    """Environment modules, loaded in this order."""
+    source: list[str] = Field(default_factory=list)
+    """Shell files that are sourced after the modules, as an activate script."""
+    variables: dict[str, str | int] = Field(default_factory=dict)
+    """Variables of the ranks; they replace the launcher's own (NCCL, gloo)."""
+    python: str | None = None
+    """Interpreter of the ranks; null: the one that runs `llada launch`. In a container, the one
+    inside.
+    """
+    container: Container | None = None
+    """null: none."""
+
+
+class Requeue(Section):
+    """How a job starts itself again."""
+
+    enabled: bool = True
+    """false: this site does not allow it; use --chain."""
+    limit: int = Field(default=3, ge=0)
+    """Failures in a row without a new checkpoint after which a run is left failed. Stops in order
+    never count.
+    """
+    backoff: float = Field(default=60.0, ge=0)
+    """Seconds before the next start after a failure; doubled with every further one in a row, an
+    hour at most.
+    """
+    grace: float = Field(default=120.0, gt=0)
+    """Seconds the other ranks have to end after the first one ended in order; then they are killed.
+    """
+    start_timeout: float = Field(default=600.0, gt=0)
+    """Seconds in which every rank has to start (a container image may have to be fetched); then the
+    missing nodes are excluded.
+    """
+
+
+class Preflight(Section):
+    """Tests of the nodes before the first step; a bad node is named, excluded, and the job starts
+    again.
+    """
+
+    enabled: bool = True
+    """false: no tests."""
+    seconds: float = Field(default=120.0, gt=0)
+    """For the ranks to meet, and for every all-reduce."""
+    gpus: int | None = Field(default=None, ge=0)
+    """GPUs that torch must see on a node; null: as many as ranks; 0: a cluster without."""
+    min_gpu_memory_gb: float = Field(default=0.0, ge=0)
+    """Free memory of every GPU, GB."""
+    min_disk_gb: float = Field(default=10.0, ge=0)
+    """Free space where the run writes, GB."""
+    max_clock_skew: float = Field(default=5.0, gt=0)
+    """Seconds that a node's clock may be off the others'."""
+    slow_factor: float = Field(default=1.5, gt=1)
+    """A node whose matrix product or all-reduce is this many times slower than the median is bad.
+    """
+    matmul_size: int = Field(default=4096, ge=16)
+    """Rows and columns of the matrices."""
+    allreduce_mb: float = Field(default=256.0, gt=0)
+    """Size of the all-reduce, MB."""
+
+
+def _time_text(value: Any) -> Any:
+    """A time limit as text. YAML takes 12:00:00 without quotes for a number in base 60, which would
+    be other minutes.
+    """
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise ValueError(
+            f"{value!r} is a number to YAML, even where 12:00:00 was written; put the time in"
+            " quotes"
+        )
+    minutes(value)
+    return value
+
+
+class CpuJobs(Section):
+    """Jobs without GPUs: data preparation and conversion. What is left out is as for training."""
+
+    partition: str | None = None
+    """Partition; null: that of training."""
+    account: str | None = None
+    """Account; null: that of training."""
+    qos: str | None = None
+    """Quality of service; null: that of training."""
+    time: str | None = None
+    """Time limit; null: that of training."""
+    cpus: int = Field(default=8, ge=1)
+    """Cores of a task."""
+    memory_gb: float | None = Field(default=None, ge=0)
+    """Memory of a task, GB; null: the partition's default."""
+    exclusive: bool = False
+    """Share the nodes with no other job: a whole node for every task, whatever `exclusive` is for
+    training.
+    """
+
+    _check_time = field_validator("time", mode="before")(_time_text)
+
+
+class ClusterProfile(Section):
+    """How to ask a cluster's Slurm for nodes."""
+
+    partition: str | None = None
+    """Partition; null: the cluster's default."""
+    account: str | None = None
+    """Account to charge; null: your default."""
+    qos: str | None = None
+    """Quality of service; null: your default."""
+    time: str
+    """Time limit of a job as D-HH:MM:SS, HH:MM:SS or minutes, in quotes. A run that needs longer
+    starts again from its checkpoint.
+    """
+    signal_seconds: int = Field(default=300, ge=1, le=65535)
+    """Seconds before the time limit at which the run stops with a checkpoint; Slurm may be a minute
+    early. More than a step and a save.
+    """
+    gpu_request: Literal["gpus-per-node", "gres", "none"] = "gpus-per-node"
+    """How GPUs are asked for: --gpus-per-node=N, --gres=gpu:N, or not at all (a cluster without, or
+    whole nodes).
+    """
+    gpu_type: str | None = None
+    """Type in that request, as h100; null: any."""
+    cpus_per_task: int | None = Field(default=None, ge=1)
+    """Cores of a rank; null: the partition's default."""
+    memory_per_task_gb: float | None = Field(default=None, ge=0)
+    """Memory of a rank, GB; 0: all of the node's; null: the partition's default."""
+    constraint: str | None = None
+    """Features that nodes must have."""
+    reservation: str | None = None
+    """Reservation to run in."""
+    exclusive: bool = False
+    """Share the nodes with no other job."""
+    exclude: list[str] = Field(default_factory=list)
+    """Nodes to avoid."""
+    network_interface: str | None = None
+    """Interface of NCCL's and gloo's connections, as ib0; null: they choose."""
+    numa_binding: bool = True
+    """Bind every rank to the cores near its GPU."""
+    environment: Environment = Environment()
+    requeue: Requeue = Requeue()
+    preflight: Preflight = Preflight()
+    cpu_jobs: CpuJobs = CpuJobs()
+    sbatch: dict[str, str | int | bool] = Field(default_factory=dict)
+    """Further options of sbatch, as {mail-type: FAIL}; true: an option without a value."""
+    srun: list[str] = Field(default_factory=list)
+    """Further words of srun, as [--mpi=none]."""
+
+    _check_time = field_validator("time", mode="before")(_time_text)
+
+    @model_validator(mode="after")
+    def _checks(self) -> ClusterProfile:
+        if self.signal_seconds >= minutes(self.time) * 60:
+            raise ValueError(
+                f"signal_seconds: {self.signal_seconds} is not less than time = {self.time}"
+            )
+        taken = sorted(name for name in self.sbatch if name.replace("_", "-") in _RESERVED)
+        if taken:
+            raise ValueError(f"sbatch: {taken[0]} is set by the launcher; leave it out")
+        return self
+
+
+def minutes(text: str) -> int:
+    """Minutes of Slurm's D-HH:MM:SS, D-HH, HH:MM:SS, MM:SS or MM, rounded up. Raises ValueError."""
+    found = _TIME.fullmatch(text)
+    if found is None:
+        raise ValueError(f"'{text}' is no time: write D-HH:MM:SS, HH:MM:SS or minutes")
+    parts = [int(found[name]) for name in ("first", "second", "third") if found[name] is not None]
+    if found["days"] is not None:
+        seconds = int(found["days"]) * 86400 + sum(
+            part * 60**power for part, power in zip(parts, (2, 1, 0), strict=False)
+        )
+    elif len(parts) == 1:
+        seconds = parts[0] * 60
+    else:
+        seconds = sum(part * 60**power for power, part in enumerate(reversed(parts)))
+    if seconds <= 0:
+        raise ValueError(f"'{text}' is no time: it must be more than nothing")
+    return -(-seconds // 60)
+
+
+def load_profile(path: str | Path, overrides: list[str] | None = None) -> ClusterProfile:
+    """Read a profile, apply `key.sub=value` overrides, validate.
+
+    Raises:
+        UserError: anything wrong, in one line that names the setting.
+    """
+    raw: dict[str, Any] = read_yaml(Path(path), "--cluster")
+    for override in overrides or []:
+        key, _, value = override.partition("=")
+        # A shell takes the quotes away that YAML would need around a time.
+        apply_override(raw, f'{key}="{value}"' if key in ("time", "cpu_jobs.time") else override)
+    try:
+        return ClusterProfile.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(f"--cluster {path}: {one_line(error, ClusterProfile)}") from None

@@ -1,0 +1,1 @@
+"""Checkpoints: their format on disk, saving while training goes on, and reading."""
