@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 
-from llada.checkpoint.format import Trained
+from llada.checkpoint.format import TrainedConfig
 from llada.config.sections import ModelSection
 from llada.hf.convert import model_config
 from llada.hf.tensor_files import total_bytes, write_safetensors
@@ -61,7 +61,7 @@ def make_folder(folder: Path, model: ModelSection) -> None:
     """A published folder of random weights, with a small tokenizer."""
     tokenizer: Tokenizer = train_byte_level_bpe(iter(["a few bytes"]), 262)
     tokenizer.save(folder)
-    config = model_config(Trained(model, "bf16", 4096), tokenizer, "bf16")
+    config = model_config(TrainedConfig(model, "bf16", 4096), tokenizer, "bf16")
     (folder / "config.json").write_text(json.dumps(config))
     write_safetensors(folder, Random(model), torch.bfloat16, 5 * 10**9)
 

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from data_tools.documents import text as preparation
-from data_tools.job.build import Effort
+from data_tools.job.build import ExecutionOptions
 from data_tools.tokenizers.encoders import BACKENDS
 from llada.data.corpus import Corpus
 from llada.tokenizer import Tokenizer
@@ -107,7 +107,7 @@ def measure(
             scratch / "tokenizer",
             scratch / f"workers-{workers}",
             validation_fraction=0.0,
-            effort=Effort(workers=workers, backend=backend),
+            effort=ExecutionOptions(workers=workers, backend=backend),
         )
         seconds[workers] = time.perf_counter() - started
         if workers == 1:

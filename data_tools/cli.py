@@ -12,7 +12,7 @@ import typer
 from llada.errors import UserError
 
 if TYPE_CHECKING:
-    from data_tools.job.build import Effort
+    from data_tools.job.build import ExecutionOptions
     from llada.data.corpus import Manifest
 
 app = typer.Typer(no_args_is_help=True, help="Tokenize, shard, inspect and verify corpora.")
@@ -166,10 +166,12 @@ def prepare(
     )
 
 
-def _effort(workers: int | None, task: int, tasks: int, wait: float, backend: str) -> Effort:
-    from data_tools.job.build import Effort
+def _effort(
+    workers: int | None, task: int, tasks: int, wait: float, backend: str
+) -> ExecutionOptions:
+    from data_tools.job.build import ExecutionOptions
 
-    return Effort(
+    return ExecutionOptions(
         len(os.sched_getaffinity(0)) if workers is None else workers,
         task,
         tasks,

@@ -44,7 +44,7 @@ def sync_tree(folder: Path) -> None:
     sync_folder(folder)
 
 
-def ahead(calls: Iterable[Callable[[], T]], depth: int = 2) -> Iterator[T]:
+def prefetch(calls: Iterable[Callable[[], T]], depth: int = 2) -> Iterator[T]:
     """Results of calls in their order; up to `depth` of the next ones are computed in a thread
     meanwhile.
     """

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_tools.documents.turns import Conversation, Fields, Talk
-from data_tools.job.build import CorpusSettings, Effort, write_corpus
+from data_tools.documents.turns import Conversation, Fields, Messages
+from data_tools.job.build import CorpusSettings, ExecutionOptions, write_corpus
 from data_tools.job.splits import Encoded
-from data_tools.job.work_plan import Plan
+from data_tools.job.work_plan import WorkPlan
 from data_tools.job.worker import Steps, held_out_hash
 from data_tools.readers.reading import BadRecord, ReadOptions, Report
 from data_tools.tokenizers.encoders import choose_encoder
@@ -85,7 +85,7 @@ class Conversations:
         self.settings, self._tokenizer = settings, tokenizer
         self._chat = chat_format(tokenizer, settings.chat_template)
 
-    def record(self, value: Any) -> Talk:
+    def record(self, value: Any) -> Conversation:
         """The conversation of the JSON value of a line. Raises BadRecord for one that cannot be
         trained on.
         """
@@ -96,7 +96,7 @@ class Conversations:
             raise BadRecord(problem.reason, str(problem)) from None
         return talk
 
-    def encode(self, talks: Sequence[Talk]) -> tuple[Encoded, list[LeftOut]]:
+    def encode(self, talks: Sequence[Conversation]) -> tuple[Encoded, list[LeftOut]]:
         """Tokens of conversations, in their order, and what was left out of them; one of which
         nothing is left is not among them.
         """
@@ -223,7 +223,7 @@ def _compact(
     return out if out[-1] == eos_id else [*out, eos_id], moved
 
 
-def _question(messages: Conversation) -> bytes:
+def _question(messages: Messages) -> bytes:
     """The turns before the first reply, unambiguously."""
     first = next(i for i, message in enumerate(messages) if message.role == "assistant")
     return json.dumps(
@@ -260,7 +260,7 @@ def chosen_template(choice: str, tokenizer_path: str | Path) -> str:
 
 
 @dataclass(frozen=True)
-class TalkKind:
+class ConversationType:
     """Documents that are conversations. A conversation is held out by the hash of the turns before
     its first reply, so one question is never on both sides.
     """
@@ -269,12 +269,12 @@ class TalkKind:
     options: ReadOptions
     name: str = CONVERSATIONS
 
-    def text(self, document: Talk) -> str:
+    def text(self, document: Conversation) -> str:
         return json.dumps(
             [(message.role, message.content) for message in document.messages], ensure_ascii=False
         )
 
-    def choose(self, tokenizer: Tokenizer, plan: Plan, wanted: str) -> tuple[str, str]:
+    def choose(self, tokenizer: Tokenizer, plan: WorkPlan, wanted: str) -> tuple[str, str]:
         """Conversations are a small part of all text: their pieces go through the
         tokenizer itself.
         """
@@ -283,7 +283,7 @@ class TalkKind:
     def open(self, tokenizer: Tokenizer, backend: str) -> Steps:
         chat = Conversations(self.settings, tokenizer)
 
-        def encode(talks: list[Talk], report: Report) -> Encoded:
+        def encode(talks: list[Conversation], report: Report) -> Encoded:
             encoded, left_out = chat.encode(talks)
             for note in left_out:
                 report.leave_out(*talks[note.conversation].place, note.reason, note.message)
@@ -308,7 +308,7 @@ def prepare_sft(
     unit_bytes: int | None = None,
     dedup: bool = False,
     force: bool = False,
-    effort: Effort | None = None,
+    effort: ExecutionOptions | None = None,
 ) -> Manifest:
     """Encode conversations with a chat format and write them as a corpus.
 
@@ -347,5 +347,5 @@ def prepare_sft(
         chat_template=template,
         recorded=recorded,
     )
-    kind = TalkKind(settings, ReadOptions(skip_bad=skip_bad, structured=True))
-    return write_corpus(inputs, output, corpus, kind, effort or Effort())
+    kind = ConversationType(settings, ReadOptions(skip_bad=skip_bad, structured=True))
+    return write_corpus(inputs, output, corpus, kind, effort or ExecutionOptions())

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from data_tools.job.build import CorpusSettings, Effort, write_corpus
+from data_tools.job.build import CorpusSettings, ExecutionOptions, write_corpus
 from data_tools.job.splits import Encoded
-from data_tools.job.work_plan import Plan
+from data_tools.job.work_plan import WorkPlan
 from data_tools.job.worker import Decontamination, Steps, held_out_hash
 from data_tools.readers.reading import ReadOptions, Report, read_slice
 from data_tools.readers.sources import parse_extensions
@@ -28,7 +28,7 @@ sources they are of.
 
 
 @dataclass(frozen=True)
-class Texts:
+class TextType:
     """Documents that are texts."""
 
     options: ReadOptions
@@ -37,11 +37,11 @@ class Texts:
     def text(self, document: str) -> str:
         return document
 
-    def choose(self, tokenizer: Tokenizer, plan: Plan, wanted: str) -> tuple[str, str]:
+    def choose(self, tokenizer: Tokenizer, plan: WorkPlan, wanted: str) -> tuple[str, str]:
         encoder, note = choose_encoder(tokenizer, list(self._sample(plan)), wanted)
         return encoder.name, note
 
-    def _sample(self, plan: Plan) -> Iterator[str]:
+    def _sample(self, plan: WorkPlan) -> Iterator[str]:
         """Text of the input: the start of every n-th source."""
         left = _SAMPLE
         for source in plan.sources[:: max(1, len(plan.sources) // _SAMPLED_SOURCES)]:
@@ -104,7 +104,7 @@ def prepare(
     dedup: bool = False,
     decontamination: Decontamination | None = None,
     force: bool = False,
-    effort: Effort | None = None,
+    effort: ExecutionOptions | None = None,
 ) -> Manifest:
     """Tokenize and shard.
 
@@ -163,4 +163,4 @@ def prepare(
         force=force,
         recorded=recorded,
     )
-    return write_corpus(inputs, output, settings, Texts(options), effort or Effort())
+    return write_corpus(inputs, output, settings, TextType(options), effort or ExecutionOptions())

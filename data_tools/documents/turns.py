@@ -12,7 +12,7 @@ from data_tools.readers.reading import BadRecord, string_field
 from llada.chat.format import ROLES, Message
 from llada.errors import UserError, did_you_mean
 
-Conversation = tuple[Message, ...]
+Messages = tuple[Message, ...]
 
 FORMS = ("auto", "prompt-response", "messages", "sharegpt", "alpaca")
 ALIASES = {
@@ -36,7 +36,7 @@ _TRAILING = "ends of conversations without a reply (--drop-trailing)"
 
 
 @dataclass(frozen=True)
-class Talk:
+class Conversation:
     """A conversation as read.
 
     Attributes:
@@ -46,7 +46,7 @@ class Talk:
         place: its file and line.
     """
 
-    messages: Conversation
+    messages: Messages
     notes: tuple[tuple[str, str], ...] = ()
     place: tuple[str, int] = ("", 0)
 
@@ -88,7 +88,7 @@ class Fields:
                 f" {', '.join(FORMS)}"
             )
 
-    def conversation(self, record: Any) -> Talk:
+    def conversation(self, record: Any) -> Conversation:
         """The turns of one line.
 
         Raises:
@@ -172,7 +172,7 @@ class Fields:
             )
         return text if text and text.strip() else ""
 
-    def _checked(self, messages: list[Message]) -> Talk:
+    def _checked(self, messages: list[Message]) -> Conversation:
         """The conversation, if its last turn is a reply and no reply is empty."""
         last = max(
             (i for i, message in enumerate(messages) if message.role == "assistant"), default=None
@@ -204,7 +204,7 @@ class Fields:
             if more
             else ()
         )
-        return Talk(tuple(messages[: last + 1]), notes)
+        return Conversation(tuple(messages[: last + 1]), notes)
 
 
 def _earlier(history: Any) -> list[Message]:

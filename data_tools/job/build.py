@@ -21,7 +21,7 @@ from data_tools.job.finish import finish
 from data_tools.job.output import Output
 from data_tools.job.pool import Job, run
 from data_tools.job.progress import Progress
-from data_tools.job.work_plan import Plan, digest_of, make_plan
+from data_tools.job.work_plan import WorkPlan, digest_of, make_plan
 from data_tools.job.worker import Decontamination, Kind, UnitJob, entry_path, open_contamination
 from data_tools.readers.reading import Report
 from data_tools.readers.sources import find_sources
@@ -41,7 +41,7 @@ class Unfinished(Exception):
 
 
 @dataclass(frozen=True)
-class Effort:
+class ExecutionOptions:
     """Who does the work and how it is shown: nothing here changes what is written.
 
     Attributes:
@@ -131,7 +131,7 @@ def write_corpus(
     output: str | Path,
     settings: CorpusSettings,
     kind: Kind,
-    effort: Effort,
+    effort: ExecutionOptions,
 ) -> Manifest:
     """Write the folder of a corpus: shards of both splits, the tokenizer, the manifest.
 
@@ -232,7 +232,9 @@ def _evaluation_stamps(rule: Decontamination | None) -> dict[str, Any]:
 class _Passes:
     """The passes over the units of a plan, as far as they are this task's and not done yet."""
 
-    def __init__(self, job: UnitJob, plan: Plan, effort: Effort, progress: Progress) -> None:
+    def __init__(
+        self, job: UnitJob, plan: WorkPlan, effort: ExecutionOptions, progress: Progress
+    ) -> None:
         self._job, self._plan, self._effort, self._progress = job, plan, effort, progress
         self._folder = job.folder
 

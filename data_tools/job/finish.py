@@ -14,7 +14,7 @@ from typing import Any
 import llada
 from data_tools.job.output import Output
 from data_tools.job.splits import append_shard
-from data_tools.job.work_plan import Plan
+from data_tools.job.work_plan import WorkPlan
 from data_tools.job.worker import PARTS, entry_path
 from data_tools.readers.reading import no_document, reasons_of
 from llada.data.corpus import (
@@ -35,7 +35,7 @@ from llada.tokenizer import Tokenizer
 
 def finish(
     place: Output,
-    plan: Plan,
+    plan: WorkPlan,
     tokenizer: Tokenizer,
     kind: str,
     shard_tokens: int,
@@ -119,7 +119,9 @@ def new_manifest(tokenizer: Tokenizer, **content: Any) -> Manifest:
     )
 
 
-def _documents_of(plan: Plan, entries: list[dict[str, Any]], skipped: Counter[str]) -> list[int]:
+def _documents_of(
+    plan: WorkPlan, entries: list[dict[str, Any]], skipped: Counter[str]
+) -> list[int]:
     """How many documents each source gave."""
     counts = [0] * len(plan.sources)
     reasons = [Counter[str]() for _ in plan.sources]

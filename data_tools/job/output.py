@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from data_tools.filters.dedup import DUPLICATES, HASHES
-from data_tools.job.work_plan import PLAN, Plan
+from data_tools.job.work_plan import PLAN, WorkPlan
 from data_tools.job.worker import ENTRIES, PARTS
 from llada.data.corpus import CORPUS_FILES, MANIFEST, Manifest
 from llada.errors import RunError, UserError
@@ -82,13 +82,13 @@ class Output:
         self._replaces = True
         return None
 
-    def unfinished(self, digest: str, settings: dict[str, Any]) -> Plan | None:
+    def unfinished(self, digest: str, settings: dict[str, Any]) -> WorkPlan | None:
         """The plan of a preparation that was interrupted, of the same inputs and settings. Raises
         UserError for another's, unless `force`, which discards it.
         """
         if not self.partial.exists():
             return None
-        plan = Plan.load(self.partial)
+        plan = WorkPlan.load(self.partial)
         if plan is None:
             if self.partial.is_dir() and not any(self.partial.iterdir()):
                 return None
@@ -128,7 +128,7 @@ class Output:
         return manifest is not None and manifest.plan == digest
 
     @contextmanager
-    def working(self, plan: Plan, tokenizer: Tokenizer) -> Iterator[Path]:
+    def working(self, plan: WorkPlan, tokenizer: Tokenizer) -> Iterator[Path]:
         """The unfinished folder with the plan, and a copy of the tokenizer. It stays after an error
         if a unit is finished in it.
 
@@ -159,7 +159,7 @@ class Output:
         finally:
             self._leave()
 
-    def _make(self, plan: Plan, tokenizer: Tokenizer) -> list[Path]:
+    def _make(self, plan: WorkPlan, tokenizer: Tokenizer) -> list[Path]:
         """Begin the folder, or join those that work in it; returns the parent folders that had to
         be made.
         """
@@ -172,7 +172,7 @@ class Output:
         except OSError as error:
             _remove_empty(created)
             raise UserError(f"--output: '{self.given}' cannot be made ({error.strerror})") from None
-        theirs = Plan.load(self.partial)
+        theirs = WorkPlan.load(self.partial)
         if theirs is None or theirs.digest != plan.digest:
             self._leave()
             what = "it" if theirs is None else f"it {_difference(theirs.settings, plan.settings)}"
@@ -188,7 +188,7 @@ class Output:
             raise UserError(taken_meanwhile(self.given, "--output"))
         return created
 
-    def _begin(self, plan: Plan, tokenizer: Tokenizer) -> bool:
+    def _begin(self, plan: WorkPlan, tokenizer: Tokenizer) -> bool:
         """Make the folder with all it needs under another name, then rename it; False if another
         process was faster.
         """
@@ -217,7 +217,7 @@ class Output:
         self._in_use = None
         return alone
 
-    def _kept(self, plan: Plan) -> str:
+    def _kept(self, plan: WorkPlan) -> str:
         if (self.partial / MANIFEST).exists():
             return f"; all is written and kept in '{self.partial}': the same command ends it"
         done = self._done()

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_tools.readers.reading import ReadOptions, Report, measure
-from data_tools.readers.sources import Extent, Slice, Source
+from data_tools.readers.sources import Extent, InputFile, Slice
 from llada.errors import UserError
 from llada.files import write_atomically
 
@@ -27,7 +27,7 @@ _FEW = 64
 PLAN = "plan.json"
 
 
-class Piece(NamedTuple):
+class InputRange(NamedTuple):
     """A slice of the source with this index."""
 
     source: int
@@ -40,7 +40,7 @@ class Piece(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Plan:
+class WorkPlan:
     """What is read, in which units, with which settings.
 
     Attributes:
@@ -53,8 +53,8 @@ class Plan:
     """
 
     settings: dict[str, Any]
-    sources: list[Source]
-    units: list[list[Piece]]
+    sources: list[InputFile]
+    units: list[list[InputRange]]
     text_bytes: list[int]
     skipped: dict[str, int]
     listed: list[dict[str, Any]]
@@ -68,14 +68,14 @@ class Plan:
         write_atomically(folder / PLAN, json.dumps(asdict(self)))
 
     @classmethod
-    def load(cls, folder: Path) -> Plan | None:
+    def load(cls, folder: Path) -> WorkPlan | None:
         """The plan of an unfinished preparation; None when there is none. Raises UserError for one
         that is damaged.
         """
         try:
             content = json.loads((folder / PLAN).read_bytes())
-            content["sources"] = [Source(**source) for source in content["sources"]]
-            content["units"] = [[Piece(*piece) for piece in unit] for unit in content["units"]]
+            content["sources"] = [InputFile(**source) for source in content["sources"]]
+            content["units"] = [[InputRange(*piece) for piece in unit] for unit in content["units"]]
             return cls(**content)
         except (FileNotFoundError, NotADirectoryError):
             return None
@@ -88,7 +88,7 @@ class Plan:
             ) from None
 
 
-def digest_of(settings: dict[str, Any], sources: Sequence[Source]) -> str:
+def digest_of(settings: dict[str, Any], sources: Sequence[InputFile]) -> str:
     content = json.dumps(
         [settings, [asdict(source) for source in sources]], sort_keys=True, allow_nan=False
     )
@@ -97,11 +97,11 @@ def digest_of(settings: dict[str, Any], sources: Sequence[Source]) -> str:
 
 def make_plan(
     settings: dict[str, Any],
-    sources: Sequence[Source],
+    sources: Sequence[InputFile],
     options: ReadOptions,
     unit_bytes: int | None,
     report: Report,
-) -> Plan:
+) -> WorkPlan:
     """Measure the sources and cut them.
 
     Args:
@@ -118,14 +118,14 @@ def make_plan(
     total = sum(extent.text_bytes for extent in extents)
     size = unit_bytes or min(LARGEST_UNIT, max(SMALLEST_UNIT, total // _FEW))
     units, text_bytes = cut(extents, size)
-    return Plan(settings, list(sources), units, text_bytes, dict(report.skipped), report.listed)
+    return WorkPlan(settings, list(sources), units, text_bytes, dict(report.skipped), report.listed)
 
 
-def cut(extents: Sequence[Extent], size: int) -> tuple[list[list[Piece]], list[int]]:
+def cut(extents: Sequence[Extent], size: int) -> tuple[list[list[InputRange]], list[int]]:
     """Pieces of units of `size` bytes of text, the last one smaller, and the text of each. A unit
     takes a position that does not fit as a whole, so it may be larger by less than one position.
     """
-    units: list[list[Piece]] = []
+    units: list[list[InputRange]] = []
     filled: list[int] = []
     for index, extent in enumerate(extents):
         position = 0
@@ -134,7 +134,7 @@ def cut(extents: Sequence[Extent], size: int) -> tuple[list[list[Piece]], list[i
                 units.append([])
                 filled.append(0)
             stop, text = _take(extent, position, size - filled[-1])
-            units[-1].append(Piece(index, position, stop))
+            units[-1].append(InputRange(index, position, stop))
             filled[-1] += text
             position = stop
     return units, filled

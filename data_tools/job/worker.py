@@ -18,9 +18,9 @@ from data_tools.filters.decontamination import Contamination
 from data_tools.filters.dedup import HASHES, Duplicates, hashes_path, write_hashes
 from data_tools.job.pool import Advance, Work
 from data_tools.job.splits import Encoded, write_batch
-from data_tools.job.work_plan import Plan
+from data_tools.job.work_plan import WorkPlan
 from data_tools.readers.reading import ReadOptions, Record, Report, no_document, read_slice
-from data_tools.readers.sources import DATASET, Source
+from data_tools.readers.sources import DATASET, InputFile
 from llada.data.corpus import TRAIN, VALIDATION
 from llada.data.shards import ShardEntry, SplitWriter, token_dtype
 from llada.errors import UserError
@@ -50,7 +50,7 @@ class Kind(Protocol):
         """All of its text: two documents with the same are duplicates."""
         ...
 
-    def choose(self, tokenizer: Tokenizer, plan: Plan, wanted: str) -> tuple[str, str]:
+    def choose(self, tokenizer: Tokenizer, plan: WorkPlan, wanted: str) -> tuple[str, str]:
         """The name of the encoder, and why it is not a faster one."""
         ...
 
@@ -119,7 +119,7 @@ class _Opened:
 
     def __init__(self, job: UnitJob, step: str) -> None:
         self.job = job
-        plan = Plan.load(job.folder)
+        plan = WorkPlan.load(job.folder)
         if plan is None:
             raise UserError(f"--output: {job.folder} is gone; start again")
         self.plan = plan
@@ -262,7 +262,7 @@ def open_contamination(rule: Decontamination | None) -> Contamination | None:
     return Contamination(evaluation_texts(rule.files), rule.ngram)
 
 
-def _check_unchanged(source: Source) -> None:
+def _check_unchanged(source: InputFile) -> None:
     """Raises UserError if a file is not the one that was planned with."""
     if source.format == DATASET:
         return

@@ -24,8 +24,8 @@ from data_tools.readers.sources import (
     JSONL,
     TEXT,
     Extent,
+    InputFile,
     Slice,
-    Source,
     find_sources,
     parse_extensions,
 )
@@ -176,7 +176,7 @@ def sample_texts(
     return sample_of(sources, limit, options)
 
 
-def sample_of(sources: Sequence[Source], limit: int, options: ReadOptions) -> Iterator[Any]:
+def sample_of(sources: Sequence[InputFile], limit: int, options: ReadOptions) -> Iterator[Any]:
     """The same, of sources."""
     every = max(1, -(-sum(source.bytes for source in sources) // limit))
     chosen = sources[::every] if len(sources) >= 2 * every else sources
@@ -203,7 +203,7 @@ def reasons_of(skipped: Counter[str]) -> str:
 # -- one source ------------------------------------------------------------------------------------
 
 
-def measure(source: Source, options: ReadOptions, report: Report) -> Extent | None:
+def measure(source: InputFile, options: ReadOptions, report: Report) -> Extent | None:
     """How a source can be cut, None for a file that is left out and counted. Raises UserError like
     `read_slice`.
     """
@@ -221,7 +221,7 @@ def measure(source: Source, options: ReadOptions, report: Report) -> Extent | No
 
 
 def read_slice(
-    source: Source,
+    source: InputFile,
     part: Slice | None,
     options: ReadOptions,
     report: Report,
@@ -271,7 +271,11 @@ def read_slice(
 
 
 def _documents(
-    source: Source, part: Slice | None, options: ReadOptions, report: Report, record: Record | None
+    source: InputFile,
+    part: Slice | None,
+    options: ReadOptions,
+    report: Report,
+    record: Record | None,
 ) -> Iterator[Any]:
     if source.format == TEXT:
         return _whole(source, options, report)
@@ -302,7 +306,7 @@ def _documents(
 
 def _accepted(
     rows: Iterable[tuple[int, Any]],
-    source: Source,
+    source: InputFile,
     options: ReadOptions,
     report: Report,
     record: Record | None,
@@ -331,7 +335,7 @@ def _accepted(
             report.leave_out(source.path, line, problem.reason, str(problem))
 
 
-def _length_fits(text: str, source: Source, options: ReadOptions, report: Report) -> bool:
+def _length_fits(text: str, source: InputFile, options: ReadOptions, report: Report) -> bool:
     if options.min_length <= len(text) <= options.max_length // 4:  # whatever its characters are
         return True
     size = len(text.encode("utf-8", "surrogatepass"))
@@ -347,13 +351,13 @@ def _length_fits(text: str, source: Source, options: ReadOptions, report: Report
     return options.min_length <= size <= options.max_length
 
 
-def _problem(source: Source, report: Report, reason: str, message: str) -> None:
+def _problem(source: InputFile, report: Report, reason: str, message: str) -> None:
     if source.named:
         raise UserError(f"--input: {source.path}: {message}") from None
     report.leave_out(source.path, None, reason, message)
 
 
-def _whole(source: Source, options: ReadOptions, report: Report) -> Iterator[str]:
+def _whole(source: InputFile, options: ReadOptions, report: Report) -> Iterator[str]:
     with open_file(source.path) as stream:
         data = stream.read(options.max_length + len(codecs.BOM_UTF8) + 1)
     data = data.removeprefix(codecs.BOM_UTF8)
@@ -366,7 +370,7 @@ def _whole(source: Source, options: ReadOptions, report: Report) -> Iterator[str
 
 
 def _lines(
-    source: Source, part: Slice, options: ReadOptions, report: Report
+    source: InputFile, part: Slice, options: ReadOptions, report: Report
 ) -> Iterator[tuple[int, bytes]]:
     """Lines that start in a range of bytes, with their number counted from the first of them; blank
     ones are passed over.
@@ -396,7 +400,9 @@ def _lines(
                 yield number, line
 
 
-def _elements(source: Source, options: ReadOptions, report: Report) -> Iterator[tuple[int, bytes]]:
+def _elements(
+    source: InputFile, options: ReadOptions, report: Report
+) -> Iterator[tuple[int, bytes]]:
     """The elements of an array with their numbers, from 1."""
     with open_file(source.path) as stream:
         for number, (start, content) in enumerate(elements(stream, options.max_line), start=1):
@@ -417,7 +423,7 @@ def _pass_line(stream: BinaryIO) -> int:
     return size
 
 
-def _count_lines(source: Source, start: int) -> int:
+def _count_lines(source: InputFile, start: int) -> int:
     """Lines before the first one of a slice that starts at this byte: lines are numbered as in the
     file.
     """

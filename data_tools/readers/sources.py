@@ -43,7 +43,7 @@ _FORMATS = {".jsonl": JSONL, ".json": JSONL, ".parquet": PARQUET, ".arrow": ARRO
 
 
 @dataclass(frozen=True)
-class Source:
+class InputFile:
     """One file, or one split of a dataset.
 
     Attributes:
@@ -111,7 +111,7 @@ def parse_extensions(values: Sequence[str] | None) -> frozenset[str] | None:
 
 def find_sources(
     inputs: Sequence[str | Path], options: ReadOptions, report: Report
-) -> list[Source]:
+) -> list[InputFile]:
     """Every source of the inputs: inputs in the given order, what a folder or a pattern holds
     sorted by path.
 
@@ -135,7 +135,7 @@ def find_sources(
     for given, place in zip(inputs, places, strict=True):
         if counts[place] > 1:
             raise UserError(f"--input: '{given}' is given twice; its documents would be read twice")
-    found: list[Source] = []
+    found: list[InputFile] = []
     owners: dict[tuple[int, int] | str, str] = {}
     for given in map(str, inputs):
         for source, identity in _of_input(given, options, report):
@@ -152,7 +152,7 @@ def find_sources(
     return found
 
 
-_Found = tuple[Source, tuple[int, int] | str]
+_Found = tuple[InputFile, tuple[int, int] | str]
 """A source and what makes it the same as another: device and inode of a file."""
 
 
@@ -160,7 +160,7 @@ def _of_input(given: str, options: ReadOptions, report: Report) -> Iterator[_Fou
     if given.startswith(HUB):
         from data_tools.readers.tables import dataset_stamp
 
-        yield Source(given, DATASET, True, 0, dataset_stamp(given, options)), given
+        yield InputFile(given, DATASET, True, 0, dataset_stamp(given, options)), given
         return
     if glob.has_magic(given) and not os.path.lexists(given):
         matches = sorted(glob.glob(given, recursive=True))
@@ -205,7 +205,7 @@ def _file(path: Path, status: os.stat_result, options: ReadOptions, named: bool)
             f"--input: {path} is neither JSON Lines nor a JSON array (.jsonl, .json, also with .gz"
             " or .zst) nor .parquet nor .arrow, which conversations are read from"
         )
-    return Source(str(path), format, named, status.st_size, str(status.st_mtime_ns)), (
+    return InputFile(str(path), format, named, status.st_size, str(status.st_mtime_ns)), (
         status.st_dev,
         status.st_ino,
     )

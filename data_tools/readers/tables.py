@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from data_tools.readers.sources import DATASET, HUB, PARQUET, Extent, Slice, Source
+from data_tools.readers.sources import DATASET, HUB, PARQUET, Extent, InputFile, Slice
 from llada.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ larger.
 _NAMES_SHOWN = 8
 
 
-def measure(source: Source, options: ReadOptions) -> Extent:
+def measure(source: InputFile, options: ReadOptions) -> Extent:
     """How a source can be cut: row groups, record batches or rows.
 
     Raises:
@@ -47,7 +47,7 @@ def measure(source: Source, options: ReadOptions) -> Extent:
 
 
 def rows(
-    source: Source, part: Slice | None, options: ReadOptions
+    source: InputFile, part: Slice | None, options: ReadOptions
 ) -> tuple[int, Iterator[tuple[int, dict[str, Any]]]]:
     """The rows of a slice as dicts with the text's column (all columns with `options.structured`),
     numbered from 1, and how many rows of the source come before the slice. OSError while they are
@@ -74,7 +74,7 @@ def _refusals() -> Iterator[None]:
         raise OSError(" ".join(str(error).split())) from None
 
 
-def _columns(source: Source, names: list[str], options: ReadOptions) -> list[str] | None:
+def _columns(source: InputFile, names: list[str], options: ReadOptions) -> list[str] | None:
     """The columns that are read; None: all."""
     if options.structured:
         return None
@@ -128,7 +128,7 @@ def _group_bytes(group: Any, columns: list[str] | None) -> int:
 
 
 def _parquet_rows(
-    source: Source, part: Slice | None, options: ReadOptions
+    source: InputFile, part: Slice | None, options: ReadOptions
 ) -> tuple[int, Iterator[tuple[int, dict[str, Any]]]]:
     from pyarrow import parquet
 
@@ -155,7 +155,7 @@ def _parquet_rows(
 # -- Arrow -----------------------------------------------------------------------------------------
 
 
-def _batches(source: Source) -> Iterator[Any]:
+def _batches(source: InputFile) -> Iterator[Any]:
     """Record batches of a file in either of Arrow's formats, memory-mapped."""
     import pyarrow as pa
 
@@ -170,7 +170,7 @@ def _batches(source: Source) -> Iterator[Any]:
 
 
 def _arrow_rows(
-    source: Source, part: Slice | None, options: ReadOptions
+    source: InputFile, part: Slice | None, options: ReadOptions
 ) -> tuple[int, Iterator[tuple[int, dict[str, Any]]]]:
     before = 0
     if part is not None:
@@ -235,7 +235,7 @@ def _split_of(path: str, splits: Any, split: str) -> Any:
     return splits[split]
 
 
-def _measure_dataset(source: Source, options: ReadOptions) -> Extent:
+def _measure_dataset(source: InputFile, options: ReadOptions) -> Extent:
     dataset = _dataset(source.path, options)
     names = dataset.column_names
     columns = None if names is None else _columns(source, names, options)
@@ -248,7 +248,7 @@ def _measure_dataset(source: Source, options: ReadOptions) -> Extent:
 
 
 def _dataset_rows(
-    source: Source, part: Slice | None, options: ReadOptions
+    source: InputFile, part: Slice | None, options: ReadOptions
 ) -> tuple[int, Iterator[tuple[int, dict[str, Any]]]]:
     dataset = _dataset(source.path, options)
     if (

@@ -67,7 +67,7 @@ class Fit:
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedTokenizer:
     """
     Attributes:
         tokenizer: as saved.
@@ -93,7 +93,7 @@ def train_tokenizer(
     extensions: Sequence[str] | None = None,
     skip_bad: bool = False,
     force: bool = False,
-) -> Trained:
+) -> TrainedTokenizer:
     """Train a tokenizer on a sample of the documents and save it as the folder `output`. The same
     documents give the same files.
 
@@ -130,7 +130,7 @@ def train_tokenizer(
             made = train_sentencepiece(sample.passages, vocab_size, kind)
         made.save(folder)
     every = max(1, sample.kept_bytes // _MEASURED_BYTES)
-    return Trained(
+    return TrainedTokenizer(
         made, measure(made, sample.passages[::every]), sample.text_bytes, sample.kept_bytes
     )
 

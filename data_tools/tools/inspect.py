@@ -12,7 +12,7 @@ import numpy.typing as npt
 from data_tools.job.build import MOST_WORKERS, check_count
 from data_tools.job.finish import summary
 from data_tools.tools.reply_lengths import length_statistics
-from llada.data.corpus import SPLITS, Corpus, Manifest, Shards, problems
+from llada.data.corpus import SPLITS, Corpus, Manifest, Shards, verify_corpus
 from llada.data.shards import ShardEntry
 from llada.errors import UserError
 from llada.files import new_file
@@ -254,10 +254,10 @@ def check(
 
     Args:
         folder: of the corpus.
-        workers, progress: see `llada.data.corpus.problems`.
+        workers, progress: see `llada.data.corpus.verify_corpus`.
     """
     check_count("--workers", workers, MOST_WORKERS)
-    found = problems(folder, workers=workers, progress=progress)
+    found = verify_corpus(folder, workers=workers, progress=progress)
     try:
         manifest = Manifest.load(folder)
     except UserError:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from launch.job.rank import IN_ORDER
+from launch.job.rank import CLEAN_EXITS
 from launch.job.spec import Restarts, read_record
 from llada.training.signals import StopRequest
 
@@ -133,11 +133,11 @@ class StepEnd:
         """The first rank that did not end in order; one that only noticed that another was gone
         comes after that one.
         """
-        failed = [end for end in self.exits if end.code not in IN_ORDER]
+        failed = [end for end in self.exits if end.code not in CLEAN_EXITS]
         return min(failed, key=lambda end: (end.blames_another, end.time), default=None)
 
 
-class Asked:
+class StopState:
     """Whether the run is asked to end: by a signal, or by a file that `llada stop` made.
 
     Args:
@@ -185,7 +185,7 @@ def run_ranks(
     ranks: int,
     folder: Path,
     environment: dict[str, str],
-    asked: Asked,
+    asked: StopState,
     limits: Restarts,
     end_by: float = float("inf"),
     on_sigterm: Callable[[], None] | None = None,
@@ -229,7 +229,7 @@ def run_ranks(
             machine.deliver("USR1", records.starts)
             delivered = now
         if records.exits:
-            failed = any(end.code not in IN_ORDER for end in records.exits)
+            failed = any(end.code not in CLEAN_EXITS for end in records.exits)
             deadline = min(
                 deadline, now + (min(_OTHERS_SECONDS, limits.grace) if failed else limits.grace)
             )

@@ -24,7 +24,7 @@ from typing import Any
 from launch.job import affinity
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-IN_ORDER = (0, 75)
+CLEAN_EXITS = (0, 75)
 """Exit codes of a child that ended when all agreed to: the launcher must not take them for a
 failure and kill the others.
 """
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("command", nargs="+")
     options = parser.parse_args(arguments)
     forward = _Forward()
-    place = Place.of_this_process()
+    place = RankEnvironment.of_this_process()
     environment = place.environment()
     if options.bind:
         environment["LLADA_THREADS"] = str(_threads(place.local_size))
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     code = forward.wait(child)
     message = last_message(options.folder / f"{name}.log")
     _record(options.folder / f"{name}.exit.json", {"code": code, "message": message})
-    return 0 if code in IN_ORDER else 1
+    return 0 if code in CLEAN_EXITS else 1
 
 
 def _threads(local_size: int) -> int:
@@ -83,14 +83,14 @@ def _threads(local_size: int) -> int:
     )
 
 
-class Place:
+class RankEnvironment:
     """Which rank this is, from torchrun's or Slurm's variables."""
 
     def __init__(self, rank: int, size: int, local_rank: int, local_size: int) -> None:
         self.rank, self.size, self.local_rank, self.local_size = rank, size, local_rank, local_size
 
     @classmethod
-    def of_this_process(cls) -> Place:
+    def of_this_process(cls) -> RankEnvironment:
         env = os.environ
         # Slurm's first: those of torchrun could be left over in the environment that was submitted
         # from.

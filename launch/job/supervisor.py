@@ -17,7 +17,7 @@ from typing import Any
 
 from launch import slurm
 from launch.job import spec as jobs
-from launch.job.attempt import Asked, Machine, StepEnd, run_ranks
+from launch.job.attempt import Machine, StepEnd, StopState, run_ranks
 from launch.job.machines import OneProcess, SlurmNodes, ThisMachine
 from launch.job.policy import (
     Decision,
@@ -56,7 +56,7 @@ class Supervisor:
         task = os.environ.get("SLURM_ARRAY_TASK_ID") if self.spec.array else None
         self.task = int(task) if task is not None else None
         self.job = None if local else slurm.own_job(self.spec.array)
-        self.asked = Asked(stop, folder / jobs.STOP)
+        self.asked = StopState(stop, folder / jobs.STOP)
         self._end_time = float("inf")
         self.log = EventLog(self.state)
         self.attempt = 0

@@ -14,7 +14,7 @@ from llada.files import require_space
 from llada.planning.summary import CheckpointVolume, checkpoint_volume
 from llada.training import lock
 from llada.training.schedule import Schedule
-from llada.training.start import foresee
+from llada.training.start import preview_resume
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,9 @@ def check_run(
             ],
         )
     else:
-        start = foresee(config, open_data(config), folder / "checkpoints", allow_changed, rewind)
+        start = preview_resume(
+            config, open_data(config), folder / "checkpoints", allow_changed, rewind
+        )
         first, notes = start.step, start.notes
     checkpoints = checkpoint_volume(config)
     try:

@@ -63,7 +63,7 @@ class State:
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedConfig:
     """The model in a checkpoint, of a run or imported.
 
     Attributes:
@@ -78,7 +78,7 @@ class Trained:
     longest: int
 
 
-def trained(state: State) -> Trained:
+def trained(state: State) -> TrainedConfig:
     """The model of a checkpoint. Raises UserError when its state does not describe one."""
     try:
         model = ModelSection.model_validate(state.config["model"])
@@ -86,7 +86,7 @@ def trained(state: State) -> Trained:
             state.config["data"]["sequence_length"],
             *(entry.get("sequence_length", 0) for entry in state.lineage),
         ]
-        return Trained(model, state.config["precision"], max(lengths))
+        return TrainedConfig(model, state.config["precision"], max(lengths))
     except (KeyError, TypeError, ValidationError) as error:
         raise UserError(
             f"checkpoint: its {STATE} does not describe a model ({' '.join(str(error).split())})"
@@ -175,7 +175,7 @@ def seal(
     write_atomically(folder / MARKER, json.dumps({"step": state.step, "files": sums}, indent=1))
 
 
-def damage(folder: Path, share: int = 0, shares: int = 1) -> list[str]:
+def verify_checkpoint(folder: Path, share: int = 0, shares: int = 1) -> list[str]:
     """What differs between a committed checkpoint's files and its marker, one line each.
 
     Args:
@@ -221,7 +221,7 @@ def prune(root: Path, keep_last: int | None, keep_every: int | None) -> list[Pat
     return old
 
 
-def set_aside(folders: list[Path]) -> None:
+def supersede(folders: list[Path]) -> None:
     """Rename checkpoints that a rewind leaves behind, so that none of them is found as the latest;
     nothing is deleted.
     """

@@ -294,7 +294,9 @@ class CheckpointWeights:
     def __init__(self, stored: StoredTensors, model: ModelSection, masters: bool = False) -> None:
         self._stored = stored
         self.shapes: Mapping[str, tuple[int, ...]] = weights.canonical_shapes(model)
-        self._homes: dict[str, list[tuple[str, int | None, weights.Piece]]] = defaultdict(list)
+        self._homes: dict[str, list[tuple[str, int | None, weights.WeightRectangle]]] = defaultdict(
+            list
+        )
         wanted: dict[str, tuple[int, ...]] = {}
         prefix = MASTERS if masters else ""
         for parameter in weights.parameter_names(model):

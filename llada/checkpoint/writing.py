@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.planner import (
 
 from llada.checkpoint.reading import stored_name
 from llada.config.sections import ModelSection
-from llada.files import ahead
+from llada.files import prefetch
 from llada.model import weights
 
 # What Megatron-Core's reader asks of a folder besides the tensors: the kind of checkpoint, and what
@@ -76,7 +76,7 @@ class _Planner(SavePlanner):
             [item for name in weights.parameter_names(self._model) for item in self._items(name)]
         )
         # the writer asks in the order of the plan
-        self._read = ahead(partial(self._rows, index) for index in self._parts)
+        self._read = prefetch(partial(self._rows, index) for index in self._parts)
         return plan
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:

@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from llada.config import RunConfig
-from llada.data.corpus import CONVERSATIONS, TEXT, Corpus, Manifest, problems
-from llada.data.mixture import Mixture, Source
+from llada.data.corpus import CONVERSATIONS, TEXT, Corpus, Manifest, verify_corpus
+from llada.data.mixture import Mixture, MixtureSource
 from llada.data.shards import OpenFiles
 from llada.errors import UserError
 from llada.files import read_files
@@ -51,7 +51,7 @@ class Reader(Protocol):
 
 
 @dataclass(frozen=True)
-class Plan:
+class StepPlan:
     """Segments of one global step (or one validation), known from the index before any token is
     read.
 
@@ -149,13 +149,13 @@ class TrainingData(ABC):
         """The items of one split of a corpus."""
 
     @abstractmethod
-    def plan(self, step: int) -> Plan:
+    def plan(self, step: int) -> StepPlan:
         """The plan of training step `step` (0-based)."""
 
     @abstractmethod
     def validation_plan(
         self, draws: I64, source: int, items: I64, sweeps: I64, draw_t: DrawT
-    ) -> Plan:
+    ) -> StepPlan:
         """The plan of a validation.
 
         Args:
@@ -168,7 +168,7 @@ class TrainingData(ABC):
         """
 
     @abstractmethod
-    def owners(self, plan: Plan) -> I64:
+    def owners(self, plan: StepPlan) -> I64:
         """Of every segment of a validation plan, the number of its window, document or conversation
         in the split [segments].
         """
@@ -185,14 +185,14 @@ class TrainingData(ABC):
 
     # -- what all share ----------------------------------------------------------------------------
 
-    def batch(self, plan: Plan, offsets: Sequence[int]) -> Batch:
+    def batch(self, plan: StepPlan, offsets: Sequence[int]) -> Batch:
         """The micro-batch of the samples at `offsets` of a training plan."""
         windows = [self.window(TRAIN, plan, i) for i in offsets]
         return collate(
             windows, [self.objective.corrupt(window) for window in windows], plan.normaliser
         )
 
-    def window(self, split: str, plan: Plan, i: int) -> Window:
+    def window(self, split: str, plan: StepPlan, i: int) -> Window:
         """The clean tokens and segments of sample `i` of a plan."""
         own = slice(plan.firsts[i], plan.firsts[i + 1])
         tokens = self.tokens(split, int(plan.sources[i]), int(plan.items[i]))
@@ -335,20 +335,20 @@ class TrainingData(ABC):
                 sum(s.bin_bytes + s.idx_bytes for s in corpus.manifest.shards)
                 <= self.config.data.verify_bytes
             )
-            found = problems(corpus.folder) if small else []
+            found = verify_corpus(corpus.folder) if small else []
             if found:
                 raise UserError(
                     f"data.mixture: {found[0]}; see all with `llada data verify {corpus.folder}`"
                 )
 
-    def _source(self, i: int) -> Source:
+    def _source(self, i: int) -> MixtureSource:
         entry, count = self.config.data.mixture[i], self.readers[TRAIN][i].count
         cap = None if entry.max_epochs is None else int(entry.max_epochs * count)
         changes = tuple(
             (-(-change.tokens // self.config.data.sequence_length), change.weight)
             for change in entry.weight_at
         )
-        return Source(
+        return MixtureSource(
             entry.path,
             self.corpora[i].manifest.fingerprint(TRAIN),
             count,

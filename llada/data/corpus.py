@@ -358,7 +358,7 @@ class _File(NamedTuple):
             )
 
 
-def problems(
+def verify_corpus(
     folder: str | Path,
     hashes: bool = True,
     workers: int = 1,

@@ -9,9 +9,9 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from llada.data.base import Plan
+from llada.data.base import StepPlan
 
-Prepared = tuple[Plan, list[Any]]
+Prepared = tuple[StepPlan, list[Any]]
 """The plan of a step and what the engine prepared of this replica's micro-batches."""
 
 
@@ -36,7 +36,7 @@ class Loader:
         self._thread = threading.Thread(target=self._work, name="loader", daemon=True)
         self._thread.start()
 
-    def __iter__(self) -> Iterator[tuple[int, Plan, list[Any]]]:
+    def __iter__(self) -> Iterator[tuple[int, StepPlan, list[Any]]]:
         for step in self._steps:
             item = self._ready.get()
             if isinstance(item, BaseException):

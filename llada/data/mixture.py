@@ -33,7 +33,7 @@ I64 = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Source:
+class MixtureSource:
     """A corpus as the mixture sees it.
 
     Attributes:
@@ -113,7 +113,9 @@ class Mixture:
             or the same data twice.
     """
 
-    def __init__(self, sources: Sequence[Source], seed: int, block: int = SHUFFLE_BLOCK) -> None:
+    def __init__(
+        self, sources: Sequence[MixtureSource], seed: int, block: int = SHUFFLE_BLOCK
+    ) -> None:
         self.sources = tuple(sources)
         self.seed, self.block = seed, block
         self._check()
@@ -259,8 +261,8 @@ class Mixture:
         return self.num_samples
 
     def positions(self, samples: I64) -> tuple[I64, I64]:
-        """Source, and position in its endless sequence of windows, of global sample indices; all
-        int64 [n].
+        """MixtureSource, and position in its endless sequence of windows, of global sample indices;
+        all int64 [n].
 
         Raises IndexError past the last sample of a mixture that ends.
         """
@@ -285,7 +287,7 @@ class Mixture:
         return sources, positions
 
     def places(self, samples: I64) -> tuple[I64, I64]:
-        """Source and window of global sample indices; all int64 [n]."""
+        """MixtureSource and window of global sample indices; all int64 [n]."""
         sources, positions = self.positions(samples)
         windows = np.empty(len(samples), dtype=np.int64)
         for i in np.unique(sources).tolist():

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from llada.data.base import F64, I64, TRAIN, VALIDATION, DrawT, Plan, TrainingData, check_tokens
+from llada.data.base import F64, I64, TRAIN, VALIDATION, DrawT, StepPlan, TrainingData, check_tokens
 from llada.data.corpus import TEXT, Corpus
 from llada.noise import random_lengths, timesteps
 
@@ -80,7 +80,7 @@ class PretrainData(TrainingData):
     def reader(self, source: int, split: str) -> WindowReader:
         return WindowReader(self.corpora[source], split, self.config.data.sequence_length)
 
-    def plan(self, step: int) -> Plan:
+    def plan(self, step: int) -> StepPlan:
         config = self.config
         samples = step * config.batch.global_ + np.arange(config.batch.global_, dtype=np.int64)
         sources, windows = self.mixture.places(samples)
@@ -103,7 +103,7 @@ class PretrainData(TrainingData):
 
     def validation_plan(
         self, draws: I64, source: int, items: I64, sweeps: I64, draw_t: DrawT
-    ) -> Plan:
+    ) -> StepPlan:
         length, sources = self.config.data.sequence_length, np.full(len(draws), source)
         rows, positions = self._bounds(VALIDATION, sources, items, np.full(len(draws), length))
         ends = np.flatnonzero(positions > 0)
@@ -113,7 +113,7 @@ class PretrainData(TrainingData):
             draws, sources, items, rows, positions, lambda _: draw_t(rows[ends], texts)
         )
 
-    def owners(self, plan: Plan) -> I64:
+    def owners(self, plan: StepPlan) -> I64:
         if not self.config.data.document_mask:
             return plan.items
         parts = [
@@ -167,11 +167,11 @@ def _assemble(
     rows: I64,
     positions: I64,
     draw_t: Callable[[F64], F64],
-) -> Plan:
+) -> StepPlan:
     """A plan of whole windows.
 
     Args:
-        samples, sources, windows: see Plan.
+        samples, sources, windows: see StepPlan.
         rows, positions: of the segment boundaries, sorted.
         draw_t: the lengths of all segments, which are their shares of the loss -> their t.
     """
@@ -184,7 +184,7 @@ def _assemble(
         for first, last in zip(first_bounds[:-1].tolist(), first_bounds[1:].tolist(), strict=True)
     ]
     firsts = first_bounds - np.arange(len(samples) + 1)  # a row has one boundary more than segments
-    return Plan(
+    return StepPlan(
         samples,
         sources,
         windows,

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from llada.data.base import F64, I64, TRAIN, VALIDATION, DrawT, Plan, TrainingData, check_tokens
+from llada.data.base import F64, I64, TRAIN, VALIDATION, DrawT, StepPlan, TrainingData, check_tokens
 from llada.data.corpus import CONVERSATIONS, Corpus
 from llada.errors import UserError
 from llada.noise import derive_key, hash64, timesteps
@@ -177,7 +177,7 @@ class SFTData(TrainingData):
             )
         return reader
 
-    def plan(self, step: int) -> Plan:
+    def plan(self, step: int) -> StepPlan:
         config = self.config
         first = step * config.batch.global_
         samples = first + np.arange(config.batch.global_, dtype=np.int64)
@@ -193,7 +193,7 @@ class SFTData(TrainingData):
 
     def validation_plan(
         self, draws: I64, source: int, items: I64, sweeps: I64, draw_t: DrawT
-    ) -> Plan:
+    ) -> StepPlan:
         """Responses with their own EOS and no padding: the bound of what the model would have to
         write.
         """
@@ -218,7 +218,7 @@ class SFTData(TrainingData):
             split=VALIDATION,
         )
 
-    def owners(self, plan: Plan) -> I64:
+    def owners(self, plan: StepPlan) -> I64:
         conversations = [
             self._replies(VALIDATION, s).rows[r, 0]
             for s, r in zip(plan.sources.tolist(), plan.items.tolist(), strict=True)
@@ -262,11 +262,11 @@ class SFTData(TrainingData):
         draw_t: Callable[[F64], F64],
         published: bool,
         split: str = TRAIN,
-    ) -> Plan:
+    ) -> StepPlan:
         """A plan of one conversation a row.
 
         Args:
-            samples, sources, replies: see Plan.
+            samples, sources, replies: see StepPlan.
             ends: where the response (padding included) of each row ends.
             draw_t: shares of the conversations -> their t.
             published: weigh every conversation alike (1 / response length), as the training loss
@@ -293,7 +293,7 @@ class SFTData(TrainingData):
         scales[own] = 1 / sizes if published else 1.0
         t[own] = draw_t(np.ones(len(own)) if published else sizes)
         normaliser = float(len(samples)) if published else float(sizes.sum())
-        return Plan(samples, sources, replies, bounds, firsts, spans, scales, t, normaliser)
+        return StepPlan(samples, sources, replies, bounds, firsts, spans, scales, t, normaliser)
 
     def tokens(self, split: str, source: int, item: int) -> I64:
         own = self._replies(split, source).tokens(item)

@@ -75,7 +75,7 @@ NO_LIMITS = Limits()
 
 
 @dataclass(frozen=True)
-class Place:
+class ParallelRank:
     """Where this process stands.
 
     Attributes:
@@ -123,7 +123,7 @@ class PendingSave(Protocol):
 class Engine(Protocol):
     """Owns model, optimizer and their state on all ranks. Every method is collective."""
 
-    place: Place
+    place: ParallelRank
     device: torch.device
 
     def prepare(self, batch: Batch) -> Any:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from llada.config.sections import ParallelSection
 from llada.device import VARIABLE, gpu_available
-from llada.engine.base import Place
+from llada.engine.base import ParallelRank
 from llada.errors import UserError
 
 _DEFAULT_TIMEOUT_S = 1800.0
@@ -162,7 +162,7 @@ def gather_world(value: Any) -> list[Any]:
     return values
 
 
-def start_model_parallel(parallel: ParallelSection, hang_timeout_s: float = 0) -> Place:
+def start_model_parallel(parallel: ParallelSection, hang_timeout_s: float = 0) -> ParallelRank:
     """Create Megatron-Core's process groups and return this rank's place. Its collectives wait as
     long as the world's.
     """
@@ -181,7 +181,7 @@ def start_model_parallel(parallel: ParallelSection, hang_timeout_s: float = 0) -
     )
     # unused by us (weights are keyed, dropout is 0); Megatron-Core wants it set
     tensor_parallel.model_parallel_cuda_manual_seed(1234)
-    return Place(
+    return ParallelRank(
         dist.get_rank(),
         dist.get_world_size(),
         state.get_data_parallel_rank(),

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from llada.config import RunConfig
 from llada.config.sections import ModelSection, ParallelSection
 from llada.engine import cpu
-from llada.engine.base import NO_LIMITS, Limits, Place, StepResult
+from llada.engine.base import NO_LIMITS, Limits, ParallelRank, StepResult
 from llada.engine.layout import gather_world, join_world, start_model_parallel, stop_model_parallel
 from llada.objectives.base import Batch
 
@@ -79,7 +79,7 @@ class MegatronEngine:
         self.device = join_world()
         config.check_world(dist.get_world_size())
         self.config = config
-        self.place: Place = start_model_parallel(config.parallel, config.run.hang_timeout)
+        self.place: ParallelRank = start_model_parallel(config.parallel, config.run.hang_timeout)
         self.dtype = DTYPES[config.precision]
         self.kernel = choose_kernel(self.device, self.dtype, config.model.head_dim)
         self.transformer_config = _transformer_config(config, self.dtype, self.device)

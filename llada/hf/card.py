@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import llada
-from llada.checkpoint.format import State, Trained
+from llada.checkpoint.format import State, TrainedConfig
 from llada.errors import UserError
 from llada.model.weights import num_parameters
 from llada.training.estimates import with_error
@@ -72,7 +72,7 @@ def check_license(name: str) -> None:
 
 def model_card(
     state: State,
-    trained: Trained,
+    trained: TrainedConfig,
     dtype: str,
     license_: str,
     has_template: bool,
@@ -119,7 +119,7 @@ def _table(rows: list[tuple[str, str]]) -> str:
     return "| | |\n|---|---|\n" + "".join(f"| {name} | {value} |\n" for name, value in rows)
 
 
-def _architecture(trained: Trained, dtype: str) -> list[tuple[str, str]]:
+def _architecture(trained: TrainedConfig, dtype: str) -> list[tuple[str, str]]:
     model = trained.model
     heads = f"{model.num_attention_heads}, of {model.head_dim}" + (
         f"; {model.kv_heads} for keys and values" if model.num_query_groups else ""

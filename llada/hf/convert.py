@@ -15,7 +15,7 @@ import torch
 
 from llada.chat.format import END_OF_TURN, TEMPLATE, ChatFormat
 from llada.checkpoint import format
-from llada.checkpoint.format import Trained
+from llada.checkpoint.format import TrainedConfig
 from llada.checkpoint.reading import CheckpointWeights, StoredTensors
 from llada.config.sections import ModelSection
 from llada.errors import UserError
@@ -181,7 +181,7 @@ def parse_size(text: str) -> int:
     return size
 
 
-def last_checkpoints(folder: Path, trained: Trained, count: int) -> list[Path]:
+def last_checkpoints(folder: Path, trained: TrainedConfig, count: int) -> list[Path]:
     """A checkpoint and the ones before it in its run, `count` in all, oldest first.
 
     Raises:
@@ -210,13 +210,13 @@ def _open(stored: list[StoredTensors], model: ModelSection, masters: bool) -> we
 
 
 def _check_files(folders: list[Path]) -> None:
-    problems = [problem for folder in folders for problem in format.damage(folder)]
+    problems = [problem for folder in folders for problem in format.verify_checkpoint(folder)]
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise UserError(f"checkpoint: {problems[0]}{more}; it is damaged, take another one")
 
 
-def model_config(trained: Trained, tokenizer: Tokenizer, dtype: str) -> dict[str, Any]:
+def model_config(trained: TrainedConfig, tokenizer: Tokenizer, dtype: str) -> dict[str, Any]:
     """Every field of the published config.json.
 
     Args:

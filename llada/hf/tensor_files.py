@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from llada.checkpoint.reading import read_into, write_from
 from llada.errors import RunError, UserError
-from llada.files import ahead
+from llada.files import prefetch
 from llada.model.weights import BLOCK_ELEMENTS, Weights, row_blocks
 
 CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -260,7 +260,7 @@ def _write_file(path: Path, source: Weights, names: list[str], dtype: torch.dtyp
             for name in names
             for block in row_blocks(source.shapes[name], BLOCK_ELEMENTS)
         )
-        for values in ahead(partial(_rounded, source, *block, dtype) for block in blocks):
+        for values in prefetch(partial(_rounded, source, *block, dtype) for block in blocks):
             write_from(file, values)
 
 

@@ -1,9 +1,9 @@
 """The one weight map: canonical (published Hugging Face LLaDA) names <-> Megatron-Core shards.
 
 Initialisation, import, export and parity tests all go through it. A Megatron parameter of a rank is
-a list of `Piece`s, each a rectangle of one canonical tensor: the fused QKV interleaves query, key
-and value heads per query group, fc1 stacks gate and up, the vocabulary is cut by rows, output
-projections by columns.
+a list of `WeightRectangle`s, each a rectangle of one canonical tensor: the fused QKV interleaves
+query, key and value heads per query group, fc1 stacks gate and up, the vocabulary is cut by rows,
+output projections by columns.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ BLOCK = re.compile(r"^model\.transformer\.blocks\.(\d+)\.(.+)\.weight$")
 
 
 @dataclass(frozen=True)
-class Piece:
+class WeightRectangle:
     """A rectangle of a canonical tensor and where its first row lies in the Megatron parameter of
     this rank.
 
@@ -133,7 +133,9 @@ def num_parameters(model: ModelSection, embedding: bool = True) -> int:
     )
 
 
-def pieces(model: ModelSection, name: str, tp_rank: int = 0, tp_size: int = 1) -> list[Piece]:
+def pieces(
+    model: ModelSection, name: str, tp_rank: int = 0, tp_size: int = 1
+) -> list[WeightRectangle]:
     """The canonical rectangles that make up a Megatron parameter on one tensor-parallel rank.
 
     Args:
@@ -150,14 +152,14 @@ def pieces(model: ModelSection, name: str, tp_rank: int = 0, tp_size: int = 1) -
     def share(n: int) -> tuple[int, int]:
         return n // tp_size * tp_rank, n // tp_size * (tp_rank + 1)
 
-    def rows(canonical: str, span: tuple[int, int], local_row: int = 0) -> Piece:
-        return Piece(canonical, span, (0, d), local_row)
+    def rows(canonical: str, span: tuple[int, int], local_row: int = 0) -> WeightRectangle:
+        return WeightRectangle(canonical, span, (0, d), local_row)
 
     if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
         canonical = EMBEDDING if name.startswith("embedding") or model.tie_embeddings else HEAD
         return [rows(canonical, share(model.vocab_size))]
     if name == "decoder.final_layernorm.weight":
-        return [Piece(FINAL_NORM, (0, d), None, 0)]
+        return [WeightRectangle(FINAL_NORM, (0, d), None, 0)]
     match = _LAYER.match(name)
     if match is None:
         raise KeyError(name)
@@ -170,14 +172,18 @@ def pieces(model: ModelSection, name: str, tp_rank: int = 0, tp_size: int = 1) -
             rows(f"{block}.up_proj.weight", share(ff), ff // tp_size),
         ]
     if part == "self_attention.linear_proj.weight":
-        return [Piece(f"{block}.attn_out.weight", (0, d), share(model.num_attention_heads * hd), 0)]
+        return [
+            WeightRectangle(
+                f"{block}.attn_out.weight", (0, d), share(model.num_attention_heads * hd), 0
+            )
+        ]
     if part == "mlp.linear_fc2.weight":
-        return [Piece(f"{block}.ff_out.weight", (0, d), share(ff), 0)]
+        return [WeightRectangle(f"{block}.ff_out.weight", (0, d), share(ff), 0)]
     norms = {"input_layernorm.weight": "attn_norm", "pre_mlp_layernorm.weight": "ff_norm"}
-    return [Piece(f"{block}.{norms[part]}.weight", (0, d), None, 0)]
+    return [WeightRectangle(f"{block}.{norms[part]}.weight", (0, d), None, 0)]
 
 
-def _qkv_pieces(model: ModelSection, block: str, groups: tuple[int, int]) -> list[Piece]:
+def _qkv_pieces(model: ModelSection, block: str, groups: tuple[int, int]) -> list[WeightRectangle]:
     """Megatron's fused QKV: for each query group its query heads, then its key head, then its value
     head.
     """
@@ -194,7 +200,9 @@ def _qkv_pieces(model: ModelSection, block: str, groups: tuple[int, int]) -> lis
             ("v_proj", group, 1),
         ):
             found.append(
-                Piece(f"{block}.{part}.weight", (first * hd, (first + heads) * hd), (0, d), local)
+                WeightRectangle(
+                    f"{block}.{part}.weight", (first * hd, (first + heads) * hd), (0, d), local
+                )
             )
             local += heads * hd
     return found
@@ -231,7 +239,7 @@ def initial_std(model: ModelSection, name: str) -> float:
     return model.hidden_size**-0.5
 
 
-def initial_values(model: ModelSection, seed: int, piece: Piece) -> torch.Tensor:
+def initial_values(model: ModelSection, seed: int, piece: WeightRectangle) -> torch.Tensor:
     """The initial values of a piece, float64: ones for norms, else a normal truncated at 3 sigma by
     the inverse of its distribution function, from the Philox streams of (seed, canonical name, row
     block). Independent of the layout.
@@ -254,7 +262,7 @@ def initial_values(model: ModelSection, seed: int, piece: Piece) -> torch.Tensor
     return torch.special.ndtri(quantiles) * initial_std(model, piece.name)
 
 
-def _local_view(parameter: torch.Tensor, piece: Piece) -> torch.Tensor:
+def _local_view(parameter: torch.Tensor, piece: WeightRectangle) -> torch.Tensor:
     return parameter[piece.local_row : piece.local_row + piece.rows[1] - piece.rows[0]]
 
 

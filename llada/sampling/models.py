@@ -9,7 +9,7 @@ import torch
 
 from llada.chat.format import END_OF_TURN
 from llada.checkpoint import format
-from llada.checkpoint.format import Trained
+from llada.checkpoint.format import TrainedConfig
 from llada.checkpoint.reading import CheckpointWeights, StoredTensors, all_rows
 from llada.errors import RunError, UserError
 from llada.hf.convert import model_config
@@ -99,12 +99,12 @@ def _exported(path: Path, device: torch.device) -> Sampler:
     check_mask(folder, tokenizer)
     precision = "bf16" if folder.dtype == torch.bfloat16 else "fp32"
     return _sampler(
-        Trained(folder.model, precision, folder.longest), tokenizer, folder.weights, device
+        TrainedConfig(folder.model, precision, folder.longest), tokenizer, folder.weights, device
     )
 
 
 def _sampler(
-    trained: Trained, tokenizer: Tokenizer, weights: Weights, device: torch.device
+    trained: TrainedConfig, tokenizer: Tokenizer, weights: Weights, device: torch.device
 ) -> Sampler:
     from llada.hf.configuration_llada import LLaDAConfig
     from llada.hf.modeling_llada import LLaDAModelLM

@@ -17,7 +17,7 @@ from llada import events, revision
 from llada.checkpoint import format
 from llada.checkpoint.saving import Saving
 from llada.config import PROVENANCE, RunConfig, dump_config
-from llada.data.base import TRAIN, Plan
+from llada.data.base import TRAIN, StepPlan
 from llada.data.loader import Loader, Prepared
 from llada.data.sft import ReplyReader
 from llada.data.tasks import open_data
@@ -32,7 +32,7 @@ from llada.training import folder, metrics, validation_files
 from llada.training.guard import Guard
 from llada.training.schedule import Schedule
 from llada.training.signals import StopRequest
-from llada.training.start import Start, find_start, versions
+from llada.training.start import Start, resolve_resume, versions
 from llada.training.validation import Validator, describe
 from llada.training.watchdog import Watchdog, record_collectives
 
@@ -140,7 +140,7 @@ class Run:
             # Only now: a process that held the folder until a moment ago may have written
             # checkpoints.
             self._prepare(
-                find_start(config, self.data, self.root, self.threads, allow_changed, rewind)
+                resolve_resume(config, self.data, self.root, self.threads, allow_changed, rewind)
             )
         except BaseException:
             if self.held is not None:
@@ -172,14 +172,14 @@ class Run:
         self.validator = Validator(self.data, self.place)
         self.validation = start.validation
         self.guard = Guard(config.train, start.recent)
-        self._unread: tuple[int, Plan, StepResult] | None = None
+        self._unread: tuple[int, StepPlan, StepResult] | None = None
         self.sinks: list[metrics.Sink] = []
         self.loader: Loader | None = None
         if start.aside:
             self.engine.any(False)  # every rank has looked at the folder
         if self.place.is_main:
             with folder.naming(self.folder):
-                format.set_aside(start.aside)
+                format.supersede(start.aside)
                 self._open_sinks(start)
         self.watchdog = Watchdog(
             self.folder / "heartbeats",
@@ -207,7 +207,7 @@ class Run:
         own = sample_offsets(batch.global_, batch.micro, place.data_rank, place.data_size)
         return plan, [self.engine.prepare(self.data.batch(plan, offsets)) for offsets in own]
 
-    def record(self, step: int, plan: Plan, result: StepResult) -> None:
+    def record(self, step: int, plan: StepPlan, result: StepResult) -> None:
         """Note one step (0-based) once its numbers are there; on a GPU that is while the next step
         computes.
         """
@@ -233,7 +233,9 @@ class Run:
         if warning:
             self.say(warning)
 
-    def _line(self, step: int, plan: Plan, result: StepResult, seconds: float) -> dict[str, Any]:
+    def _line(
+        self, step: int, plan: StepPlan, result: StepResult, seconds: float
+    ) -> dict[str, Any]:
         """A step's line of metrics.jsonl."""
         config, own = self.config, plan.maskable > 0
         predicted = self.data.objective.expected_predictions(plan.maskable[own], plan.t[own])

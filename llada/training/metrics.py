@@ -88,7 +88,7 @@ def cut(folder: Path, step: int) -> int:
     """
     path = folder / FILE
     attempt = 1 + sum(1 for _ in folder.glob("metrics.attempt-*.jsonl"))
-    validation_files.set_aside(folder, step, attempt)
+    validation_files.supersede(folder, step, attempt)
     if not path.exists():
         return 0
     kept: list[str] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from llada.config import RunConfig
-from llada.data.base import TRAIN, Plan, TrainingData
+from llada.data.base import TRAIN, StepPlan, TrainingData
 from llada.data.tasks import open_data
 from llada.errors import UserError
 from llada.tokenizer import Tokenizer
@@ -46,7 +46,7 @@ def describe_step(config: RunConfig, step: int, samples: int) -> str:
     return "\n".join(lines)
 
 
-def _describe_sample(data: TrainingData, plan: Plan, offset: int, tokenizer: Tokenizer) -> str:
+def _describe_sample(data: TrainingData, plan: StepPlan, offset: int, tokenizer: Tokenizer) -> str:
     window = data.window(TRAIN, plan, offset)
     masked = set(data.objective.corrupt(window).predicted.tolist())
     source = int(plan.sources[offset])

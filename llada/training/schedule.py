@@ -19,7 +19,7 @@ _SHAPES: dict[str, Callable[[float], float]] = {
 
 
 @dataclass(frozen=True)
-class _Piece:
+class _LRStage:
     shape: str
     start: float
     end: float
@@ -40,13 +40,13 @@ class Schedule:
 
     def __init__(self, section: ScheduleSection, tokens_per_step: int) -> None:
         self._rewinds = section.rewinds
-        self._pieces: list[_Piece] = []
+        self._pieces: list[_LRStage] = []
         first, rate = 0, 0.0
         for stage in section.stages:
             steps = stage.steps if stage.tokens is None else -(-stage.tokens // tokens_per_step)
             start = rate if stage.start is None else stage.start
             rate = start if stage.end is None else stage.end
-            self._pieces.append(_Piece(stage.shape, start, rate, first, steps))
+            self._pieces.append(_LRStage(stage.shape, start, rate, first, steps))
             first += steps or 0
 
     @property

@@ -108,7 +108,7 @@ def versions(config: RunConfig, threads: int) -> dict[str, str]:
     return found
 
 
-def find_start(
+def resolve_resume(
     config: RunConfig,
     data: TrainingData,
     root: Path,
@@ -199,7 +199,9 @@ def _damage(config: RunConfig, folder: Path) -> list[str]:
         return []
     rank, size, _ = world_from_environment()
     return [
-        problem for share in gather_world(format.damage(folder, rank, size)) for problem in share
+        problem
+        for share in gather_world(format.verify_checkpoint(folder, rank, size))
+        for problem in share
     ]
 
 
@@ -270,7 +272,7 @@ def _rewound(config: RunConfig, folder: Path, step: int) -> bool:
     )
 
 
-def foresee(
+def preview_resume(
     config: RunConfig,
     data: TrainingData,
     root: Path,
@@ -281,7 +283,7 @@ def foresee(
     elsewhere.
 
     Raises:
-        UserError: as `find_start`; and for a folder that holds another run, with or without a
+        UserError: as `resolve_resume`; and for a folder that holds another run, with or without a
             checkpoint, or something else than a run, and for a corpus whose tokenizer was replaced.
     """
     refuse_others(root.parent)
@@ -299,7 +301,7 @@ def foresee(
     unread = config.model_copy(
         update={"checkpoint": config.checkpoint.model_copy(update={"verify": False})}
     )
-    return find_start(unread, data, root, None, allow_changed, rewind)
+    return resolve_resume(unread, data, root, None, allow_changed, rewind)
 
 
 def _changes(

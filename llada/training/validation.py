@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from llada.data.base import F64, I64, VALIDATION, Plan, TrainingData
-from llada.engine.base import Engine, Place
+from llada.data.base import F64, I64, VALIDATION, StepPlan, TrainingData
+from llada.engine.base import Engine, ParallelRank
 from llada.noise import derive_key, hash64, permute, to_unit
 from llada.objectives import Batch, collate
 from llada.training.estimates import (
@@ -51,7 +51,7 @@ class Design:
         measure: all of that in short, for comparisons.
     """
 
-    plan: Plan
+    plan: StepPlan
     segments: I64
     items: I64
     owner: I64
@@ -91,7 +91,7 @@ class Validator:
         place: of this rank; each replica takes every data_size-th micro-batch.
     """
 
-    def __init__(self, data: TrainingData, place: Place) -> None:
+    def __init__(self, data: TrainingData, place: ParallelRank) -> None:
         self._data, self._place = data, place
         self.objective = data.make_objective(_SEED)
         self.corpora = [i for i, reader in enumerate(data.readers[VALIDATION]) if reader.count > 0]
@@ -155,7 +155,7 @@ class Validator:
         )
         return Design(plan, segments, items, owner.reshape(-1), text.reshape(-1), measure)
 
-    def _plan(self, corpus: int) -> tuple[Plan, int]:
+    def _plan(self, corpus: int) -> tuple[StepPlan, int]:
         """Every draw of a corpus, and the sweeps of each window or conversation."""
         data, windows = self._data, self._data.config.validation.windows
         count = min(data.readers[VALIDATION][corpus].count, windows // SWEEP)
@@ -182,7 +182,7 @@ class Validator:
         """Name of the noise of a corpus: it follows the text, not its path."""
         return f"validation/{self._data.corpora[corpus].manifest.fingerprint(VALIDATION)}"
 
-    def _batches(self, plan: Plan, corpus: int) -> list[Batch]:
+    def _batches(self, plan: StepPlan, corpus: int) -> list[Batch]:
         """This replica's micro-batches; the last ones are filled up with draws of weight 0, since
         pipelines have fixed shapes.
         """

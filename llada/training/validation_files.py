@@ -174,7 +174,7 @@ def steps(run: Path) -> list[int]:
     )
 
 
-def set_aside(run: Path, step: int, attempt: int) -> None:
+def supersede(run: Path, step: int, attempt: int) -> None:
     """Move the files of validations after `step` (all, if it is 0) to RUN/validation.attempt-N, as
     metrics.jsonl is cut.
     """

@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llada.config import SHUFFLE_BLOCK, build_config
-from llada.data.mixture import Mixture, Source, quotas_of
+from llada.data.mixture import Mixture, MixtureSource, quotas_of
 from llada.errors import UserError
 
 
-def source(name: str, windows: int, weight: float = 1.0, cap: int | None = None) -> Source:
-    return Source(name, f"data-{name}", windows, weight, cap)
+def source(name: str, windows: int, weight: float = 1.0, cap: int | None = None) -> MixtureSource:
+    return MixtureSource(name, f"data-{name}", windows, weight, cap)
 
 
 @settings(max_examples=100, deadline=None)
@@ -111,7 +111,7 @@ def test_a_mixture_of_capped_corpora_ends_when_all_are_read() -> None:
 )
 def test_every_capped_corpus_is_read_exactly_to_its_cap(rows: list[tuple[int, float, int]]) -> None:
     sources = [
-        Source(f"s{i}", f"d{i}", windows, weight, cap)
+        MixtureSource(f"s{i}", f"d{i}", windows, weight, cap)
         for i, (windows, weight, cap) in enumerate(rows)
     ]
     mixture = Mixture(sources, seed=1)
@@ -123,9 +123,9 @@ def test_every_capped_corpus_is_read_exactly_to_its_cap(rows: list[tuple[int, fl
 
 
 def test_the_order_follows_the_data_not_its_path_or_place() -> None:
-    here = Mixture([Source("/a/x", "f1", 500, 1.0)], seed=1)
-    there = Mixture([Source("/b/y", "f1", 500, 3.0)], seed=1)
-    other = Mixture([Source("/a/x", "f2", 500, 1.0)], seed=1)
+    here = Mixture([MixtureSource("/a/x", "f1", 500, 1.0)], seed=1)
+    there = Mixture([MixtureSource("/b/y", "f1", 500, 3.0)], seed=1)
+    other = Mixture([MixtureSource("/a/x", "f2", 500, 1.0)], seed=1)
     assert [here.locate(i) for i in range(100)] == [there.locate(i) for i in range(100)]
     assert [here.locate(i) for i in range(100)] != [other.locate(i) for i in range(100)]
 
@@ -140,12 +140,12 @@ def test_the_order_follows_the_data_not_its_path_or_place() -> None:
         ([source("a", 0)], r"data.mixture.0.path: a holds no full window"),
         ([source("a", 9, cap=0)], r"data.mixture.0.max_epochs: less than one of the 9 windows"),
         (
-            [Source("a", "f", 9, 1.0), Source("b", "f", 9, 1.0)],
+            [MixtureSource("a", "f", 9, 1.0), MixtureSource("b", "f", 9, 1.0)],
             r"data.mixture.1.path: b holds the same data as a",
         ),
     ],
 )
-def test_refused(sources: list[Source], message: str) -> None:
+def test_refused(sources: list[MixtureSource], message: str) -> None:
     with pytest.raises(UserError, match=message):
         Mixture(sources, seed=0)
 
@@ -174,14 +174,16 @@ changing = st.lists(
 )
 
 
-def changing_sources(rows: list[tuple[int, float, dict[int, float], int | None]]) -> list[Source]:
+def changing_sources(
+    rows: list[tuple[int, float, dict[int, float], int | None]],
+) -> list[MixtureSource]:
     return [
-        Source(f"s{i}", f"d{i}", n, weight, cap, tuple(sorted(changes.items())))
+        MixtureSource(f"s{i}", f"d{i}", n, weight, cap, tuple(sorted(changes.items())))
         for i, (n, weight, changes, cap) in enumerate(rows)
     ]
 
 
-def weight_by_hand(source: Source, block: int) -> float:
+def weight_by_hand(source: MixtureSource, block: int) -> float:
     """Of the changes at or before the block's first sample the last counts."""
     weight = source.weight
     for samples, changed in source.changes:
@@ -272,9 +274,9 @@ def test_annealing_by_hand() -> None:
     """
     mixture = Mixture(
         [
-            Source("web", "w", 10**6, 8.0, None, ((25_000, 1.0),)),
-            Source("books", "b", 10**6, 2.0, None, ((45_000, 0.0),)),
-            Source("math", "m", 10**6, 0.0, None, ((25_000, 7.0),)),
+            MixtureSource("web", "w", 10**6, 8.0, None, ((25_000, 1.0),)),
+            MixtureSource("books", "b", 10**6, 2.0, None, ((45_000, 0.0),)),
+            MixtureSource("math", "m", 10**6, 0.0, None, ((25_000, 7.0),)),
         ],
         seed=0,
     )
@@ -294,7 +296,10 @@ def test_a_change_takes_effect_with_the_first_block_at_or_after_it(
     samples: int, block: int
 ) -> None:
     mixture = Mixture(
-        [Source("a", "a", 99, 1.0), Source("b", "b", 99, 0.0, None, ((samples, 1.0),))],
+        [
+            MixtureSource("a", "a", 99, 1.0),
+            MixtureSource("b", "b", 99, 0.0, None, ((samples, 1.0),)),
+        ],
         seed=0,
         block=BLOCK,
     )
@@ -303,7 +308,7 @@ def test_a_change_takes_effect_with_the_first_block_at_or_after_it(
 
 
 def test_a_mixture_ends_where_no_weight_is_left_even_if_a_corpus_would_come_later() -> None:
-    later = Source("b", "b", 99, 0.0, None, ((3 * BLOCK, 1.0),))
+    later = MixtureSource("b", "b", 99, 0.0, None, ((3 * BLOCK, 1.0),))
     assert Mixture([source("a", 50, cap=50), later], seed=0, block=BLOCK).num_samples == 50
     assert Mixture([source("a", 80, cap=80), later], seed=0, block=BLOCK).num_samples == 80
     assert Mixture([source("a", 120, cap=120), later], seed=0, block=BLOCK).num_samples is None
@@ -313,12 +318,14 @@ def test_a_change_to_a_weight_too_small_for_a_block_is_refused() -> None:
     with pytest.raises(
         UserError, match=r"data.mixture.1.weight_at: 1e-06 gives b no sample in a block of 10000"
     ):
-        Mixture([source("a", 9), Source("b", "b", 9, 1.0, None, ((5, 1e-6),))], seed=0)
+        Mixture([source("a", 9), MixtureSource("b", "b", 9, 1.0, None, ((5, 1e-6),))], seed=0)
 
 
 def test_in_means_over_corpora_the_first_weight_that_is_not_zero_counts() -> None:
-    assert Source("a", "a", 9, 0.5, None, ((5, 0.0),)).first_weight == 0.5
-    assert Source("a", "a", 9, 0.0, None, ((5, 0.0), (9, 2.0), (12, 3.0))).first_weight == 2.0
+    assert MixtureSource("a", "a", 9, 0.5, None, ((5, 0.0),)).first_weight == 0.5
+    assert (
+        MixtureSource("a", "a", 9, 0.0, None, ((5, 0.0), (9, 2.0), (12, 3.0))).first_weight == 2.0
+    )
 
 
 CONFIG: dict[str, Any] = {

@@ -16,7 +16,7 @@ from llada.config import build_config
 from llada.data.base import TRAIN, VALIDATION
 from llada.data.sft import SFTData
 from llada.data.tasks import open_data
-from llada.engine.base import Place
+from llada.engine.base import ParallelRank
 from llada.errors import UserError
 from llada.noise import timesteps
 from llada.tokenizer import Tokenizer, train_byte_level_bpe
@@ -241,7 +241,7 @@ def test_validation_reads_every_reply_of_a_conversation_and_counts_the_conversat
     data = made(folder, validation={"windows": 400})
     reader = data.readers[VALIDATION][0]
     assert reader.count < 100 and len(reader.rows) > reader.count
-    design = Validator(data, Place(0, 1, 0, 1)).design(0)
+    design = Validator(data, ParallelRank(0, 1, 0, 1)).design(0)
     assert set(design.plan.items.tolist()) == set(range(len(reader.rows)))
     assert design.measure.unit == "conversations" and len(design.items) == reader.count
     replies = design.plan.items[

@@ -16,7 +16,7 @@ import xxhash
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llada.data.corpus import FORMAT_VERSION, TEXT, Corpus, Manifest, problems
+from llada.data.corpus import FORMAT_VERSION, TEXT, Corpus, Manifest, verify_corpus
 from llada.data.shards import Shard, ShardWriter, token_dtype
 from llada.errors import UserError
 
@@ -205,7 +205,7 @@ def test_an_empty_shard(tmp_path: Path):
         [],
     )
     make_manifest([writer.close()]).save(tmp_path)
-    assert problems(tmp_path) == []
+    assert verify_corpus(tmp_path) == []
 
 
 def test_nothing_has_its_name_before_close(tmp_path: Path):
@@ -310,7 +310,7 @@ def test_manifest_and_shards_come_back(folder: Path):
     read = [shard.tokens(0, shard.num_tokens).tolist() for shard in corpus.shards("train")]
     assert read == [join(TRAIN), join(TRAIN[::-1])]
     assert (corpus.folder, corpus.tokenizer_folder) == (folder, folder / "tokenizer")
-    assert problems(folder) == []
+    assert verify_corpus(folder) == []
     assert not list(folder.glob("*.partial"))
 
 
@@ -340,7 +340,7 @@ def test_a_folder_without_manifest_is_refused(tmp_path: Path):
     for path in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(UserError, match=r"not a prepared corpus .*llada data prepare"):
             Corpus.open(path)
-        assert len(problems(path)) == 1
+        assert len(verify_corpus(path)) == 1
 
 
 @pytest.mark.parametrize(
@@ -360,7 +360,7 @@ def test_an_edited_manifest_is_refused(folder: Path, edit, message):
     path.write_text(edited)
     with pytest.raises(UserError, match=f"manifest.json: truncated or altered.*{message}"):
         Corpus.open(folder)
-    assert len(problems(folder)) == 1
+    assert len(verify_corpus(folder)) == 1
 
 
 @pytest.mark.parametrize(
@@ -414,7 +414,7 @@ def test_a_lost_or_truncated_file_is_refused_when_opened(folder: Path, name, cha
         ),
     ):
         Corpus.open(folder)
-    found = problems(folder, hashes=False)
+    found = verify_corpus(folder, hashes=False)
     assert len(found) == 1 and name in found[0]
 
 
@@ -425,9 +425,9 @@ def test_any_flipped_byte_is_found(folder: Path, name):
     sound = path.read_bytes()
     for offset in range(len(sound)):
         flip(path, offset)
-        assert any(name in line and "checksum" in line for line in problems(folder)), offset
+        assert any(name in line and "checksum" in line for line in verify_corpus(folder)), offset
         path.write_bytes(sound)
-    assert problems(folder) == []
+    assert verify_corpus(folder) == []
 
 
 def test_a_shard_of_other_counts_than_the_manifest_says_is_refused(folder: Path):
@@ -438,7 +438,7 @@ def test_a_shard_of_other_counts_than_the_manifest_says_is_refused(folder: Path)
             UserError, match=r"train_00000.idx: truncated or altered .*the manifest says"
         ):
             list(Corpus.open(folder).shards("train"))
-        assert len(problems(folder)) == 1
+        assert len(verify_corpus(folder)) == 1
     replace(manifest, dtype="int32").save(folder)
     with pytest.raises(UserError, match="dtype: uint16"):
         list(Corpus.open(folder).shards("train"))
@@ -456,14 +456,14 @@ def test_a_shard_of_other_counts_than_the_manifest_says_is_refused(folder: Path)
 def test_wrong_tokens_with_right_checksums_are_found(folder: Path, offset, token, message, hashes):
     overwrite(folder / "train_00000.bin", 2 * offset, int(token).to_bytes(2, "little"))
     reseal(folder, "train_00000")
-    assert any(message in line for line in problems(folder, hashes=hashes))
+    assert any(message in line for line in verify_corpus(folder, hashes=hashes))
 
 
 def test_a_wrong_highest_id_is_found(folder: Path):
     manifest = Manifest.load(folder)
     replace(manifest, shards=[replace(manifest.shards[0], max_token_id=3)]).save(folder)
     assert [
-        line.endswith("the highest id is 9, the manifest says 3") for line in problems(folder)
+        line.endswith("the highest id is 9, the manifest says 3") for line in verify_corpus(folder)
     ] == [True]
 
 
@@ -479,7 +479,7 @@ def test_a_wrong_highest_id_is_found(folder: Path):
 def test_a_wrong_index_with_right_checksums_is_found(folder: Path, offset, message):
     flip(folder / "train_00000.idx", offset)
     reseal(folder, "train_00000")
-    assert [message in line for line in problems(folder)] == [True]
+    assert [message in line for line in verify_corpus(folder)] == [True]
 
 
 def test_checks_and_index_work_in_pieces(folder: Path, tmp_path_factory, monkeypatch):
@@ -490,11 +490,11 @@ def test_checks_and_index_work_in_pieces(folder: Path, tmp_path_factory, monkeyp
         monkeypatch.setattr(f"llada.data.{module}.CHUNK", 3)
     again = tmp_path_factory.mktemp("again")
     assert write(again, TRAIN, parts=2) == Manifest.load(folder).shards[0]
-    assert problems(folder) == []
+    assert verify_corpus(folder) == []
     overwrite(folder / "train_00000.bin", 2 * 8, MASK.to_bytes(2, "little"))
     flip(folder / "train_00001.idx", 34 + 4 * 4 + 8 * 4 + 8 * 3)
     for name in ("train_00000", "train_00001"):
         reseal(folder, name)
-    first, second = problems(folder, hashes=False)[0], problems(folder, hashes=False)[-1]
+    first, second = verify_corpus(folder, hashes=False)[0], verify_corpus(folder, hashes=False)[-1]
     assert "the first at token 8" in first
     assert "document 3 does not start" in second

@@ -21,7 +21,7 @@ import pytest
 from data_tools.documents.text import prepare
 from data_tools.filters import dedup
 from data_tools.job import build, pool
-from data_tools.job.build import Effort, Unfinished
+from data_tools.job.build import ExecutionOptions, Unfinished
 from data_tools.tools.inspect import check
 from llada.data.corpus import Manifest
 from llada.errors import RunError, TryAgain, UserError
@@ -156,7 +156,7 @@ def documents(path: Path) -> list[list[int]]:
 
 
 def test_two_workers(place: Path, whole: tuple[bool, dict[str, str]], tmp_path: Path):
-    make(place, tmp_path / "corpus", dedup=whole[0], effort=Effort(workers=2))
+    make(place, tmp_path / "corpus", dedup=whole[0], effort=ExecutionOptions(workers=2))
     assert sums(tmp_path / "corpus") == whole[1]
 
 
@@ -173,7 +173,7 @@ def test_five_tasks_in_any_order(place: Path, whole: tuple[bool, dict[str, str]]
                 place,
                 tmp_path / "corpus",
                 dedup=whole[0],
-                effort=Effort(task=task, tasks=5, wait=0),
+                effort=ExecutionOptions(task=task, tasks=5, wait=0),
             )
         except TryAgain as error:
             assert whole[0] and "are still to come from other tasks" in str(error)
@@ -183,19 +183,21 @@ def test_five_tasks_in_any_order(place: Path, whole: tuple[bool, dict[str, str]]
     assert rounds == (5 if not whole[0] else rounds)
     assert sums(tmp_path / "corpus") == whole[1]
     # once more: nothing to do
-    assert make(place, tmp_path / "corpus", dedup=whole[0], effort=Effort(task=2, tasks=5)).plan
+    assert make(
+        place, tmp_path / "corpus", dedup=whole[0], effort=ExecutionOptions(task=2, tasks=5)
+    ).plan
     assert sums(tmp_path / "corpus") == whole[1]
 
 
 COMMAND = """
 import sys
-from data_tools.build import Effort
+from data_tools.build import ExecutionOptions
 from data_tools.prepare import prepare
 if __name__ == "__main__":
     place, output, dedup, workers = sys.argv[1:]
     prepare([place + "/in"], place + "/tokenizer", output, unit_bytes={unit},
             validation_fraction=0.1, shard_tokens=2000, dedup=dedup == "True",
-            effort=Effort(workers=int(workers)))
+            effort=ExecutionOptions(workers=int(workers)))
 """
 
 
@@ -403,10 +405,10 @@ def test_a_full_disk(
             r" command goes on"
         ),
     ) as caught:
-        make(place, small_disk / "corpus", dedup=whole[0], effort=Effort(workers=workers))
+        make(place, small_disk / "corpus", dedup=whole[0], effort=ExecutionOptions(workers=workers))
     assert "\n" not in str(caught.value)
     ballast.unlink()
-    make(place, small_disk / "corpus", dedup=whole[0], effort=Effort(workers=workers))
+    make(place, small_disk / "corpus", dedup=whole[0], effort=ExecutionOptions(workers=workers))
     assert sums(small_disk / "corpus") == whole[1]
 
 
@@ -511,7 +513,7 @@ def test_the_first_copy_stays(place: Path, tmp_path: Path):
 )
 def test_efforts_that_are_refused(effort: dict[str, float], message: str):
     with pytest.raises(UserError, match=message):
-        Effort(**effort)
+        ExecutionOptions(**effort)
 
 
 def test_another_task_finished_the_corpus(
@@ -525,14 +527,14 @@ def test_another_task_finished_the_corpus(
 
     def late(folder: Path, *rest):
         monkeypatch.setattr(finish, "_put_together", put_together)
-        make(place, tmp_path / "corpus", effort=Effort(task=0, tasks=2))
+        make(place, tmp_path / "corpus", effort=ExecutionOptions(task=0, tasks=2))
         assert not folder.exists()
         return put_together(folder, *rest)
 
     with pytest.raises(Unfinished):
-        make(place, tmp_path / "corpus", effort=Effort(task=1, tasks=2))
+        make(place, tmp_path / "corpus", effort=ExecutionOptions(task=1, tasks=2))
     monkeypatch.setattr(finish, "_put_together", late)
-    make(place, tmp_path / "corpus", effort=Effort(task=0, tasks=2))
+    make(place, tmp_path / "corpus", effort=ExecutionOptions(task=0, tasks=2))
     assert sums(tmp_path / "corpus") == sums(tmp_path / "whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "whole"]
 

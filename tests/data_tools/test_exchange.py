@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from data_tools.documents.text import prepare
 from data_tools.tools.exchange import export, import_datasets
 from data_tools.tools.megatron import IndexedDataset
-from llada.data.corpus import SPLITS, Manifest, problems
+from llada.data.corpus import SPLITS, Manifest, verify_corpus
 from llada.errors import UserError
 from llada.tokenizer import Tokenizer, train_byte_level_bpe
 from tests.data_tools.corpora import documents_of, shard_files
@@ -266,7 +266,7 @@ def test_import_gives_what_prepare_gives(
     assert [source["documents"] for source in manifest.sources] == [70, 80]
     assert f"EOS appended to {sum(i % 3 == 0 for i in range(150))} documents" in output
     assert "left out: 3 empty documents" in output
-    assert problems(tmp_path / "out") == []
+    assert verify_corpus(tmp_path / "out") == []
 
 
 def test_import_of_our_own_shards(place: Path, tmp_path: Path):

@@ -12,7 +12,7 @@ import pytest
 
 from data_tools.documents.conversations import prepare_sft
 from data_tools.tools.inspect import as_text, check, describe, sampled_lengths, statistics
-from llada.data.corpus import Corpus, problems
+from llada.data.corpus import Corpus, verify_corpus
 from llada.errors import UserError
 from llada.tokenizer import Tokenizer, train_byte_level_bpe
 from tests.data_tools.corpora import documents_of, write_corpus
@@ -168,7 +168,7 @@ def test_verify_on_the_command_line(corpus: Path):
 
 def test_every_shard_is_reported_when_done(corpus: Path):
     seen: list[str] = []
-    assert problems(corpus, workers=2, progress=lambda entry: seen.append(entry.name)) == []
+    assert verify_corpus(corpus, workers=2, progress=lambda entry: seen.append(entry.name)) == []
     assert sorted(seen) == ["train-00000", "train-00001", "validation-00000"]
 
 

@@ -20,10 +20,10 @@ from data_tools.batches import in_batches
 from data_tools.documents import text as module
 from data_tools.documents.text import prepare
 from data_tools.job import worker
-from data_tools.job.build import Effort
+from data_tools.job.build import ExecutionOptions
 from data_tools.job.finish import summary
 from data_tools.tools.inspect import check, describe
-from llada.data.corpus import Corpus, Manifest, problems
+from llada.data.corpus import Corpus, Manifest, verify_corpus
 from llada.errors import RunError, UserError
 from llada.tokenizer import Tokenizer, train_byte_level_bpe
 from tests.stand_ins import like
@@ -134,7 +134,7 @@ def test_the_token_stream(
         for i in d[:-1]
     ]
     assert not {encoder.mask_id, encoder.eos_id} & set(ids)
-    assert problems(tmp_path / "corpus") == []
+    assert verify_corpus(tmp_path / "corpus") == []
 
 
 def test_the_folder_is_self_contained_and_the_same_again(
@@ -375,7 +375,9 @@ def test_ids_that_no_text_may_have(
             rf" {honest.mask_id}"
         ),
     ):
-        prepare([source], tokenizer, tmp_path / "corpus", effort=Effort(backend="library"))
+        prepare(
+            [source], tokenizer, tmp_path / "corpus", effort=ExecutionOptions(backend="library")
+        )
     assert not (tmp_path / "corpus").exists()
 
 
@@ -446,7 +448,9 @@ def test_progress_goes_to_its_stream(
             return True
 
     shown = Terminal()
-    manifest = prepare([source], tokenizer, tmp_path / "corpus", effort=Effort(stream=shown))
+    manifest = prepare(
+        [source], tokenizer, tmp_path / "corpus", effort=ExecutionOptions(stream=shown)
+    )
     assert capsys.readouterr() == ("", "")
     line = " ".join(shown.getvalue().split())
     assert f"{sum(entry.tokens for entry in manifest.shards):,} tokens" in line

@@ -16,7 +16,7 @@ from data_tools.documents.conversations import Conversations, Fields, SFTSetting
 from data_tools.tools.inspect import describe
 from llada.chat.format import TEMPLATE, ChatFormat, Message
 from llada.chat.template import TemplateFormat
-from llada.data.corpus import Corpus, Manifest, problems
+from llada.data.corpus import Corpus, Manifest, verify_corpus
 from llada.errors import UserError
 from llada.tokenizer import Tokenizer, train_byte_level_bpe
 
@@ -83,7 +83,7 @@ def test_every_reply_with_its_prompt(
     manifest = prepare_sft(
         [source], tokenizer, folder, validation_fraction=fraction, shard_tokens=limit
     )
-    assert problems(folder) == []
+    assert verify_corpus(folder) == []
     assert (len(manifest.of("train")) > 3) == (limit == 300)
     encoder = Tokenizer.load(tokenizer)
     chat = ChatFormat(encoder)
@@ -131,9 +131,9 @@ def test_the_kind_is_in_the_manifest_and_damage_is_found(tokenizer: Path, tmp_pa
     rows = np.fromfile(path, "<i8")
     rows[3] = 10**6
     rows.tofile(path)
-    assert any("checksum" in problem for problem in problems(folder))
+    assert any("checksum" in problem for problem in verify_corpus(folder))
     assert any(
-        "reply 0 does not lie inside" in problem for problem in problems(folder, hashes=False)
+        "reply 0 does not lie inside" in problem for problem in verify_corpus(folder, hashes=False)
     )
     path.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(UserError, match="truncated or altered"):
@@ -277,7 +277,7 @@ def test_a_chat_template_of_the_tokenizer_or_of_a_file(tokenizer: Path, tmp_path
     )
     default = prepare_sft([source], own, tmp_path / "c", validation_fraction=0)
     assert first.fingerprint("train") == second.fingerprint("train") != default.fingerprint("train")
-    assert problems(tmp_path / "a") == []
+    assert verify_corpus(tmp_path / "a") == []
     encoder = Tokenizer.load(tmp_path / "b" / "tokenizer")
     assert (
         encoder.chat_template
@@ -394,7 +394,7 @@ def test_replies_longer_than_max_tokens(
         truncate=truncate,
         validation_fraction=0,
     )
-    assert problems(tmp_path / "cut") == []
+    assert verify_corpus(tmp_path / "cut") == []
     wanted, counts = [], {"prompt": 0, "long": 0}
     for prompt, response in pairs_of(tmp_path / "whole", "train"):
         if len(prompt) >= limit:

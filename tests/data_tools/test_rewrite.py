@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from data_tools.documents.conversations import prepare_sft
 from data_tools.documents.text import prepare
 from data_tools.tools.rewrite import merge, split, token_bytes
-from llada.data.corpus import CONVERSATIONS, SPLITS, Corpus, Manifest, problems
+from llada.data.corpus import CONVERSATIONS, SPLITS, Corpus, Manifest, verify_corpus
 from llada.data.shards import REPLY_FIELDS
 from llada.errors import UserError
 from llada.tokenizer import Tokenizer, train_byte_level_bpe
@@ -60,7 +60,7 @@ def test_merge_keeps_every_document_in_order(
         second, tokenizer.eos_id
     )
     assert documents_of(folder / "out", "validation") == flat(third, tokenizer.eos_id)
-    assert problems(folder / "out") == []
+    assert verify_corpus(folder / "out") == []
     for name in SPLITS:
         entries = manifest.of(name)
         documents = iter(documents_of(folder / "out", name))
@@ -178,7 +178,7 @@ def test_conversations_keep_their_replies(tmp_path: Path, tokenizer):
 
     merged = merge([tmp_path / "a", tmp_path / "b"], tmp_path / "ab", shard_tokens=350)
     assert merged.kind == CONVERSATIONS
-    assert problems(tmp_path / "ab") == []
+    assert verify_corpus(tmp_path / "ab") == []
     parts = split(tmp_path / "ab", 3, tmp_path / "parts")
     for name in SPLITS:
         expected = conversations(tmp_path / "a", name) + conversations(tmp_path / "b", name)

@@ -167,7 +167,7 @@ def check_five_steps(
     start = whole(answers, [answer["before"] for answer in answers], config)
     assert set(start) == set(weights.canonical_shapes(config.model))
     for name, value in start.items():  # every layout starts from the same keyed weights
-        piece = weights.Piece(
+        piece = weights.WeightRectangle(
             name, (0, value.shape[0]), (0, value.shape[1]) if value.dim() > 1 else None, 0
         )
         assert torch.equal(

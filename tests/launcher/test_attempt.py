@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from launch.job.attempt import Asked, StepEnd, ended_tasks, run_ranks
+from launch.job.attempt import StepEnd, StopState, ended_tasks, run_ranks
 from launch.job.machines import OneProcess, ThisMachine
 from launch.job.policy import Decision, Situation, decide
 from launch.job.spec import STOP, JobSpec, Restarts
@@ -80,7 +80,7 @@ def ended(rank: int, code: int, message: str | None = None) -> dict[str, str]:
 
 
 def run(machine: StandIn, folder: Path) -> StepEnd:
-    return run_ranks(machine, [], 2, folder, {}, Asked(StopRequest(), folder / STOP), LIMITS)
+    return run_ranks(machine, [], 2, folder, {}, StopState(StopRequest(), folder / STOP), LIMITS)
 
 
 def test_what_srun_says_of_tasks() -> None:
@@ -149,7 +149,7 @@ def test_a_parent_killed_with_its_rank_ends_a_single_process_too(tmp_path: Path)
         )
     )
     code = "import os, signal, time; os.kill(os.getppid(), signal.SIGKILL); time.sleep(600)"
-    asked = Asked(StopRequest(), tmp_path / STOP)
+    asked = StopState(StopRequest(), tmp_path / STOP)
     end = run_ranks(machine, [sys.executable, "-c", code], 1, tmp_path, {}, asked, LIMITS)
     assert (
         end.first_failure is not None

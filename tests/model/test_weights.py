@@ -89,9 +89,9 @@ def test_a_rectangle_holds_the_values_of_the_whole(
     r0: int, height: int, c0: int, width: int
 ) -> None:
     name = "model.transformer.blocks.1.ff_proj.weight"
-    whole = weights.initial_values(MODEL, 3, weights.Piece(name, (0, 192), (0, 128), 0))
+    whole = weights.initial_values(MODEL, 3, weights.WeightRectangle(name, (0, 192), (0, 128), 0))
     rows, columns = (r0, min(192, r0 + height)), (c0, min(128, c0 + width))
-    part = weights.initial_values(MODEL, 3, weights.Piece(name, rows, columns, 0))
+    part = weights.initial_values(MODEL, 3, weights.WeightRectangle(name, rows, columns, 0))
     assert torch.equal(part, whole[slice(*rows), slice(*columns)])
 
 
@@ -113,7 +113,10 @@ def test_mitchell_initialisation(name: str, std: float) -> None:
     """
     shape = weights.canonical_shapes(MODEL)[name]
     values = (
-        weights.initial_values(MODEL, 0, weights.Piece(name, (0, shape[0]), (0, shape[1]), 0)) / std
+        weights.initial_values(
+            MODEL, 0, weights.WeightRectangle(name, (0, shape[0]), (0, shape[1]), 0)
+        )
+        / std
     )
     n = values.numel()
     density = math.exp(-4.5) / math.sqrt(2 * math.pi) / math.erf(3 / math.sqrt(2))
@@ -130,7 +133,9 @@ def test_mitchell_initialisation(name: str, std: float) -> None:
 def test_another_embedding_scale_changes_the_embedding_alone() -> None:
     wide = MODEL.model_copy(update={"embedding_init_std": 1.0})
     for name, shape in weights.canonical_shapes(MODEL).items():
-        piece = weights.Piece(name, (0, shape[0]), (0, shape[1]) if len(shape) > 1 else None, 0)
+        piece = weights.WeightRectangle(
+            name, (0, shape[0]), (0, shape[1]) if len(shape) > 1 else None, 0
+        )
         factor = 128**0.5 if name.endswith("wte.weight") else 1.0
         torch.testing.assert_close(
             weights.initial_values(wide, 0, piece), weights.initial_values(MODEL, 0, piece) * factor
@@ -140,7 +145,7 @@ def test_another_embedding_scale_changes_the_embedding_alone() -> None:
 def test_norms_start_at_one_and_seeds_and_names_differ() -> None:
     assert (
         weights.initial_values(
-            MODEL, 0, weights.Piece("model.transformer.ln_f.weight", (0, 128), None, 0)
+            MODEL, 0, weights.WeightRectangle("model.transformer.ln_f.weight", (0, 128), None, 0)
         )
         == 1
     ).all()
@@ -150,7 +155,9 @@ def test_norms_start_at_one_and_seeds_and_names_differ() -> None:
             weights.initial_values(
                 MODEL,
                 seed,
-                weights.Piece(f"model.transformer.blocks.0.{name}.weight", (0, 1), (0, 1), 0),
+                weights.WeightRectangle(
+                    f"model.transformer.blocks.0.{name}.weight", (0, 1), (0, 1), 0
+                ),
             )
         )
 

@@ -49,7 +49,7 @@ def test_every_file_is_flushed_before_the_marker(
     assert {f"{partial}/{name}" for name in files} <= before
     assert "run" in before, "the entry of checkpoints/"
     assert flushed[-1] == "run/checkpoints", "the renamed folder's entry"
-    assert format.damage(final) == []
+    assert format.verify_checkpoint(final) == []
     assert set(json.loads((final / format.MARKER).read_text())["files"]) == {
         "model/weights.distcp",
         "state.json",
@@ -82,7 +82,11 @@ def test_damage_to_any_file_is_found_by_some_share(
     else:
         data = path.read_bytes()
         path.write_bytes(bytes([data[0] ^ 1]) + data[1:] if change == "flip" else change)
-    found = [problem for share in range(shares) for problem in format.damage(folder, share, shares)]
+    found = [
+        problem
+        for share in range(shares)
+        for problem in format.verify_checkpoint(folder, share, shares)
+    ]
     assert len(found) == 1
     assert f"{path} {'has' if message != 'cannot be read' else ''}".strip() in found[0]
     assert message in found[0]
@@ -91,7 +95,7 @@ def test_damage_to_any_file_is_found_by_some_share(
 def test_a_damaged_marker_is_damage(tmp_path: Path) -> None:
     folder = made(tmp_path, 4)
     (folder / format.MARKER).write_text('{"step": 4}')
-    assert "COMMITTED is damaged" in format.damage(folder)[0]
+    assert "COMMITTED is damaged" in format.verify_checkpoint(folder)[0]
 
 
 @pytest.mark.parametrize(
@@ -133,7 +137,7 @@ def test_a_run_keeps_what_it_is_told_to(workplace: Workplace) -> None:
             "step_00000012",
         ]
         assert workplace.lines(name) == workplace.lines("whole")
-        assert all(format.damage(folder) == [] for folder in checkpoints.iterdir())
+        assert all(format.verify_checkpoint(folder) == [] for folder in checkpoints.iterdir())
         raw = [
             json.loads(line)
             for line in (workplace.folder / name / "metrics.jsonl").read_text().splitlines()
@@ -217,7 +221,9 @@ def test_a_full_disk_leaves_the_checkpoints_before(workplace: Workplace) -> None
     assert [path.name for path in (workplace.folder / "full" / "checkpoints").iterdir()] == [
         "step_00000004"
     ]
-    assert format.damage(workplace.folder / "full" / "checkpoints" / "step_00000004") == []
+    assert (
+        format.verify_checkpoint(workplace.folder / "full" / "checkpoints" / "step_00000004") == []
+    )
     workplace.run("pretrain", config)
     assert workplace.lines("full") == workplace.lines("whole")
 

@@ -245,13 +245,13 @@ def test_steps(tmp_path: Path) -> None:
 
 def test_files_of_later_steps_are_set_aside(tmp_path: Path) -> None:
     path = Path(run(tmp_path, "a", measured(0), steps=(0, 10, 20, 30)))
-    validation_files.set_aside(path, 10, attempt=2)
+    validation_files.supersede(path, 10, attempt=2)
     assert validation_files.steps(path) == [0, 10]
     assert sorted(file.name for file in (path / "validation.attempt-2").iterdir()) == [
         "step_00000020.npz",
         "step_00000030.npz",
     ]
-    validation_files.set_aside(path, 0, attempt=3)
+    validation_files.supersede(path, 0, attempt=3)
     assert validation_files.steps(path) == []
 
 

@@ -116,7 +116,7 @@ def test_twenty_kills_of_a_random_rank_at_random_moments(workplace: Workplace) -
             assert workplace.lines("disturbed") == wanted
             assert leftovers(workplace.folder / "disturbed") == []
             folders = format.committed(workplace.folder / "disturbed" / "checkpoints")
-            assert [format.damage(folder) for folder in folders] == [[], []]
+            assert [format.verify_checkpoint(folder) for folder in folders] == [[], []]
             shutil.rmtree(workplace.folder / "disturbed")
             finished += 1
     assert finished >= 1

@@ -23,7 +23,7 @@ from llada.training import folder, lock
 from llada.training.folder import RunFolder
 from llada.training.loop import train
 from llada.training.signals import StopRequest
-from llada.training.start import foresee
+from llada.training.start import preview_resume
 from tests.training.test_lock import forge
 from tests.workplace import CONFIG, Workplace
 
@@ -302,7 +302,7 @@ def test_a_corpus_with_another_tokenizer_is_refused_before_it_is_read(
     in_a_run: list[Callable[[], object]] = [
         lambda: train(config, StopRequest()),
         lambda: describe_step(config, 1, 1),
-        lambda: foresee(config, PretrainData(config), Path("refused/checkpoints"), False),
+        lambda: preview_resume(config, PretrainData(config), Path("refused/checkpoints"), False),
     ]
     tools: list[Callable[[], object]] = [
         lambda: describe("exchanged"),
