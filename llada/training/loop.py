@@ -279,13 +279,17 @@ class Run:
         saving.finish()
         self.note("checkpoint", step=saving.step)
         if self.place.is_main:
-            checkpoint.prune(self.root, self.config.checkpoint.keep_last, self.config.checkpoint.keep_every)
+            self._prune()
         self.watchdog.advance(saving.step)
         self.blocked += time.perf_counter() - started
+
+    def _prune(self) -> None:
+        checkpoint.prune(self.root, self.config.checkpoint.keep_last, self.config.checkpoint.keep_every)
 
     def finish(self) -> None:
         """Draw the curve and say where everything is."""
         if self.place.is_main:
+            self._prune()  # a run that was killed between its last checkpoint and the pruning after it still has one too many
             with folder.naming(self.folder):
                 picture = metrics.plot(self.folder, self.config.task)
             steps = self.config.train.steps

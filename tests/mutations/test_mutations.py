@@ -144,7 +144,7 @@ MUTATIONS = {
         "llada/engine/optimizer_state.py",
         "    if max(body, tail) < stop:",
         "    if max(body, tail) < stop and tail < body:",
-        "tests/distributed/test_resharding.py",
+        "tests/engine/test_optimizer_state.py",
     ),
     "a norm's gradient counted twice": Mutation(
         "llada/engine/megatron.py",
