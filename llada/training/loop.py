@@ -323,15 +323,20 @@ class Run:
         saving.finish()
         self.note("checkpoint", step=saving.step)
         if self.place.is_main:
-            format.prune(
-                self.root, self.config.checkpoint.keep_last, self.config.checkpoint.keep_every
-            )
+            self._prune()
         self.watchdog.advance(saving.step)
         self.blocked += time.perf_counter() - started
+
+    def _prune(self) -> None:
+        section = self.config.checkpoint
+        format.prune(self.root, section.keep_last, section.keep_every)
 
     def finish(self) -> None:
         """Draw the curve and say where everything is."""
         if self.place.is_main:
+            # A run that was killed between its last checkpoint and the pruning after it still has
+            # one too many.
+            self._prune()
             with folder.naming(self.folder):
                 picture = metrics.plot(self.folder, self.config.task)
             steps = self.config.train.steps

@@ -314,7 +314,7 @@ rewrites(
     "llada.checkpoint.optimizer_state",
     "    if max(body, tail) < stop:",
     "    if max(body, tail) < stop and tail < body:",
-    "tests/distributed/test_resharding.py",
+    "tests/checkpoint/test_optimizer_state.py",
 )
 rewrites(
     "imported weights rounded before they become masters",

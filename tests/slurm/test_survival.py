@@ -131,8 +131,11 @@ def test_the_node_of_the_batch_script_is_lost(place: Place) -> None:
 
 @scenario
 def test_a_node_is_dead_at_launch(place: Place) -> None:
-    place.kill_node(1)  # Slurm still takes it for idle
-    job = place.launch("stillborn")
+    # Slurm takes a node for idle for six seconds after its death: the job starts within them,
+    # however long submitting it takes.
+    job = place.launch("stillborn", profile=place.profile("held", sbatch={"hold": True}))
+    place.kill_node(1)
+    place.cluster.run("scontrol", "release", job)
     requeued = place.wait_event("stillborn", "requeued", seconds=90)
     assert requeued["reason"].startswith(f"no rank started on {place.node(1)}") and requeued[
         "excluded"

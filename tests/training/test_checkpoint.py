@@ -150,6 +150,16 @@ def test_a_run_keeps_what_it_is_told_to(workplace: Workplace) -> None:
     assert len(stored[0]) > 30
     assert stored[0].keys() == stored[1].keys()
     assert all(torch.equal(value, stored[1][tensor]) for tensor, value in stored[0].items())
+    # A run that was killed after its last checkpoint and before the pruning leaves one too many;
+    # the next start mends that.
+    (checkpoints / "step_00000010").rename(checkpoints / "step_00000009")
+    shutil.copytree(checkpoints / "step_00000009", checkpoints / "step_00000010")
+    workplace.run("pretrain", f"{name}.yaml")
+    assert sorted(path.name for path in checkpoints.iterdir()) == [
+        "step_00000006",
+        "step_00000010",
+        "step_00000012",
+    ]
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(workplace: Workplace) -> None:
