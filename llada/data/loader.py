@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from llada.data.base import StepPlan
+from llada.data.step_plan import StepPlan
 
 Prepared = tuple[StepPlan, list[Any]]
 """The plan of a step and what the engine prepared of this replica's micro-batches."""

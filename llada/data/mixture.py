@@ -260,7 +260,7 @@ class Mixture:
                 return stage.first_block * self.block
         return self.num_samples
 
-    def positions(self, samples: I64) -> tuple[I64, I64]:
+    def stream_positions(self, samples: I64) -> tuple[I64, I64]:
         """MixtureSource, and position in its endless sequence of windows, of global sample indices;
         all int64 [n].
 
@@ -286,9 +286,9 @@ class Mixture:
             )
         return sources, positions
 
-    def places(self, samples: I64) -> tuple[I64, I64]:
+    def lookup(self, samples: I64) -> tuple[I64, I64]:
         """MixtureSource and window of global sample indices; all int64 [n]."""
-        sources, positions = self.positions(samples)
+        sources, positions = self.stream_positions(samples)
         windows = np.empty(len(samples), dtype=np.int64)
         for i in np.unique(sources).tolist():
             source, from_it = self.sources[i], np.flatnonzero(sources == i)
@@ -301,5 +301,5 @@ class Mixture:
 
     def locate(self, sample: int) -> tuple[int, int]:
         """(source, window) of one global sample index."""
-        sources, windows = self.places(np.array([sample], dtype=np.int64))
+        sources, windows = self.lookup(np.array([sample], dtype=np.int64))
         return int(sources[0]), int(windows[0])

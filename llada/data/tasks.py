@@ -3,9 +3,9 @@ torch.)
 """
 
 from llada.config import RunConfig
-from llada.data.base import TrainingData
 from llada.data.pretrain import PretrainData
 from llada.data.sft import SFTData
+from llada.data.training_data import TrainingData
 
 
 def open_data(config: RunConfig, verify: bool = False) -> TrainingData:

@@ -119,10 +119,9 @@ def a_loss_scaled_by_accumulation(megatron: Any) -> None:
 
 rewrites(
     "a normaliser of the local micro-batch",
-    "llada.data.base",
-    "[self.objective.corrupt(window) for window in windows], plan.normaliser)",
-    "[self.objective.corrupt(window) for window in windows], plan.normaliser * len(windows) /"
-    " len(plan.samples))",
+    "llada.data.training_data",
+    "collate(windows, corrupted, plan.normaliser)",
+    "collate(windows, corrupted, plan.normaliser * len(windows) / len(plan.samples))",
     PRETRAIN,
 )
 rewrites(
@@ -179,15 +178,15 @@ rewrites(
 rewrites(
     "padding left out of the response",
     "llada.data.sft",
-    "np.repeat(longest, group)[: len(ends)][own]",
-    "ends[own]",
+    "padded = np.repeat(longest, group)[: len(ends)]",
+    "padded = ends",
     SFT,
 )
 rewrites(
     "EOS taught after a reply that was cut",
     "llada.data.sft",
-    "return np.where(cut, ends[own], ",
-    "return np.where(cut & False, ends[own], ",
+    "np.where(is_cut, ends[own], padded[own])",
+    "padded[own]",
     SFT,
 )
 rewrites(
