@@ -8,7 +8,7 @@ of its own that is never masked and in no count.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -201,21 +201,22 @@ class SFTData(TrainingData):
 
     def plan(self, step: int) -> StepPlan:
         config = self.config
-        first = step * config.batch.global_
-        stop = first + config.batch.global_
-        samples = first + np.arange(config.batch.global_, dtype=np.int64)
-        corpora, replies, ends = self._padded(first, stop)
-
-        def draw_t(shares: F64) -> F64:
-            return timesteps(config.seed, step, shares, config.objective.timesteps)
-
-        return self._assemble(samples, corpora, replies, ends, draw_t, published=True)
+        num_samples = config.batch.global_
+        first = step * num_samples
+        samples = first + np.arange(num_samples, dtype=np.int64)
+        corpora, replies, ends = self._padded(first, first + num_samples)
+        responses = self._responses(TRAIN, corpora, replies, ends)
+        # Every conversation has the same share of the loss, whatever its length.
+        t = timesteps(config.seed, step, np.ones(num_samples), config.objective.timesteps)
+        scales = 1 / (responses[:, 1] - responses[:, 0]).astype(np.float64)
+        return self._assemble(samples, corpora, replies, responses, scales, t, float(num_samples))
 
     def validation_plan(
         self, draws: I64, corpus: int, instances: I64, sweeps: I64, draw_t: DrawT
     ) -> StepPlan:
-        """Read responses with their own EOS and no padding: the bound of what the model would have
-        to write.
+        """Return the plan of a validation: responses with their own EOS and no padding.
+
+        Every token counts the same: the bound of what the model would have to write.
         """
         reader = self.readers[VALIDATION][corpus]
         # The run's seed has no part: all runs are measured on the same replies.
@@ -228,20 +229,12 @@ class SFTData(TrainingData):
         replies = np.array(chosen, dtype=np.int64)
         ends = np.array([reader.total(reply) for reply in chosen], dtype=np.int64)
         corpora = np.full(len(draws), corpus)
-        rows = np.arange(len(draws), dtype=np.int64)
-
-        def draw_t_of_replies(_: F64) -> F64:
-            return draw_t(rows, replies)
-
-        return self._assemble(
-            draws,
-            corpora,
-            replies,
-            ends,
-            draw_t_of_replies,
-            published=False,
-            split=VALIDATION,
-        )
+        responses = self._responses(VALIDATION, corpora, replies, ends)
+        # One conversation a row, and one reply is one text.
+        t = draw_t(np.arange(len(draws), dtype=np.int64), replies)
+        num_tokens = float((responses[:, 1] - responses[:, 0]).sum())
+        scales = np.ones(len(draws))
+        return self._assemble(draws, corpora, replies, responses, scales, t, num_tokens)
 
     def owners(self, plan: StepPlan) -> I64:
         readers = self.readers[VALIDATION]
@@ -312,39 +305,43 @@ class SFTData(TrainingData):
         ]
         return corpora, np.array(replies, dtype=np.int64)
 
+    def _responses(self, split: str, corpora: I64, replies: I64, ends: I64) -> I64:
+        """Return first and past-the-last position of every response, int64 [n, 2].
+
+        Args:
+            split, corpora, replies: of each row [n].
+            ends: where the response (padding included) of each row ends [n].
+        """
+        readers = self.readers[split]
+        starts = [
+            readers[corpus].prompt_length(reply)
+            for corpus, reply in zip(corpora.tolist(), replies.tolist(), strict=True)
+        ]
+        return np.stack([np.array(starts, dtype=np.int64), ends], axis=1)
+
     def _assemble(
         self,
         samples: I64,
         corpora: I64,
         replies: I64,
-        ends: I64,
-        draw_t: Callable[[F64], F64],
-        published: bool,
-        split: str = TRAIN,
+        responses: I64,
+        response_scales: F64,
+        response_t: F64,
+        normaliser: float,
     ) -> StepPlan:
         """Make a plan of one conversation a row.
 
         Args:
-            samples, corpora, replies: see StepPlan.
-            ends: where the response (padding included) of each row ends.
-            draw_t: shares of the conversations -> their t.
-            published: weigh every conversation alike (1 / response length), as the training loss
-                does; else every token.
-            split: of the replies.
+            samples, corpora, replies, normaliser: see StepPlan.
+            responses: first and past-the-last position of each response, int64 [n, 2].
+            response_scales: factor on the weights of each response, float64 [n].
+            response_t: diffusion time of each response, float64 [n].
         """
         length = self.config.data.sequence_length
-        readers = self.readers[split]
-        starts = np.array(
-            [
-                readers[corpus].prompt_length(reply)
-                for corpus, reply in zip(corpora.tolist(), replies.tolist(), strict=True)
-            ]
-        )
-        sizes = (ends - starts).astype(np.float64)
         # A row of 8 tokens with a prompt of 2 and a response up to 6 has the bounds 0, 6, 8: one
         # segment of prompt and response with the span 2..6, and one of filler with an empty span.
         bounds = []
-        for end in ends.tolist():
+        for end in responses[:, 1].tolist():
             row = [0, end] if end == length else [0, end, length]
             bounds.append(np.array(row, dtype=np.int64))
         first_segments = np.cumsum([0, *(len(row) - 1 for row in bounds)], dtype=np.int64)
@@ -354,15 +351,9 @@ class SFTData(TrainingData):
         scales = np.zeros(num_segments)
         t = np.zeros(num_segments)
         own = first_segments[:-1]
-        spans[own] = np.stack([starts, ends], axis=1)
-        if published:
-            scales[own] = 1 / sizes
-            t[own] = draw_t(np.ones(len(own)))
-            normaliser = float(len(samples))
-        else:
-            scales[own] = 1.0
-            t[own] = draw_t(sizes)
-            normaliser = float(sizes.sum())
+        spans[own] = responses
+        scales[own] = response_scales
+        t[own] = response_t
         return StepPlan(
             samples=samples,
             corpora=corpora,

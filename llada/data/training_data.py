@@ -201,13 +201,13 @@ class TrainingData(ABC):
         """Digest of all that decides what is read, in order; compared at resume.
 
         Such as "0123456789abcdefx0.7+fedcba9876543210x0.3<900@40000x1.0": two corpora of weights
-        0.7 and 0.3, the second capped at 900 windows, with weight 1 after 40,000 samples.
+        0.7 and 0.3, the second capped at 900 instances, with weight 1 after 40,000 samples.
         """
         parts = []
         for source in self.mixture.sources:
             part = f"{source.fingerprint[:16]}x{source.weight!r}"
-            if source.max_windows is not None:
-                part += f"<{source.max_windows}"
+            if source.max_instances is not None:
+                part += f"<{source.max_instances}"
             for samples, weight in source.changes:
                 part += f"@{samples}x{weight!r}"
             parts.append(part)
@@ -242,7 +242,7 @@ class TrainingData(ABC):
             source = self.mixture.sources[i]
             line = (
                 f"{source.name}: {100 * count / samples:.4g} % of the run's samples,"
-                f" {count / source.windows:.3g} passes"
+                f" {count / source.num_instances:.3g} passes"
             )
             end = self.mixture.exhausted_after(i)
             if end is not None and end <= samples:
@@ -315,9 +315,9 @@ class TrainingData(ABC):
     def _mixture_source(self, i: int) -> MixtureSource:
         entry = self.config.data.mixture[i]
         num_instances = self.readers[TRAIN][i].num_instances
-        max_windows = None
+        max_instances = None
         if entry.max_epochs is not None:
-            max_windows = int(entry.max_epochs * num_instances)
+            max_instances = int(entry.max_epochs * num_instances)
         # Changes are set in tokens; the mixture counts samples, rounded up.
         changes = tuple(
             (-(-change.tokens // self.config.data.sequence_length), change.weight)
@@ -326,9 +326,9 @@ class TrainingData(ABC):
         return MixtureSource(
             name=entry.path,
             fingerprint=self.corpora[i].manifest.fingerprint(TRAIN),
-            windows=num_instances,
+            num_instances=num_instances,
             weight=entry.weight,
-            max_windows=max_windows,
+            max_instances=max_instances,
             changes=changes,
         )
 

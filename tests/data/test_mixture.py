@@ -19,6 +19,12 @@ def source(name: str, windows: int, weight: float = 1.0, cap: int | None = None)
     return MixtureSource(name, f"data-{name}", windows, weight, cap)
 
 
+def locate(mixture: Mixture, sample: int) -> tuple[int, int]:
+    """Corpus and window of one sample."""
+    corpora, windows = mixture.lookup(np.array([sample]))
+    return int(corpora[0]), int(windows[0])
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.floats(0.01, 100), min_size=1, max_size=8))
 def test_quotas_add_up_and_stay_within_one_of_the_share(weights: list[float]) -> None:
@@ -33,7 +39,7 @@ def test_blocks_have_exact_quotas_and_no_window_is_skipped_or_repeated_within_an
     for block in range(4):
         samples = np.arange(block * SHUFFLE_BLOCK, (block + 1) * SHUFFLE_BLOCK)
         found = list(zip(*(column.tolist() for column in mixture.lookup(samples)), strict=True))
-        assert found[:9] == [mixture.locate(sample) for sample in samples[:9].tolist()]
+        assert found[:9] == [locate(mixture, sample) for sample in samples[:9].tolist()]
         assert [sum(1 for s, _ in found if s == i) for i in (0, 1)] == [7000, 3000]
         for i, window in found:
             read[i].append(window)
@@ -96,9 +102,9 @@ def test_a_mixture_of_capped_corpora_ends_when_all_are_read() -> None:
         [4001, 0],
     ]
     assert mixture.num_samples == 34_001
-    mixture.locate(34_000)
+    locate(mixture, 34_000)
     with pytest.raises(IndexError, match="past the mixture's last"):
-        mixture.locate(34_001)
+        locate(mixture, 34_001)
 
 
 @settings(max_examples=60, deadline=None)
@@ -126,8 +132,8 @@ def test_the_order_follows_the_data_not_its_path_or_place() -> None:
     here = Mixture([MixtureSource("/a/x", "f1", 500, 1.0)], seed=1)
     there = Mixture([MixtureSource("/b/y", "f1", 500, 3.0)], seed=1)
     other = Mixture([MixtureSource("/a/x", "f2", 500, 1.0)], seed=1)
-    assert [here.locate(i) for i in range(100)] == [there.locate(i) for i in range(100)]
-    assert [here.locate(i) for i in range(100)] != [other.locate(i) for i in range(100)]
+    assert [locate(here, i) for i in range(100)] == [locate(there, i) for i in range(100)]
+    assert [locate(here, i) for i in range(100)] != [locate(other, i) for i in range(100)]
 
 
 @pytest.mark.parametrize(
@@ -152,8 +158,8 @@ def test_refused(sources: list[MixtureSource], message: str) -> None:
 
 def test_a_sample_of_a_huge_mixture_needs_no_table() -> None:
     mixture = Mixture([source("a", 5 * 10**8, 0.9), source("b", 10**8, 0.1)], seed=0)
-    i, window = mixture.locate(10**10 + 7)
-    assert 0 <= window < mixture.sources[i].windows
+    i, window = locate(mixture, 10**10 + 7)
+    assert 0 <= window < mixture.sources[i].num_instances
 
 
 # -- weights that change ---------------------------------------------------------------------------
@@ -209,7 +215,7 @@ def test_no_window_is_skipped_or_read_twice_across_changes_and_caps(
         own = found[first : first + BLOCK]
         weights = [weight_by_hand(source, first // BLOCK) for source in sources]
         left = [
-            np.inf if source.max_windows is None else source.max_windows - c
+            np.inf if source.max_instances is None else source.max_instances - c
             for source, c in zip(sources, consumed, strict=True)
         ]
         active = [w if rest else 0.0 for w, rest in zip(weights, left, strict=True)]
@@ -229,15 +235,15 @@ def test_no_window_is_skipped_or_read_twice_across_changes_and_caps(
         blocks = range(end - 1, end) if total % BLOCK else range(end, end + 1)
         for i, source in enumerate(sources):
             assert all(
-                not weight_by_hand(source, block) or consumed[i] == source.max_windows
+                not weight_by_hand(source, block) or consumed[i] == source.max_instances
                 for block in blocks
             )
     _, windows = mixture.lookup(np.arange(total))
     for i, source in enumerate(sources):
         ordered = windows[found == i][np.argsort(positions[found == i])].tolist()
-        for k in range(0, len(ordered), source.windows):
-            epoch = ordered[k : k + source.windows]
-            assert len(set(epoch)) == len(epoch) and set(epoch) <= set(range(source.windows))
+        for k in range(0, len(ordered), source.num_instances):
+            epoch = ordered[k : k + source.num_instances]
+            assert len(set(epoch)) == len(epoch) and set(epoch) <= set(range(source.num_instances))
 
 
 @settings(max_examples=100, deadline=None)

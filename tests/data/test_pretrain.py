@@ -350,7 +350,7 @@ def test_loader_stops_early_and_stays_only_so_far_ahead() -> None:
             ready.set()
         return f"plan {step}", [step]
 
-    loader = Loader(make, 0, 1000, ahead=2)
+    loader = Loader(make, 0, 1000, prefetch=2)
     assert ready.wait(5)
     loader.close()
     assert len(made) <= 8 and not any(

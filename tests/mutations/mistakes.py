@@ -171,8 +171,8 @@ rewrites(
 rewrites(
     "a prompt that is masked",
     "llada.data.sft",
-    "spans[own] = np.stack([starts, ends], axis=1)",
-    "spans[own] = np.stack([starts - 1, ends], axis=1)",
+    "spans[own] = responses",
+    "spans[own] = responses - [1, 0]",
     SFT,
 )
 rewrites(
