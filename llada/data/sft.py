@@ -208,8 +208,7 @@ class SFTData(TrainingData):
         responses = self._responses(TRAIN, corpora, replies, ends)
         # Every conversation has the same share of the loss, whatever its length.
         t = timesteps(config.seed, step, np.ones(num_samples), config.objective.timesteps)
-        scales = 1 / (responses[:, 1] - responses[:, 0]).astype(np.float64)
-        return self._assemble(samples, corpora, replies, responses, scales, t, float(num_samples))
+        return self._assemble(samples, corpora, replies, responses, t, per_token=False)
 
     def validation_plan(
         self, draws: I64, corpus: int, instances: I64, sweeps: I64, draw_t: DrawT
@@ -232,9 +231,7 @@ class SFTData(TrainingData):
         responses = self._responses(VALIDATION, corpora, replies, ends)
         # One conversation a row, and one reply is one text.
         t = draw_t(np.arange(len(draws), dtype=np.int64), replies)
-        num_tokens = float((responses[:, 1] - responses[:, 0]).sum())
-        scales = np.ones(len(draws))
-        return self._assemble(draws, corpora, replies, responses, scales, t, num_tokens)
+        return self._assemble(draws, corpora, replies, responses, t, per_token=True)
 
     def owners(self, plan: StepPlan) -> I64:
         readers = self.readers[VALIDATION]
@@ -325,17 +322,17 @@ class SFTData(TrainingData):
         corpora: I64,
         replies: I64,
         responses: I64,
-        response_scales: F64,
         response_t: F64,
-        normaliser: float,
+        per_token: bool,
     ) -> StepPlan:
         """Make a plan of one conversation a row.
 
         Args:
-            samples, corpora, replies, normaliser: see StepPlan.
+            samples, corpora, replies: see StepPlan.
             responses: first and past-the-last position of each response, int64 [n, 2].
-            response_scales: factor on the weights of each response, float64 [n].
             response_t: diffusion time of each response, float64 [n].
+            per_token: every token of the responses counts the same. Otherwise every conversation
+                does, as in the published training loss: its tokens have weight 1 / their number.
         """
         length = self.config.data.sequence_length
         # A row of 8 tokens with a prompt of 2 and a response up to 6 has the bounds 0, 6, 8: one
@@ -352,8 +349,14 @@ class SFTData(TrainingData):
         t = np.zeros(num_segments)
         own = first_segments[:-1]
         spans[own] = responses
-        scales[own] = response_scales
         t[own] = response_t
+        sizes = (responses[:, 1] - responses[:, 0]).astype(np.float64)
+        if per_token:
+            scales[own] = 1.0
+            normaliser = float(sizes.sum())
+        else:
+            scales[own] = 1 / sizes
+            normaliser = float(len(samples))
         return StepPlan(
             samples=samples,
             corpora=corpora,

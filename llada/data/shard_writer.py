@@ -31,7 +31,8 @@ class _HashedFile:
         self.bytes = 0
         self._published = False
         self._hash = xxhash.xxh3_64()
-        self._file: BinaryIO = open(self.partial, "wb")  # noqa: SIM115 (finish or discard closes it)
+        # `finish` or `discard` closes it.
+        self._file: BinaryIO = open(self.partial, "wb")  # noqa: SIM115
 
     def write(self, data: bytes | memoryview) -> None:
         self._file.write(data)

@@ -24,17 +24,25 @@ class StepPlan:
     A sample is one row of the batch: an instance (a window of text, or a reply with its prompt) of
     a corpus, cut into attention segments.
 
-    A step of two samples of 8 tokens in pretraining, the first cut after 3 tokens:
+    A pretraining step of two samples of 8 tokens, the first cut after 3 tokens:
 
         samples         [40, 41]
-        corpora         [0, 1]               the mixture's first and second corpus
-        instances       [17, 5]              windows 17 and 5 of them
+        corpora         [0, 1]              the mixture's first and second corpus
+        instances       [17, 5]             window 17 of the one, window 5 of the other
         bounds          [[0, 3, 8], [0, 8]]
-        first_segments  [0, 2, 3]            segments 0 and 1 are of row 0, segment 2 of row 1
+        first_segments  [0, 2, 3]           segments 0 and 1 are in row 0, segment 2 in row 1
         spans           [[0, 3], [3, 8], [0, 8]]
         scales          [1, 1, 1]
-        t               one for each of the 3 segments
-        normaliser      16                   all tokens
+        t               [0.09, 0.34, 0.75]
+        normaliser      16                  tokens of the step
+
+    The t are strata (`llada.noise.timesteps`): the segments are laid end to end in keyed order,
+    here 8, 3 and 5 tokens, and each t is the midpoint of its segment, as a share of all tokens,
+    plus an offset of the step, here 0.5. So every step covers [0, 1) evenly: 4 / 16 + 0.5 = 0.75,
+    9.5 / 16 + 0.5 - 1 = 0.09, and 13.5 / 16 + 0.5 - 1 = 0.34.
+
+    In fine-tuning, a row with a prompt of 2 tokens, a response up to position 6 and 2 tokens of
+    filler has the bounds [0, 6, 8], the spans [[2, 6], [8, 8]] and the scales [1 / 4, 0].
 
     Attributes:
         samples: global sample indices [n].
