@@ -20,6 +20,7 @@ from llada.data.pretrain import PretrainData
 from llada.data.training_data import check_tokens
 from llada.errors import UserError
 from llada.noise import mask_uniforms, timesteps
+from llada.objectives import Batch
 from llada.tokenizer import Tokenizer, train_byte_level_bpe
 
 LENGTH = 48
@@ -223,6 +224,12 @@ def test_an_epoch_reads_every_window_once(folder: Path) -> None:
     assert sorted(read) == list(range(count)) and read != sorted(read)
 
 
+def predictions(batch: Batch) -> Iterator[tuple[int, int, float]]:
+    """Row, column and weight of every predicted position."""
+    columns = (batch.rows.tolist(), batch.columns.tolist(), batch.weights.tolist())
+    return zip(*columns, strict=True)
+
+
 def test_the_same_noise_whatever_the_micro_batches(folder: Path) -> None:
     made = data(folder, document_mask=True)
     plan = made.plan(2)
@@ -231,15 +238,11 @@ def test_the_same_noise_whatever_the_micro_batches(folder: Path) -> None:
         parts = [made.batch(plan, range(i, i + size)) for i in range(0, 16, size)]
         assert [row for part in parts for row in part.inputs.tolist()] == whole.inputs.tolist()
         weights = {
-            (s, int(c)): float(w)
-            for part in parts
-            for r, c, w in zip(part.rows, part.columns, part.weights, strict=True)
-            for s in [part.samples[r]]
+            (first + row, column): weight
+            for first, part in zip(range(0, 16, size), parts, strict=True)
+            for row, column, weight in predictions(part)
         }
-        assert weights == {
-            (whole.samples[r], int(c)): float(w)
-            for r, c, w in zip(whole.rows, whole.columns, whole.weights, strict=True)
-        }
+        assert weights == {(row, column): weight for row, column, weight in predictions(whole)}
         assert {part.normaliser for part in parts} == {whole.normaliser}
 
 
