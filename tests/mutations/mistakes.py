@@ -95,10 +95,8 @@ def no_weight_1_over_p(masked: Any) -> None:
 def division_by_the_number_of_masked_tokens(megatron: Any) -> None:
     right = megatron._training_loss
 
-    def training_loss(
-        total: Any, weights: Any, segments: Any, normaliser: float, losses: Any
-    ) -> Any:
-        return right(total, weights, segments, max(1, len(losses)), losses)
+    def training_loss(total: Any, batch: Any, losses: Any) -> Any:
+        return right(total, replace(batch, normaliser=max(1, len(losses))), losses)
 
     megatron._training_loss = training_loss
 
