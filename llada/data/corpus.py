@@ -115,6 +115,7 @@ class Corpus:
         Raises:
             UserError: it is damaged or holds other counts than the manifest says.
         """
+        # Its own two files, so that a pass over all shards leaves none of them open.
         reader = self._reader(entry, OpenFiles(capacity=2))
         reader.check()
         return reader

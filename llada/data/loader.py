@@ -44,6 +44,7 @@ class Loader(Generic[MicroBatch]):
         self._steps = range(first, last)
         self._ready: queue.Queue[Prepared[MicroBatch] | BaseException] = queue.Queue(prefetch)
         self._stop = threading.Event()
+        # A daemon, so that a run which fails without `close` does not hang at its exit.
         self._thread = threading.Thread(target=self._work, name="loader", daemon=True)
         self._thread.start()
 

@@ -179,6 +179,7 @@ def _read(path: Path, folder: str | Path) -> dict[str, Any]:
         raise damaged(path, "not JSON") from None
     if not isinstance(content, dict) or "checksum" not in content:
         raise damaged(path, "no checksum")
+    # Before anything in it is used: an edited manifest is reported as such, not by what it breaks.
     checksum = content.pop("checksum")
     if checksum != _checksum(content):
         raise damaged(path, "its checksum does not match its content")

@@ -55,6 +55,7 @@ class ReplyReader:
         self.all_replies: I64 = np.concatenate(tables)
         self._fits = _totals(self.all_replies) <= length
         self.replies: I64 = self.all_replies[self._fits]
+        # Replies are sorted by document: those of a conversation follow each other.
         _, firsts = np.unique(self.replies[:, 0], return_index=True)
         self.num_instances = len(firsts)
         self.first_replies: I64 = np.append(firsts, len(self.replies)).astype(np.int64)
@@ -70,12 +71,14 @@ class ReplyReader:
     def is_cut(self, reply: int) -> bool:
         """Return whether a reply was cut to a length; it has no EOS then."""
         document, _, _, _, turn_end = self.replies[reply].tolist()
+        # Every reply that was not cut ends with EOS.
         last = self._slice(document, turn_end - 1, turn_end)
         return int(last[0]) != self.corpus.manifest.eos_id
 
     def choose(self, conversation: int, key: int, sample: int) -> int:
         """Return the reply of a conversation that a sample reads, uniform over those that fit."""
         first, stop = self.first_replies[conversation : conversation + 2].tolist()
+        # A remainder of 64 random bits favours no reply by more than a share of 2**-64 each.
         return first + int(hash64(key, sample)) % (stop - first)
 
     def in_turn(self, conversation: int, key: int, sweep: int) -> int:

@@ -29,6 +29,7 @@ VERSION = 1
 HEADER = struct.Struct("<9sQBQQ")
 """MAGIC, VERSION, dtype code, sequences, document indices."""
 
+# Megatron knows more dtypes; ids of a vocabulary need no other.
 DTYPES: dict[int, TokenDtype] = {4: np.dtype("<i4"), 8: np.dtype("<u2")}
 """The dtypes of token ids by Megatron's code."""
 

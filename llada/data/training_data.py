@@ -84,11 +84,13 @@ class TrainingData(ABC):
 
     def __init__(self, config: RunConfig, verify: bool = False) -> None:
         self.config = config
+        # One for all corpora: the system limits the open files of the process.
         self._open_files = OpenFiles()
         self._check_sizes = verify
         indices = range(len(config.data.mixture))
         self.corpora = [self._open_corpus(i) for i in indices]
         self.names = short_names([entry.path for entry in config.data.mixture])
+        # Before the full check, which reads every token and can take minutes.
         self._check_vocabulary()
         if verify:
             self._verify()
@@ -143,6 +145,8 @@ class TrainingData(ABC):
 
     def batch(self, plan: StepPlan, offsets: Sequence[int]) -> Batch:
         """Make the micro-batch of the samples at `offsets` of a training plan."""
+        # Masks are keyed by the sample's index, so it does not matter which rank, or which
+        # micro-batch, a sample is in.
         windows = [self.window(TRAIN, plan, i) for i in offsets]
         corrupted = [self.objective.corrupt(window) for window in windows]
         return collate(windows, corrupted, plan.normaliser)
@@ -282,6 +286,7 @@ class TrainingData(ABC):
                     f"data.mixture.{i}.path: {corpus.folder} was prepared with another tokenizer"
                     f" than {first.folder}; prepare both with one"
                 )
+            # The ids in the data count too: the embedding must have a row for each of them.
             highest = max((shard.max_token_id for shard in manifest.shards), default=0)
             if max(highest + 1, manifest.vocab_size) > model_size:
                 raise UserError(
@@ -293,6 +298,7 @@ class TrainingData(ABC):
     def _verify(self) -> None:
         self.tokenizer()  # raises
         for corpus in self.corpora:
+            # Larger corpora would hold up the start; their files are checked when they are read.
             size = sum(entry.bin_bytes + entry.idx_bytes for entry in corpus.manifest.shards)
             if size > self.config.data.verify_bytes:
                 continue

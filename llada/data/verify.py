@@ -114,7 +114,7 @@ def _reply_problems(shard: ShardReader, replies: I64, path: Path) -> list[str]:
         return [
             f"{path}: its replies are not those of documents 0..{shard.num_documents - 1} in order"
         ]
-    document_lengths = shard.lengths[:][owner]
+    document_lengths = shard.lengths[owner]
     prompt = history_end + response_start - turn_start
     offsets_ascend = (
         (history_end >= 0)
@@ -158,6 +158,7 @@ def _token_problems(shard: ShardReader, manifest: Manifest, entry: ShardEntry) -
         highest = max(highest, int(tokens.max()))
         unknown.add((tokens < 0) | (tokens >= manifest.vocab_size), start)
         masks.add(tokens == manifest.mask_id, start)
+    # The last token of every document, which may be few among many: mapped, not read.
     stored = map_file(shard.bin_path, shard.dtype)
     for first in range(0, shard.num_documents, CHUNK):
         lengths = shard.lengths[first : first + CHUNK].astype(np.int64)
