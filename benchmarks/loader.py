@@ -39,11 +39,10 @@ import numpy as np
 import torch
 
 from llada.config import RunConfig, build_config
-from llada.data.base import TRAIN
-from llada.data.corpus import FORMAT_VERSION, TEXT, Manifest
+from llada.data.manifest import FORMAT_VERSION, TEXT, TRAIN, Manifest, ShardEntry
 from llada.data.pretrain import PretrainData
-from llada.data.shard_files import HEADER, MAGIC
-from llada.data.shards import ShardEntry, ShardWriter
+from llada.data.shard_format import HEADER, MAGIC
+from llada.data.shard_writer import ShardWriter
 from llada.engine.layout import sample_offsets
 
 LENGTH = 4096
@@ -58,7 +57,7 @@ def write_manifest(folder: Path, shards: list[ShardEntry]) -> None:
         kind=TEXT,
         dtype="int32",
         vocab_size=IDS,
-        rows=ROWS,
+        padded_vocab_size=ROWS,
         mask_id=MASK,
         eos_id=EOS,
         tokenizer_fingerprint="0" * 64,

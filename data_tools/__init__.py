@@ -1,1 +1,1 @@
-"""Turning text into prepared corpora: orchestration only, the format is llada.data.shards."""
+"""Turning text into prepared corpora: orchestration only, the format is llada.data.shard_format."""

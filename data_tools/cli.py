@@ -13,7 +13,7 @@ from llada.errors import UserError
 
 if TYPE_CHECKING:
     from data_tools.job.build import ExecutionOptions
-    from llada.data.corpus import Manifest
+    from llada.data.manifest import Manifest
 
 app = typer.Typer(no_args_is_help=True, help="Tokenize, shard, inspect and verify corpora.")
 tokenizer_app = typer.Typer(no_args_is_help=True, help="Train and look at tokenizers.")
@@ -449,7 +449,7 @@ def verify(
     """Recompute checksums and check every token, document and count of a prepared corpus."""
     from data_tools.job.progress import progress_bar
     from data_tools.tools.inspect import check
-    from llada.data.corpus import Manifest
+    from llada.data.manifest import Manifest
 
     try:
         total = sum(entry.tokens for entry in Manifest.load(folder).shards)

@@ -116,6 +116,8 @@ def timesteps(
     bits = stream(seed, f"{purpose}/t-{mode}", step)
     if mode == "iid":
         return uniforms(bits, len(shares))
+    # Segments of 3, 5 and 8 tokens in the keyed order 8, 3, 5 have their midpoints at 4, 9.5 and
+    # 13.5 of 16; with an offset of 0.5 their t are 0.75, 0.09 and 0.34.
     offset = uniforms(bits, 1)[0]
     order = np.argsort(bits.random_raw(len(shares)), kind="stable")
     ends = np.cumsum(shares[order])
@@ -143,6 +145,7 @@ def permute(index: npt.ArrayLike, n: int, key: int) -> I64:
         n: size of the domain.
         key: from `derive_key`.
     """
+    # The rounds permute all numbers of 2 * half bits: for n = 5 those are 0..15.
     half = max(1, ((max(n - 1, 1)).bit_length() + 1) // 2)
     low = np.uint64((1 << half) - 1)
     shift = np.uint64(half)
@@ -153,5 +156,8 @@ def permute(index: npt.ArrayLike, n: int, key: int) -> I64:
         for round_ in range(6):
             left, right = right, left ^ (hash64(key + round_ & (2**64 - 1), right) & low)
         out[todo] = (left << shift) | right
+        # What is not below n goes through the rounds again. With n = 5 one key sends 3 to 12, 10,
+        # 9, 11 and then 0. Such a walk follows a cycle of the permutation, so it comes back below
+        # n, and two indices never end at one number.
         todo[todo] = out[todo] >= n
     return out.astype(np.int64).reshape(np.shape(index))

@@ -22,7 +22,7 @@ from data_tools.readers.reading import BadRecord, ReadOptions, Report
 from data_tools.tokenizers.encoders import choose_encoder
 from llada.chat.format import TEMPLATE, Reply
 from llada.chat.template import TemplateError, chat_format
-from llada.data.corpus import CONVERSATIONS, Manifest
+from llada.data.manifest import CONVERSATIONS, Manifest
 from llada.errors import UserError, did_you_mean
 from llada.tokenizer import Tokenizer
 

@@ -16,7 +16,7 @@ from data_tools.job.worker import Decontamination, Steps, held_out_hash
 from data_tools.readers.reading import ReadOptions, Report, read_slice
 from data_tools.readers.sources import parse_extensions
 from data_tools.tokenizers.encoders import choose_encoder, open_encoder
-from llada.data.corpus import TEXT, Manifest
+from llada.data.manifest import TEXT, Manifest
 from llada.tokenizer import Tokenizer
 
 I64 = npt.NDArray[np.int64]

@@ -17,7 +17,7 @@ from data_tools.job.splits import append_shard
 from data_tools.job.work_plan import WorkPlan
 from data_tools.job.worker import PARTS, entry_path
 from data_tools.readers.reading import no_document, reasons_of
-from llada.data.corpus import (
+from llada.data.manifest import (
     CONVERSATIONS,
     FORMAT_VERSION,
     LEFT_OUT,
@@ -25,9 +25,11 @@ from llada.data.corpus import (
     TRAIN,
     VALIDATION,
     Manifest,
+    ShardEntry,
 )
-from llada.data.shard_files import size_of
-from llada.data.shards import Shard, ShardEntry, SplitWriter, map_replies, shard_name, token_dtype
+from llada.data.shard_format import size_of, token_dtype
+from llada.data.shard_reader import ShardReader, map_replies
+from llada.data.shard_writer import SplitWriter, shard_name
 from llada.errors import RunError, UserError
 from llada.files import write_atomically
 from llada.tokenizer import Tokenizer
@@ -111,7 +113,7 @@ def new_manifest(tokenizer: Tokenizer, **content: Any) -> Manifest:
         tool_version=llada.__version__,
         dtype=token_dtype(tokenizer.rows).name,
         vocab_size=tokenizer.vocab_size,
-        rows=tokenizer.rows,
+        padded_vocab_size=tokenizer.rows,
         mask_id=tokenizer.mask_id,
         eos_id=tokenizer.eos_id,
         tokenizer_fingerprint=tokenizer.fingerprint,
@@ -171,7 +173,7 @@ def _put_together(
         for part in parts:
             path = folder / PARTS / part.name
             replies = map_replies(Path(f"{path}.replies")) if kind == CONVERSATIONS else None
-            append_shard(writer, Shard(path), part, replies)
+            append_shard(writer, ShardReader(path), part, replies)
         return writer.finish()
 
 

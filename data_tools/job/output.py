@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 from data_tools.filters.dedup import DUPLICATES, HASHES
 from data_tools.job.work_plan import PLAN, WorkPlan
 from data_tools.job.worker import ENTRIES, PARTS
-from llada.data.corpus import CORPUS_FILES, MANIFEST, Manifest
+from llada.data.manifest import CORPUS_FILES, MANIFEST, Manifest
 from llada.errors import RunError, UserError
 from llada.files import (
     check_replaceable,

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from data_tools.tools.rewrite import replies_of
-from llada.data.corpus import TRAIN, VALIDATION
-from llada.data.shards import I64, Shard, ShardEntry, SplitWriter
+from llada.data.manifest import TRAIN, VALIDATION, ShardEntry
+from llada.data.shard_format import I64
+from llada.data.shard_reader import ShardReader
+from llada.data.shard_writer import SplitWriter
 from llada.errors import UserError
 from llada.tokenizer import Tokenizer
 
@@ -70,7 +72,9 @@ def write_batch(
             writers[split].append(ids, batch.lengths[chosen], batch.text_bytes[chosen], replies)
 
 
-def append_shard(writer: SplitWriter, shard: Shard, entry: ShardEntry, replies: I64 | None) -> None:
+def append_shard(
+    writer: SplitWriter, shard: ShardReader, entry: ShardEntry, replies: I64 | None
+) -> None:
     """Append all documents of a shard, some at a time. The bytes of its text, known as a sum only,
     go to its first document.
     """

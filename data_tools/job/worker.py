@@ -21,8 +21,9 @@ from data_tools.job.splits import Encoded, write_batch
 from data_tools.job.work_plan import WorkPlan
 from data_tools.readers.reading import ReadOptions, Record, Report, no_document, read_slice
 from data_tools.readers.sources import DATASET, InputFile
-from llada.data.corpus import TRAIN, VALIDATION
-from llada.data.shards import ShardEntry, SplitWriter, token_dtype
+from llada.data.manifest import TRAIN, VALIDATION, ShardEntry
+from llada.data.shard_format import token_dtype
+from llada.data.shard_writer import SplitWriter
 from llada.errors import UserError
 from llada.files import write_atomically
 from llada.tokenizer import Tokenizer

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from llada.data.shards import I64
+from llada.data.shard_format import I64
 from llada.errors import UserError
 from llada.tokenizer import Tokenizer
 

@@ -21,8 +21,10 @@ from data_tools.job.progress import progress_bar
 from data_tools.tools.agreement import Agreement
 from data_tools.tools.megatron import IndexedDataset
 from data_tools.tools.rewrite import SHARD_TOKENS
-from llada.data.corpus import CONVERSATIONS, CORPUS_FILES, SPLITS, TEXT, Corpus, Manifest
-from llada.data.shards import I64, SplitWriter, token_dtype
+from llada.data.corpus import Corpus
+from llada.data.manifest import CONVERSATIONS, CORPUS_FILES, SPLITS, TEXT, Manifest
+from llada.data.shard_format import I64, token_dtype
+from llada.data.shard_writer import SplitWriter
 from llada.errors import UserError, did_you_mean
 from llada.files import new_file, new_folder, refuse_inside
 from llada.tokenizer import Tokenizer

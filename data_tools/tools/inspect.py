@@ -12,8 +12,10 @@ import numpy.typing as npt
 from data_tools.job.build import MOST_WORKERS, check_count
 from data_tools.job.finish import summary
 from data_tools.tools.reply_lengths import length_statistics
-from llada.data.corpus import SPLITS, Corpus, Manifest, Shards, verify_corpus
-from llada.data.shards import ShardEntry
+from llada.data.corpus import Corpus
+from llada.data.manifest import SPLITS, Manifest, ShardEntry
+from llada.data.shard_reader import ShardReader
+from llada.data.verify import verify_corpus
 from llada.errors import UserError
 from llada.files import new_file
 from llada.tokenizer import Tokenizer
@@ -65,8 +67,11 @@ def statistics(
         "dtype": manifest.dtype,
         "source_files": len(manifest.sources),
         "tokenizer": {
-            name: getattr(manifest, name)
-            for name in ("vocab_size", "rows", "mask_id", "eos_id", "tokenizer_fingerprint")
+            "vocab_size": manifest.vocab_size,
+            "rows": manifest.padded_vocab_size,
+            "mask_id": manifest.mask_id,
+            "eos_id": manifest.eos_id,
+            "tokenizer_fingerprint": manifest.tokenizer_fingerprint,
         },
         "skipped": manifest.skipped,
         "splits": splits,
@@ -113,11 +118,11 @@ def _of_split(
     return found
 
 
-def sampled_lengths(shards: Shards, exact: int) -> I32:
+def sampled_lengths(shards: list[ShardReader], exact: int) -> I32:
     """Lengths of all documents, or of about `exact` in blocks of neighbours at even
     distances [n].
     """
-    firsts = np.cumsum([0, *(entry.documents for entry in shards.entries)])
+    firsts = np.cumsum([0, *(shard.num_documents for shard in shards)])
     total = int(firsts[-1])
     if total <= exact:
         return np.concatenate([shard.lengths[:] for shard in shards])
@@ -131,9 +136,9 @@ def sampled_lengths(shards: Shards, exact: int) -> I32:
     return np.concatenate(blocks)
 
 
-def _samples(shards: Shards, samples: int, tokenizer: Tokenizer) -> list[dict[str, Any]]:
+def _samples(shards: list[ShardReader], samples: int, tokenizer: Tokenizer) -> list[dict[str, Any]]:
     """The start of documents at even distances."""
-    total = sum(entry.documents for entry in shards.entries)
+    total = sum(shard.num_documents for shard in shards)
     chosen = np.linspace(0, total - 1, num=min(samples, total)).astype(np.int64).tolist()
     return [
         {"document": number, "start": tokenizer.decode(_start_of(shards, number))}
@@ -141,11 +146,11 @@ def _samples(shards: Shards, samples: int, tokenizer: Tokenizer) -> list[dict[st
     ]
 
 
-def _start_of(shards: Shards, number: int) -> npt.NDArray[np.int64]:
+def _start_of(shards: list[ShardReader], number: int) -> npt.NDArray[np.int64]:
     """The first tokens of a document, counted over all shards."""
     for shard in shards:
         if number < shard.num_documents:
-            start = int(shard.pointers[number]) // shard.dtype.itemsize
+            start = shard.document_start(number)
             return shard.tokens(start, start + min(int(shard.lengths[number]), _SHOWN_TOKENS))
         number -= shard.num_documents
     raise IndexError(number)

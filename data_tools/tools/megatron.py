@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from llada.data.shards import CHUNK, I64
+from llada.data.shard_format import CHUNK, I64
 from llada.errors import UserError
 
 _MAGIC = b"MMIDIDX\x00\x00"

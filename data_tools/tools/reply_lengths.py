@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from llada.data.corpus import CONVERSATIONS, Corpus
+from llada.data.corpus import Corpus
+from llada.data.manifest import CONVERSATIONS
 
 SEQUENCE_LENGTHS = (512, 1024, 2048, 4096, 8192)
 """Of which it is said how many replies fit."""

@@ -16,8 +16,11 @@ import numpy as np
 
 import llada
 from data_tools.job.progress import progress_bar
-from llada.data.corpus import CONVERSATIONS, CORPUS_FILES, SPLITS, Corpus, Manifest
-from llada.data.shards import I64, Shard, ShardEntry, SplitWriter, damaged, token_dtype
+from llada.data.corpus import Corpus
+from llada.data.manifest import CONVERSATIONS, CORPUS_FILES, SPLITS, Manifest, ShardEntry
+from llada.data.shard_format import I64, damaged, token_dtype
+from llada.data.shard_reader import ShardReader
+from llada.data.shard_writer import SplitWriter
 from llada.errors import UserError
 from llada.files import new_folder, refuse_inside
 from llada.tokenizer import Tokenizer
@@ -71,7 +74,7 @@ def merge(
         ) as done:
             for split in SPLITS:
                 with SplitWriter(
-                    folder, split, token_dtype(manifests[0].rows), shard_tokens
+                    folder, split, token_dtype(manifests[0].padded_vocab_size), shard_tokens
                 ) as writer:
                     for source in sources:
                         for entry in source.corpus.manifest.of(split):
@@ -267,7 +270,7 @@ def _write_part(
     with SplitWriter(
         folder,
         split,
-        token_dtype(manifest.rows),
+        token_dtype(manifest.padded_vocab_size),
         manifest.options.get("shard_tokens", SHARD_TOKENS),
     ) as writer:
         for entry in manifest.of(split):
@@ -305,7 +308,7 @@ class _Source:
         self.corpus = corpus
         self._token_bytes = token_bytes(corpus.tokenizer())
         # the last one: shards are asked for in order
-        self._opened: tuple[str, Shard, _TextBytes] | None = None
+        self._opened: tuple[str, ShardReader, _TextBytes] | None = None
 
     def copy(
         self,
@@ -330,7 +333,7 @@ class _Source:
             writer.append(flat, lengths, text_bytes.of(begin, flat, lengths, own), own)
             done(len(flat))
 
-    def _checked(self, entry: ShardEntry) -> Shard:
+    def _checked(self, entry: ShardEntry) -> ShardReader:
         for file in self.corpus.files_of(entry):
             file.check_hash()
         return self.corpus.shard(entry)
@@ -367,7 +370,9 @@ class _TextBytes:
     the sum is shared by tokens.
     """
 
-    def __init__(self, sizes: I64, shard: Shard, entry: ShardEntry, replies: I64 | None) -> None:
+    def __init__(
+        self, sizes: I64, shard: ShardReader, entry: ShardEntry, replies: I64 | None
+    ) -> None:
         self._sizes, self._entry = sizes, entry
         self._start_of = lambda document: int(shard.pointers[document]) // shard.dtype.itemsize
         total = 0

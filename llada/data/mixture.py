@@ -1,18 +1,30 @@
-"""Which window of which corpus a sample is: arithmetic on the global sample index, no table of
+"""Which instance of which corpus a sample is: arithmetic on the global sample index, no table of
 samples.
 
-The data order is cut into blocks of 10,000 samples. Within a stage (a run of blocks in which the
-weights stay the same) every block gives each corpus a fixed integer quota, in keyed order. A
-sample's position in its corpus is then
+The samples of a run are cut into blocks of 10,000. Within a stage of the mixture (a run of blocks
+in which the weights stay the same) every block gives each corpus a fixed integer quota, in keyed
+order. A corpus is thus a stream of instances (windows or conversations), and the position of a
+sample in its corpus's stream is
 
-    windows consumed before the stage + (block - first block of the stage) * quota + rank within the
-    block
+    consumed before the stage + (block - first block of the stage) * quota + rank in the block
 
-and its epoch is position // windows; each epoch is a keyed permutation of the corpus, keyed by the
-data's fingerprint, so neither the path nor the place in the list matters. Stages end where weights
-change and where a corpus reaches its cap, always at a block boundary. A change takes effect with
-the first block that starts at or after it. In a block for which a capped corpus has too few windows
-left it gives those, and the others share the rest by weight.
+The position's epoch is position // instances, and in each epoch the corpus is read in the order of
+a keyed permutation. The key follows the data's fingerprint, so neither the corpus's path nor its
+place in the list matters.
+
+With blocks of 10 samples and weights 0.7 and 0.3, every block holds 7 samples of corpus 0 and 3 of
+corpus 1. Say that the keyed order of block 4 is
+
+    corpus         0 0 1 0 0 0 1 0 1 0
+    rank           0 1 0 2 3 4 1 5 2 6
+
+Its seventh sample, index 46, is of corpus 1, at position 0 + (4 - 0) * 3 + 1 = 13 of that stream.
+If the corpus holds 5 instances, this is number 13 % 5 = 3 of epoch 13 // 5 = 2, and the permutation
+of epoch 2 says which instance it is.
+
+Stages end where weights change and where a corpus reaches its cap, always at a block boundary. A
+change takes effect with the first block that starts at or after it. In a block for which a capped
+corpus has too few instances left it gives those, and the others share the rest by weight.
 """
 
 from __future__ import annotations
@@ -23,13 +35,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-import numpy.typing as npt
 
 from llada.config import SHUFFLE_BLOCK
 from llada.errors import UserError
-from llada.noise import derive_key, permute, stream
-
-I64 = npt.NDArray[np.int64]
+from llada.noise import I64, derive_key, permute, stream
 
 
 @dataclass(frozen=True)
@@ -39,45 +48,46 @@ class MixtureSource:
     Attributes:
         name: for messages.
         fingerprint: of the data; the key of its order.
-        windows: full windows it holds.
-        weight: share, relative to the other weights; 0: not read.
-        max_windows: windows after which it leaves; None: no cap.
+        num_instances: windows or conversations that it holds.
+        weight: share at the start, relative to the other weights; 0: not read.
+        max_instances: instances after which it leaves, over all epochs; None: no cap.
         changes: (samples of the run, weight from then on), ascending.
     """
 
     name: str
     fingerprint: str
-    windows: int
+    num_instances: int
     weight: float
-    max_windows: int | None = None
+    max_instances: int | None = None
     changes: tuple[tuple[int, float], ...] = ()
 
     def weight_in(self, block: int, size: int = SHUFFLE_BLOCK) -> float:
-        """The weight in a block of `size` samples."""
-        return next(
-            (weight for samples, weight in reversed(self.changes) if samples <= block * size),
-            self.weight,
-        )
+        """Return the weight in a block of `size` samples."""
+        weight = self.weight
+        for samples, changed in self.changes:
+            if samples <= block * size:
+                weight = changed
+        return weight
 
     @property
     def first_weight(self) -> float:
-        """Its first weight that is not 0: what it counts in means over corpora, whenever it is
+        """First weight that is not 0: what the corpus counts in means over corpora, whenever it is
         read.
         """
-        return next(
-            weight for weight in (self.weight, *(weight for _, weight in self.changes)) if weight
-        )
+        changed = (weight for _, weight in self.changes)
+        # The config refuses a corpus that is never read.
+        return next(weight for weight in (self.weight, *changed) if weight)
 
 
 @dataclass(frozen=True)
-class Stage:
+class MixtureStage:
     """Blocks with equal quotas.
 
     Attributes:
-        first_block: where it starts.
-        quotas: samples per block of each source, int64 [sources]; they add up to the block, except
+        first_block: where the stage starts.
+        quotas: samples per block of each corpus, int64 [corpora]; they add up to the block, except
             in the last one of a mixture that ends.
-        consumed: windows of each source consumed before the stage, int64 [sources].
+        consumed: instances of each corpus consumed before the stage, int64 [corpora].
     """
 
     first_block: int
@@ -85,19 +95,37 @@ class Stage:
     consumed: I64
 
 
+@dataclass(frozen=True)
+class _Block:
+    """The samples of one block.
+
+    Attributes:
+        stage: in which the block lies.
+        corpora: corpus of each sample, int64 [samples].
+        ranks: rank of each sample among those of its corpus in the block, int64 [samples].
+    """
+
+    stage: MixtureStage
+    corpora: I64
+    ranks: I64
+
+
 def quotas_of(weights: Sequence[float], block: int = SHUFFLE_BLOCK) -> I64:
-    """Share `block` samples by weight with the largest-remainder method; ties go to the earlier
-    source.
+    """Share `block` samples by weight with the largest-remainder method.
+
+    Weights of 1, 1 and 1 share 10 samples as 3.33 each: all get 3, and the one that is left goes to
+    the largest remainder; of equal remainders, to the earlier corpus: 4, 3, 3.
     """
     exact = np.asarray(weights, dtype=np.float64) / np.sum(weights) * block
     quotas = np.floor(exact).astype(np.int64)
     by_remainder = np.argsort(-(exact - quotas), kind="stable")
-    quotas[by_remainder[: block - quotas.sum()]] += 1
+    rest = block - quotas.sum()
+    quotas[by_remainder[:rest]] += 1
     return quotas
 
 
 class Mixture:
-    """Sample index -> (source, window).
+    """Maps a global sample index to a corpus and an instance.
 
     Args:
         sources: the corpora in order.
@@ -106,10 +134,10 @@ class Mixture:
 
     Attributes:
         stages: in order.
-        num_samples: samples until no source with a weight has windows left; None: endless.
+        num_samples: samples until no corpus with a weight has instances left; None: endless.
 
     Raises:
-        UserError: a source without a full window, with a weight too small for one sample per block,
+        UserError: a corpus without an instance, with a weight too small for one sample per block,
             or the same data twice.
     """
 
@@ -117,77 +145,104 @@ class Mixture:
         self, sources: Sequence[MixtureSource], seed: int, block: int = SHUFFLE_BLOCK
     ) -> None:
         self.sources = tuple(sources)
-        self.seed, self.block = seed, block
-        self._check()
-        self.stages, self.num_samples = self._plan()
-        self._slots = lru_cache(maxsize=8)(self._block_slots)
+        self.seed = seed
+        self.block = block
+        self._check_sources()
+        self.stages, self.num_samples = self._cut_stages()
+        # The samples of a step lie in one block or in few.
+        self._block_of = lru_cache(maxsize=8)(self._make_block)
 
-    def _check(self) -> None:
+    def _check_sources(self) -> None:
         for i, source in enumerate(self.sources):
-            if source.windows < 1:
+            if source.num_instances < 1:
                 raise UserError(
                     f"data.mixture.{i}.path: {source.name} holds no full window or conversation; "
                     "use a smaller data.sequence_length or more text"
                 )
-            if source.max_windows is not None and source.max_windows < 1:
+            if source.max_instances is not None and source.max_instances < 1:
                 raise UserError(
-                    f"data.mixture.{i}.max_epochs: less than one of the {source.windows} windows or"
-                    f" conversations of {source.name}; raise it or drop the entry"
+                    f"data.mixture.{i}.max_epochs: less than one of the {source.num_instances}"
+                    f" windows or conversations of {source.name}; raise it or drop the entry"
                 )
-            twins = [
-                other.name for other in self.sources[:i] if other.fingerprint == source.fingerprint
-            ]
-            if twins:
-                raise UserError(
-                    f"data.mixture.{i}.path: {source.name} holds the same data as {twins[0]}; give"
-                    " one entry and a larger weight"
-                )
+            # Their orders would have the same keys.
+            for other in self.sources[:i]:
+                if other.fingerprint == source.fingerprint:
+                    raise UserError(
+                        f"data.mixture.{i}.path: {source.name} holds the same data as {other.name};"
+                        " give one entry and a larger weight"
+                    )
+
+    # -- stages ------------------------------------------------------------------------------------
 
     @property
     def changes(self) -> list[int]:
         """First blocks with other weights than the block before, ascending."""
-        blocks = sorted(
-            {-(-samples // self.block) for source in self.sources for samples, _ in source.changes}
-        )
-        return [block for block in blocks if self._weights(block) != self._weights(block - 1)]
+        blocks: set[int] = set()
+        for source in self.sources:
+            # The first block that starts at or after the change.
+            blocks.update(-(-samples // self.block) for samples, _ in source.changes)
+        return [
+            block for block in sorted(blocks) if self._weights(block) != self._weights(block - 1)
+        ]
 
     def _weights(self, block: int) -> list[float]:
         return [source.weight_in(block, self.block) for source in self.sources]
 
-    def _plan(self) -> tuple[list[Stage], int | None]:
-        """Cut stages where weights change and where a capped source has too few windows left for
-        another block. Returns them and the number of samples until no source with a weight has
-        windows left (None: never).
+    def _cut_stages(self) -> tuple[list[MixtureStage], int | None]:
+        """Cut stages where weights change and where a capped corpus has too few instances left for
+        another block.
+
+        With blocks of 10,000, weights 0.5, 0.3 and 0.2, and a cap of 12,000 on corpus 0:
+
+            blocks  quotas            why
+            0, 1    5000 3000 2000    corpus 0 has 12,000 instances left, enough for two blocks
+            2       2000 4800 3200    it gives its last 2,000; 8,000 are shared as 0.3 : 0.2
+            3, ...     0 6000 4000    it has left
+
+        Returns:
+            The stages, and the number of samples until no corpus with a weight has instances left;
+            None: never.
         """
-        stages: list[Stage] = []
-        block, consumed = 0, np.zeros(len(self.sources), dtype=np.int64)
-        caps, changes = [source.max_windows for source in self.sources], self.changes
+        stages: list[MixtureStage] = []
+        block = 0
+        consumed = np.zeros(len(self.sources), dtype=np.int64)
+        changes = self.changes
         while True:
             weights = self._weights(block)
-            active = [
-                i for i, cap in enumerate(caps) if weights[i] and (cap is None or cap > consumed[i])
-            ]
+            active = []
+            left: dict[int, int] = {}  # instances of the capped corpora that are active
+            for i, source in enumerate(self.sources):
+                cap = source.max_instances
+                if not weights[i] or (cap is not None and cap <= consumed[i]):
+                    continue
+                active.append(i)
+                if cap is not None:
+                    left[i] = cap - int(consumed[i])
             if not active:
                 return stages, int(consumed.sum())
-            left = {i: cap - int(consumed[i]) for i in active if (cap := caps[i]) is not None}
+
             quotas = self._quotas(active, weights, self.block)
             self._check_quotas(quotas, active, weights)
-            lengths = [left[i] // int(quotas[i]) for i in left] + [
-                change - block for change in changes if change > block
-            ]
+            # The stage lasts until a corpus cannot fill its quota or the next change, if any.
+            lengths = [count // int(quotas[i]) for i, count in left.items()]
+            lengths += [change - block for change in changes if change > block]
             if not lengths:
-                stages.append(Stage(block, quotas, consumed))
+                stages.append(MixtureStage(block, quotas, consumed))
                 return stages, None
             length = min(lengths)
             if not length:
-                quotas, length = self._last_quotas(active, weights, left), 1
-            stages.append(Stage(block, quotas, consumed))
+                # A corpus reaches its cap within this block, which is a stage of its own.
+                quotas = self._last_quotas(active, weights, left)
+                length = 1
+            stages.append(MixtureStage(block, quotas, consumed))
             block, consumed = block + length, consumed + length * quotas
-            # what a later change would bring cannot follow half a block
+            # The mixture ends with a block that is not full: what a later change would bring
+            # cannot follow half a block.
             if quotas.sum() < self.block:
                 return stages, int(consumed.sum())
 
     def _quotas(self, active: list[int], weights: list[float], size: int) -> I64:
+        """Share `size` samples among the active corpora by weight, int64 [corpora]."""
         quotas = np.zeros(len(self.sources), dtype=np.int64)
         quotas[active] = quotas_of([weights[i] for i in active], size)
         return quotas
@@ -196,110 +251,134 @@ class Mixture:
         for i in active:
             if quotas[i] == 0:
                 source = self.sources[i]
-                where = "weight" if weights[i] == source.weight else "weight_at"
+                setting = "weight" if weights[i] == source.weight else "weight_at"
                 raise UserError(
-                    f"data.mixture.{i}.{where}: {weights[i]} gives {source.name} no sample "
+                    f"data.mixture.{i}.{setting}: {weights[i]} gives {source.name} no sample "
                     f"in a block of {self.block}; raise it or drop the entry"
                 )
 
     def _last_quotas(self, active: list[int], weights: list[float], left: dict[int, int]) -> I64:
-        """Of a block in which a source reaches its cap: no source gives more than it has left, the
-        others share the rest.
+        """Return the quotas of a block in which a corpus reaches its cap.
+
+        No corpus gives more than it has left, and the others share the rest. That can exhaust
+        another one: of a block of 10 and equal weights, with 1, 4 and many instances left, the
+        first gives 1, so the others would give 5 and 4; the second has only 4, so the third gives
+        5.
         """
-        fixed: dict[int, int] = {}
-        while rest := [i for i in active if i not in fixed]:
-            quotas = self._quotas(rest, weights, self.block - sum(fixed.values()))
-            over = {i: left[i] for i in rest if i in left and quotas[i] >= left[i]}
-            if not over:
+        exhausted: dict[int, int] = {}
+        quotas = np.zeros(len(self.sources), dtype=np.int64)
+        while True:
+            others = [i for i in active if i not in exhausted]
+            if not others:
+                # All corpora end in this block, the last of the mixture.
+                quotas[:] = 0
                 break
-            fixed |= over
-        quotas = quotas if rest else np.zeros(len(self.sources), dtype=np.int64)
-        quotas[list(fixed)] = list(fixed.values())
+            quotas = self._quotas(others, weights, self.block - sum(exhausted.values()))
+            newly = {i: left[i] for i in others if i in left and quotas[i] >= left[i]}
+            if not newly:
+                break
+            exhausted |= newly
+        quotas[list(exhausted)] = list(exhausted.values())
         return quotas
 
-    def stage_of(self, block: int) -> Stage:
-        """The stage in which a block lies."""
-        return self.stages[
-            bisect.bisect_right(self.stages, block, key=lambda stage: stage.first_block) - 1
-        ]
-
-    def _block_slots(self, block: int) -> tuple[Stage, I64, I64]:
-        """The stage of a block, and for each of its samples the source and the rank among that
-        source's samples.
-        """
-        stage = self.stage_of(block)
-        slots = np.repeat(np.arange(len(self.sources)), stage.quotas)
-        slots = slots[
-            np.argsort(
-                stream(self.seed, "mixture/block", block).random_raw(len(slots)), kind="stable"
-            )
-        ]
-        ranks = np.empty(len(slots), dtype=np.int64)
-        firsts = np.cumsum(stage.quotas) - stage.quotas
-        ranks[np.argsort(slots, kind="stable")] = np.arange(len(slots)) - np.repeat(
-            firsts, stage.quotas
-        )
-        return stage, slots, ranks
+    def stage_of(self, block: int) -> MixtureStage:
+        """Return the stage in which a block lies."""
+        after = bisect.bisect_right(self.stages, block, key=lambda stage: stage.first_block)
+        return self.stages[after - 1]
 
     def consumed(self, samples: int) -> I64:
-        """Windows of each source that the first `samples` samples read, int64 [sources]."""
-        block, rest = divmod(samples, self.block)
-        stage, slots, _ = self._slots(block)
-        part = np.bincount(slots[:rest], minlength=len(self.sources))
-        return stage.consumed + (block - stage.first_block) * stage.quotas + part
-
-    def exhausted_after(self, source: int) -> int | None:
-        """Samples after which a source has reached its cap, rounded up to a whole block; None: it
-        has none, or is not read so far.
+        """Return the instances of each corpus that the first `samples` samples read, int64
+        [corpora].
         """
-        cap = self.sources[source].max_windows
+        number, rest = divmod(samples, self.block)
+        block = self._block_of(number)
+        stage = block.stage
+        in_stage = (number - stage.first_block) * stage.quotas
+        in_block = np.bincount(block.corpora[:rest], minlength=len(self.sources))
+        return stage.consumed + in_stage + in_block
+
+    def exhausted_after(self, corpus: int) -> int | None:
+        """Return the samples after which a corpus has reached its cap, rounded up to a whole block.
+
+        None: it has no cap, or does not reach it.
+        """
+        cap = self.sources[corpus].max_instances
         if cap is None:
             return None
         for stage in self.stages:
-            if stage.consumed[source] >= cap:
+            if stage.consumed[corpus] >= cap:
                 return stage.first_block * self.block
         return self.num_samples
 
-    def positions(self, samples: I64) -> tuple[I64, I64]:
-        """MixtureSource, and position in its endless sequence of windows, of global sample indices;
-        all int64 [n].
+    # -- samples -----------------------------------------------------------------------------------
 
-        Raises IndexError past the last sample of a mixture that ends.
+    def _make_block(self, number: int) -> _Block:
+        """Deal the quotas of a block in keyed order."""
+        stage = self.stage_of(number)
+        # Quotas of 3 and 2 give 0 0 0 1 1, and in keyed order say 1 0 0 1 0.
+        corpora = np.repeat(np.arange(len(self.sources)), stage.quotas)
+        keys = stream(self.seed, "mixture/block", number).random_raw(len(corpora))
+        corpora = corpora[np.argsort(keys, kind="stable")]
+        # Sorted by corpus again, stably, the ranks are 0 1 2 and 0 1; back in keyed order they are
+        # 0 0 1 1 2.
+        firsts = np.cumsum(stage.quotas) - stage.quotas
+        ranks_by_corpus = np.arange(len(corpora)) - np.repeat(firsts, stage.quotas)
+        ranks = np.empty(len(corpora), dtype=np.int64)
+        ranks[np.argsort(corpora, kind="stable")] = ranks_by_corpus
+        return _Block(stage, corpora, ranks)
+
+    def stream_positions(self, samples: I64) -> tuple[I64, I64]:
+        """Return where samples lie in the streams of their corpora.
+
+        Args:
+            samples: global sample indices [n].
+
+        Returns:
+            The corpus of each sample and its position in that corpus's endless stream of instances,
+            both int64 [n].
+
+        Raises:
+            IndexError: a sample past the last of a mixture that ends.
         """
         if self.num_samples is not None and len(samples) and samples.max() >= self.num_samples:
             raise IndexError(
                 f"sample {samples.max()} is past the mixture's last, {self.num_samples - 1}"
             )
         blocks, offsets = np.divmod(samples, self.block)
-        sources, positions = (
-            np.empty(len(samples), dtype=np.int64),
-            np.empty(len(samples), dtype=np.int64),
-        )
+        corpora = np.empty(len(samples), dtype=np.int64)
+        positions = np.empty(len(samples), dtype=np.int64)
         for block in np.unique(blocks).tolist():
             own = blocks == block
-            stage, slots, ranks = self._slots(block)
-            sources[own] = chosen = slots[offsets[own]]
+            dealt = self._block_of(block)
+            stage = dealt.stage
+            chosen = dealt.corpora[offsets[own]]
+            ranks = dealt.ranks[offsets[own]]
+            corpora[own] = chosen
             positions[own] = (
-                stage.consumed[chosen]
-                + (block - stage.first_block) * stage.quotas[chosen]
-                + ranks[offsets[own]]
+                stage.consumed[chosen] + (block - stage.first_block) * stage.quotas[chosen] + ranks
             )
-        return sources, positions
+        return corpora, positions
 
-    def places(self, samples: I64) -> tuple[I64, I64]:
-        """MixtureSource and window of global sample indices; all int64 [n]."""
-        sources, positions = self.positions(samples)
-        windows = np.empty(len(samples), dtype=np.int64)
-        for i in np.unique(sources).tolist():
-            source, from_it = self.sources[i], np.flatnonzero(sources == i)
-            epochs, indices = np.divmod(positions[from_it], source.windows)
+    def lookup(self, samples: I64) -> tuple[I64, I64]:
+        """Return the corpus and the instance in it of samples.
+
+        Args:
+            samples: global sample indices [n].
+
+        Returns:
+            The corpus of each sample and the number of its instance, both int64 [n].
+        """
+        corpora, positions = self.stream_positions(samples)
+        instances = np.empty(len(samples), dtype=np.int64)
+        for corpus in np.unique(corpora).tolist():
+            source = self.sources[corpus]
+            of_corpus = np.flatnonzero(corpora == corpus)
+            # Position 13 of 5 instances is number 3 of epoch 2. The order of that epoch is a
+            # permutation of 0..4, evaluated at 3: no two of its five positions give one instance,
+            # and another epoch, with another key, has another order.
+            epochs, numbers = np.divmod(positions[of_corpus], source.num_instances)
             for epoch in np.unique(epochs).tolist():
                 own = epochs == epoch
                 key = derive_key(self.seed, "mixture/order", source.fingerprint, epoch)
-                windows[from_it[own]] = permute(indices[own], source.windows, key)
-        return sources, windows
-
-    def locate(self, sample: int) -> tuple[int, int]:
-        """(source, window) of one global sample index."""
-        sources, windows = self.places(np.array([sample], dtype=np.int64))
-        return int(sources[0]), int(windows[0])
+                instances[of_corpus[own]] = permute(numbers[own], source.num_instances, key)
+        return corpora, instances

@@ -4,59 +4,68 @@ lengths.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 
 import numpy as np
 
-from llada.data.base import F64, I64, TRAIN, VALIDATION, DrawT, StepPlan, TrainingData, check_tokens
-from llada.data.corpus import TEXT, Corpus
-from llada.noise import random_lengths, timesteps
+from llada.data.corpus import Corpus
+from llada.data.manifest import TEXT, TRAIN, VALIDATION
+from llada.data.step_plan import DrawT, StepPlan
+from llada.data.training_data import TrainingData, check_tokens
+from llada.noise import F64, I64, random_lengths, timesteps
 
 
 class WindowReader:
-    """The windows of one split of a corpus: each shard tiled by `length` tokens, its incomplete
-    last window left out.
+    """The windows of one split of a corpus.
 
-    Where a window lies follows from the token counts of the manifest; no table of windows is made.
+    Each shard is tiled by windows of `length` tokens; its incomplete last window is left out. With
+    a length of 8, shards of 20 and 30 tokens hold windows 0..1 and 2..4, and 4 + 6 tokens are
+    dropped. Where a window lies follows from the token counts of the manifest; no table of windows
+    is made.
 
     Attributes:
         corpus: whose split it is.
-        count: how many windows there are.
+        num_instances: how many windows there are.
         dropped: tokens in the incomplete last windows.
+        first_windows: number of the first window of every shard, int64 [shards + 1].
     """
 
     def __init__(self, corpus: Corpus, split: str, length: int) -> None:
-        self.corpus, self.split, self.length = corpus, split, length
+        self.corpus = corpus
+        self.split = split
+        self.length = length
         self.shards = corpus.shards(split)
-        sizes = np.array([entry.tokens for entry in self.shards.entries], dtype=np.int64)
-        self.firsts = np.concatenate([[0], np.cumsum(sizes // length)]).astype(np.int64)
-        self.first_documents = np.cumsum(
-            [0, *(entry.documents for entry in self.shards.entries)], dtype=np.int64
-        )
-        self.count = int(self.firsts[-1])
-        self.dropped = int(sizes.sum()) - self.count * length
+        sizes = np.array([shard.num_tokens for shard in self.shards], dtype=np.int64)
+        documents = [shard.num_documents for shard in self.shards]
+        self.first_windows: I64 = np.concatenate([[0], np.cumsum(sizes // length)]).astype(np.int64)
+        self.first_documents = np.cumsum([0, *documents], dtype=np.int64)
+        self.num_instances = int(self.first_windows[-1])
+        self.dropped = int(sizes.sum()) - self.num_instances * length
 
-    def _place(self, window: int) -> tuple[int, int]:
-        """The shard and the window's first token in it."""
-        shard = int(self.firsts.searchsorted(window, side="right")) - 1
-        return shard, (window - int(self.firsts[shard])) * self.length
+    def _locate(self, window: int) -> tuple[int, int]:
+        """Return the shard of a window, and the window's first token in it."""
+        shard = int(self.first_windows.searchsorted(window, side="right")) - 1
+        return shard, (window - int(self.first_windows[shard])) * self.length
 
     def tokens(self, window: int) -> I64:
-        """Token ids [length]. Raises UserError when they cannot be this corpus's."""
-        shard, start = self._place(window)
-        return check_tokens(
-            self.corpus, self.shards.tokens(shard, start, start + self.length), f"window {window}"
-        )
+        """Read token ids [length]. Raises UserError when they cannot be this corpus's."""
+        shard, start = self._locate(window)
+        tokens = self.shards[shard].tokens(start, start + self.length)
+        return check_tokens(self.corpus, tokens, f"window {window}")
 
     def document_starts(self, window: int) -> I64:
-        """Positions 1..length-1 in the window at which a document starts."""
-        shard, start = self._place(window)
-        return self.shards.document_starts(shard, start, start + self.length) - start
+        """Return the positions 1..length-1 in the window at which a document starts."""
+        shard, start = self._locate(window)
+        return self.shards[shard].document_starts(start, start + self.length) - start
 
     def documents(self, window: int) -> I64:
-        """Number in the split of every document of which the window holds a part, in order."""
-        shard, start = self._place(window)
-        first = self.first_documents[shard] + self.shards.document_at(shard, start)
+        """Return the number in the split of every document in the window, in order.
+
+        The first and the last may lie in it only in part.
+        """
+        shard, start = self._locate(window)
+        first = self.first_documents[shard] + self.shards[shard].document_at(start)
         return first + np.arange(len(self.document_starts(window)) + 1, dtype=np.int64)
 
     def tokens_per_byte(self) -> float:
@@ -65,133 +74,139 @@ class WindowReader:
 
     def summary(self) -> str:
         return (
-            f"{self.count:,} windows, {self.dropped:,} tokens in incomplete last windows are not"
-            " trained on"
+            f"{self.num_instances:,} windows, {self.dropped:,} tokens in incomplete last windows"
+            " are not trained on"
         )
+
+    def too_long(self) -> list[dict[str, int]]:
+        """Return nothing: a window is never too long."""
+        return []
 
 
 class PretrainData(TrainingData):
-    """Windows of text. The loss of a step is normalised by its tokens; each segment counts by its
-    length.
+    """Windows of text.
+
+    The loss of a step is normalised by its tokens; each segment counts by its length.
     """
 
     kind = TEXT
-
-    def reader(self, source: int, split: str) -> WindowReader:
-        return WindowReader(self.corpora[source], split, self.config.data.sequence_length)
-
-    def plan(self, step: int) -> StepPlan:
-        config = self.config
-        samples = step * config.batch.global_ + np.arange(config.batch.global_, dtype=np.int64)
-        sources, windows = self.mixture.places(samples)
-        cuts = random_lengths(
-            config.seed, samples, config.data.sequence_length, config.data.random_length_probability
-        )
-        rows, positions = self._bounds(TRAIN, sources, windows, cuts)
-        return _assemble(
-            samples,
-            sources,
-            windows,
-            rows,
-            positions,
-            lambda shares: timesteps(config.seed, step, shares, config.objective.timesteps),
-        )
+    readers: Mapping[str, Sequence[WindowReader]]
 
     @property
     def unit(self) -> str:  # type: ignore[override]  # it follows from a setting
         return "documents" if self.config.data.document_mask else "windows"
 
+    def open_reader(self, corpus: int, split: str) -> WindowReader:
+        return WindowReader(self.corpora[corpus], split, self.config.data.sequence_length)
+
+    def plan(self, step: int) -> StepPlan:
+        config = self.config
+        first = step * config.batch.global_
+        samples = first + np.arange(config.batch.global_, dtype=np.int64)
+        corpora, windows = self.mixture.lookup(samples)
+        cuts = random_lengths(
+            config.seed, samples, config.data.sequence_length, config.data.random_length_probability
+        )
+        rows, positions = self._bounds(TRAIN, corpora, windows, cuts)
+
+        def draw_t(shares: F64) -> F64:
+            return timesteps(config.seed, step, shares, config.objective.timesteps)
+
+        return _assemble(samples, corpora, windows, rows, positions, draw_t)
+
     def validation_plan(
-        self, draws: I64, source: int, items: I64, sweeps: I64, draw_t: DrawT
+        self, draws: I64, corpus: int, instances: I64, sweeps: I64, draw_t: DrawT
     ) -> StepPlan:
-        length, sources = self.config.data.sequence_length, np.full(len(draws), source)
-        rows, positions = self._bounds(VALIDATION, sources, items, np.full(len(draws), length))
+        length = self.config.data.sequence_length
+        corpora = np.full(len(draws), corpus)
+        uncut = np.full(len(draws), length)
+        rows, positions = self._bounds(VALIDATION, corpora, instances, uncut)
         ends = np.flatnonzero(positions > 0)
-        # its first token in the split names a segment
-        texts = items[rows[ends]] * length + positions[ends - 1]
+        # Draws of one segment must share its text's number: its first token in the split serves.
+        texts = instances[rows[ends]] * length + positions[ends - 1]
         return _assemble(
-            draws, sources, items, rows, positions, lambda _: draw_t(rows[ends], texts)
+            draws, corpora, instances, rows, positions, lambda _: draw_t(rows[ends], texts)
         )
 
     def owners(self, plan: StepPlan) -> I64:
         if not self.config.data.document_mask:
-            return plan.items
-        parts = [
-            self._windows(VALIDATION, s).documents(w)
-            for s, w in zip(plan.sources.tolist(), plan.items.tolist(), strict=True)
+            return plan.instances
+        readers = self.readers[VALIDATION]
+        documents = [
+            readers[corpus].documents(window)
+            for corpus, window in zip(plan.corpora.tolist(), plan.instances.tolist(), strict=True)
         ]
-        return np.concatenate(parts)
+        return np.concatenate(documents)
 
-    def _bounds(self, split: str, sources: I64, windows: I64, cuts: I64) -> tuple[I64, I64]:
-        """Segment boundaries of windows: their ends, the random lengths and, with
+    def tokens(self, split: str, corpus: int, instance: int) -> I64:
+        return self.readers[split][corpus].tokens(instance)
+
+    def describe_instance(self, corpus: int, instance: int) -> str:
+        starts = self.readers[TRAIN][corpus].document_starts(instance)
+        return f"window {instance}, {len(starts) + 1} documents"
+
+    def _bounds(self, split: str, corpora: I64, windows: I64, cuts: I64) -> tuple[I64, I64]:
+        """Return the segment boundaries of windows: their ends, the random lengths and, with
         data.document_mask, the document starts.
+
+        Args:
+            split, corpora, windows: of each row [n].
+            cuts: a random length in 1..sequence_length for each row; sequence_length: not cut [n].
 
         Returns:
             int64 [boundaries], int64 [boundaries]: the row of each boundary and its position,
             sorted by row and position.
         """
-        length, rows = self.config.data.sequence_length, np.arange(len(windows), dtype=np.int64)
-        width = length + 1  # positions 0..length
-        keys = [rows * width, rows * width + cuts, rows * width + length]
+        length = self.config.data.sequence_length
+        # Boundaries of all rows in one array: row * width + position, position 0..length. With a
+        # length of 8 the width is 9, and row 1 cut after 3 tokens has the keys 9, 12 and 17.
+        width = length + 1
+        first_keys = np.arange(len(windows), dtype=np.int64) * width
+        keys = [first_keys, first_keys + cuts, first_keys + length]
         if self.config.data.document_mask:
+            readers = self.readers[split]
             starts = [
-                self._windows(split, s).document_starts(w)
-                for s, w in zip(sources.tolist(), windows.tolist(), strict=True)
+                readers[corpus].document_starts(window)
+                for corpus, window in zip(corpora.tolist(), windows.tolist(), strict=True)
             ]
-            keys.append(
-                np.repeat(rows * width, [len(row) for row in starts]) + np.concatenate(starts)
-            )
-        found = np.unique(np.concatenate(keys))
-        owners = found // width
-        return owners, found - owners * width
-
-    def tokens(self, split: str, source: int, item: int) -> I64:
-        return self._windows(split, source).tokens(item)
-
-    def describe(self, source: int, item: int) -> str:
-        return (
-            f"window {item}, {len(self._windows(TRAIN, source).document_starts(item)) + 1}"
-            " documents"
-        )
-
-    def _windows(self, split: str, source: int) -> WindowReader:
-        reader = self.readers[split][source]
-        assert isinstance(reader, WindowReader)
-        return reader
+            counts = [len(of_row) for of_row in starts]
+            keys.append(np.repeat(first_keys, counts) + np.concatenate(starts))
+        # Sorted, and a boundary that has two reasons counts once.
+        unique = np.unique(np.concatenate(keys))
+        rows = unique // width
+        return rows, unique - rows * width
 
 
 def _assemble(
     samples: I64,
-    sources: I64,
+    corpora: I64,
     windows: I64,
     rows: I64,
     positions: I64,
     draw_t: Callable[[F64], F64],
 ) -> StepPlan:
-    """A plan of whole windows.
+    """Make a plan of whole windows.
 
     Args:
-        samples, sources, windows: see StepPlan.
+        samples, corpora, windows: see StepPlan.
         rows, positions: of the segment boundaries, sorted.
         draw_t: the lengths of all segments, which are their shares of the loss -> their t.
     """
+    # Every boundary but the first of its row ends a segment, which the boundary before it begins.
     ends = np.flatnonzero(positions > 0)
     spans = np.stack([positions[ends - 1], positions[ends]], axis=1)
     lengths = (spans[:, 1] - spans[:, 0]).astype(np.float64)
     first_bounds = np.searchsorted(rows, np.arange(len(samples) + 1))
-    bounds = [
-        positions[first:last]
-        for first, last in zip(first_bounds[:-1].tolist(), first_bounds[1:].tolist(), strict=True)
-    ]
-    firsts = first_bounds - np.arange(len(samples) + 1)  # a row has one boundary more than segments
+    bounds = [positions[first:last] for first, last in pairwise(first_bounds.tolist())]
     return StepPlan(
-        samples,
-        sources,
-        windows,
-        bounds,
-        firsts,
-        spans,
-        np.ones(len(spans)),
-        draw_t(lengths),
-        float(lengths.sum()),
+        samples=samples,
+        corpora=corpora,
+        instances=windows,
+        bounds=bounds,
+        # A row has one boundary more than segments.
+        first_segments=first_bounds - np.arange(len(samples) + 1),
+        spans=spans,
+        scales=np.ones(len(spans)),
+        t=draw_t(lengths),
+        normaliser=float(lengths.sum()),
     )

@@ -8,17 +8,20 @@ of its own that is never masked and in no count.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
+import numpy.typing as npt
 
-from llada.data.base import F64, I64, TRAIN, VALIDATION, DrawT, StepPlan, TrainingData, check_tokens
-from llada.data.corpus import CONVERSATIONS, Corpus
+from llada.data.corpus import Corpus
+from llada.data.manifest import CONVERSATIONS, TRAIN, VALIDATION
+from llada.data.step_plan import DrawT, StepPlan
+from llada.data.training_data import TrainingData, check_tokens
 from llada.errors import UserError
-from llada.noise import derive_key, hash64, timesteps
+from llada.noise import F64, I64, derive_key, hash64, timesteps
 
-_LISTED = 3
-"""Conversations that are too long and named one by one."""
+_MAX_LISTED = 3
+"""Conversations that are too long and named one by one in a message."""
 
 
 class ReplyReader:
@@ -30,287 +33,341 @@ class ReplyReader:
 
     Attributes:
         corpus: whose split it is.
-        count: conversations with at least one reply that fits.
-        rows: rows of REPLY_FIELDS of the replies that fit, documents counted over all shards, int64
-            [replies, 5].
-        starts: first reply of every conversation in `rows`, int64 [count + 1].
+        num_instances: conversations with at least one reply that fits.
+        replies: rows of REPLY_FIELDS of the replies that fit, documents counted over all shards,
+            int64 [replies, 5].
+        all_replies: rows of all replies, int64 [all replies, 5].
+        first_replies: first reply of every conversation in `replies`, int64 [num_instances + 1].
     """
 
     def __init__(self, corpus: Corpus, split: str, length: int) -> None:
-        self.corpus, self.split, self.length = corpus, split, length
-        entries = corpus.manifest.of(split)
+        self.corpus = corpus
+        self.split = split
+        self.length = length
         self.shards = corpus.shards(split)
-        self.first_documents = np.concatenate(
-            [[0], np.cumsum([entry.documents for entry in entries])]
-        ).astype(np.int64)
-        parts = [
-            np.asarray(corpus.replies(entry)) + np.array([first, 0, 0, 0, 0])
-            for entry, first in zip(entries, self.first_documents[:-1], strict=True)
-        ]
-        every = np.concatenate(parts) if parts else np.empty((0, 5), dtype=np.int64)
-        fits = _totals(every) <= length
-        self._all, self._fits = every, fits
-        self.rows: I64 = every[fits]
-        _, firsts = np.unique(self.rows[:, 0], return_index=True)
-        self.count = len(firsts)
-        self.starts: I64 = np.append(firsts, len(self.rows)).astype(np.int64)
+        documents = [shard.num_documents for shard in self.shards]
+        self.first_documents = np.cumsum([0, *documents], dtype=np.int64)
+        tables = [np.empty((0, 5), dtype=np.int64)]
+        for shard, entry in enumerate(corpus.manifest.of(split)):
+            # Documents are counted over all shards from here on.
+            offset = np.array([self.first_documents[shard], 0, 0, 0, 0])
+            tables.append(corpus.replies(entry) + offset)
+        self.all_replies: I64 = np.concatenate(tables)
+        self._fits = _totals(self.all_replies) <= length
+        self.replies: I64 = self.all_replies[self._fits]
+        # Replies are sorted by document: those of a conversation follow each other.
+        _, firsts = np.unique(self.replies[:, 0], return_index=True)
+        self.num_instances = len(firsts)
+        self.first_replies: I64 = np.append(firsts, len(self.replies)).astype(np.int64)
 
     def total(self, reply: int) -> int:
-        """Tokens of a reply with its prompt and its EOS."""
-        return int(_totals(self.rows[reply : reply + 1])[0])
+        """Return the tokens of a reply with its prompt and its EOS."""
+        return int(_totals(self.replies[reply : reply + 1])[0])
 
     def prompt_length(self, reply: int) -> int:
-        """Tokens of its prompt."""
-        _, history_end, turn_start, response_start, _ = self.rows[reply].tolist()
-        return history_end + response_start - turn_start
+        """Return the tokens of a reply's prompt."""
+        return int(_prompts(self.replies[reply : reply + 1])[0])
 
     def is_cut(self, reply: int) -> bool:
-        """Whether a reply was cut to a length: it has no EOS then."""
-        document, _, _, _, turn_end = self.rows[reply].tolist()
-        return int(self._slice(document, turn_end - 1, turn_end)[0]) != self.corpus.manifest.eos_id
+        """Return whether a reply was cut to a length; it has no EOS then."""
+        document, _, _, _, turn_end = self.replies[reply].tolist()
+        # Every reply that was not cut ends with EOS.
+        last = self._slice(document, turn_end - 1, turn_end)
+        return int(last[0]) != self.corpus.manifest.eos_id
 
     def choose(self, conversation: int, key: int, sample: int) -> int:
-        """The reply of a conversation that a sample reads, uniform over those that fit."""
-        first, last = self.starts[conversation : conversation + 2].tolist()
-        return first + int(hash64(key, sample)) % (last - first)
+        """Return the reply of a conversation that a sample reads, uniform over those that fit."""
+        first, stop = self.first_replies[conversation : conversation + 2].tolist()
+        # A remainder of 64 random bits favours no reply by more than a share of 2**-64 each.
+        return first + int(hash64(key, sample)) % (stop - first)
 
     def in_turn(self, conversation: int, key: int, sweep: int) -> int:
-        """The reply of a conversation that a sweep of the validation reads: all that fit, one after
-        the other, from a keyed one on.
+        """Return the reply of a conversation that a sweep of the validation reads.
+
+        Sweeps read all replies that fit, one after the other, from a keyed one on.
         """
-        first, last = self.starts[conversation : conversation + 2].tolist()
-        return first + (int(hash64(key, conversation)) + sweep) % (last - first)
+        first, stop = self.first_replies[conversation : conversation + 2].tolist()
+        return first + (int(hash64(key, conversation)) + sweep) % (stop - first)
 
     def tokens(self, reply: int) -> I64:
-        """Prompt, response and EOS of a reply; no EOS of one that was cut."""
-        document, history_end, turn_start, _, turn_end = self.rows[reply].tolist()
-        parts = self._slice(document, 0, history_end), self._slice(document, turn_start, turn_end)
-        return check_tokens(self.corpus, np.concatenate(parts), f"conversation {document}")
+        """Read prompt, response and EOS of a reply; no EOS of one that was cut."""
+        document, history_end, turn_start, _, turn_end = self.replies[reply].tolist()
+        history = self._slice(document, 0, history_end)
+        turn = self._slice(document, turn_start, turn_end)
+        tokens = np.concatenate([history, turn])
+        return check_tokens(self.corpus, tokens, f"conversation {document}")
 
     def _slice(self, document: int, start: int, end: int) -> I64:
-        """Tokens start..end-1 of a document, counted over all shards."""
-        shard = int(np.searchsorted(self.first_documents, document, side="right")) - 1
-        source = self.shards[shard]
-        first = (
-            int(source.pointers[document - int(self.first_documents[shard])])
-            // source.dtype.itemsize
-        )
-        return source.tokens(first + start, first + end)
+        """Read tokens start..end-1 of a document, counted over all shards."""
+        number = int(np.searchsorted(self.first_documents, document, side="right")) - 1
+        shard = self.shards[number]
+        first = shard.document_start(document - int(self.first_documents[number]))
+        return shard.tokens(first + start, first + end)
 
     def tokens_per_byte(self) -> float:
         _, _, text_bytes = self.corpus.manifest.totals(self.split)
-        return float((self._all[:, 4] - self._all[:, 3]).sum() / text_bytes)
+        responses = self.all_replies[:, 4] - self.all_replies[:, 3]
+        return float(responses.sum() / text_bytes)
 
     def too_long(self) -> Iterator[dict[str, int]]:
-        """Every conversation without a reply that fits: its number in the split, the tokens of its
-        shortest reply with its prompt, and of that prompt alone.
+        """Yield every conversation without a reply that fits: its number in the split, the tokens
+        of its shortest reply with its prompt, and of that prompt alone.
         """
-        lost = self._all[~np.isin(self._all[:, 0], self.rows[:, 0])]
+        lost = self.all_replies[~self._has_reply_that_fits()]
         totals = _totals(lost)
+        prompts = _prompts(lost)
+        # The shortest reply of every conversation comes first.
         order = np.lexsort((totals, lost[:, 0]))
         _, firsts = np.unique(lost[order, 0], return_index=True)
         for row in order[firsts].tolist():
-            document, history_end, turn_start, response_start, _ = lost[row].tolist()
             yield {
-                "conversation": document,
+                "conversation": int(lost[row, 0]),
                 "tokens": int(totals[row]),
-                "prompt_tokens": history_end + response_start - turn_start,
+                "prompt_tokens": int(prompts[row]),
             }
 
     def summary(self) -> str:
-        text = f"{self.count:,} conversations with {len(self.rows):,} replies"
+        text = f"{self.num_instances:,} conversations with {len(self.replies):,} replies"
         lost = list(self.too_long())
         if lost:
             text += (
                 f"; {_name_some(lost, self.length)} longer than data.sequence_length ="
                 f" {self.length} and not trained on"
             )
-        later = int((~self._fits & np.isin(self._all[:, 0], self.rows[:, 0])).sum())
-        if later:
+        dropped = int((~self._fits & self._has_reply_that_fits()).sum())
+        if dropped:
             text += (
                 f"; replies of the others that are longer than {self.length} tokens with their"
-                f" prompt, and not trained on: {later:,}"
+                f" prompt, and not trained on: {dropped:,}"
             )
         return text
 
+    def _has_reply_that_fits(self) -> npt.NDArray[np.bool_]:
+        """Return whether the conversation of each reply has one that fits, bool [all replies]."""
+        return np.isin(self.all_replies[:, 0], self.replies[:, 0])
+
 
 def _name_some(lost: list[dict[str, int]], length: int) -> str:
-    prompts = sum(row["prompt_tokens"] >= length for row in lost)
-    named = ", ".join(
-        f"number {row['conversation']} ({row['tokens']} tokens)" for row in lost[:_LISTED]
-    )
+    """Name conversations that are too long, as the subject of a sentence with its verb."""
+    by_prompt = sum(row["prompt_tokens"] >= length for row in lost)
+    names = [f"number {row['conversation']} ({row['tokens']} tokens)" for row in lost[:_MAX_LISTED]]
+    if len(lost) > _MAX_LISTED:
+        names.append("...")
     return (
-        f"{len(lost):,} conversations ({prompts:,} by their prompt alone;"
-        f" {named}{', ...' if len(lost) > _LISTED else ''}) are"
+        f"{len(lost):,} conversations ({by_prompt:,} by their prompt alone; {', '.join(names)}) are"
     )
+
+
+def _prompts(rows: I64) -> I64:
+    """Return the tokens of the prompt of rows of REPLY_FIELDS: the history, and the reply's turn
+    before its response.
+    """
+    _, history_end, turn_start, response_start, _ = rows.T
+    return history_end + response_start - turn_start
 
 
 def _totals(rows: I64) -> I64:
-    """Tokens of prompt, response and EOS of rows of REPLY_FIELDS."""
-    return rows[:, 1] + rows[:, 4] - rows[:, 2]
+    """Return the tokens of prompt, response and EOS of rows of REPLY_FIELDS."""
+    _, history_end, turn_start, _, turn_end = rows.T
+    return history_end + turn_end - turn_start
 
 
 class SFTData(TrainingData):
-    """Conversations. The loss of a step is normalised by its conversations; each counts the same,
-    whatever its length.
+    """Conversations.
+
+    The loss of a step is normalised by its conversations; each counts the same, whatever its
+    length.
     """
 
     kind = CONVERSATIONS
     unit = "conversations"
+    readers: Mapping[str, Sequence[ReplyReader]]
 
-    def reader(self, source: int, split: str) -> ReplyReader:
-        reader = ReplyReader(self.corpora[source], split, self.config.data.sequence_length)
-        lost = list(reader.too_long()) if split == TRAIN and not reader.count else []
-        first, own = self.corpora[0], self.corpora[source]
-        if own.manifest.options.get("chat_template_sha256") != first.manifest.options.get(
-            "chat_template_sha256"
-        ):
+    def open_reader(self, corpus: int, split: str) -> ReplyReader:
+        reader = ReplyReader(self.corpora[corpus], split, self.config.data.sequence_length)
+        first = self.corpora[0]
+        own = self.corpora[corpus]
+        template = own.manifest.options.get("chat_template_sha256")
+        if template != first.manifest.options.get("chat_template_sha256"):
             raise UserError(
-                f"data.mixture.{source}.path: {own.folder} was prepared with another chat template"
+                f"data.mixture.{corpus}.path: {own.folder} was prepared with another chat template"
                 f" than {first.folder}; use one"
             )
-        if lost:
-            raise UserError(
-                f"data.sequence_length: {reader.length} is too short:"
-                f" {_name_some(lost, reader.length)} longer, and {reader.corpus.folder} has no"
-                " other"
-            )
+        if split == TRAIN and not reader.num_instances:
+            lost = list(reader.too_long())
+            if lost:
+                raise UserError(
+                    f"data.sequence_length: {reader.length} is too short:"
+                    f" {_name_some(lost, reader.length)} longer, and {own.folder} has no other"
+                )
         return reader
 
     def plan(self, step: int) -> StepPlan:
         config = self.config
-        first = step * config.batch.global_
-        samples = first + np.arange(config.batch.global_, dtype=np.int64)
-        padded, places = self._padded(first, first + config.batch.global_)
-
-        def draw_t(shares: F64) -> F64:
-            return timesteps(config.seed, step, shares, config.objective.timesteps)
-
-        sources, replies = (
-            np.array(column, dtype=np.int64) for column in zip(*places, strict=True)
-        )
-        return self._assemble(samples, sources, replies, padded, draw_t, published=True)
+        num_samples = config.batch.global_
+        first = step * num_samples
+        samples = first + np.arange(num_samples, dtype=np.int64)
+        corpora, replies, ends = self._padded(first, first + num_samples)
+        responses = self._responses(TRAIN, corpora, replies, ends)
+        # Every conversation has the same share of the loss, whatever its length.
+        t = timesteps(config.seed, step, np.ones(num_samples), config.objective.timesteps)
+        return self._assemble(samples, corpora, replies, responses, t, per_token=False)
 
     def validation_plan(
-        self, draws: I64, source: int, items: I64, sweeps: I64, draw_t: DrawT
+        self, draws: I64, corpus: int, instances: I64, sweeps: I64, draw_t: DrawT
     ) -> StepPlan:
-        """Responses with their own EOS and no padding: the bound of what the model would have to
-        write.
+        """Return the plan of a validation: responses with their own EOS and no padding.
+
+        Every token counts the same: the bound of what the model would have to write.
         """
-        reader = self._replies(VALIDATION, source)
-        key = derive_key(
-            0, "validation/reply", self.corpora[source].manifest.fingerprint(VALIDATION)
-        )
+        reader = self.readers[VALIDATION][corpus]
+        # The run's seed has no part: all runs are measured on the same replies.
+        content = self.corpora[corpus].manifest.fingerprint(VALIDATION)
+        key = derive_key(0, "validation/reply", content)
         chosen = [
-            reader.in_turn(c, key, sweep)
-            for c, sweep in zip(items.tolist(), sweeps.tolist(), strict=True)
+            reader.in_turn(conversation, key, sweep)
+            for conversation, sweep in zip(instances.tolist(), sweeps.tolist(), strict=True)
         ]
         replies = np.array(chosen, dtype=np.int64)
         ends = np.array([reader.total(reply) for reply in chosen], dtype=np.int64)
-        sources, rows = np.full(len(draws), source), np.arange(len(draws), dtype=np.int64)
-        return self._assemble(
-            draws,
-            sources,
-            replies,
-            ends,
-            lambda _: draw_t(rows, replies),
-            published=False,
-            split=VALIDATION,
-        )
+        corpora = np.full(len(draws), corpus)
+        responses = self._responses(VALIDATION, corpora, replies, ends)
+        # One conversation a row, and one reply is one text.
+        t = draw_t(np.arange(len(draws), dtype=np.int64), replies)
+        return self._assemble(draws, corpora, replies, responses, t, per_token=True)
 
     def owners(self, plan: StepPlan) -> I64:
+        readers = self.readers[VALIDATION]
         conversations = [
-            self._replies(VALIDATION, s).rows[r, 0]
-            for s, r in zip(plan.sources.tolist(), plan.items.tolist(), strict=True)
+            readers[corpus].replies[reply, 0]
+            for corpus, reply in zip(plan.corpora.tolist(), plan.instances.tolist(), strict=True)
         ]
-        return np.repeat(np.array(conversations, dtype=np.int64), np.diff(plan.firsts))
+        return np.repeat(np.array(conversations, dtype=np.int64), np.diff(plan.first_segments))
 
-    def _padded(self, first: int, last: int) -> tuple[I64, list[tuple[int, int]]]:
-        """Where the padded response of each of the samples first..last-1 ends, and (source, reply)
-        of each.
+    def tokens(self, split: str, corpus: int, instance: int) -> I64:
+        tokens = self.readers[split][corpus].tokens(instance)
+        rest = self.config.data.sequence_length - len(tokens)
+        return np.concatenate([tokens, np.full(rest, self.manifest.eos_id, dtype=np.int64)])
+
+    def describe_instance(self, corpus: int, instance: int) -> str:
+        reader = self.readers[TRAIN][corpus]
+        conversation = int(reader.replies[instance, 0])
+        prompt = reader.prompt_length(instance)
+        response = reader.total(instance) - prompt
+        return f"conversation {conversation}, prompt of {prompt} tokens, response of {response}"
+
+    def _padded(self, first: int, stop: int) -> tuple[I64, I64, I64]:
+        """Look up the samples first..stop-1 and pad their responses.
+
+        With groups of 4, samples 6..9 are of the groups 4..7 and 8..11: the responses of 6 and 7
+        end where the longest row of 4..7 ends, whichever step reads that row.
 
         The response of a reply that was cut is not padded: the model would learn to end in the
         middle of a sentence.
+
+        Returns:
+            Corpus, reply, and end of the padded response of each sample, int64 [stop - first].
         """
         group = self.config.sft.pad_group
-        low, high = first // group * group, -(-last // group) * group
+        readers = self.readers[TRAIN]
+        # Whole groups are looked up, those of other steps' samples too.
+        low = first // group * group
+        high = -(-stop // group) * group
         if self.mixture.num_samples is not None:
             high = min(high, self.mixture.num_samples)
-        places = [self._locate(sample) for sample in range(low, high)]
-        ends = np.array(
-            [self._replies(TRAIN, source).total(reply) for source, reply in places], dtype=np.int64
-        )
+        corpora, replies = self._lookup(np.arange(low, high, dtype=np.int64))
+        totals = [
+            readers[corpus].total(reply)
+            for corpus, reply in zip(corpora.tolist(), replies.tolist(), strict=True)
+        ]
+        ends = np.array(totals, dtype=np.int64)
         longest = np.maximum.reduceat(ends, np.arange(0, len(ends), group))
-        own = slice(first - low, last - low)
-        cut = np.array(
-            [self._replies(TRAIN, source).is_cut(reply) for source, reply in places[own]]
-        )
-        return np.where(cut, ends[own], np.repeat(longest, group)[: len(ends)][own]), places[own]
+        padded = np.repeat(longest, group)[: len(ends)]
 
-    def _locate(self, sample: int) -> tuple[int, int]:
-        source, conversation = self.mixture.locate(sample)
-        return source, self._replies(TRAIN, source).choose(
-            conversation, derive_key(self.config.seed, "sft/reply"), sample
-        )
+        own = slice(first - low, stop - low)
+        corpora = corpora[own]
+        replies = replies[own]
+        is_cut = [
+            readers[corpus].is_cut(reply)
+            for corpus, reply in zip(corpora.tolist(), replies.tolist(), strict=True)
+        ]
+        return corpora, replies, np.where(is_cut, ends[own], padded[own])
+
+    def _lookup(self, samples: I64) -> tuple[I64, I64]:
+        """Return corpus and reply of samples; of a conversation with several replies, one."""
+        corpora, conversations = self.mixture.lookup(samples)
+        key = derive_key(self.config.seed, "sft/reply")
+        readers = self.readers[TRAIN]
+        rows = zip(corpora.tolist(), conversations.tolist(), samples.tolist(), strict=True)
+        replies = [
+            readers[corpus].choose(conversation, key, sample)
+            for corpus, conversation, sample in rows
+        ]
+        return corpora, np.array(replies, dtype=np.int64)
+
+    def _responses(self, split: str, corpora: I64, replies: I64, ends: I64) -> I64:
+        """Return first and past-the-last position of every response, int64 [n, 2].
+
+        Args:
+            split, corpora, replies: of each row [n].
+            ends: where the response (padding included) of each row ends [n].
+        """
+        readers = self.readers[split]
+        starts = [
+            readers[corpus].prompt_length(reply)
+            for corpus, reply in zip(corpora.tolist(), replies.tolist(), strict=True)
+        ]
+        return np.stack([np.array(starts, dtype=np.int64), ends], axis=1)
 
     def _assemble(
         self,
         samples: I64,
-        sources: I64,
+        corpora: I64,
         replies: I64,
-        ends: I64,
-        draw_t: Callable[[F64], F64],
-        published: bool,
-        split: str = TRAIN,
+        responses: I64,
+        response_t: F64,
+        per_token: bool,
     ) -> StepPlan:
-        """A plan of one conversation a row.
+        """Make a plan of one conversation a row.
 
         Args:
-            samples, sources, replies: see StepPlan.
-            ends: where the response (padding included) of each row ends.
-            draw_t: shares of the conversations -> their t.
-            published: weigh every conversation alike (1 / response length), as the training loss
-                does; else every token.
-            split: of the replies.
+            samples, corpora, replies: see StepPlan.
+            responses: first and past-the-last position of each response, int64 [n, 2].
+            response_t: diffusion time of each response, float64 [n].
+            per_token: every token of the responses counts the same. Otherwise every conversation
+                does, as in the published training loss: its tokens have weight 1 / their number.
         """
         length = self.config.data.sequence_length
-        starts = np.array(
-            [
-                self._replies(split, s).prompt_length(r)
-                for s, r in zip(sources.tolist(), replies.tolist(), strict=True)
-            ]
+        # A row of 8 tokens with a prompt of 2 and a response up to 6 has the bounds 0, 6, 8: one
+        # segment of prompt and response with the span 2..6, and one of filler with an empty span.
+        bounds = []
+        for end in responses[:, 1].tolist():
+            row = [0, end] if end == length else [0, end, length]
+            bounds.append(np.array(row, dtype=np.int64))
+        first_segments = np.cumsum([0, *(len(row) - 1 for row in bounds)], dtype=np.int64)
+        # All segments begin as filler; then the first of every row becomes its conversation.
+        num_segments = int(first_segments[-1])
+        spans = np.full((num_segments, 2), length, dtype=np.int64)
+        scales = np.zeros(num_segments)
+        t = np.zeros(num_segments)
+        own = first_segments[:-1]
+        spans[own] = responses
+        t[own] = response_t
+        sizes = (responses[:, 1] - responses[:, 0]).astype(np.float64)
+        if per_token:
+            scales[own] = 1.0
+            normaliser = float(sizes.sum())
+        else:
+            scales[own] = 1 / sizes
+            normaliser = float(len(samples))
+        return StepPlan(
+            samples=samples,
+            corpora=corpora,
+            instances=replies,
+            bounds=bounds,
+            first_segments=first_segments,
+            spans=spans,
+            scales=scales,
+            t=t,
+            normaliser=normaliser,
         )
-        sizes = (ends - starts).astype(np.float64)
-        bounds = [
-            np.array([0, end] if end == length else [0, end, length], dtype=np.int64)
-            for end in ends.tolist()
-        ]
-        firsts = np.concatenate([[0], np.cumsum([len(b) - 1 for b in bounds])]).astype(np.int64)
-        spans = np.full((int(firsts[-1]), 2), length, dtype=np.int64)  # filler: an empty span
-        scales, t = np.zeros(len(spans)), np.zeros(len(spans))
-        own = firsts[:-1]
-        spans[own] = np.stack([starts, ends], axis=1)
-        scales[own] = 1 / sizes if published else 1.0
-        t[own] = draw_t(np.ones(len(own)) if published else sizes)
-        normaliser = float(len(samples)) if published else float(sizes.sum())
-        return StepPlan(samples, sources, replies, bounds, firsts, spans, scales, t, normaliser)
-
-    def tokens(self, split: str, source: int, item: int) -> I64:
-        own = self._replies(split, source).tokens(item)
-        filler = np.full(
-            self.config.data.sequence_length - len(own), self.manifest.eos_id, dtype=np.int64
-        )
-        return np.concatenate([own, filler])
-
-    def describe(self, source: int, item: int) -> str:
-        reader = self._replies(TRAIN, source)
-        prompt, total = reader.prompt_length(item), reader.total(item)
-        return (
-            f"conversation {int(reader.rows[item, 0])}, prompt of {prompt} tokens, response of"
-            f" {total - prompt}"
-        )
-
-    def _replies(self, split: str, source: int) -> ReplyReader:
-        reader = self.readers[split][source]
-        assert isinstance(reader, ReplyReader)
-        return reader

@@ -202,7 +202,7 @@ def _answered(config: RunConfig, root: Path, wanted: int) -> dict[str, Any]:
     reader = ReplyReader(Corpus.open(root / "talks"), "validation", config.data.sequence_length)
     rows = []
     ended = 0
-    for reply in range(min(wanted, len(reader.rows))):
+    for reply in range(min(wanted, len(reader.replies))):
         tokens, prompt = reader.tokens(reply), reader.prompt_length(reply)
         length = min(_ANSWER, config.data.sequence_length - prompt)
         options = SamplingOptions(length, length)

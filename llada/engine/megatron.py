@@ -221,7 +221,7 @@ class MegatronEngine:
             batch.lengths,
         )
         output = replica(batch.inputs, attention, Predicted(batch.indices, batch.targets))
-        return output, partial(loss, batch.weights, batch.segments, batch.normaliser)
+        return output, partial(loss, batch)
 
     @torch.no_grad()
     def logits(self, batch: Batch) -> torch.Tensor:
@@ -464,28 +464,22 @@ def _mark_sharded(parameters: dict[str, torch.nn.Parameter]) -> None:
 
 
 def _training_loss(
-    total: torch.Tensor,
-    weights_: torch.Tensor,
-    segments: torch.Tensor,
-    normaliser: float,
-    losses: torch.Tensor,
+    total: torch.Tensor, batch: RankBatch, losses: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
     """Sum of the weighted losses over the step's normaliser. Three values: with two, the schedule
     would still rescale by the context-parallel size and the number of micro-batches.
     """
-    loss = (losses * weights_).sum() / normaliser
+    loss = (losses * batch.weights).sum() / batch.normaliser
     total += loss.detach()
     return loss, torch.zeros((), dtype=torch.int, device=losses.device), {}
 
 
 def _segment_losses(
-    sums: torch.Tensor,
-    weights_: torch.Tensor,
-    segments: torch.Tensor,
-    normaliser: float,
-    losses: torch.Tensor,
+    sums: torch.Tensor, batch: RankBatch, losses: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
-    sums.index_add_(0, segments, (losses * weights_).double())
+    """Add the weighted losses up by segment, in `sums`."""
+    segments = batch.segments.to(sums.device, non_blocking=True)
+    sums.index_add_(0, segments, (losses * batch.weights).double())
     return losses.sum(), torch.zeros((), dtype=torch.int, device=losses.device), {}
 
 

@@ -49,8 +49,15 @@ class RankBatch:
         return _with_tensors(self, lambda tensor: tensor.contiguous().pin_memory())
 
     def to(self, device: torch.device) -> RankBatch:
-        """The same on `device`; the copies are queued, not waited for."""
-        return _with_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
+        """The same on `device`, but for `segments`; the copies are queued, not waited for."""
+
+        def copy(tensor: torch.Tensor) -> torch.Tensor:
+            # Only a validation adds the losses up by segment, and copies these itself.
+            if tensor is self.segments:
+                return tensor
+            return tensor.to(device, non_blocking=True)
+
+        return _with_tensors(self, copy)
 
 
 def rank_batch(batch: Batch, rank: int, size: int, kernel: Kernel | None) -> RankBatch:

@@ -148,7 +148,6 @@ class Batch:
         weights: float32 [n]; the loss of the micro-batch is sum(weights * loss) / normaliser.
         segments: id of each predicted position's segment among all of the step, int64 [n].
         normaliser: one number per global step, the same in all its micro-batches.
-        samples: global sample indices [b].
     """
 
     inputs: torch.Tensor
@@ -160,7 +159,6 @@ class Batch:
     weights: torch.Tensor
     segments: torch.Tensor
     normaliser: float
-    samples: tuple[int, ...]
 
 
 def collate(windows: Sequence[Window], corrupted: Sequence[Corrupted], normaliser: float) -> Batch:
@@ -188,7 +186,6 @@ def collate(windows: Sequence[Window], corrupted: Sequence[Corrupted], normalise
         weights=torch.from_numpy(weights[order].astype(np.float32)),
         segments=torch.from_numpy(segments[order]),
         normaliser=float(normaliser),
-        samples=tuple(w.sample for w in windows),
     )
 
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from llada.checkpoint import format
-from llada.data.corpus import MANIFEST
+from llada.data.manifest import MANIFEST
 from llada.engine.layout import gather_world
 from llada.errors import RunError, TryAgain, UserError
 from llada.files import readable_size, sync_folder

@@ -17,9 +17,9 @@ from llada import events, revision
 from llada.checkpoint import format
 from llada.checkpoint.saving import Saving
 from llada.config import PROVENANCE, RunConfig, dump_config
-from llada.data.base import TRAIN, StepPlan
 from llada.data.loader import Loader, Prepared
-from llada.data.sft import ReplyReader
+from llada.data.manifest import TRAIN
+from llada.data.step_plan import StepPlan
 from llada.data.tasks import open_data
 from llada.engine.base import StepResult
 from llada.engine.determinism import use_deterministic_algorithms
@@ -391,7 +391,7 @@ class Run:
                 else "; nothing held out that fits: trains without validation"
             )
             self.say(f"{config.data.mixture[i].path}: {reader.summary()}{without}")
-        for line in (*self.data.weight_changes(), *self.data.use()):
+        for line in (*self.data.weight_changes(), *self.data.corpus_usage()):
             self.say(line)
         self._list_too_long()
 
@@ -401,7 +401,6 @@ class Run:
             {"corpus": reader.corpus.folder.name, "split": split, **row}
             for split, readers in self.data.readers.items()
             for reader in readers
-            if isinstance(reader, ReplyReader)
             for row in reader.too_long()
         ]
         if rows:

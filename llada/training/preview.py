@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from llada.config import RunConfig
-from llada.data.base import TRAIN, StepPlan, TrainingData
+from llada.data.manifest import TRAIN
+from llada.data.step_plan import StepPlan
 from llada.data.tasks import open_data
+from llada.data.training_data import TrainingData
 from llada.errors import UserError
 from llada.tokenizer import Tokenizer
 
@@ -40,7 +42,7 @@ def describe_step(config: RunConfig, step: int, samples: int) -> str:
         ),
     ]
     for i, source in enumerate(data.mixture.sources):
-        lines.append(f"corpus {i}: {source.name}: {(plan.sources == i).sum()} samples")
+        lines.append(f"corpus {i}: {source.name}: {(plan.corpora == i).sum()} samples")
     for offset in range(min(samples, len(plan.samples))):
         lines.append(_describe_sample(data, plan, offset, tokenizer))
     return "\n".join(lines)
@@ -49,11 +51,11 @@ def describe_step(config: RunConfig, step: int, samples: int) -> str:
 def _describe_sample(data: TrainingData, plan: StepPlan, offset: int, tokenizer: Tokenizer) -> str:
     window = data.window(TRAIN, plan, offset)
     masked = set(data.objective.corrupt(window).predicted.tolist())
-    source = int(plan.sources[offset])
+    source = int(plan.corpora[offset])
     name = Path(data.mixture.sources[source].name).name
     lines = [
         f"sample {window.sample}: corpus {source} ({name}),"
-        f" {data.describe(source, int(plan.items[offset]))}"
+        f" {data.describe_instance(source, int(plan.instances[offset]))}"
     ]
     for start, end, t, scale in window.segments():
         if not scale:

@@ -14,7 +14,7 @@ from llada import events
 from llada.checkpoint import format
 from llada.checkpoint.reading import StoredTensors
 from llada.config import RunConfig, build_config, dump_config
-from llada.data.base import TrainingData
+from llada.data.training_data import TrainingData
 from llada.engine.base import Engine
 from llada.engine.layout import gather_world, world_from_environment
 from llada.errors import UserError

@@ -19,9 +19,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from llada.data.base import F64, I64, VALIDATION, StepPlan, TrainingData
+from llada.data.manifest import VALIDATION
+from llada.data.step_plan import StepPlan
+from llada.data.training_data import TrainingData
 from llada.engine.base import Engine, ParallelRank
-from llada.noise import derive_key, hash64, permute, to_unit
+from llada.noise import F64, I64, derive_key, hash64, permute, to_unit
 from llada.objectives import Batch, collate
 from llada.training.estimates import (
     FEW,
@@ -94,7 +96,9 @@ class Validator:
     def __init__(self, data: TrainingData, place: ParallelRank) -> None:
         self._data, self._place = data, place
         self.objective = data.make_objective(_SEED)
-        self.corpora = [i for i, reader in enumerate(data.readers[VALIDATION]) if reader.count > 0]
+        self.corpora = [
+            i for i, reader in enumerate(data.readers[VALIDATION]) if reader.num_instances > 0
+        ]
         self._designs = {i: self.design(i) for i in self.corpora}
 
     def __call__(self, engine: Engine) -> Validation:
@@ -127,8 +131,8 @@ class Validator:
         """
         data = self._data
         plan, sweeps = self._plan(corpus)
-        rows = np.repeat(np.arange(len(plan.samples)), np.diff(plan.firsts))
-        within = np.arange(len(rows)) - plan.firsts[rows]
+        rows = np.repeat(np.arange(len(plan.samples)), np.diff(plan.first_segments))
+        within = np.arange(len(rows)) - plan.first_segments[rows]
         read = np.flatnonzero(plan.maskable > 0)
         # The four draws of a sweep follow each other in the plan, and their windows are cut alike.
         segments = read[np.lexsort((plan.t[read], within[read], rows[read] // SWEEP))].reshape(
@@ -137,7 +141,7 @@ class Validator:
         first = segments[:, 0]
         items, owner = np.unique(data.owners(plan)[first], return_inverse=True)
         _, text = np.unique(
-            np.stack([plan.items[rows[first]], within[first]]), axis=1, return_inverse=True
+            np.stack([plan.instances[rows[first]], within[first]]), axis=1, return_inverse=True
         )
         config, manifest = data.config, data.corpora[corpus].manifest
         digest = hashlib.sha256()
@@ -158,13 +162,13 @@ class Validator:
     def _plan(self, corpus: int) -> tuple[StepPlan, int]:
         """Every draw of a corpus, and the sweeps of each window or conversation."""
         data, windows = self._data, self._data.config.validation.windows
-        count = min(data.readers[VALIDATION][corpus].count, windows // SWEEP)
+        count = min(data.readers[VALIDATION][corpus].num_instances, windows // SWEEP)
         sweeps = windows // (SWEEP * count)
         draws = np.arange(count * sweeps * SWEEP, dtype=np.int64)
         purpose = self.purpose(corpus)
         order = permute(
             np.arange(count),
-            data.readers[VALIDATION][corpus].count,
+            data.readers[VALIDATION][corpus].num_instances,
             derive_key(_SEED, purpose, "order"),
         )
         sweep = draws // SWEEP % sweeps

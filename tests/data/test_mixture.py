@@ -19,6 +19,12 @@ def source(name: str, windows: int, weight: float = 1.0, cap: int | None = None)
     return MixtureSource(name, f"data-{name}", windows, weight, cap)
 
 
+def locate(mixture: Mixture, sample: int) -> tuple[int, int]:
+    """Corpus and window of one sample."""
+    corpora, windows = mixture.lookup(np.array([sample]))
+    return int(corpora[0]), int(windows[0])
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.floats(0.01, 100), min_size=1, max_size=8))
 def test_quotas_add_up_and_stay_within_one_of_the_share(weights: list[float]) -> None:
@@ -32,8 +38,8 @@ def test_blocks_have_exact_quotas_and_no_window_is_skipped_or_repeated_within_an
     read: list[list[int]] = [[], []]
     for block in range(4):
         samples = np.arange(block * SHUFFLE_BLOCK, (block + 1) * SHUFFLE_BLOCK)
-        found = list(zip(*(column.tolist() for column in mixture.places(samples)), strict=True))
-        assert found[:9] == [mixture.locate(sample) for sample in samples[:9].tolist()]
+        found = list(zip(*(column.tolist() for column in mixture.lookup(samples)), strict=True))
+        assert found[:9] == [locate(mixture, sample) for sample in samples[:9].tolist()]
         assert [sum(1 for s, _ in found if s == i) for i in (0, 1)] == [7000, 3000]
         for i, window in found:
             read[i].append(window)
@@ -46,7 +52,7 @@ def test_blocks_have_exact_quotas_and_no_window_is_skipped_or_repeated_within_an
 
 def test_the_order_within_a_block_mixes_the_corpora() -> None:
     mixture = Mixture([source("a", 10**6), source("b", 10**6)], seed=3)
-    slots, _ = mixture.positions(np.arange(SHUFFLE_BLOCK))
+    slots, _ = mixture.stream_positions(np.arange(SHUFFLE_BLOCK))
     runs = 1 + (np.diff(slots) != 0).sum()
     assert abs(runs - SHUFFLE_BLOCK / 2) < 5 * np.sqrt(SHUFFLE_BLOCK) / 2
 
@@ -62,7 +68,7 @@ def test_a_capped_corpus_is_read_to_its_cap_and_its_quota_goes_to_the_others_by_
         [2000, 4800, 3200],
         [0, 6000, 4000],
     ]
-    found, positions = mixture.positions(np.arange(4 * SHUFFLE_BLOCK))
+    found, positions = mixture.stream_positions(np.arange(4 * SHUFFLE_BLOCK))
     for i, count in enumerate((12_000, 16_800, 11_200)):
         np.testing.assert_array_equal(np.sort(positions[found == i]), np.arange(count))
     assert mixture.num_samples is None
@@ -78,7 +84,7 @@ def test_what_a_run_reads_of_each_corpus_is_known_before_it_starts() -> None:
         seed=0,
     )
     for samples in (0, 7, 12_345, 3 * SHUFFLE_BLOCK, 3 * SHUFFLE_BLOCK + 1):
-        found, _ = mixture.positions(np.arange(samples))
+        found, _ = mixture.stream_positions(np.arange(samples))
         assert mixture.consumed(samples).tolist() == [int((found == i).sum()) for i in range(3)]
     assert mixture.exhausted_after(0) == 3 * SHUFFLE_BLOCK and mixture.exhausted_after(1) is None
     whole = Mixture([source("a", 30, cap=60)], seed=0)
@@ -96,9 +102,9 @@ def test_a_mixture_of_capped_corpora_ends_when_all_are_read() -> None:
         [4001, 0],
     ]
     assert mixture.num_samples == 34_001
-    mixture.locate(34_000)
+    locate(mixture, 34_000)
     with pytest.raises(IndexError, match="past the mixture's last"):
-        mixture.locate(34_001)
+        locate(mixture, 34_001)
 
 
 @settings(max_examples=60, deadline=None)
@@ -117,7 +123,7 @@ def test_every_capped_corpus_is_read_exactly_to_its_cap(rows: list[tuple[int, fl
     mixture = Mixture(sources, seed=1)
     assert mixture.num_samples == sum(cap for _, _, cap in rows)
     assert mixture.stages[-1].consumed.tolist() != [cap for _, _, cap in rows]
-    found, positions = mixture.positions(np.arange(mixture.num_samples))
+    found, positions = mixture.stream_positions(np.arange(mixture.num_samples))
     for i, (_, _, cap) in enumerate(rows):
         np.testing.assert_array_equal(np.sort(positions[found == i]), np.arange(cap))
 
@@ -126,8 +132,8 @@ def test_the_order_follows_the_data_not_its_path_or_place() -> None:
     here = Mixture([MixtureSource("/a/x", "f1", 500, 1.0)], seed=1)
     there = Mixture([MixtureSource("/b/y", "f1", 500, 3.0)], seed=1)
     other = Mixture([MixtureSource("/a/x", "f2", 500, 1.0)], seed=1)
-    assert [here.locate(i) for i in range(100)] == [there.locate(i) for i in range(100)]
-    assert [here.locate(i) for i in range(100)] != [other.locate(i) for i in range(100)]
+    assert [locate(here, i) for i in range(100)] == [locate(there, i) for i in range(100)]
+    assert [locate(here, i) for i in range(100)] != [locate(other, i) for i in range(100)]
 
 
 @pytest.mark.parametrize(
@@ -152,8 +158,8 @@ def test_refused(sources: list[MixtureSource], message: str) -> None:
 
 def test_a_sample_of_a_huge_mixture_needs_no_table() -> None:
     mixture = Mixture([source("a", 5 * 10**8, 0.9), source("b", 10**8, 0.1)], seed=0)
-    i, window = mixture.locate(10**10 + 7)
-    assert 0 <= window < mixture.sources[i].windows
+    i, window = locate(mixture, 10**10 + 7)
+    assert 0 <= window < mixture.sources[i].num_instances
 
 
 # -- weights that change ---------------------------------------------------------------------------
@@ -203,13 +209,13 @@ def test_no_window_is_skipped_or_read_twice_across_changes_and_caps(
     sources = changing_sources(rows)
     mixture = Mixture(sources, seed=2, block=BLOCK)
     total = 15 * BLOCK if mixture.num_samples is None else min(15 * BLOCK, mixture.num_samples)
-    found, positions = mixture.positions(np.arange(total))
+    found, positions = mixture.stream_positions(np.arange(total))
     consumed = [0] * len(sources)
     for first in range(0, total, BLOCK):
         own = found[first : first + BLOCK]
         weights = [weight_by_hand(source, first // BLOCK) for source in sources]
         left = [
-            np.inf if source.max_windows is None else source.max_windows - c
+            np.inf if source.max_instances is None else source.max_instances - c
             for source, c in zip(sources, consumed, strict=True)
         ]
         active = [w if rest else 0.0 for w, rest in zip(weights, left, strict=True)]
@@ -229,15 +235,15 @@ def test_no_window_is_skipped_or_read_twice_across_changes_and_caps(
         blocks = range(end - 1, end) if total % BLOCK else range(end, end + 1)
         for i, source in enumerate(sources):
             assert all(
-                not weight_by_hand(source, block) or consumed[i] == source.max_windows
+                not weight_by_hand(source, block) or consumed[i] == source.max_instances
                 for block in blocks
             )
-    _, windows = mixture.places(np.arange(total))
+    _, windows = mixture.lookup(np.arange(total))
     for i, source in enumerate(sources):
         ordered = windows[found == i][np.argsort(positions[found == i])].tolist()
-        for k in range(0, len(ordered), source.windows):
-            epoch = ordered[k : k + source.windows]
-            assert len(set(epoch)) == len(epoch) and set(epoch) <= set(range(source.windows))
+        for k in range(0, len(ordered), source.num_instances):
+            epoch = ordered[k : k + source.num_instances]
+            assert len(set(epoch)) == len(epoch) and set(epoch) <= set(range(source.num_instances))
 
 
 @settings(max_examples=100, deadline=None)
@@ -263,7 +269,7 @@ def test_a_later_change_leaves_everything_before_it_alone(
         until, *(m.num_samples for m in (plain, changed) if m.num_samples is not None), until
     )
     for ours, theirs in zip(
-        plain.places(np.arange(until)), changed.places(np.arange(until)), strict=True
+        plain.lookup(np.arange(until)), changed.lookup(np.arange(until)), strict=True
     ):
         np.testing.assert_array_equal(ours, theirs)
 
@@ -303,7 +309,7 @@ def test_a_change_takes_effect_with_the_first_block_at_or_after_it(
         seed=0,
         block=BLOCK,
     )
-    found, _ = mixture.positions(np.arange(4 * BLOCK))
+    found, _ = mixture.stream_positions(np.arange(4 * BLOCK))
     assert int(np.flatnonzero(found == 1)[0]) // BLOCK == block == mixture.changes[0]
 
 

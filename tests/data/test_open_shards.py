@@ -17,11 +17,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llada.config import build_config
-from llada.data import shard_files
-from llada.data.base import TRAIN
-from llada.data.corpus import FORMAT_VERSION, TEXT, Corpus, Manifest
+from llada.data import shard_reader
+from llada.data.corpus import Corpus
+from llada.data.manifest import FORMAT_VERSION, TEXT, TRAIN, Manifest
 from llada.data.pretrain import PretrainData, WindowReader
-from llada.data.shards import OpenFiles, Shard, ShardWriter
+from llada.data.shard_reader import OpenFiles, ShardReader
+from llada.data.shard_writer import ShardWriter
 from llada.errors import UserError
 
 EOS, MASK, LENGTH, SHARDS = 90, 91, 8, 40
@@ -43,7 +44,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     fields = {
         "tool_version": "0",
         "vocab_size": 92,
-        "rows": 128,
+        "padded_vocab_size": 128,
         "mask_id": MASK,
         "eos_id": EOS,
         "tokenizer_fingerprint": "f",
@@ -113,14 +114,14 @@ def test_any_number_of_open_files_reads_the_same(sound: Path, capacity: int) -> 
     before = open_files()
     reader = WindowReader(Corpus.open(sound, open_files=OpenFiles(capacity)), TRAIN, LENGTH)
     expected = expected_windows(sound)
-    assert reader.count == len(expected)
-    for window in np.random.default_rng(1).permutation(reader.count).tolist():
+    assert reader.num_instances == len(expected)
+    for window in np.random.default_rng(1).permutation(reader.num_instances).tolist():
         assert (
             reader.tokens(window).tolist(),
             reader.document_starts(window).tolist(),
         ) == expected[window]
-        assert open_files() <= before + 2 * min(capacity, SHARDS)
-    assert open_files() == before + 2 * min(capacity, SHARDS)
+        assert open_files() <= before + min(capacity, 2 * SHARDS)
+    assert open_files() == before + min(capacity, 2 * SHARDS)
     del reader
     assert open_files() == before
 
@@ -131,7 +132,7 @@ def test_threads_share_open_files(sound: Path) -> None:
     expected = expected_windows(sound)
 
     def read(thread: int) -> bool:
-        order = np.random.default_rng(thread).permutation(reader.count).tolist()
+        order = np.random.default_rng(thread).permutation(reader.num_instances).tolist()
         return all(
             (reader.tokens(w).tolist(), reader.document_starts(w).tolist()) == expected[w]
             for w in order
@@ -145,7 +146,7 @@ def test_opening_looks_at_the_manifest_alone_unless_this_rank_verifies(corpus: P
     for path in [*corpus.glob("*.bin"), *corpus.glob("*.idx")]:
         path.unlink()
     data = PretrainData(run_config(corpus))
-    assert len(data.mixture.places(np.arange(9))[1]) == 9
+    assert len(data.mixture.lookup(np.arange(9))[1]) == 9
     with pytest.raises(
         UserError, match=r"data.mixture.0.path: .*train-00000.bin: missing from the corpus"
     ):
@@ -188,9 +189,9 @@ def test_damage_is_met_when_it_is_read(corpus: Path, name: str, change: str, mes
         with ShardWriter(corpus, "other", np.uint16, TRAIN) as writer:
             writer.append([1, EOS], [2], 1)
         (corpus / "other.idx").rename(path)
-    bad = range(*reader.firsts[7:9].tolist())
+    bad = range(*reader.first_windows[7:9].tolist())
     read = reader.tokens if path.suffix == ".bin" else reader.document_starts
-    for window in range(reader.count):
+    for window in range(reader.num_instances):
         if window in bad:
             with pytest.raises(UserError, match=message) as error:
                 read(window)
@@ -215,9 +216,8 @@ def test_the_order_goes_through_all_shards_at_once(sound: Path) -> None:
     """
     data = PretrainData(run_config(sound))
     reader = data.readers[TRAIN][0]
-    assert isinstance(reader, WindowReader)
-    _, windows = data.mixture.places(np.arange(reader.count))
-    shards = np.searchsorted(reader.firsts, windows, side="right") - 1
+    _, windows = data.mixture.lookup(np.arange(reader.num_instances))
+    shards = np.searchsorted(reader.first_windows, windows, side="right") - 1
     counts = np.bincount(shards[: 2 * SHARDS], minlength=SHARDS)
     drawn = np.random.default_rng(0)
     untouched = [
@@ -241,12 +241,12 @@ def test_documents_are_found_in_indices_of_any_shape(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lengths: list[int], block: int, random: Any
 ) -> None:
     """Long documents beside short ones, sorted or not, read in pieces of a few pointers."""
-    monkeypatch.setattr(shard_files, "_BLOCK", block)
+    monkeypatch.setattr(shard_reader, "_POINTERS_PER_READ", block)
     if random.random() < 0.5:
         lengths = sorted(lengths)
     with ShardWriter(tmp_path, "a", np.uint16, TRAIN) as writer:
         writer.append(np.zeros(sum(lengths), dtype=np.int64), lengths, 1)
-    shard, starts = Shard(tmp_path / "a"), np.cumsum([0, *lengths[:-1]])
+    shard, starts = ShardReader(tmp_path / "a"), np.cumsum([0, *lengths[:-1]])
     for _ in range(20):
         first, last = sorted(random.randint(0, sum(lengths)) for _ in range(2))
         expected = starts[(starts > first) & (starts < last)]

@@ -14,11 +14,13 @@ import pytest
 
 from data_tools.documents.text import prepare
 from llada.config import build_config
-from llada.data.base import TRAIN, check_tokens
 from llada.data.loader import Loader
+from llada.data.manifest import TRAIN
 from llada.data.pretrain import PretrainData
+from llada.data.training_data import check_tokens
 from llada.errors import UserError
 from llada.noise import mask_uniforms, timesteps
+from llada.objectives import Batch
 from llada.tokenizer import Tokenizer, train_byte_level_bpe
 
 LENGTH = 48
@@ -104,7 +106,7 @@ def windows_by_hand(folder: Path) -> list[tuple[list[int], set[int]]]:
 def test_windows_and_documents(folder: Path) -> None:
     made, expected = data(folder), windows_by_hand(folder)
     reader = made.readers[TRAIN][0]
-    assert reader.count == len(expected)
+    assert reader.num_instances == len(expected)
     assert reader.dropped == made.corpora[0].manifest.totals(TRAIN)[1] - LENGTH * len(expected)
     for window, (tokens, starts) in enumerate(expected):
         assert reader.tokens(window).tolist() == tokens
@@ -123,11 +125,11 @@ def test_segments_are_the_union_of_documents_and_random_length(
         assert plan.samples.tolist() == list(range(16 * step, 16 * step + 16))
         for i in range(16):
             bounds = set(plan.bounds[i].tolist())
-            documents = expected[plan.items[i]][1] if document_mask else set()
+            documents = expected[plan.instances[i]][1] if document_mask else set()
             assert {0, LENGTH} | documents <= bounds and len(bounds - documents - {0, LENGTH}) <= 1
             cuts += len(bounds - documents - {0, LENGTH})
         assert plan.normaliser == 16 * LENGTH == plan.lengths.sum()
-        assert len(np.unique(plan.t)) == len(plan.t) == plan.firsts[-1]
+        assert len(np.unique(plan.t)) == len(plan.t) == plan.first_segments[-1]
     assert 20 < cuts < 76
 
 
@@ -156,10 +158,10 @@ def test_masks_are_drawn_as_the_config_says(folder: Path) -> None:
         for row in range(16):
             weights = batch.weights[batch.rows == row]
             np.testing.assert_allclose(
-                weights, np.full(len(weights), rule(plan.t[plan.firsts[row]])), rtol=1e-6
+                weights, np.full(len(weights), rule(plan.t[plan.first_segments[row]])), rtol=1e-6
             )
             if objective["masking"] == "fixed_count":
-                assert len(weights) == 1 + int(plan.t[plan.firsts[row]] * LENGTH)
+                assert len(weights) == 1 + int(plan.t[plan.first_segments[row]] * LENGTH)
 
 
 def test_weights_that_differ_in_the_last_digit_are_other_data(folder: Path) -> None:
@@ -210,16 +212,22 @@ def test_changes_of_weights_are_counted_in_tokens_and_said(folder: Path, tmp_pat
             f" {second}"
         ),
     ]
-    assert set(made.plan(1249).sources.tolist()) == {0}
-    assert abs(sum(made.plan(step).sources.sum() for step in range(1250, 1310)) - 0.75 * 960) < 60
+    assert set(made.plan(1249).corpora.tolist()) == {0}
+    assert abs(sum(made.plan(step).corpora.sum() for step in range(1250, 1310)) - 0.75 * 960) < 60
     assert data(folder).weight_changes() == []
 
 
 def test_an_epoch_reads_every_window_once(folder: Path) -> None:
     made = data(folder, batch=4)
-    count = made.readers[TRAIN][0].count
-    read = [int(w) for step in range(-(-count // 4)) for w in made.plan(step).items][:count]
+    count = made.readers[TRAIN][0].num_instances
+    read = [int(w) for step in range(-(-count // 4)) for w in made.plan(step).instances][:count]
     assert sorted(read) == list(range(count)) and read != sorted(read)
+
+
+def predictions(batch: Batch) -> Iterator[tuple[int, int, float]]:
+    """Row, column and weight of every predicted position."""
+    columns = (batch.rows.tolist(), batch.columns.tolist(), batch.weights.tolist())
+    return zip(*columns, strict=True)
 
 
 def test_the_same_noise_whatever_the_micro_batches(folder: Path) -> None:
@@ -230,15 +238,11 @@ def test_the_same_noise_whatever_the_micro_batches(folder: Path) -> None:
         parts = [made.batch(plan, range(i, i + size)) for i in range(0, 16, size)]
         assert [row for part in parts for row in part.inputs.tolist()] == whole.inputs.tolist()
         weights = {
-            (s, int(c)): float(w)
-            for part in parts
-            for r, c, w in zip(part.rows, part.columns, part.weights, strict=True)
-            for s in [part.samples[r]]
+            (first + row, column): weight
+            for first, part in zip(range(0, 16, size), parts, strict=True)
+            for row, column, weight in predictions(part)
         }
-        assert weights == {
-            (whole.samples[r], int(c)): float(w)
-            for r, c, w in zip(whole.rows, whole.columns, whole.weights, strict=True)
-        }
+        assert weights == {(row, column): weight for row, column, weight in predictions(whole)}
         assert {part.normaliser for part in parts} == {whole.normaliser}
 
 
@@ -260,7 +264,7 @@ def test_later_epochs_get_new_masks(folder: Path) -> None:
         plan = made.plan(step)
         batch = made.batch(plan, range(4))
         for r in range(4):
-            seen.setdefault(int(plan.items[r]), set()).add(
+            seen.setdefault(int(plan.instances[r]), set()).add(
                 tuple(batch.columns[batch.rows == r].tolist())
             )
     twice = [masks for masks in seen.values() if len(masks) > 1]
@@ -281,7 +285,7 @@ def test_batches_against_a_walk_over_positions(masking: str, folder: Path) -> No
     rows: list[tuple[int, int, int, float, int]] = []
     segment = 0
     for row, (sample, item) in enumerate(
-        zip(plan.samples.tolist(), plan.items.tolist(), strict=True)
+        zip(plan.samples.tolist(), plan.instances.tolist(), strict=True)
     ):
         draws = mask_uniforms(3, sample, LENGTH).tolist()
         for start, end in itertools.pairwise(plan.bounds[row].tolist()):
@@ -298,7 +302,7 @@ def test_batches_against_a_walk_over_positions(masking: str, folder: Path) -> No
     expected = [(*key, np.float32(weight), segment) for *key, weight, segment in sorted(rows)]
     assert list(zip(*(column.tolist() for column in columns), strict=True)) == expected
     hidden = {(row, place) for place, row, *_ in rows}
-    for row, item in enumerate(plan.items.tolist()):
+    for row, item in enumerate(plan.instances.tolist()):
         clean = windows[item][0]
         assert batch.inputs[row].tolist() == [
             made.manifest.mask_id if (row, k) in hidden else clean[k] for k in range(LENGTH)
@@ -349,7 +353,7 @@ def test_loader_stops_early_and_stays_only_so_far_ahead() -> None:
             ready.set()
         return f"plan {step}", [step]
 
-    loader = Loader(make, 0, 1000, ahead=2)
+    loader = Loader(make, 0, 1000, prefetch=2)
     assert ready.wait(5)
     loader.close()
     assert len(made) <= 8 and not any(

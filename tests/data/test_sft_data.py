@@ -13,7 +13,7 @@ from data_tools.documents.conversations import prepare_sft
 from data_tools.documents.text import prepare
 from llada.chat.format import ChatFormat, Message
 from llada.config import build_config
-from llada.data.base import TRAIN, VALIDATION
+from llada.data.manifest import TRAIN, VALIDATION
 from llada.data.sft import SFTData
 from llada.data.tasks import open_data
 from llada.engine.base import ParallelRank
@@ -127,7 +127,7 @@ def test_rows_are_prompt_response_padding_and_filler(group: int, folder: Path) -
         for i, sample in enumerate(plan.samples.tolist()):
             window = data.window(TRAIN, plan, i)
             reader = data.readers[TRAIN][0]
-            total, prompt = reader.total(plan.items[i]), reader.prompt_length(plan.items[i])
+            total, prompt = reader.total(plan.instances[i]), reader.prompt_length(plan.instances[i])
             assert known[tuple(window.tokens[:total].tolist())] == prompt
             assert (window.tokens[total:] == eos).all()
             end = int(window.bounds[1])
@@ -158,7 +158,7 @@ def test_the_end_of_a_capped_mixture_cuts_its_last_group(folder: Path) -> None:
     last = data.mixture.num_samples - 1
     ends = [int(data.plan(sample).bounds[0][1]) for sample in range(last + 1)]
     longest = [
-        data.readers[TRAIN][0].total(data.plan(sample).items[0]) for sample in range(last + 1)
+        data.readers[TRAIN][0].total(data.plan(sample).instances[0]) for sample in range(last + 1)
     ]
     assert ends == [max(longest[s // 50 * 50 : s // 50 * 50 + 50]) for s in range(last + 1)]
 
@@ -191,7 +191,9 @@ def test_no_prompt_token_and_no_filler_is_ever_masked_weighted_or_changed(
             changed = np.flatnonzero(batch.inputs[row].numpy() != window.tokens)
             assert set(changed.tolist()) == set(columns.tolist())
             assert (batch.weights[inside] > 0).all()
-            masked_padding += int((columns >= data.readers[TRAIN][0].total(plan.items[row])).sum())
+            masked_padding += int(
+                (columns >= data.readers[TRAIN][0].total(plan.instances[row])).sum()
+            )
             if masking == "fixed_count":
                 size = int(end - start)
                 count = 1 + int(window.t[0] * size)
@@ -209,9 +211,9 @@ def test_no_prompt_token_and_no_filler_is_ever_masked_weighted_or_changed(
 def test_every_reply_of_a_conversation_is_read_at_some_time(folder: Path) -> None:
     data = made(folder)
     reader = data.readers[TRAIN][0]
-    assert len(reader.rows) > reader.count
-    read = {int(item) for step in range(200) for item in data.plan(step).items}
-    assert read == set(range(len(reader.rows)))
+    assert len(reader.replies) > reader.num_instances
+    read = {int(item) for step in range(200) for item in data.plan(step).instances}
+    assert read == set(range(len(reader.replies)))
 
 
 def test_validation_is_the_response_with_its_own_eos(folder: Path) -> None:
@@ -221,17 +223,17 @@ def test_validation_is_the_response_with_its_own_eos(folder: Path) -> None:
     plan = data.validation_plan(
         draws,
         0,
-        draws % reader.count,
-        draws // reader.count,
+        draws % reader.num_instances,
+        draws // reader.num_instances,
         lambda rows, texts: np.full(len(rows), 0.5),
     )
     for i in range(16):
         window = data.window(VALIDATION, plan, i)
-        reply = int(plan.items[i])
+        reply = int(plan.instances[i])
         assert window.spans[0].tolist() == [reader.prompt_length(reply), reader.total(reply)]
         assert window.scales[0] == 1
         assert window.tokens[reader.total(reply) - 1] == data.manifest.eos_id
-    responses = reader._all[:, 4] - reader._all[:, 3]
+    responses = reader.all_replies[:, 4] - reader.all_replies[:, 3]
     assert reader.tokens_per_byte() == responses.sum() / data.manifest.totals(VALIDATION)[2]
 
 
@@ -240,15 +242,15 @@ def test_validation_reads_every_reply_of_a_conversation_and_counts_the_conversat
 ) -> None:
     data = made(folder, validation={"windows": 400})
     reader = data.readers[VALIDATION][0]
-    assert reader.count < 100 and len(reader.rows) > reader.count
+    assert reader.num_instances < 100 and len(reader.replies) > reader.num_instances
     design = Validator(data, ParallelRank(0, 1, 0, 1)).design(0)
-    assert set(design.plan.items.tolist()) == set(range(len(reader.rows)))
-    assert design.measure.unit == "conversations" and len(design.items) == reader.count
-    replies = design.plan.items[
-        np.searchsorted(design.plan.firsts, design.segments, side="right") - 1
+    assert set(design.plan.instances.tolist()) == set(range(len(reader.replies)))
+    assert design.measure.unit == "conversations" and len(design.items) == reader.num_instances
+    replies = design.plan.instances[
+        np.searchsorted(design.plan.first_segments, design.segments, side="right") - 1
     ]
     assert (replies == replies[:, :1]).all(), "a sweep reads one reply"
-    assert (design.items[design.owner] == reader.rows[replies[:, 0], 0]).all()
+    assert (design.items[design.owner] == reader.replies[replies[:, 0], 0]).all()
     for text in range(design.text.max() + 1):
         assert len(set(replies[design.text == text].ravel().tolist())) == 1
     np.testing.assert_allclose(np.diff(design.t, axis=1), 0.25, atol=1e-12)
@@ -271,9 +273,9 @@ def test_what_does_not_fit_is_counted_and_listed(folder: Path) -> None:
     for split in (TRAIN, VALIDATION):
         reader = data.readers[split][0]
         of_lost = np.isin(
-            reader._all[:, 0], [row["conversation"] for row in reader.too_long()]
+            reader.all_replies[:, 0], [row["conversation"] for row in reader.too_long()]
         ).sum()
-        later = len(reader._all) - len(reader.rows) - of_lost
+        later = len(reader.all_replies) - len(reader.replies) - of_lost
         assert later > 0
         words = (
             "; replies of the others that are longer than 40 tokens with their prompt, and not"
@@ -362,7 +364,7 @@ def test_a_reply_that_was_cut_is_not_padded(folder: Path, tmp_path: Path) -> Non
         plan = data.plan(step)
         totals = [
             readers[source].total(int(item))
-            for source, item in zip(plan.sources, plan.items, strict=True)
+            for source, item in zip(plan.corpora, plan.instances, strict=True)
         ]
         for i in range(8):
             window = data.window(TRAIN, plan, i)

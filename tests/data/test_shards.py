@@ -16,8 +16,12 @@ import xxhash
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llada.data.corpus import FORMAT_VERSION, TEXT, Corpus, Manifest, verify_corpus
-from llada.data.shards import Shard, ShardWriter, token_dtype
+from llada.data.corpus import Corpus
+from llada.data.manifest import FORMAT_VERSION, TEXT, Manifest
+from llada.data.shard_format import token_dtype
+from llada.data.shard_reader import ShardReader
+from llada.data.shard_writer import ShardWriter
+from llada.data.verify import verify_corpus
 from llada.errors import UserError
 
 EOS, MASK, VOCABULARY = 9, 10, 11
@@ -66,7 +70,7 @@ def make_manifest(shards) -> Manifest:
         kind=TEXT,
         dtype="uint16",
         vocab_size=VOCABULARY,
-        rows=128,
+        padded_vocab_size=128,
         mask_id=MASK,
         eos_id=EOS,
         tokenizer_fingerprint="f" * 64,
@@ -158,7 +162,7 @@ def test_token_dtype_is_megatrons_choice():
 @given(documents=documents_of_ids, parts=st.integers(1, 4), data=st.data())
 def test_tokens_and_document_starts_round_trip(tmp_path: Path, documents, parts, data):
     write(tmp_path, documents, parts=parts)
-    shard = Shard(tmp_path / "train_00000")
+    shard = ShardReader(tmp_path / "train_00000")
     flat = join(documents)
     assert (shard.num_tokens, shard.num_documents) == (len(flat), len(documents))
     start = data.draw(st.integers(0, len(flat)))
@@ -174,7 +178,7 @@ def test_tokens_and_document_starts_round_trip(tmp_path: Path, documents, parts,
 
 def test_tokens_are_a_copy(tmp_path: Path):
     write(tmp_path, TRAIN)
-    shard = Shard(tmp_path / "train_00000")
+    shard = ShardReader(tmp_path / "train_00000")
     tokens = shard.tokens(0, 4)
     tokens[:] = MASK
     assert shard.tokens(0, 4).tolist() == TRAIN[0]
@@ -184,7 +188,7 @@ def test_tokens_are_a_copy(tmp_path: Path):
 def test_tokens_outside_the_shard_are_an_error(tmp_path: Path, start, stop):
     write(tmp_path, TRAIN)
     with pytest.raises(IndexError, match="of 12"):
-        Shard(tmp_path / "train_00000").tokens(start, stop)
+        ShardReader(tmp_path / "train_00000").tokens(start, stop)
 
 
 def test_entry_says_what_was_written(tmp_path: Path):
@@ -198,7 +202,7 @@ def test_entry_says_what_was_written(tmp_path: Path):
 def test_an_empty_shard(tmp_path: Path):
     with ShardWriter(tmp_path, "none", UINT16, "train") as writer:
         writer.append([], [], 0)
-    shard = Shard(tmp_path / "none")
+    shard = ShardReader(tmp_path / "none")
     assert (shard.num_tokens, shard.num_documents, shard.document_starts(0, 5).tolist()) == (
         0,
         0,
@@ -226,7 +230,7 @@ def test_an_exception_leaves_an_older_shard_alone(tmp_path: Path):
     write(tmp_path, TRAIN)
     with pytest.raises(KeyboardInterrupt), ShardWriter(tmp_path, "train_00000", UINT16, "train"):
         raise KeyboardInterrupt
-    assert Shard(tmp_path / "train_00000").num_tokens == 12
+    assert ShardReader(tmp_path / "train_00000").num_tokens == 12
 
 
 def test_a_failure_while_the_index_is_put_in_place_leaves_nothing(tmp_path: Path):
@@ -285,7 +289,7 @@ def test_a_shard_of_another_size_is_refused_when_opened(tmp_path: Path, kind, ch
             f" {'missing from' if change == 'missing' else 'truncated or altered'}"
         ),
     ):
-        Shard(tmp_path / "train_00000")
+        ShardReader(tmp_path / "train_00000")
 
 
 @pytest.mark.parametrize("offset", [0, 9, 17, 18, 26])
@@ -293,7 +297,7 @@ def test_a_wrong_header_is_refused_when_opened(tmp_path: Path, offset):
     write(tmp_path, TRAIN)
     flip(tmp_path / "train_00000.idx", offset)
     with pytest.raises(UserError, match=r"train_00000.idx: truncated or altered"):
-        Shard(tmp_path / "train_00000")
+        ShardReader(tmp_path / "train_00000")
 
 
 # -- manifest and corpus ---------------------------------------------------------------------------
@@ -437,11 +441,13 @@ def test_a_shard_of_other_counts_than_the_manifest_says_is_refused(folder: Path)
         with pytest.raises(
             UserError, match=r"train_00000.idx: truncated or altered .*the manifest says"
         ):
-            list(Corpus.open(folder).shards("train"))
+            for shard in Corpus.open(folder).shards("train"):
+                shard.check()
         assert len(verify_corpus(folder)) == 1
     replace(manifest, dtype="int32").save(folder)
     with pytest.raises(UserError, match="dtype: uint16"):
-        list(Corpus.open(folder).shards("train"))
+        for shard in Corpus.open(folder).shards("train"):
+            shard.check()
 
 
 @pytest.mark.parametrize(
@@ -486,7 +492,7 @@ def test_checks_and_index_work_in_pieces(folder: Path, tmp_path_factory, monkeyp
     """With pieces of three tokens or documents the files are the same and the same problems are
     found.
     """
-    for module in ("shards", "corpus"):
+    for module in ("shard_writer", "corpus", "verify"):
         monkeypatch.setattr(f"llada.data.{module}.CHUNK", 3)
     again = tmp_path_factory.mktemp("again")
     assert write(again, TRAIN, parts=2) == Manifest.load(folder).shards[0]

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from llada.data.corpus import FORMAT_VERSION, SPLITS, TEXT, Corpus, Manifest
-from llada.data.shards import ShardWriter, token_dtype
+from llada.data.corpus import Corpus
+from llada.data.manifest import FORMAT_VERSION, SPLITS, TEXT, Manifest
+from llada.data.shard_format import token_dtype
+from llada.data.shard_writer import ShardWriter
 from llada.tokenizer import Tokenizer
 
 Ids = list[list[int]]
@@ -42,7 +44,7 @@ def write_corpus(
         "kind": TEXT,
         "dtype": token_dtype(tokenizer.rows).name,
         "vocab_size": tokenizer.vocab_size,
-        "rows": tokenizer.rows,
+        "padded_vocab_size": tokenizer.rows,
         "mask_id": tokenizer.mask_id,
         "eos_id": tokenizer.eos_id,
         "tokenizer_fingerprint": tokenizer.fingerprint,

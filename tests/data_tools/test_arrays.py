@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from data_tools.documents.conversations import prepare_sft
 from data_tools.readers.json_arrays import BrokenArray, elements, holds_array
 from data_tools.readers.reading import ReadOptions, Report, read
-from llada.data.corpus import SPLITS, Manifest
+from llada.data.manifest import SPLITS, Manifest
 from llada.errors import UserError
 from llada.tokenizer import train_byte_level_bpe
 from tests.data_tools.corpora import documents_of

@@ -23,7 +23,7 @@ from data_tools.filters import dedup
 from data_tools.job import build, pool
 from data_tools.job.build import ExecutionOptions, Unfinished
 from data_tools.tools.inspect import check
-from llada.data.corpus import Manifest
+from llada.data.manifest import Manifest
 from llada.errors import RunError, TryAgain, UserError
 from llada.tokenizer import Tokenizer, train_byte_level_bpe
 from tests import processes

@@ -15,7 +15,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from data_tools.cli import app
-from llada.data.corpus import Manifest
+from llada.data.manifest import Manifest
 from llada.errors import UserError
 from llada.tokenizer import Tokenizer, train_byte_level_bpe
 

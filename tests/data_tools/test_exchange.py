@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 from data_tools.documents.text import prepare
 from data_tools.tools.exchange import export, import_datasets
 from data_tools.tools.megatron import IndexedDataset
-from llada.data.corpus import SPLITS, Manifest, verify_corpus
+from llada.data.manifest import SPLITS, Manifest
+from llada.data.verify import verify_corpus
 from llada.errors import UserError
 from llada.tokenizer import Tokenizer, train_byte_level_bpe
 from tests.data_tools.corpora import documents_of, shard_files

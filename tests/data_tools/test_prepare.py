@@ -23,7 +23,9 @@ from data_tools.job import worker
 from data_tools.job.build import ExecutionOptions
 from data_tools.job.finish import summary
 from data_tools.tools.inspect import check, describe
-from llada.data.corpus import Corpus, Manifest, verify_corpus
+from llada.data.corpus import Corpus
+from llada.data.manifest import Manifest
+from llada.data.verify import verify_corpus
 from llada.errors import RunError, UserError
 from llada.tokenizer import Tokenizer, train_byte_level_bpe
 from tests.stand_ins import like
@@ -149,7 +151,7 @@ def test_the_folder_is_self_contained_and_the_same_again(
     assert (
         copy.fingerprint == Tokenizer.load(tokenizer).fingerprint == manifest.tokenizer_fingerprint
     )
-    assert (manifest.rows, manifest.vocab_size, manifest.mask_id, manifest.eos_id) == (
+    assert (manifest.padded_vocab_size, manifest.vocab_size, manifest.mask_id, manifest.eos_id) == (
         384,
         320,
         copy.mask_id,
@@ -541,6 +543,9 @@ def test_ids_take_four_bytes_from_65500_rows(words: int, dtype: str, tmp_path: P
         add_special_tokens=True,
         validation_fraction=0.0,
     )
-    assert (manifest.dtype, manifest.rows) == (dtype, 65408 if dtype == "uint16" else 65536)
+    assert (manifest.dtype, manifest.padded_vocab_size) == (
+        dtype,
+        65408 if dtype == "uint16" else 65536,
+    )
     assert stored(corpus, "train") == [[[1, 2, words, manifest.eos_id]]]
     assert check(corpus) == []

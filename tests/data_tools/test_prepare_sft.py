@@ -16,7 +16,9 @@ from data_tools.documents.conversations import Conversations, Fields, SFTSetting
 from data_tools.tools.inspect import describe
 from llada.chat.format import TEMPLATE, ChatFormat, Message
 from llada.chat.template import TemplateFormat
-from llada.data.corpus import Corpus, Manifest, verify_corpus
+from llada.data.corpus import Corpus
+from llada.data.manifest import Manifest
+from llada.data.verify import verify_corpus
 from llada.errors import UserError
 from llada.tokenizer import Tokenizer, train_byte_level_bpe
 

@@ -16,8 +16,10 @@ from hypothesis import strategies as st
 from data_tools.documents.conversations import prepare_sft
 from data_tools.documents.text import prepare
 from data_tools.tools.rewrite import merge, split, token_bytes
-from llada.data.corpus import CONVERSATIONS, SPLITS, Corpus, Manifest, verify_corpus
-from llada.data.shards import REPLY_FIELDS
+from llada.data.corpus import Corpus
+from llada.data.manifest import CONVERSATIONS, SPLITS, Manifest
+from llada.data.shard_format import REPLY_FIELDS
+from llada.data.verify import verify_corpus
 from llada.errors import UserError
 from llada.tokenizer import Tokenizer, train_byte_level_bpe
 from tests.data_tools.corpora import documents_of, shard_files, write_corpus

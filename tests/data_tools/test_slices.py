@@ -22,7 +22,7 @@ from data_tools.documents.text import prepare
 from data_tools.job.work_plan import cut
 from data_tools.readers.reading import ReadOptions, Report, measure, read, read_slice
 from data_tools.readers.sources import Extent, find_sources
-from llada.data.corpus import LEFT_OUT, Manifest
+from llada.data.manifest import LEFT_OUT, Manifest
 from llada.errors import UserError
 from llada.tokenizer import train_byte_level_bpe
 

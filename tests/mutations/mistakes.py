@@ -95,10 +95,8 @@ def no_weight_1_over_p(masked: Any) -> None:
 def division_by_the_number_of_masked_tokens(megatron: Any) -> None:
     right = megatron._training_loss
 
-    def training_loss(
-        total: Any, weights: Any, segments: Any, normaliser: float, losses: Any
-    ) -> Any:
-        return right(total, weights, segments, max(1, len(losses)), losses)
+    def training_loss(total: Any, batch: Any, losses: Any) -> Any:
+        return right(total, replace(batch, normaliser=max(1, len(losses))), losses)
 
     megatron._training_loss = training_loss
 
@@ -119,10 +117,9 @@ def a_loss_scaled_by_accumulation(megatron: Any) -> None:
 
 rewrites(
     "a normaliser of the local micro-batch",
-    "llada.data.base",
-    "[self.objective.corrupt(window) for window in windows], plan.normaliser)",
-    "[self.objective.corrupt(window) for window in windows], plan.normaliser * len(windows) /"
-    " len(plan.samples))",
+    "llada.data.training_data",
+    "collate(windows, corrupted, plan.normaliser)",
+    "collate(windows, corrupted, plan.normaliser * len(windows) / len(plan.samples))",
     PRETRAIN,
 )
 rewrites(
@@ -172,22 +169,22 @@ rewrites(
 rewrites(
     "a prompt that is masked",
     "llada.data.sft",
-    "spans[own] = np.stack([starts, ends], axis=1)",
-    "spans[own] = np.stack([starts - 1, ends], axis=1)",
+    "spans[own] = responses",
+    "spans[own] = responses - [1, 0]",
     SFT,
 )
 rewrites(
     "padding left out of the response",
     "llada.data.sft",
-    "np.repeat(longest, group)[: len(ends)][own]",
-    "ends[own]",
+    "padded = np.repeat(longest, group)[: len(ends)]",
+    "padded = ends",
     SFT,
 )
 rewrites(
     "EOS taught after a reply that was cut",
     "llada.data.sft",
-    "return np.where(cut, ends[own], ",
-    "return np.where(cut & False, ends[own], ",
+    "np.where(is_cut, ends[own], padded[own])",
+    "padded[own]",
     SFT,
 )
 rewrites(

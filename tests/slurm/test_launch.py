@@ -19,7 +19,7 @@ import yaml
 from data_tools.documents.text import prepare
 from launch import slurm
 from launch import status as watch
-from llada.data.corpus import Manifest
+from llada.data.manifest import Manifest
 from llada.errors import UserError
 from llada.training.configure import load_config
 from tests.slurm.cluster import until

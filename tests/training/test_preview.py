@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from llada.data.base import TRAIN
+from llada.data.manifest import TRAIN
 from llada.data.pretrain import PretrainData
 from llada.errors import UserError
 from llada.training.configure import load_config
@@ -33,7 +33,7 @@ def test_the_text_says_what_the_plan_holds(
                 (str(start), str(end), f"{t:.4f}", str(((masked >= start) & (masked < end)).sum()))
             )
     assert shown == expected
-    documents = [1 + len(data.readers[TRAIN][0].document_starts(int(w))) for w in plan.items]
+    documents = [1 + len(data.readers[TRAIN][0].document_starts(int(w))) for w in plan.instances]
     assert [int(n) for n in re.findall(r"window \d+, (\d+) documents", text)] == documents
 
 

@@ -15,7 +15,7 @@ import xxhash
 from typer.testing import CliRunner
 
 from llada.cli import app
-from llada.data.corpus import Manifest
+from llada.data.manifest import Manifest
 from llada.errors import UserError
 from tests.stand_ins import like
 from tests.workplace import Workplace

@@ -18,7 +18,7 @@ import yaml
 
 from data_tools.documents.conversations import prepare_sft
 from llada.config import build_config
-from llada.data.base import TRAIN
+from llada.data.manifest import TRAIN
 from llada.data.tasks import open_data
 from llada.engine.megatron import MegatronEngine
 from llada.noise import mask_uniforms
@@ -92,8 +92,8 @@ def test_the_loss_is_the_published_formula_whatever_the_micro_batch(
         total = torch.zeros((), dtype=torch.float64)
         for i in range(8):
             tokens = torch.from_numpy(data.window(TRAIN, plan, i).tokens)
-            start, end = plan.spans[plan.firsts[i]].tolist()
-            t, size = float(plan.t[plan.firsts[i]]), end - start
+            start, end = plan.spans[plan.first_segments[i]].tolist()
+            t, size = float(plan.t[plan.first_segments[i]]), end - start
             draws = mask_uniforms(settings.seed, int(plan.samples[i]), 64)
             if masking == "bernoulli":
                 p = (1 - 1e-3) * t + 1e-3

@@ -15,8 +15,9 @@ import torch
 
 from data_tools.documents.text import prepare
 from llada.config import build_config
-from llada.data.base import VALIDATION, short_names
+from llada.data.manifest import VALIDATION
 from llada.data.pretrain import PretrainData
+from llada.data.training_data import short_names
 from llada.engine.megatron import MegatronEngine
 from llada.errors import UserError
 from llada.objectives import MaskedDiffusion
@@ -91,7 +92,7 @@ def test_equals_a_plain_computation_of_the_bound(
             total += loss
             # Of a document all parts in all windows that are read belong together.
             document = int(
-                np.searchsorted(starts, plan.items[i] * 64 + window.bounds[k], side="right")
+                np.searchsorted(starts, plan.instances[i] * 64 + window.bounds[k], side="right")
             )
             own = documents.setdefault(document, [0.0, 0])
             own[0], own[1] = own[0] + loss, own[1] + size
@@ -160,7 +161,7 @@ def test_every_text_is_read_at_evenly_spaced_t_from_its_own_offset_and_shares_no
     """With fewer windows than a quarter of validation.windows, all of them are read, at more values
     of t.
     """
-    count = parts[0].readers[VALIDATION][0].count
+    count = parts[0].readers[VALIDATION][0].num_instances
     windows = count * 13 // 4 * 4 if few else count // 2 // 4 * 4
     mixture = [{"path": str(workplace.folder / "corpus")}]
     raw = {**CONFIG, "validation": {"windows": windows}}
@@ -171,7 +172,7 @@ def test_every_text_is_read_at_evenly_spaced_t_from_its_own_offset_and_shares_no
     design = Validator(data, parts[1].place).design(0)
     plan, each = design.plan, 12 if few else 4
     assert len(plan.samples) == (12 * count if few else windows)
-    assert sorted(np.unique(plan.items, return_counts=True)[1]) == [each] * (
+    assert sorted(np.unique(plan.instances, return_counts=True)[1]) == [each] * (
         count if few else windows // 4
     )
     assert len(set(plan.samples.tolist())) == len(plan.samples), "every draw has masks of its own"
@@ -193,7 +194,7 @@ def test_every_text_is_read_at_evenly_spaced_t_from_its_own_offset_and_shares_no
             "the parts of a document are one item"
         )
     else:
-        assert design.items.tolist() == sorted(set(plan.items.tolist()))
+        assert design.items.tolist() == sorted(set(plan.instances.tolist()))
 
 
 def test_the_file_of_a_validation_holds_the_losses_behind_its_line(

@@ -1,0 +1,88 @@
+"""The format of a shard: what its writer and its reader must agree on.
+
+A shard of token ids is two files in Megatron's indexed dataset format, little-endian:
+
+* NAME.bin holds the token ids, one document after the other. A document is its tokens and one EOS.
+* NAME.idx holds the header (b"MMIDIDX\\0\\0", u64 version 1, u8 dtype code, u64 sequences,
+  u64 document indices = sequences + 1), then int32 lengths in tokens, int64 offsets in bytes, and
+  int64 document indices. A sequence is one document.
+
+A shard of conversations has a third file, NAME.replies: int64 rows of REPLY_FIELDS, sorted by
+document.
+"""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from llada.errors import UserError
+
+I64 = npt.NDArray[np.int64]
+TokenDtype = np.dtype[np.int32 | np.uint16]
+
+MAGIC = b"MMIDIDX\x00\x00"
+VERSION = 1
+HEADER = struct.Struct("<9sQBQQ")
+"""MAGIC, VERSION, dtype code, sequences, document indices."""
+
+# Megatron knows more dtypes; ids of a vocabulary need no other.
+DTYPES: dict[int, TokenDtype] = {4: np.dtype("<i4"), 8: np.dtype("<u2")}
+"""The dtypes of token ids by Megatron's code."""
+
+LENGTH_BYTES = 4
+POINTER_BYTES = 8
+
+REPLY_FIELDS = ("document", "history_end", "turn_start", "response_start", "turn_end")
+"""Of one reply: its document in the shard, and offsets into that document's tokens
+(llada.chat.format.Reply)."""
+
+CHUNK = 1 << 22
+"""Tokens or documents handled at a time, and bytes hashed at a time. Bounds the memory of passes
+over a whole shard."""
+
+
+def token_dtype(padded_vocab_size: int) -> TokenDtype:
+    """Return the dtype of token ids: uint16 for vocabularies below 65500, else int32.
+
+    This is Megatron's rule, so that its own tools would choose the same.
+    """
+    if padded_vocab_size < 65500:
+        return DTYPES[8]
+    return DTYPES[4]
+
+
+def index_bytes(num_documents: int) -> int:
+    """Return the size of the index of so many documents, in bytes."""
+    lengths = LENGTH_BYTES * num_documents
+    pointers = POINTER_BYTES * num_documents
+    indices = POINTER_BYTES * (num_documents + 1)
+    return HEADER.size + lengths + pointers + indices
+
+
+def damaged(path: Path, why: str) -> UserError:
+    """Return the error for a file that is not what was written."""
+    return UserError(f"{path}: truncated or altered ({why}); prepare the corpus again")
+
+
+def unreadable(path: Path, error: OSError) -> UserError:
+    """Return the error for a file that is missing or that the system cannot read."""
+    if isinstance(error, FileNotFoundError):
+        return UserError(
+            f"{path}: missing from the corpus {path.parent}; put it back, or prepare the corpus"
+            " again"
+        )
+    return UserError(
+        f"{path}: truncated or altered, cannot be read ({error.strerror}); prepare the corpus again"
+    )
+
+
+def size_of(path: Path) -> int:
+    """Return the size of a file in bytes. Raises UserError when it cannot be read."""
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise unreadable(path, error) from None

@@ -1,0 +1,415 @@
+"""Reading a shard: token ids, and where documents start (llada/data/shard_format.py).
+
+Training reads a few bytes here and there in thousands of shards, so a ShardReader opens a file when
+it first needs it, reads by position, and shares a bounded set of open files (OpenFiles) with the
+other shards. Passes over a whole shard map its index into memory.
+"""
+
+from __future__ import annotations
+
+import bisect
+import os
+import resource
+import weakref
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from llada.data.manifest import ShardEntry
+from llada.data.shard_format import (
+    CHUNK,
+    DTYPES,
+    HEADER,
+    I64,
+    LENGTH_BYTES,
+    MAGIC,
+    POINTER_BYTES,
+    REPLY_FIELDS,
+    VERSION,
+    TokenDtype,
+    damaged,
+    index_bytes,
+    size_of,
+    unreadable,
+)
+
+_POINTERS_PER_READ = 1024
+"""Pointers of an index that a search reads at a time: two pages."""
+_GUESSES = 4
+"""Guesses by proportion before the search for a document halves the range."""
+_MAX_OPEN_FILES = 32768
+"""Files that stay open at most, whatever the system allows."""
+
+Number = TypeVar("Number", bound=np.generic)
+
+
+class OpenFile:
+    """A file that stays open as long as somebody holds this object.
+
+    It is read by position and not through a memory map: a read lets other threads run while it
+    waits for the disk, a failing disk is an exception and not a signal, and what was read does not
+    count as memory of this process.
+
+    Attributes:
+        path: its name, for messages.
+        size: in bytes, when it was opened.
+
+    Raises:
+        UserError: the file cannot be opened.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            weakref.finalize(self, os.close, self._descriptor)
+            self.size = os.fstat(self._descriptor).st_size
+        except OSError as error:
+            raise unreadable(self.path, error) from None
+
+    def read(self, dtype: np.dtype[Number], count: int, offset: int) -> npt.NDArray[Number]:
+        """Read `count` numbers from byte `offset` on into a new array.
+
+        Raises:
+            UserError: the disk fails, or the file ends too early.
+        """
+        out = np.empty(count, dtype)
+        unread = out.view(np.uint8).data
+        # A single read may return less than it was asked for (at most 2 GiB on Linux).
+        while unread:
+            try:
+                num_bytes = os.preadv(self._descriptor, [unread], offset)
+            except OSError as error:
+                raise unreadable(self.path, error) from None
+            if not num_bytes:
+                raise damaged(self.path, f"it ends at byte {offset}")
+            unread = unread[num_bytes:]
+            offset += num_bytes
+        return out
+
+
+class OpenFiles:
+    """Files that stay open so that the next read needs no opening; the least recently used close.
+
+    Threads may share it. A file that a thread is reading stays open until that read is done.
+
+    Args:
+        capacity: files that stay open; None: a quarter of those that this process may have open.
+    """
+
+    def __init__(self, capacity: int | None = None) -> None:
+        self.capacity = capacity or _default_capacity()
+        self.get = lru_cache(maxsize=self.capacity)(OpenFile)
+
+
+def _default_capacity() -> int:
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # RLIM_INFINITY is -1.
+    if limit < 0:
+        return _MAX_OPEN_FILES
+    return min(max(1, limit // 4), _MAX_OPEN_FILES)
+
+
+class _IndexHeader(NamedTuple):
+    dtype: TokenDtype
+    num_documents: int
+
+
+class ShardReader:
+    """Reads one shard.
+
+    With `entry`, nothing is opened before it is read, and each file is compared with the manifest
+    then; so ten thousand readers cost little. Without, both files are opened at once.
+
+    Args:
+        path: of both files, without .bin and .idx.
+        entry: what the manifest says of the shard; None: what the shard itself says.
+        dtype: of the token ids, with `entry`.
+        open_files: where files stay open; several readers may share it.
+
+    Attributes:
+        num_documents, num_tokens: size of the shard.
+        dtype: of the token ids on disk.
+
+    Raises:
+        UserError: in any method that opens or reads a file, when that file is missing, damaged, or
+            of other counts than the manifest says.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        entry: ShardEntry | None = None,
+        dtype: TokenDtype | None = None,
+        open_files: OpenFiles | None = None,
+    ) -> None:
+        self._path = str(path)
+        self._entry = entry
+        self._open_files = open_files or OpenFiles(capacity=2)
+        self._checked_index_size: int | None = None
+        self._is_checked = False
+        if entry is not None:
+            assert dtype is not None
+            self.dtype = dtype
+            self.num_documents = entry.documents
+            self.num_tokens = entry.tokens
+            self._token_bytes = entry.bin_bytes
+        else:
+            self.dtype, self.num_documents = self._read_header()
+            self._token_bytes = self._end_of_last_document(self.dtype, self.num_documents)
+            self.num_tokens = self._token_bytes // self.dtype.itemsize
+            self.check()
+
+    @property
+    def bin_path(self) -> Path:
+        return Path(f"{self._path}.bin")
+
+    @property
+    def idx_path(self) -> Path:
+        return Path(f"{self._path}.idx")
+
+    def check(self) -> None:
+        """Open both files and compare them with each other and with the manifest, the first time.
+
+        Cheaper reads (`tokens`, `document_starts`, `document_at`) compare only the file that they
+        read, and only with the manifest.
+        """
+        if self._is_checked:
+            return
+        dtype, num_documents = self._read_header()
+        end = self._end_of_last_document(dtype, num_documents)
+        size = self._open_files.get(f"{self._path}.bin").size
+        if size != end:
+            raise damaged(self.bin_path, f"{size} bytes, its index ends at {end}")
+        self._compare_with_manifest(self.idx_path, num_documents, size // dtype.itemsize, dtype)
+        self._token_bytes = size
+        self._is_checked = True
+
+    # -- a few bytes ---------------------------------------------------------------------------
+
+    def tokens(self, start: int, stop: int) -> I64:
+        """Return a copy of the token ids at start..stop-1; opens the token file only."""
+        file = self._token_file()
+        if not 0 <= start <= stop <= self.num_tokens:
+            raise IndexError(f"{file.path}: tokens {start}..{stop} of {self.num_tokens}")
+        return file.read(self.dtype, stop - start, start * self.dtype.itemsize).astype(np.int64)
+
+    def document_starts(self, start: int, stop: int) -> I64:
+        """Return the offsets of the documents that start strictly inside (start, stop).
+
+        Offsets are in tokens from the start of the shard. Opens the index only.
+        """
+        file = self._index_file()
+        start_byte = start * self.dtype.itemsize
+        stop_byte = stop * self.dtype.itemsize
+        first, block = self._pointers_around(file, start_byte)
+        blocks = [block[np.searchsorted(block, start_byte, side="right") :]]
+        last = first + len(block)
+        # One block is enough unless very short documents crowd the window.
+        while last < self.num_documents and block[-1] < stop_byte:
+            block = self._read_pointers(
+                file, last, min(last + _POINTERS_PER_READ, self.num_documents)
+            )
+            blocks.append(block)
+            last += len(block)
+        starts = np.concatenate(blocks) if len(blocks) > 1 else blocks[0]
+        return starts[: np.searchsorted(starts, stop_byte)] // self.dtype.itemsize
+
+    def document_at(self, position: int) -> int:
+        """Return the document that holds the token at `position`; opens the index only."""
+        byte = position * self.dtype.itemsize
+        first, block = self._pointers_around(self._index_file(), byte)
+        return first + int(np.searchsorted(block, byte, side="right")) - 1
+
+    def document_start(self, document: int) -> int:
+        """Return the offset of a document in tokens; checks the shard first."""
+        self.check()
+        pointer = self._read_pointers(self._index_file(), document, document + 1)
+        return int(pointer[0]) // self.dtype.itemsize
+
+    def _pointers_around(self, file: OpenFile, byte: int) -> tuple[int, I64]:
+        """Return pointers [first, last) of the index such that all before them are <= `byte` and
+        all behind them are > `byte`; first `first`, then those pointers.
+
+        Documents of one shard are mostly alike, so a guess by proportion is near and a cold index
+        costs few reads: in a token file of 1,000,000 bytes with 10,000 documents, byte 250,000 is
+        looked for around pointer 2,500. Where the guesses do not help, the range is halved.
+        """
+        first = 0
+        last = self.num_documents
+        low = 0
+        high = self._token_bytes
+        guesses = 0
+        while last - first > _POINTERS_PER_READ:
+            if guesses < _GUESSES:
+                middle = first + (byte - low) * (last - first) // max(1, high - low)
+            else:
+                middle = (first + last) // 2
+            guesses += 1
+            begin = min(max(middle - _POINTERS_PER_READ // 2, first), last - _POINTERS_PER_READ)
+            block = self._read_pointers(file, begin, begin + _POINTERS_PER_READ)
+            if block[0] > byte:
+                last = begin
+                high = int(block[0])
+            elif block[-1] <= byte:
+                first = begin + _POINTERS_PER_READ - 1
+                low = int(block[-1])
+            else:
+                return begin, block
+        return first, self._read_pointers(file, first, last)
+
+    # -- a whole shard -------------------------------------------------------------------------
+
+    # The odd header (34 bytes) leaves the arrays of the index unaligned in memory, and numpy copies
+    # an unaligned array whole before it searches or computes. Callers slice them first.
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int32]:
+        """Tokens of every document, memory-mapped [num_documents]."""
+        return np.frombuffer(self._map_index(), "<i4", self.num_documents, HEADER.size)
+
+    @property
+    def pointers(self) -> I64:
+        """Offset of every document in bytes, memory-mapped [num_documents]."""
+        offset = HEADER.size + LENGTH_BYTES * self.num_documents
+        return np.frombuffer(self._map_index(), "<i8", self.num_documents, offset)
+
+    @property
+    def indices(self) -> I64:
+        """Megatron's document indices, here 0, 1, 2, ..., memory-mapped [num_documents + 1]."""
+        offset = HEADER.size + (LENGTH_BYTES + POINTER_BYTES) * self.num_documents
+        return np.frombuffer(self._map_index(), "<i8", self.num_documents + 1, offset)
+
+    def runs(
+        self, first: int = 0, stop: int | None = None, tokens: int = CHUNK
+    ) -> Iterator[tuple[int, I64, I64]]:
+        """Read whole documents in order, some at a time.
+
+        Memory is bounded by `tokens` and the longest document.
+
+        Args:
+            first, stop: documents first..stop-1; None: to the last.
+            tokens: at most, in a run of several documents.
+
+        Yields:
+            The first document of a run, its token ids (a copy), and the length of each of its
+            documents.
+        """
+        if stop is None:
+            stop = self.num_documents
+        pointers = self.pointers
+        all_lengths = self.lengths
+        itemsize = self.dtype.itemsize
+        while first < stop:
+            start = int(pointers[first]) // itemsize
+            limit = (start + tokens) * itemsize
+            # bisect, not numpy, which would copy the unaligned array.
+            last = bisect.bisect_right(pointers, limit, lo=first + 1, hi=stop) - 1
+            # A document that is longer than `tokens` is a run of its own.
+            last = max(last, first + 1)
+            lengths = all_lengths[first:last].astype(np.int64)
+            yield first, self.tokens(start, start + int(lengths.sum())), lengths
+            first = last
+
+    # -- files ---------------------------------------------------------------------------------
+
+    def _token_file(self) -> OpenFile:
+        """Return the open token file, compared with the manifest."""
+        file = self._open_files.get(f"{self._path}.bin")
+        if file.size != self._token_bytes:
+            raise damaged(file.path, f"{file.size} bytes, the manifest says {self._token_bytes}")
+        num_tokens = file.size // self.dtype.itemsize
+        if num_tokens != self.num_tokens:
+            self._compare_with_manifest(file.path, self.num_documents, num_tokens, self.dtype)
+        return file
+
+    def _index_file(self) -> OpenFile:
+        """Return the open index, compared with the manifest."""
+        file = self._open_files.get(f"{self._path}.idx")
+        # Once is enough, unless another file has taken its place since it was last open.
+        if file.size != self._checked_index_size:
+            dtype, num_documents = self._read_header()
+            self._compare_with_manifest(file.path, num_documents, self.num_tokens, dtype)
+            self._checked_index_size = file.size
+        return file
+
+    def _read_header(self) -> _IndexHeader:
+        file = self._open_files.get(f"{self._path}.idx")
+        if file.size < HEADER.size:
+            raise damaged(file.path, f"{file.size} bytes, shorter than its header")
+        content = file.read(np.dtype(np.uint8), HEADER.size, 0).tobytes()
+        magic, version, code, sequences, entries = HEADER.unpack(content)
+        is_known = magic == MAGIC and version == VERSION and code in DTYPES
+        if not is_known or entries != sequences + 1:
+            raise damaged(
+                file.path, "its header is not that of an index with one sequence a document"
+            )
+        expected = index_bytes(sequences)
+        if file.size != expected:
+            raise damaged(file.path, f"{file.size} bytes, {sequences} documents need {expected}")
+        return _IndexHeader(DTYPES[code], int(sequences))
+
+    def _end_of_last_document(self, dtype: TokenDtype, num_documents: int) -> int:
+        """Return the size of the token file, in bytes, that follows from the index."""
+        if not num_documents:
+            return 0
+        file = self._open_files.get(f"{self._path}.idx")
+        last = num_documents - 1
+        length = file.read(np.dtype("<i4"), 1, HEADER.size + LENGTH_BYTES * last)
+        offset = HEADER.size + LENGTH_BYTES * num_documents + POINTER_BYTES * last
+        pointer = file.read(np.dtype("<i8"), 1, offset)
+        return int(pointer[0]) + int(length[0]) * dtype.itemsize
+
+    def _read_pointers(self, file: OpenFile, first: int, last: int) -> I64:
+        offset = HEADER.size + LENGTH_BYTES * self.num_documents + POINTER_BYTES * first
+        return file.read(np.dtype("<i8"), last - first, offset)
+
+    def _map_index(self) -> npt.NDArray[np.uint8]:
+        self.check()
+        return map_file(self.idx_path, np.dtype(np.uint8))
+
+    def _compare_with_manifest(
+        self, path: Path, num_documents: int, num_tokens: int, dtype: TokenDtype
+    ) -> None:
+        """Raise UserError, naming `path`, when the shard holds something else than the manifest
+        says.
+        """
+        if self._entry is None:
+            return
+        stored = {"documents": num_documents, "tokens": num_tokens, "dtype": dtype.name}
+        expected = {
+            "documents": self._entry.documents,
+            "tokens": self._entry.tokens,
+            "dtype": self.dtype.name,
+        }
+        for name, value in stored.items():
+            if value != expected[name]:
+                raise damaged(path, f"{name}: {value}, the manifest says {expected[name]}")
+
+
+def map_replies(path: Path) -> I64:
+    """Map the rows of a .replies file into memory, int64 [replies, 5].
+
+    Raises:
+        UserError: it cannot be read, or its size is not that of whole rows.
+    """
+    numbers = map_file(path, np.dtype(np.int64))
+    if numbers.size % len(REPLY_FIELDS):
+        row_bytes = 8 * len(REPLY_FIELDS)
+        raise damaged(path, f"{8 * numbers.size} bytes, not a multiple of {row_bytes}")
+    return numbers.reshape(-1, len(REPLY_FIELDS))
+
+
+def map_file(path: Path, dtype: np.dtype[Number]) -> npt.NDArray[Number]:
+    """Map a file of numbers into memory, read-only. Raises UserError when it cannot be read."""
+    # An empty file cannot be mapped.
+    if size_of(path) == 0:
+        return np.empty(0, dtype)
+    try:
+        return np.asarray(np.memmap(path, dtype, mode="r"))
+    except OSError as error:
+        raise unreadable(path, error) from None
