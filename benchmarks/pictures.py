@@ -32,8 +32,11 @@ DEMO = Path("runs/demo")
 MASKED = "#c8c8c8"
 WRITTEN = "#1f77b4"
 NEW = "#2ca02c"
-# Text as text, and the same file for the same numbers.
-STYLE = {"svg.fonttype": "none", "svg.hashsalt": "llada", "font.size": 10}
+FONT_SIZE = 11
+LABEL = 9
+"""Columns left of the text, for the number of the step."""
+# Letters as outlines, which look the same everywhere, and the same file for the same numbers.
+STYLE = {"svg.fonttype": "path", "svg.hashsalt": "llada", "font.size": 10}
 
 LAYOUTS: dict[str, list[str]] = {
     "data 4": [],
@@ -122,26 +125,37 @@ def draw_denoising(output: Path, text: str, steps: int) -> None:
 
     infill(model, gapped.tokens, model.specials, SamplingOptions(steps=steps), keep)
 
-    figure, axes = plt.subplots(figsize=(10, 0.32 * len(rows)))
+    words = [
+        [shown(token, model.specials.mask_id, model.tokenizer) for token in ids] for ids, _ in rows
+    ]
+    columns = LABEL + max(sum(map(len, line)) for line in words)
+    # A character of a monospaced font is 0.6 times as wide as it is high; 72 points are an inch.
+    width = columns * 0.6 * FONT_SIZE / 72
+    figure = plt.figure(figsize=(width, 0.3 * len(rows)))
+    axes = figure.add_axes((0, 0, 1, 1))
     axes.axis("off")
-    width = 0.0
-    for number, (ids, written) in enumerate(rows):
-        column = 0.0
-        for token, is_new in zip(ids, written, strict=True):
-            is_masked = token == model.specials.mask_id
-            word = "▒▒" if is_masked else model.tokenizer.decode([token]).replace("\n", "⏎")
+    axes.set_xlim(0, columns)
+    axes.set_ylim(-len(rows) + 0.5, 0.8)
+    font = {"family": "monospace", "fontsize": FONT_SIZE}
+    for number, ((ids, written), line) in enumerate(zip(rows, words, strict=True)):
+        axes.text(0, -number, f"step {number}", color="gray", **font)
+        column = LABEL
+        for token, is_new, word in zip(ids, written, line, strict=True):
             color = "black"
-            if is_masked:
+            if token == model.specials.mask_id:
                 color = MASKED
             elif is_new:
                 color = NEW
-            axes.text(column, -number, word, family="monospace", fontsize=11, color=color)
+            axes.text(column, -number, word, color=color, **font)
             column += len(word)
-        axes.text(-9, -number, f"step {number}", family="monospace", fontsize=9, color="gray")
-        width = max(width, column)
-    axes.set_xlim(-9, width)
-    axes.set_ylim(-len(rows) + 0.5, 0.8)
     save(figure, output)
+
+
+def shown(token: int, mask_id: int, tokenizer: Any) -> str:
+    """A token as it is drawn."""
+    if token == mask_id:
+        return "▒▒"
+    return tokenizer.decode([token]).replace("\n", "⏎")
 
 
 # -- layouts ---------------------------------------------------------------------------------------
@@ -201,7 +215,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("picture", choices=["loss", "denoising", "layouts"])
     parser.add_argument("output", type=Path)
-    parser.add_argument("--text", default="def area(self):[MASK*12]return self.width", help="gaps")
+    parser.add_argument(
+        "--text", default="def __init__(self[MASK*6]):[MASK*5]self.name = name", help="gaps"
+    )
     parser.add_argument("--steps", type=int, default=6, help="of the denoising")
     arguments = parser.parse_args()
     plt.rcParams.update(STYLE)
