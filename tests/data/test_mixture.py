@@ -38,10 +38,10 @@ def test_blocks_have_exact_quotas_and_no_window_is_skipped_or_repeated_within_an
     read: list[list[int]] = [[], []]
     for block in range(4):
         samples = np.arange(block * SHUFFLE_BLOCK, (block + 1) * SHUFFLE_BLOCK)
-        found = list(zip(*(column.tolist() for column in mixture.lookup(samples)), strict=True))
-        assert found[:9] == [locate(mixture, sample) for sample in samples[:9].tolist()]
-        assert [sum(1 for s, _ in found if s == i) for i in (0, 1)] == [7000, 3000]
-        for i, window in found:
+        rows = list(zip(*(column.tolist() for column in mixture.lookup(samples)), strict=True))
+        assert rows[:9] == [locate(mixture, sample) for sample in samples[:9].tolist()]
+        assert [sum(1 for s, _ in rows if s == i) for i in (0, 1)] == [7000, 3000]
+        for i, window in rows:
             read[i].append(window)
     for i, windows in enumerate((7001, 911)):
         epochs = [read[i][k : k + windows] for k in range(0, len(read[i]) - windows + 1, windows)]
@@ -68,9 +68,9 @@ def test_a_capped_corpus_is_read_to_its_cap_and_its_quota_goes_to_the_others_by_
         [2000, 4800, 3200],
         [0, 6000, 4000],
     ]
-    found, positions = mixture.stream_positions(np.arange(4 * SHUFFLE_BLOCK))
+    corpora, positions = mixture.stream_positions(np.arange(4 * SHUFFLE_BLOCK))
     for i, count in enumerate((12_000, 16_800, 11_200)):
-        np.testing.assert_array_equal(np.sort(positions[found == i]), np.arange(count))
+        np.testing.assert_array_equal(np.sort(positions[corpora == i]), np.arange(count))
     assert mixture.num_samples is None
 
 
@@ -84,8 +84,8 @@ def test_what_a_run_reads_of_each_corpus_is_known_before_it_starts() -> None:
         seed=0,
     )
     for samples in (0, 7, 12_345, 3 * SHUFFLE_BLOCK, 3 * SHUFFLE_BLOCK + 1):
-        found, _ = mixture.stream_positions(np.arange(samples))
-        assert mixture.consumed(samples).tolist() == [int((found == i).sum()) for i in range(3)]
+        corpora, _ = mixture.stream_positions(np.arange(samples))
+        assert mixture.consumed(samples).tolist() == [int((corpora == i).sum()) for i in range(3)]
     assert mixture.exhausted_after(0) == 3 * SHUFFLE_BLOCK and mixture.exhausted_after(1) is None
     whole = Mixture([source("a", 30, cap=60)], seed=0)
     assert whole.exhausted_after(0) == whole.num_samples == 60 and whole.consumed(60).tolist() == [
@@ -123,17 +123,17 @@ def test_every_capped_corpus_is_read_exactly_to_its_cap(rows: list[tuple[int, fl
     mixture = Mixture(sources, seed=1)
     assert mixture.num_samples == sum(cap for _, _, cap in rows)
     assert mixture.stages[-1].consumed.tolist() != [cap for _, _, cap in rows]
-    found, positions = mixture.stream_positions(np.arange(mixture.num_samples))
+    corpora, positions = mixture.stream_positions(np.arange(mixture.num_samples))
     for i, (_, _, cap) in enumerate(rows):
-        np.testing.assert_array_equal(np.sort(positions[found == i]), np.arange(cap))
+        np.testing.assert_array_equal(np.sort(positions[corpora == i]), np.arange(cap))
 
 
-def test_the_order_follows_the_data_not_its_path_or_place() -> None:
-    here = Mixture([MixtureSource("/a/x", "f1", 500, 1.0)], seed=1)
-    there = Mixture([MixtureSource("/b/y", "f1", 500, 3.0)], seed=1)
+def test_the_order_follows_the_data_not_its_path() -> None:
+    first = Mixture([MixtureSource("/a/x", "f1", 500, 1.0)], seed=1)
+    same = Mixture([MixtureSource("/b/y", "f1", 500, 3.0)], seed=1)
     other = Mixture([MixtureSource("/a/x", "f2", 500, 1.0)], seed=1)
-    assert [locate(here, i) for i in range(100)] == [locate(there, i) for i in range(100)]
-    assert [locate(here, i) for i in range(100)] != [locate(other, i) for i in range(100)]
+    assert [locate(first, i) for i in range(100)] == [locate(same, i) for i in range(100)]
+    assert [locate(first, i) for i in range(100)] != [locate(other, i) for i in range(100)]
 
 
 @pytest.mark.parametrize(
@@ -209,10 +209,10 @@ def test_no_window_is_skipped_or_read_twice_across_changes_and_caps(
     sources = changing_sources(rows)
     mixture = Mixture(sources, seed=2, block=BLOCK)
     total = 15 * BLOCK if mixture.num_samples is None else min(15 * BLOCK, mixture.num_samples)
-    found, positions = mixture.stream_positions(np.arange(total))
+    corpora, positions = mixture.stream_positions(np.arange(total))
     consumed = [0] * len(sources)
     for first in range(0, total, BLOCK):
-        own = found[first : first + BLOCK]
+        own = corpora[first : first + BLOCK]
         weights = [weight_by_hand(source, first // BLOCK) for source in sources]
         left = [
             np.inf if source.max_instances is None else source.max_instances - c
@@ -223,12 +223,12 @@ def test_no_window_is_skipped_or_read_twice_across_changes_and_caps(
             w and w / sum(active) * BLOCK + 1 > rest for w, rest in zip(active, left, strict=True)
         )
         for i, weight in enumerate(active):
-            given_ = sorted(positions[first : first + BLOCK][own == i].tolist())
+            read = sorted(positions[first : first + BLOCK][own == i].tolist())
             # none skipped, none twice
-            assert given_ == list(range(consumed[i], consumed[i] + len(given_)))
-            assert len(given_) <= left[i] and (weight or not given_)
-            assert scarce or abs(len(given_) - weight / sum(active) * BLOCK) < 1
-            consumed[i] += len(given_)
+            assert read == list(range(consumed[i], consumed[i] + len(read)))
+            assert len(read) <= left[i] and (weight or not read)
+            assert scarce or abs(len(read) - weight / sum(active) * BLOCK) < 1
+            consumed[i] += len(read)
     # it ends only where nothing with a weight is left
     if mixture.num_samples is not None and mixture.num_samples == total:
         end = -(-total // BLOCK)
@@ -240,7 +240,7 @@ def test_no_window_is_skipped_or_read_twice_across_changes_and_caps(
             )
     _, windows = mixture.lookup(np.arange(total))
     for i, source in enumerate(sources):
-        ordered = windows[found == i][np.argsort(positions[found == i])].tolist()
+        ordered = windows[corpora == i][np.argsort(positions[corpora == i])].tolist()
         for k in range(0, len(ordered), source.num_instances):
             epoch = ordered[k : k + source.num_instances]
             assert len(set(epoch)) == len(epoch) and set(epoch) <= set(range(source.num_instances))
@@ -309,8 +309,8 @@ def test_a_change_takes_effect_with_the_first_block_at_or_after_it(
         seed=0,
         block=BLOCK,
     )
-    found, _ = mixture.stream_positions(np.arange(4 * BLOCK))
-    assert int(np.flatnonzero(found == 1)[0]) // BLOCK == block == mixture.changes[0]
+    corpora, _ = mixture.stream_positions(np.arange(4 * BLOCK))
+    assert int(np.flatnonzero(corpora == 1)[0]) // BLOCK == block == mixture.changes[0]
 
 
 def test_a_mixture_ends_where_no_weight_is_left_even_if_a_corpus_would_come_later() -> None:

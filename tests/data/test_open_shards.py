@@ -95,13 +95,13 @@ def expected_windows(folder: Path) -> list[tuple[list[int], list[int]]]:
     """Tokens and document starts of every window, from the plain files; a document starts after
     each EOS.
     """
-    found = []
+    windows = []
     for path in sorted(folder.glob("*.bin")):
         ids = np.fromfile(path, np.uint16).tolist()
         for first in range(0, len(ids) - LENGTH + 1, LENGTH):
             starts = [k for k in range(1, LENGTH) if ids[first + k - 1] == EOS]
-            found.append((ids[first : first + LENGTH], starts))
-    return found
+            windows.append((ids[first : first + LENGTH], starts))
+    return windows
 
 
 def open_files() -> int:

@@ -84,7 +84,7 @@ def windows_by_hand(folder: Path) -> list[tuple[list[int], set[int]]]:
         text = json.loads(line)["text"]
         if xxhash.xxh3_64_intdigest(text.encode()) / 2**64 >= 0.1:
             documents.append([*tokenizer.encode(text).tolist(), tokenizer.eos_id])
-    found = []
+    windows = []
     for entry in manifest.of(TRAIN):
         stream: list[int] = []
         starts = set()
@@ -93,14 +93,14 @@ def windows_by_hand(folder: Path) -> list[tuple[list[int], set[int]]]:
             stream += document
         documents = documents[entry.documents :]
         for first in range(0, len(stream) - LENGTH + 1, LENGTH):
-            found.append(
+            windows.append(
                 (
                     stream[first : first + LENGTH],
                     {s - first for s in starts if first < s < first + LENGTH},
                 )
             )
     assert not documents
-    return found
+    return windows
 
 
 def test_windows_and_documents(folder: Path) -> None:
@@ -180,11 +180,11 @@ def test_the_fingerprint_names_changes_of_weights_and_is_the_old_one_without(fol
     assert fingerprint() == f"{content}x1.0"
     assert fingerprint(weight=0.5, max_epochs=50.0).startswith(f"{content}x0.5<")
     changes = [[], [(900, 2.0)], [(900, 2.5)], [(2000, 2.0)], [(900, 2.0), (2000, 1.0)]]
-    found = {
+    fingerprints = {
         fingerprint(weight_at=[{"tokens": tokens, "weight": weight} for tokens, weight in row])
         for row in changes
     }
-    assert len(found) == len(changes)
+    assert len(fingerprints) == len(changes)
 
 
 def test_changes_of_weights_are_counted_in_tokens_and_said(folder: Path, tmp_path: Path) -> None:
@@ -292,16 +292,16 @@ def test_batches_against_a_walk_over_positions(masking: str, folder: Path) -> No
             t = float(plan.t[segment])
             p, count = (1 - 0.05) * t + 0.05, min(1 + int(t * (end - start)), end - start)
             limit = sorted(draws[start:end])[count - 1]
-            for place in range(start, end):
-                if draws[place] < p if masking == "bernoulli" else draws[place] <= limit:
+            for position in range(start, end):
+                if draws[position] < p if masking == "bernoulli" else draws[position] <= limit:
                     weight = 1 / p if masking == "bernoulli" else (end - start) / count
-                    rows.append((place, row, windows[item][0][place], weight, segment))
+                    rows.append((position, row, windows[item][0][position], weight, segment))
             segment += 1
     batch = made.batch(plan, range(16))
     columns = (batch.columns, batch.rows, batch.targets, batch.weights, batch.segments)
     expected = [(*key, np.float32(weight), segment) for *key, weight, segment in sorted(rows)]
     assert list(zip(*(column.tolist() for column in columns), strict=True)) == expected
-    hidden = {(row, place) for place, row, *_ in rows}
+    hidden = {(row, position) for position, row, *_ in rows}
     for row, item in enumerate(plan.instances.tolist()):
         clean = windows[item][0]
         assert batch.inputs[row].tolist() == [

@@ -95,7 +95,7 @@ def examples(folder: Path) -> dict[tuple[int, ...], int]:
     """Every (prompt, response, EOS) of the files that fits a row -> the length of its prompt."""
     tokenizer = Tokenizer.load(folder / "tokenizer")
     chat = ChatFormat(tokenizer)
-    found = {}
+    prompt_lengths = {}
     for row in conversations():
         turns = row.get("messages") or [
             {"role": "user", "content": row["prompt"]},
@@ -110,8 +110,8 @@ def examples(folder: Path) -> dict[tuple[int, ...], int]:
                 tokenizer.eos_id,
             )
             if len(whole) <= LENGTH:
-                found[whole] = len(prompt)
-    return found
+                prompt_lengths[whole] = len(prompt)
+    return prompt_lengths
 
 
 @pytest.mark.parametrize("group", [1, 2, 3, 8])
@@ -268,8 +268,8 @@ def test_what_does_not_fit_is_counted_and_listed(folder: Path) -> None:
     by_prompt = [row["prompt_tokens"] >= LENGTH for row in lost]
     assert (len(lost), sum(by_prompt)) == (2, 1)
     assert all(row["tokens"] > LENGTH for row in lost)
-    said = " ".join(data.readers[split][0].summary() for split in (TRAIN, VALIDATION))
-    assert "longer than data.sequence_length = 40 and not trained on" in said
+    summaries = " ".join(data.readers[split][0].summary() for split in (TRAIN, VALIDATION))
+    assert "longer than data.sequence_length = 40 and not trained on" in summaries
     for split in (TRAIN, VALIDATION):
         reader = data.readers[split][0]
         of_lost = np.isin(
