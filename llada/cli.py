@@ -175,7 +175,7 @@ def compare(
     """Compare the validations of RUNS item by item: differences with their errors."""
     import orjson
 
-    from llada.training import comparison
+    from llada.evaluation import comparison
 
     opened = comparison.open_runs(runs, step, corpus)
     differences = comparison.compare(opened)

@@ -16,6 +16,8 @@ from llada.config import RunConfig
 from llada.data.corpus import Corpus
 from llada.data.sft import ReplyReader
 from llada.errors import UserError
+from llada.evaluation.estimates import with_error
+from llada.evaluation.validation import unigram_entropy
 from llada.files import write_atomically
 from llada.noise import mask_uniforms
 from llada.sampling import SamplingOptions, generate, infill
@@ -23,8 +25,6 @@ from llada.sampling.diffusion import cut_at_end
 from llada.sampling.models import Sampler, load
 from llada.tokenizer import Tokenizer
 from llada.training import metrics
-from llada.training.estimates import with_error
-from llada.training.validation import unigram_entropy
 
 if TYPE_CHECKING:
     from llada.demo.stages import Stages

@@ -9,8 +9,8 @@ from typing import Any
 import llada
 from llada.checkpoint.format import State, TrainedConfig
 from llada.errors import UserError
+from llada.evaluation.estimates import with_error
 from llada.model.weights import num_parameters
-from llada.training.estimates import with_error
 
 _HEAD = """---
 license: {license}

@@ -25,15 +25,16 @@ from llada.engine.base import StepResult
 from llada.engine.determinism import use_deterministic_algorithms
 from llada.engine.layout import join_world, sample_offsets, world_from_environment
 from llada.engine.megatron import DTYPES, MegatronEngine
+from llada.evaluation import validation_files
+from llada.evaluation.validation import Validator, describe
 from llada.files import read_files, write_atomically
 from llada.model.flops import Peak, step_flops
 from llada.planning.summary import checkpoint_volume
-from llada.training import folder, metrics, validation_files
+from llada.training import folder, metrics
 from llada.training.guard import Guard
 from llada.training.schedule import Schedule
 from llada.training.signals import StopRequest
 from llada.training.start import Start, resolve_resume, versions
-from llada.training.validation import Validator, describe
 from llada.training.watchdog import Watchdog, record_collectives
 
 FLIGHT_RECORDER = "flight_recorder"

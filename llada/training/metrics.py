@@ -16,9 +16,9 @@ from typing import Any, Protocol
 from llada import events
 from llada.config import RunConfig, Task, dump_config
 from llada.config.sections import LoggingSection
+from llada.evaluation import validation_files
 from llada.events import EventLog
 from llada.files import write_atomically
-from llada.training import validation_files
 
 FILE = "metrics.jsonl"
 

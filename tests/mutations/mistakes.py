@@ -70,7 +70,7 @@ rewrites(
 )
 rewrites(
     "held-out texts that share their noise",
-    "llada.training.validation",
+    "llada.evaluation.validation",
     '"offset"), texts))',
     '"offset"), 0 * texts))',
     f"{SFT}::test_validation_reads_every_reply_of_a_conversation_and_counts_the_conversation",
@@ -138,15 +138,16 @@ rewrites(
 
 rewrites(
     "a mean of ratios",
-    "llada.training.estimates",
+    "llada.evaluation.estimates",
     "ratio = loss.sum() / total",
     "ratio = (loss / length).mean()",
-    "tests/training/test_estimates.py::test_intervals_cover_the_truth",
+    "tests/evaluation/test_estimates.py::test_intervals_cover_the_truth",
 )
 
 
 @changes(
-    "llada.training.estimates", "tests/training/test_comparison.py::test_said_in_words_and_in_json"
+    "llada.evaluation.estimates",
+    "tests/evaluation/test_comparison.py::test_said_in_words_and_in_json",
 )
 def an_error_without_its_degrees_of_freedom(estimates: Any) -> None:
     right = estimates.Estimate.half_width

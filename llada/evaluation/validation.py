@@ -21,9 +21,7 @@ import torch
 
 from llada.data.base import F64, I64, VALIDATION, StepPlan, TrainingData
 from llada.engine.base import Engine, ParallelRank
-from llada.noise import derive_key, hash64, permute, to_unit
-from llada.objectives import Batch, collate
-from llada.training.estimates import (
+from llada.evaluation.estimates import (
     FEW,
     SWEEP,
     Estimate,
@@ -33,7 +31,9 @@ from llada.training.estimates import (
     weighted,
     with_error,
 )
-from llada.training.validation_files import Measure, Measured
+from llada.evaluation.validation_files import Measure, Measured
+from llada.noise import derive_key, hash64, permute, to_unit
+from llada.objectives import Batch, collate
 
 _SEED = 0  # the noise is part of the measure, not of the run
 

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from llada.errors import UserError, did_you_mean
-from llada.training import validation_files
-from llada.training.estimates import FEW, Estimate, weighted
-from llada.training.validation_files import Measured
+from llada.evaluation import validation_files
+from llada.evaluation.estimates import FEW, Estimate, weighted
+from llada.evaluation.validation_files import Measured
 
 LAST = "last"
 _WORDS = {

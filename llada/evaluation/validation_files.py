@@ -30,8 +30,8 @@ from typing import Any
 import numpy as np
 
 from llada.errors import RunError, UserError
+from llada.evaluation.estimates import I64, SWEEP, Sample
 from llada.files import sync_folder, write_atomically
-from llada.training.estimates import I64, SWEEP, Sample
 
 FOLDER = "validation"
 _NAME = re.compile(r"^step_(\d{8})\.npz$")

@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 
 from llada.cli import app
 from llada.errors import UserError
-from llada.training import comparison, validation_files
-from llada.training.estimates import Sample, t_quantile
-from llada.training.validation_files import Measure, Measured
+from llada.evaluation import comparison, validation_files
+from llada.evaluation.estimates import Sample, t_quantile
+from llada.evaluation.validation_files import Measure, Measured
 from tests.workplace import Workplace
 
 MEASURE = Measure("text", "tokenizer", "windows", 64, False, 256, 4, "items")
