@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from llada.checkpoint.format import committed
+from llada.checkpoint.format import committed_checkpoints
 from llada.config import RunConfig
 from llada.data.corpus import Corpus
 from llada.data.sft import ReplyReader
@@ -55,7 +55,7 @@ def report(pretrain: RunConfig, sft: RunConfig, root: Path, stages: Stages, answ
         "tokenizer": str(root / "tokenizer"),
         "corpus": str(root / "corpus"),
         "run": pretrain.run.dir,
-        "checkpoint": str(committed(Path(pretrain.run.dir) / "checkpoints")[-1]),
+        "checkpoint": str(committed_checkpoints(Path(pretrain.run.dir) / "checkpoints")[-1]),
         "curve": str(Path(pretrain.run.dir) / "loss.png"),
         "metrics": str(Path(pretrain.run.dir) / metrics.FILE),
         "sft_run": sft.run.dir,

@@ -44,14 +44,14 @@ def model_of(path: str | Path, setting: str) -> dict[str, Any]:
 
     Raises UserError, with what the user calls `path`, when it is none.
     """
-    from llada.checkpoint import format
+    from llada.checkpoint.format import read_state, resolve_checkpoint, trained_config
     from llada.hf import folder as hf
 
     if hf.is_folder(path):
         model = hf.read_model(path, setting).model
     else:
         try:
-            model = format.trained(format.read_state(format.resolve(path))).model
+            model = trained_config(read_state(resolve_checkpoint(path))).model
         except UserError as error:
             raise UserError(f"{setting}: {str(error).removeprefix('checkpoint: ')}") from None
     return model.model_dump(exclude=set(_INITIAL))

@@ -9,20 +9,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from llada.checkpoint import format
+from llada.checkpoint.format import MARKER
 from llada.data.corpus import MANIFEST
 from llada.engine.layout import gather_world
 from llada.errors import RunError, TryAgain, UserError
-from llada.files import readable_size, sync_folder
+from llada.files import DISK_FULL, readable_size, sync_folder
 from llada.training.lock import RunLock
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""What the system says when there is no room for what is written."""
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 _OTHERS = {
     MANIFEST: "a prepared corpus",
     "config.json": "a Hugging Face folder",
-    format.MARKER: "a checkpoint",
+    MARKER: "a checkpoint",
 }
 """Files that tell folders which are no run's."""
 
@@ -130,7 +128,7 @@ def naming(path: Path) -> Iterator[None]:
             ) from error
         left = (
             f"; {readable_size(shutil.disk_usage(path).free)} are left"
-            if error.errno in FULL
+            if error.errno in DISK_FULL
             else ""
         )
         raise RunError(f"run.dir: '{path}' cannot be written ({reason}{left})") from error

@@ -14,8 +14,9 @@ import yaml
 
 import llada
 from llada import events, revision
-from llada.checkpoint import format
-from llada.checkpoint.saving import Saving
+from llada.checkpoint.format import CheckpointState
+from llada.checkpoint.retention import prune_checkpoints, supersede_checkpoints
+from llada.checkpoint.saving import CheckpointSave
 from llada.config import PROVENANCE, RunConfig, dump_config
 from llada.data.base import TRAIN, StepPlan
 from llada.data.loader import Loader, Prepared
@@ -89,7 +90,7 @@ def _loop(run: Run, stop: StopRequest) -> int:
         done = step + 1
         last = done == config.train.steps
         stopping, writing = run.engine.any_of(
-            bool(stop), run.saving is not None and not run.saving.written()
+            bool(stop), run.saving is not None and not run.saving.done()
         )
         if not writing:
             run.finish_save()
@@ -180,7 +181,7 @@ class Run:
             self.engine.any(False)  # every rank has looked at the folder
         if self.place.is_main:
             with folder.naming(self.folder):
-                format.supersede(start.aside)
+                supersede_checkpoints(start.aside)
                 self._open_sinks(start)
         self.watchdog = Watchdog(
             self.folder / "heartbeats",
@@ -188,7 +189,7 @@ class Run:
             self.place.world_size,
             config.run.hang_timeout,
         )
-        self.saving: Saving | None = None
+        self.saving: CheckpointSave | None = None
         self.blocked = 0.0
         self._time = time.perf_counter()
 
@@ -288,7 +289,7 @@ class Run:
         if done > self.first:  # else it is the one this run started from
             started = time.perf_counter()
             config = self.config
-            state = format.State(
+            state = CheckpointState(
                 step=done,
                 samples=done * config.batch.global_,
                 tokens=self.tokens,
@@ -301,12 +302,13 @@ class Run:
                 tokenizer=self.data.manifest.tokenizer_fingerprint,
                 ranks=self.place.world_size,
             )
-            self.saving = Saving(
+            self.saving = CheckpointSave(
                 self.root,
                 state,
                 self.tokenizer_files,
                 checkpoint_volume(config).bytes_each,
                 self.engine,
+                self.place.rank,
             )
             self.blocked += time.perf_counter() - started
         if wait or not self.config.checkpoint.asynchronous:
@@ -330,7 +332,7 @@ class Run:
 
     def _prune(self) -> None:
         section = self.config.checkpoint
-        format.prune(self.root, section.keep_last, section.keep_every)
+        prune_checkpoints(self.root, section.keep_last, section.keep_every)
 
     def finish(self) -> None:
         """Draw the curve and say where everything is."""

@@ -11,8 +11,21 @@ from typing import Any
 import torch
 
 from llada import events
-from llada.checkpoint import format
+from llada.checkpoint.format import (
+    MARKER,
+    TOKENIZER_FOLDER,
+    CheckpointState,
+    checkpoint_name,
+    checkpoint_step,
+    committed_checkpoints,
+    load_tokenizer,
+    read_state,
+    resolve_checkpoint,
+    unfinished_checkpoints,
+    unmarked_checkpoints,
+)
 from llada.checkpoint.reading import StoredTensors
+from llada.checkpoint.verification import verify_checkpoint
 from llada.config import RunConfig, build_config, dump_config
 from llada.data.base import TrainingData
 from llada.engine.base import Engine
@@ -25,6 +38,7 @@ from llada.training.configure import load_config
 from llada.training.folder import refuse_others
 from llada.training.guard import Applied
 from llada.training.schedule import Schedule
+from llada.training.settings import first_difference
 
 _MAY_CHANGE = (
     "run",
@@ -131,14 +145,14 @@ def resolve_resume(
             nothing to go back to, checkpoints that were written and are not there any more.
     """
     notes = [
-        f"ignored {folder}: no {format.MARKER} file, its save was cut off"
-        for folder in format.ignored(root)
+        f"ignored {folder}: no {MARKER} file, its save was cut off"
+        for folder in unfinished_checkpoints(root)
     ]
-    found = format.committed(root)
+    found = committed_checkpoints(root)
     if rewind is not None:
-        target = root / format.name(rewind)
+        target = root / checkpoint_name(rewind)
         if target not in found:
-            there = ", ".join(str(format.step_of(path)) for path in found) or "none"
+            there = ", ".join(str(checkpoint_step(path)) for path in found) or "none"
             raise UserError(
                 f"--rewind: no checkpoint after step {rewind} in {root}; there are: {there}"
             )
@@ -179,13 +193,13 @@ def _refuse_lost(root: Path) -> None:
         for line in events.read(root.parent)
         if line["event"] == "checkpoint" and "step" in line
     ]
-    without_marker = format.unmarked(root)
+    without_marker = unmarked_checkpoints(root)
     if not steps and not without_marker:
         return
     had = (
         f"the checkpoint after step {steps[-1]} was written"
         if steps
-        else f"{without_marker[-1]} lost its {format.MARKER} file"
+        else f"{without_marker[-1]} lost its {MARKER} file"
     )
     raise UserError(
         f"run.dir: '{root.parent}' has lost its checkpoints: {had}, and {root} holds no complete"
@@ -200,7 +214,7 @@ def _damage(config: RunConfig, folder: Path) -> list[str]:
     rank, size, _ = world_from_environment()
     return [
         problem
-        for share in gather_world(format.verify_checkpoint(folder, rank, size))
+        for share in gather_world(verify_checkpoint(folder, rank, size))
         for problem in share
     ]
 
@@ -213,7 +227,7 @@ def _resume(
     allow_changed: bool,
     notes: list[str],
 ) -> Start:
-    state = format.read_state(folder)
+    state = read_state(folder)
     _same_architecture(f"resume from {folder}: it", config, state.config["model"])
     changes = _changes(config, data, folder, state, threads)
     if changes and not allow_changed:
@@ -250,7 +264,7 @@ def _rewind(
     if problems:
         raise UserError(f"--rewind: {problems[0]}; choose another step")
     start = _resume(config, data, target, threads, allow_changed, notes)
-    left = format.step_of(later[-1])
+    left = checkpoint_step(later[-1])
     record = {
         "rewound_to_step": start.step,
         "from_step": left,
@@ -266,7 +280,7 @@ def _rewind(
 def _rewound(config: RunConfig, folder: Path, step: int) -> bool:
     """Whether a checkpoint comes from a run that was rewound to this step with this schedule."""
     schedule = dump_config(config)["schedule"]
-    lineage = format.read_state(folder).lineage
+    lineage = read_state(folder).lineage
     return any(
         entry.get("rewound_to_step") == step and entry["schedule"] == schedule for entry in lineage
     )
@@ -290,7 +304,7 @@ def preview_resume(
     data.tokenizer()  # raises
     written = root.parent / "config.yaml"
     if written.is_file() and not allow_changed:
-        difference = format.first_difference(
+        difference = first_difference(
             dump_config(load_config(written)), dump_config(config), _MAY_CHANGE
         )
         if difference:
@@ -308,12 +322,12 @@ def _changes(
     config: RunConfig,
     data: TrainingData,
     folder: Path,
-    state: format.State,
+    state: CheckpointState,
     threads: int | None,
 ) -> list[str]:
     """What differs from the checkpoint and would make the run another one."""
     watched = () if config.train.skip_spikes else _NAME_SPIKES
-    found = [format.first_difference(state.config, dump_config(config), (*_MAY_CHANGE, *watched))]
+    found = [first_difference(state.config, dump_config(config), (*_MAY_CHANGE, *watched))]
     if state.data != data.fingerprint:
         found.append(f"data.mixture: data {state.data} -> {data.fingerprint}")
     old = _settings(state.config, folder)
@@ -353,7 +367,7 @@ def _settings(saved: dict[str, Any], folder: Path) -> RunConfig:
         ) from None
 
 
-def _threads_matter(config: RunConfig, old: RunConfig, state: format.State) -> bool:
+def _threads_matter(config: RunConfig, old: RunConfig, state: CheckpointState) -> bool:
     """Whether another number of CPU threads a rank would make another run.
 
     It would where both configs set it. Where the machine decides it, it changes with the number of
@@ -372,7 +386,7 @@ def _same_architecture(subject: str, config: RunConfig, old: dict[str, Any]) -> 
     """Refuse weights of a model section that do not fit the run's, naming both."""
     new = dump_config(config)["model"]
     allowed = tuple(f"model.{key}" for key in ("embedding_init_std", *_CONSTANTS))
-    difference = format.first_difference(_comparable(old), _comparable(new), allowed, "model.")
+    difference = first_difference(_comparable(old), _comparable(new), allowed, "model.")
     if difference:
         raise UserError(
             f"{subject} holds another architecture ({_shape(old)}) than the config ({_shape(new)});"
@@ -424,15 +438,15 @@ def _from_weights(
     assert config.run.init_from is not None
     if hf.is_folder(config.run.init_from):
         return _from_folder(config, data, Path(config.run.init_from), allow_changed, notes)
-    source = format.resolve(config.run.init_from, "run.init_from")
-    state = format.read_state(source, "run.init_from")
+    source = resolve_checkpoint(config.run.init_from, "run.init_from")
+    state = read_state(source, "run.init_from")
     _same_architecture(f"run.init_from: {source}", config, state.config["model"])
     changed = _same_constants(source, config, state.config["model"], allow_changed)
     _same_tokenizer(
         source,
-        format.load_tokenizer(source, "run.init_from"),
+        load_tokenizer(source, "run.init_from"),
         data,
-        source / format.TOKENIZER,
+        source / TOKENIZER_FOLDER,
     )
     problems = _damage(config, source)
     if problems:

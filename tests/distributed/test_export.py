@@ -15,8 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llada.checkpoint import format
-from llada.checkpoint.reading import CheckpointWeights, StoredTensors, all_rows
+from llada.checkpoint.canonical import CheckpointWeights, all_rows
+from llada.checkpoint.format import CheckpointState, seal_checkpoint
+from llada.checkpoint.reading import StoredTensors
 from llada.config import dump_config
 from llada.config.sections import ModelSection
 from llada.engine.megatron import MegatronEngine
@@ -113,8 +114,8 @@ def test_a_checkpoint_of_tp2_pp2_converts_on_one_process_and_has_the_oracles_log
     )
     config = small_config(sizes)
     tokenizer.save(tmp_path / "tokenizer")
-    state = format.State(1, 8, 256, "", dump_config(config), {}, [], [])
-    format.seal(run, state, read_files(tmp_path / "tokenizer"), {})
+    state = CheckpointState(1, 8, 256, "", dump_config(config), {}, [], [])
+    seal_checkpoint(run, state, read_files(tmp_path / "tokenizer"), {})
     environment = {
         **os.environ,
         "PYTHONPATH": str(Path(__file__).parents[2]),

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from llada.checkpoint.saving import system_error
+from llada.checkpoint.saving import find_system_error
 from llada.config import build_config
 from llada.errors import RunError, TryAgain, UserError
 from llada.files import read_files
@@ -398,9 +398,9 @@ def test_the_systems_reason_is_heard_behind_the_writers(tmp_path: Path) -> None:
     with largest_file(1 << 16):
         with pytest.raises(RuntimeError, match="inline_container") as caught:
             torch.save(torch.zeros(1 << 16), tmp_path / "weights")
-        found = system_error(caught.value, tmp_path)
+        found = find_system_error(caught.value, tmp_path)
     assert found is not None and found.strerror == "File too large"
-    assert system_error(RuntimeError("of another kind"), tmp_path) is None
+    assert find_system_error(RuntimeError("of another kind"), tmp_path) is None
     assert [path.name for path in tmp_path.iterdir()] == ["weights"]
 
 
