@@ -254,7 +254,7 @@ def _by_decile(sample: Sample, t: F64) -> list[dict[str, float | None] | None]:
     return rows
 
 
-def describe(line: dict[str, Any]) -> str:
+def describe_validation(line: dict[str, Any]) -> str:
     """One line for the console."""
     few = [name for name, values in line["corpora"].items() if values["items_effective"] < FEW]
     rough = (

@@ -19,11 +19,11 @@ from llada.checkpoint.saving import find_system_error
 from llada.config import build_config
 from llada.errors import RunError, TryAgain, UserError
 from llada.files import read_files
-from llada.training import folder, lock
-from llada.training.folder import RunFolder
+from llada.training import lock
 from llada.training.loop import train
+from llada.training.resume import preview_resume
+from llada.training.run_folder import RunFolder, name_write_errors, refuse_foreign_folder
 from llada.training.signals import StopRequest
-from llada.training.start import preview_resume
 from tests.training.test_lock import forge
 from tests.workplace import CONFIG, Workplace
 
@@ -414,7 +414,7 @@ def test_folders_of_other_kinds(name: str, what: str, tmp_path: Path) -> None:
         UserError,
         match=f"^run.dir: '{tmp_path}' is {what}.* \\(it holds {name}\\); choose another folder$",
     ):
-        folder.refuse_others(tmp_path)
+        refuse_foreign_folder(tmp_path)
 
 
 def test_a_run_inside_a_corpus(workplace: Workplace) -> None:
@@ -425,11 +425,11 @@ def test_a_run_inside_a_corpus(workplace: Workplace) -> None:
             r" read; choose a"
         ),
     ):
-        folder.refuse_others(workplace.folder / "corpus" / "runs" / "a")
+        refuse_foreign_folder(workplace.folder / "corpus" / "runs" / "a")
 
 
 def test_a_reader_of_the_console_that_is_gone_is_not_the_folders_fault(tmp_path: Path) -> None:
-    with pytest.raises(BrokenPipeError), folder.naming(tmp_path):
+    with pytest.raises(BrokenPipeError), name_write_errors(tmp_path):
         raise BrokenPipeError
 
 
