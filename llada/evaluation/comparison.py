@@ -1,27 +1,26 @@
-"""`llada compare`: how much better one run is than another on the same held-out text, with the
-error of the difference.
+"""How much better one run is than another on the same held-out text, with the difference's error.
 
 Runs that were validated alike have read the same text under the same noise. So the losses are
-subtracted draw by draw, and what both share, the difficulty of the text and most of the noise, is
-in neither the difference nor its error.
+subtracted draw by draw: what both share, the difficulty of the text and most of the noise, is in
+neither the difference nor its error. The command is `llada compare`.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
 
 from llada.errors import UserError, did_you_mean
 from llada.evaluation import validation_files
-from llada.evaluation.estimates import FEW, Estimate, weighted
+from llada.evaluation.estimates import Estimate, weighted
 from llada.evaluation.validation_files import Measured
 
 LAST = "last"
-_WORDS = {
+"""Value of --step: each run's own last validation."""
+_MEASURE_NAMES = {
     "tokenizer": "tokenizer",
     "text": "held-out text",
     "unit": "items of the error",
@@ -32,13 +31,14 @@ _WORDS = {
     "noise": "noise",
     "items": "items, lengths or t",
 }
-"""What differs between two measures, in the order in which it explains the most."""
+"""Attribute of a Measure -> what a message calls it; the one that explains the most comes first."""
 _FINGERPRINTS = ("tokenizer", "text", "items")
+"""Attributes whose values say nothing to a reader."""
 
 
 @dataclass(frozen=True)
-class Run:
-    """The validation of one run that is compared.
+class ValidatedRun:
+    """One validation of a run that is compared.
 
     Attributes:
         path: as the user gave it.
@@ -50,6 +50,11 @@ class Run:
     step: int
     corpora: list[Measured]
 
+    @property
+    def corpus_names(self) -> str:
+        """The names of the corpora, for messages."""
+        return ", ".join(corpus.name for corpus in self.corpora) or "none"
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -58,22 +63,26 @@ class Difference:
     Attributes:
         run: that is compared.
         corpora: name in the first run -> NELBO of `run` less that of the first, nats per token.
-        mean: over the corpora by weight; None: of a single corpus, or where the runs weigh them
+        mean: over the corpora by weight; None: there is a single corpus, or the runs weigh them
             differently.
-        bits_per_byte: of the mean, or of the single corpus; None: there is neither.
+        bits_per_byte: of the mean, or of the single corpus; None: the runs weigh the corpora
+            differently.
     """
 
-    run: Run
+    run: ValidatedRun
     corpora: dict[str, Estimate]
     mean: Estimate | None
     bits_per_byte: Estimate | None
 
 
-def open_runs(paths: Sequence[str], step: str | None, corpus: str | None) -> list[Run]:
-    """The validations to compare.
+# -- what is compared ------------------------------------------------------------------------------
+
+
+def open_runs(paths: Sequence[str], step: str | None, corpus: str | None) -> list[ValidatedRun]:
+    """Read the validations to compare.
 
     Args:
-        paths: run folders, the first is what the others are compared with.
+        paths: run folders; the others are compared with the first.
         step: a number of steps, "last" for each run's own last validation, None for the newest that
             all have.
         corpus: name in the first run of the only corpus to compare; None: all.
@@ -87,44 +96,26 @@ def open_runs(paths: Sequence[str], step: str | None, corpus: str | None) -> lis
             f"RUN: {len(paths)} given; name two runs or more, the others are compared with the"
             " first"
         )
-    there = {path: _steps(path) for path in paths}
+    steps_of = {path: _validated_steps(path) for path in paths}
+    chosen = _choose_steps(steps_of, step)
     runs = [
-        Run(path, chosen, validation_files.read(Path(path), chosen))
-        for path, chosen in _choose(there, paths, step)
+        ValidatedRun(path, chosen[path], validation_files.read(Path(path), chosen[path]))
+        for path in paths
     ]
-    if corpus is None:
-        return runs
-    names = [measured.name for measured in runs[0].corpora]
-    if corpus not in names:
-        raise UserError(
-            f"--corpus: {runs[0].path} was not validated on '{corpus}', only on"
-            f" {', '.join(names)}{did_you_mean(corpus, names)}"
-        )
-    text = runs[0].corpora[names.index(corpus)].measure.text
-    only = [
-        replace(
-            run, corpora=[m for m in run.corpora if m.measure.text == text or m.name == corpus][:1]
-        )
-        for run in runs
-    ]
-    for run, selected in zip(runs, only, strict=True):
-        if not selected.corpora:
-            there_too = ", ".join(measured.name for measured in run.corpora) or "none"
-            raise UserError(
-                f"--corpus: {run.path} was not validated on '{corpus}' of {runs[0].path}, only on"
-                f" {there_too}"
-            )
-    return [replace(runs[0], corpora=[runs[0].corpora[names.index(corpus)]]), *only[1:]]
+    return runs if corpus is None else _select_corpus(runs, corpus)
 
 
-def _steps(path: str) -> list[int]:
+def _validated_steps(path: str) -> list[int]:
+    """Return the steps after which a run was validated, ascending, at least one."""
     run = Path(path)
     if os.path.isfile(run):
         raise UserError(f"RUN: '{path}' is a file; name the folder of the run")
-    if not os.path.isdir(run):  # False too for a name that no folder can have
-        beside = run.parent.iterdir() if os.path.isdir(run.parent) else ()
-        near = did_you_mean(run.name, [other.name for other in beside if other.is_dir()])
-        raise UserError(f"RUN: no folder '{path}'{near}")
+    # os.path.isdir, unlike Path.is_dir, also answers False for a name that no folder can have.
+    if not os.path.isdir(run):
+        siblings: list[str] = []
+        if os.path.isdir(run.parent):
+            siblings = [other.name for other in run.parent.iterdir() if other.is_dir()]
+        raise UserError(f"RUN: no folder '{path}'{did_you_mean(run.name, siblings)}")
     steps = validation_files.steps(run)
     if not steps:
         raise UserError(
@@ -134,208 +125,141 @@ def _steps(path: str) -> list[int]:
     return steps
 
 
-def _choose(
-    there: dict[str, list[int]], paths: Sequence[str], step: str | None
-) -> list[tuple[str, int]]:
+def _choose_steps(steps_of: Mapping[str, list[int]], step: str | None) -> dict[str, int]:
+    """Return the step of each run that is compared; the arguments are those of `open_runs`."""
     if step == LAST:
-        return [(path, there[path][-1]) for path in paths]
+        return {path: steps[-1] for path, steps in steps_of.items()}
     if step is not None:
         if not step.isdigit():
             raise UserError(f"--step: '{step}' is neither a number of steps nor '{LAST}'")
-        for path in paths:
-            if int(step) not in there[path]:
+        for path, steps in steps_of.items():
+            if int(step) not in steps:
                 raise UserError(
                     f"--step: {path} has no validation after step {step}; it has:"
-                    f" {', '.join(map(str, there[path]))}"
+                    f" {', '.join(map(str, steps))}"
                 )
-        return [(path, int(step)) for path in paths]
-    common = set.intersection(*(set(steps) for steps in there.values()))
+        return dict.fromkeys(steps_of, int(step))
+    common = set.intersection(*(set(steps) for steps in steps_of.values()))
     if not common:
-        last = ", ".join(f"{path} {there[path][-1]}" for path in paths)
+        last = ", ".join(f"{path} {steps[-1]}" for path, steps in steps_of.items())
         raise UserError(
             f"--step: no step after which all runs were validated (their last: {last}); --step"
             f" {LAST} compares these"
         )
-    return [(path, max(common)) for path in paths]
+    return dict.fromkeys(steps_of, max(common))
 
 
-def compare(runs: Sequence[Run]) -> list[Difference]:
-    """Every run against the first. Raises UserError when they were not validated alike."""
+def _select_corpus(runs: Sequence[ValidatedRun], name: str) -> list[ValidatedRun]:
+    """Keep one corpus of the first run, and in the others its text, whatever they call it."""
+    first = runs[0]
+    names = [corpus.name for corpus in first.corpora]
+    if name not in names:
+        raise UserError(
+            f"--corpus: {first.path} was not validated on '{name}', only on"
+            f" {', '.join(names)}{did_you_mean(name, names)}"
+        )
+    chosen = first.corpora[names.index(name)]
+    selected = [replace(first, corpora=[chosen])]
+    for run in runs[1:]:
+        matching = [
+            corpus
+            for corpus in run.corpora
+            if corpus.measure.text == chosen.measure.text or corpus.name == name
+        ]
+        if not matching:
+            raise UserError(
+                f"--corpus: {run.path} was not validated on '{name}' of {first.path}, only on"
+                f" {run.corpus_names}"
+            )
+        selected.append(replace(run, corpora=matching[:1]))
+    return selected
+
+
+# -- differences -----------------------------------------------------------------------------------
+
+
+def compare(runs: Sequence[ValidatedRun]) -> list[Difference]:
+    """Compare every run with the first. Raises UserError when they were not validated alike."""
     return [_difference(runs[0], run) for run in runs[1:]]
 
 
-def _difference(first: Run, second: Run) -> Difference:
-    pairs = _pairs(first, second)
+def _difference(first: ValidatedRun, second: ValidatedRun) -> Difference:
+    pairs = _pair_corpora(first, second)
     estimates: dict[str, Estimate] = {}
+    bits = []
     for a, b in pairs:
+        # The measures are equal, so loss [i, j] is the same draw of the same text in both.
         paired = replace(a.sample, loss=b.sample.loss - a.sample.loss)
-        estimates[a.name] = paired.estimate()
-    weights, others = ([m.weight for m in corpora] for corpora in zip(*pairs, strict=True))
-    alike = all(
-        math.isclose(w / sum(weights), v / sum(others))
-        for w, v in zip(weights, others, strict=True)
-    )
-    mean = weighted(list(estimates.values()), weights) if alike else None
-    bits = [
-        e.scaled(a.tokens_per_byte / math.log(2))
-        for e, (a, _) in zip(estimates.values(), pairs, strict=True)
-    ]
-    return Difference(
-        second,
-        estimates,
-        mean if len(pairs) > 1 else None,
-        weighted(bits, weights) if alike else None,
+        estimate = paired.estimate()
+        estimates[a.name] = estimate
+        bits.append(estimate.scaled(a.tokens_per_byte / math.log(2)))
+    weights = [a.weight for a, _ in pairs]
+    other_weights = [b.weight for _, b in pairs]
+    if not _same_shares(weights, other_weights):
+        return Difference(second, estimates, mean=None, bits_per_byte=None)
+    mean = None
+    if len(pairs) > 1:
+        mean = weighted(list(estimates.values()), weights)
+    return Difference(second, estimates, mean, weighted(bits, weights))
+
+
+def _same_shares(weights: Sequence[float], others: Sequence[float]) -> bool:
+    """Return whether two lists of weights are proportional."""
+    return all(
+        math.isclose(weight / sum(weights), other / sum(others))
+        for weight, other in zip(weights, others, strict=True)
     )
 
 
-def _pairs(first: Run, second: Run) -> list[tuple[Measured, Measured]]:
-    """The corpora of two runs that belong together: those of the same text, whatever they are
-    called.
+def _pair_corpora(first: ValidatedRun, second: ValidatedRun) -> list[tuple[Measured, Measured]]:
+    """Pair the corpora of two runs: those of the same text, whatever they are called.
+
+    Where no text is the same, the name decides, so that the refusal can say what differs.
     """
-    left = list(second.corpora)
+    rest = list(second.corpora)
     pairs = []
-    for a in first.corpora:
-        b = next((m for m in left if m.measure.text == a.measure.text), None) or next(
-            (m for m in left if m.name == a.name), None
-        )
-        if b is None:
-            _refuse_corpora(first, second)
-        left = [m for m in left if m is not b]
-        _check_measures(first, second, a, b)
-        pairs.append((a, b))
-    if left:
-        _refuse_corpora(first, second)
+    for corpus in first.corpora:
+        same_text = [other for other in rest if other.measure.text == corpus.measure.text]
+        same_name = [other for other in rest if other.name == corpus.name]
+        partners = same_text + same_name
+        if not partners:
+            raise _different_corpora(first, second)
+        partner = partners[0]
+        rest = [other for other in rest if other is not partner]
+        _check_measures(first, second, corpus, partner)
+        pairs.append((corpus, partner))
+    if rest:
+        raise _different_corpora(first, second)
     return pairs
 
 
-def _refuse_corpora(first: Run, second: Run) -> NoReturn:
-    lists = [", ".join(m.name for m in run.corpora) or "none" for run in (first, second)]
-    raise UserError(
-        f"{first.path} and {second.path} were validated on different corpora ({lists[0]};"
-        f" {lists[1]}); --corpus compares one that both have"
+def _different_corpora(first: ValidatedRun, second: ValidatedRun) -> UserError:
+    return UserError(
+        f"{first.path} and {second.path} were validated on different corpora"
+        f" ({first.corpus_names}; {second.corpus_names}); --corpus compares one that both have"
     )
 
 
-def _check_measures(first: Run, second: Run, a: Measured, b: Measured) -> None:
-    """Raises UserError, naming what differs, unless both runs read the same text under the same
-    noise.
-    """
-    if a.measure == b.measure:
+def _check_measures(
+    first: ValidatedRun, second: ValidatedRun, corpus: Measured, partner: Measured
+) -> None:
+    """Raise UserError, naming what differs, unless both runs read the same text and noise."""
+    if corpus.measure == partner.measure:
         return
-    old, new = asdict(a.measure), asdict(b.measure)
-    differ = [key for key in _WORDS if old[key] != new[key]]
-    if "tokenizer" in differ:
-        differ = ["tokenizer"]  # the text's fingerprint follows the tokenizer's
-    elif differ != ["items"]:
-        differ.remove("items")  # which follow from the others
-    words = [
-        _WORDS[key] if key in _FINGERPRINTS else f"{_WORDS[key]} ({old[key]} and {new[key]})"
-        for key in differ
-    ]
+    old = asdict(corpus.measure)
+    new = asdict(partner.measure)
+    different = [name for name in _MEASURE_NAMES if old[name] != new[name]]
+    if "tokenizer" in different:
+        different = ["tokenizer"]  # the text's fingerprint follows from the tokenizer's
+    elif different != ["items"]:
+        different.remove("items")  # they follow from the others
+    descriptions = []
+    for name in different:
+        description = _MEASURE_NAMES[name]
+        if name not in _FINGERPRINTS:
+            description += f" ({old[name]} and {new[name]})"
+        descriptions.append(description)
     raise UserError(
-        f"{first.path} and {second.path} cannot be compared on '{a.name}': they were validated with"
-        f" different {', '.join(words)}"
+        f"{first.path} and {second.path} cannot be compared on '{corpus.name}': they were validated"
+        f" with different {', '.join(descriptions)}"
     )
-
-
-# -- in words and in JSON --------------------------------------------------------------------------
-
-
-def in_words(runs: Sequence[Run], differences: Sequence[Difference]) -> str:
-    """What a reader wants to know: each run's NELBO, and which is better by how much."""
-    lines = []
-    for m in runs[0].corpora:
-        read = (
-            f"each text read at {m.measure.draws_per_item} values of t; the same text and noise in"
-            " all runs"
-        )
-        lines.append(f"{m.name}: {len(m.items):,} {m.measure.unit}, {read}")
-        if m.sample.effective_items() < FEW:
-            even = f"{m.sample.effective_items():.1f} of equal length"
-            lines.append(
-                f"{m.name}: the errors are rough, so few {m.measure.unit} (they weigh like {even})"
-                " say little of other text"
-            )
-    width = max(len(run.path) for run in runs)
-    for run in runs:
-        each = [
-            (
-                f"{m.name} {_plain(m.sample.estimate())}"
-                if len(run.corpora) > 1
-                else _plain(m.sample.estimate())
-            )
-            for m in run.corpora
-        ]
-        lines.append(
-            f"{run.path:{width}}  step {run.step}  NELBO {', '.join(each)} nats per token (±"
-            " standard error)"
-        )
-    for difference in differences:
-        names = runs[0].path, difference.run.path
-        for name, estimate in difference.corpora.items():
-            lines.append(
-                _verdict(*names, estimate, f" on {name}" if len(difference.corpora) > 1 else "")
-            )
-        if difference.mean is not None:
-            lines.append(_verdict(*names, difference.mean, " over all corpora, by weight"))
-        elif len(difference.corpora) > 1:
-            lines.append("no mean over the corpora: the runs weigh them differently")
-    return "\n".join(lines)
-
-
-def _plain(estimate: Estimate) -> str:
-    return f"{estimate.mean:.4f} ± " + ("unknown" if estimate.se is None else f"{estimate.se:.4f}")
-
-
-def _verdict(first: str, second: str, estimate: Estimate, where: str) -> str:
-    if not math.isfinite(estimate.mean):
-        return f"{second} and {first} cannot be compared{where}: a loss is not finite"
-    better, worse = (second, first) if estimate.mean < 0 else (first, second)
-    size, half = abs(estimate.mean), estimate.half_width()
-    if half is None:
-        return (
-            f"{better} is lower than {worse} by {size:.4f} nats per token{where}; one item tells"
-            " nothing of other text"
-        )
-    if size == 0 and half == 0:
-        return f"{second} equals {first}{where}"
-    by = f"{size:.4f} ± {half:.4f} nats per token (95 %){where}"
-    if size > half:
-        return f"{better} is better than {worse} by {by}"
-    return f"{second} and {first} cannot be told apart: {better} is lower by {by}"
-
-
-def as_json(runs: Sequence[Run], differences: Sequence[Difference]) -> dict[str, Any]:
-    """The same for programs; a negative difference means that the run is better than the first."""
-
-    def fields(estimate: Estimate | None) -> dict[str, Any] | None:
-        return None if estimate is None else {**asdict(estimate), "ci95": estimate.interval()}
-
-    return {
-        "unit": "nats per token",
-        "runs": [
-            {
-                "run": run.path,
-                "step": run.step,
-                "corpora": {
-                    m.name: {
-                        **(fields(m.sample.estimate()) or {}),
-                        "items": len(m.items),
-                        "measure": m.measure.fingerprint,
-                    }
-                    for m in run.corpora
-                },
-            }
-            for run in runs
-        ],
-        "differences": [
-            {
-                "run": d.run.path,
-                "less": runs[0].path,
-                "corpora": {name: fields(estimate) for name, estimate in d.corpora.items()},
-                "mean": fields(d.mean),
-                "bits_per_byte": fields(d.bits_per_byte),
-            }
-            for d in differences
-        ],
-    }

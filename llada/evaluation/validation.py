@@ -1,20 +1,26 @@
 """Validation: the NELBO of held-out documents on fixed noise, with its errors.
 
-Always fixed-count masking (its expectation is the exact NELBO, whatever the training uses) and the
-same noise in every run, whatever its seed, and at every step. Of conversations, the NELBO of the
-responses given their prompts, without padding.
+Masking is always fixed-count, whose expectation is the exact NELBO whatever the training uses. The
+noise is the same in every run, whatever its seed, and at every step. Of conversations, the NELBO is
+that of the responses given their prompts, without padding.
 
 Every window (or conversation) that is read is read in one or more sweeps of four draws. The draws
-of a text lie evenly over [0, 1) in t, from an offset of its own; no two texts share noise. What
-follows from the losses stands in `estimates`.
+of a text lie evenly over [0, 1) in t, from an offset of its own; no two texts share noise. With 8
+draws (two sweeps) and offset 0.05, a text is read at
+
+    sweep 0: t = 0.050, 0.300, 0.550, 0.800
+    sweep 1: t = 0.175, 0.425, 0.675, 0.925
+
+What follows from the losses stands in `llada.evaluation.estimates`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -36,6 +42,10 @@ from llada.noise import derive_key, hash64, permute, to_unit
 from llada.objectives import Batch, collate
 
 _SEED = 0  # the noise is part of the measure, not of the run
+_NUM_DECILES = 10
+
+Fields: TypeAlias = dict[str, Any]
+"""A part of a validation line of metrics.jsonl: numbers, None, strings, lists and dicts of them."""
 
 
 @dataclass(frozen=True)
@@ -64,10 +74,10 @@ class Design:
         return self.plan.t[self.segments]
 
     def sample(self, losses: F64) -> Sample:
-        """The losses of the draws from those of the plan's segments."""
-        return Sample(
-            losses[self.segments], self.plan.maskable[self.segments[:, 0]], self.owner, self.text
-        )
+        """Arrange the losses of the plan's segments, float64 [segments], by sweep."""
+        # The four draws of a sweep read the same text, so the first one's length is that of all.
+        length = self.plan.maskable[self.segments[:, 0]]
+        return Sample(losses[self.segments], length, self.owner, self.text)
 
 
 @dataclass(frozen=True)
@@ -79,67 +89,86 @@ class Validation:
         corpora: the losses behind it.
     """
 
-    line: dict[str, Any]
+    line: Fields
     corpora: list[Measured]
 
 
 class Validator:
-    """NELBO per token and bits per byte of every corpus that has validation windows.
+    """Measures NELBO per token and bits per byte of every corpus that has validation windows.
 
     Args:
         data: of the run.
         place: of this rank; each replica takes every data_size-th micro-batch.
+
+    Attributes:
+        corpora: numbers of the corpora that are validated.
     """
 
     def __init__(self, data: TrainingData, place: ParallelRank) -> None:
-        self._data, self._place = data, place
+        self._data = data
+        self._place = place
         self.objective = data.make_objective(_SEED)
         self.corpora = [i for i, reader in enumerate(data.readers[VALIDATION]) if reader.count > 0]
-        self._designs = {i: self.design(i) for i in self.corpora}
+        self._designs = {corpus: self.design(corpus) for corpus in self.corpora}
 
     def __call__(self, engine: Engine) -> Validation:
         """Measure; collective."""
-        corpora = [self._measure(engine, i) for i in self.corpora]
-        estimates = [(m.sample.estimate(), m.tokens_per_byte / math.log(2)) for m in corpora]
-        weights = [m.weight for m in corpora]
-        nelbo = weighted([e for e, _ in estimates], weights)
-        bits = weighted([e.scaled(factor) for e, factor in estimates], weights)
-        line = {
-            **_fields("nelbo_per_token", nelbo),
-            **_fields("bits_per_byte", bits),
+        measured = [self._measure(engine, corpus) for corpus in self.corpora]
+        weights = [each.weight for each in measured]
+        nelbos = [each.sample.estimate() for each in measured]
+        # Nats per token -> bits per byte.
+        bits = [
+            nelbo.scaled(each.tokens_per_byte / math.log(2))
+            for nelbo, each in zip(nelbos, measured, strict=True)
+        ]
+        line: Fields = {
+            **_estimate_fields("nelbo_per_token", weighted(nelbos, weights)),
+            **_estimate_fields("bits_per_byte", weighted(bits, weights)),
             "corpora": {},
         }
-        for i, m, (estimate, factor) in zip(self.corpora, corpora, estimates, strict=True):
-            line["corpora"][m.name] = {
-                **_fields("nelbo_per_token", estimate),
-                **_fields("bits_per_byte", estimate.scaled(factor)),
-                "items": len(m.items),
-                "items_effective": m.sample.effective_items(),
-                "unit": m.measure.unit,
-                "measure": m.measure.fingerprint,
-                "t_deciles": _by_decile(m.sample, self._designs[i].t),
+        for corpus, each, nelbo, bits_per_byte in zip(
+            self.corpora, measured, nelbos, bits, strict=True
+        ):
+            line["corpora"][each.name] = {
+                **_estimate_fields("nelbo_per_token", nelbo),
+                **_estimate_fields("bits_per_byte", bits_per_byte),
+                "items": len(each.items),
+                "items_effective": each.sample.effective_items(),
+                "unit": each.measure.unit,
+                "measure": each.measure.fingerprint,
+                "t_deciles": _by_decile(each.sample, self._designs[corpus].t),
             }
-        return Validation(line, corpora)
+        return Validation(line, measured)
+
+    # -- what is read ------------------------------------------------------------------------------
 
     def design(self, corpus: int) -> Design:
-        """The draws of a corpus: at most validation.windows, of as many different windows
-        (conversations) as get four each.
+        """Choose the draws of a corpus.
+
+        At most `validation.windows` draws, of as many different windows (conversations) as get at
+        least one sweep of four each.
         """
         data = self._data
-        plan, sweeps = self._plan(corpus)
+        plan, num_sweeps = self._plan(corpus)
+
+        # Row (a draw of a window) of each segment of the plan, and the segment's number in the row.
         rows = np.repeat(np.arange(len(plan.samples)), np.diff(plan.firsts))
         within = np.arange(len(rows)) - plan.firsts[rows]
-        read = np.flatnonzero(plan.maskable > 0)
-        # The four draws of a sweep follow each other in the plan, and their windows are cut alike.
-        segments = read[np.lexsort((plan.t[read], within[read], rows[read] // SWEEP))].reshape(
-            -1, SWEEP
-        )
+
+        # The four draws of a sweep follow each other in the plan, and their windows are cut alike:
+        # so a text is the same segment number in four consecutive rows. Sorted by sweep, text and
+        # t (lexsort takes the least significant key first).
+        has_tokens = np.flatnonzero(plan.maskable > 0)
+        order = np.lexsort((plan.t[has_tokens], within[has_tokens], rows[has_tokens] // SWEEP))
+        segments = has_tokens[order].reshape(-1, SWEEP)
+
         first = segments[:, 0]
         items, owner = np.unique(data.owners(plan)[first], return_inverse=True)
-        _, text = np.unique(
-            np.stack([plan.items[rows[first]], within[first]]), axis=1, return_inverse=True
-        )
-        config, manifest = data.config, data.corpora[corpus].manifest
+        window_and_part = np.stack([plan.items[rows[first]], within[first]])
+        _, text = np.unique(window_and_part, axis=1, return_inverse=True)
+
+        config = data.config
+        manifest = data.corpora[corpus].manifest
         digest = hashlib.sha256()
         for array in (items, owner, plan.maskable[segments], plan.t[segments]):
             digest.update(np.ascontiguousarray(array).tobytes())
@@ -150,71 +179,46 @@ class Validator:
             sequence_length=config.data.sequence_length,
             document_mask=config.data.document_mask,
             windows=config.validation.windows,
-            draws_per_item=SWEEP * sweeps,
+            draws_per_item=SWEEP * num_sweeps,
             items=digest.hexdigest(),
         )
+        # In some versions of numpy an inverse is not flat.
         return Design(plan, segments, items, owner.reshape(-1), text.reshape(-1), measure)
 
     def _plan(self, corpus: int) -> tuple[StepPlan, int]:
-        """Every draw of a corpus, and the sweeps of each window or conversation."""
-        data, windows = self._data, self._data.config.validation.windows
-        count = min(data.readers[VALIDATION][corpus].count, windows // SWEEP)
-        sweeps = windows // (SWEEP * count)
-        draws = np.arange(count * sweeps * SWEEP, dtype=np.int64)
+        """Return every draw of a corpus, and the number of sweeps of each window."""
+        data = self._data
+        max_draws = data.config.validation.windows
+        available = data.readers[VALIDATION][corpus].count
+        # For 64 draws and 5 windows: 5 windows in 3 sweeps each, 60 draws.
+        num_windows = min(available, max_draws // SWEEP)
+        num_sweeps = max_draws // (SWEEP * num_windows)
+        draws_per_window = SWEEP * num_sweeps
+        draws = np.arange(num_windows * draws_per_window, dtype=np.int64)
         purpose = self.purpose(corpus)
-        order = permute(
-            np.arange(count),
-            data.readers[VALIDATION][corpus].count,
-            derive_key(_SEED, purpose, "order"),
-        )
-        sweep = draws // SWEEP % sweeps
+        order = permute(np.arange(num_windows), available, derive_key(_SEED, purpose, "order"))
+        sweep = draws // SWEEP % num_sweeps
 
         def draw_t(rows: I64, texts: I64) -> F64:
             offset = to_unit(hash64(derive_key(_SEED, purpose, "offset"), texts))
-            return (offset + draws[rows] % SWEEP / SWEEP + sweep[rows] / (SWEEP * sweeps)) % 1.0
+            in_sweep = draws[rows] % SWEEP / SWEEP
+            between_sweeps = sweep[rows] / draws_per_window
+            return (offset + in_sweep + between_sweeps) % 1.0
 
-        return (
-            data.validation_plan(draws, corpus, order[draws // (SWEEP * sweeps)], sweep, draw_t),
-            sweeps,
-        )
+        items = order[draws // draws_per_window]
+        return data.validation_plan(draws, corpus, items, sweep, draw_t), num_sweeps
 
     def purpose(self, corpus: int) -> str:
-        """Name of the noise of a corpus: it follows the text, not its path."""
+        """Return the name of a corpus's noise, which follows the text and not its path."""
         return f"validation/{self._data.corpora[corpus].manifest.fingerprint(VALIDATION)}"
 
-    def _batches(self, plan: StepPlan, corpus: int) -> list[Batch]:
-        """This replica's micro-batches; the last ones are filled up with draws of weight 0, since
-        pipelines have fixed shapes.
-        """
-        data, micro = self._data, self._data.config.batch.micro
-        parallel = data.config.parallel
-        unit = (
-            micro * self._place.data_size * (parallel.pipeline if parallel.virtual_pipeline else 1)
-        )
-        total = -(-len(plan.samples) // unit) * unit
-        batches = []
-        for first in range(self._place.data_rank * micro, total, micro * self._place.data_size):
-            draws = [i if i < len(plan.samples) else None for i in range(first, first + micro)]
-            windows = [data.window(VALIDATION, plan, 0 if i is None else i) for i in draws]
-            corrupted = [
-                self.objective.corrupt(w, masking="fixed_count", purpose=self.purpose(corpus))
-                for w in windows
-            ]
-            empty = slice(0, 0)
-            corrupted = [
-                (
-                    c
-                    if i is not None
-                    else replace(c, predicted=c.predicted[empty], weights=c.weights[empty])
-                )
-                for i, c in zip(draws, corrupted, strict=True)
-            ]
-            batches.append(collate(windows, corrupted, plan.normaliser))
-        return batches
+    # -- measuring ---------------------------------------------------------------------------------
 
     def _measure(self, engine: Engine, corpus: int) -> Measured:
-        data, design = self._data, self._designs[corpus]
-        losses = engine.evaluate(self._batches(design.plan, corpus), len(design.plan.t)).numpy()
+        data = self._data
+        design = self._designs[corpus]
+        batches = self._batches(design.plan, corpus)
+        losses = engine.evaluate(batches, len(design.plan.t)).numpy()
         return Measured(
             name=data.names[corpus],
             weight=data.mixture.sources[corpus].first_weight,
@@ -224,8 +228,44 @@ class Validator:
             sample=design.sample(losses),
         )
 
+    def _batches(self, plan: StepPlan, corpus: int) -> list[Batch]:
+        """Return this replica's micro-batches.
 
-def _fields(name: str, estimate: Estimate) -> dict[str, Any]:
+        All replicas have the same number of them, of the same size, since pipelines have fixed
+        shapes: the last ones are filled up.
+        """
+        micro = self._data.config.batch.micro
+        parallel = self._data.config.parallel
+        rows_at_once = micro * self._place.data_size
+        multiple = rows_at_once
+        if parallel.virtual_pipeline:
+            # Megatron-Core's interleaved schedule takes micro-batches in groups of the pipeline's
+            # size.
+            multiple *= parallel.pipeline
+        padded = -(-len(plan.samples) // multiple) * multiple
+        batches = []
+        for first in range(self._place.data_rank * micro, padded, rows_at_once):
+            batches.append(self._batch(plan, corpus, range(first, first + micro)))
+        return batches
+
+    def _batch(self, plan: StepPlan, corpus: int, draws: Sequence[int]) -> Batch:
+        """Return a micro-batch; draws past the plan's end are filler that predicts nothing."""
+        windows = []
+        corrupted = []
+        for draw in draws:
+            is_filler = draw >= len(plan.samples)
+            window = self._data.window(VALIDATION, plan, 0 if is_filler else draw)
+            masked = self.objective.corrupt(
+                window, masking="fixed_count", purpose=self.purpose(corpus)
+            )
+            if is_filler:
+                masked = replace(masked, predicted=masked.predicted[:0], weights=masked.weights[:0])
+            windows.append(window)
+            corrupted.append(masked)
+        return collate(windows, corrupted, plan.normaliser)
+
+
+def _estimate_fields(name: str, estimate: Estimate) -> Fields:
     return {
         name: estimate.mean,
         f"{name}_se": estimate.se,
@@ -235,43 +275,50 @@ def _fields(name: str, estimate: Estimate) -> dict[str, Any]:
 
 
 def _by_decile(sample: Sample, t: F64) -> list[dict[str, float | None] | None]:
-    """NELBO per token of the draws in each tenth of t, with its standard error over items; None
-    where there is none.
+    """Return NELBO per token of the draws in each tenth of t, with its standard error over items.
+
+    Args:
+        sample: of a corpus.
+        t: of each draw, float64 [sweeps, 4].
+
+    Returns:
+        Ten entries; None for a tenth without draws.
     """
-    decile = np.minimum((t * 10).astype(int), 9)
+    decile = np.minimum((t * _NUM_DECILES).astype(int), _NUM_DECILES - 1)
     item = np.repeat(sample.item[:, None], SWEEP, axis=1)
     length = np.repeat(sample.length[:, None], SWEEP, axis=1)
-    rows: list[dict[str, float | None] | None] = []
-    for d in range(10):
-        chosen = decile == d
+    entries: list[dict[str, float | None] | None] = []
+    for number in range(_NUM_DECILES):
+        chosen = decile == number
         lengths = sums(item[chosen], length[chosen])
-        own = np.flatnonzero(lengths)
-        if not len(own):
-            rows.append(None)
+        # Items without a draw in this tenth say nothing about it.
+        drawn = np.flatnonzero(lengths)
+        if not len(drawn):
+            entries.append(None)
             continue
-        mean, se = pooled(sums(item[chosen], sample.loss[chosen])[own], lengths[own])
-        rows.append({"nelbo_per_token": mean, "nelbo_per_token_se": se, "items": len(own)})
-    return rows
+        losses = sums(item[chosen], sample.loss[chosen])
+        mean, se = pooled(losses[drawn], lengths[drawn])
+        entries.append({"nelbo_per_token": mean, "nelbo_per_token_se": se, "items": len(drawn)})
+    return entries
 
 
-def describe_validation(line: dict[str, Any]) -> str:
-    """One line for the console."""
-    few = [name for name, values in line["corpora"].items() if values["items_effective"] < FEW]
-    rough = (
-        f" (rough: few {' and '.join(dict.fromkeys(line['corpora'][name]['unit'] for name in few))}"
-        f" of {', '.join(few)})"
-        if few
-        else ""
-    )
-    return (
+def describe_validation(line: Fields) -> str:
+    """Describe a validation line in one line for the console."""
+    text = (
         f"NELBO {with_error(line, 'nelbo_per_token')} nats/token,"
-        f" {with_error(line, 'bits_per_byte')} bits/byte{rough}"
+        f" {with_error(line, 'bits_per_byte')} bits/byte"
     )
+    few = [name for name, values in line["corpora"].items() if values["items_effective"] < FEW]
+    if few:
+        units = dict.fromkeys(line["corpora"][name]["unit"] for name in few)
+        text += f" (rough: few {' and '.join(units)} of {', '.join(few)})"
+    return text
 
 
 def unigram_entropy(counts: torch.Tensor | np.ndarray) -> float:
-    """Entropy of the empirical token distribution, nats per token: what a model that ignores
-    context could reach.
+    """Return the entropy of the empirical token distribution, nats per token.
+
+    It is the loss of the best model that ignores context.
 
     Args:
         counts: occurrences of every id [vocabulary].

@@ -1,17 +1,18 @@
-"""RUN/validation/step_NNNNNNNN.npz: the losses behind a validation line, so that runs can be
-compared item by item.
+"""RUN/validation/step_NNNNNNNN.npz: the losses behind a validation line.
 
-One file a validation, without pickle. Of corpus c (numbered as in the line) it holds
+With them two runs can be compared draw by draw. Each validation writes one file, without pickle. Of
+corpus c (numbered as in the line) it holds
 
-    c.item, c.item_loss, c.item_length    number of each item in its split; its loss and tokens,
-                                          summed over its draws [items]
-    c.loss, c.length                      loss of each draw, t ascending [sweeps, 4]; tokens of its
-                                          text [sweeps]
-    c.owner, c.text                       item of each sweep (its row in c.item) and number of its
-                                          text [sweeps]
+    c.item         number of each item in its split [items]
+    c.item_loss    loss of each item, summed over its draws [items]
+    c.item_length  tokens of each item, summed over its draws [items]
+    c.loss         loss of each draw, t ascending [sweeps, 4]
+    c.length       tokens of the text of each sweep [sweeps]
+    c.owner        item of each sweep: its row in c.item [sweeps]
+    c.text         number of the text of each sweep [sweeps]
 
-and `corpora`, JSON in UTF-8: name, weight, tokens per byte and measure of each. Two losses may be
-compared draw by draw exactly if their measures are equal: the same text, cut, t and masks.
+and `corpora`, JSON in UTF-8: name, weight, tokens per byte and measure of each corpus. Losses can
+be compared exactly if their measures are equal: the same text, cut alike, the same t and masks.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ import json
 import os
 import re
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -35,11 +36,12 @@ from llada.files import sync_folder, write_atomically
 
 FOLDER = "validation"
 _NAME = re.compile(r"^step_(\d{8})\.npz$")
+_Arrays: TypeAlias = Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True)
 class Measure:
-    """What decides a validation besides the model.
+    """Everything that decides a validation besides the model.
 
     Attributes:
         text: fingerprint of the split: its tokens, document boundaries and tokenizer.
@@ -48,7 +50,7 @@ class Measure:
         sequence_length: data.sequence_length.
         document_mask: data.document_mask.
         windows: validation.windows.
-        draws_per_item: times that each window or conversation is read.
+        draws_per_item: how often each window or conversation is read.
         items: fingerprint of the items that are read, their lengths and their t.
         noise: how t and masks are drawn.
     """
@@ -65,8 +67,9 @@ class Measure:
 
     @property
     def fingerprint(self) -> str:
-        """Of all of it; 16 hexadecimal digits."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+        """Of all attributes; 16 hexadecimal digits."""
+        content = json.dumps(asdict(self), sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -91,34 +94,34 @@ class Measured:
 
 
 def write(run: Path, step: int, corpora: Sequence[Measured]) -> Path:
-    """Write the file of the validation after `step` steps, in place of one that is there. Raises
-    RunError when that fails.
+    """Write the file of the validation after `step` steps; an existing one is replaced.
+
+    Raises:
+        RunError: it cannot be written.
     """
     arrays: dict[str, np.ndarray] = {}
+    descriptions = []
     for c, corpus in enumerate(corpora):
-        loss, length = corpus.sample.by_item()
         sample = corpus.sample
+        item_loss, item_length = sample.by_item()
         arrays |= {
             f"{c}.item": corpus.items,
-            f"{c}.item_loss": loss,
-            f"{c}.item_length": length.astype(np.int64),
-        }
-        arrays |= {
+            f"{c}.item_loss": item_loss,
+            f"{c}.item_length": item_length.astype(np.int64),
             f"{c}.loss": sample.loss,
             f"{c}.length": sample.length,
             f"{c}.owner": sample.item,
             f"{c}.text": sample.text,
         }
-    about = [
-        {
-            "name": m.name,
-            "weight": m.weight,
-            "tokens_per_byte": m.tokens_per_byte,
-            "measure": asdict(m.measure),
-        }
-        for m in corpora
-    ]
-    arrays["corpora"] = np.frombuffer(json.dumps(about).encode(), dtype=np.uint8)
+        descriptions.append(
+            {
+                "name": corpus.name,
+                "weight": corpus.weight,
+                "tokens_per_byte": corpus.tokens_per_byte,
+                "measure": asdict(corpus.measure),
+            }
+        )
+    arrays["corpora"] = np.frombuffer(json.dumps(descriptions).encode(), dtype=np.uint8)
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]  # its stubs take the names for its own option
     path = run / FOLDER / f"step_{step:08d}.npz"
@@ -133,14 +136,16 @@ def write(run: Path, step: int, corpora: Sequence[Measured]) -> Path:
 
 
 def read(run: Path, step: int) -> list[Measured]:
-    """The corpora of the validation after `step` steps. Raises UserError when the file cannot be
-    one.
+    """Read the corpora of the validation after `step` steps.
+
+    Raises:
+        UserError: the file cannot be read or is damaged.
     """
     path = run / FOLDER / f"step_{step:08d}.npz"
     try:
-        with np.load(path, allow_pickle=False) as file:
-            about = json.loads(bytes(file["corpora"]).decode())
-            return [_corpus(c, entry, file) for c, entry in enumerate(about)]
+        with np.load(path, allow_pickle=False) as arrays:
+            descriptions = json.loads(bytes(arrays["corpora"]).decode())
+            return [_corpus(c, values, arrays) for c, values in enumerate(descriptions)]
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
     except (zipfile.BadZipFile, EOFError, ValueError, KeyError, TypeError) as error:
@@ -149,42 +154,46 @@ def read(run: Path, step: int) -> list[Measured]:
         ) from None
 
 
-def _corpus(c: int, about: dict[str, Any], file: Any) -> Measured:
-    loss, length, owner, text, items = (
-        file[f"{c}.{name}"] for name in ("loss", "length", "owner", "text", "item")
-    )
-    sound = (
+def _corpus(c: int, description: dict[str, Any], arrays: _Arrays) -> Measured:
+    """Return corpus `c` of a file. Raises ValueError if its arrays do not fit each other."""
+    loss = arrays[f"{c}.loss"]
+    length = arrays[f"{c}.length"]
+    owner = arrays[f"{c}.owner"]
+    text = arrays[f"{c}.text"]
+    items = arrays[f"{c}.item"]
+    fits = (
         loss.dtype == np.float64
         and loss.shape == (len(length), SWEEP)
         and len(owner) == len(text) == len(length) > 0
     )
-    if not sound or not np.array_equal(np.unique(owner), np.arange(len(items))):
+    if not fits or not np.array_equal(np.unique(owner), np.arange(len(items))):
         raise ValueError(f"corpus {c} has arrays that do not fit each other")
-    about = {**about, "measure": Measure(**about["measure"])}
-    return Measured(**about, items=items, sample=Sample(loss, length, owner, text))
+    fields = {**description, "measure": Measure(**description["measure"])}
+    return Measured(**fields, items=items, sample=Sample(loss, length, owner, text))
 
 
 def steps(run: Path) -> list[int]:
-    """Steps after which there is a file, ascending."""
+    """Return the steps after which there is a file, ascending."""
     folder = run / FOLDER
-    return sorted(
-        int(found[1])
-        for path in (folder.iterdir() if folder.is_dir() else ())
-        if (found := _NAME.match(path.name))
-    )
+    if not folder.is_dir():
+        return []
+    matches = [_NAME.match(path.name) for path in folder.iterdir()]
+    return sorted(int(match[1]) for match in matches if match)
 
 
 def supersede(run: Path, step: int, attempt: int) -> None:
-    """Move the files of validations after `step` (all, if it is 0) to RUN/validation.attempt-N, as
-    metrics.jsonl is cut.
+    """Move the files of validations after `step` to RUN/validation.attempt-N.
+
+    This goes with the cut of metrics.jsonl. At step 0 all files are moved, since the validation
+    before the first step is measured again.
     """
     later = [number for number in steps(run) if not step or number > step]
     if not later:
         return
-    aside = run / f"{FOLDER}.attempt-{attempt}"
-    aside.mkdir(exist_ok=True)
+    superseded = run / f"{FOLDER}.attempt-{attempt}"
+    superseded.mkdir(exist_ok=True)
     for number in later:
         name = f"step_{number:08d}.npz"
-        os.replace(run / FOLDER / name, aside / name)
+        os.replace(run / FOLDER / name, superseded / name)
     sync_folder(run / FOLDER)
-    sync_folder(aside)
+    sync_folder(superseded)

@@ -103,7 +103,7 @@ def find_changes(
         UserError: this version does not allow a setting of the checkpoint any more.
     """
     changes = []
-    allowed = MAY_CHANGE
+    allowed: tuple[str, ...] = MAY_CHANGE
     if not config.train.skip_spikes:
         allowed += _SPIKE_SETTINGS
     difference = first_difference(state.config, dump_config(config), allowed)

@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -173,8 +173,8 @@ def _dump_collectives(rank: int) -> None:
         return
     # The process is about to end, and the report matters more than the dump.
     with contextlib.suppress(OSError, RuntimeError):
-        dump: bytes = torch._C._distributed_c10d._dump_nccl_trace()
-        Path(f"{prefix}{rank}").write_bytes(dump)
+        c10d: Any = torch._C._distributed_c10d  # without NCCL its stubs lack the function
+        Path(f"{prefix}{rank}").write_bytes(c10d._dump_nccl_trace())
 
 
 def _describe_silent(silent: list[int], beats: Mapping[int, Beat | None]) -> str:

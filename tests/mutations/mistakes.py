@@ -147,7 +147,7 @@ rewrites(
 
 @changes(
     "llada.evaluation.estimates",
-    "tests/evaluation/test_comparison.py::test_said_in_words_and_in_json",
+    "tests/evaluation/test_comparison.py::test_the_result_as_text_and_as_json",
 )
 def an_error_without_its_degrees_of_freedom(estimates: Any) -> None:
     right = estimates.Estimate.half_width
