@@ -259,7 +259,8 @@ def test_runs_write_what_is_compared(workplace: Workplace) -> None:
     whole = str(workplace.folder / "whole")
     assert validation_files.steps(Path(whole)) == [4, 8, 12]
     opened = [
-        comparison.Run(whole, step, validation_files.read(Path(whole), step)) for step in (4, 12)
+        comparison.ValidatedRun(whole, step, validation_files.read(Path(whole), step))
+        for step in (4, 12)
     ]
     [found] = comparison.compare(opened)
     lines = {line["step"]: line for line in workplace.lines("whole") if "nelbo_per_token" in line}

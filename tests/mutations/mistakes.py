@@ -364,8 +364,8 @@ rewrites(
 
 @changes("llada.training.lock", "tests/training/test_lock.py")
 def a_run_folder_taken_from_a_living_process(lock: Any) -> None:
-    right = lock._gone
-    lock._gone = lambda holder, own: right(holder, own) or holder.get("host") == own["host"]
+    right = lock._has_ended
+    lock._has_ended = lambda holder, own: right(holder, own) or holder.get("host") == own["host"]
 
 
 rewrites(
