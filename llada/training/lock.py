@@ -1,4 +1,4 @@
-"""RUN/lock: one process at a time writes to a run folder. The file names the holder, who touches it.
+"""RUN/lock: one process at a time writes to a run folder. It names the holder, who touches it.
 
 Whether a holder is alive shows at once on its own host (does the process exist?) and within a Slurm
 job (is it an earlier attempt?). On another host it shows only by the time of its last touch.
