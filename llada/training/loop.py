@@ -61,7 +61,7 @@ def train(
 def _loop(run: Run, stop: StopRequest) -> int:
     config = run.config
     run.hooks.on_start(run.first)
-    if run.starts_from_weights:
+    if run.starts_from_weights:  # what the training is compared with
         run.validate(0)
     for step, plan, batches in run.batches():
         result = run.engine.train_step(
@@ -75,7 +75,7 @@ def _loop(run: Run, stop: StopRequest) -> int:
         stopping, writing = run.engine.any_of(
             bool(stop), run.saving is not None and not run.saving.done()
         )
-        if not writing:
+        if not writing:  # so this does not wait
             run.finish_save()
         if done % config.validation.every == 0 or last:
             run.validate(done)

@@ -23,18 +23,10 @@ def plot_loss_curve(folder: Path, task: Task = "pretrain") -> Path | None:
     """
     import matplotlib
 
-    matplotlib.use("Agg")
+    matplotlib.use("Agg")  # writes files; others look for a display
     import matplotlib.pyplot as plt
 
-    losses: list[tuple[int, float]] = []
-    validations: list[tuple[int, float, float]] = []
-    for line in metrics.read(folder / metrics.FILE):
-        # A loss that is not finite is a string.
-        if isinstance(line.get("loss"), float):
-            losses.append((line["step"], line["loss"]))
-        if isinstance(line.get("nelbo_per_token"), float):
-            error = line.get("nelbo_per_token_se") or 0.0
-            validations.append((line["step"], line["nelbo_per_token"], error))
+    losses, validations = _read_curves(folder)
     if not losses:
         return None
     separate = task == "sft" and bool(validations)
@@ -80,6 +72,22 @@ def plot_loss_curve(folder: Path, task: Task = "pretrain") -> Path | None:
     figure.savefig(picture, bbox_inches="tight")
     plt.close(figure)
     return picture
+
+
+def _read_curves(
+    folder: Path,
+) -> tuple[list[tuple[int, float]], list[tuple[int, float, float]]]:
+    """Return (step, loss) of the steps, and (step, NELBO, standard error) of the validations."""
+    losses = []
+    validations = []
+    for line in metrics.read(folder / metrics.FILE):
+        # In the file a loss that is not finite is a string.
+        if isinstance(line.get("loss"), float):
+            losses.append((line["step"], line["loss"]))
+        if isinstance(line.get("nelbo_per_token"), float):
+            error = line.get("nelbo_per_token_se") or 0.0
+            validations.append((line["step"], line["nelbo_per_token"], error))
+    return losses, validations
 
 
 def _moving_average(values: tuple[float, ...]) -> list[float]:

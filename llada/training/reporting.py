@@ -61,6 +61,21 @@ class FinishedStep:
     blocked_seconds: float
 
 
+@dataclass(frozen=True)
+class Hardware:
+    """What a run computes on.
+
+    Attributes:
+        device: of this rank.
+        world_size: number of ranks.
+        threads: torch's CPU threads on this rank.
+    """
+
+    device: torch.device
+    world_size: int
+    threads: int
+
+
 class Reporter(Protocol):
     """Takes what happens in a run. No method is collective."""
 
@@ -142,9 +157,7 @@ class MainReporter:
         config: of the run.
         data: of the run.
         start: what the run starts from.
-        device: of this rank.
-        world_size: number of ranks.
-        threads: torch's CPU threads on this rank.
+        hardware: that it computes on.
         validated: corpora that have a validation, by number.
     """
 
@@ -153,20 +166,20 @@ class MainReporter:
         config: RunConfig,
         data: TrainingData,
         start: Start,
-        device: torch.device,
-        world_size: int,
-        threads: int,
+        hardware: Hardware,
         validated: list[int],
     ) -> None:
         self._config = config
         self._data = data
         self._start = start
-        self._world_size = world_size
+        self._hardware = hardware
         self._folder = Path(config.run.dir)
         self._events = events.of_this_process(self._folder)
+        # Before anything is appended: lines past the checkpoint belong to an attempt that was lost.
         num_cut = metrics.cut(self._folder, start.step)
-        self._peak = Peak(device, DTYPES[config.precision])
-        self._write_config(threads)
+        # On a CPU this measures for a second, now, while no step competes for the cores.
+        self._peak = Peak(hardware.device, DTYPES[config.precision])
+        self._write_config()
         self._console = Console(config.train.steps, start.step, config.logging)
         self._json_lines = metrics.JsonLines(self._folder)
         self._sinks: list[Sink] = [
@@ -179,7 +192,7 @@ class MainReporter:
         if config.logging.wandb:
             self._sinks.append(WeightsAndBiases(self._folder, config))
         self._print_start(num_cut)
-        self._print_hardware(threads)
+        self._print_hardware()
         self._print_data(validated)
         self._list_too_long()
 
@@ -193,14 +206,15 @@ class MainReporter:
         config = self._config
         plan = finished.plan
         result = finished.result
-        has_tokens = plan.maskable > 0
+        has_tokens = plan.maskable > 0  # the other segments are filler
         predicted = self._data.objective.expected_predictions(
             plan.maskable[has_tokens], plan.t[has_tokens]
         )
         flops = step_flops(
             config.model, plan.counted.tolist(), predicted, config.data.sequence_length
         )
-        mfu = self._peak.mfu(flops.actual / finished.seconds / self._world_size)
+        mfu = self._peak.mfu(flops.actual / finished.seconds / self._hardware.world_size)
+        # The order of the fields is that of the file.
         return {
             "step": finished.step + 1,
             "tokens": finished.tokens,
@@ -218,6 +232,7 @@ class MainReporter:
 
     def report_validation(self, done: int, validation: Validation) -> None:
         line = {"step": done, **validation.line}
+        # The losses first: a line in metrics.jsonl promises the file behind it.
         validation_files.write(self._folder, done, validation.corpora)
         self._write(line)
         self.print_main(f"validation after step {done}: {describe_validation(line)}")
@@ -262,7 +277,7 @@ class MainReporter:
 
     # -- at the start ------------------------------------------------------------------------------
 
-    def _write_config(self, threads: int) -> None:
+    def _write_config(self) -> None:
         """Write RUN/config.yaml: the resolved config, and what else decides the run."""
         config = self._config
         path = self._folder / "config.yaml"
@@ -272,7 +287,7 @@ class MainReporter:
         provenance: JsonObject = {
             "llada": llada.__version__,
             "git": revision.of_code(),
-            **arithmetic_versions(config, threads),
+            **arithmetic_versions(config, self._hardware.threads),
             "lineage": self._start.lineage,
         }
         content = {**dump_config(config), PROVENANCE: provenance}
@@ -290,9 +305,12 @@ class MainReporter:
         elif start.folder:
             self.print_main(f"initialised from {start.folder} ({self._config.run.init_what})")
 
-    def _print_hardware(self, threads: int) -> None:
+    def _print_hardware(self) -> None:
+        hardware = self._hardware
         peak = f"{self._peak.flops / 1e12:.3g} TFLOP/s per rank ({self._peak.source})"
-        self.print_main(f"peak {peak}; {self._world_size} ranks, {threads} threads each")
+        self.print_main(
+            f"peak {peak}; {hardware.world_size} ranks, {hardware.threads} threads each"
+        )
 
     def _print_data(self, validated: list[int]) -> None:
         for i, reader in enumerate(self._data.readers[TRAIN]):

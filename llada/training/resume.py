@@ -64,16 +64,14 @@ def resolve_resume(
         for folder in unfinished_checkpoints(root)
     ]
     checkpoints = committed_checkpoints(root)
+
+    # A rewind names its checkpoint.
     if rewind is not None:
-        target = root / checkpoint_name(rewind)
-        if target not in checkpoints:
-            steps = ", ".join(str(checkpoint_step(path)) for path in checkpoints) or "none"
-            raise UserError(
-                f"--rewind: no checkpoint after step {rewind} in {root}; there are: {steps}"
-            )
-        later = checkpoints[checkpoints.index(target) + 1 :]
+        target, later = _split_at(root, checkpoints, rewind)
         if later and not run.was_rewound(later[-1], rewind):
             return run.rewind_to(target, later, notes)
+
+    # Else the latest sound one; damaged ones are named and passed over.
     for folder in reversed(checkpoints):
         damage = find_damage(config, folder)
         if not damage:
@@ -87,12 +85,23 @@ def resolve_resume(
             f"resume: no checkpoint in {root} is sound: {notes[-1].removeprefix('ignored ')}; "
             "choose another run.dir to start over, or move the run folder away"
         )
+
+    # There is none: a new run, or one that has lost what it did.
     _refuse_lost(root)
     if config.run.init_from:
         return start_from_weights(config, data, config.run.init_from, allow_changed, notes)
     if config.task == "sft":
         notes.append("run.init_from: not given, this fine-tuning starts from random weights")
     return Start(notes=notes)
+
+
+def _split_at(root: Path, checkpoints: list[Path], step: int) -> tuple[Path, list[Path]]:
+    """Return the checkpoint to rewind to, and those after it."""
+    target = root / checkpoint_name(step)
+    if target not in checkpoints:
+        steps = ", ".join(str(checkpoint_step(path)) for path in checkpoints) or "none"
+        raise UserError(f"--rewind: no checkpoint after step {step} in {root}; there are: {steps}")
+    return target, checkpoints[checkpoints.index(target) + 1 :]
 
 
 def preview_resume(

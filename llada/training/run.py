@@ -26,7 +26,7 @@ from llada.files import read_files
 from llada.planning.summary import checkpoint_volume
 from llada.training.guard import Guard
 from llada.training.hooks import Hook, HookList
-from llada.training.reporting import FinishedStep, MainReporter, Reporter, SilentReporter
+from llada.training.reporting import FinishedStep, Hardware, MainReporter, Reporter, SilentReporter
 from llada.training.resume import resolve_resume
 from llada.training.run_folder import hold_run_folder, name_write_errors
 from llada.training.schedule import Schedule
@@ -138,11 +138,10 @@ class Run:
                     self.config,
                     self.data,
                     start,
-                    self.engine.device,
-                    place.world_size,
-                    self.threads,
+                    Hardware(self.engine.device, place.world_size, self.threads),
                     self.validator.corpora,
                 )
+        # Last: what comes before may take longer than the watchdog allows for a step.
         watchdog = Watchdog(
             self.folder / "heartbeats", place.rank, place.world_size, self.config.run.hang_timeout
         )
@@ -177,7 +176,7 @@ class Run:
 
         On a GPU the host runs ahead: a step's numbers are there while the next one computes.
         """
-        self.flush_step()
+        self.flush_step()  # the step before
         self._unreported = step, plan, result
         if result.done():
             self.flush_step()
@@ -236,6 +235,7 @@ class Run:
         With `wait`, or without `checkpoint.asynchronous`, it is finished before this returns.
         """
         self.flush_step()
+        # One save at a time: the one before must be complete.
         self.finish_save()
         self.reporter.sync()
         if done > self.first:  # else it is the checkpoint that this run started from
@@ -275,7 +275,7 @@ class Run:
             return
         started = time.perf_counter()
         saving = self.saving
-        self.saving = None
+        self.saving = None  # whatever happens: a save that failed is not finished again
         saving.finish()
         self.reporter.log_event("checkpoint", step=saving.step)
         self._prune()
@@ -300,6 +300,7 @@ class Run:
 
         Each of them is closed even where another fails.
         """
+        # Entered last, left first: the hooks, then the loader, and the folder's lock at the end.
         with name_write_errors(self.folder), ExitStack() as last_first:
             if self._held_folder is not None:
                 last_first.callback(self._held_folder.release)
