@@ -216,6 +216,7 @@ def commit_checkpoint(
         The complete checkpoint's folder.
     """
     final = partial.with_name(checkpoint_name(state.step))
+    # The name comes after the marker: a folder with the name but no marker has lost it.
     seal_checkpoint(partial, state, tokenizer, written)
     # A folder of this name has no marker, or the run would have resumed from it: it is incomplete.
     shutil.rmtree(final, ignore_errors=True)

@@ -145,6 +145,7 @@ class CheckpointSave:
 
     def _run_local(self, work: Callable[[], object]) -> None:
         """Run work without communication on this rank; if it fails on any rank, all raise."""
+        # Every rank takes part in the exchange, whether its work failed or not.
         failure: str | None = None
         try:
             work()

@@ -42,10 +42,12 @@ def docstring_pairs(file: Path) -> Iterator[tuple[str, str]]:
     except (SyntaxError, ValueError):
         return  # the library holds broken files on purpose, for its tests
     module = file.parent.name if file.stem == "__init__" else file.stem
+    # All levels: methods and nested functions too.
     for node in ast.walk(tree):
         if isinstance(node, _Documented):
             question = _question(module, node)
             answer = _first_sentence(ast.get_docstring(node) or "")
+            # Long ones would not fit a row, short ones ("See above.") are no answers.
             fits = (
                 _SHORTEST_ANSWER <= len(answer) <= _LONGEST_ANSWER
                 and len(question) <= _LONGEST_QUESTION

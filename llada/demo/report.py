@@ -127,6 +127,7 @@ def _write_text(config: RunConfig, root: Path) -> Report:
     room = (length - prompt.shape[1]) // 8 * 8
     options = SamplingOptions(room, room, 8, temperature=0.5, seed=1)
     out = generate(model, prompt, model.specials, options)[0].tolist()
+    # The masks are keyed, so the same words are hidden in every demo.
     gaps = []
     scattered = []
     for tokens, (start, end) in _held_out_lines(Corpus.open(root / "corpus"), tokenizer, length):
@@ -158,6 +159,7 @@ def _fill(
     """
     masked = torch.from_numpy(tokens.copy())
     masked[chosen] = model.specials.mask_id
+    # As many steps as tokens: one is committed in each.
     options = SamplingOptions(len(chosen), len(chosen))
     filled = infill(model, masked[None].to(model.device), model.specials, options)[0].tolist()
     decode = model.tokenizer.decode
@@ -177,7 +179,7 @@ def _held_out_lines(
     corpus: Corpus, tokenizer: Tokenizer, length: int
 ) -> Iterator[tuple[np.ndarray, tuple[int, int]]]:
     """Yield validation windows with the token span of a line of text near each one's middle."""
-    num_lines = 0
+    num_lines = 0  # yielded
     for shard in corpus.shards("validation"):
         # Windows spread over the shard, eight times as many as needed: most have no such line.
         stride = max(length, (shard.num_tokens // (8 * _NUM_LINES)) // length * length)
@@ -234,6 +236,7 @@ def _answer_questions(config: RunConfig, root: Path, num_answers: int) -> Report
         options = SamplingOptions(answer_length, answer_length)
         ids = torch.from_numpy(prompt)[None].to(model.device)
         out = generate(model, ids, model.specials, options)[0].tolist()
+        # Only a model that has learned where answers end writes EOS.
         num_ended += model.specials.eos_id in out
         question = _decode(model, prompt)
         rows.append(

@@ -79,10 +79,13 @@ def run_demo(
             wrote; what the stages raise.
     """
     root = Path(folder)
+    # A second demo would read the first one's files.
     for source in inputs or []:
         refuse_inside(root, Path(source), "--dir")
     if fresh:
         _remove(root)
+
+    # Both configs before any work: a mistake in the second shows at once.
     pretrain = _load_config(
         "pretrain",
         configs[0],
@@ -100,9 +103,27 @@ def run_demo(
         ],
     )
     root.mkdir(parents=True, exist_ok=True)
-    sources = _sources(inputs)
-    tokenizer = root / "tokenizer"
     stages = Stages()
+    code = _run_stages(stages, stop, _sources(inputs), pretrain, sft, root)
+    if code:
+        return code
+
+    from llada.demo.report import report
+
+    report(pretrain, sft, root, stages, num_answers=4 if smoke else 50)
+    return 0
+
+
+def _run_stages(
+    stages: Stages,
+    stop: StopRequest,
+    sources: Sources,
+    pretrain: RunConfig,
+    sft: RunConfig,
+    root: Path,
+) -> int:
+    """Run the stages up to the export; return 0, or the exit code of a training that stopped."""
+    tokenizer = root / "tokenizer"
     stages(
         "tokenizer",
         tokenizer,
@@ -121,10 +142,6 @@ def run_demo(
     if code:
         return code
     stages("export", root / "hf", lambda target: _export(root / "sft", target))
-
-    from llada.demo.report import report
-
-    report(pretrain, sft, root, stages, num_answers=4 if smoke else 50)
     return 0
 
 
@@ -132,6 +149,7 @@ def _remove(root: Path) -> None:
     """Remove an earlier demo. Raises UserError if the folder holds something else too."""
     if not root.is_dir():
         return
+    # Only what a demo wrote: --dir may name a folder by mistake.
     # A demo's own names may have an ending, or be those of a stage that was cut off:
     # .corpus.partial-1234abcd.
     others = [
@@ -194,7 +212,7 @@ def _load_config(task: Task, path: str, smoke: bool, overrides: list[str]) -> Ru
             f"{option}: no file '{path}'; run the demo from a checkout of the repository, or name a"
             " config"
         )
-    if smoke:
+    if smoke:  # enough to run every stage, not to learn anything
         overrides = [*overrides, *_SMOKE[task]]
     elif torch.cuda.is_available():
         overrides = [*overrides, f"train.steps={_GPU_STEPS[task]}", "precision=bf16"]

@@ -127,8 +127,10 @@ def _validated_steps(path: str) -> list[int]:
 
 def _choose_steps(steps_of: Mapping[str, list[int]], step: str | None) -> dict[str, int]:
     """Return the step of each run that is compared; the arguments are those of `open_runs`."""
+    # Each run's own last validation, perhaps after different numbers of steps.
     if step == LAST:
         return {path: steps[-1] for path, steps in steps_of.items()}
+    # The step that the user names.
     if step is not None:
         if not step.isdigit():
             raise UserError(f"--step: '{step}' is neither a number of steps nor '{LAST}'")
@@ -139,6 +141,7 @@ def _choose_steps(steps_of: Mapping[str, list[int]], step: str | None) -> dict[s
                     f" {', '.join(map(str, steps))}"
                 )
         return dict.fromkeys(steps_of, int(step))
+    # The newest step that all runs have.
     common = set.intersection(*(set(steps) for steps in steps_of.values()))
     if not common:
         last = ", ".join(f"{path} {steps[-1]}" for path, steps in steps_of.items())
@@ -248,6 +251,7 @@ def _check_measures(
         return
     old = asdict(corpus.measure)
     new = asdict(partner.measure)
+    # One cause makes several attributes differ; only what explains the others is named.
     different = [name for name in _MEASURE_NAMES if old[name] != new[name]]
     if "tokenizer" in different:
         different = ["tokenizer"]  # the text's fingerprint follows from the tokenizer's

@@ -83,6 +83,7 @@ def _verdict(first: str, second: str, estimate: Estimate, where: str) -> str:
         worse = second
     size = abs(estimate.mean)
     half = estimate.half_width()
+    # A single item has no error.
     if half is None:
         return (
             f"{better} is lower than {worse} by {size:.4f} nats per token{where}; one item tells"
@@ -90,6 +91,7 @@ def _verdict(first: str, second: str, estimate: Estimate, where: str) -> str:
         )
     if size == 0 and half == 0:
         return f"{second} equals {first}{where}"
+    # Better only if the interval of the difference does not hold 0.
     margin = f"{size:.4f} ± {half:.4f} nats per token (95 %){where}"
     if size > half:
         return f"{better} is better than {worse} by {margin}"

@@ -139,7 +139,7 @@ def pooled(loss: F64, length: F64) -> tuple[float, float | None]:
     ratio = loss.sum() / total
     if k == 1:
         return float(ratio), None
-    errors = loss - ratio * length
+    errors = loss - ratio * length  # they sum to 0
     return float(ratio), float(np.sqrt(k / (k - 1) * (errors**2).sum()) / total)
 
 
@@ -201,6 +201,7 @@ def weighted(estimates: Sequence[Estimate], weights: Sequence[float]) -> Estimat
 
 def _root_of_squares(weights: F64, errors: Sequence[float | None]) -> float | None:
     """Return the error of a weighted sum; None if one of the errors is unknown."""
+    # Independent errors add up by their squares.
     known = [error for error in errors if error is not None]
     if len(known) < len(errors):
         return None

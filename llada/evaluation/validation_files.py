@@ -103,6 +103,7 @@ def write(run: Path, step: int, corpora: Sequence[Measured]) -> Path:
     descriptions = []
     for c, corpus in enumerate(corpora):
         sample = corpus.sample
+        # The sums per item follow from the draws. They are for readers who want no more than these.
         item_loss, item_length = sample.by_item()
         arrays |= {
             f"{c}.item": corpus.items,
@@ -121,6 +122,7 @@ def write(run: Path, step: int, corpora: Sequence[Measured]) -> Path:
                 "measure": asdict(corpus.measure),
             }
         )
+    # The bytes of the JSON: an array of objects would need pickle.
     arrays["corpora"] = np.frombuffer(json.dumps(descriptions).encode(), dtype=np.uint8)
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]  # its stubs take the names for its own option
@@ -161,6 +163,7 @@ def _corpus(c: int, description: dict[str, Any], arrays: _Arrays) -> Measured:
     owner = arrays[f"{c}.owner"]
     text = arrays[f"{c}.text"]
     items = arrays[f"{c}.item"]
+    # Every sweep belongs to an item, and every item has a sweep.
     fits = (
         loss.dtype == np.float64
         and loss.shape == (len(length), SWEEP)

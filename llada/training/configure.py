@@ -83,6 +83,7 @@ def complete_model(raw: JsonObject) -> JsonObject:
         return _fill_gaps(raw, stated, run)
     if stated is not None and not isinstance(stated, dict):
         return raw  # the validation refuses it
+    # No section, or one that names a folder: the settings come from there.
     settings = dict(stated or {})
     model_from = settings.pop(FROM, None)
     source = model_from or run.get("init_from")
@@ -113,6 +114,7 @@ def _model_of_source(source: str, setting: str, run: JsonObject) -> JsonObject:
     try:
         return model_section_of(source, setting)
     except UserError:
+        # A run that resumes no longer needs the folder that it once started from.
         saved = Path(str(run.get("dir"))) / "config.yaml"
         if not saved.is_file():
             raise

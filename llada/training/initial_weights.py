@@ -49,11 +49,13 @@ def start_from_weights(
     if damage:
         raise UserError(f"run.init_from: {damage[0]}; the checkpoint is damaged, take another one")
     parts = config.run.init_what
+    # An import has neither masters nor moments, so there is no optimizer state to take.
     if parts != "weights" and not StoredTensors(source / "model").has_masters:
         raise UserError(
             f"run.init_what: '{parts}', but {source} is an imported checkpoint, of weights alone;"
             " use weights"
         )
+    # Allowed, but rarely meant: the model has seen exactly these samples, in this order.
     notes = list(notes)
     if state.data == data.fingerprint and state.config["seed"] == config.seed:
         notes.append(

@@ -62,6 +62,7 @@ class RunLock:
         self._announced = False
         while not self._create():
             self._wait_for_holder()
+        # Touched by a thread of its own: a long step must not look like a dead process.
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="lock", daemon=True)
         self._thread.start()
@@ -107,6 +108,7 @@ class RunLock:
                 )
             time.sleep(min(1.0, self._beat / 4))
             self._announce(holder)
+            # A touch while this waited proves that the holder is alive, whatever the clocks say.
             touched_again = self._touched()
             holder = _read(self._path)
             if touched_again is not None and touched_again != touched:
@@ -115,6 +117,7 @@ class RunLock:
                     " or choose another run.dir"
                 ) from None
             touched = touched_again
+        # Only if it is still the same holder's.
         if touched is not None and _read(self._path) == holder:
             self._remove(holder)
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llada.config import Task
 from llada.training import metrics
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 def plot_loss_curve(folder: Path, task: Task = "pretrain") -> Path | None:
@@ -36,32 +40,9 @@ def plot_loss_curve(folder: Path, task: Task = "pretrain") -> Path | None:
     )
     upper = panels[0, 0]
     lower = panels[-1, 0]  # the same where there is one
-    steps, values = zip(*losses, strict=True)
-    upper.plot(
-        steps,
-        values,
-        color="tab:blue",
-        alpha=0.25,
-        linewidth=0.8,
-        label="training loss, each step",
-    )
-    upper.plot(
-        steps,
-        _moving_average(values),
-        color="tab:blue",
-        label="training loss, moving average",
-    )
+    _draw_losses(upper, losses)
     if validations:
-        steps, means, errors = zip(*validations, strict=True)
-        lower.errorbar(
-            steps,
-            means,
-            errors,
-            fmt="o-",
-            capsize=2,
-            color="tab:red",
-            label="validation NELBO ± standard error",
-        )
+        _draw_validations(lower, validations)
     upper.set_ylabel("nats per token, padded replies" if separate else "nats per token")
     lower.set_ylabel("nats per token")
     lower.set_xlabel("optimizer step")
@@ -72,6 +53,34 @@ def plot_loss_curve(folder: Path, task: Task = "pretrain") -> Path | None:
     figure.savefig(picture, bbox_inches="tight")
     plt.close(figure)
     return picture
+
+
+def _draw_losses(axes: Axes, losses: list[tuple[int, float]]) -> None:
+    steps, values = zip(*losses, strict=True)
+    axes.plot(
+        steps,
+        values,
+        color="tab:blue",
+        alpha=0.25,
+        linewidth=0.8,
+        label="training loss, each step",
+    )
+    axes.plot(
+        steps, _moving_average(values), color="tab:blue", label="training loss, moving average"
+    )
+
+
+def _draw_validations(axes: Axes, validations: list[tuple[int, float, float]]) -> None:
+    steps, means, errors = zip(*validations, strict=True)
+    axes.errorbar(
+        steps,
+        means,
+        errors,
+        fmt="o-",
+        capsize=2,
+        color="tab:red",
+        label="validation NELBO ± standard error",
+    )
 
 
 def _read_curves(

@@ -29,6 +29,7 @@ class JsonLines:
         self._file = open(folder / FILE, "a", encoding="utf-8")  # noqa: SIM115  # open for the whole run
 
     def write(self, line: MetricsLine) -> None:
+        # One write and flush a line: a killed process leaves at most one torn line, the last.
         self._file.write(json.dumps(finite(line)) + "\n")
         self._file.flush()
 

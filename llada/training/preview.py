@@ -64,7 +64,7 @@ def _describe_sample(
     ]
     for start, end, t, scale in window.segments():
         if not scale:
-            continue
+            continue  # filler, which has no loss
         num_masked = len(masked.intersection(range(start, end)))
         text = ""
         for position in range(start, min(end, start + _MAX_TOKENS)):

@@ -177,7 +177,7 @@ class MainReporter:
         self._events = events.of_this_process(self._folder)
         # Before anything is appended: lines past the checkpoint belong to an attempt that was lost.
         num_cut = metrics.cut(self._folder, start.step)
-        # On a CPU this measures for a second, now, while no step competes for the cores.
+        # Where the peak has to be measured, no step competes for the device yet.
         self._peak = Peak(hardware.device, DTYPES[config.precision])
         self._write_config()
         self._console = Console(config.train.steps, start.step, config.logging)

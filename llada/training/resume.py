@@ -76,10 +76,8 @@ def resolve_resume(
         damage = find_damage(config, folder)
         if not damage:
             return run.resume_from(folder, notes)
-        note = f"ignored {folder}: {damage[0]}"
-        if len(damage) > 1:
-            note += f" (and {len(damage) - 1} more)"
-        notes.append(note)
+        more = f" (and {len(damage) - 1} more)" if len(damage) > 1 else ""
+        notes.append(f"ignored {folder}: {damage[0]}{more}")
     if checkpoints:
         raise UserError(
             f"resume: no checkpoint in {root} is sound: {notes[-1].removeprefix('ignored ')}; "

@@ -81,6 +81,7 @@ def hold_run_folder(path: Path, rank: int, stopped: Callable[[], bool]) -> RunFo
             held = RunFolder(path, stopped)
         except (UserError, RunError, TryAgain) as caught:
             error = caught
+    # The exchange is also what the other ranks wait in.
     error = gather_world(error)[0]
     if error is not None:
         raise error
@@ -94,6 +95,7 @@ def refuse_foreign_folder(path: Path) -> None:
             raise UserError(
                 f"run.dir: '{path}' is {description} (it holds {name}); choose another folder"
             )
+    # A run inside a corpus would become part of what is read and checked.
     for parent in path.resolve().parents:
         if (parent / MANIFEST).is_file() and (parent / "tokenizer").is_dir():
             raise UserError(

@@ -87,5 +87,6 @@ class Schedule:
                 f"schedule.stages: end after {self.steps} steps, step {step + 1} has no learning"
                 " rate; add a stage or lower train.steps"
             )
+        # At the last step of the stage the progress is 1.
         progress = (step - stage.first + 1) / stage.steps
         return stage.start + (stage.end - stage.start) * _SHAPES[stage.shape](progress)

@@ -102,6 +102,7 @@ def find_changes(
     Raises:
         UserError: this version does not allow a setting of the checkpoint any more.
     """
+    # Settings, as they are written.
     changes = []
     allowed: tuple[str, ...] = MAY_CHANGE
     if not config.train.skip_spikes:
@@ -109,14 +110,17 @@ def find_changes(
     difference = first_difference(state.config, dump_config(config), allowed)
     if difference is not None:
         changes.append(difference)
+    # Data, wherever it lies by now.
     if state.data != data.fingerprint:
         changes.append(f"data.mixture: data {state.data} -> {data.fingerprint}")
+    # The learning rates of the steps that are done; later ones may change.
     old = _config_of_checkpoint(state.config, folder)
     changed_rate = _first_changed_rate(old, config, state.step)
     if changed_rate is not None:
         changes.append(changed_rate)
-    if threads is None:
+    if threads is None:  # this machine's versions say nothing about the one that will run it
         return changes
+    # Software and hardware.
     current = arithmetic_versions(config, threads)
     if not _threads_matter(config, old, state):
         del current["run.threads"]

@@ -49,6 +49,7 @@ class StepEvents:
     def write(self, line: MetricsLine) -> None:
         if "loss" not in line:  # a validation
             return
+        # The first step of every start: whoever watches sees that it computes again.
         step = line["step"]
         if self._is_first or step % self._every == 0 or step == self._total:
             self._log.write(
@@ -93,6 +94,7 @@ class WeightsAndBiases:
         run_id = uuid.uuid4().hex[:8]
         if id_file.exists():
             run_id = id_file.read_text().strip()
+        # Before W&B is told: a process that dies in between goes on with the same run, too.
         write_atomically(id_file, run_id)
         default_mode = "online" if wandb.api.api_key else "offline"
         mode: Any = os.environ.get("WANDB_MODE") or default_mode
@@ -178,6 +180,7 @@ class Console:
 
     def print_above(self, text: str) -> None:
         """Print a line, above the progress line where there is one."""
+        # rich parses square brackets and colours numbers unless it is told not to.
         if self._progress is not None:
             self._progress.console.print(text, markup=False, highlight=False)
         else:
