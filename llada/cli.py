@@ -175,16 +175,16 @@ def compare(
     """Compare the validations of RUNS item by item: differences with their errors."""
     import orjson
 
-    from llada.training import comparison
+    from llada.evaluation import comparison, comparison_report
 
     opened = comparison.open_runs(runs, step, corpus)
     differences = comparison.compare(opened)
     if as_json:
         typer.echo(
-            orjson.dumps(comparison.as_json(opened, differences), option=orjson.OPT_INDENT_2)
+            orjson.dumps(comparison_report.as_json(opened, differences), option=orjson.OPT_INDENT_2)
         )
     else:
-        typer.echo(comparison.in_words(opened, differences))
+        typer.echo(comparison_report.as_text(opened, differences))
 
 
 @convert_app.command("to-hf")

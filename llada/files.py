@@ -21,6 +21,8 @@ import xxhash
 from llada.errors import RunError, UserError
 
 _CHUNK = 1 << 24
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Numbers of the system's errors where there is no room for what is written."""
 T = TypeVar("T")
 
 

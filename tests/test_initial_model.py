@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from llada.checkpoint import format
+from llada.checkpoint.format import MARKER, STATE_FILE, CheckpointState
 from llada.errors import UserError
 from llada.training.configure import load_config
 from tests.workplace import CONFIG
@@ -39,9 +39,9 @@ def run_folder(path: Path) -> Path:
     folder = path / "checkpoints" / "step_00000003"
     folder.mkdir(parents=True)
     config = {"precision": "fp32", "data": {"sequence_length": 64}, "model": MODEL}
-    state = format.State(3, 24, 1536, "", config, {}, [], [])
-    (folder / format.STATE).write_text(json.dumps(asdict(state)))
-    (folder / format.MARKER).write_text("{}")
+    state = CheckpointState(3, 24, 1536, "", config, {}, [], [])
+    (folder / STATE_FILE).write_text(json.dumps(asdict(state)))
+    (folder / MARKER).write_text("{}")
     return path
 
 

@@ -11,7 +11,8 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from llada.checkpoint import format
+from llada.checkpoint.format import MARKER, checkpoint_name, committed_checkpoints
+from llada.checkpoint.retention import prune_checkpoints
 from llada.cli import app
 from llada.config import build_config, dump_config
 from llada.files import readable_size
@@ -32,11 +33,11 @@ def test_the_number_of_checkpoints_is_what_pruning_leaves(
     raw["train"]["steps"] = steps
     raw["checkpoint"] |= {"every": 4, "keep_last": keep_last, "keep_every": keep_every}
     for step in sorted({*range(4, steps + 1, 4), steps}):
-        folder = tmp_path / format.name(step)
+        folder = tmp_path / checkpoint_name(step)
         folder.mkdir()
-        (folder / format.MARKER).touch()
-        format.prune(tmp_path, keep_last, keep_every)
-    assert checkpoint_volume(build_config(raw)).kept == len(format.committed(tmp_path))
+        (folder / MARKER).touch()
+        prune_checkpoints(tmp_path, keep_last, keep_every)
+    assert checkpoint_volume(build_config(raw)).kept == len(committed_checkpoints(tmp_path))
 
 
 @pytest.mark.parametrize(

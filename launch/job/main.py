@@ -20,7 +20,7 @@ def main() -> int:
     folder, *rest = sys.argv[1:]
     local = "--local" in rest
     if local:
-        signal.signal(signal.SIGHUP, stop.note)  # its terminal was closed
+        signal.signal(signal.SIGHUP, stop.handle)  # its terminal was closed
     if os.environ.pop("LLADA_SIGNALLED", None):  # by the batch script, before this process stood
         stop.signal = "SIGUSR1"
     from pathlib import Path

@@ -1,8 +1,15 @@
-"""Names, markers, retention and lineage of checkpoints. What is in them is the engine's.
+"""A checkpoint on disk: its name, its marker, and what it says of its run.
 
-RUN/checkpoints/step_NNNNNNNN/ is complete when its COMMITTED file exists. It is written under a
-temporary name, every file is flushed to disk, the marker with the size and checksum of every file
-is written last, and the folder is renamed: a killed save leaves a folder that is never read.
+RUN/checkpoints/step_NNNNNNNN/ holds
+
+    model/       the engine's state: a Megatron-Core distributed checkpoint
+    tokenizer/   a copy of the tokenizer
+    state.json   `CheckpointState`
+    COMMITTED    size and checksum of every file above
+
+and is complete when COMMITTED exists. A save writes into a folder with a temporary name, flushes
+every file to disk, writes the marker last and renames the folder: a save that was killed leaves a
+folder that is never read.
 """
 
 from __future__ import annotations
@@ -11,7 +18,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,15 +31,24 @@ from llada.files import checksum, sync_folder, sync_tree, write_atomically
 from llada.tokenizer import Tokenizer
 
 MARKER = "COMMITTED"
-STATE = "state.json"
-TOKENIZER = "tokenizer"
-_NAME = re.compile(r"^step_(\d{8})$")
-_UNFINISHED = re.compile(r"^step_\d{8}\.(partial|deleted)$")
+STATE_FILE = "state.json"
+TOKENIZER_FOLDER = "tokenizer"
+PARTIAL_SUFFIX = ".partial"
+"""Of a checkpoint that is being written."""
+DELETED_SUFFIX = ".deleted"
+"""Of a checkpoint that is being deleted."""
+
+JsonObject = dict[str, Any]
+Checksums = Mapping[str, JsonObject]
+"""File name -> {"bytes": size, "xxh3": checksum}, see `llada.files.checksum`."""
+
+_COMPLETE_NAME = re.compile(r"^step_(\d{8})$")
+_UNFINISHED_NAME = re.compile(r"^step_\d{8}\.(partial|deleted)$")
 
 
 @dataclass(frozen=True)
-class State:
-    """What a checkpoint says of its run besides the engine's state.
+class CheckpointState:
+    """What a checkpoint says of its run besides the engine's state; state.json holds its fields.
 
     Attributes:
         step: optimizer steps done.
@@ -40,10 +56,10 @@ class State:
         tokens: training tokens consumed.
         data: fingerprint of the data.
         config: resolved config of the run.
-        versions: of the packages that decide the arithmetic, and threads.
+        versions: of the packages that decide the arithmetic, and the number of threads.
         lineage: where the weights came from, oldest first.
         recent: [step, loss, gradient norm] of the last applied steps (0-based), oldest first.
-        validation: the last validation line of metrics.jsonl; None: there was none.
+        validation: the last validation line of metrics.jsonl; None before the first validation.
         tokenizer: fingerprint of the tokenizer; empty in checkpoints of versions that did not
             record it.
         ranks: world size of the run; 0 in checkpoints of versions that did not record it.
@@ -53,24 +69,25 @@ class State:
     samples: int
     tokens: int
     data: str
-    config: dict[str, Any]
+    config: JsonObject
     versions: dict[str, str]
-    lineage: list[dict[str, Any]]
+    lineage: list[JsonObject]
     recent: Sequence[Sequence[float]]
-    validation: dict[str, Any] | None = None
+    validation: JsonObject | None = None
     tokenizer: str = ""
     ranks: int = 0
 
 
 @dataclass(frozen=True)
 class TrainedConfig:
-    """The model in a checkpoint, of a run or imported.
+    """The model in a checkpoint, whether a run wrote it or an import did.
 
     Attributes:
         model: its shape.
-        precision: "fp32" or "bf16", what it computed in; of an imported one what its weights are
-            stored in.
-        longest: longest sequence that it was trained on, in this run or one before, in tokens.
+        precision: "fp32" or "bf16": what the run computed in; of an imported checkpoint, what its
+            weights are stored in.
+        longest: longest sequence that the model was trained on, in this run or one before, in
+            tokens.
     """
 
     model: ModelSection
@@ -78,216 +95,87 @@ class TrainedConfig:
     longest: int
 
 
-def trained(state: State) -> TrainedConfig:
-    """The model of a checkpoint. Raises UserError when its state does not describe one."""
+def trained_config(state: CheckpointState) -> TrainedConfig:
+    """Return the model that a checkpoint's state describes.
+
+    Raises:
+        UserError: the state does not describe a model.
+    """
     try:
         model = ModelSection.model_validate(state.config["model"])
-        lengths = [
-            state.config["data"]["sequence_length"],
-            *(entry.get("sequence_length", 0) for entry in state.lineage),
-        ]
+        lengths = [state.config["data"]["sequence_length"]]
+        lengths += [entry.get("sequence_length", 0) for entry in state.lineage]
         return TrainedConfig(model, state.config["precision"], max(lengths))
     except (KeyError, TypeError, ValidationError) as error:
+        reason = " ".join(str(error).split())
         raise UserError(
-            f"checkpoint: its {STATE} does not describe a model ({' '.join(str(error).split())})"
+            f"checkpoint: its {STATE_FILE} does not describe a model ({reason})"
         ) from None
 
 
-def name(step: int) -> str:
-    """Folder name of the checkpoint after `step` steps."""
+# -- names -----------------------------------------------------------------------------------------
+
+
+def checkpoint_name(step: int) -> str:
+    """Return the folder name of the checkpoint after `step` steps."""
     return f"step_{step:08d}"
 
 
-def step_of(folder: Path) -> int:
-    """Steps done in a checkpoint, by its folder's name."""
+def checkpoint_step(folder: Path) -> int:
+    """Return the number of steps that a checkpoint's folder name states."""
     return int(folder.name.removeprefix("step_"))
 
 
-def load_tokenizer(folder: Path, setting: str = "checkpoint") -> Tokenizer:
-    """The tokenizer in a checkpoint.
-
-    Args:
-        folder: of the checkpoint.
-        setting: what the user calls it, for messages.
-
-    Raises:
-        UserError: it cannot be read, or the model was trained with another one.
-    """
-    tokenizer = Tokenizer.load(folder / TOKENIZER)
-    wanted = read_state(folder, setting).tokenizer
-    if wanted and tokenizer.fingerprint != wanted:
-        raise UserError(
-            f"{setting}: {folder / TOKENIZER} is not the tokenizer that the model was trained with,"
-            f" its fingerprint differs from the one in {STATE}; put the right one back, or take"
-            " another checkpoint"
-        )
-    return tokenizer
-
-
-def begin(root: Path, step: int) -> Path:
-    """Make the temporary folder of a checkpoint, with an empty model/ for the engine; what an
-    earlier attempt left there is removed.
-
-    The folder of the run must exist: it is not made again where it was deleted.
-    """
-    partial = root / f"{name(step)}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    root.mkdir(exist_ok=True)
-    (partial / "model").mkdir(parents=True)
-    sync_folder(root.parent)  # the entry of `root` itself
-    return partial
-
-
-def commit(
-    partial: Path, state: State, tokenizer: Mapping[str, bytes], written: dict[str, dict[str, Any]]
-) -> Path:
-    """Complete a checkpoint and give it its name.
-
-    Args:
-        partial: from `begin`, with the engine's files in model/.
-        state: of the run.
-        tokenizer: files of the tokenizer, name -> content.
-        written: size and checksum of the files in model/ that are known already; the others are
-            read again.
-    """
-    final = partial.with_name(name(state.step))
-    seal(partial, state, tokenizer, written)
-    # can only be one without a marker: it was never complete
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(partial, final)
-    sync_folder(partial.parent)
-    return final
-
-
-def seal(
-    folder: Path, state: State, tokenizer: Mapping[str, bytes], written: dict[str, dict[str, Any]]
-) -> None:
-    """Write all of a checkpoint but its model/, the marker last; see `commit`."""
-    (folder / TOKENIZER).mkdir()
-    for file, content in tokenizer.items():
-        (folder / TOKENIZER / file).write_bytes(content)
-    write_atomically(folder / STATE, json.dumps(asdict(state), indent=1))
-    sync_tree(folder)
-    files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    sums = {
-        file: written.get(file.removeprefix("model/")) or checksum(folder / file) for file in files
-    }
-    write_atomically(folder / MARKER, json.dumps({"step": state.step, "files": sums}, indent=1))
-
-
-def verify_checkpoint(folder: Path, share: int = 0, shares: int = 1) -> list[str]:
-    """What differs between a committed checkpoint's files and its marker, one line each.
-
-    Args:
-        folder: of the checkpoint.
-        share, shares: look at every `shares`-th file from number `share` on, so that ranks can
-        divide the work.
-    """
-    try:
-        files = json.loads((folder / MARKER).read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return [f"{folder / MARKER} is damaged ({error})"]
-    found = []
-    for file, wanted in sorted(files.items())[share::shares]:
-        path = folder / file
-        try:
-            size = path.stat().st_size
-            if size != wanted["bytes"]:
-                found.append(f"{path} has {size} bytes, its marker says {wanted['bytes']}")
-            elif checksum(path) != wanted:
-                found.append(f"{path} has another checksum than its marker says")
-        except OSError as error:
-            found.append(f"{path} cannot be read ({error.strerror})")
-    return found
-
-
-def prune(root: Path, keep_last: int | None, keep_every: int | None) -> list[Path]:
-    """Delete complete checkpoints that are neither among the newest nor exempt; returns them. A
-    deletion that is cut off leaves a folder that is never read, and the next one removes it.
-    """
-    for left in root.glob("step_*.deleted"):
-        shutil.rmtree(left, ignore_errors=True)
-    if keep_last is None:
-        return []
-    old = [
-        path
-        for path in committed(root)[:-keep_last]
-        if keep_every is None or step_of(path) % keep_every
-    ]
-    for path in old:
-        gone = path.with_name(f"{path.name}.deleted")
-        os.replace(path, gone)
-        shutil.rmtree(gone, ignore_errors=True)
-    return old
-
-
-def supersede(folders: list[Path]) -> None:
-    """Rename checkpoints that a rewind leaves behind, so that none of them is found as the latest;
-    nothing is deleted.
-    """
-    for folder in folders:
-        attempt = 1 + sum(1 for _ in folder.parent.glob(f"{folder.name}.rewound-*"))
-        os.replace(folder, folder.with_name(f"{folder.name}.rewound-{attempt}"))
-        sync_folder(folder.parent)
-
-
-def committed(root: Path) -> list[Path]:
-    """Complete checkpoints below `root`, oldest first."""
-    return sorted(
-        path for path in _children(root) if _NAME.match(path.name) and (path / MARKER).is_file()
-    )
-
-
-def ignored(root: Path) -> list[Path]:
-    """Folders that look like checkpoints but lack the marker or the name."""
+def committed_checkpoints(root: Path) -> list[Path]:
+    """Return the complete checkpoints in the folder `root`, oldest first."""
     return sorted(
         path
         for path in _children(root)
-        if _UNFINISHED.match(path.name)
-        or (_NAME.match(path.name) and not (path / MARKER).is_file())
+        if _COMPLETE_NAME.match(path.name) and (path / MARKER).is_file()
     )
 
 
-def unmarked(root: Path) -> list[Path]:
-    """Folders with a complete checkpoint's name but no marker: it was lost, since a folder gets the
-    name after the marker.
+def unfinished_checkpoints(root: Path) -> list[Path]:
+    """Return folders that look like checkpoints but lack the marker or the final name."""
+    unfinished = [path for path in _children(root) if _UNFINISHED_NAME.match(path.name)]
+    return sorted(unfinished + unmarked_checkpoints(root))
+
+
+def unmarked_checkpoints(root: Path) -> list[Path]:
+    """Return folders with a complete checkpoint's name but without the marker.
+
+    Such a folder has lost its marker: a save writes the marker before it gives the name.
     """
-    return [path for path in ignored(root) if _NAME.match(path.name)]
+    return sorted(
+        path
+        for path in _children(root)
+        if _COMPLETE_NAME.match(path.name) and not (path / MARKER).is_file()
+    )
 
 
-def _children(root: Path) -> Iterator[Path]:
-    return root.iterdir() if root.is_dir() else iter(())
+def _children(root: Path) -> Iterable[Path]:
+    return root.iterdir() if root.is_dir() else ()
 
 
-def read_state(folder: Path, setting: str = "checkpoint") -> State:
-    """The state of a checkpoint. Raises UserError, with what the user calls the folder, when it is
-    not a complete one.
-    """
-    if not folder.is_dir():
-        raise UserError(f"{setting}: no folder '{folder}'")
-    if not (folder / MARKER).is_file():
-        raise UserError(
-            f"{setting}: {folder} has no {MARKER} file, its save was cut off or it is no checkpoint"
-        )
-    try:
-        return State(**json.loads((folder / STATE).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{setting}: {folder / STATE} is damaged ({error})") from None
+def resolve_checkpoint(path: str | Path, setting: str = "checkpoint") -> Path:
+    """Return the checkpoint that `path` means: itself, or the latest one of a run folder.
 
+    Args:
+        path: a checkpoint, RUN/checkpoints, or RUN.
+        setting: what the user calls `path`, for messages.
 
-def resolve(path: str | Path, setting: str = "checkpoint") -> Path:
-    """The checkpoint meant by a checkpoint folder, or the latest one of a run folder.
-
-    Raises UserError, with what the user calls the folder, when there is none.
+    Raises:
+        UserError: there is no checkpoint.
     """
     path = Path(path)
-    # False too for a name that no file can have
-    if os.path.isfile(path / MARKER) or _NAME.match(path.name):
+    # os.path.isfile, unlike Path.is_file, also answers False for a name that no file can have.
+    if os.path.isfile(path / MARKER) or _COMPLETE_NAME.match(path.name):
         return path
-    for root in (path / "checkpoints", path) if os.path.isdir(path) else ():
-        found = committed(root)
-        if found:
-            return found[-1]
+    if os.path.isdir(path):
+        for root in (path / "checkpoints", path):
+            checkpoints = committed_checkpoints(root)
+            if checkpoints:
+                return checkpoints[-1]
     if not os.path.exists(path):
         raise UserError(f"{setting}: no folder '{path}'")
     raise UserError(
@@ -295,21 +183,110 @@ def resolve(path: str | Path, setting: str = "checkpoint") -> Path:
     )
 
 
-def first_difference(
-    old: dict[str, Any], new: dict[str, Any], allowed: tuple[str, ...], prefix: str = ""
-) -> str | None:
-    """The first setting that differs between two nested configs, as `key: old -> new`; `allowed`
-    prefixes may differ.
+# -- writing ---------------------------------------------------------------------------------------
+
+
+def begin_checkpoint(root: Path, step: int) -> Path:
+    """Create the temporary folder of a checkpoint, with an empty model/ for the engine.
+
+    What an earlier attempt left under that name is removed. The run folder, the parent of `root`,
+    must exist: one that was deleted is not created again.
     """
-    for key in {**old, **new}:
-        path = f"{prefix}{key}"
-        if any(path == a or path.startswith(a + ".") for a in allowed):
-            continue
-        before, after = old.get(key), new.get(key)
-        if isinstance(before, dict) and isinstance(after, dict):
-            found = first_difference(before, after, allowed, path + ".")
-            if found:
-                return found
-        elif before != after:
-            return f"{path}: {before!r} -> {after!r}"
-    return None
+    partial = root / f"{checkpoint_name(step)}{PARTIAL_SUFFIX}"
+    shutil.rmtree(partial, ignore_errors=True)
+    root.mkdir(exist_ok=True)
+    (partial / "model").mkdir(parents=True)
+    sync_folder(root.parent)  # the entry of `root` itself
+    return partial
+
+
+def commit_checkpoint(
+    partial: Path, state: CheckpointState, tokenizer: Mapping[str, bytes], written: Checksums
+) -> Path:
+    """Complete a checkpoint and give it its name.
+
+    Args:
+        partial: from `begin_checkpoint`, with the engine's files in model/.
+        state: of the run.
+        tokenizer: files of the tokenizer, name -> content.
+        written: checksums of the files in model/ that are known already; the others are computed
+            by reading the files again.
+
+    Returns:
+        The complete checkpoint's folder.
+    """
+    final = partial.with_name(checkpoint_name(state.step))
+    # The name comes after the marker: a folder with the name but no marker has lost it.
+    seal_checkpoint(partial, state, tokenizer, written)
+    # A folder of this name has no marker, or the run would have resumed from it: it is incomplete.
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(partial, final)
+    sync_folder(partial.parent)
+    return final
+
+
+def seal_checkpoint(
+    folder: Path, state: CheckpointState, tokenizer: Mapping[str, bytes], written: Checksums
+) -> None:
+    """Write everything of a checkpoint except model/, the marker last.
+
+    The arguments are those of `commit_checkpoint`.
+    """
+    (folder / TOKENIZER_FOLDER).mkdir()
+    for name, content in tokenizer.items():
+        (folder / TOKENIZER_FOLDER / name).write_bytes(content)
+    write_atomically(folder / STATE_FILE, json.dumps(asdict(state), indent=1))
+    # Everything is on disk before the marker says so.
+    sync_tree(folder)
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    sums = {
+        name: written.get(name.removeprefix("model/")) or checksum(folder / name) for name in names
+    }
+    write_atomically(folder / MARKER, json.dumps({"step": state.step, "files": sums}, indent=1))
+
+
+# -- reading ---------------------------------------------------------------------------------------
+
+
+def read_state(folder: Path, setting: str = "checkpoint") -> CheckpointState:
+    """Read the state of a checkpoint.
+
+    Args:
+        folder: of the checkpoint.
+        setting: what the user calls `folder`, for messages.
+
+    Raises:
+        UserError: `folder` is not a complete checkpoint, or its state is damaged.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{setting}: no folder '{folder}'")
+    if not (folder / MARKER).is_file():
+        raise UserError(
+            f"{setting}: {folder} has no {MARKER} file; its save was cut off, or it is not a"
+            " checkpoint"
+        )
+    try:
+        return CheckpointState(**json.loads((folder / STATE_FILE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{setting}: {folder / STATE_FILE} is damaged ({error})") from None
+
+
+def load_tokenizer(folder: Path, setting: str = "checkpoint") -> Tokenizer:
+    """Load the tokenizer of a checkpoint.
+
+    Args:
+        folder: of the checkpoint.
+        setting: what the user calls `folder`, for messages.
+
+    Raises:
+        UserError: it cannot be read, or the model was trained with another one.
+    """
+    tokenizer = Tokenizer.load(folder / TOKENIZER_FOLDER)
+    recorded = read_state(folder, setting).tokenizer
+    if recorded and tokenizer.fingerprint != recorded:
+        raise UserError(
+            f"{setting}: {folder / TOKENIZER_FOLDER} is not the tokenizer that the model was"
+            f" trained with: its fingerprint differs from the one in {STATE_FILE}; put the right"
+            " one back, or use another checkpoint"
+        )
+    return tokenizer

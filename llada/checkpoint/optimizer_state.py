@@ -1,20 +1,30 @@
-"""The distributed optimizer's state as pieces of the model's tensors: every rank writes and reads
-what it owns, on any layout.
+"""The distributed optimizer's state as rectangles of the model's tensors.
 
-A replica owns a flat range of every parameter's elements; cut at row ends, that is at most three
-rectangles of the matrix, and rectangles are what a distributed checkpoint can reshard.
-Megatron-Core's own format for this gathers the whole state in the host memory of every rank before
-a save: for 8B parameters 96 GB a rank, and training waits for it.
+Every rank writes and reads the part that it owns, and the part may be another one on another
+layout. Megatron-Core's own format for this gathers the whole state in the host memory of every rank
+before a save: for 8B parameters 96 GB a rank, and training waits for it.
+
+Megatron's distributed optimizer gives each replica a flat range of every parameter's elements. A
+distributed checkpoint can reshard rectangles, so the range is cut at row ends, into at most three.
+For a matrix of 4 rows and 5 columns, a replica that owns elements 3 to 16 (17 exclusive) has
+
+    row 0    .  .  .  3  4        (1, 2) at (0, 3)     head: the rest of a row
+    row 1    5  6  7  8  9        (2, 5) at (1, 0)     body: whole rows
+    row 2   10 11 12 13 14
+    row 3   15 16  .  .  .        (1, 2) at (3, 0)     tail: the start of a row
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+
+if TYPE_CHECKING:
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 MASTERS = ("param",)
 WEIGHTS = ("weight",)
@@ -22,95 +32,111 @@ WEIGHTS = ("weight",)
 EVERYTHING = ("param", "exp_avg", "exp_avg_sq")
 
 
-def start_moments(parts: Sequence[Any]) -> None:
-    """Give every parameter the state that AdamW would make in its first step, zero moments and zero
-    steps, in place of any other.
+def start_moments(optimizers: Sequence[DistributedOptimizer]) -> None:
+    """Give every parameter the state that AdamW would create in its first step.
 
-    Args:
-        parts: Megatron-Core's DistributedOptimizers.
+    That is zero moments and zero steps. Any other state is replaced.
     """
-    for part in parts:
-        for group in part.optimizer.param_groups:
+    for optimizer in optimizers:
+        for group in optimizer.optimizer.param_groups:
             for master in group["params"]:
-                step = torch.zeros((), dtype=torch.float32, device=master.device)
-                part.optimizer.state[master] = {"step": step} | {
-                    name: torch.zeros_like(master) for name in ("exp_avg", "exp_avg_sq")
+                optimizer.optimizer.state[master] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=master.device),
+                    "exp_avg": torch.zeros_like(master),
+                    "exp_avg_sq": torch.zeros_like(master),
                 }
 
 
-def step_count(parts: Sequence[Any]) -> int:
-    """Updates done, the same for all parameters."""
-    return max(
-        (int(moments["step"]) for part in parts for moments in part.optimizer.state.values()),
-        default=0,
-    )
+def step_count(optimizers: Sequence[DistributedOptimizer]) -> int:
+    """Return the number of updates done, which is the same for all parameters."""
+    counts = [
+        int(state["step"])
+        for optimizer in optimizers
+        for state in optimizer.optimizer.state.values()
+    ]
+    return max(counts, default=0)
 
 
-def set_step_count(parts: Sequence[Any], count: int) -> None:
-    """Set the updates done, a tensor of its own for each parameter: a shared one would grow once
-    per parameter and step.
+def set_step_count(optimizers: Sequence[DistributedOptimizer], count: int) -> None:
+    """Set the number of updates done.
+
+    Each parameter gets a tensor of its own: AdamW counts in place, so a shared one would grow once
+    for each parameter in every step.
     """
-    for part in parts:
-        for master, moments in part.optimizer.state.items():
-            moments["step"] = torch.full(
-                (), float(count), dtype=torch.float32, device=master.device
-            )
+    for optimizer in optimizers:
+        for master, state in optimizer.optimizer.state.items():
+            state["step"] = torch.full((), float(count), dtype=torch.float32, device=master.device)
 
 
-def pieces(
-    parts: Sequence[Any], model: dict[str, Any], kinds: Sequence[str]
+def owned_rectangles(
+    optimizers: Sequence[DistributedOptimizer],
+    model: Mapping[str, object],
+    names: Sequence[str],
 ) -> list[ShardedTensor]:
-    """This rank's part of masters and moments, as views: saving reads them, loading writes them.
+    """Return this rank's part of masters and moments, as views.
+
+    A save reads the views, a load writes into them.
 
     Args:
-        parts: Megatron-Core's DistributedOptimizers, with moments.
+        optimizers: with moments.
         model: the model's sharded state, which says where each parameter lies in the whole model.
-        kinds: which of EVERYTHING, or WEIGHTS.
+        names: which of EVERYTHING, or WEIGHTS.
     """
-    homes = {
+    sharded_parameters = {
         value.data: value
         for value in nested_values(model)
         if isinstance(value, (ShardedTensor, ShardedTensorFactory))
     }
-    found: list[ShardedTensor] = []
-    for part in parts:
-        for parameter in part.model_param_group_index_map:
-            home = homes[parameter]
-            blocks = (
-                list(nested_values(home.build()))
-                if isinstance(home, ShardedTensorFactory)
-                else [home]
-            )
-            span = part._get_model_param_range_map(parameter)["param"]
-            state = part._get_main_param_and_optimizer_states(parameter)
-            for kind in kinds:
-                prefix = "" if kind in WEIGHTS else f"optimizer.state.{kind}."
-                found += _cut(
-                    prefix, state["param" if kind in WEIGHTS else kind].detach(), span.start, blocks
-                )
-    return found
+    rectangles: list[ShardedTensor] = []
+    for optimizer in optimizers:
+        for parameter in optimizer.model_param_group_index_map:
+            sharded = sharded_parameters[parameter]
+            blocks = [sharded]
+            if isinstance(sharded, ShardedTensorFactory):
+                # The SwiGLU's fc1: gate and up are stored as two tensors.
+                blocks = list(nested_values(sharded.build()))
+            owned = optimizer._get_model_param_range_map(parameter)["param"]
+            state = optimizer._get_main_param_and_optimizer_states(parameter)
+            for name in names:
+                if name in WEIGHTS:
+                    prefix = ""
+                    values = state["param"]
+                else:
+                    prefix = f"optimizer.state.{name}."
+                    values = state[name]
+                rectangles += _cut(prefix, values.detach(), owned.start, blocks)
+    return rectangles
 
 
 def _cut(
-    prefix: str, flat: torch.Tensor, first: int, blocks: list[ShardedTensor]
+    prefix: str, flat: torch.Tensor, first: int, blocks: Sequence[ShardedTensor]
 ) -> Iterator[ShardedTensor]:
-    """Rectangles of a flat range of a parameter's elements that begins at element `first`.
+    """Cut a flat range of a parameter's elements into rectangles.
 
-    The parameter is `blocks` one below the other, each a rectangle of a stored tensor (gate and up
-    of the SwiGLU are two).
+    Args:
+        prefix: of the rectangles' names.
+        flat: the values of the range [elements].
+        first: number of its first element in the parameter.
+        blocks: rectangles of stored tensors that make up the parameter, one below the other.
     """
-    base = 0
+    last = first + flat.numel()
+    block_first = 0
     for block in blocks:
-        size = block.data.numel()
-        start, stop = max(first, base), min(first + flat.numel(), base + size)
-        for low, high, shape, corner in _rectangles(
-            start - base, stop - base, tuple(block.local_shape)
-        ):
-            lead = len(block.global_shape) - len(shape)
-            data = flat[base + low - first : base + high - first].view((1,) * lead + shape)
+        block_last = block_first + block.data.numel()
+        # The elements that the range and the block share, counted from the block's first.
+        start = max(first, block_first) - block_first
+        stop = min(last, block_last) - block_first
+        for rectangle in rectangles_of_range(start, stop, tuple(block.local_shape)):
+            # Axes of the stored tensor that a block has not: the layer, where layers are stacked.
+            num_leading = len(block.global_shape) - len(rectangle.shape)
+            from_flat = slice(
+                block_first + rectangle.start - first, block_first + rectangle.stop - first
+            )
+            data = flat[from_flat].view((1,) * num_leading + rectangle.shape)
+            block_offset = block.global_offset
             offset = [
-                *block.global_offset[:lead],
-                *(a + b for a, b in zip(block.global_offset[lead:], corner, strict=True)),
+                *block_offset[:num_leading],
+                *(a + b for a, b in zip(block_offset[num_leading:], rectangle.corner, strict=True)),
             ]
             yield ShardedTensor(
                 key=prefix + block.key,
@@ -119,31 +145,48 @@ def _cut(
                 local_shape=tuple(data.shape),
                 global_shape=tuple(block.global_shape),
                 global_offset=tuple(offset),
-                axis_fragmentations=None,  # rectangles of any size
-                replica_id=(
-                    *block.replica_id[:2],
-                    0,
-                ),  # the last counts replicas; here each owns something else
+                axis_fragmentations=None,  # the rectangles are no regular grid
+                # The last number counts copies on replicas, of which one is saved. Here every
+                # replica owns other elements, so all are saved.
+                replica_id=(*block.replica_id[:2], 0),
             )
-        base += size
+        block_first = block_last
 
 
-def _rectangles(
-    start: int, stop: int, shape: tuple[int, ...]
-) -> Iterator[tuple[int, int, tuple[int, ...], tuple[int, ...]]]:
-    """(start, stop, shape, first index) of the rectangles that a flat range of a tensor with one or
-    two axes consists of.
+class Rectangle(NamedTuple):
+    """A part of a flat range that is a rectangle of the tensor.
+
+    Attributes:
+        start, stop: of its elements, counted over the tensor.
+        shape: of the rectangle.
+        corner: index of its first element in the tensor.
+    """
+
+    start: int
+    stop: int
+    shape: tuple[int, ...]
+    corner: tuple[int, ...]
+
+
+def rectangles_of_range(start: int, stop: int, shape: tuple[int, ...]) -> Iterator[Rectangle]:
+    """Cut elements `start` to `stop` (exclusive) of a tensor of one or two axes into rectangles.
+
+    >>> [tuple(rectangle) for rectangle in rectangles_of_range(3, 17, (4, 5))]
+    [(3, 5, (1, 2), (0, 3)), (5, 15, (2, 5), (1, 0)), (15, 17, (1, 2), (3, 0))]
     """
     if start >= stop:
         return
     if len(shape) == 1:
-        yield start, stop, (stop - start,), (start,)
+        yield Rectangle(start, stop, (stop - start,), (start,))
         return
     width = shape[1]
-    body, tail = min(stop, -(-start // width) * width), max(start, stop // width * width)
+    # The whole rows in the range are elements body to tail; there are none where body >= tail.
+    body = min(stop, -(-start // width) * width)
+    tail = max(start, stop // width * width)
     if start < body:
-        yield start, body, (1, body - start), (start // width, start % width)
+        yield Rectangle(start, body, (1, body - start), (start // width, start % width))
     if body < tail:
-        yield body, tail, ((tail - body) // width, width), (body // width, 0)
+        yield Rectangle(body, tail, ((tail - body) // width, width), (body // width, 0))
+    # body > tail where the range ends in the row it starts in: the head is then all of it.
     if max(body, tail) < stop:
-        yield tail, stop, (1, stop - tail), (tail // width, 0)
+        yield Rectangle(tail, stop, (1, stop - tail), (tail // width, 0))

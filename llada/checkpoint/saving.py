@@ -1,4 +1,10 @@
-"""One checkpoint of a run on its way to disk, over all ranks."""
+"""One checkpoint on its way to disk, over all ranks.
+
+A save has three phases. Rank 0 creates the temporary folder; every rank writes its part of the
+engine's state, perhaps while training goes on; then the metadata and the marker are written and the
+folder gets its name. Where a phase fails on one rank, every rank raises the same error, and no rank
+waits for one that is gone.
+"""
 
 from __future__ import annotations
 
@@ -7,133 +13,192 @@ import shutil
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Protocol, TypeVar
 
-from llada.checkpoint import format
-from llada.engine.base import Engine
+from llada.checkpoint.format import (
+    PARTIAL_SUFFIX,
+    CheckpointState,
+    JsonObject,
+    begin_checkpoint,
+    checkpoint_name,
+    commit_checkpoint,
+)
 from llada.errors import RunError
-from llada.files import readable_size
-from llada.training.folder import FULL
+from llada.files import DISK_FULL, readable_size
+
+T = TypeVar("T")
 
 _PROBE = bytes(1 << 20)
+"""What is written to a disk to hear whether it takes more."""
 
 
-class Saving:
+class PendingSave(Protocol):
+    """An engine's save in progress on this rank.
+
+    Attributes:
+        error: what went wrong on this rank, once done.
+        files: {"bytes", "xxh3"} of every file this rank wrote, by name, once done.
+    """
+
+    error: BaseException | None
+    files: dict[str, JsonObject]
+
+    def done(self) -> bool:
+        """Return whether this rank has written its files."""
+        ...
+
+    def wait(self) -> None:
+        """Wait until this rank has written its files."""
+        ...
+
+    def finish(self) -> None:
+        """Write what belongs to all ranks; collective, once every rank is done without an error."""
+        ...
+
+
+class SavingEngine(Protocol):
+    """What a save needs of an engine. Both methods are collective."""
+
+    def gather(self, value: T) -> list[T]:
+        """Return a small picklable value of every rank, on every rank."""
+        ...
+
+    def start_save(self, folder: Path) -> PendingSave:
+        """Start to write the engine's state into an existing empty folder."""
+        ...
+
+
+class CheckpointSave:
     """A checkpoint that is being written; created and finished on all ranks together.
 
     Args:
         root: RUN/checkpoints.
         state: of the run.
-        tokenizer: files of the tokenizer, name -> content.
-        size: bytes of a whole checkpoint, nearly; for messages.
+        tokenizer: files of the tokenizer, name -> content; rank 0 alone needs them.
+        size: approximate size of a whole checkpoint in bytes, for messages.
         engine: whose state is saved.
+        rank: of this process.
 
     Raises:
-        RunError: it cannot be written; what was written of it is removed, earlier checkpoints stay.
+        RunError: the checkpoint cannot be written; what was written of it is removed, and earlier
+            checkpoints stay.
     """
 
     def __init__(
         self,
         root: Path,
-        state: format.State,
+        state: CheckpointState,
         tokenizer: Mapping[str, bytes],
         size: int,
-        engine: Engine,
+        engine: SavingEngine,
+        rank: int,
     ) -> None:
-        self._state, self._tokenizer, self._size, self._engine = state, tokenizer, size, engine
-        self._partial = root / f"{format.name(state.step)}.partial"
-        self._together(self._begin if engine.place.is_main else None)
-        self._collective(self._start)
+        self._root = root
+        self._state = state
+        self._tokenizer = tokenizer
+        self._size = size
+        self._engine = engine
+        self._rank = rank
+        self._partial = root / f"{checkpoint_name(state.step)}{PARTIAL_SUFFIX}"
+        self._run_on_main(lambda: begin_checkpoint(root, state.step))
+        self._run_collective(self._start)
 
     @property
     def step(self) -> int:
         """Steps done in the state that is saved."""
         return self._state.step
 
-    def _begin(self) -> None:
-        format.begin(self._partial.parent, self._state.step)
-
     def _start(self) -> None:
         self._pending = self._engine.start_save(self._partial / "model")
 
-    def written(self) -> bool:
-        """Whether this rank has written its part."""
+    def done(self) -> bool:
+        """Return whether this rank has written its part."""
         return self._pending.done()
 
     def finish(self) -> Path:
-        """Wait for every rank, then complete the checkpoint; its folder."""
-        self._together(self._wait)
-        self._collective(self._pending.finish)
-        written = {
-            name: entry
-            for files in self._engine.gather(self._pending.files)
-            for name, entry in files.items()
-        }
-        self._together((lambda: self._commit(written)) if self._engine.place.is_main else None)
-        return self._partial.with_name(format.name(self._state.step))
+        """Wait for every rank and complete the checkpoint; collective.
+
+        Returns:
+            The checkpoint's folder.
+        """
+        self._run_local(self._wait)
+        self._run_collective(self._pending.finish)
+        # Rank 0 writes the marker, with the checksums that each rank computed while writing.
+        checksums: dict[str, JsonObject] = {}
+        for files in self._engine.gather(self._pending.files):
+            checksums |= files
+        self._run_on_main(
+            lambda: commit_checkpoint(self._partial, self._state, self._tokenizer, checksums)
+        )
+        return self._partial.with_name(checkpoint_name(self._state.step))
 
     def _wait(self) -> None:
         self._pending.wait()
         if self._pending.error is not None:
             raise self._pending.error
 
-    def _commit(self, written: dict[str, dict[str, object]]) -> None:
-        format.commit(self._partial, self._state, self._tokenizer, written)
+    # -- one failure ends the save on all ranks ----------------------------------------------------
 
-    def _together(self, work: Callable[[], object] | None) -> None:
-        """Do this rank's part of work without communication; if any rank failed, all raise, and
-        none waits for one that is gone.
-        """
-        problem: str | None = None
+    def _run_on_main(self, work: Callable[[], object]) -> None:
+        """Run work on rank 0; if it fails, all ranks raise."""
+        self._run_local(work if self._rank == 0 else lambda: None)
+
+    def _run_local(self, work: Callable[[], object]) -> None:
+        """Run work without communication on this rank; if it fails on any rank, all raise."""
+        # Every rank takes part in the exchange, whether its work failed or not.
+        failure: str | None = None
         try:
-            if work is not None:
-                work()
-        except Exception as error:  # whatever a file system or the writer makes of it
-            problem = self._reason(error)
-        problems = [
-            (rank, text)
-            for rank, text in enumerate(self._engine.gather(problem))
-            if text is not None
-        ]
-        if problems:
-            self._fail(*problems[0])
+            work()
+        except Exception as error:  # file systems and the writer raise many types
+            failure = self._reason(error)
+        for rank, reason in enumerate(self._engine.gather(failure)):
+            if reason is not None:
+                self._fail(rank, reason)
 
-    def _collective(self, work: Callable[[], object]) -> None:
-        """Do work in which the ranks wait for each other: a rank that fails leaves at once, which
-        ends the others' waiting.
+    def _run_collective(self, work: Callable[[], object]) -> None:
+        """Run work in which the ranks wait for each other.
+
+        A rank that fails raises at once, without a word to the others: its leaving ends their
+        waiting.
         """
         try:
             work()
         except Exception as error:
-            self._fail(self._engine.place.rank, self._reason(error))
+            self._fail(self._rank, self._reason(error))
 
-    def _reason(self, error: Exception) -> str:
-        root = self._partial.parent
-        cause = system_error(error, root)
-        if cause is None:
-            return _one_line(error)
-        if not root.parent.is_dir():
-            return f"{root.parent} is gone: it was moved or deleted, or its disk is away"
-        reason = cause.strerror or _one_line(cause)
-        if cause.errno in FULL:
-            left = readable_size(shutil.disk_usage(root.parent).free)
-            reason += f": a checkpoint needs about {readable_size(self._size)}, {left} are left"
-        return reason
-
-    def _fail(self, rank: int, text: str) -> None:
-        if self._engine.place.is_main:
+    def _fail(self, rank: int, reason: str) -> None:
+        if self._rank == 0:
             shutil.rmtree(self._partial, ignore_errors=True)
         raise RunError(
-            f"checkpoint after step {self._state.step}: {self._partial.parent} cannot be written on"
-            f" rank {rank} ({text}); earlier checkpoints are as they were"
+            f"checkpoint after step {self._state.step}: {self._root} cannot be written on rank"
+            f" {rank} ({reason}); earlier checkpoints are unchanged"
         )
 
+    def _reason(self, error: Exception) -> str:
+        """Describe an error by what the operating system said, as far as it said anything."""
+        cause = find_system_error(error, self._root)
+        if cause is None:
+            return _one_line(error)
+        run = self._root.parent
+        if not run.is_dir():
+            return f"{run} is gone: it was moved or deleted, or its disk is away"
+        reason = cause.strerror or _one_line(cause)
+        if cause.errno in DISK_FULL:
+            needed = readable_size(self._size)
+            free = readable_size(shutil.disk_usage(run).free)
+            reason += f": a checkpoint needs about {needed}, {free} are left"
+        return reason
 
-def system_error(error: BaseException, folder: Path) -> OSError | None:
-    """What the system said when a write into a folder failed; None where it was not the system that
-    failed.
 
-    The writer of tensors puts a message of its own in the place of the system's ("enforce fail at
-    inline_container.cc"). Then a file is written to the same disk, to hear it.
+def find_system_error(error: BaseException, folder: Path) -> OSError | None:
+    """Return the operating system's error behind a failed write into `folder`.
+
+    torch's writer of tensors hides the system's error behind a message of its own ("enforce fail at
+    inline_container.cc"). In that case a file is written to the same disk to provoke the error
+    again.
+
+    Returns:
+        The system's error; None if the system did not fail.
     """
     cause: BaseException | None = error
     while cause is not None:
@@ -144,11 +209,11 @@ def system_error(error: BaseException, folder: Path) -> OSError | None:
     try:
         with open(probe, "wb", buffering=0) as file:
             written = 0
-            while written < len(_PROBE):
+            while written < len(_PROBE):  # an unbuffered write may take a part only
                 written += file.write(_PROBE[written:])
             os.fsync(file.fileno())
-    except OSError as found:
-        return found
+    except OSError as system_error:
+        return system_error
     finally:
         probe.unlink(missing_ok=True)
     return None

@@ -1,8 +1,7 @@
-"""Writing canonical weights as the model folder of a checkpoint, without the training engine and
-without holding the model in memory.
+"""Canonical weights as the model folder of a checkpoint, written without the training engine.
 
-The same names and pieces as a run's own checkpoints (see llada.checkpoint.reading), without masters
-and moments: every layout reads it.
+The folder has the same tensor names as a run's own checkpoint (see llada.checkpoint.reading) but no
+masters and no moments, so every layout reads it. The model is never in memory as a whole.
 """
 
 from __future__ import annotations
@@ -11,12 +10,12 @@ import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
 from torch.distributed.checkpoint.metadata import (
+    STATE_DICT_TYPE,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
@@ -31,53 +30,57 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 
-from llada.checkpoint.reading import stored_name
+from llada.checkpoint.canonical import stored_name
 from llada.config.sections import ModelSection
 from llada.files import prefetch
 from llada.model import weights
 
-# What Megatron-Core's reader asks of a folder besides the tensors: the kind of checkpoint, and what
-# is not a tensor (here nothing).
-_KIND = {
+PIECE_ELEMENTS = 1 << 24
+"""Largest number of elements in a piece, the unit in which weights are read and written."""
+
+_METADATA_JSON = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
     "common_backend": "torch",
     "common_backend_version": 1,
 }
+"""The folder's metadata.json: Megatron-Core's reader learns from it how the folder was written."""
 
 
 @dataclass(frozen=True)
-class _Part:
-    """Some rows of a Megatron parameter: one piece of the checkpoint."""
+class _Rows:
+    """Rows `first` to `last` (exclusive) of a Megatron parameter: one piece of the checkpoint."""
 
     parameter: str
     first: int
     last: int
 
 
-PIECE_ELEMENTS = 1 << 24
-"""Elements of a piece at most."""
-
-
 class _Planner(SavePlanner):
-    """Plans the pieces of a model and reads each only when its turn to be written comes."""
+    """Plans the pieces of a model, and reads each only when it is about to be written."""
 
     def __init__(self, source: weights.Weights, model: ModelSection, dtype: torch.dtype) -> None:
-        self._source, self._model, self._dtype = source, model, dtype
-        self._parts: dict[MetadataIndex, _Part] = {}
+        self._source = source
+        self._model = model
+        self._dtype = dtype
+        self._rows_of: dict[MetadataIndex, _Rows] = {}
 
     def set_up_planner(
-        self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False
+        self,
+        state_dict: STATE_DICT_TYPE,
+        storage_meta: StorageMeta | None = None,
+        is_coordinator: bool = False,
     ) -> None:
         return
 
     def create_local_plan(self) -> SavePlan:
-        plan = SavePlan(
-            [item for name in weights.parameter_names(self._model) for item in self._items(name)]
-        )
-        # the writer asks in the order of the plan
-        self._read = prefetch(partial(self._rows, index) for index in self._parts)
-        return plan
+        items: list[WriteItem] = []
+        for name in weights.parameter_names(self._model):
+            items += self._plan_parameter(name)
+        # The writer asks for the pieces in the order of the plan, so the next ones can be read
+        # while it writes.
+        self._pieces = prefetch(partial(self._read_piece, index) for index in self._rows_of)
+        return SavePlan(items)
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
         return create_default_global_save_plan(all_plans)
@@ -86,38 +89,51 @@ class _Planner(SavePlanner):
         return new_plan
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
-        index, rows = next(self._read)
-        assert write_item.tensor_data is not None and index == MetadataIndex(
-            write_item.index.fqn, write_item.index.offset
-        )
+        index, rows = next(self._pieces)
+        requested = MetadataIndex(write_item.index.fqn, write_item.index.offset)
+        assert index == requested and write_item.tensor_data is not None
         return rows.view(write_item.tensor_data.chunk.sizes)
 
-    def _rows(self, index: MetadataIndex) -> tuple[MetadataIndex, torch.Tensor]:
-        part = self._parts[index]
-        return index, weights.parameter_rows(
-            self._model, self._source, part.parameter, part.first, part.last
-        ).to(self._dtype)
+    def _read_piece(self, index: MetadataIndex) -> tuple[MetadataIndex, torch.Tensor]:
+        rows = self._rows_of[index]
+        values = weights.parameter_rows(
+            self._model, self._source, rows.parameter, rows.first, rows.last
+        )
+        return index, values.to(self._dtype)
 
-    def _items(self, parameter: str) -> list[WriteItem]:
+    def _plan_parameter(self, parameter: str) -> list[WriteItem]:
+        """Cut a Megatron parameter into pieces of whole rows, and say where each is stored."""
         name, layer = stored_name(parameter)
         shape = weights.parameter_shape(self._model, parameter)
-        size = shape if layer is None else (self._model.num_layers, *shape)
+        # A layer's parameter is stored as one element along axis 0 of a stacked tensor.
+        layer_offset: tuple[int, ...] = ()
+        layer_size: tuple[int, ...] = ()
+        stored_shape = shape
+        if layer is not None:
+            layer_offset = (layer,)
+            layer_size = (1,)
+            stored_shape = (self._model.num_layers, *shape)
+        # Pieces are whole rows, so they start at column 0.
+        no_columns = (0,) * (len(shape) - 1)
         items = []
         for first, last in weights.row_blocks(shape, PIECE_ELEMENTS):
-            corner, sizes = (first, *(0 for _ in shape[1:])), (last - first, *shape[1:])
-            if layer is not None:
-                corner, sizes = (layer, *corner), (1, *sizes)
-            index = MetadataIndex(name, torch.Size(corner))
-            self._parts[index] = _Part(parameter, first, last)
-            chunk = ChunkStorageMetadata(torch.Size(corner), torch.Size(sizes))
-            data = TensorWriteData(chunk, TensorProperties(dtype=self._dtype), torch.Size(size))
+            offsets = torch.Size((*layer_offset, first, *no_columns))
+            sizes = torch.Size((*layer_size, last - first, *shape[1:]))
+            index = MetadataIndex(name, offsets)
+            self._rows_of[index] = _Rows(parameter, first, last)
+            data = TensorWriteData(
+                ChunkStorageMetadata(offsets, sizes),
+                TensorProperties(dtype=self._dtype),
+                torch.Size(stored_shape),
+            )
             items.append(WriteItem(index, WriteItemType.SHARD, tensor_data=data))
         return items
 
 
 class _Writer(dcp.FileSystemWriter):
-    """Without the path and the random number that torch puts into the metadata: the same model
-    gives the same bytes.
+    """Leaves out the path and the random number that torch puts into the metadata.
+
+    So the same model gives the same bytes.
     """
 
     def storage_meta(self) -> StorageMeta | None:
@@ -127,10 +143,17 @@ class _Writer(dcp.FileSystemWriter):
 def write_model(
     folder: Path, source: weights.Weights, model: ModelSection, dtype: torch.dtype
 ) -> None:
-    """Write a model folder into an existing empty `folder`; a few hundred MB of memory whatever the
-    model's size.
+    """Write a model folder; takes a few hundred MB of memory whatever the model's size.
+
+    Args:
+        folder: exists and is empty.
+        source: the canonical weights.
+        model: their shape.
+        dtype: that they are stored in.
     """
     writer = _Writer(folder, single_file_per_rank=True, sync_files=True)
     dcp.save({}, storage_writer=writer, planner=_Planner(source, model, dtype), no_dist=True)
+    # What Megatron-Core's reader expects beside the tensors: objects that are no tensors (none),
+    # and the kind of checkpoint.
     torch.save({}, folder / "common.pt")
-    (folder / "metadata.json").write_text(json.dumps(_KIND), encoding="utf-8")
+    (folder / "metadata.json").write_text(json.dumps(_METADATA_JSON), encoding="utf-8")

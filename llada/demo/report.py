@@ -1,4 +1,4 @@
-"""What the demo measured and what its models write."""
+"""What the demo measured, and what its models write."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
 
-from llada.checkpoint.format import committed
+from llada.checkpoint.format import committed_checkpoints
 from llada.config import RunConfig
 from llada.data.corpus import Corpus
 from llada.data.sft import ReplyReader
 from llada.errors import UserError
+from llada.evaluation.estimates import with_error
+from llada.evaluation.validation import unigram_entropy
 from llada.files import write_atomically
 from llada.noise import mask_uniforms
 from llada.sampling import SamplingOptions, generate, infill
@@ -23,62 +25,71 @@ from llada.sampling.diffusion import cut_at_end
 from llada.sampling.models import Sampler, load
 from llada.tokenizer import Tokenizer
 from llada.training import metrics
-from llada.training.estimates import with_error
-from llada.training.validation import unigram_entropy
 
 if TYPE_CHECKING:
     from llada.demo.stages import Stages
 
+Report: TypeAlias = dict[str, Any]
+"""root/report.json, or a part of it."""
+
 _PROMPT = "def __init__(self, "
-_GAP = 8
-_ANSWER = 48
-"""Tokens of an answer, EOS and padding included."""
+_GAP_TOKENS = 8
+_ANSWER_TOKENS = 48
+"""Of an answer, EOS and padding included."""
+_NUM_LINES = 4
+"""Held-out lines whose gaps the model fills."""
+_LINE_TOKENS = range(12, 41)
+"""Lengths of such lines, in tokens."""
+_COUNTED_AT_ONCE = 1 << 22
 
 
-def report(pretrain: RunConfig, sft: RunConfig, root: Path, stages: Stages, answers: int) -> None:
+def report(
+    pretrain: RunConfig, sft: RunConfig, root: Path, stages: Stages, num_answers: int
+) -> None:
     """Measure, let the models write, and print it; root/report.json holds the same.
 
     Args:
         pretrain, sft: the two runs.
         root: of the demo.
         stages: with the seconds of the other stages.
-        answers: held-out questions to answer.
+        num_answers: held-out questions to answer.
     """
     with stages.timed("report"):
-        found = {
-            **_measured(pretrain, root),
-            **_written(pretrain, root),
-            **_answered(sft, root, answers),
+        content: Report = {
+            **_measure_nelbo(pretrain, root),
+            **_write_text(pretrain, root),
+            **_answer_questions(sft, root, num_answers),
         }
-    found["seconds"] = {stage: round(value, 1) for stage, value in stages.seconds.items()}
-    found["paths"] = {
+    content["seconds"] = {stage: round(value, 1) for stage, value in stages.seconds.items()}
+    run = Path(pretrain.run.dir)
+    content["paths"] = {
         "tokenizer": str(root / "tokenizer"),
         "corpus": str(root / "corpus"),
         "run": pretrain.run.dir,
-        "checkpoint": str(committed(Path(pretrain.run.dir) / "checkpoints")[-1]),
-        "curve": str(Path(pretrain.run.dir) / "loss.png"),
-        "metrics": str(Path(pretrain.run.dir) / metrics.FILE),
+        "checkpoint": str(committed_checkpoints(run / "checkpoints")[-1]),
+        "curve": str(run / "loss.png"),
+        "metrics": str(run / metrics.FILE),
         "sft_run": sft.run.dir,
         "hugging_face": str(root / "hf"),
     }
-    write_atomically(root / "report.json", json.dumps(found, indent=1, ensure_ascii=False))
-    _print(found, root)
+    write_atomically(root / "report.json", json.dumps(content, indent=1, ensure_ascii=False))
+    _print(content, root)
 
 
-def _validations(folder: str) -> list[dict[str, Any]]:
-    found = [
-        line for line in metrics.read(Path(folder) / metrics.FILE) if "nelbo_per_token" in line
-    ]
-    if not found:
+def _validation_lines(run: str) -> list[metrics.MetricsLine]:
+    lines = [line for line in metrics.read(Path(run) / metrics.FILE) if "nelbo_per_token" in line]
+    if not lines:
         raise UserError(
             "--input: too little text for a validation window; the demo needs a few megabytes"
         )
-    return found
+    return lines
 
 
-def _measured(config: RunConfig, root: Path) -> dict[str, Any]:
-    last = _validations(config.run.dir)[-1]
-    entropy = unigram_entropy(_counts(Corpus.open(root / "corpus"), config.model.vocab_size))
+def _measure_nelbo(config: RunConfig, root: Path) -> Report:
+    """Return the last validation beside the loss of a model that ignores context."""
+    last = _validation_lines(config.run.dir)[-1]
+    counts = _count_tokens(Corpus.open(root / "corpus"), config.model.vocab_size)
+    entropy = unigram_entropy(counts)
     return {
         "nelbo_per_token": last["nelbo_per_token"],
         "nelbo_per_token_se": last["nelbo_per_token_se"],
@@ -90,39 +101,45 @@ def _measured(config: RunConfig, root: Path) -> dict[str, Any]:
     }
 
 
-def _counts(corpus: Corpus, size: int) -> np.ndarray:
-    """Occurrences of every id in the validation split."""
-    counts = np.zeros(size, dtype=np.int64)
+def _count_tokens(corpus: Corpus, vocab_size: int) -> np.ndarray:
+    """Return how often every id occurs in the validation split, int64 [vocab_size]."""
+    counts = np.zeros(vocab_size, dtype=np.int64)
     for shard in corpus.shards("validation"):
-        for start in range(0, shard.num_tokens, 1 << 22):
-            counts += np.bincount(
-                shard.tokens(start, min(start + (1 << 22), shard.num_tokens)), minlength=size
-            )
+        for start in range(0, shard.num_tokens, _COUNTED_AT_ONCE):
+            tokens = shard.tokens(start, min(start + _COUNTED_AT_ONCE, shard.num_tokens))
+            counts += np.bincount(tokens, minlength=vocab_size)
     return counts
 
 
 # -- what the pretrained model writes --------------------------------------------------------------
 
 
-def _written(config: RunConfig, root: Path) -> dict[str, Any]:
-    """A completion, gaps in held-out lines, and scattered masks, by the training checkpoint."""
+def _write_text(config: RunConfig, root: Path) -> Report:
+    """Let the training checkpoint write a completion, and fill gaps in held-out lines.
+
+    A gap is either one run of tokens or scattered over the line.
+    """
     model = load(config.run.dir)
-    tokenizer, length = model.tokenizer, config.data.sequence_length
-    ids = torch.from_numpy(tokenizer.encode(_PROMPT))[None].to(model.device)
-    room = (length - ids.shape[1]) // 8 * 8
-    out = generate(
-        model, ids, model.specials, SamplingOptions(room, room, 8, temperature=0.5, seed=1)
-    )[0].tolist()
-    gaps, scattered = [], []
-    for tokens, (start, end) in _lines(Corpus.open(root / "corpus"), tokenizer, length, wanted=4):
-        middle = (start + end - _GAP) // 2
-        gaps.append(_fill(model, tokens, start, end, np.arange(middle, middle + _GAP)))
+    tokenizer = model.tokenizer
+    length = config.data.sequence_length
+    prompt = torch.from_numpy(tokenizer.encode(_PROMPT))[None].to(model.device)
+    # The sampler generates whole blocks of 8 tokens.
+    room = (length - prompt.shape[1]) // 8 * 8
+    options = SamplingOptions(room, room, 8, temperature=0.5, seed=1)
+    out = generate(model, prompt, model.specials, options)[0].tolist()
+    # The masks are keyed, so the same words are hidden in every demo.
+    gaps = []
+    scattered = []
+    for tokens, (start, end) in _held_out_lines(Corpus.open(root / "corpus"), tokenizer, length):
+        middle = (start + end - _GAP_TOKENS) // 2
+        gap = np.arange(middle, middle + _GAP_TOKENS)
+        gaps.append(_fill(model, tokens, (start, end), gap))
         chosen = start + np.flatnonzero(mask_uniforms(0, start, end - start, "demo") < 0.25)
         if len(chosen):
-            scattered.append(_fill(model, tokens, start, end, chosen))
-    completion = {"prompt": _PROMPT, "text": tokenizer.decode(cut_at_end(out, model.end_ids))}
+            scattered.append(_fill(model, tokens, (start, end), chosen))
+    text = tokenizer.decode(cut_at_end(out, model.end_ids))
     return {
-        "completion": completion,
+        "completion": {"prompt": _PROMPT, "text": text},
         "infilling": gaps[0] if gaps else None,
         "infillings": gaps,
         "fillings": scattered,
@@ -130,25 +147,27 @@ def _written(config: RunConfig, root: Path) -> dict[str, Any]:
 
 
 def _fill(
-    model: Sampler, tokens: np.ndarray, start: int, end: int, chosen: np.ndarray
+    model: Sampler, tokens: np.ndarray, span: tuple[int, int], chosen: np.ndarray
 ) -> dict[str, str]:
-    """Hide the tokens at `chosen` in a window and let the model write them, the surest first; the
-    line [start, end) as text.
+    """Hide some tokens of a window and let the model write them, those it is surest of first.
+
+    Args:
+        model: that writes.
+        tokens: of the window [L].
+        span: start and end of a line in it, which is returned as text.
+        chosen: positions of the hidden tokens.
     """
     masked = torch.from_numpy(tokens.copy())
     masked[chosen] = model.specials.mask_id
-    filled = infill(
-        model,
-        masked[None].to(model.device),
-        model.specials,
-        SamplingOptions(len(chosen), len(chosen)),
-    )[0].tolist()
-    hidden = np.isin(np.arange(start, end), chosen)
-    shown = "".join(
-        "▁▁" if gap else model.tokenizer.decode([int(t)])
-        for t, gap in zip(tokens[start:end], hidden, strict=True)
-    )
+    # As many steps as tokens: one is committed in each.
+    options = SamplingOptions(len(chosen), len(chosen))
+    filled = infill(model, masked[None].to(model.device), model.specials, options)[0].tolist()
     decode = model.tokenizer.decode
+    hidden = set(chosen.tolist())
+    start, end = span
+    shown = ""
+    for position in range(start, end):
+        shown += "▁▁" if position in hidden else decode([int(tokens[position])])
     return {
         "text": decode(tokens[start:end]).strip(),
         "masked": shown.strip(),
@@ -156,35 +175,43 @@ def _fill(
     }
 
 
-def _lines(
-    corpus: Corpus, tokenizer: Tokenizer, length: int, wanted: int
+def _held_out_lines(
+    corpus: Corpus, tokenizer: Tokenizer, length: int
 ) -> Iterator[tuple[np.ndarray, tuple[int, int]]]:
-    """Validation windows and, in each, the token span of one line of text near the middle."""
-    produced = 0
+    """Yield validation windows with the token span of a line of text near each one's middle."""
+    num_lines = 0  # yielded
     for shard in corpus.shards("validation"):
-        for start in range(
-            0,
-            shard.num_tokens - length,
-            max(length, (shard.num_tokens // (8 * wanted)) // length * length),
-        ):
+        # Windows spread over the shard, eight times as many as needed: most have no such line.
+        stride = max(length, (shard.num_tokens // (8 * _NUM_LINES)) // length * length)
+        for start in range(0, shard.num_tokens - length, stride):
             tokens = shard.tokens(start, start + length)
-            breaks = [
-                i
-                for i in range(length // 4, 3 * length // 4)
-                if "\n" in tokenizer.decode([int(tokens[i])])
-            ]
-            spans = [(a + 1, b) for a, b in itertools.pairwise(breaks) if 12 <= b - a <= 40]
-            wordy = [(a, b) for a, b in spans if _is_wordy(tokenizer.decode(tokens[a:b]))]
-            if wordy:
-                yield tokens, wordy[0]
-                produced += 1
-            if produced == wanted:
+            span = _find_line(tokens, tokenizer)
+            if span is not None:
+                yield tokens, span
+                num_lines += 1
+            if num_lines == _NUM_LINES:
                 return
 
 
+def _find_line(tokens: np.ndarray, tokenizer: Tokenizer) -> tuple[int, int] | None:
+    """Return the first line of words in the middle half of a window, without its line break."""
+    length = len(tokens)
+    breaks = [
+        position
+        for position in range(length // 4, 3 * length // 4)
+        if "\n" in tokenizer.decode([int(tokens[position])])
+    ]
+    for before, after in itertools.pairwise(breaks):
+        span = (before + 1, after)
+        if after - before in _LINE_TOKENS and _is_wordy(tokenizer.decode(tokens[slice(*span)])):
+            return span
+    return None
+
+
 def _is_wordy(line: str) -> bool:
-    """Whether a line is mostly letters: tables of numbers say little about what a model has
-    learned.
+    """Return whether a line is mostly letters.
+
+    Tables of numbers say little about what a model has learned.
     """
     text = line.replace(" ", "")
     return sum(character.isalpha() for character in text) > 0.75 * len(text)
@@ -193,41 +220,40 @@ def _is_wordy(line: str) -> bool:
 # -- what the fine-tuned model answers -------------------------------------------------------------
 
 
-def _answered(config: RunConfig, root: Path, wanted: int) -> dict[str, Any]:
-    """The held-out response NELBO before and after, and answers of the exported folder to held-out
-    questions.
-    """
-    lines = _validations(config.run.dir)
+def _answer_questions(config: RunConfig, root: Path, num_answers: int) -> Report:
+    """Let the exported folder answer held-out questions; add the NELBO before and after."""
+    lines = _validation_lines(config.run.dir)
     model = load(root / "hf")
-    reader = ReplyReader(Corpus.open(root / "talks"), "validation", config.data.sequence_length)
+    length = config.data.sequence_length
+    reader = ReplyReader(Corpus.open(root / "talks"), "validation", length)
     rows = []
-    ended = 0
-    for reply in range(min(wanted, len(reader.replies))):
-        tokens, prompt = reader.tokens(reply), reader.prompt_length(reply)
-        length = min(_ANSWER, config.data.sequence_length - prompt)
-        options = SamplingOptions(length, length)
-        out = generate(
-            model, torch.from_numpy(tokens[:prompt])[None].to(model.device), model.specials, options
-        )[0].tolist()
-        ended += model.specials.eos_id in out
-        texts = tokens[:prompt], tokens[prompt:], cut_at_end(out, model.end_ids)
-        question, docstring, answer = (
-            model.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in texts
-        )
+    num_ended = 0
+    for reply in range(min(num_answers, len(reader.replies))):
+        tokens = reader.tokens(reply)
+        prompt_length = reader.prompt_length(reply)
+        prompt = tokens[:prompt_length]
+        answer_length = min(_ANSWER_TOKENS, length - prompt_length)
+        options = SamplingOptions(answer_length, answer_length)
+        ids = torch.from_numpy(prompt)[None].to(model.device)
+        out = generate(model, ids, model.specials, options)[0].tolist()
+        # Only a model that has learned where answers end writes EOS.
+        num_ended += model.specials.eos_id in out
+        question = _decode(model, prompt)
         rows.append(
             {
+                # Without the names of the roles, which the chat format puts around it.
                 "question": question.removeprefix("user").removesuffix("assistant").strip(),
-                "docstring": docstring,
-                "answer": answer,
+                "docstring": _decode(model, tokens[prompt_length:]),
+                "answer": _decode(model, cut_at_end(out, model.end_ids)),
             }
         )
     return {
         "answer": rows[0] if rows else None,
         "answers": rows,
         "answers_ending_with_eos": {
-            "count": ended,
+            "count": num_ended,
             "of": len(rows),
-            "share": ended / max(1, len(rows)),
+            "share": num_ended / max(1, len(rows)),
         },
         "sft_nelbo_per_token": {
             "before": lines[0]["nelbo_per_token"],
@@ -237,47 +263,52 @@ def _answered(config: RunConfig, root: Path, wanted: int) -> dict[str, Any]:
     }
 
 
+def _decode(model: Sampler, ids: np.ndarray | list[int]) -> str:
+    return model.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
 # -- on the console --------------------------------------------------------------------------------
 
 
-def _print(found: dict[str, Any], root: Path) -> None:
+def _print(content: Report, root: Path) -> None:
     print("\n== report")
-    for title, rows in (("a gap", found["infillings"]), ("scattered masks", found["fillings"])):
-        for line in rows[:2]:
-            print(
-                f"{title}\n  text    {line['text']}\n  masked  {line['masked']}\n  filled "
-                f" {line['filled']}\n"
-            )
+    _print_texts(content)
     print(
-        "a completion of"
-        f" {found['completion']['prompt']!r}\n{_indented(found['completion']['text'])}\n"
-    )
-    for row in found["answers"][:3]:
-        print(
-            f"a question  {row['question']}\n  docstring {row['docstring']}\n  answer   "
-            f" {row['answer']}\n"
-        )
-    print(
-        f"validation NELBO   {with_error(found, 'nelbo_per_token', 3)} nats/token"
-        f" ({found['bits_per_byte']:.3f} bits/byte)"
+        f"validation NELBO   {with_error(content, 'nelbo_per_token', 3)} nats/token"
+        f" ({content['bits_per_byte']:.3f} bits/byte)"
     )
     print(
-        f"unigram entropy    {found['unigram_entropy_per_token']:.3f} nats/token of the validation"
-        f" text: the model needs {100 * found['share_of_unigram_entropy']:.1f} % of it"
+        f"unigram entropy    {content['unigram_entropy_per_token']:.3f} nats/token of the"
+        f" validation text: the model needs {100 * content['share_of_unigram_entropy']:.1f} % of it"
     )
-    nelbo, ended = found["sft_nelbo_per_token"], found["answers_ending_with_eos"]
+    nelbo = content["sft_nelbo_per_token"]
     print(
         f"fine-tuning        held-out response NELBO {nelbo['before']:.3f} -> {nelbo['after']:.3f}"
         " nats/token"
     )
+    ended = content["answers_ending_with_eos"]
     print(f"answers            {ended['count']} of {ended['of']} held-out answers end with EOS")
-    print(
-        "seconds            "
-        + ", ".join(f"{stage} {value:.0f}" for stage, value in found["seconds"].items())
-    )
-    for name, path in found["paths"].items():
+    seconds = [f"{stage} {value:.0f}" for stage, value in content["seconds"].items()]
+    print(f"seconds            {', '.join(seconds)}")
+    for name, path in content["paths"].items():
         print(f"{name:18} {path}")
     print(f"{'report':18} {root / 'report.json'}", flush=True)
+
+
+def _print_texts(content: Report) -> None:
+    """Print some of what the models wrote."""
+    for title, key in (("a gap", "infillings"), ("scattered masks", "fillings")):
+        for texts in content[key][:2]:
+            print(title)
+            print(f"  text    {texts['text']}")
+            print(f"  masked  {texts['masked']}")
+            print(f"  filled  {texts['filled']}\n")
+    completion = content["completion"]
+    print(f"a completion of {completion['prompt']!r}\n{_indented(completion['text'])}\n")
+    for row in content["answers"][:3]:
+        print(f"a question  {row['question']}")
+        print(f"  docstring {row['docstring']}")
+        print(f"  answer    {row['answer']}\n")
 
 
 def _indented(text: str) -> str:

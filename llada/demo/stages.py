@@ -1,5 +1,6 @@
-"""The demo's stages: tokenizer, corpus, pretraining, pairs, fine-tuning, export, report. What is
-done is not done again.
+"""The demo's stages: tokenizer, corpus, pretraining, pairs, fine-tuning, export, report.
+
+A stage whose result exists is not run again, so a demo that was interrupted goes on.
 """
 
 from __future__ import annotations
@@ -7,7 +8,9 @@ from __future__ import annotations
 import shutil
 import sysconfig
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from llada.config import RunConfig, Task
@@ -26,12 +29,27 @@ _SMOKE = {
     ],
     "sft": ["train.steps=4", "validation.windows=16", "logging.every=1"],
 }
-_MADE = ("tokenizer", "corpus", "pretrain", "pairs", "talks", "sft", "hf", "report")
+"""Overrides of a demo of a few steps."""
+_OWN_NAMES = ("tokenizer", "corpus", "pretrain", "pairs", "talks", "sft", "hf", "report")
 """What a demo's folder holds, without endings."""
 _TOKENIZER_BYTES = 8_000_000
-"""Text the tokenizer is trained on: enough for a vocabulary of a few thousand, a few seconds of
-work.
+"""Text that the tokenizer is trained on.
+
+Enough for a vocabulary of a few thousand, and a few seconds of work.
 """
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The text that the demo reads.
+
+    Attributes:
+        inputs: files and folders.
+        extensions: of the files that count in folders; None: all that can be read.
+    """
+
+    inputs: list[str]
+    extensions: list[str] | None
 
 
 def run_demo(
@@ -46,10 +64,10 @@ def run_demo(
 
     Args:
         stop: set by the stop signals.
-        inputs: files and folders; None: the Python standard library on this machine.
+        inputs: files and folders; None: the Python standard library of this machine.
         configs: of the pretraining, whose model.vocab_size is the tokenizer's size, and of the
             fine-tuning.
-        folder: where everything goes.
+        folder: where everything is written.
         smoke: a few steps only.
         fresh: remove `folder` first, which must hold nothing but an earlier demo.
 
@@ -57,63 +75,87 @@ def run_demo(
         The exit code: 0, or 75 when a signal stopped a training.
 
     Raises:
-        UserError: a folder that lies inside what is read, or that `fresh` would take with files
-            that no demo made; what the stages raise.
+        UserError: the folder lies inside what is read, or `fresh` would remove files that no demo
+            wrote; what the stages raise.
     """
     root = Path(folder)
+    # A second demo would read the first one's files.
     for source in inputs or []:
         refuse_inside(root, Path(source), "--dir")
     if fresh:
         _remove(root)
-    pretrain = _config(
+
+    # Both configs before any work: a mistake in the second shows at once.
+    pretrain = _load_config(
         "pretrain",
         configs[0],
         smoke,
         [f"run.dir={root / 'pretrain'}", f"data.mixture.0.path={root / 'corpus'}"],
     )
-    talk = [
-        f"run.dir={root / 'sft'}",
-        f"data.mixture.0.path={root / 'talks'}",
-        f"run.init_from={root / 'pretrain'}",
-    ]
-    sft = _config("sft", configs[1], smoke, talk)
+    sft = _load_config(
+        "sft",
+        configs[1],
+        smoke,
+        [
+            f"run.dir={root / 'sft'}",
+            f"data.mixture.0.path={root / 'talks'}",
+            f"run.init_from={root / 'pretrain'}",
+        ],
+    )
     root.mkdir(parents=True, exist_ok=True)
     stages = Stages()
-    sources, extensions = _sources(inputs)
+    code = _run_stages(stages, stop, _sources(inputs), pretrain, sft, root)
+    if code:
+        return code
+
+    from llada.demo.report import report
+
+    report(pretrain, sft, root, stages, num_answers=4 if smoke else 50)
+    return 0
+
+
+def _run_stages(
+    stages: Stages,
+    stop: StopRequest,
+    sources: Sources,
+    pretrain: RunConfig,
+    sft: RunConfig,
+    root: Path,
+) -> int:
+    """Run the stages up to the export; return 0, or the exit code of a training that stopped."""
+    tokenizer = root / "tokenizer"
     stages(
         "tokenizer",
-        root / "tokenizer",
-        lambda target: _train_tokenizer(sources, extensions, pretrain.model.vocab_size, target),
+        tokenizer,
+        lambda target: _train_tokenizer(sources, pretrain.model.vocab_size, target),
     )
-    stages(
-        "prepare",
-        root / "corpus",
-        lambda target: _prepare(sources, extensions, root / "tokenizer", target),
-    )
-    if code := stages.train("pretrain", pretrain, stop):
+    stages("prepare", root / "corpus", lambda target: _prepare_corpus(sources, tokenizer, target))
+    code = stages.train("pretrain", pretrain, stop)
+    if code:
         return code
     stages(
         "prepare-sft",
         root / "talks",
-        lambda target: _prepare_talks(root / "tokenizer", root / "pairs.jsonl", target),
+        lambda target: _prepare_conversations(tokenizer, root / "pairs.jsonl", target),
     )
-    if code := stages.train("sft", sft, stop):
+    code = stages.train("sft", sft, stop)
+    if code:
         return code
     stages("export", root / "hf", lambda target: _export(root / "sft", target))
-    from llada.demo.report import report
-
-    report(pretrain, sft, root, stages, answers=4 if smoke else 50)
     return 0
 
 
 def _remove(root: Path) -> None:
-    """Remove an earlier demo. Raises UserError where something else would go with it."""
+    """Remove an earlier demo. Raises UserError if the folder holds something else too."""
     if not root.is_dir():
         return
+    # Only what a demo wrote: --dir may name a folder by mistake.
     # A demo's own names may have an ending, or be those of a stage that was cut off:
     # .corpus.partial-1234abcd.
     others = [
-        path.name for path in root.iterdir() if path.name.lstrip(".").partition(".")[0] not in _MADE
+        path.name
+        for path in root.iterdir()
+        if path.name.lstrip(".").partition(".")[0] not in _OWN_NAMES
     ]
     if others:
         raise UserError(
@@ -124,17 +166,17 @@ def _remove(root: Path) -> None:
 
 
 class Stages:
-    """Runs stages and notes the seconds of each.
+    """Runs stages and measures the seconds of each.
 
     Attributes:
-        seconds: by stage; 0 for what was there already.
+        seconds: by stage; 0 for a result that existed already.
     """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
     def __call__(self, name: str, target: Path, work: Callable[[Path], None]) -> None:
-        """Run a stage unless its target is there."""
+        """Run a stage unless its target exists."""
         if target.exists():
             print(f"== {name}: {target} is there already", flush=True)
             self.seconds[name] = 0.0
@@ -144,30 +186,24 @@ class Stages:
             work(target)
 
     def train(self, name: str, config: RunConfig, stop: StopRequest) -> int:
-        """Train, or go on; the training's exit code."""
+        """Train, or continue, a run; return the training's exit code."""
         from llada.training.loop import train
 
         print(f"== {name}: {config.train.steps} steps -> {config.run.dir}", flush=True)
         with self.timed(name):
             return train(config, stop)
 
-    def timed(self, name: str) -> _Timed:
-        """A context whose duration is noted under `name`."""
-        return _Timed(self.seconds, name)
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Record how long the block takes as the seconds of stage `name`."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = time.perf_counter() - started
 
 
-class _Timed:
-    def __init__(self, seconds: dict[str, float], name: str) -> None:
-        self._seconds, self._name = seconds, name
-
-    def __enter__(self) -> None:
-        self._started = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self._seconds[self._name] = time.perf_counter() - self._started
-
-
-def _config(task: Task, path: str, smoke: bool, overrides: list[str]) -> RunConfig:
+def _load_config(task: Task, path: str, smoke: bool, overrides: list[str]) -> RunConfig:
     import torch
 
     if not Path(path).is_file():
@@ -176,41 +212,65 @@ def _config(task: Task, path: str, smoke: bool, overrides: list[str]) -> RunConf
             f"{option}: no file '{path}'; run the demo from a checkout of the repository, or name a"
             " config"
         )
-    if smoke:
+    if smoke:  # enough to run every stage, not to learn anything
         overrides = [*overrides, *_SMOKE[task]]
     elif torch.cuda.is_available():
         overrides = [*overrides, f"train.steps={_GPU_STEPS[task]}", "precision=bf16"]
     return load_config(path, overrides, task=task)
 
 
+# -- what is read ----------------------------------------------------------------------------------
+
+
 def library_sources(library: Path) -> list[Path]:
-    """Folders and Python files of the standard library, without installed packages and second names
-    of a file (Debian links some).
+    """Return folders and Python files of the standard library.
+
+    Installed packages are left out, and second names of a file (Debian links some).
     """
     skipped = {"site-packages", "dist-packages", "__pycache__"}
-    children = [child for child in sorted(library.iterdir()) if not child.is_symlink()]
-    children = [
-        child for child in children if child.name not in skipped and not child.name.startswith(".")
-    ]
-    return [child for child in children if child.is_dir() or child.suffix == ".py"]
+    sources = []
+    for child in sorted(library.iterdir()):
+        if child.is_symlink() or child.name in skipped or child.name.startswith("."):
+            continue
+        if child.is_dir() or child.suffix == ".py":
+            sources.append(child)
+    return sources
 
 
 def _library() -> list[Path]:
     return library_sources(Path(sysconfig.get_paths()["stdlib"]))
 
 
-def _sources(inputs: list[str] | None) -> tuple[list[str], list[str] | None]:
-    """What to read and which file extensions count in folders."""
-    return (inputs, None) if inputs else ([str(path) for path in _library()], [".py"])
+def _documented_files() -> list[Path]:
+    """Return the Python files of the standard library, without tests.
+
+    The docstrings of tests explain tests.
+    """
+    files: list[Path] = []
+    for source in _library():
+        if source.is_dir():
+            files += sorted(source.rglob("*.py"))
+        else:
+            files.append(source)
+    return [file for file in files if not {"test", "tests"} & set(file.parts)]
 
 
-def _train_tokenizer(
-    inputs: list[str], extensions: list[str] | None, size: int, target: Path
-) -> None:
+def _sources(inputs: list[str] | None) -> Sources:
+    if inputs:
+        return Sources(inputs, extensions=None)
+    return Sources([str(path) for path in _library()], extensions=[".py"])
+
+
+# -- stages ----------------------------------------------------------------------------------------
+
+
+def _train_tokenizer(sources: Sources, size: int, target: Path) -> None:
     from data_tools.readers.reading import sample_texts
     from llada.tokenizer import train_byte_level_bpe
 
-    tokenizer = train_byte_level_bpe(sample_texts(inputs, extensions, _TOKENIZER_BYTES), size)
+    texts = sample_texts(sources.inputs, sources.extensions, _TOKENIZER_BYTES)
+    tokenizer = train_byte_level_bpe(texts, size)
+    # Under its own name only once it is complete: a stage whose target exists is not run again.
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     tokenizer.save(partial)
@@ -218,35 +278,28 @@ def _train_tokenizer(
     print(f"{tokenizer.vocab_size} tokens", flush=True)
 
 
-def _prepare(
-    inputs: list[str], extensions: list[str] | None, tokenizer: Path, target: Path
-) -> None:
+def _prepare_corpus(sources: Sources, tokenizer: Path, target: Path) -> None:
     from data_tools.documents.text import prepare
     from data_tools.job.finish import summary
 
-    print(
-        summary(
-            prepare(inputs, tokenizer, target, extensions=extensions, validation_fraction=0.02)
-        ),
-        flush=True,
+    report = prepare(
+        sources.inputs,
+        tokenizer,
+        target,
+        extensions=sources.extensions,
+        validation_fraction=0.02,
     )
+    print(summary(report), flush=True)
 
 
-def _prepare_talks(tokenizer: Path, pairs: Path, target: Path) -> None:
-    """Questions about the standard library, whatever the pretraining read."""
+def _prepare_conversations(tokenizer: Path, pairs: Path, target: Path) -> None:
+    """Prepare questions about the standard library, whatever the pretraining read."""
     from data_tools.documents.conversations import prepare_sft
     from data_tools.job.finish import summary
     from llada.demo.pairs import write_pairs
 
-    files = [
-        file
-        for path in _library()
-        for file in (sorted(path.rglob("*.py")) if path.is_dir() else [path])
-    ]
-    files = [
-        file for file in files if not {"test", "tests"} & set(file.parts)
-    ]  # their docstrings explain tests
-    print(f"{write_pairs(files, pairs):,} questions and answers in {pairs}", flush=True)
+    count = write_pairs(_documented_files(), pairs)
+    print(f"{count:,} questions and answers in {pairs}", flush=True)
     print(summary(prepare_sft([pairs], tokenizer, target, validation_fraction=0.03)), flush=True)
 
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from llada.checkpoint.saving import PendingSave
 from llada.model.weights import Weights
 from llada.objectives.base import Batch
 
@@ -92,32 +93,6 @@ class ParallelRank:
     def is_main(self) -> bool:
         """Whether this process writes what is written once."""
         return self.rank == 0
-
-
-class PendingSave(Protocol):
-    """A save in progress on this rank.
-
-    Attributes:
-        error: what went wrong, once done.
-        files: {"bytes", "xxh3"} of every file this rank wrote, by name, once done.
-    """
-
-    error: BaseException | None
-    files: dict[str, dict[str, Any]]
-
-    def done(self) -> bool:
-        """Whether this rank has written its files."""
-        ...
-
-    def wait(self) -> None:
-        """Until done."""
-        ...
-
-    def finish(self) -> None:
-        """Write what belongs to all ranks; collective, after every rank is done without
-        an error.
-        """
-        ...
 
 
 class Engine(Protocol):

@@ -319,7 +319,7 @@ class MegatronEngine:
         write_in_threads()
         self._finish_gather()
         weights_, parts = self._weights(), self._optimizers()
-        own = optimizer_state.pieces(parts, weights_, optimizer_state.EVERYTHING)
+        own = optimizer_state.owned_rectangles(parts, weights_, optimizer_state.EVERYTHING)
         state = snapshot(
             {**weights_, "optimizer": {"step": optimizer_state.step_count(parts), "pieces": own}}
         )
@@ -342,7 +342,7 @@ class MegatronEngine:
                 if StoredTensors(folder).has_masters
                 else optimizer_state.WEIGHTS
             )
-        own = optimizer_state.pieces(parts, self._weights(), kinds)
+        own = optimizer_state.owned_rectangles(parts, self._weights(), kinds)
         views = [piece.data for piece in own]
         state = dist_checkpointing.load({"optimizer": {"pieces": own}}, str(folder))
         for view, value in zip(views, state["optimizer"]["pieces"], strict=True):

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import llada
-from llada.checkpoint.format import State, TrainedConfig
+from llada.checkpoint.format import CheckpointState, TrainedConfig
 from llada.errors import UserError
+from llada.evaluation.estimates import with_error
 from llada.model.weights import num_parameters
-from llada.training.estimates import with_error
 
 _HEAD = """---
 license: {license}
@@ -71,7 +71,7 @@ def check_license(name: str) -> None:
 
 
 def model_card(
-    state: State,
+    state: CheckpointState,
     trained: TrainedConfig,
     dtype: str,
     license_: str,
@@ -150,7 +150,7 @@ def _architecture(trained: TrainedConfig, dtype: str) -> list[tuple[str, str]]:
     ]
 
 
-def _training(state: State, averaged: list[int]) -> list[tuple[str, str]]:
+def _training(state: CheckpointState, averaged: list[int]) -> list[tuple[str, str]]:
     earlier = [entry for entry in state.lineage if "tokens" in entry]
     imported = [entry for entry in state.lineage if "imported" in entry]
     kinds = {"pretrain": "pretraining", "sft": "supervised fine-tuning"}

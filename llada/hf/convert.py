@@ -14,9 +14,17 @@ from typing import Any
 import torch
 
 from llada.chat.format import END_OF_TURN, TEMPLATE, ChatFormat
-from llada.checkpoint import format
-from llada.checkpoint.format import TrainedConfig
-from llada.checkpoint.reading import CheckpointWeights, StoredTensors
+from llada.checkpoint.canonical import CheckpointWeights
+from llada.checkpoint.format import (
+    TrainedConfig,
+    committed_checkpoints,
+    load_tokenizer,
+    read_state,
+    resolve_checkpoint,
+    trained_config,
+)
+from llada.checkpoint.reading import StoredTensors
+from llada.checkpoint.verification import verify_checkpoint
 from llada.config.sections import ModelSection
 from llada.errors import UserError
 from llada.files import flushed_meanwhile, make_writable, new_folder, refuse_inside, require_space
@@ -67,7 +75,7 @@ def convert(source: str, output: str, verify: bool, reference: str | None, **opt
         if os.path.exists(path) and not (options.get("force") and os.path.isfile(path)):
             raise UserError(f"--reference: '{reference}' exists; --force replaces a file")
         make_writable(path, "--reference")
-    trained = format.trained(format.read_state(format.resolve(source)))
+    trained = trained_config(read_state(resolve_checkpoint(source)))
     dtype = options.get("dtype") or trained.precision
     exact = dtype == "fp32" or (dtype == trained.precision and options.get("average", 1) == 1)
     check = Verification(verify, reference, rounded=not exact)
@@ -116,17 +124,17 @@ def to_hf(
     """
     limit = parse_size(max_shard_size)
     check_license(license_)
-    folder = format.resolve(source).resolve()
+    folder = resolve_checkpoint(source).resolve()
     refuse_inside(output, folder)
-    state = format.read_state(folder)
-    trained = format.trained(state)
+    state = read_state(folder)
+    trained = trained_config(state)
     name = dtype or trained.precision
     if name not in DTYPES:
         raise UserError(f"--dtype: '{name}' is not allowed; one of {', '.join(DTYPES)}")
     folders = last_checkpoints(folder, trained, average)
     if checksums:
         _check_files(folders)
-    tokenizer = format.load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     stored = [StoredTensors(each / "model") for each in folders]
     masters = (
         (name != "bf16" or average > 1)
@@ -155,7 +163,7 @@ def to_hf(
         for file in _CODE:
             shutil.copy(Path(__file__).with_name(file), partial)
         chat, has_chat = _write_tokenizer(folder / "tokenizer", partial, tokenizer)
-        steps = [format.read_state(each).step for each in folders] if average > 1 else []
+        steps = [read_state(each).step for each in folders] if average > 1 else []
         card = model_card(state, trained, name, license_, has_chat, steps)
         (partial / "README.md").write_text(card, encoding="utf-8")
         if check is not None:
@@ -191,14 +199,14 @@ def last_checkpoints(folder: Path, trained: TrainedConfig, count: int) -> list[P
         raise UserError(f"--average: {count} is less than 1")
     if count == 1:
         return [folder]
-    found = [path for path in format.committed(folder.parent) if path.name <= folder.name]
+    found = [path for path in committed_checkpoints(folder.parent) if path.name <= folder.name]
     if folder not in found or len(found) < count:
         raise UserError(
             f"--average: {count} checkpoints are asked for, {folder.parent} has {len(found)}"
             f" complete ones up to {folder.name}"
         )
     for path in found[-count:]:
-        if format.trained(format.read_state(path)).model != trained.model:
+        if trained_config(read_state(path)).model != trained.model:
             raise UserError(f"--average: {path} holds another model than {folder}")
     return found[-count:]
 
@@ -210,7 +218,7 @@ def _open(stored: list[StoredTensors], model: ModelSection, masters: bool) -> we
 
 
 def _check_files(folders: list[Path]) -> None:
-    problems = [problem for folder in folders for problem in format.verify_checkpoint(folder)]
+    problems = [problem for folder in folders for problem in verify_checkpoint(folder)]
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise UserError(f"checkpoint: {problems[0]}{more}; it is damaged, take another one")

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from pydantic import ValidationError
 
-from llada.checkpoint.reading import differences
+from llada.checkpoint.canonical import shape_differences
 from llada.config.sections import ModelSection
 from llada.errors import UserError, did_you_mean
 from llada.hf.sources import Renamed, equal
@@ -483,7 +483,7 @@ def _check(
             and equal(files, head, embedding)
         ):
             del found[head]
-    problems = differences(found, wanted)
+    problems = shape_differences(found, wanted)
     if problems:
         raise UserError(
             f"{setting}: the weights in '{folder}' are not those of its config.json: {problems}"

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from llada.checkpoint import format
+from llada.checkpoint.format import MARKER, STATE_FILE, CheckpointState, seal_checkpoint
 from llada.checkpoint.writing import write_model
 from llada.config.sections import ModelSection
 from llada.errors import UserError
@@ -79,7 +79,7 @@ def from_hf(folder: str | Path, output: str | Path, options: ImportOptions | Non
     weights, model, note = _grown(source, before, tokenizer)
     dtype = PRECISIONS[precision]
     require_space(output, total_bytes(weights.shapes, dtype), "OUT")
-    state = format.State(
+    state = CheckpointState(
         step=0,
         samples=0,
         tokens=0,
@@ -101,7 +101,7 @@ def from_hf(folder: str | Path, output: str | Path, options: ImportOptions | Non
         recent=[],
         tokenizer=tokenizer.fingerprint,
     )
-    names = (format.MARKER, format.STATE, "model", "tokenizer")
+    names = (MARKER, STATE_FILE, "model", "tokenizer")
     with (
         new_folder(output, options.force, "a checkpoint", names, setting="OUT") as partial,
         tempfile.TemporaryDirectory() as scratch,
@@ -110,7 +110,7 @@ def from_hf(folder: str | Path, output: str | Path, options: ImportOptions | Non
         with flushed_meanwhile(partial / "model"):
             write_model(partial / "model", weights, model, dtype)
         tokenizer.save(scratch)
-        format.seal(partial, state, read_files(Path(scratch)), {})
+        seal_checkpoint(partial, state, read_files(Path(scratch)), {})
     count = (
         f"{output}: {num_parameters(model):,} parameters of {source.architecture} in {precision}"
     )

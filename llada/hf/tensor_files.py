@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from safetensors import SafetensorError, safe_open
 
-from llada.checkpoint.reading import read_into, write_from
+from llada.checkpoint.raw_values import read_into, write_from
 from llada.errors import RunError, UserError
 from llada.files import prefetch
 from llada.model.weights import BLOCK_ELEMENTS, Weights, row_blocks

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from llada.checkpoint import format
+from llada.checkpoint.format import load_tokenizer, read_state, trained_config
 from llada.config import RunConfig, build_config
 from llada.config.sections import ModelSection
 from llada.errors import RunError, UserError
@@ -57,8 +57,8 @@ def training_logits(folders: Sequence[Path], masters: bool) -> tuple[torch.Tenso
     """
     from llada.engine.megatron import MegatronEngine
 
-    config = _alone(format.trained(format.read_state(folders[-1])).model)
-    tokenizer = format.load_tokenizer(folders[-1])
+    config = _alone(trained_config(read_state(folders[-1])).model)
+    tokenizer = load_tokenizer(folders[-1])
     windows = []
     for row in range(ROWS):
         ids = np.floor(uniforms(stream(0, "verify", row), LENGTH) * tokenizer.vocab_size).astype(

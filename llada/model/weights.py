@@ -9,7 +9,7 @@ output projections by columns.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -318,28 +318,3 @@ def scatter(
     """
     for first, last in row_blocks(tuple(out.shape), BLOCK_ELEMENTS):
         out[first:last].copy_(parameter_rows(model, source, name, first, last, tp_rank, tp_size))
-
-
-def gather(
-    model: ModelSection, shards: Iterable[tuple[Mapping[str, torch.Tensor], int, int]]
-) -> dict[str, torch.Tensor]:
-    """Assemble canonical tensors from the Megatron tensors (weights or gradients) of any set of
-    ranks.
-
-    Args:
-        model: shape of the model.
-        shards: (tensors by global Megatron name, tp_rank, tp_size) of each rank.
-    """
-    shapes = canonical_shapes(model)
-    whole: dict[str, torch.Tensor] = {}
-    for tensors, tp_rank, tp_size in shards:
-        for name, tensor in tensors.items():
-            for piece in pieces(model, name, tp_rank, tp_size):
-                target = whole.setdefault(
-                    piece.name, torch.full(shapes[piece.name], float("nan"), dtype=tensor.dtype)
-                )
-                target = target[slice(*piece.rows)]
-                (target if piece.columns is None else target[:, slice(*piece.columns)]).copy_(
-                    _local_view(tensor, piece)
-                )
-    return whole

@@ -8,9 +8,15 @@ from pathlib import Path
 import torch
 
 from llada.chat.format import END_OF_TURN
-from llada.checkpoint import format
-from llada.checkpoint.format import TrainedConfig
-from llada.checkpoint.reading import CheckpointWeights, StoredTensors, all_rows
+from llada.checkpoint.canonical import CheckpointWeights, all_rows
+from llada.checkpoint.format import (
+    TrainedConfig,
+    load_tokenizer,
+    read_state,
+    resolve_checkpoint,
+    trained_config,
+)
+from llada.checkpoint.reading import StoredTensors
 from llada.errors import RunError, UserError
 from llada.hf.convert import model_config
 from llada.hf.folder import LLADA, check_mask, is_folder, open_folder
@@ -77,15 +83,15 @@ def load(path: str | Path) -> Sampler:
     if not os.path.isdir(folder):  # False too for a name that no file can have
         raise UserError(f"MODEL: no folder '{path}'")
     try:
-        source = format.resolve(folder)
+        source = resolve_checkpoint(folder)
     except UserError:
         raise UserError(
             f"MODEL: '{path}' is neither an exported folder (it has no config.json) nor a"
             " checkpoint or a run with one"
         ) from None
-    trained = format.trained(format.read_state(source))
+    trained = trained_config(read_state(source))
     weights = CheckpointWeights(StoredTensors(source / "model"), trained.model)
-    return _sampler(trained, format.load_tokenizer(source), weights, device)
+    return _sampler(trained, load_tokenizer(source), weights, device)
 
 
 def _exported(path: Path, device: torch.device) -> Sampler:

@@ -1,5 +1,7 @@
-"""Watches loss and gradient norm: names steps far above the recent ones, and stops a run that
-leaves out step after step.
+"""Watches loss and gradient norm.
+
+Names steps far above the recent ones, leaves them out of the training if the config says so, and
+stops a run that leaves out step after step.
 """
 
 from __future__ import annotations
@@ -15,21 +17,25 @@ from llada.engine.base import Limits, StepResult
 from llada.errors import RunError
 
 _LAG = 2
-"""Steps between a step and the last one its limits come from: a GPU reports a step's numbers while
-it computes the next.
+"""Steps between a step and the last one that its limits come from.
+
+A GPU reports a step's numbers while it computes the next one. So the limits of a step must not
+depend on the step just before it, or they would depend on when its numbers were read.
 """
 
+# Of a normal distribution: its upper tenth starts this many standard deviations above the median,
 _TAIL_START = 1.2816
-"""Of a normal distribution: the standard deviations above the median where its upper tenth starts.
-"""
+# and the median of that tenth is so many further up.
 _TAIL_MEDIAN = 0.3633
-"""Of a normal distribution: the standard deviations between that start and the median of its upper
-tenth.
-"""
 
 
 class Applied(NamedTuple):
-    """A step that updated the weights: how many were done before it, its loss and gradient norm."""
+    """A step that updated the weights.
+
+    Attributes:
+        step: 0-based.
+        loss, grad_norm: of the step.
+    """
 
     step: int
     loss: float
@@ -37,8 +43,7 @@ class Applied(NamedTuple):
 
 
 class Guard:
-    """The spike rule over the last `train.spike_window` applied steps, and the count of steps left
-    out in a row.
+    """The spike rule over the last `train.spike_window` applied steps, and a count of skipped ones.
 
     Args:
         section: the run's settings.
@@ -49,7 +54,7 @@ class Guard:
     def __init__(self, section: TrainSection, recent: Iterable[Applied] = ()) -> None:
         self._section = section
         self._recent = [Applied(*entry) for entry in recent]
-        self._left_out = 0
+        self._skipped_in_a_row = 0
 
     @property
     def recent(self) -> list[Applied]:
@@ -57,32 +62,32 @@ class Guard:
         return list(self._recent)
 
     def spike_limits(self, step: int) -> Limits:
-        """What loss and norm of `step` (0-based) must exceed to be a spike, see `upper_limit`;
-        infinite until the window is full.
+        """Return what loss and norm of `step` (0-based) must exceed to be a spike.
 
-        A function of the results of steps up to `step` - 2 alone, whenever they were read.
+        Infinite until the window is full; see `upper_limit`. A function of the results of steps up
+        to `step` - 2 alone, whenever they were read.
         """
         section = self._section
-        known = [entry for entry in self._recent if entry.step <= step - _LAG][
-            -section.spike_window :
-        ]
+        known = [entry for entry in self._recent if entry.step <= step - _LAG]
+        known = known[-section.spike_window :]
         if section.spike_sigma is None or len(known) < section.spike_window:
             return Limits()
+        losses = [entry.loss for entry in known]
+        norms = [entry.grad_norm for entry in known]
         return Limits(
-            upper_limit(
-                [entry.loss for entry in known], section.spike_sigma, section.spike_loss_factor
-            ),
-            upper_limit(
-                [entry.grad_norm for entry in known], section.spike_sigma, section.spike_norm_factor
-            ),
+            upper_limit(losses, section.spike_sigma, section.spike_loss_factor),
+            upper_limit(norms, section.spike_sigma, section.spike_norm_factor),
         )
 
     def limits(self, step: int) -> Limits:
-        """What the engine must leave out at `step` (0-based) besides what is not finite."""
+        """Return the limits above which the engine must skip `step` (0-based).
+
+        It skips a step whose numbers are not finite in any case.
+        """
         return self.spike_limits(step) if self._section.skip_spikes else Limits()
 
     def check(self, step: int, result: StepResult, samples: range) -> str | None:
-        """Take note of a step, in order.
+        """Take the result of a step; steps come in order.
 
         Args:
             step: 0-based.
@@ -90,43 +95,40 @@ class Guard:
             samples: global sample indices of the step, named in the message.
 
         Returns:
-            A line about a spike or a step that was left out; None: nothing to say.
+            A line about a spike or a skipped step; None if there is nothing to say.
 
         Raises:
-            RunError: more than train.max_skipped steps in a row were left out.
+            RunError: more than train.max_skipped steps in a row were skipped.
         """
-        limits = self.spike_limits(step)
-        what = _above(result, limits) or (
-            None if result.applied else "left out because of another rank's numbers"
-        )
+        problem = _find_problem(result, self.spike_limits(step))
         if result.applied:
-            self._left_out = 0
-            self._recent = [*self._recent, Applied(step, result.loss, result.grad_norm)][
-                -(self._section.spike_window + _LAG) :
-            ]
+            self._skipped_in_a_row = 0
+            self._recent.append(Applied(step, result.loss, result.grad_norm))
+            self._recent = self._recent[-(self._section.spike_window + _LAG) :]
         else:
-            self._left_out += 1
-        if what is None:
+            self._skipped_in_a_row += 1
+            problem = problem or "left out because of another rank's numbers"
+        if problem is None:
             return None
-        named = (
-            f"step {step + 1}: {what}; samples {samples.start} to {samples.stop - 1} of the data"
+        message = (
+            f"step {step + 1}: {problem}; samples {samples.start} to {samples.stop - 1} of the data"
             " order"
         )
-        if self._left_out > self._section.max_skipped:
+        if self._skipped_in_a_row > self._section.max_skipped:
             raise RunError(
-                f"{named}; {self._left_out} steps in a row updated nothing (train.max_skipped:"
-                f" {self._section.max_skipped})"
+                f"{message}; {self._skipped_in_a_row} steps in a row updated nothing"
+                f" (train.max_skipped: {self._section.max_skipped})"
             )
-        return named + ("" if result.applied else "; the step updated nothing")
+        return message if result.applied else message + "; the step updated nothing"
 
 
 def upper_limit(values: Sequence[float], sigma: float, factor: float) -> float:
-    """What the next value must exceed to be a spike: far out in the tail of the recent values, and
-    far above their level.
+    """Return what the next value must exceed to be a spike.
 
-    Losses and gradient norms are positive, noisy by a factor, and skewed: a healthy run has single
-    norms of twice the usual. So the rule works on logarithms, and takes the width of the upper tail
-    from the largest tenth of the window itself, not from a mean and standard deviation. For normal
+    A spike is far out in the tail of the recent values, and far above their level. Losses and
+    gradient norms are positive, noisy by a factor, and skewed: a healthy run has single norms of
+    twice the usual. So the rule works on logarithms, and takes the width of the upper tail from the
+    largest tenth of the window itself, not from a mean and standard deviation. For normal
     logarithms the limit is the level plus `sigma` standard deviations; a heavier tail moves it up.
     Only the median of that tenth counts, so a few past spikes in the window do not hide the next.
 
@@ -140,22 +142,28 @@ def upper_limit(values: Sequence[float], sigma: float, factor: float) -> float:
     """
     logs = np.log(np.maximum(values, np.finfo(np.float64).tiny))
     half = len(logs) // 2
+
+    # The trend: from the median of the older half to that of the newer one.
     slope = float(np.median(logs[-half:]) - np.median(logs[:half])) / (len(logs) - half)
-    # each value where the trend would have it at the newest step
+    # Each value where the trend would have it at the newest step.
     carried = logs - slope * np.arange(1 - len(logs), 1)
     level = float(np.median(carried))
+
+    # The upper tail: where its tenth starts, and the standard deviation that its median implies.
     ordered = np.sort(carried) - level
     tail = ordered[-len(ordered) // 10 :]
     start = float(ordered[-len(tail) - 1])
     deviation = float(np.median(tail) - start) / _TAIL_MEDIAN
-    ahead = slope * (_LAG if slope > 0 else -half / 2)
-    return math.exp(
-        min(level + ahead + max(start + (sigma - _TAIL_START) * deviation, math.log(factor)), 700.0)
-    )
+    height = max(start + (sigma - _TAIL_START) * deviation, math.log(factor))
+
+    # A rising trend is continued to the step in question. A falling one is not: the level is taken
+    # from the middle of the newer half, quarter of a window ago.
+    drift = slope * _LAG if slope > 0 else slope * (-half / 2)
+    return math.exp(min(level + drift + height, 700.0))  # exp(710) overflows
 
 
-def _above(result: StepResult, limits: Limits) -> str | None:
-    """What is wrong with a step's numbers."""
+def _find_problem(result: StepResult, limits: Limits) -> str | None:
+    """Describe what is wrong with a step's numbers, if anything is."""
     for name, value, limit in (
         ("loss", result.loss, limits.loss),
         ("gradient norm", result.grad_norm, limits.grad_norm),

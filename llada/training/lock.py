@@ -1,5 +1,7 @@
-"""One run folder, one process that writes to it: RUN/lock names the holder, who keeps
-touching it.
+"""RUN/lock: one process at a time writes to a run folder. It names the holder, who touches it.
+
+Whether a holder is alive shows at once on its own host (does the process exist?) and within a Slurm
+job (is it an earlier attempt?). On another host it shows only by the time of its last touch.
 """
 
 from __future__ import annotations
@@ -14,11 +16,14 @@ import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from llada.errors import TryAgain, UserError
 
 NAME = "lock"
+
+Holder: TypeAlias = dict[str, Any]
+"""Content of a lock: host, pid, born, job, attempt and since; empty where it cannot be read."""
 
 
 class RunLock:
@@ -48,12 +53,16 @@ class RunLock:
         stale: float = 60.0,
         stopped: Callable[[], bool] = lambda: False,
     ) -> None:
-        self._folder, self._path = folder, folder / NAME
-        self._beat, self._stale, self._stopped = beat, stale, stopped
+        self._folder = folder
+        self._path = folder / NAME
+        self._beat = beat
+        self._stale = stale
+        self._stopped = stopped
         self._own = _this_process()
         self._announced = False
         while not self._create():
             self._wait_for_holder()
+        # Touched by a thread of its own: a long step must not look like a dead process.
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="lock", daemon=True)
         self._thread.start()
@@ -62,10 +71,11 @@ class RunLock:
         """Let others use the folder."""
         self._ended.set()
         self._thread.join()
-        if _read(self._path) == self._own:
+        if _read(self._path) == self._own:  # else another process has taken it over
             self._path.unlink(missing_ok=True)
 
     def _create(self) -> bool:
+        """Create the lock; return whether it was free."""
         try:
             file = open(self._path, "x", encoding="utf-8")  # noqa: SIM115 (closed below, where a full disk may show)
         except FileExistsError:
@@ -79,11 +89,16 @@ class RunLock:
         return True
 
     def _wait_for_holder(self) -> None:
-        """Return when the lock may be tried again."""
+        """Return when the lock may be tried again.
+
+        Raises:
+            UserError: the holder touches the lock, so it is alive; or no run wrote the lock.
+            TryAgain: asked to stop.
+        """
         self._refuse_foreign()
         holder = _read(self._path)
         touched = self._touched()
-        while holder is not None and touched is not None and not _gone(holder, self._own):
+        while holder is not None and touched is not None and not _has_ended(holder, self._own):
             if self._now() - touched > self._stale * 1e9:
                 break
             if self._stopped():
@@ -93,33 +108,36 @@ class RunLock:
                 )
             time.sleep(min(1.0, self._beat / 4))
             self._announce(holder)
-            again, holder = self._touched(), _read(self._path)
-            if again is not None and again != touched:
+            # A touch while this waited proves that the holder is alive, whatever the clocks say.
+            touched_again = self._touched()
+            holder = _read(self._path)
+            if touched_again is not None and touched_again != touched:
                 raise UserError(
                     f"run.dir: '{self._folder}' is in use by {_describe(holder)}; stop that first,"
                     " or choose another run.dir"
                 ) from None
-            touched = again
+            touched = touched_again
+        # Only if it is still the same holder's.
         if touched is not None and _read(self._path) == holder:
             self._remove(holder)
 
     def _refuse_foreign(self) -> None:
-        """Raises UserError for a lock that no run can have left, which must not be deleted."""
+        """Raise UserError for a lock that no run can have left, which must not be deleted."""
         if self._path.is_dir():
-            what = "a folder"
+            description = "a folder"
         elif self._path.is_symlink():
-            what = "a link"
+            description = "a link"
         elif _is_foreign(self._path):
-            what = "a file that no run wrote"
+            description = "a file that no run wrote"
         else:
             return
         raise UserError(
-            f"run.dir: '{self._path}' is {what}, and a run keeps its lock there; move it away, or"
-            " choose another run.dir"
+            f"run.dir: '{self._path}' is {description}, and a run keeps its lock there; move it"
+            " away, or choose another run.dir"
         )
 
-    def _announce(self, holder: dict[str, Any]) -> None:
-        """Say once what is waited for."""
+    def _announce(self, holder: Holder) -> None:
+        """Print, once, what is waited for."""
         if not self._announced:
             print(
                 f"waiting for {self._path}, held by {_describe(holder)}; it counts as left behind"
@@ -129,28 +147,28 @@ class RunLock:
             )
         self._announced = True
 
-    def _remove(self, stale: dict[str, Any] | None) -> None:
+    def _remove(self, stale: Holder | None) -> None:
         """Remove a lock whose holder is gone; of several processes that saw it, one does."""
-        aside = self._folder / f"{NAME}.{uuid.uuid4().hex[:8]}"
+        renamed = self._folder / f"{NAME}.{uuid.uuid4().hex[:8]}"
         try:
-            os.rename(self._path, aside)
+            os.rename(self._path, renamed)
         except FileNotFoundError:
             return
-        if _read(aside) != stale:  # another was faster, and this is its new lock: back with it
+        if _read(renamed) != stale:
+            # Another process was faster, and this is its new lock: put it back.
             with suppress(FileExistsError):
-                os.link(aside, self._path)
-        aside.unlink()
+                os.link(renamed, self._path)
+        renamed.unlink()
 
     def _touched(self) -> int | None:
+        """Return when the lock was last touched, nanoseconds since 1970; None: it is gone."""
         try:
             return self._path.stat().st_mtime_ns
         except FileNotFoundError:
             return None
 
     def _now(self) -> int:
-        """Nanoseconds since 1970 by the file server's clock, which is the one that dates the
-        touches.
-        """
+        """Return nanoseconds since 1970 by the file server's clock, which dates the touches."""
         probe = self._folder / f"{NAME}.{uuid.uuid4().hex[:8]}"
         probe.touch()
         try:
@@ -159,11 +177,13 @@ class RunLock:
             probe.unlink()
 
     def _keep(self) -> None:
+        """Touch the lock until it is released; end the process if another one took it over."""
         while not self._ended.wait(self._beat):
-            if _read(self._path) not in (self._own, None):
+            holder = _read(self._path)
+            if holder not in (self._own, None):
                 print(
-                    f"failed: {self._folder} was taken over by {_describe(_read(self._path))} while"
-                    " this process did not answer",
+                    f"failed: {self._folder} was taken over by {_describe(holder)} while this"
+                    " process did not answer",
                     file=sys.stderr,
                     flush=True,
                 )
@@ -175,31 +195,35 @@ class RunLock:
 
 
 def holder(folder: Path, stale: float = 60.0) -> str | None:
-    """Who holds a run folder, in words; None: nobody who is known to be alive."""
-    found = _alive(folder, stale)
-    return None if found is None else _describe(found)
+    """Describe who holds a run folder; None: nobody who is known to be alive."""
+    alive = _living_holder(folder, stale)
+    return None if alive is None else _describe(alive)
 
 
 def holding_process(folder: Path, stale: float = 60.0) -> tuple[str, int] | None:
-    """Host and number of the process that holds a run folder; None: nobody who is known to be
-    alive.
+    """Return host and process id of who holds a run folder.
+
+    None: nobody who is known to be alive.
     """
-    found = _alive(folder, stale)
-    return None if found is None else (str(found.get("host")), int(found.get("pid", 0)))
+    alive = _living_holder(folder, stale)
+    if alive is None:
+        return None
+    return str(alive.get("host")), int(alive.get("pid", 0))
 
 
-def _alive(folder: Path, stale: float) -> dict[str, Any] | None:
+def _living_holder(folder: Path, stale: float) -> Holder | None:
     path = folder / NAME
-    found = _read(path)
-    if not found or _gone(found, _this_process()):
+    content = _read(path)
+    if not content or _has_ended(content, _this_process()):
         return None
     try:
-        return found if time.time() - path.stat().st_mtime < stale else None
+        age = time.time() - path.stat().st_mtime
     except FileNotFoundError:
         return None
+    return content if age < stale else None
 
 
-def _this_process() -> dict[str, Any]:
+def _this_process() -> Holder:
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
@@ -211,45 +235,58 @@ def _this_process() -> dict[str, Any]:
 
 
 def _born(pid: int) -> str | None:
-    """When a process of this host started, in a form that no later process with its number has."""
+    """Return when a process of this host started: boot and clock ticks since.
+
+    No later process with the same number has the same value. None: there is no such process, or no
+    /proc.
+    """
     try:
+        # Field 22 of /proc/PID/stat. Fields are counted behind the last parenthesis, since the
+        # command's name before it may hold spaces.
         ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()}:{ticks}"
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except (OSError, IndexError):
         return None
+    return f"{boot}:{ticks}"
 
 
-def _gone(holder: dict[str, Any], own: dict[str, Any]) -> bool:
-    """Whether a holder is known to have ended."""
-    if (
-        own["job"] is not None
-        and holder.get("job") == own["job"]
-        and None not in (own["attempt"], holder.get("attempt"))
-    ):
-        # Slurm starts a job again only when all of it has ended
+def _has_ended(holder: Holder, own: Holder) -> bool:
+    """Return whether a holder is known to have ended.
+
+    Args:
+        holder: content of the lock.
+        own: what this process would write.
+    """
+    same_job = own["job"] is not None and holder.get("job") == own["job"]
+    if same_job and own["attempt"] is not None and holder.get("attempt") is not None:
+        # Slurm starts a job again only when all of it has ended.
         return bool(holder["attempt"] != own["attempt"])
     if holder.get("host") != own["host"]:
         return False
     pid = holder.get("pid")
     if pid == own["pid"] or not isinstance(pid, int):
-        return True
+        return True  # this process does not hold it, so an earlier one with its number did
     born = _born(pid)
-    return (born is None and own["born"] is not None) or holder.get("born") != born
+    if born is None and own["born"] is not None:
+        return True  # this host tells when processes started, and there is no such process
+    return holder.get("born") != born
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def _read(path: Path) -> Holder | None:
+    """Return the content of a lock; empty if it cannot be read, None if there is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return content if isinstance(content, dict) else {}
     except FileNotFoundError:
         return None
     except (OSError, ValueError):
         return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _is_foreign(path: Path) -> bool:
-    """Whether a file holds something else than a lock, a torn one or the nothing that a crash
-    leaves.
+    """Return whether a file holds something else than a lock.
+
+    A torn lock, and the zeros that a crash may leave, are no foreign content.
     """
     try:
         content = path.read_bytes().strip(b"\0 \r\n\t")
@@ -258,12 +295,11 @@ def _is_foreign(path: Path) -> bool:
     return bool(content) and not content.startswith(b"{")
 
 
-def _describe(holder: dict[str, Any] | None) -> str:
-    holder = holder or {}
-    if "pid" not in holder:
+def _describe(holder: Holder | None) -> str:
+    if holder is None or "pid" not in holder:
         return "a process that it does not name"
     job = f"job {holder['job']}, " if holder.get("job") else ""
     return (
-        f"{job}process {holder.get('pid', '?')} on host {holder.get('host', '?')} since"
+        f"{job}process {holder['pid']} on host {holder.get('host', '?')} since"
         f" {holder.get('since', '?')}"
     )

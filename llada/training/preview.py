@@ -1,4 +1,4 @@
-"""What a training step reads and masks, as text, without a model."""
+"""What a training step reads and masks, as text, without a model (`llada data step`)."""
 
 from __future__ import annotations
 
@@ -12,58 +12,68 @@ from llada.data.training_data import TrainingData
 from llada.errors import UserError
 from llada.tokenizer import Tokenizer
 
-_SHOWN_TOKENS = 48
+_MAX_TOKENS = 48
+"""Tokens of a segment that are shown."""
+_MASKED = "▁"
 
 
 def describe_step(config: RunConfig, step: int, samples: int) -> str:
-    """Corpora, windows or conversations, segments, t and masks of training step `step` (1-based),
-    `samples` of them in full.
+    """Describe corpora, windows or conversations, segments, t and masks of a training step.
+
+    Args:
+        config: of the run.
+        step: 1-based.
+        samples: how many of the step's samples are shown in full.
+
+    Raises:
+        UserError: the step is past the run's last one.
     """
     if step > config.train.steps:
         raise UserError(f"step: {step} is past the run's last, train.steps = {config.train.steps}")
     data = open_data(config)
     plan = data.plan(step - 1)
     tokenizer = data.tokenizer()
-    own = plan.maskable > 0
-    t, maskable = plan.t[own], plan.maskable[own]
+    has_tokens = plan.maskable > 0  # the other segments are filler
+    t = plan.t[has_tokens]
+    maskable = plan.maskable[has_tokens]
     expected = data.objective.expected_predictions(maskable, t)
     lines = [
-        (
-            f"step {step}: samples {plan.samples[0]} to {plan.samples[-1]}, {own.sum()} segments,"
-            f" {plan.tokens:,} tokens"
-        ),
-        (
-            f"t: smallest {t.min():.4f}, mean {t.mean():.4f}, largest {t.max():.4f}"
-            f" ({config.objective.timesteps})"
-        ),
-        (
-            f"masked tokens expected: {expected:,.0f} of {maskable.sum():,}"
-            f" ({config.objective.masking})"
-        ),
+        f"step {step}: samples {plan.samples[0]} to {plan.samples[-1]}, {len(t)} segments,"
+        f" {plan.tokens:,} tokens",
+        f"t: smallest {t.min():.4f}, mean {t.mean():.4f}, largest {t.max():.4f}"
+        f" ({config.objective.timesteps})",
+        f"masked tokens expected: {expected:,.0f} of {maskable.sum():,}"
+        f" ({config.objective.masking})",
     ]
     for i, source in enumerate(data.mixture.sources):
         lines.append(f"corpus {i}: {source.name}: {(plan.corpora == i).sum()} samples")
     for offset in range(min(samples, len(plan.samples))):
-        lines.append(_describe_sample(data, plan, offset, tokenizer))
+        lines += _describe_sample(data, plan, offset, tokenizer)
     return "\n".join(lines)
 
 
-def _describe_sample(data: TrainingData, plan: StepPlan, offset: int, tokenizer: Tokenizer) -> str:
+def _describe_sample(
+    data: TrainingData, plan: StepPlan, offset: int, tokenizer: Tokenizer
+) -> list[str]:
+    """Describe one sample of a step: a line for it and one for each segment with a loss."""
     window = data.window(TRAIN, plan, offset)
     masked = set(data.objective.corrupt(window).predicted.tolist())
-    source = int(plan.corpora[offset])
-    name = Path(data.mixture.sources[source].name).name
+    corpus = int(plan.corpora[offset])
+    name = Path(data.mixture.sources[corpus].name).name
     lines = [
-        f"sample {window.sample}: corpus {source} ({name}),"
-        f" {data.describe_instance(source, int(plan.instances[offset]))}"
+        f"sample {window.sample}: corpus {corpus} ({name}),"
+        f" {data.describe_instance(corpus, int(plan.instances[offset]))}"
     ]
     for start, end, t, scale in window.segments():
         if not scale:
-            continue
-        count = sum(1 for position in range(start, end) if position in masked)
-        text = "".join(
-            "▁" if position in masked else tokenizer.decode([int(window.tokens[position])])
-            for position in range(start, min(end, start + _SHOWN_TOKENS))
-        )
-        lines.append(f"  [{start}, {end}) t = {t:.4f}, {count} masked: {' '.join(text.split())}")
-    return "\n".join(lines)
+            continue  # filler, which has no loss
+        num_masked = len(masked.intersection(range(start, end)))
+        text = ""
+        for position in range(start, min(end, start + _MAX_TOKENS)):
+            if position in masked:
+                text += _MASKED
+            else:
+                text += tokenizer.decode([int(window.tokens[position])])
+        one_line = " ".join(text.split())
+        lines.append(f"  [{start}, {end}) t = {t:.4f}, {num_masked} masked: {one_line}")
+    return lines

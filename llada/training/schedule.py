@@ -1,6 +1,4 @@
-"""The learning rate: pieces of absolute length, so that extending a run changes nothing that came
-before.
-"""
+"""The learning rate: stages of absolute length, so extending a run changes nothing before."""
 
 from __future__ import annotations
 
@@ -16,10 +14,20 @@ _SHAPES: dict[str, Callable[[float], float]] = {
     "linear": lambda x: x,
     "cosine": lambda x: (1 - math.cos(math.pi * x)) / 2,
 }
+"""Progress of a stage in (0, 1] -> how far the rate is from its start to its end."""
 
 
 @dataclass(frozen=True)
 class _LRStage:
+    """A stage of the schedule.
+
+    Attributes:
+        shape: one of _SHAPES.
+        start, end: learning rates.
+        first: its first step, 0-based.
+        steps: its length; None: it goes on without end.
+    """
+
     shape: str
     start: float
     end: float
@@ -30,44 +38,55 @@ class _LRStage:
 class Schedule:
     """Learning rate of every step.
 
-    Step k (1-based) of a piece of n steps has progress k / n: a linear warm-up of n steps reaches
-    its end at step n, and the first step already learns.
+    Step k (1-based) of a stage of n steps has progress k / n: a linear warm-up of n steps reaches
+    its end at step n, and the first step already learns. A warm-up of 4 steps to 1.0 has the rates
+    0.25, 0.5, 0.75, 1.0.
 
     Args:
-        section: the pieces.
+        section: the stages.
         tokens_per_step: turns lengths in tokens into steps, rounded up.
     """
 
     def __init__(self, section: ScheduleSection, tokens_per_step: int) -> None:
         self._rewinds = section.rewinds
-        self._pieces: list[_LRStage] = []
-        first, rate = 0, 0.0
+        self._stages: list[_LRStage] = []
+        first = 0
+        rate = 0.0  # where the stage before ended
         for stage in section.stages:
-            steps = stage.steps if stage.tokens is None else -(-stage.tokens // tokens_per_step)
+            steps = stage.steps
+            if stage.tokens is not None:
+                steps = -(-stage.tokens // tokens_per_step)
             start = rate if stage.start is None else stage.start
             rate = start if stage.end is None else stage.end
-            self._pieces.append(_LRStage(stage.shape, start, rate, first, steps))
+            self._stages.append(_LRStage(stage.shape, start, rate, first, steps))
             first += steps or 0
 
     @property
     def steps(self) -> int | None:
-        """Length of the whole schedule in steps; None: the last piece goes on without end."""
-        last = self._pieces[-1]
-        return None if last.steps is None or self._rewinds else last.first + last.steps
+        """Length of the whole schedule in steps; None: the last stage goes on without end."""
+        last = self._stages[-1]
+        if last.steps is None or self._rewinds:
+            return None
+        return last.first + last.steps
 
     def learning_rate(self, step: int) -> float:
-        """Of training step `step` (0-based). Raises UserError past the schedule's end."""
-        changed = [entry.lr for entry in self._rewinds if entry.step <= step]
-        if changed:
-            return changed[-1]
-        piece = next(piece for piece in reversed(self._pieces) if piece.first <= step)
-        if piece.steps is None:
-            return piece.start
-        if step >= piece.first + piece.steps:
+        """Return the rate of training step `step` (0-based).
+
+        Raises:
+            UserError: the step is past the schedule's end.
+        """
+        # A rewind with another learning rate replaces the stages from its step on.
+        rates = [rewind.lr for rewind in self._rewinds if rewind.step <= step]
+        if rates:
+            return rates[-1]
+        stage = next(stage for stage in reversed(self._stages) if stage.first <= step)
+        if stage.steps is None:
+            return stage.start
+        if step >= stage.first + stage.steps:
             raise UserError(
                 f"schedule.stages: end after {self.steps} steps, step {step + 1} has no learning"
                 " rate; add a stage or lower train.steps"
             )
-        return piece.start + (piece.end - piece.start) * _SHAPES[piece.shape](
-            (step - piece.first + 1) / piece.steps
-        )
+        # At the last step of the stage the progress is 1.
+        progress = (step - stage.first + 1) / stage.steps
+        return stage.start + (stage.end - stage.start) * _SHAPES[stage.shape](progress)

@@ -1,8 +1,8 @@
-"""Asking a run to stop: SIGTERM, SIGINT and SIGUSR1 only set a flag; the loop stops at a step
-boundary with a checkpoint.
+"""Asking a run to stop: SIGTERM, SIGINT and SIGUSR1 only set a flag.
 
-Standard library only, so that the handlers can be installed before the slow imports: a signal
-during start-up must not kill a run that could have ended in order.
+The loop reads it and stops at a step boundary with a checkpoint. Standard library only, so that the
+handlers are there before the slow imports: a signal during start-up must not kill a run that could
+have ended in order.
 """
 
 from __future__ import annotations
@@ -14,7 +14,11 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Whether, and by which signal, the run was asked to stop. Repeated signals change nothing."""
+    """True once the run was asked to stop. Repeated signals change nothing.
+
+    Attributes:
+        signal: name of the last stop signal; None: there was none.
+    """
 
     def __init__(self) -> None:
         self.signal: str | None = None
@@ -22,18 +26,19 @@ class StopRequest:
     def install(self) -> StopRequest:
         """Handle the stop signals from now on (main thread only)."""
         for number in STOP_SIGNALS:
-            signal.signal(number, self.note)
+            signal.signal(number, self.handle)
         return self
 
     def close(self) -> None:
-        """Ignore the stop signals from now on: the process ends, and while Python does, a repeated
-        one would kill it.
+        """Ignore the stop signals from now on.
+
+        While Python shuts down it takes the handlers away, and a repeated signal would kill it.
         """
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 
-    def note(self, number: int, frame: FrameType | None) -> None:
-        """The handler."""
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """Take a signal; the handler that `install` sets."""
         self.signal = signal.Signals(number).name
 
     def __bool__(self) -> bool:

@@ -1,9 +1,9 @@
-"""Notices a run that hangs: a rank that stopped answering, or a collective that never ends.
+"""Ends a run that hangs: a rank that stopped answering, or a collective that never ends.
 
 Every rank writes a small heartbeat file from a thread of its own, so a process that is stopped,
-swapped out or gone falls silent while one that merely waits for it goes on. When no step ends
-within the time allowed, the lowest rank that is still alive names the silent ones, and every live
-rank exits for a restart.
+swapped out or gone falls silent, while one that merely waits for it goes on. When no step ends
+within the allowed time, the lowest rank that is alive names the silent ones, and every live rank
+exits for a restart.
 """
 
 from __future__ import annotations
@@ -16,32 +16,43 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
+from llada.engine.base import StepResult
+from llada.training.hooks import Hook
+
 RESTART = 75
 """Exit code: run the same command again."""
 _BEATS_PER_TIMEOUT = 10
 _DUMP_SECONDS = 30.0
+_MOST_NAMED = 8
+"""Silent ranks that a report names at most."""
 
 
 class Beat(NamedTuple):
-    """What a rank last said: its host, the steps it has finished, and when (seconds since 1970)."""
+    """What a rank last reported.
+
+    Attributes:
+        host: that it runs on.
+        step: steps it has finished.
+        time: when it reported, seconds since 1970.
+    """
 
     host: str
     step: int
     time: float
 
 
-class Watchdog:
+class Watchdog(Hook):
     """A thread that watches this rank's progress.
 
     Args:
-        folder: where the ranks' heartbeats lie; shared by all hosts, as checkpoints are.
+        folder: where the ranks' heartbeat files are; shared by all hosts, as checkpoints are.
         rank, size: of this process and the world.
         timeout: seconds without a finished step after which the run ends; 0: never.
         leave: called with the message ("" on ranks that do not report) instead of ending the
@@ -56,7 +67,10 @@ class Watchdog:
         timeout: float,
         leave: Callable[[str], None] | None = None,
     ) -> None:
-        self._folder, self._rank, self._size, self._timeout = folder, rank, size, timeout
+        self._folder = folder
+        self._rank = rank
+        self._size = size
+        self._timeout = timeout
         self._leave = leave or _leave
         self._host = socket.gethostname()
         self._step = 0
@@ -69,10 +83,20 @@ class Watchdog:
             self._thread.start()
 
     def advance(self, step: int) -> None:
-        """Say that so many steps are done, or that something else long has just ended."""
-        self._step, self._advanced = step, time.monotonic()
+        """Report that `step` steps are done, or that something else that takes long has ended."""
+        self._step = step
+        self._advanced = time.monotonic()
 
-    def close(self) -> None:
+    def on_step(self, done: int, result: StepResult) -> None:
+        self.advance(done)
+
+    def on_validation(self, done: int) -> None:
+        self.advance(done)
+
+    def on_save(self, done: int) -> None:
+        self.advance(done)
+
+    def on_end(self) -> None:
         """End the thread and remove this rank's heartbeat."""
         self._stop.set()
         if self._thread is not None:
@@ -90,39 +114,37 @@ class Watchdog:
 
     def _beat(self) -> None:
         path = self._path(self._rank)
+        temporary = path.with_suffix(".tmp")
         try:
-            path.parent.mkdir(exist_ok=True)  # not the run folder: one that was deleted stays so
-            path.with_suffix(".tmp").write_text(
-                json.dumps(Beat(self._host, self._step, time.time())._asdict())
-            )
-            os.replace(path.with_suffix(".tmp"), path)
+            # Not the run folder itself: one that was deleted must stay deleted.
+            path.parent.mkdir(exist_ok=True)
+            temporary.write_text(json.dumps(Beat(self._host, self._step, time.time())._asdict()))
+            os.replace(temporary, path)
         except OSError:
             return  # a full disk is not a hang; the next beat tries again
 
     def _report(self) -> None:
+        """End this process; on the lowest rank that is alive, name the ranks that hang."""
         beats = {rank: self._read(rank) for rank in range(self._size)}
-        limit = time.time() - 3 * self._timeout / _BEATS_PER_TIMEOUT
-        alive = [rank for rank, beat in beats.items() if beat is not None and beat.time > limit]
+        # Three beats may be missed: file servers and busy nodes are late now and then.
+        oldest = time.time() - 3 * self._timeout / _BEATS_PER_TIMEOUT
+        alive = [rank for rank, beat in beats.items() if beat is not None and beat.time > oldest]
         silent = [rank for rank in beats if rank not in alive]
+        # In a thread with a time limit: what hangs the run may hang this too.
         dump = threading.Thread(target=_dump_collectives, args=(self._rank,), daemon=True)
         dump.start()
-        dump.join(_DUMP_SECONDS)  # not longer: what hangs may hang this too
+        dump.join(_DUMP_SECONDS)
         if self._rank != min(alive, default=self._rank):
             self._leave("")
             return
-        if silent:
-            who = "; ".join(_describe(rank, beats[rank]) for rank in silent[:8]) + (
-                "; ..." if len(silent) > 8 else ""
-            )
-        else:
-            slowest = min(beats, key=lambda rank: beats[rank].step)  # type: ignore[union-attr]  # all are there
-            who = f"every rank answers, none finishes a step; {_describe(slowest, beats[slowest])}"
-        self._leave(f"hang: no step finished for {self._timeout:g} s (run.hang_timeout): {who}")
+        culprits = _describe_silent(silent, beats) if silent else _describe_slowest(beats)
+        self._leave(
+            f"hang: no step finished for {self._timeout:g} s (run.hang_timeout): {culprits}"
+        )
 
     def _read(self, rank: int) -> Beat | None:
         try:
-            content: dict[str, Any] = json.loads(self._path(rank).read_text())
-            return Beat(**content)
+            return Beat(**json.loads(self._path(rank).read_text()))
         except (OSError, ValueError, TypeError):
             return None
 
@@ -131,12 +153,11 @@ class Watchdog:
 
 
 def record_collectives(folder: Path) -> None:
-    """Keep the last NCCL operations of this process in memory; torch or the watchdog write them to
-    `folder` when one does not end.
+    """Keep the last NCCL operations of this process in memory, to be written when one hangs.
 
-    Call before the first process group; `folder` may be made later, where it is missing nothing is
-    written. Read them with `torchfrtrace --prefix rank_ FOLDER`. Variables that are set already
-    stay.
+    Torch or the watchdog then write them to `folder`; `torchfrtrace --prefix rank_ FOLDER` reads
+    them. Where the folder does not exist, nothing is written. Call this before the first process
+    group is made. Environment variables that are set already stay.
     """
     if not torch.cuda.is_available():
         return
@@ -148,11 +169,25 @@ def record_collectives(folder: Path) -> None:
 def _dump_collectives(rank: int) -> None:
     """Write this rank's last NCCL operations to the file that torch itself would use."""
     prefix = os.environ.get("TORCH_FR_DUMP_TEMP_FILE")
-    if prefix is not None and dist.is_nccl_available():
-        c10d: Any = torch._C._distributed_c10d
-        # the process is about to end; the report is what matters
-        with contextlib.suppress(OSError, RuntimeError):
-            Path(f"{prefix}{rank}").write_bytes(c10d._dump_nccl_trace())
+    if prefix is None or not dist.is_nccl_available():
+        return
+    # The process is about to end, and the report matters more than the dump.
+    with contextlib.suppress(OSError, RuntimeError):
+        c10d: Any = torch._C._distributed_c10d  # without NCCL its stubs lack the function
+        Path(f"{prefix}{rank}").write_bytes(c10d._dump_nccl_trace())
+
+
+def _describe_silent(silent: list[int], beats: Mapping[int, Beat | None]) -> str:
+    described = [_describe(rank, beats[rank]) for rank in silent[:_MOST_NAMED]]
+    if len(silent) > _MOST_NAMED:
+        described.append("...")
+    return "; ".join(described)
+
+
+def _describe_slowest(beats: Mapping[int, Beat | None]) -> str:
+    steps = {rank: beat.step for rank, beat in beats.items() if beat is not None}
+    slowest = min(steps, key=lambda rank: steps[rank])
+    return f"every rank answers, none finishes a step; {_describe(slowest, beats[slowest])}"
 
 
 def _describe(rank: int, beat: Beat | None) -> str:

@@ -1,12 +1,11 @@
-"""The rectangles that a rank's flat part of a tensor consists of, against the elements themselves.
-"""
+"""The rectangles that cover a flat range of a tensor, against the elements themselves."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from llada.checkpoint.optimizer_state import _rectangles
+from llada.checkpoint.optimizer_state import rectangles_of_range
 
 
 @pytest.mark.parametrize("shape", [(7,), (1, 5), (5, 1), (3, 4), (4, 3)])
@@ -15,7 +14,7 @@ def test_every_range_is_covered_once_and_in_its_place(shape: tuple[int, ...]) ->
     for start in range(len(whole) + 1):
         for stop in range(start, len(whole) + 1):
             target = torch.full(shape, -1)
-            for low, high, size, corner in _rectangles(start, stop, shape):
+            for low, high, size, corner in rectangles_of_range(start, stop, shape):
                 area = tuple(
                     slice(first, first + length) for first, length in zip(corner, size, strict=True)
                 )

@@ -18,9 +18,9 @@ from llada.data.sft import SFTData
 from llada.data.tasks import open_data
 from llada.engine.base import ParallelRank
 from llada.errors import UserError
+from llada.evaluation.validation import Validator
 from llada.noise import timesteps
 from llada.tokenizer import Tokenizer, train_byte_level_bpe
-from llada.training.validation import Validator
 
 LENGTH = 40
 WORDS = ["alpha", "beta", "gamma", "delta", "\n", "<|mdm_mask|>"]

@@ -9,13 +9,13 @@ from pathlib import Path
 import torch.distributed as dist
 
 from llada.errors import UserError
-from llada.training.folder import hold
+from llada.training.run_folder import hold_run_folder
 
 
 def hold_and_release(path: Path) -> tuple[bool, str]:
     """Whether this rank held the folder, and what it was refused for."""
     try:
-        held = hold(path, dist.get_rank(), lambda: False)
+        held = hold_run_folder(path, dist.get_rank(), lambda: False)
     except UserError as error:
         return False, str(error)
     if held is not None:

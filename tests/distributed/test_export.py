@@ -15,8 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llada.checkpoint import format
-from llada.checkpoint.reading import CheckpointWeights, StoredTensors, all_rows
+from llada.checkpoint.canonical import CheckpointWeights, all_rows
+from llada.checkpoint.format import CheckpointState, seal_checkpoint
+from llada.checkpoint.reading import StoredTensors
 from llada.config import dump_config
 from llada.config.sections import ModelSection
 from llada.engine.megatron import MegatronEngine
@@ -30,6 +31,7 @@ from tests.distributed.pool import RankPool
 from tests.distributed.test_layouts import LAYOUTS as MATRIX
 from tests.engine.support import small_config, step_batches
 from tests.hf.folders import published_config, published_tensors
+from tests.model.canonical import gather
 from tests.model.oracle import Oracle
 
 LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
@@ -67,7 +69,7 @@ def test_the_stored_weights_are_the_ranks_weights(
     parallel, model, precision = LAYOUTS[layout]
     folder = tmp_path / "model"
     folder.mkdir()
-    wanted = weights.gather(
+    wanted = gather(
         small_config(model).model, pool.run(save_on_ranks, parallel, model, precision, folder)
     )
     config = small_config(model)
@@ -112,8 +114,8 @@ def test_a_checkpoint_of_tp2_pp2_converts_on_one_process_and_has_the_oracles_log
     )
     config = small_config(sizes)
     tokenizer.save(tmp_path / "tokenizer")
-    state = format.State(1, 8, 256, "", dump_config(config), {}, [], [])
-    format.seal(run, state, read_files(tmp_path / "tokenizer"), {})
+    state = CheckpointState(1, 8, 256, "", dump_config(config), {}, [], [])
+    seal_checkpoint(run, state, read_files(tmp_path / "tokenizer"), {})
     environment = {
         **os.environ,
         "PYTHONPATH": str(Path(__file__).parents[2]),
@@ -138,7 +140,7 @@ def test_a_checkpoint_of_tp2_pp2_converts_on_one_process_and_has_the_oracles_log
     ]
     subprocess.run([sys.executable, *read], check=True, env=environment, cwd=tmp_path, timeout=600)
     found = load_file(tmp_path / "logits.safetensors")["logits"]
-    wanted = Oracle(config.model, weights.gather(config.model, ranks))(ids, torch.zeros_like(ids))
+    wanted = Oracle(config.model, gather(config.model, ranks))(ids, torch.zeros_like(ids))
     assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
 
 

@@ -19,6 +19,7 @@ from llada.model import weights
 from llada.objectives.base import Batch
 from tests.distributed.pool import RankPool
 from tests.engine.support import OracleTrainer, small_config, step_batches
+from tests.model.canonical import gather
 
 STEPS = 5
 RATES = [1e-3 * (step + 1) / 10 for step in range(STEPS)]
@@ -142,7 +143,7 @@ def whole(
             there[name] = (
                 torch.where(there[name].isnan(), value, there[name]) if name in there else value
             )
-    return weights.gather(config.model, [(own, *place) for place, own in merged.items()])
+    return gather(config.model, [(own, *place) for place, own in merged.items()])
 
 
 def micro_batch_size(parallel: dict[str, Any]) -> int:

@@ -18,9 +18,10 @@ import torch
 from safetensors.torch import load_file
 
 from llada.chat.format import ChatFormat, Message
-from llada.checkpoint import format
 from llada.checkpoint import reading as module_of_stored
-from llada.checkpoint.reading import CheckpointWeights, StoredTensors, all_rows
+from llada.checkpoint.canonical import CheckpointWeights, all_rows
+from llada.checkpoint.format import read_state, resolve_checkpoint, trained_config
+from llada.checkpoint.reading import StoredTensors
 from llada.checkpoint.writing import write_model
 from llada.config.sections import ModelSection
 from llada.errors import RunError, UserError
@@ -116,14 +117,14 @@ def test_plain_transformers_computes_the_training_models_logits(
 
 def weights_of(folder: Path) -> CheckpointWeights:
     return CheckpointWeights(
-        StoredTensors(folder / "model"), format.trained(format.read_state(folder)).model
+        StoredTensors(folder / "model"), trained_config(read_state(folder)).model
     )
 
 
 def test_weights_are_dealt_into_files_of_a_limited_size(
     workplace: Workplace, tmp_path: Path
 ) -> None:
-    source = weights_of(format.resolve(workplace.folder / "whole"))
+    source = weights_of(resolve_checkpoint(workplace.folder / "whole"))
     tensors = {name: all_rows(source, name) for name in source.shapes}
     limit = 100_000
     count = write_safetensors(tmp_path, source, torch.bfloat16, limit)
@@ -144,7 +145,7 @@ def test_the_config_names_the_longest_sequence_of_the_lineage(
 ) -> None:
     source = tmp_path / "later"
     shutil.copytree(workplace.folder / "whole", source)
-    path = format.resolve(source) / "state.json"
+    path = resolve_checkpoint(source) / "state.json"
     state = json.loads(path.read_text())
     state["lineage"] = [{"init_from": "before", "sequence_length": 4096}]
     path.write_text(json.dumps(state))
@@ -157,7 +158,7 @@ def test_the_config_names_the_longest_sequence_of_the_lineage(
 
 def copy(workplace: Workplace, tmp_path: Path) -> Path:
     target = tmp_path / "damaged"
-    shutil.copytree(format.resolve(workplace.folder / "whole"), target)
+    shutil.copytree(resolve_checkpoint(workplace.folder / "whole"), target)
     return target
 
 

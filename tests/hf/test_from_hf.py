@@ -19,7 +19,7 @@ from transformers import PretrainedConfig
 
 from data_tools.documents.text import prepare
 from data_tools.readers.reading import ReadOptions, Report, read
-from llada.checkpoint import format
+from llada.checkpoint.format import read_state, resolve_checkpoint
 from llada.config.sections import ModelSection
 from llada.errors import RunError, UserError
 from llada.hf.convert import to_hf
@@ -254,7 +254,7 @@ def test_a_diffusion_model_starts_from_a_llama(
         **settings,
     )
     workplace.run("pretrain", name)
-    state = format.read_state(format.resolve(workplace.folder / "llama"))
+    state = read_state(resolve_checkpoint(workplace.folder / "llama"))
     assert [entry.get("architecture") for entry in state.lineage] == ["LlamaForCausalLM", None]
     assert state.lineage[0]["vocabulary"].startswith(f"vocabulary: 1 new tokens ({MASK} 500)")
     folder = workplace.config(

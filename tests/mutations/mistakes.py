@@ -70,7 +70,7 @@ rewrites(
 )
 rewrites(
     "held-out texts that share their noise",
-    "llada.training.validation",
+    "llada.evaluation.validation",
     '"offset"), texts))',
     '"offset"), 0 * texts))',
     f"{SFT}::test_validation_reads_every_reply_of_a_conversation_and_counts_the_conversation",
@@ -135,15 +135,16 @@ rewrites(
 
 rewrites(
     "a mean of ratios",
-    "llada.training.estimates",
+    "llada.evaluation.estimates",
     "ratio = loss.sum() / total",
     "ratio = (loss / length).mean()",
-    "tests/training/test_estimates.py::test_intervals_cover_the_truth",
+    "tests/evaluation/test_estimates.py::test_intervals_cover_the_truth",
 )
 
 
 @changes(
-    "llada.training.estimates", "tests/training/test_comparison.py::test_said_in_words_and_in_json"
+    "llada.evaluation.estimates",
+    "tests/evaluation/test_comparison.py::test_the_result_as_text_and_as_json",
 )
 def an_error_without_its_degrees_of_freedom(estimates: Any) -> None:
     right = estimates.Estimate.half_width
@@ -360,8 +361,8 @@ rewrites(
 
 @changes("llada.training.lock", "tests/training/test_lock.py")
 def a_run_folder_taken_from_a_living_process(lock: Any) -> None:
-    right = lock._gone
-    lock._gone = lambda holder, own: right(holder, own) or holder.get("host") == own["host"]
+    right = lock._has_ended
+    lock._has_ended = lambda holder, own: right(holder, own) or holder.get("host") == own["host"]
 
 
 rewrites(

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from llada.checkpoint import format
+from llada.checkpoint.format import resolve_checkpoint
 from llada.cli import app
 from llada.errors import RunError, UserError
 from llada.hf.convert import to_hf
@@ -157,7 +157,7 @@ def test_a_question_is_put_into_the_models_own_chat_template(
     )
     run_folder = tmp_path / "run"
     shutil.copytree(workplace.folder / "whole", run_folder)
-    source = format.resolve(run_folder)
+    source = resolve_checkpoint(run_folder)
     tokenizer = Tokenizer.load(source / "tokenizer")
     tokenizer.chat_template = template
     tokenizer.save(source / "tokenizer")

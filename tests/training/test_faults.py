@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from llada.checkpoint import format
+from llada.checkpoint.format import committed_checkpoints
+from llada.checkpoint.verification import verify_checkpoint
 from tests import processes
 from tests.workplace import Workplace
 
@@ -115,8 +116,8 @@ def test_twenty_kills_of_a_random_rank_at_random_moments(workplace: Workplace) -
             assert end(start(workplace, name), 600) == [0] * RANKS
             assert workplace.lines("disturbed") == wanted
             assert leftovers(workplace.folder / "disturbed") == []
-            folders = format.committed(workplace.folder / "disturbed" / "checkpoints")
-            assert [format.verify_checkpoint(folder) for folder in folders] == [[], []]
+            folders = committed_checkpoints(workplace.folder / "disturbed" / "checkpoints")
+            assert [verify_checkpoint(folder) for folder in folders] == [[], []]
             shutil.rmtree(workplace.folder / "disturbed")
             finished += 1
     assert finished >= 1

@@ -11,6 +11,8 @@ import pytest
 from llada.config import Task
 from llada.config.sections import LoggingSection
 from llada.training import metrics
+from llada.training.loss_curve import plot_loss_curve
+from llada.training.sinks import Console, clock_time
 from tests.workplace import Workplace
 
 
@@ -49,7 +51,7 @@ def test_lines_are_json_even_when_a_value_is_not_finite(tmp_path: Path) -> None:
 
 
 def test_the_console_prints_every_so_many_steps(capsys: pytest.CaptureFixture[str]) -> None:
-    console = metrics.Console(5, 0, LoggingSection(every=2))
+    console = Console(5, 0, LoggingSection(every=2))
     for step in range(1, 6):
         console.write(
             {
@@ -71,17 +73,17 @@ def test_the_console_prints_every_so_many_steps(capsys: pytest.CaptureFixture[st
 
 def test_nothing_is_drawn_without_steps(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("")
-    assert metrics.plot(tmp_path) is None
+    assert plot_loss_curve(tmp_path) is None
 
 
 def test_durations_are_clock_times(capsys: pytest.CaptureFixture[str]) -> None:
-    assert [metrics.clock(s) for s in (0.4, 61, 3600, 93_784.6)] == [
+    assert [clock_time(s) for s in (0.4, 61, 3600, 93_784.6)] == [
         "0:00:00",
         "0:01:01",
         "1:00:00",
         "26:03:05",
     ]
-    metrics.Console(110, 0, LoggingSection()).write(
+    Console(110, 0, LoggingSection()).write(
         {"step": 10, "loss": 2.0, "tokens_per_second": 1.0, "mfu": 0.5, "lr": 1e-3, "seconds": 40.0}
     )
     assert capsys.readouterr().out.endswith("| ETA 1:06:40\n")
@@ -97,7 +99,7 @@ def test_losses_that_are_no_common_quantity_have_axes_of_their_own(
         {"step": 4, "nelbo_per_token": 2.5}
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    picture = metrics.plot(tmp_path, task)
+    picture = plot_loss_curve(tmp_path, task)
     assert picture is not None
     height, width, _ = matplotlib.image.imread(picture).shape
     assert (height / width > 0.7) == (panels == 2)

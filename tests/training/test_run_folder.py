@@ -15,15 +15,15 @@ from typing import Any
 import pytest
 import torch
 
-from llada.checkpoint.saving import system_error
+from llada.checkpoint.saving import find_system_error
 from llada.config import build_config
 from llada.errors import RunError, TryAgain, UserError
 from llada.files import read_files
-from llada.training import folder, lock
-from llada.training.folder import RunFolder
+from llada.training import lock
 from llada.training.loop import train
+from llada.training.resume import preview_resume
+from llada.training.run_folder import RunFolder, name_write_errors, refuse_foreign_folder
 from llada.training.signals import StopRequest
-from llada.training.start import preview_resume
 from tests.training.test_lock import forge
 from tests.workplace import CONFIG, Workplace
 
@@ -398,9 +398,9 @@ def test_the_systems_reason_is_heard_behind_the_writers(tmp_path: Path) -> None:
     with largest_file(1 << 16):
         with pytest.raises(RuntimeError, match="inline_container") as caught:
             torch.save(torch.zeros(1 << 16), tmp_path / "weights")
-        found = system_error(caught.value, tmp_path)
+        found = find_system_error(caught.value, tmp_path)
     assert found is not None and found.strerror == "File too large"
-    assert system_error(RuntimeError("of another kind"), tmp_path) is None
+    assert find_system_error(RuntimeError("of another kind"), tmp_path) is None
     assert [path.name for path in tmp_path.iterdir()] == ["weights"]
 
 
@@ -414,7 +414,7 @@ def test_folders_of_other_kinds(name: str, what: str, tmp_path: Path) -> None:
         UserError,
         match=f"^run.dir: '{tmp_path}' is {what}.* \\(it holds {name}\\); choose another folder$",
     ):
-        folder.refuse_others(tmp_path)
+        refuse_foreign_folder(tmp_path)
 
 
 def test_a_run_inside_a_corpus(workplace: Workplace) -> None:
@@ -425,11 +425,11 @@ def test_a_run_inside_a_corpus(workplace: Workplace) -> None:
             r" read; choose a"
         ),
     ):
-        folder.refuse_others(workplace.folder / "corpus" / "runs" / "a")
+        refuse_foreign_folder(workplace.folder / "corpus" / "runs" / "a")
 
 
 def test_a_reader_of_the_console_that_is_gone_is_not_the_folders_fault(tmp_path: Path) -> None:
-    with pytest.raises(BrokenPipeError), folder.naming(tmp_path):
+    with pytest.raises(BrokenPipeError), name_write_errors(tmp_path):
         raise BrokenPipeError
 
 

@@ -30,7 +30,7 @@ def test_silent_ranks_are_named_by_the_lowest_one_alive(tmp_path: Path) -> None:
     dogs = [Watchdog(tmp_path, rank, 4, 0.5, said[rank].append) for rank in (1, 2)]
     assert wait_for(lambda: all(said.values()))
     for dog in dogs:
-        dog.close()
+        dog.on_end()
     assert said[2] == [""]
     [line] = said[1]
     assert line.startswith(
@@ -55,8 +55,8 @@ def test_progress_and_zero_keep_it_quiet(tmp_path: Path, monkeypatch: pytest.Mon
         looks = clock["looks"]
         assert wait_for(lambda before=looks: clock["looks"] > before, 60)
         dog.advance(step)
-    dog.close()
-    Watchdog(tmp_path / "b", 0, 1, 0, said.append).close()
+    dog.on_end()
+    Watchdog(tmp_path / "b", 0, 1, 0, said.append).on_end()
     assert said == []
     assert not any(tmp_path.iterdir())
 
@@ -66,7 +66,7 @@ def test_when_all_answer_the_slowest_is_named(tmp_path: Path) -> None:
     dog = Watchdog(tmp_path, 0, 1, 0.3, said.append)
     dog.advance(5)
     assert wait_for(lambda: bool(said))
-    dog.close()
+    dog.on_end()
     assert "every rank answers, none finishes a step; rank 0 on host" in said[0]
     assert said[0].endswith("last step 5")
 
@@ -96,7 +96,7 @@ def test_the_last_nccl_operations_are_kept_and_written_on_a_hang(
     said: list[str] = []
     dog = Watchdog(tmp_path / "beats", 3, 4, 0.3, said.append)
     assert wait_for(lambda: bool(said))
-    dog.close()
+    dog.on_end()
     assert (tmp_path / "fr" / "rank_3").read_bytes() == b"operations"
 
 

@@ -1,4 +1,4 @@
-"""The folder of a run: made, held by one run at a time, and named when it cannot be written."""
+"""The folder of a run: created, held by one run at a time, and named when it cannot be written."""
 
 from __future__ import annotations
 
@@ -9,62 +9,58 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from llada.checkpoint import format
+from llada.checkpoint.format import MARKER
 from llada.data.manifest import MANIFEST
 from llada.engine.layout import gather_world
 from llada.errors import RunError, TryAgain, UserError
-from llada.files import readable_size, sync_folder
+from llada.files import DISK_FULL, readable_size, sync_folder
 from llada.training.lock import RunLock
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""What the system says when there is no room for what is written."""
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
-_OTHERS = {
+_FOREIGN = {
     MANIFEST: "a prepared corpus",
     "config.json": "a Hugging Face folder",
-    format.MARKER: "a checkpoint",
+    MARKER: "a checkpoint",
 }
-"""Files that tell folders which are no run's."""
+"""File -> what the folder is that holds it, none of which is a run's."""
 
 
 class RunFolder:
     """A run folder that this process alone writes to, until `release`.
 
     Args:
-        path: of the folder, which is made where it is missing.
+        path: of the folder, which is created if it is missing.
         stopped: true once this process is asked to stop, which ends the waiting for another one.
 
     Raises:
-        UserError: a folder that cannot be made or written, one that is something else than a run's,
-            or that another process holds.
+        UserError: the folder cannot be created or written, is something else than a run's, or is
+            held by another process.
         RunError: the disk is full or fails.
         TryAgain: asked to stop while waiting.
     """
 
     def __init__(self, path: Path, stopped: Callable[[], bool]) -> None:
-        refuse_others(path)
-        self._made = _make(path)
+        refuse_foreign_folder(path)
+        self._created = _create(path)
         try:
-            with naming(path):
+            with name_write_errors(path):
                 self._lock = RunLock(path, stopped=stopped)
         except BaseException:
             self._remove_empty()
             raise
 
     def release(self) -> None:
-        """Let others use the folder; where nothing was written into it, it is removed as it was
-        made.
-        """
+        """Let others use the folder; one that was created here and is still empty is removed."""
         self._lock.release()
         self._remove_empty()
 
     def _remove_empty(self) -> None:
-        for folder in reversed(self._made):
-            with suppress(OSError):  # something is in it by now
+        for folder in reversed(self._created):
+            with suppress(OSError):  # it is not empty any more
                 folder.rmdir()
 
 
-def hold(path: Path, rank: int, stopped: Callable[[], bool]) -> RunFolder | None:
+def hold_run_folder(path: Path, rank: int, stopped: Callable[[], bool]) -> RunFolder | None:
     """Hold the run folder on rank 0, while the others wait; collective.
 
     Args:
@@ -79,35 +75,38 @@ def hold(path: Path, rank: int, stopped: Callable[[], bool]) -> RunFolder | None
         UserError, RunError, TryAgain: what rank 0 met (see RunFolder), on every rank.
     """
     held: RunFolder | None = None
-    problem: UserError | RunError | TryAgain | None = None
+    error: UserError | RunError | TryAgain | None = None
     if rank == 0:
         try:
             held = RunFolder(path, stopped)
-        except (UserError, RunError, TryAgain) as error:
-            problem = error
-    problem = gather_world(problem)[0]
-    if problem is not None:
-        raise problem
+        except (UserError, RunError, TryAgain) as caught:
+            error = caught
+    # The exchange is also what the other ranks wait in.
+    error = gather_world(error)[0]
+    if error is not None:
+        raise error
     return held
 
 
-def refuse_others(path: Path) -> None:
-    """Raises UserError for a folder that is something else than a run's."""
-    for name, what in _OTHERS.items():
+def refuse_foreign_folder(path: Path) -> None:
+    """Raise UserError if a folder is something else than a run's, or lies in a corpus."""
+    for name, description in _FOREIGN.items():
         if os.path.exists(path / name):
-            raise UserError(f"run.dir: '{path}' is {what} (it holds {name}); choose another folder")
-    for above in path.resolve().parents:
-        if (above / MANIFEST).is_file() and (above / "tokenizer").is_dir():
             raise UserError(
-                f"run.dir: '{path}' lies in {above}, a prepared corpus, which is only read; choose"
+                f"run.dir: '{path}' is {description} (it holds {name}); choose another folder"
+            )
+    # A run inside a corpus would become part of what is read and checked.
+    for parent in path.resolve().parents:
+        if (parent / MANIFEST).is_file() and (parent / "tokenizer").is_dir():
+            raise UserError(
+                f"run.dir: '{path}' lies in {parent}, a prepared corpus, which is only read; choose"
                 " a folder outside"
             )
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Turn a system's error while the block writes to a run folder into one line that names the
-    folder and the reason.
+def name_write_errors(path: Path) -> Iterator[None]:
+    """Turn a system's error while the block writes to a run folder into one clear line.
 
     Raises:
         UserError: the folder may not be written.
@@ -128,29 +127,26 @@ def naming(path: Path) -> Iterator[None]:
                 f"run.dir: '{path}' cannot be written ({reason}); choose a folder that can be"
                 " written"
             ) from error
-        left = (
-            f"; {readable_size(shutil.disk_usage(path).free)} are left"
-            if error.errno in FULL
-            else ""
-        )
-        raise RunError(f"run.dir: '{path}' cannot be written ({reason}{left})") from error
+        if error.errno in DISK_FULL:
+            reason += f"; {readable_size(shutil.disk_usage(path).free)} are left"
+        raise RunError(f"run.dir: '{path}' cannot be written ({reason})") from error
 
 
-def _make(path: Path) -> list[Path]:
-    """Make a folder and those above it; returns the ones that were missing, the outermost first."""
-    made = []
+def _create(path: Path) -> list[Path]:
+    """Create a folder and its missing parents; return those created, the outermost first."""
+    created = []
     try:
-        for folder in [path, *path.parents][::-1]:
+        for folder in reversed([path, *path.parents]):
             if not os.path.isdir(folder):
-                folder.mkdir(exist_ok=True)  # another process may be making it too
-                made.append(folder)
+                folder.mkdir(exist_ok=True)  # another process may be creating it too
+                created.append(folder)
                 sync_folder(folder.parent)
     except OSError as error:
-        for folder in reversed(made):
+        for folder in reversed(created):
             with suppress(OSError):
                 folder.rmdir()
         raise UserError(
             f"run.dir: '{path}' cannot be made ({error.strerror}); choose a folder that can be"
             " written"
         ) from None
-    return made
+    return created

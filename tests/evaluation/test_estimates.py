@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from llada.training.estimates import Estimate, Sample, noise_error, pooled, t_quantile, weighted
+from llada.evaluation.estimates import Estimate, Sample, noise_error, pooled, t_quantile, weighted
 
 CONTEXT = 2.0
 """Nats per token that a whole context saves."""

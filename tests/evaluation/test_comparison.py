@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 
 from llada.cli import app
 from llada.errors import UserError
-from llada.training import comparison, validation_files
-from llada.training.estimates import Sample, t_quantile
-from llada.training.validation_files import Measure, Measured
+from llada.evaluation import comparison, comparison_report, validation_files
+from llada.evaluation.estimates import Sample, t_quantile
+from llada.evaluation.validation_files import Measure, Measured
 from tests.workplace import Workplace
 
 MEASURE = Measure("text", "tokenizer", "windows", 64, False, 256, 4, "items")
@@ -64,7 +64,7 @@ def test_the_error_is_that_of_paired_items(tmp_path: Path) -> None:
     )
 
 
-def test_said_in_words_and_in_json(tmp_path: Path) -> None:
+def test_the_result_as_text_and_as_json(tmp_path: Path) -> None:
     paths = [
         run(tmp_path, "a", measured(0)),
         run(tmp_path, "b", measured(0.05)),
@@ -104,10 +104,10 @@ def test_errors_of_few_items_are_called_rough(tmp_path: Path) -> None:
         for gain in (1.0, 0.9)
     ]
     paths = run(tmp_path, "a", long[0]), run(tmp_path, "b", long[1])
-    said = comparison.in_words(comparison.open_runs(paths, None, None), differences(*paths))
+    text = comparison_report.as_text(comparison.open_runs(paths, None, None), differences(*paths))
     assert (
         "wiki: the errors are rough, so few windows (they weigh like 1.0 of equal length) say"
-        " little of other text" in said
+        " little of other text" in text
     )
 
 
@@ -117,14 +117,14 @@ def test_a_difference_within_its_error_is_called_so(tmp_path: Path) -> None:
         b.sample, loss=b.sample.loss + np.random.default_rng(0).normal(0, 1, b.sample.loss.shape)
     )
     paths = run(tmp_path, "a", a), run(tmp_path, "b", replace(b, sample=other))
-    assert "cannot be told apart" in comparison.in_words(
+    assert "cannot be told apart" in comparison_report.as_text(
         comparison.open_runs(paths, None, None), differences(*paths)
     )
     diverged = (
         paths[0],
         run(tmp_path, "c", replace(b, sample=replace(b.sample, loss=b.sample.loss * math.nan))),
     )
-    assert "a loss is not finite" in comparison.in_words(
+    assert "a loss is not finite" in comparison_report.as_text(
         comparison.open_runs(diverged, None, None), differences(*diverged)
     )
 
@@ -173,7 +173,7 @@ def test_corpora_are_matched_by_their_text_and_means_need_equal_weights(tmp_path
     assert (
         unequal.mean is None and unequal.bits_per_byte is None and unequal.corpora == found.corpora
     )
-    assert "no mean over the corpora" in comparison.in_words(
+    assert "no mean over the corpora" in comparison_report.as_text(
         comparison.open_runs([a, c], None, None), [unequal]
     )
     d = run(tmp_path, "d", measured(0.05))
@@ -259,7 +259,8 @@ def test_runs_write_what_is_compared(workplace: Workplace) -> None:
     whole = str(workplace.folder / "whole")
     assert validation_files.steps(Path(whole)) == [4, 8, 12]
     opened = [
-        comparison.Run(whole, step, validation_files.read(Path(whole), step)) for step in (4, 12)
+        comparison.ValidatedRun(whole, step, validation_files.read(Path(whole), step))
+        for step in (4, 12)
     ]
     [found] = comparison.compare(opened)
     lines = {line["step"]: line for line in workplace.lines("whole") if "nelbo_per_token" in line}

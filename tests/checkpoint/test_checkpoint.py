@@ -13,8 +13,18 @@ import pytest
 import torch
 import yaml
 
-from llada.checkpoint import format
+from llada.checkpoint.format import (
+    MARKER,
+    CheckpointState,
+    begin_checkpoint,
+    checkpoint_name,
+    commit_checkpoint,
+    committed_checkpoints,
+    read_state,
+)
 from llada.checkpoint.reading import StoredTensors
+from llada.checkpoint.retention import prune_checkpoints
+from llada.checkpoint.verification import verify_checkpoint
 from llada.files import checksum
 from llada.tokenizer import Tokenizer
 from tests.stand_ins import like
@@ -33,24 +43,24 @@ def test_every_file_is_flushed_before_the_marker(
     monkeypatch.setattr("llada.files.os", like(os, fsync=noted))
     root = tmp_path / "run" / "checkpoints"
     root.parent.mkdir()
-    state = format.State(3, 12, 100, "data", {}, {}, [], [])
-    folder = format.begin(root, 3)
+    state = CheckpointState(3, 12, 100, "data", {}, {}, [], [])
+    folder = begin_checkpoint(root, 3)
     (folder / "model" / "weights.distcp").write_bytes(b"w")
     written = {"weights.distcp": checksum(folder / "model" / "weights.distcp")}
-    final = format.commit(folder, state, {"tokenizer.json": b"{}"}, written)
+    final = commit_checkpoint(folder, state, {"tokenizer.json": b"{}"}, written)
     partial = "run/checkpoints/step_00000003.partial"
     [marker] = [
         i
         for i, name in enumerate(flushed)
-        if name.startswith(f"{partial}/{format.MARKER}.") and name.endswith(".tmp")
+        if name.startswith(f"{partial}/{MARKER}.") and name.endswith(".tmp")
     ]
     before = set(flushed[:marker])
-    files = {str(path.relative_to(final)) for path in final.rglob("*")} - {format.MARKER}
+    files = {str(path.relative_to(final)) for path in final.rglob("*")} - {MARKER}
     assert {f"{partial}/{name}" for name in files} <= before
     assert "run" in before, "the entry of checkpoints/"
     assert flushed[-1] == "run/checkpoints", "the renamed folder's entry"
-    assert format.verify_checkpoint(final) == []
-    assert set(json.loads((final / format.MARKER).read_text())["files"]) == {
+    assert verify_checkpoint(final) == []
+    assert set(json.loads((final / MARKER).read_text())["files"]) == {
         "model/weights.distcp",
         "state.json",
         "tokenizer/tokenizer.json",
@@ -59,10 +69,10 @@ def test_every_file_is_flushed_before_the_marker(
 
 def made(root: Path, step: int) -> Path:
     """A committed checkpoint of made-up files."""
-    folder = format.begin(root / "checkpoints", step)
+    folder = begin_checkpoint(root / "checkpoints", step)
     (folder / "model" / "a.distcp").write_bytes(bytes(range(200)))
-    return format.commit(
-        folder, format.State(step, 0, 0, "data", {}, {}, [], []), {"tokenizer.json": b"{}"}, {}
+    return commit_checkpoint(
+        folder, CheckpointState(step, 0, 0, "data", {}, {}, [], []), {"tokenizer.json": b"{}"}, {}
     )
 
 
@@ -83,9 +93,7 @@ def test_damage_to_any_file_is_found_by_some_share(
         data = path.read_bytes()
         path.write_bytes(bytes([data[0] ^ 1]) + data[1:] if change == "flip" else change)
     found = [
-        problem
-        for share in range(shares)
-        for problem in format.verify_checkpoint(folder, share, shares)
+        problem for share in range(shares) for problem in verify_checkpoint(folder, share, shares)
     ]
     assert len(found) == 1
     assert f"{path} {'has' if message != 'cannot be read' else ''}".strip() in found[0]
@@ -94,8 +102,8 @@ def test_damage_to_any_file_is_found_by_some_share(
 
 def test_a_damaged_marker_is_damage(tmp_path: Path) -> None:
     folder = made(tmp_path, 4)
-    (folder / format.MARKER).write_text('{"step": 4}')
-    assert "COMMITTED is damaged" in format.verify_checkpoint(folder)[0]
+    (folder / MARKER).write_text('{"step": 4}')
+    assert "COMMITTED is damaged" in verify_checkpoint(folder)[0]
 
 
 @pytest.mark.parametrize(
@@ -113,9 +121,11 @@ def test_retention(last: int | None, every: int | None, kept: list[int], tmp_pat
         made(tmp_path, step)
     root = tmp_path / "checkpoints"
     (root / "step_00000001.deleted").mkdir()
-    format.prune(root, last, every)
-    assert [path.name for path in format.committed(root)] == [format.name(step) for step in kept]
-    assert sorted(path.name for path in root.iterdir()) == [format.name(step) for step in kept]
+    prune_checkpoints(root, last, every)
+    assert [path.name for path in committed_checkpoints(root)] == [
+        checkpoint_name(step) for step in kept
+    ]
+    assert sorted(path.name for path in root.iterdir()) == [checkpoint_name(step) for step in kept]
 
 
 def test_a_run_keeps_what_it_is_told_to(workplace: Workplace) -> None:
@@ -137,7 +147,7 @@ def test_a_run_keeps_what_it_is_told_to(workplace: Workplace) -> None:
             "step_00000012",
         ]
         assert workplace.lines(name) == workplace.lines("whole")
-        assert all(format.verify_checkpoint(folder) == [] for folder in checkpoints.iterdir())
+        assert all(verify_checkpoint(folder) == [] for folder in checkpoints.iterdir())
         raw = [
             json.loads(line)
             for line in (workplace.folder / name / "metrics.jsonl").read_text().splitlines()
@@ -231,9 +241,7 @@ def test_a_full_disk_leaves_the_checkpoints_before(workplace: Workplace) -> None
     assert [path.name for path in (workplace.folder / "full" / "checkpoints").iterdir()] == [
         "step_00000004"
     ]
-    assert (
-        format.verify_checkpoint(workplace.folder / "full" / "checkpoints" / "step_00000004") == []
-    )
+    assert verify_checkpoint(workplace.folder / "full" / "checkpoints" / "step_00000004") == []
     workplace.run("pretrain", config)
     assert workplace.lines("full") == workplace.lines("whole")
 
@@ -260,7 +268,7 @@ def test_a_start_from_weights_with_another_rope_base(workplace: Workplace) -> No
     )
     out = workplace.run("pretrain", config, "--allow-changed").stdout
     assert "rope_theta 10000.0, norm_eps 1e-05" in out
-    state = format.read_state(workplace.folder / "longer" / "checkpoints" / "step_00000001")
+    state = read_state(workplace.folder / "longer" / "checkpoints" / "step_00000001")
     assert state.lineage[-1]["changed"] == ["model.rope_theta: 500000.0 -> 10000.0"]
     assert "initialised from whole/checkpoints/step_00000012 (weights)" in out
     assert "reads the same samples again" not in out

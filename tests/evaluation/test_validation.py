@@ -20,9 +20,9 @@ from llada.data.pretrain import PretrainData
 from llada.data.training_data import short_names
 from llada.engine.megatron import MegatronEngine
 from llada.errors import UserError
+from llada.evaluation import validation_files
+from llada.evaluation.validation import Validator, unigram_entropy
 from llada.objectives import MaskedDiffusion
-from llada.training import validation_files
-from llada.training.validation import Validator, unigram_entropy
 from tests.engine.support import OracleTrainer, canonical
 from tests.workplace import CONFIG, Workplace
 

@@ -1,0 +1,138 @@
+"""The result of `llada compare` as text for readers and as JSON for programs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any, TypeAlias
+
+from llada.evaluation.comparison import Difference, ValidatedRun
+from llada.evaluation.estimates import FEW, Estimate, format_estimate
+from llada.evaluation.validation_files import Measured
+
+JsonObject: TypeAlias = dict[str, Any]
+
+
+def as_text(runs: Sequence[ValidatedRun], differences: Sequence[Difference]) -> str:
+    """Describe each run's NELBO, and which run is better by how much."""
+    lines: list[str] = []
+    for corpus in runs[0].corpora:
+        lines += _describe_corpus(corpus)
+    width = max(len(run.path) for run in runs)
+    for run in runs:
+        nelbos = []
+        for corpus in run.corpora:
+            estimate = corpus.sample.estimate()
+            nelbo = format_estimate(estimate.mean, estimate.se)
+            nelbos.append(f"{corpus.name} {nelbo}" if len(run.corpora) > 1 else nelbo)
+        lines.append(
+            f"{run.path:{width}}  step {run.step}  NELBO {', '.join(nelbos)} nats per token"
+            " (± standard error)"
+        )
+    for difference in differences:
+        lines += _describe_difference(runs[0].path, difference)
+    return "\n".join(lines)
+
+
+def _describe_corpus(corpus: Measured) -> list[str]:
+    measure = corpus.measure
+    lines = [
+        f"{corpus.name}: {len(corpus.items):,} {measure.unit}, each text read at"
+        f" {measure.draws_per_item} values of t; the same text and noise in all runs"
+    ]
+    effective = corpus.sample.effective_items()
+    if effective < FEW:
+        lines.append(
+            f"{corpus.name}: the errors are rough, so few {measure.unit} (they weigh like"
+            f" {effective:.1f} of equal length) say little of other text"
+        )
+    return lines
+
+
+def _describe_difference(first: str, difference: Difference) -> list[str]:
+    second = difference.run.path
+    if len(difference.corpora) == 1:
+        (estimate,) = difference.corpora.values()
+        return [_verdict(first, second, estimate, "")]
+    lines = [
+        _verdict(first, second, estimate, f" on {name}")
+        for name, estimate in difference.corpora.items()
+    ]
+    if difference.mean is None:
+        lines.append("no mean over the corpora: the runs weigh them differently")
+    else:
+        lines.append(_verdict(first, second, difference.mean, " over all corpora, by weight"))
+    return lines
+
+
+def _verdict(first: str, second: str, estimate: Estimate, where: str) -> str:
+    """Say which of two runs is better, if that can be told.
+
+    Args:
+        first, second: the runs.
+        estimate: NELBO of the second less that of the first.
+        where: on which text, with a leading space; empty: there is only one.
+    """
+    if not math.isfinite(estimate.mean):
+        return f"{second} and {first} cannot be compared{where}: a loss is not finite"
+    better = second
+    worse = first
+    if estimate.mean >= 0:
+        better = first
+        worse = second
+    size = abs(estimate.mean)
+    half = estimate.half_width()
+    # A single item has no error.
+    if half is None:
+        return (
+            f"{better} is lower than {worse} by {size:.4f} nats per token{where}; one item tells"
+            " nothing of other text"
+        )
+    if size == 0 and half == 0:
+        return f"{second} equals {first}{where}"
+    # Better only if the interval of the difference does not hold 0.
+    margin = f"{size:.4f} ± {half:.4f} nats per token (95 %){where}"
+    if size > half:
+        return f"{better} is better than {worse} by {margin}"
+    return f"{second} and {first} cannot be told apart: {better} is lower by {margin}"
+
+
+def as_json(runs: Sequence[ValidatedRun], differences: Sequence[Difference]) -> JsonObject:
+    """Return the same for programs; a negative difference means better than the first run."""
+    return {
+        "unit": "nats per token",
+        "runs": [_run_fields(run) for run in runs],
+        "differences": [_difference_fields(runs[0].path, each) for each in differences],
+    }
+
+
+def _run_fields(run: ValidatedRun) -> JsonObject:
+    corpora: JsonObject = {}
+    for corpus in run.corpora:
+        corpora[corpus.name] = {
+            **_estimate_fields(corpus.sample.estimate()),
+            "items": len(corpus.items),
+            "measure": corpus.measure.fingerprint,
+        }
+    return {"run": run.path, "step": run.step, "corpora": corpora}
+
+
+def _difference_fields(first: str, difference: Difference) -> JsonObject:
+    return {
+        "run": difference.run.path,
+        "less": first,
+        "corpora": {
+            name: _estimate_fields(estimate) for name, estimate in difference.corpora.items()
+        },
+        "mean": _optional_fields(difference.mean),
+        "bits_per_byte": _optional_fields(difference.bits_per_byte),
+    }
+
+
+def _estimate_fields(estimate: Estimate) -> JsonObject:
+    return {**asdict(estimate), "ci95": estimate.interval()}
+
+
+def _optional_fields(estimate: Estimate | None) -> JsonObject | None:
+    return None if estimate is None else _estimate_fields(estimate)

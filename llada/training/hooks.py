@@ -1,0 +1,92 @@
+"""Hooks: code that runs at named moments of a training run.
+
+The watchdog is one. A hook sees the run and must not change it: no weights, no data, no collective
+operations unless all ranks have the hook. Every rank calls its hooks at the same moments, in the
+order of the list.
+
+To add one, subclass `Hook`, override the moments you need, and pass it to
+`llada.training.loop.train`. A profiler of ten steps:
+
+    class Profiler(Hook):
+        def __init__(self, folder: Path) -> None:
+            self._profile = torch.profiler.profile(
+                schedule=torch.profiler.schedule(wait=10, warmup=2, active=10, repeat=1),
+                on_trace_ready=torch.profiler.tensorboard_trace_handler(str(folder)),
+            )
+
+        def on_start(self, done: int) -> None:
+            self._profile.start()
+
+        def on_step(self, done: int, result: StepResult) -> None:
+            self._profile.step()
+
+        def on_end(self) -> None:
+            self._profile.stop()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import ExitStack
+from typing import Protocol
+
+from llada.engine.base import StepResult
+
+
+class Hook(Protocol):
+    """What happens at the named moments of a run: nothing, until a subclass overrides a method.
+
+    An exception in a hook ends the run, as any other does.
+    """
+
+    def on_start(self, done: int) -> None:
+        """Before the first step of this process; `done` steps were done by earlier ones."""
+        return
+
+    def on_step(self, done: int, result: StepResult) -> None:
+        """When a step is reported, the run's `done`-th (1-based).
+
+        On a GPU the next step is queued by then. Reading a number of `result` waits for the step.
+        """
+        return
+
+    def on_validation(self, done: int) -> None:
+        """After the validation that follows `done` steps, even where no corpus has one."""
+        return
+
+    def on_save(self, done: int) -> None:
+        """After the checkpoint of `done` steps is complete on disk."""
+        return
+
+    def on_end(self) -> None:
+        """When the run closes, whether it finished, stopped or failed; even before its start."""
+        return
+
+
+class HookList(Hook):
+    """Several hooks as one, called in their order."""
+
+    def __init__(self, hooks: Iterable[Hook]) -> None:
+        self._hooks = list(hooks)
+
+    def on_start(self, done: int) -> None:
+        for hook in self._hooks:
+            hook.on_start(done)
+
+    def on_step(self, done: int, result: StepResult) -> None:
+        for hook in self._hooks:
+            hook.on_step(done, result)
+
+    def on_validation(self, done: int) -> None:
+        for hook in self._hooks:
+            hook.on_validation(done)
+
+    def on_save(self, done: int) -> None:
+        for hook in self._hooks:
+            hook.on_save(done)
+
+    def on_end(self) -> None:
+        """End every hook, the last one first, even where another fails."""
+        with ExitStack() as last_first:
+            for hook in self._hooks:
+                last_first.callback(hook.on_end)

@@ -1,0 +1,325 @@
+"""A training run: its data, engine and schedule, where it stands, and what each step does."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+
+from llada.checkpoint.format import CheckpointState
+from llada.checkpoint.retention import prune_checkpoints, supersede_checkpoints
+from llada.checkpoint.saving import CheckpointSave
+from llada.config import RunConfig, dump_config
+from llada.data.loader import Loader, Prepared
+from llada.data.step_plan import StepPlan
+from llada.data.tasks import open_data
+from llada.engine.base import StepResult
+from llada.engine.determinism import use_deterministic_algorithms
+from llada.engine.layout import join_world, sample_offsets, world_from_environment
+from llada.engine.megatron import MegatronEngine
+from llada.evaluation.validation import Validator
+from llada.files import read_files
+from llada.planning.summary import checkpoint_volume
+from llada.training.guard import Guard
+from llada.training.hooks import Hook, HookList
+from llada.training.reporting import FinishedStep, Hardware, MainReporter, Reporter, SilentReporter
+from llada.training.resume import resolve_resume
+from llada.training.run_folder import hold_run_folder, name_write_errors
+from llada.training.schedule import Schedule
+from llada.training.settings import arithmetic_versions
+from llada.training.signals import StopRequest
+from llada.training.start import Start
+from llada.training.watchdog import Watchdog, record_collectives
+
+FLIGHT_RECORDER = "flight_recorder"
+"""Folder of a run in which NCCL's last operations are written when one hangs."""
+
+
+class Run:
+    """Everything a run needs, from its config. Creating one is collective.
+
+    Args:
+        config: the run.
+        stop: ends the waiting for the run folder when true.
+        allow_changed: resume although settings, data or versions changed.
+        rewind: resume from the checkpoint after this many steps; None: from the latest.
+        hooks: called besides the run's own.
+
+    Attributes:
+        first: steps done before this start.
+        starts_from_weights: the run starts at step 0 from weights that are not random.
+        tokens: trained on so far.
+        validation: the last validation line of metrics.jsonl; None: there is none.
+        saving: the checkpoint that is being written, if any.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        stop: StopRequest,
+        allow_changed: bool = False,
+        rewind: int | None = None,
+        hooks: Sequence[Hook] = (),
+    ) -> None:
+        self.config = config
+        self.folder = Path(config.run.dir)
+        rank, world_size, _ = world_from_environment()
+        config.check_world(world_size)
+        # Before the first process group, which reads what this sets.
+        record_collectives(self.folder / FLIGHT_RECORDER)
+        if config.run.deterministic:
+            use_deterministic_algorithms()
+        join_world(config.run.hang_timeout)
+        self.schedule = Schedule(config.schedule, config.tokens_per_step)
+        if self.schedule.steps is not None and self.schedule.steps < config.train.steps:
+            self.schedule.learning_rate(config.train.steps - 1)  # raises with the setting's name
+        self.threads = _set_threads(config, world_size)
+        self.data = open_data(config, verify=rank == 0)
+        # Read now: the corpus may be gone by the time of a checkpoint.
+        self._tokenizer_files: dict[str, bytes] = {}
+        if rank == 0:
+            self._tokenizer_files = read_files(self.data.tokenizer_folder)
+        self._held_folder = hold_run_folder(self.folder, rank, lambda: bool(stop))
+        try:
+            # Only once the folder is held: the process that held it until a moment ago may have
+            # written checkpoints.
+            start = resolve_resume(
+                config, self.data, self._checkpoints, self.threads, allow_changed, rewind
+            )
+            self._build_engine(start, hooks)
+        except BaseException:
+            if self._held_folder is not None:
+                self._held_folder.release()
+            raise
+
+    @property
+    def _checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    def _build_engine(self, start: Start, hooks: Sequence[Hook]) -> None:
+        """Build the engine and everything that needs one; collective."""
+        if torch.cuda.is_available() and self._held_folder is not None:
+            with name_write_errors(self.folder):
+                (self.folder / FLIGHT_RECORDER).mkdir(exist_ok=True)
+        self.engine = MegatronEngine(self.config, self.data.objective.token_loss)
+        try:
+            self._begin(start, hooks)
+        except BaseException:
+            self.engine.close()
+            raise
+
+    def _begin(self, start: Start, hooks: Sequence[Hook]) -> None:
+        """Load what the run starts from, and open what it writes to; collective."""
+        place = self.engine.place
+        self.first = start.step
+        self.starts_from_weights = start.folder is not None and start.step == 0
+        self.tokens = start.tokens
+        self.validation = start.validation
+        self._lineage = start.lineage
+        start.load(self.engine)
+        self.validator = Validator(self.data, place)
+        self.guard = Guard(self.config.train, start.recent)
+        self.saving: CheckpointSave | None = None
+        self._loader: Loader | None = None
+        self._unreported: tuple[int, StepPlan, StepResult] | None = None
+        self._blocked_seconds = 0.0
+        if start.superseded:
+            # No rank renames a checkpoint before every rank has read it.
+            self.engine.any(False)
+        self.reporter: Reporter = SilentReporter()
+        if place.is_main:
+            with name_write_errors(self.folder):
+                supersede_checkpoints(start.superseded)
+                self.reporter = MainReporter(
+                    self.config,
+                    self.data,
+                    start,
+                    Hardware(self.engine.device, place.world_size, self.threads),
+                    self.validator.corpora,
+                )
+        # Last: what comes before may take longer than the watchdog allows for a step.
+        watchdog = Watchdog(
+            self.folder / "heartbeats", place.rank, place.world_size, self.config.run.hang_timeout
+        )
+        self.hooks = HookList([watchdog, *hooks])
+        self._reported_at = time.perf_counter()
+
+    # -- steps -------------------------------------------------------------------------------------
+
+    def batches(self) -> Loader:
+        """Return an iterable over (step, plan, micro-batches of this replica) of the steps left."""
+        self._loader = Loader(self.make_batches, self.first, self.config.train.steps)
+        return self._loader
+
+    def make_batches(self, step: int) -> Prepared:
+        """Return the plan of a step (0-based) and this rank's part of its micro-batches.
+
+        A pure function of config and data; the loader calls it in a thread of its own.
+        """
+        plan = self.data.plan(step)
+        batch = self.config.batch
+        place = self.engine.place
+        offsets_of_batches = sample_offsets(
+            batch.global_, batch.micro, place.data_rank, place.data_size
+        )
+        prepared = [
+            self.engine.prepare(self.data.batch(plan, offsets)) for offsets in offsets_of_batches
+        ]
+        return plan, prepared
+
+    def record(self, step: int, plan: StepPlan, result: StepResult) -> None:
+        """Take the result of a step (0-based), to be reported once its numbers are there.
+
+        On a GPU the host runs ahead: a step's numbers are there while the next one computes.
+        """
+        self.flush_step()  # the step before
+        self._unreported = step, plan, result
+        if result.done():
+            self.flush_step()
+
+    def flush_step(self) -> None:
+        """Report the step that is not reported yet, if any.
+
+        Raises:
+            RunError: the run has gone wrong, see `Guard`.
+        """
+        if self._unreported is None:
+            return
+        step, plan, result = self._unreported
+        self._unreported = None
+        now = time.perf_counter()
+        seconds = now - self._reported_at
+        self._reported_at = now
+        self.tokens += plan.tokens
+        self.hooks.on_step(step + 1, result)
+        self.reporter.report_step(
+            FinishedStep(
+                step=step,
+                plan=plan,
+                result=result,
+                tokens=self.tokens,
+                learning_rate=self.schedule.learning_rate(step),
+                seconds=seconds,
+                memory_gb=self.engine.peak_memory_gb(),
+                blocked_seconds=self._blocked_seconds,
+            )
+        )
+        self._blocked_seconds = 0.0
+        batch_size = self.config.batch.global_
+        samples = range(step * batch_size, (step + 1) * batch_size)
+        warning = self.guard.check(step, result, samples)
+        if warning:
+            self.reporter.print_main(warning)
+
+    def validate(self, done: int) -> None:
+        """Measure the NELBO after `done` steps; collective."""
+        self.flush_step()
+        if self.validator.corpora:
+            measured = self.validator(self.engine)
+            self.validation = {"step": done, **measured.line}
+            self.reporter.report_validation(done, measured)
+        self.reporter.refresh_peak()
+        self.hooks.on_validation(done)
+        # The next step's seconds do not include this.
+        self._reported_at = time.perf_counter()
+
+    # -- checkpoints -------------------------------------------------------------------------------
+
+    def save(self, done: int, wait: bool) -> None:
+        """Start to write the checkpoint after `done` steps; collective.
+
+        With `wait`, or without `checkpoint.asynchronous`, it is finished before this returns.
+        """
+        self.flush_step()
+        # One save at a time: the one before must be complete.
+        self.finish_save()
+        self.reporter.sync()
+        if done > self.first:  # else it is the checkpoint that this run started from
+            started = time.perf_counter()
+            self.saving = CheckpointSave(
+                self._checkpoints,
+                self._state(done),
+                self._tokenizer_files,
+                checkpoint_volume(self.config).bytes_each,
+                self.engine,
+                self.engine.place.rank,
+            )
+            self._blocked_seconds += time.perf_counter() - started
+        if wait or not self.config.checkpoint.asynchronous:
+            self.finish_save()
+        self._reported_at = time.perf_counter()
+
+    def _state(self, done: int) -> CheckpointState:
+        config = self.config
+        return CheckpointState(
+            step=done,
+            samples=done * config.batch.global_,
+            tokens=self.tokens,
+            data=self.data.fingerprint,
+            config=dump_config(config),
+            versions=arithmetic_versions(config, self.threads),
+            lineage=self._lineage,
+            recent=self.guard.recent,
+            validation=self.validation,
+            tokenizer=self.data.manifest.tokenizer_fingerprint,
+            ranks=self.engine.place.world_size,
+        )
+
+    def finish_save(self) -> None:
+        """Wait for the checkpoint that is being written, if any, and complete it; collective."""
+        if self.saving is None:
+            return
+        started = time.perf_counter()
+        saving = self.saving
+        self.saving = None  # whatever happens: a save that failed is not finished again
+        saving.finish()
+        self.reporter.log_event("checkpoint", step=saving.step)
+        self._prune()
+        self.hooks.on_save(saving.step)
+        self._blocked_seconds += time.perf_counter() - started
+
+    def _prune(self) -> None:
+        if self.engine.place.is_main:
+            section = self.config.checkpoint
+            prune_checkpoints(self._checkpoints, section.keep_last, section.keep_every)
+
+    # -- end ---------------------------------------------------------------------------------------
+
+    def finish(self) -> None:
+        """Do what a run does after its last step."""
+        # A run that was killed between its last checkpoint and the pruning still has one too many.
+        self._prune()
+        self.reporter.report_end()
+
+    def close(self) -> None:
+        """Stop the loader, close what is open and release the folder.
+
+        Each of them is closed even where another fails.
+        """
+        # Entered last, left first: the hooks, then the loader, and the folder's lock at the end.
+        with name_write_errors(self.folder), ExitStack() as last_first:
+            if self._held_folder is not None:
+                last_first.callback(self._held_folder.release)
+            last_first.callback(self.engine.close)
+            last_first.callback(self.reporter.close)
+            if self._loader is not None:
+                last_first.callback(self._loader.close)
+            last_first.callback(self.hooks.on_end)
+
+
+def _set_threads(config: RunConfig, world_size: int) -> int:
+    """Fix the number of torch's CPU threads, which decides the order of sums, and return it."""
+    # LLADA_THREADS comes from the launcher. It may narrow the cores of a rank to those near its
+    # GPU, so it knows better than a division of this machine's cores.
+    threads = config.run.threads or int(os.environ.get("LLADA_THREADS", "0"))
+    if not threads:
+        # torchrun and srun say how many ranks share this machine; else all are taken to be here.
+        default = os.environ.get("SLURM_NTASKS_PER_NODE", str(world_size))
+        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", default))
+        threads = max(1, len(os.sched_getaffinity(0)) // local_ranks)
+    torch.set_num_threads(threads)
+    return threads
