@@ -195,7 +195,7 @@ rewrites(
     "llada.chat.template",
     "for part in self._split(text) if is_own else [text]:",
     "for part in self._split(text):",
-    "tests/test_chat_template.py",
+    "tests/chat/test_chat_template.py",
 )
 
 

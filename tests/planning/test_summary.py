@@ -18,7 +18,7 @@ from llada.files import readable_size
 from llada.planning.summary import checkpoint_volume
 from llada.training.configure import load_config
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 @pytest.mark.parametrize(
