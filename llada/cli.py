@@ -146,12 +146,12 @@ def show_config(config: Config, overrides: Overrides = None) -> None:
     FLOPs and checkpoints as comments.
     """
     from llada.config import to_yaml
-    from llada.planning.summary import describe
+    from llada.planning.summary import summarize
     from llada.training.configure import load_config
 
     resolved = load_config(config, overrides)
     typer.echo(to_yaml(resolved), nl=False)
-    for line in describe(resolved):
+    for line in summarize(resolved):
         typer.echo(f"# {line}")
 
 

@@ -161,7 +161,8 @@ def describe(
     """
     found = Tokenizer.load(path, require_mask=False)
     lines = [
-        f"{path}: {found.vocab_size:,} ids, {found.rows:,} rows, fingerprint {found.fingerprint}",
+        f"{path}: {found.vocab_size:,} ids, {found.padded_vocab_size:,} rows,"
+        f" fingerprint {found.fingerprint}",
         f"kind: {_kind(found)}",
     ]
     roles = found.special_tokens()

@@ -195,7 +195,7 @@ def import_datasets(
         own_ids = tokenizer.vocab_size
         if add_special_tokens:
             tokenizer = tokenizer.with_special_tokens()
-        dtype = token_dtype(tokenizer.rows)
+        dtype = token_dtype(tokenizer.padded_vocab_size)
         writers = {
             split: stack.enter_context(SplitWriter(folder, split, dtype, shard_tokens))
             for split in SPLITS

@@ -166,10 +166,10 @@ def _grown(
     if not new:
         return source.weights, source.model, ""
     rows = source.model.vocab_size
-    size = rows if after.vocab_size <= rows else after.rows
+    size = rows if after.vocab_size <= rows else after.padded_vocab_size
     names = ", ".join(
         f"{token} {i}"
-        for token, i in sorted(after.specials.items(), key=lambda pair: pair[1])
+        for token, i in sorted(after.special_ids.items(), key=lambda pair: pair[1])
         if i >= before.vocab_size
     )
     place = (

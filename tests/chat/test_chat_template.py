@@ -188,7 +188,7 @@ def test_text_cannot_spell_special_tokens(kind: str, name: str, pairs: dict) -> 
             ]
         )
     ).tolist()
-    special = set(ours.tokenizer.specials.values()) - {ours.tokenizer.id_of("<unk>")}
+    special = set(ours.tokenizer.special_ids.values()) - {ours.tokenizer.id_of("<unk>")}
     assert [i for i in ids if i in special] == [i for i in harmless if i in special]
     if kind == "bytes":
         assert "".join(SPECIALS) in ours.tokenizer.decode(ids)

@@ -95,7 +95,7 @@ def word_level(
 
 def test_special_tokens_take_the_last_ids_and_count(bpe: Tokenizer):
     assert bpe.vocab_size == 330
-    assert bpe.rows == 384
+    assert bpe.padded_vocab_size == 384
     assert [bpe.id_of(token) for token in SPECIAL_TOKENS] == list(range(324, 330))
     assert (bpe.bos_id, bpe.eos_id, bpe.pad_id, bpe.mask_id) == (324, 325, 325, 326)
     names = {
@@ -305,7 +305,7 @@ def test_decode_with_special_tokens(kind: str, request):
     assert tokenizer.decode(mixed) == f"{bos}the cat<|mdm_mask|> sat{eos}"
     assert tokenizer.decode(np.array(mixed), skip_special_tokens=True) == "the cat sat"
     assert tokenizer.decode([]) == ""
-    assert tokenizer.decode([tokenizer.rows + 5]) == ""
+    assert tokenizer.decode([tokenizer.padded_vocab_size + 5]) == ""
 
 
 def test_tokens_for_people(bpe: Tokenizer, piece: Tokenizer):
@@ -319,7 +319,7 @@ def test_tokens_for_people(bpe: Tokenizer, piece: Tokenizer):
     part = bpe.encode("☃")[0]  # the first byte of three
     assert bpe.token(part).isprintable() and "\ufffd" not in bpe.token(part)
     assert "".join(piece.token(i) for i in piece.encode("the cat")) == " the cat"
-    assert piece.token(piece.rows) == f"<{piece.rows}>"
+    assert piece.token(piece.padded_vocab_size) == f"<{piece.padded_vocab_size}>"
 
 
 # -- roles and special tokens ----------------------------------------------------------------------
