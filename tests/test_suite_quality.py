@@ -113,9 +113,9 @@ def _patches_of_the_standard_library(source: str) -> list[tuple[int, str]]:
             continue
         target = node.args[0]
         if isinstance(target, ast.Constant) and isinstance(target.value, str):
-            owner = target.value.rpartition(".")[
-                0
-            ]  # "llada.files.shutil" is a name of ours, "llada.files.shutil.disk_usage" is not
+            # Of "llada.outputs.shutil" the owner is a module of ours, of
+            # "llada.outputs.shutil.disk_usage" it is the standard library's.
+            owner = target.value.rpartition(".")[0]
         elif _last_name(node.func) != "patch" and isinstance(target, ast.Name | ast.Attribute):
             owner = ast.unparse(target)
         else:
@@ -159,11 +159,11 @@ def test_patches_of_the_standard_library_are_found():
     source = """
 monkeypatch.setattr(time, "sleep", f)
 monkeypatch.setattr(scheduler.time, "sleep", f)
-monkeypatch.setattr("llada.files.shutil.disk_usage", f)
+monkeypatch.setattr("llada.outputs.shutil.disk_usage", f)
 monkeypatch.delattr("builtins.open")
 mock.patch("os.rename", f)
 mock.patch.object(os, "rename", f)
-monkeypatch.setattr("llada.files.shutil", like(shutil, disk_usage=f))
+monkeypatch.setattr("llada.outputs.shutil", like(shutil, disk_usage=f))
 monkeypatch.setattr(scheduler, "shutil", f)
 monkeypatch.setattr(module, "open", f)
 monkeypatch.setenv("PATH", "")

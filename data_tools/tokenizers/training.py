@@ -21,7 +21,7 @@ from data_tools.tokenizers.encoders import choose_encoder
 from data_tools.tokenizers.sentencepiece import ESCAPES, LOSSLESS, parse
 from data_tools.tokenizers.sentencepiece import kind as kind_of_model
 from llada.errors import UserError, did_you_mean
-from llada.files import new_folder
+from llada.outputs import new_folder
 from llada.tokenizer import SPECIAL_TOKENS, Tokenizer, train_byte_level_bpe
 
 KINDS = ("byte-bpe", "unigram", "bpe")

@@ -24,7 +24,7 @@ from data_tools.tools.rewrite import SHARD_TOKENS
 from llada.data.corpus import CONVERSATIONS, CORPUS_FILES, SPLITS, TEXT, Corpus, Manifest
 from llada.data.shards import I64, SplitWriter, token_dtype
 from llada.errors import UserError, did_you_mean
-from llada.files import new_file, new_folder, refuse_inside
+from llada.outputs import new_file, new_folder, refuse_inside
 from llada.tokenizer import Tokenizer
 
 # -- export ----------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from data_tools.tools.reply_lengths import length_statistics
 from llada.data.corpus import SPLITS, Corpus, Manifest, Shards, verify_corpus
 from llada.data.shards import ShardEntry
 from llada.errors import UserError
-from llada.files import new_file
+from llada.outputs import new_file
 from llada.tokenizer import Tokenizer
 
 I32 = npt.NDArray[np.int32]

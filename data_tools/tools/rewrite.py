@@ -19,7 +19,7 @@ from data_tools.job.progress import progress_bar
 from llada.data.corpus import CONVERSATIONS, CORPUS_FILES, SPLITS, Corpus, Manifest
 from llada.data.shards import I64, Shard, ShardEntry, SplitWriter, damaged, token_dtype
 from llada.errors import UserError
-from llada.files import new_folder, refuse_inside
+from llada.outputs import new_folder, refuse_inside
 from llada.tokenizer import Tokenizer
 
 SHARD_TOKENS = 2**28

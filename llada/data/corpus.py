@@ -31,7 +31,7 @@ CORPUS_FILES = (
     LEFT_OUT,
     *(f"{split}-*.{suffix}" for split in SPLITS for suffix in ("bin", "idx", "replies")),
 )
-"""Patterns of all that a corpus holds, for `llada.files.new_folder`."""
+"""Patterns of all that a corpus holds, for `llada.outputs.new_folder`."""
 TEXT, CONVERSATIONS = "text", "conversations"
 """Kinds of corpora: documents of `llada data prepare`, conversations of `llada data prepare-sft`.
 """
