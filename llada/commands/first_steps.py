@@ -36,7 +36,7 @@ def demo(
     """
     from llada.training.signals import StopRequest
 
-    stop = StopRequest().install()
+    stop = StopRequest().install()  # before the slow imports, as for `llada pretrain`
     from llada.demo import run_demo
 
     if not dir:

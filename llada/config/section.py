@@ -12,5 +12,9 @@ class Section(BaseModel):
     """
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False, strict=True
+        extra="forbid",  # an unknown key is a misspelt one
+        strict=True,  # no "8" for 8, no 1 for true
+        allow_inf_nan=False,  # YAML has .nan and .inf; no setting means anything with them
+        frozen=True,  # what was recorded at the start of a run stays true
+        use_attribute_docstrings=True,
     )

@@ -187,6 +187,7 @@ class StageEntry(Section):
 
     @model_validator(mode="after")
     def _check_length_and_rates(self) -> StageEntry:
+        # Neither of the two is allowed for a last stage without end; ScheduleSection checks that.
         if self.steps is not None and self.tokens is not None:
             raise ValueError("steps and tokens: give one length, not both")
         if self.shape == "constant" and self.end is not None and self.end != self.start:

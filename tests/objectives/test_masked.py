@@ -16,9 +16,7 @@ MASK = 9
 
 
 def losses_of_a_toy_model() -> dict[frozenset[int], np.ndarray]:
-    """An arbitrary "model": for every set of masked positions a loss for each of them (a 4-token
-    text, its CE by context).
-    """
+    """An arbitrary "model" of a text of 4 tokens: the losses for every set of masked positions."""
     rng = np.random.default_rng(0)
     return {
         frozenset(s): rng.uniform(0.1, 3.0, L)
@@ -28,8 +26,9 @@ def losses_of_a_toy_model() -> dict[frozenset[int], np.ndarray]:
 
 
 def exact_nelbo(model: dict[frozenset[int], np.ndarray]) -> float:
-    """The bound from its other definition: the mean over all generation orders of the sum of -log
-    p(next | revealed).
+    """The NELBO from its other definition, over generation orders.
+
+    The mean over all orders of the sum of -log p(next token | revealed tokens).
     """
     orders = list(itertools.permutations(range(L)))
     return sum(

@@ -1,6 +1,4 @@
-"""The tokenizer against the libraries it wraps; text never becomes a special token;
-every refusal.
-"""
+"""The tokenizer against the libraries it wraps; text is never special; every refusal."""
 
 from __future__ import annotations
 
@@ -167,7 +165,7 @@ def test_literal_special_tokens_are_text(kind: str, request):
 
 
 def test_pickling_keeps_text_ordinary(bpe: Tokenizer, piece: Tokenizer):
-    """The library's own pickle forgets the setting."""
+    """The library's own pickle forgets encode_special_tokens."""
     for tokenizer in (bpe, piece):
         again = pickle.loads(pickle.dumps(tokenizer))
         assert again.fingerprint == tokenizer.fingerprint
@@ -177,9 +175,7 @@ def test_pickling_keeps_text_ordinary(bpe: Tokenizer, piece: Tokenizer):
 
 
 def test_a_special_token_that_is_a_word_of_the_model_is_refused(tmp_path: Path):
-    """Word-level with a splitter on spaces alone reads the word "[MASK]" from the model's own
-    vocabulary.
-    """
+    """A word-level model that splits at spaces only reads "[MASK]" as a word of its own."""
     from tokenizers import Tokenizer as Fast
     from tokenizers import pre_tokenizers
 
@@ -212,7 +208,7 @@ def test_a_control_symbol_of_sentencepiece_is_a_mask_token(tmp_path: Path):
 
 
 def test_an_ordinary_added_token_with_a_role_becomes_special(tmp_path: Path):
-    """Else its literal would be read as the mask."""
+    """Otherwise its name in a text would be read as the mask."""
     folder = word_level(tmp_path, ["a", "b"], ["[MASK]", "</s>"], special=False)
     tokenizer = Tokenizer.load(folder)
     assert (tokenizer.mask_id, tokenizer.eos_id) == (3, 4)
