@@ -148,7 +148,7 @@ def command_start(words: list[str]) -> int | None:
 
 
 def is_launcher(words: list[str]) -> bool:
-    """Whether `llada` may follow: `torchrun ... -m`, `python -m`, `srun ...`, `time`, NAME=value."""
+    """Whether `llada` may follow: `torchrun ... -m`, `python -m`, `srun ...`, NAME=value."""
     words = [word for word in words if not re.match(r"[A-Z_][A-Z0-9_]*=", word)]
     return (
         not words

@@ -86,8 +86,9 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _borrow_dependencies(fresh: Path) -> Path:
     """Let a virtual environment see the packages of this one, after its own site-packages.
 
-    Returns its own site-packages. A folder named in a .pth file joins sys.path, but its own .pth files are not read: the editable
-    install of this project in the parent environment stays invisible.
+    Returns its own site-packages. A folder named in a .pth file joins sys.path, but its own .pth
+    files are not read: the editable install of this project in the parent environment stays
+    invisible.
     """
     site_packages = next((fresh / "lib").glob("python*/site-packages"))
     parents = [

@@ -100,8 +100,9 @@ def test_bernoulli_is_the_integral_from_eps_to_one(
 
 
 def test_constant_loss_has_mean_one_and_the_analytic_variance() -> None:
-    """CE = 1: fixed-count gives exactly 1. Bernoulli has mean 1 and variance (ln(1/eps) / (1-eps) -
-    1) / L over t and masks.
+    """With CE = 1, fixed-count gives exactly 1, and bernoulli 1 on average.
+
+    The variance of bernoulli over t and masks is (ln(1/eps) / (1-eps) - 1) / L.
     """
     length, eps, count = 64, 0.05, 20_000
     t = np.random.default_rng(1).random(count)
