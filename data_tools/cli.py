@@ -508,7 +508,8 @@ def train(
         else ""
     )
     typer.echo(
-        f"{output}: {ids.vocab_size:,} ids{fewer}, {ids.rows:,} rows, mask {ids.mask_id}, EOS"
+        f"{output}: {ids.vocab_size:,} ids{fewer}, {ids.padded_vocab_size:,} rows,"
+        f" mask {ids.mask_id}, EOS"
         f" {ids.eos_id}"
     )
     typer.echo(f"trained on {made.sample_bytes:,} of {made.text_bytes:,} bytes of text")

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from llada.config import apply_override, one_line, read_yaml
-from llada.config.sections import Section
+from llada.config.section import Section
 from llada.errors import UserError
 
 _TIME = re.compile(

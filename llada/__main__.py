@@ -1,4 +1,4 @@
-"""`python -m llada`, and each rank of torchrun or srun."""
+"""`python -m llada`; also what torchrun and srun start as each rank."""
 
 from llada.cli import main
 

@@ -1,4 +1,4 @@
-"""`llada doctor`: what this machine has for training, and what to do about what it lacks."""
+"""`llada doctor`: what this machine has for training, and how to get what it lacks."""
 
 from __future__ import annotations
 
@@ -40,8 +40,11 @@ _OPTIONAL = {
     "matplotlib": "the loss curve needs it: pip install matplotlib",
 }
 _ATTENTION = ("flash_attn.cute", "flash_attn_interface", "flash_attn", "torch.nn.attention.varlen")
+"""Modules with an attention kernel that llada can use."""
 _MIN_SHARED_MEMORY = 1e9
+"""Bytes. Containers have 64 MB unless told otherwise, and NCCL does not start with that."""
 _MIN_FREE = 10e9
+"""Bytes: a few checkpoints of a small model."""
 _MIN_OPEN_FILES = 4096
 
 
@@ -50,11 +53,11 @@ class Finding:
     """One line of the report.
 
     Attributes:
-        topic: heading it belongs to.
-        text: what there is.
-        level: "ok"; "note": training works, though less well; "problem": training does not start or
-            loses data.
-        remedy: what to do; "" where nothing is wrong.
+        topic: heading of its section.
+        text: what was found.
+        level: "ok"; "note": training works, but not as well as it could; "problem": training does
+            not start, or loses data.
+        remedy: what to do; "" if nothing is wrong.
     """
 
     topic: str
@@ -71,37 +74,42 @@ class Report:
 
     @property
     def code(self) -> int:
-        """Exit code: 1 where something blocks training."""
+        """Exit code: 1 if something blocks training, else 0."""
         return int(any(finding.level == "problem" for finding in self.findings))
 
     def to_json(self) -> str:
-        """One object: `ready`, and every finding with topic, text, level and remedy."""
+        """One JSON object: `ready`, and every finding with topic, text, level and remedy."""
         return json.dumps(
             {"ready": not self.code, "findings": [asdict(finding) for finding in self.findings]},
             indent=1,
         )
 
     def __str__(self) -> str:
-        lines, topic = [], ""
+        marks = {"ok": "  ", "note": "- ", "problem": "! "}
+        lines = []
+        topic = ""
         for finding in self.findings:
             if finding.topic != topic:
                 topic = finding.topic
                 lines.append(topic)
-            mark = {"ok": "  ", "note": "- ", "problem": "! "}[finding.level]
-            lines.append(f"  {mark}{finding.text}")
-            lines += [f"      {finding.remedy}"] if finding.remedy else []
-        lines.append("training is blocked: see the lines with !" if self.code else "ready to train")
+            lines.append(f"  {marks[finding.level]}{finding.text}")
+            if finding.remedy:
+                lines.append(f"      {finding.remedy}")
+        if self.code:
+            lines.append("training is blocked: see the lines with !")
+        else:
+            lines.append("ready to train")
         return "\n".join(lines)
 
 
 def examine(folder: Path | None = None) -> Report:
-    """Look at packages, GPUs, kernels, network, disk and limits.
+    """Examine packages, GPUs, kernels, network, disk and limits.
 
     Args:
-        folder: whose disk is tried; the current one if left out.
+        folder: the disk to try; None: that of the current folder.
     """
     folder = folder or Path.cwd()
-    parts: tuple[Callable[[], Iterator[Finding]], ...] = (
+    sections: tuple[Callable[[], Iterator[Finding]], ...] = (
         _packages,
         _gpus,
         _attention,
@@ -111,15 +119,13 @@ def examine(folder: Path | None = None) -> Report:
         _limits,
     )
     findings: list[Finding] = []
-    for part in parts:
+    for section in sections:
+        # A package can be installed and fail to import. One broken package must not hide the rest.
         try:
-            findings += part()
-        except ImportError as error:  # one broken package must not hide what the others say
-            findings.append(
-                Finding(
-                    "broken package", " ".join(str(error).split()), "problem", "install it again"
-                )
-            )
+            findings += section()
+        except ImportError as error:
+            message = " ".join(str(error).split())
+            findings.append(Finding("broken package", message, "problem", "install it again"))
     return Report(findings)
 
 
@@ -129,21 +135,21 @@ def _packages() -> Iterator[Finding]:
         topic, f"llada {__version__}, Python {platform.python_version()}, {platform.platform()}"
     )
     for name in _REQUIRED:
-        found = _version(name)
-        if found is None:
+        installed = _version(name)
+        if installed is None:
             yield Finding(topic, f"{name}: not installed", "problem", f"pip install {name}")
         else:
-            yield Finding(topic, f"{name} {found}")
+            yield Finding(topic, f"{name} {installed}")
     for name, remedy in _OPTIONAL.items():
-        found = _version(name)
-        yield (
-            Finding(topic, f"{name}: not installed", "note", remedy)
-            if found is None
-            else Finding(topic, f"{name} {found}")
-        )
+        installed = _version(name)
+        if installed is None:
+            yield Finding(topic, f"{name}: not installed", "note", remedy)
+        else:
+            yield Finding(topic, f"{name} {installed}")
 
 
 def _version(name: str) -> str | None:
+    """Version of an installed package, None if it is not installed. Imports nothing."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -152,13 +158,18 @@ def _version(name: str) -> str | None:
 
 def _gpus() -> Iterator[Finding]:
     topic = "GPUs"
-    smi = _command("nvidia-smi", "--query-gpu=driver_version,name", "--format=csv,noheader")
     if _version("torch") is None:
         return
     import torch
 
+    # The driver's own view, which may differ from torch's. One line a GPU: "driver, name".
+    smi = _command("nvidia-smi", "--query-gpu=driver_version,name", "--format=csv,noheader")
+    listed = smi.splitlines()
+
     if torch.cuda.is_available():
-        driver = smi.splitlines()[0].split(",")[0] if smi else "unknown"
+        driver = "unknown"
+        if listed:
+            driver = listed[0].split(",")[0]
         yield Finding(topic, f"driver {driver}, CUDA {torch.version.cuda}")
         for i in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(i)
@@ -167,22 +178,18 @@ def _gpus() -> Iterator[Finding]:
                 f"{i}: {properties.name}, {properties.total_memory / 1e9:.0f} GB, capability"
                 f" {properties.major}.{properties.minor}",
             )
-        nccl = (
-            ".".join(map(str, torch.cuda.nccl.version()))
-            if torch.distributed.is_nccl_available()
-            else None
-        )
-        remedy = "" if nccl else "install torch from a CUDA build"
-        yield Finding(
-            topic, f"NCCL {nccl}" if nccl else "NCCL: missing", "ok" if nccl else "problem", remedy
-        )
-    elif smi:
-        built = (
-            f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built for CPU alone"
-        )
+        if torch.distributed.is_nccl_available():
+            nccl = ".".join(map(str, torch.cuda.nccl.version()))
+            yield Finding(topic, f"NCCL {nccl}")
+        else:
+            yield Finding(topic, "NCCL: missing", "problem", "install torch from a CUDA build")
+    elif listed:
+        built = "built for CPU only"
+        if torch.version.cuda:
+            built = f"built for CUDA {torch.version.cuda}"
         yield Finding(
             topic,
-            f"the driver lists {len(smi.splitlines())} GPUs, torch ({built}) uses none",
+            f"the driver lists {len(listed)} GPUs, torch ({built}) uses none",
             "problem",
             "install a torch for the driver's CUDA version; check CUDA_VISIBLE_DEVICES",
         )
@@ -195,7 +202,7 @@ def _gpus() -> Iterator[Finding]:
 
 
 def _command(*words: str) -> str:
-    """What a program prints; "" where it is missing or fails."""
+    """What a program prints; "" if it is missing or fails."""
     try:
         return subprocess.run(
             words, capture_output=True, text=True, timeout=20, check=True
@@ -210,8 +217,8 @@ def _attention() -> Iterator[Finding]:
         return
     import torch
 
-    found = [module for module in _ATTENTION if _imports(module)]
-    yield Finding(topic, f"installed: {', '.join(found) or 'none but scaled dot product'}")
+    installed = [module for module in _ATTENTION if _imports(module)]
+    yield Finding(topic, f"installed: {', '.join(installed) or 'none but scaled dot product'}")
     if not torch.cuda.is_available():
         yield Finding(topic, "used here: torch scaled dot product (CPU)")
         return
@@ -229,44 +236,32 @@ def _attention() -> Iterator[Finding]:
 
 
 def _imports(module: str) -> bool:
+    """Whether a module can be imported."""
     try:
         import_module(module)
-    except Exception:  # a library built for another torch fails in many ways
+    except Exception:  # a library built for another version of torch fails in many ways
         return False
     return True
 
 
 def _encoders() -> Iterator[Finding]:
-    fast = [
-        f"{name} {found}"
-        for name in ("fastokens", "gigatoken")
-        if (found := _version(name)) and _imports(name)
-    ]
-    library = [
-        f"{name} {found}" for name in ("tokenizers", "sentencepiece") if (found := _version(name))
-    ]
+    # The fast ones must also import: they are compiled, and a wheel may not suit the machine.
+    encoders = [name for name in ("fastokens", "gigatoken") if _version(name) and _imports(name)]
+    encoders += [name for name in ("tokenizers", "sentencepiece") if _version(name)]
+    versions = ", ".join(f"{name} {_version(name)}" for name in encoders)
     yield Finding(
         "tokenizer encoders",
-        f"{', '.join(fast + library)} (a fast one only where it gives the tokenizer's own ids)",
+        f"{versions} (a fast one only where it gives the tokenizer's own ids)",
     )
 
 
 def _network() -> Iterator[Finding]:
     topic = "network"
-    names = [name for _, name in socket.if_nameindex()]
-    chosen = {
-        name: os.environ[name]
-        for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
-        if name in os.environ
-    }
-    yield Finding(topic, f"host {socket.gethostname()}, interfaces {', '.join(names)}")
-    for variable, value in chosen.items():
-        wanted = value.lstrip("^=").split(",")
-        known = value.startswith("^") or any(
-            name.startswith(part) for name in names for part in wanted
-        )
-        remedy = "" if known else f"set it to one of {', '.join(names)}, or unset it"
-        yield Finding(topic, f"{variable}={value}", "ok" if known else "problem", remedy)
+    interfaces = [name for _, name in socket.if_nameindex()]
+    yield Finding(topic, f"host {socket.gethostname()}, interfaces {', '.join(interfaces)}")
+    for variable in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
+        if variable in os.environ:
+            yield _interface_choice(variable, os.environ[variable], interfaces)
     adapters = sorted(path.name for path in Path("/sys/class/infiniband").glob("*"))
     yield Finding(topic, f"InfiniBand adapters: {', '.join(adapters) or 'none'}")
     try:
@@ -280,20 +275,33 @@ def _network() -> Iterator[Finding]:
         )
 
 
+def _interface_choice(variable: str, value: str, interfaces: list[str]) -> Finding:
+    """Whether the interfaces that a variable selects exist.
+
+    The value lists prefixes of names: "ib,eth0". "=" in front asks for exact names, "^" excludes.
+    """
+    topic = "network"
+    text = f"{variable}={value}"
+    prefixes = tuple(value.lstrip("^=").split(","))
+    # What is excluded need not exist.
+    if value.startswith("^") or any(name.startswith(prefixes) for name in interfaces):
+        return Finding(topic, text)
+    remedy = f"set it to one of {', '.join(interfaces)}, or unset it"
+    return Finding(topic, text, "problem", remedy)
+
+
 def _disk(folder: Path) -> Iterator[Finding]:
     topic = f"disk of {folder}"
     free = shutil.disk_usage(folder).free
-    yield Finding(
-        topic,
-        f"{_file_system(folder)}, {free / 1e9:,.1f} GB free",
-        "note" if free < _MIN_FREE else "ok",
-        (
-            "a checkpoint takes 12 to 14 bytes a parameter; `llada config CONFIG` says how much a"
-            " run needs"
-            if free < _MIN_FREE
-            else ""
-        ),
-    )
+    text = f"{_file_system(folder)}, {free / 1e9:,.1f} GB free"
+    if free < _MIN_FREE:
+        remedy = (
+            "a checkpoint takes 12 to 14 bytes per parameter; `llada config CONFIG` prints how much"
+            " a run needs"
+        )
+        yield Finding(topic, text, "note", remedy)
+    else:
+        yield Finding(topic, text)
     try:
         _try_disk(folder)
     except OSError as error:
@@ -308,7 +316,7 @@ def _disk(folder: Path) -> Iterator[Finding]:
 
 
 def _try_disk(folder: Path) -> None:
-    """Do what a checkpoint and a run's lock do. Raises OSError."""
+    """Write, flush, lock and rename a file, as checkpoints and a run's lock do. Raises OSError."""
     import fcntl
 
     with tempfile.TemporaryDirectory(prefix=".llada-doctor-", dir=folder) as name:
@@ -325,24 +333,27 @@ def _try_disk(folder: Path) -> None:
         finally:
             os.close(descriptor)
         if (root / "b").read_bytes() != b"x" * 4096:
-            raise OSError("what was written reads otherwise")
+            raise OSError("a file reads back differently from what was written")
 
 
 def _file_system(folder: Path) -> str:
-    """Kind of the file system, by the longest mount point above the folder."""
-    best = ("", "unknown file system")
+    """Type of the file system that holds a folder, as ext4."""
     try:
         lines = Path("/proc/self/mounts").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
-        return best[1]
+        return "unknown file system"
+    # Of all mount points above the folder the longest is the innermost; of two mounts in one place
+    # the later one hides the earlier.
     path = str(folder.resolve())
+    longest = ""
+    file_system = "unknown file system"
     for line in lines:
-        _, mount, kind, *_ = line.split(" ")
-        if (path == mount or path.startswith(mount.rstrip("/") + "/")) and len(mount) >= len(
-            best[0]
-        ):
-            best = (mount, kind)
-    return best[1]
+        _, mount, mount_type, *_ = line.split(" ")
+        is_above = path == mount or path.startswith(mount.rstrip("/") + "/")
+        if is_above and len(mount) >= len(longest):
+            longest = mount
+            file_system = mount_type
+    return file_system
 
 
 def _limits() -> Iterator[Finding]:
@@ -350,23 +361,26 @@ def _limits() -> Iterator[Finding]:
 
     topic = "limits"
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    few = soft != resource.RLIM_INFINITY and soft < _MIN_OPEN_FILES
-    yield Finding(
-        topic,
-        f"open files: {soft:,}",
-        "note" if few else "ok",
-        f"ulimit -n {min(hard, 65536)}, for corpora of many shards" if few else "",
-    )
+    text = f"open files: {soft:,}"
+    if soft != resource.RLIM_INFINITY and soft < _MIN_OPEN_FILES:
+        remedy = f"ulimit -n {min(hard, 65536)}, for corpora of many shards"
+        yield Finding(topic, text, "note", remedy)
+    else:
+        yield Finding(topic, text)
+
     shared = Path("/dev/shm")
     if not shared.is_dir():
         yield Finding(
             topic,
             "no shared memory (/dev/shm)",
             "note",
-            "NCCL needs it between GPUs of a node: mount a tmpfs there",
+            "NCCL needs it between the GPUs of a node: mount a tmpfs there",
         )
         return
     size = shutil.disk_usage(shared).total
-    small = size < _MIN_SHARED_MEMORY
-    remedy = "start the container with --shm-size=16g or --ipc=host" if small else ""
-    yield Finding(topic, f"shared memory: {size / 1e9:,.1f} GB", "note" if small else "ok", remedy)
+    text = f"shared memory: {size / 1e9:,.1f} GB"
+    if size < _MIN_SHARED_MEMORY:
+        remedy = "start the container with --shm-size=16g or --ipc=host"
+        yield Finding(topic, text, "note", remedy)
+    else:
+        yield Finding(topic, text)

@@ -9,26 +9,28 @@ from collections.abc import Iterable
 class UserError(Exception):
     """A mistake of the user's. The command line prints it as one line and exits with 2.
 
-    The text names the setting (or file), its value, what is allowed and, where one exists, the
+    The message names the setting (or file), its value, what is allowed and, if there is one, the
     nearest right name.
     """
 
 
 class RunError(Exception):
-    """A failure that is not the user's mistake (a lost file, a non-finite loss). One line,
-    exit 1.
+    """A failure that is not the user's mistake (a lost file, a loss that is not finite).
+
+    The command line prints it as one line and exits with 1.
     """
 
 
 class TryAgain(Exception):
-    """Not finished and not a failure: what is done is kept, and the same command goes on. One line,
-    exit 75.
+    """Neither finished nor failed: what is done is kept, and the same command continues.
+
+    The command line prints it as one line and exits with 75.
     """
 
 
 def did_you_mean(name: str, allowed: Iterable[str]) -> str:
-    """Return `` (did you mean 'x'?)`` for the closest of `allowed`, or an empty string when none is
-    near.
-    """
+    """Return `` (did you mean 'x'?)`` for the closest of `allowed`, or "" if none is close."""
     near = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.6)
-    return f" (did you mean '{near[0]}'?)" if near else ""
+    if not near:
+        return ""
+    return f" (did you mean '{near[0]}'?)"

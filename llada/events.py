@@ -1,7 +1,7 @@
-"""RUN/events.jsonl: what happened to a run, one JSON object a line, from the launcher, the batch
-job and rank 0 alike.
+"""RUN/events.jsonl: what happened to a run, one JSON object per line.
 
-Standard library only: the batch job writes here before anything slow is imported.
+The launcher, the batch job and rank 0 all write to it. Standard library only: the batch job writes
+here before anything slow is imported.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 FILE = "events.jsonl"
+Event = dict[str, Any]
+"""One line: `time` (seconds since 1970), `event` (its name), and the fields of that event."""
 
 
 class EventLog:
@@ -20,72 +22,81 @@ class EventLog:
 
     Args:
         folder: of the run.
-        common: fields of every event that this writes.
+        common: fields that every event of this log has.
     """
 
-    def __init__(self, folder: Path, **common: Any) -> None:
+    def __init__(self, folder: Path, **common: object) -> None:
         self._path = folder / FILE
         self._common = common
 
-    def write(self, event: str, **fields: Any) -> None:
-        """Append one event with the time (seconds since 1970); fields that are None are
-        left out.
-        """
+    def write(self, event: str, **fields: object) -> None:
+        """Append one event with the current time. Fields that are None are left out."""
         values = {"time": round(time.time(), 3), "event": event, **self._common, **fields}
-        line = json.dumps({key: value for key, value in values.items() if value is not None}) + "\n"
-        # One write to a file opened for appending: lines of several writers do not mix (where they
-        # do, `read` leaves them out).
+        present = {name: value for name, value in values.items() if value is not None}
+        line = json.dumps(present) + "\n"
+        # A single write to a file opened with O_APPEND, so that lines of several processes do not
+        # mix. Some network file systems mix them all the same; `read` skips the torn lines.
         descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         try:
             os.write(descriptor, line.encode())
+            # Steps are frequent, and losing the last few in a crash is harmless.
             if event != "step":
                 os.fsync(descriptor)
         finally:
             os.close(descriptor)
 
 
-def read(folder: Path) -> list[dict[str, Any]]:
-    """The events of a run in the order they were written; torn lines are left out."""
-    try:
-        text = (folder / FILE).read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
-        return []
-    found = []
-    for raw in text.splitlines():
-        try:
-            line = json.loads(raw)
-        except ValueError:
-            continue
-        if isinstance(line, dict) and isinstance(line.get("event"), str):
-            found.append(line)
-    return found
-
-
-def restarts(events: list[dict[str, Any]]) -> dict[str, Any]:
-    """attempt (number of the latest), restarts (attempts of its latest launch but the first) and
-    last_error; empty without a launcher.
-    """
-    events = events[
-        max((i for i, line in enumerate(events) if line["event"] == "submitted"), default=0) :
-    ]
-    attempts = {
-        line["attempt"] for line in events if line["event"] == "started" and "attempt" in line
-    }
-    if not attempts:
-        return {}
-    errors = [line["reason"] for line in events if line.get("failure") and "reason" in line]
-    return {
-        "attempt": max(attempts),
-        "restarts": len(attempts) - 1,
-        **({"last_error": errors[-1]} if errors else {}),
-    }
-
-
 def of_this_process(folder: Path) -> EventLog:
-    """The event log of a run for a process of it: it knows its attempt and its job from the
-    environment.
+    """The event log of a run for one of its processes.
+
+    Attempt and Slurm job come from the environment that the launcher set.
     """
     attempt = os.environ.get("LLADA_ATTEMPT")
     return EventLog(
         folder, attempt=int(attempt) if attempt else None, job=os.environ.get("SLURM_JOB_ID")
     )
+
+
+def read(folder: Path) -> list[Event]:
+    """The events of a run in the order in which they were written, without torn lines."""
+    try:
+        text = (folder / FILE).read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return []
+    events = []
+    for line in text.splitlines():
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(event, dict) and isinstance(event.get("event"), str):
+            events.append(event)
+    return events
+
+
+def since_submission(events: list[Event]) -> list[Event]:
+    """The events of the latest launch: from the last `submitted` on, all if there is none."""
+    submissions = [i for i, event in enumerate(events) if event["event"] == "submitted"]
+    if not submissions:
+        return events
+    return events[submissions[-1] :]
+
+
+def restarts(events: list[Event]) -> dict[str, Any]:
+    """How often the latest launch of a run was restarted, and why.
+
+    Returns:
+        `attempt` (number of the latest), `restarts` (attempts after the first) and, if an attempt
+        failed, `last_error`. Empty for a run without a launcher.
+    """
+    events = since_submission(events)
+    attempts = {
+        event["attempt"] for event in events if event["event"] == "started" and "attempt" in event
+    }
+    if not attempts:
+        return {}
+    result: dict[str, Any] = {"attempt": max(attempts), "restarts": len(attempts) - 1}
+    errors = [event["reason"] for event in events if event.get("failure") and "reason" in event]
+    if errors:
+        result["last_error"] = errors[-1]
+    return result

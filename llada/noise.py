@@ -1,15 +1,14 @@
-"""Keyed randomness: every draw is a pure function of (seed, purpose, index), never of a rank's
-generator state.
+"""Keyed randomness: every draw is a pure function of (seed, purpose, index).
 
-Order and t come from (seed, step); masks and random lengths from (seed, global sample index);
-initial weights from (seed, parameter name, row block). So no layout, restart or worker count
-changes a draw. Two sources are used:
+No draw depends on the state of a rank's generator. Order and t come from (seed, step), masks and
+random lengths from (seed, global sample index), initial weights from (seed, parameter name, row
+block). So no layout, restart or number of workers changes a draw. There are two generators:
 
-* `stream`: a Philox-4x64 counter stream (Salmon et al., SC 2011) for many numbers under one key.
+* `stream`: a Philox-4x64 counter stream (Salmon et al., SC 2011), for many numbers under one key.
   Only its raw 64-bit words are used, which numpy keeps stable across versions; distributions are
-  derived here.
-* `hash64`: the SplitMix64 finaliser (Steele et al., OOPSLA 2014) for one number per index,
-  vectorised over indices.
+  derived from them here.
+* `hash64`: the SplitMix64 finalizer (Steele et al., OOPSLA 2014), for one number per index,
+  vectorized over indices.
 """
 
 from __future__ import annotations
@@ -24,18 +23,21 @@ F64 = npt.NDArray[np.float64]
 I64 = npt.NDArray[np.int64]
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+"""SplitMix64's increment: 2**64 divided by the golden ratio, rounded to an odd number."""
+_MASK64 = 2**64 - 1
 
 
 def purpose_key(purpose: str) -> int:
-    """A 64-bit number for the name of a use of randomness, so that two uses never share
-    a stream.
-    """
+    """A 64-bit key for a use of randomness, so that two uses never share a stream."""
+    # blake2b and not hash(): Python's own differs from process to process.
     return int.from_bytes(hashlib.blake2b(purpose.encode(), digest_size=8).digest(), "little")
 
 
 def stream(seed: int, purpose: str, *index: int) -> np.random.Philox:
-    """The Philox stream of (seed, purpose, up to three indices). Streams of different keys do not
-    overlap.
+    """The Philox stream of (seed, purpose, up to three indices).
+
+    Streams of different keys do not overlap: seed and purpose are the key, the indices the upper
+    three words of the counter. The lowest word, which starts at 0, counts the draws.
     """
     if len(index) > 3:
         raise ValueError(f"a stream has at most three indices, got {len(index)}")
@@ -51,13 +53,21 @@ def uniforms(bits: np.random.Philox, n: int) -> F64:
 
 def to_unit(words: U64) -> F64:
     """64-bit words as float64 in [0, 1): the upper 53 bits."""
+    # A float64 has 53 bits of mantissa: more would be rounded, and might round up to 1.
     return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def hash64(key: int, index: npt.ArrayLike) -> U64:
-    """One pseudo-random 64-bit word per index (vectorised): two rounds of the SplitMix64 finaliser
-    over index and key.
+    """One pseudo-random 64-bit word per index: two rounds of the SplitMix64 finalizer.
+
+    Args:
+        key: from `derive_key`.
+        index: integers of any shape; negative ones count from 2**64 down.
+
+    Returns:
+        uint64 in the shape of `index`.
     """
+    # All arithmetic is modulo 2**64, so overflow is meant.
     with np.errstate(over="ignore"):
         words = np.asarray(index).astype(np.uint64) * _GOLDEN + np.uint64(key)
         for _ in range(2):
@@ -70,6 +80,7 @@ def hash64(key: int, index: npt.ArrayLike) -> U64:
 
 def derive_key(seed: int, purpose: str, *parts: int | str) -> int:
     """A 64-bit key for `hash64` and `permute` from a seed, a purpose and further parts."""
+    # NUL separates the parts, so that ("a", "bc") and ("ab", "c") differ.
     text = "\x00".join([str(seed), purpose, *map(str, parts)])
     return purpose_key(text)
 
@@ -77,13 +88,16 @@ def derive_key(seed: int, purpose: str, *parts: int | str) -> int:
 def random_lengths(
     seed: int, samples: npt.ArrayLike, length: int, probability: float, purpose: str = "train"
 ) -> I64:
-    """Where each sample's window is cut in two: r uniform on 1..length with `probability`, else
-    `length` (not cut).
+    """The position r at which each window is cut in two segments, [0, r) and [r, length).
+
+    With `probability`, r is uniform on 1..length; otherwise it is `length`, and nothing is cut.
 
     Args:
+        seed: of the run.
         samples: global sample indices [n].
         length: tokens per window.
         probability: share of the windows with a random length (the paper: 0.01).
+        purpose: name of the noise, "train" or "validation".
 
     Returns:
         int64 [n]; r = length means one segment.
@@ -99,18 +113,32 @@ def random_lengths(
 def timesteps(
     seed: int, step: int, shares: npt.ArrayLike, mode: str, purpose: str = "train"
 ) -> F64:
-    """t in [0, 1) for every segment of a global step.
+    """The diffusion time t in [0, 1) of every segment of a global step.
 
-    stratified: the segments are laid end to end in keyed order, each as long as its share of the
-    step's loss; t = frac(u_step + midpoint / total length), in float64. Each t alone is uniform,
-    together they cover [0, 1) evenly, and a segment's place in the batch says nothing about its t.
-    iid: independent uniforms.
+    "iid" draws independent uniforms. "stratified" lays the segments end to end in keyed order, each
+    as long as its share of the step's loss, and takes
+
+        t = frac(u + midpoint / total length)
+
+    with one uniform u for the step. Each t on its own is uniform; together they cover [0, 1)
+    evenly; and since the order is keyed, the place of a segment in the batch says nothing about
+    its t.
+
+    Example: shares (2, 1, 1), order (segment 2, 0, 1), u = 0.3. The segments cover [0, 1), [1, 3)
+    and [3, 4) of a total of 4, with midpoints 0.5, 2 and 3.5. So segment 2 gets
+    t = 0.3 + 0.5 / 4 = 0.425, segment 0 gets 0.3 + 2 / 4 = 0.8, and segment 1 gets
+    frac(0.3 + 3.5 / 4) = 0.175.
 
     Args:
+        seed: of the run.
         step: global step.
-        shares: each segment's share of the step's loss, any unit, [n], > 0, in order of the global
-            sample index.
+        shares: share of each segment in the step's loss, in any unit, [n], > 0, in order of the
+            global sample index.
         mode: "stratified" or "iid".
+        purpose: name of the noise, "train" or "validation".
+
+    Returns:
+        float64 [n].
     """
     shares = np.asarray(shares, dtype=np.float64)
     bits = stream(seed, f"{purpose}/t-{mode}", step)
@@ -119,42 +147,56 @@ def timesteps(
     # Segments of 3, 5 and 8 tokens in the keyed order 8, 3, 5 have their midpoints at 4, 9.5 and
     # 13.5 of 16; with an offset of 0.5 their t are 0.75, 0.09 and 0.34.
     offset = uniforms(bits, 1)[0]
+    # Sorting random keys gives a random order; a stable sort gives the same one everywhere.
     order = np.argsort(bits.random_raw(len(shares)), kind="stable")
     ends = np.cumsum(shares[order])
+    # float64 throughout: a step has up to millions of tokens, and float32 would merge strata.
     t = np.empty(len(shares))
     t[order] = (offset + (ends - shares[order] / 2) / ends[-1]) % 1.0
     return t
 
 
 def mask_uniforms(seed: int, sample: int, length: int, purpose: str = "train") -> F64:
-    """One float64 in [0, 1) per position of a sample's window: a position's draw depends on no
-    segmentation.
+    """One uniform in [0, 1) per position of a sample's window, float64 [length].
+
+    The draw of a position depends on its index in the window only, not on how the window is cut.
     """
     return uniforms(stream(seed, f"{purpose}/mask", sample), length)
 
 
 def permute(index: npt.ArrayLike, n: int, key: int) -> I64:
-    """A keyed permutation of 0..n-1, evaluated at `index` without a table (format-preserving,
-    vectorised).
+    """A keyed permutation of 0..n-1, evaluated at `index` without a table.
 
-    Six Feistel rounds on the smallest even number of bits that holds n, walking each cycle until it
-    is back below n (Black and Rogaway, CT-RSA 2002); at most four tries on average.
+    A Feistel network of six rounds permutes 0..m-1, where m is the smallest even power of two that
+    is at least n. An image of n or more is fed into the network again until it is below n: "cycle
+    walking" (Black and Rogaway, CT-RSA 2002). Since m < 4 n, that takes at most four tries on
+    average.
+
+    Example: n = 5. The largest value, 4, has 3 bits, so the halves have 2 bits each and m = 16. If
+    the network maps 3 to 11 and 11 to 2, the image of 3 is 2. No other index arrives at 2: the
+    network is a bijection, so each value has a single predecessor, and the way back from 2 leads
+    over 11 to 3.
 
     Args:
-        index: values in 0..n-1.
+        index: values in 0..n-1, of any shape.
         n: size of the domain.
         key: from `derive_key`.
+
+    Returns:
+        int64 in the shape of `index`.
     """
-    # The rounds permute all numbers of 2 * half bits: for n = 5 those are 0..15.
+    # Bits of one half, and a mask that keeps them. n = 1 has one half of 1 bit, too.
     half = max(1, ((max(n - 1, 1)).bit_length() + 1) // 2)
     low = np.uint64((1 << half) - 1)
     shift = np.uint64(half)
     out = np.atleast_1d(np.asarray(index)).astype(np.uint64)
-    todo = np.ones(out.shape, dtype=bool)
+    todo = np.ones(out.shape, dtype=bool)  # the values that are not below n yet
     while todo.any():
-        left, right = out[todo] >> shift, out[todo] & low
+        left = out[todo] >> shift
+        right = out[todo] & low
         for round_ in range(6):
-            left, right = right, left ^ (hash64(key + round_ & (2**64 - 1), right) & low)
+            # Whatever the hash is, a round can be undone, which makes the network a bijection.
+            left, right = right, left ^ (hash64((key + round_) & _MASK64, right) & low)
         out[todo] = (left << shift) | right
         # What is not below n goes through the rounds again. With n = 5 one key sends 3 to 12, 10,
         # 9, 11 and then 0. Such a walk follows a cycle of the permutation, so it comes back below

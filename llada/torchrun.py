@@ -1,7 +1,7 @@
-"""What torchrun is told of an end that is no failure: to it every exit code but 0 is one, and it
-then prints 50 lines of its own.
+"""How a rank explains its end to torchrun.
 
-Standard library only.
+To torchrun every exit code but 0 is a failure, about which it prints 50 lines of its own. A message
+in the file that it names stands at their end. Standard library only.
 """
 
 from __future__ import annotations
@@ -12,19 +12,16 @@ import time
 from contextlib import suppress
 
 _ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
+"""Environment variable with the path of that file; set by torchrun."""
 
 
 def explain_exit(message: str) -> None:
-    """Make `message` what torchrun prints last, as the root cause; without torchrun nothing
-    happens.
-    """
+    """Make `message` the root cause that torchrun prints last. Do nothing without torchrun."""
     path = os.environ.get(_ERROR_FILE)
     if not path:
         return
-    # As torch.distributed.elastic's own ErrorHandler writes it.
+    # The format of torch.distributed.elastic's own ErrorHandler.
     content = {"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}}
-    with (
-        suppress(OSError),
-        open(path, "w", encoding="utf-8") as file,
-    ):  # it changes a message, so it must not change an exit code
+    # A full disk may cost the message, but must not change the exit code.
+    with suppress(OSError), open(path, "w", encoding="utf-8") as file:
         json.dump(content, file)

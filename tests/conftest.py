@@ -1,8 +1,7 @@
-"""What all tests share: the device, order and grouping for pytest-xdist, a server of forked
-programs, scratch folders in memory.
+"""What all tests share: the device, the order, the fork server, and scratch folders in memory.
 
-Tests compute on the CPU, also where there is a GPU; those marked `gpu` are for `pytest -m gpu`. The
-latter are skipped where there is no CUDA device, and CI accepts no other skip (see .ci/run).
+Tests compute on the CPU even if there is a GPU. Those marked `gpu` run with `pytest -m gpu`, and
+are skipped without a CUDA device; CI accepts no other skip (see .ci/run).
 """
 
 from __future__ import annotations
@@ -15,44 +14,44 @@ from typing import Any
 
 import pytest
 
-# Read when torch is imported. Tests run side by side on few cores: a thread that waits must not
-# spin, and a run that is to have two threads says so (run.threads).
+# Before torch is imported, which reads them. Tests run side by side on few cores: a waiting thread
+# must not spin, and a run that needs two threads sets run.threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from llada import device
 from tests.processes import SERVER, fork_server
-from tests.workplace import workplace  # noqa: F401  (a fixture of several packages' tests)
+from tests.workplace import workplace  # noqa: F401  (a fixture that tests of several packages use)
 
 MEMORY = Path("/dev/shm")
 ROOM = 6 << 30
-"""Bytes: what the whole suite writes, several times over."""
+"""Bytes: several times what the whole suite writes."""
 LONGEST = ("distributed", "training", "mutations", "hf", "engine", "data_tools", "sampling")
-"""Folders whose tests start first, so that the workers end together."""
+"""Folders with the longest tests, which start first, so that the workers end together."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-        # A shell that starts a command in the background has it ignore Ctrl-C, and with it every
-        # program that a test starts.
+        # A shell makes commands in the background ignore Ctrl-C, and the programs that tests start
+        # would inherit that.
         signal.signal(signal.SIGINT, signal.default_int_handler)
     on_gpu = config.option.markexpr == "gpu"
     if not on_gpu:
         os.environ.setdefault(device.VARIABLE, "cpu")
         device.hide_unwanted_gpus()
     if hasattr(config, "workerinput"):
-        return  # a worker of pytest-xdist: all share what the process that started them holds
-    if not on_gpu:  # a fork has no use of CUDA
+        return  # a worker of pytest-xdist uses the server of the process that started it
+    if not on_gpu:  # CUDA does not work in a fork
         held = contextlib.ExitStack()
         config.add_cleanup(held.close)
         os.environ[SERVER] = held.enter_context(fork_server())
     if has_room(MEMORY):
-        # What is written for good is flushed, which takes a disk milliseconds, thousands of times.
+        # Flushing to a disk takes milliseconds, and the tests flush thousands of times.
         os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
 
 
 def has_room(folder: Path) -> bool:
-    """Whether scratch folders fit there and may hold programs."""
+    """Whether scratch folders fit into a file system that may hold programs."""
     try:
         status = os.statvfs(folder)
     except OSError:
@@ -61,16 +60,16 @@ def has_room(folder: Path) -> bool:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(
-        key=lambda item: LONGEST.index(folder(item)) if folder(item) in LONGEST else len(LONGEST)
-    )
+    items.sort(key=start_order)
     skip_without_gpu([item for item in items if item.get_closest_marker("gpu")])
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Which tests one worker of pytest-xdist runs: those of a file, which share its fixtures, and
-    all distributed ones, which share a pool of ranks. Planted mistakes share nothing.
+    """Decide which tests must run in one worker of pytest-xdist.
+
+    The tests of a file share its fixtures, and all distributed tests share a pool of ranks. Planted
+    mistakes share nothing.
     """
     from xdist.scheduler import LoadScopeScheduling
 
@@ -80,13 +79,19 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             name = Path(path).parent.name
             if name == "mutations":
                 return nodeid
-            return name if name == "distributed" else path
+            if name == "distributed":
+                return name
+            return path
 
     return ByFile(config, log)
 
 
-def folder(item: pytest.Item) -> str:
-    return item.path.parent.name
+def start_order(item: pytest.Item) -> int:
+    """The index of the item's folder in LONGEST; all other folders come last."""
+    folder = item.path.parent.name
+    if folder in LONGEST:
+        return LONGEST.index(folder)
+    return len(LONGEST)
 
 
 def skip_without_gpu(items: list[pytest.Item]) -> None:

@@ -1,19 +1,19 @@
-"""One process that has imported torch, Megatron-Core and transformers, and forks Python programs
-that would import them again.
+"""A process that has imported torch, Megatron-Core and transformers, and forks test programs.
 
-An import of all that takes seconds, a fork a tenth of one. The server itself only imports: it
-starts no thread and computes nothing, since threads do not survive a fork. It imports on the first
-request, serves any number of programs at once, and ends when its standard input does, which the
-test run holds open; its programs end with it.
+Importing all that takes seconds, a fork a tenth of one. The server itself only imports: it starts
+no thread and computes nothing, since threads do not survive a fork. It imports at the first
+request, serves any number of programs at once, and ends when its standard input is closed, which
+the test run holds open. Its programs end with it.
 
 A program gets its own arguments, working directory, environment and standard streams, and the exit
-code it would have had. What a fork cannot give it is another interpreter: a request that wants
-other start-up variables (see STARTUP) is declined by name, and tests of start-up itself use a new
-process (tests/processes.py).
+code that it would have had. What a fork cannot give it is another interpreter: a request with other
+start-up variables (see STARTUP) is declined, and tests of start-up itself use a new process
+(tests/processes.py).
 
-The client sends four bytes of length with the three streams attached, then the request as JSON. The
-answer is a line `{"pid": N}`, `{"differs": NAME}` or, if an import failed, `{"failed": TEXT}`;
-then, when the program has ended, `{"code": N}`, negative for a signal.
+The client sends the length in four bytes, with the three streams attached, then the request as
+JSON. The answer is a line `{"pid": N}`, or `{"differs": NAME}` with the variable that cannot be
+changed, or `{"failed": TEXT}` if an import failed. When the program has ended, another line
+follows: `{"code": N}`, negative for a signal.
 """
 
 from __future__ import annotations
@@ -81,8 +81,12 @@ _PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True)
 class Request:
-    """`arguments`: what follows `python -W ignore`, that is `-m MODULE ...`, `-c CODE ...` or `FILE
-    ...`.
+    """A program to run.
+
+    Attributes:
+        arguments: what follows `python -W ignore`: `-m MODULE ...`, `-c CODE ...` or `FILE ...`.
+        directory: working directory.
+        environment: all variables.
     """
 
     arguments: list[str]
@@ -104,7 +108,10 @@ class Server:
         self._wakeup = socket.socketpair()
 
     def serve(self) -> tuple[Request, list[int]] | None:
-        """None when standard input ends; in a forked program its request and its streams."""
+        """Serve until standard input ends, then return None.
+
+        In a forked program, return its request and its streams instead.
+        """
         self._selector.register(self._listener, selectors.EVENT_READ)
         self._selector.register(sys.stdin.fileno(), selectors.EVENT_READ)
         if any(key.fileobj is not self._listener for key, _ in self._selector.select()):
@@ -125,9 +132,9 @@ class Server:
                     self._abandon(key.data)
 
     def _prepare(self) -> str | None:
-        """Import; what went wrong."""
+        """Import the modules. Returns the traceback of a failure, else None."""
         try:
-            # numpy's would start its threads when it is imported
+            # Otherwise numpy's OpenBLAS starts its threads at import.
             os.environ["OPENBLAS_NUM_THREADS"] = "1"
             for module in self._modules:
                 importlib.import_module(module)
@@ -172,23 +179,19 @@ class Server:
             self._selector.register(connection, selectors.EVENT_READ, pid)
         return None
 
-    def _declined(self, wanted: dict[str, str]) -> dict[str, str]:
-        """Names the first start-up variable that is neither as this process found it nor as its
-        imports left it.
+    def _declined(self, environment: dict[str, str]) -> dict[str, str]:
+        """The answer to a request with a start-up variable that this process cannot change.
+
+        Both the value at the start of the server and the one that its imports set are fine. Empty
+        if there is no such variable.
         """
-        names = sorted(
-            name
-            for name in wanted.keys() | self._started_with.keys()
-            if name.startswith(STARTUP) and name != "PYTHONPATH"
-        )
-        return next(
-            (
-                {"differs": name}
-                for name in names
-                if wanted.get(name) not in (self._started_with.get(name), os.environ.get(name))
-            ),
-            {},
-        )
+        for name in sorted(environment.keys() | self._started_with.keys()):
+            if not name.startswith(STARTUP) or name == "PYTHONPATH":
+                continue
+            possible = (self._started_with.get(name), os.environ.get(name))
+            if environment.get(name) not in possible:
+                return {"differs": name}
+        return {}
 
     def _reap(self) -> None:
         for pid, connection in list(self._children.items()):
@@ -199,7 +202,7 @@ class Server:
                 connection.close()
 
     def _abandon(self, pid: int) -> None:
-        """Whoever wanted the program is gone."""
+        """Kill a program whose client is gone."""
         connection = self._forget(pid)
         connection.close()
         os.kill(pid, signal.SIGKILL)
@@ -211,7 +214,7 @@ class Server:
         return connection
 
     def _leave(self) -> None:
-        """In a program just forked: nothing of the server stays."""
+        """Give up everything of the server, in a program that was just forked."""
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != self._pid:
             os._exit(1)  # the server ended before this process could ask to end with it
@@ -222,17 +225,17 @@ class Server:
         for held in (self._listener, *self._wakeup, *self._children.values()):
             held.close()
 
-    def environment(self, wanted: dict[str, str]) -> dict[str, str]:
-        """`wanted`, and what the imports have set since."""
+    def environment(self, requested: dict[str, str]) -> dict[str, str]:
+        """The environment of a program: as requested, plus what the imports have set."""
         imported = {
             name: value
             for name, value in os.environ.items()
             if self._started_with.get(name) != value
         }
-        return {**imported, **wanted}
+        return {**imported, **requested}
 
     def search_path(self, first: str, environment: dict[str, str]) -> list[str]:
-        """sys.path of a program: `first`, PYTHONPATH, the installation."""
+        """sys.path of a program: `first`, then PYTHONPATH, then the installation."""
         own = [
             entry for entry in self._started_with.get("PYTHONPATH", "").split(os.pathsep) if entry
         ]
@@ -262,9 +265,13 @@ def become(server: Server, request: Request, streams: list[int]) -> NoReturn:
     os.environ.update(environment)
     os.chdir(request.directory)
     first, *others = request.arguments
-    kind, name, words = (
-        (first, others[0], others[1:]) if first in ("-m", "-c") else ("", first, others)
-    )
+    kind = ""
+    if first in ("-m", "-c"):
+        kind = first
+        first, *others = others
+    name = first  # of a module or a file, or code
+    words = others
+    # The first entry of sys.path, as the interpreter sets it.
     folder = {"-m": os.getcwd(), "-c": "", "": os.path.dirname(os.path.abspath(name))}[kind]
     sys.path[:] = server.search_path(folder, environment)
     sys.path_importer_cache.clear()
@@ -272,12 +279,13 @@ def become(server: Server, request: Request, streams: list[int]) -> NoReturn:
     sys.orig_argv[1:] = ["-W", "ignore", *request.arguments]
     sys.modules["__main__"] = types.ModuleType("__main__")
     if "numpy" in sys.modules:
-        sys.modules["numpy"].random.seed()  # a fork of another program would draw the same numbers
+        # Otherwise all forks would draw the same numbers.
+        sys.modules["numpy"].random.seed()
     _end(_run(kind, name))
 
 
 def _opened_streams() -> list[io.TextIOWrapper]:
-    """Streams on the descriptors 0 to 2 as the interpreter opens them."""
+    """Text streams on the descriptors 0 to 2, opened as the interpreter does."""
     opened = []
     for number, before in enumerate((sys.__stdin__, sys.__stdout__, sys.__stderr__)):
         assert isinstance(before, io.TextIOWrapper)
@@ -302,7 +310,7 @@ def _opened_streams() -> list[io.TextIOWrapper]:
 
 
 def _run(kind: str, name: str) -> int:
-    """The exit code of a program."""
+    """Run a program to its end. Returns its exit code."""
     try:
         if kind == "-m":
             runpy.run_module(name, run_name="__main__", alter_sys=True)
@@ -313,7 +321,7 @@ def _run(kind: str, name: str) -> int:
     except SystemExit as exit_:
         return _code(exit_)
     except BaseException as error:
-        # without this function's own frame
+        # The traceback without the frame of this function.
         tail = error.__traceback__.tb_next if error.__traceback__ else None
         sys.excepthook(type(error), error.with_traceback(tail), tail)
         if isinstance(error, KeyboardInterrupt):
@@ -333,8 +341,9 @@ def _code(exit_: SystemExit) -> int:
 
 
 def _end(code: int) -> NoReturn:
-    """The steps of the interpreter's end up to the destruction of modules, which takes a second and
-    changes nothing.
+    """End the process as the interpreter does, but without destroying the modules.
+
+    That would take a second and change nothing.
     """
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
@@ -351,10 +360,8 @@ def _end(code: int) -> NoReturn:
 
 
 def main() -> None:
-    """`python -W ignore -m tests.forkserver FD [MODULE ...]`: serve on the listening socket of that
-    descriptor.
-    """
-    # Ctrl-C is for the test run, which then closes standard input
+    """Serve on a listening socket: `python -W ignore -m tests.forkserver FD [MODULE ...]`."""
+    # Ctrl-C is for the test run, which then closes standard input.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     server = Server(socket.socket(fileno=int(sys.argv[1])), tuple(sys.argv[2:]))
     forked = server.serve()

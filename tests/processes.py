@@ -1,6 +1,4 @@
-"""Python programs as processes of their own: forked from one that has imported what they need, or
-started afresh.
-"""
+"""Python programs in processes of their own: forked from a process with all imports, or fresh."""
 
 from __future__ import annotations
 
@@ -21,16 +19,17 @@ from typing import IO, Any
 from tests.forkserver import HEADER, MODULES
 
 SERVER = "LLADA_TESTS_FORKSERVER"
-"""Variable with the address of the running fork server (tests/forkserver.py): an abstract Unix
-socket.
+"""Environment variable with the address of the fork server (tests/forkserver.py), which is the name
+of an abstract Unix socket.
 """
-PIPE, DEVNULL = subprocess.PIPE, subprocess.DEVNULL
+PIPE = subprocess.PIPE
+DEVNULL = subprocess.DEVNULL
 ROOT = Path(__file__).parents[1]
 
 
 @contextlib.contextmanager
 def fork_server(modules: tuple[str, ...] = MODULES) -> Iterator[str]:
-    """A fork server that has imported `modules`, while the context lasts: its address."""
+    """Run a fork server that imports `modules` for the time of the block; yields its address."""
     with socket.socket(socket.AF_UNIX) as listener:
         address = f"llada-tests-{os.getpid()}-{time.monotonic_ns()}"
         listener.bind(f"\0{address}")
@@ -62,8 +61,9 @@ def fork_server(modules: tuple[str, ...] = MODULES) -> Iterator[str]:
 
 
 class Forked:
-    """A forked program, with the part of subprocess.Popen's interface that tests use; streams are
-    text.
+    """A forked program, with the part of the interface of subprocess.Popen that tests use.
+
+    Its streams are text.
 
     Args:
         arguments: what follows `python -W ignore`.
@@ -93,7 +93,7 @@ class Forked:
         self._connection = socket.socket(socket.AF_UNIX)
         self._connection.connect(f"\0{address}")
         self._answers = self._connection.makefile("r")
-        theirs = self._open(stdin, stdout, stderr)
+        descriptors = self._open(stdin, stdout, stderr)
         request = {
             "arguments": [str(word) for word in arguments],
             "directory": str(cwd),
@@ -101,39 +101,42 @@ class Forked:
         }
         text = json.dumps(request).encode()
         try:
-            socket.send_fds(self._connection, [HEADER.pack(len(text))], theirs)
+            socket.send_fds(self._connection, [HEADER.pack(len(text))], descriptors)
             self._connection.sendall(text)
         finally:
-            for stream in theirs:
+            for stream in descriptors:
                 os.close(stream)
         answer = json.loads(self._answers.readline() or '{"failed": "the fork server ended"}')
         if "pid" not in answer:
             self._close()
-            raise (
-                Declined(answer["differs"])
-                if "differs" in answer
-                else RuntimeError(answer["failed"])
-            )
+            if "differs" in answer:
+                raise Declined(answer["differs"])
+            raise RuntimeError(answer["failed"])
         self.pid: int = answer["pid"]
 
     def _open(self, stdin: Any, stdout: Any, stderr: Any) -> list[int]:
-        """The program's descriptors 0 to 2."""
-        theirs = []
-        for number, (name, given) in enumerate(
+        """The program's descriptors 0 to 2; of a pipe, the other end becomes our attribute."""
+        descriptors = []
+        for number, (name, stream) in enumerate(
             (("stdin", stdin), ("stdout", stdout), ("stderr", stderr))
         ):
-            if given == PIPE:
+            if stream == PIPE:
                 read, write = os.pipe()
-                own, other = (write, read) if name == "stdin" else (read, write)
-                setattr(self, name, open(own, "w" if name == "stdin" else "r"))  # noqa: SIM115
-                theirs.append(other)
-            elif given == DEVNULL:
-                theirs.append(os.open(os.devnull, os.O_RDWR))
-            elif given == subprocess.STDOUT:
-                theirs.append(os.dup(theirs[1]))
+                if name == "stdin":
+                    self.stdin = open(write, "w")  # noqa: SIM115
+                    descriptors.append(read)
+                else:
+                    setattr(self, name, open(read))  # noqa: SIM115
+                    descriptors.append(write)
+            elif stream == DEVNULL:
+                descriptors.append(os.open(os.devnull, os.O_RDWR))
+            elif stream == subprocess.STDOUT:
+                descriptors.append(os.dup(descriptors[1]))
+            elif stream is None:
+                descriptors.append(os.dup(number))
             else:
-                theirs.append(os.dup(number if given is None else given.fileno()))
-        return theirs
+                descriptors.append(os.dup(stream.fileno()))
+        return descriptors
 
     def poll(self) -> int | None:
         """The exit code, negative for a signal; None while the program runs."""
@@ -152,8 +155,10 @@ class Forked:
             if not ready:
                 raise subprocess.TimeoutExpired(self.args, timeout or 0)
             line = self._answers.readline()
-            # the server took its programs with it
-            self.returncode = json.loads(line)["code"] if line else -signal.SIGKILL
+            if line:
+                self.returncode = json.loads(line)["code"]
+            else:  # the server ended, and its programs with it
+                self.returncode = -signal.SIGKILL
             self._answers.close()
             self._connection.close()
         return self.returncode
@@ -161,11 +166,11 @@ class Forked:
     def communicate(
         self, input: str | None = None, timeout: float | None = None
     ) -> tuple[str, str]:
-        """Give `input`, read both streams to their ends, and wait.
+        """Write `input`, read both streams to their ends, and wait.
 
         Raises:
-            subprocess.TimeoutExpired: after `timeout` seconds; another call goes on where this one
-                stopped.
+            subprocess.TimeoutExpired: after `timeout` seconds; another call continues where this
+                one stopped.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         if not self._readers:
@@ -199,7 +204,7 @@ class Forked:
 
 
 class Declined(Exception):
-    """The fork server cannot give the variable of this name another value."""
+    """The fork server cannot change the start-up variable of this name."""
 
 
 class _Reader(threading.Thread):
@@ -229,12 +234,12 @@ def start(
     stdout: Any = PIPE,
     stderr: Any = PIPE,
 ) -> Process:
-    """`python -W ignore ARGUMENTS`.
+    """Start `python -W ignore ARGUMENTS`.
 
     Args:
-        fresh: in a new interpreter, as tests of start-up, imports, signals and what differs from
-            one process to the next want it; else a fork, unless `env` holds other start-up
-            variables than the fork server's.
+        fresh: use a new interpreter; for tests of start-up, imports and signals, and of what
+            differs from one process to the next. Otherwise fork, unless `env` has other start-up
+            variables than the fork server.
     """
     address = os.environ.get(SERVER)
     if address and not fresh:

@@ -22,24 +22,22 @@ def test_cpu_hides_the_gpus_of_this_process_and_its_children(
     assert not device.gpu_available()
 
 
-@pytest.mark.parametrize("wanted", ["", "cuda"])
-@pytest.mark.parametrize("there", [True, False])
-def test_a_gpu_is_used_where_there_is_one_and_on_request_insisted_on(
-    wanted: str, there: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("choice", ["", "cuda"])
+@pytest.mark.parametrize("has_gpu", [True, False])
+def test_a_gpu_is_used_if_there_is_one_and_required_on_request(
+    choice: str, has_gpu: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A driver that has failed must not turn a run on a cluster into one on the CPU without
-    a word.
-    """
-    monkeypatch.setenv("LLADA_DEVICE", wanted)
+    """A failed driver must not silently turn a run on a cluster into one on its CPUs."""
+    monkeypatch.setenv("LLADA_DEVICE", choice)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
     device.hide_unwanted_gpus()
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "3"
-    if wanted and not there:
+    if choice and not has_gpu:
         with pytest.raises(UserError, match="LLADA_DEVICE: cuda needs a GPU"):
             device.gpu_available()
     else:
-        assert device.gpu_available() == there
+        assert device.gpu_available() == has_gpu
 
 
 def test_another_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

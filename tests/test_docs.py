@@ -1,6 +1,4 @@
-"""The documents against the code: links lead somewhere, and every command, option and setting they
-show exists.
-"""
+"""The docs against the code: links lead somewhere; commands, options and settings exist."""
 
 from __future__ import annotations
 
@@ -116,8 +114,9 @@ def llada_commands(text: str) -> Iterator[tuple[int, list[str]]]:
 
 
 def commands_of_line(line: str) -> Iterator[list[str]]:
-    """The words after `llada` (or `-m llada`) in each command of a shell line; prompts, launchers
-    and output are passed over.
+    """The words after `llada` (or `-m llada`) in each command of a shell line.
+
+    Prompts, launchers and output are passed over.
     """
     # Aligned lists show a command and, after two or more spaces, what it is for or the next
     # command.
@@ -132,8 +131,9 @@ def commands_of_line(line: str) -> Iterator[list[str]]:
         command: list[str] = []
         for word in [*words, ";"]:
             if set(word) <= set("|&;"):
-                if (found := command_start(command)) is not None:
-                    yield command[found:]
+                start = command_start(command)
+                if start is not None:
+                    yield command[start:]
                 command = []
             else:
                 command.append(word)
@@ -148,9 +148,7 @@ def command_start(words: list[str]) -> int | None:
 
 
 def is_launcher(words: list[str]) -> bool:
-    """Whether `llada` may follow these words: `torchrun ... -m`, `python -m`, `srun ...`, `time`,
-    NAME=value.
-    """
+    """Whether `llada` may follow: `torchrun ... -m`, `python -m`, `srun ...`, NAME=value."""
     words = [word for word in words if not re.match(r"[A-Z_][A-Z0-9_]*=", word)]
     return (
         not words
@@ -165,10 +163,14 @@ def is_placeholder(word: str) -> bool:
 
 
 def command_problem(root: Any, words: list[str]) -> str | None:
-    """What is wrong with a command's subcommand or options, or None. `root` is the click command of
-    `llada`.
+    """What is wrong with a command's subcommand or options, or None.
+
+    Args:
+        root: the click command of `llada`.
+        words: what follows `llada`.
     """
-    command, known = root, {"--help", *options_of(root)}
+    command = root
+    known = {"--help", *options_of(root)}
     for word in words:
         if set(word) <= set("<>&"):
             break  # a redirection ends the arguments
@@ -211,9 +213,11 @@ def section_of(annotation: Any) -> type[BaseModel] | None:
     """The settings group inside an annotation such as `Group`, `Group | None` or `list[Group]`."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    return next(
-        (found for part in get_args(annotation) if (found := section_of(part)) is not None), None
-    )
+    for part in get_args(annotation):
+        section = section_of(part)
+        if section is not None:
+            return section
+    return None
 
 
 def settings_of(section: type[BaseModel]) -> dict[str, Any]:
@@ -248,8 +252,9 @@ def keys_of(value: Any, prefix: str = "") -> Iterator[str]:
 
 
 def documented_keys(text: str) -> Iterator[tuple[int, str]]:
-    """Line and dotted key of every setting a document shows: in YAML, as an override of a command,
-    or as inline code.
+    """Line and dotted key of every setting in a document.
+
+    Settings stand in YAML blocks, as overrides of commands, and as inline code.
     """
     blocks, prose = split_markdown(text)
     for block in blocks:
@@ -260,19 +265,23 @@ def documented_keys(text: str) -> Iterator[tuple[int, str]]:
             yield from ((block.line, key) for key in keys_of(parsed))
     for number, words in llada_commands(text):
         # `lr=` beside --rewind is that option's own, not a setting.
-        own = [word for word in words if not (word.startswith("lr=") and "--rewind" in words)]
-        yield from ((number, found[1]) for word in own if (found := OVERRIDE.match(word)))
+        for word in words:
+            override = OVERRIDE.match(word)
+            if override and not (word.startswith("lr=") and "--rewind" in words):
+                yield number, override[1]
     groups = {name for name, annotation in settings_of(RunConfig).items() if section_of(annotation)}
     for number, span in inline_code(prose):
-        found = re.fullmatch(r"([a-z_]+(?:\.[a-z0-9_]+)+)(=\S*)?", span)
-        if found and re.fullmatch(r"model\..+\.weight", found[1]):
+        match = re.fullmatch(r"([a-z_]+(?:\.[a-z0-9_]+)+)(=\S*)?", span)
+        if not match:
+            continue
+        key, value = match.groups()
+        parts = key.split(".")
+        if re.fullmatch(r"model\..+\.weight", key):
             continue  # a tensor
-        if (
-            found
-            and found[1].split(".")[0] in groups
-            and (found[2] or found[1].split(".")[-1] not in FILE_SUFFIXES)
-        ):
-            yield number, found[1]
+        if value is None and parts[-1] in FILE_SUFFIXES:
+            continue  # a file, as data.json
+        if parts[0] in groups:
+            yield number, key
 
 
 # --- the tests
@@ -344,15 +353,15 @@ def test_no_file_names_a_place_of_one_machine():
     forbidden = re.compile("|".join(map(re.escape, [*hosts, "/" + "work/"])), re.IGNORECASE)
     files = tracked_files()
     assert files
-    found = []
+    forbidden_places = []
     for path in files:
         content = path.read_bytes()
         if b"\0" in content[:8192]:
             continue  # binary
         for number, line in enumerate(content.decode("utf-8", errors="replace").splitlines(), 1):
             if match := forbidden.search(line):
-                found.append(f"{path.relative_to(ROOT)}:{number} {match[0]}")
-    assert not found, "\n".join(found)
+                forbidden_places.append(f"{path.relative_to(ROOT)}:{number} {match[0]}")
+    assert not forbidden_places, "\n".join(forbidden_places)
 
 
 # --- the checks find what they are for

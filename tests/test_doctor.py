@@ -14,9 +14,9 @@ from llada.cli import app
 
 def test_a_machine_that_trains_is_ready(tmp_path: Path) -> None:
     report = doctor.examine(tmp_path)
-    found = json.loads(report.to_json())
-    topics = [finding["topic"] for finding in found["findings"]]
-    assert found["ready"] and report.code == 0 and str(report).endswith("ready to train")
+    parsed = json.loads(report.to_json())
+    topics = [finding["topic"] for finding in parsed["findings"]]
+    assert parsed["ready"] and report.code == 0 and str(report).endswith("ready to train")
     assert {
         "packages",
         "attention kernels",
@@ -26,7 +26,7 @@ def test_a_machine_that_trains_is_ready(tmp_path: Path) -> None:
         "limits",
     } <= set(topics)
     assert list(tmp_path.iterdir()) == []  # what tried the disk is gone
-    assert all(finding["remedy"] for finding in found["findings"] if finding["level"] != "ok")
+    assert all(finding["remedy"] for finding in parsed["findings"] if finding["level"] != "ok")
 
 
 def test_what_blocks_training_comes_with_a_remedy(

@@ -1,6 +1,4 @@
-"""The install on a GPU machine: what `make setup` asks pip for, the pins that go with it, and the
-container recipes.
-"""
+"""The install on a GPU machine: what `make setup` asks of pip, its pins, the container recipes."""
 
 from __future__ import annotations
 
@@ -52,9 +50,7 @@ CPU, GPU = pins("constraints.txt"), pins("constraints-gpu.txt")
 
 
 class Machine:
-    """A folder with the Makefile and the constraints, where python3, nvidia-smi and nvcc are
-    stand-ins.
-    """
+    """A folder with Makefile and constraints, and stand-ins for python3, nvidia-smi and nvcc."""
 
     def __init__(self, folder: Path, gpu: bool) -> None:
         self.folder, self.calls = folder, folder / "calls"
@@ -142,8 +138,8 @@ def test_setup_without_a_network_and_the_wheels_for_it(tmp_path: Path):
     assert "--platform manylinux_2_28_aarch64 " in call and "x86_64" not in call
     assert call.endswith("--dest wheels --requirement wheels/requirements.txt")
     lines = (tmp_path / "wheels" / "requirements.txt").read_text(encoding="utf-8").splitlines()
-    wanted = {Requirement(line).name for line in lines if not line.startswith("#")}
-    assert wanted == {*CPU, *GPU} - {"flash-attn"}
+    required = {Requirement(line).name for line in lines if not line.startswith("#")}
+    assert required == {*CPU, *GPU} - {"flash-attn"}
     assert f"torch==={CPU['torch']}" in lines, "no CPU build that a local folder may hold"
 
     _, _, calls = machine.make("setup", "WHEELS=wheels")

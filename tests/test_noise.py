@@ -29,18 +29,18 @@ def test_streams_of_different_keys_differ() -> None:
 
 def test_raw_philox_words_are_those_of_the_published_algorithm() -> None:
     """Philox-4x64-10 from its definition (Salmon et al.), in Python integers."""
-    mask, m0, m1, w0, w1 = (
-        2**64 - 1,
-        0xD2E7470EE14C6C93,
-        0xCA5A826395121157,
-        0x9E3779B97F4A7C15,
-        0xBB67AE8584CAA73B,
-    )
-    c, k = [1, 5, 0, 0], [7, noise.purpose_key("x")]
+    mask = 2**64 - 1
+    m0 = 0xD2E7470EE14C6C93  # multipliers
+    m1 = 0xCA5A826395121157
+    w0 = 0x9E3779B97F4A7C15  # increments of the key
+    w1 = 0xBB67AE8584CAA73B
+    c = [1, 5, 0, 0]  # the counter, which numpy increments before the first draw
+    k = [7, noise.purpose_key("x")]
     for round_ in range(10):
         if round_:
             k = [(k[0] + w0) & mask, (k[1] + w1) & mask]
-        p0, p1 = m0 * c[0], m1 * c[2]
+        p0 = m0 * c[0]
+        p1 = m1 * c[2]
         c = [(p1 >> 64) ^ c[1] ^ k[0], p1 & mask, (p0 >> 64) ^ c[3] ^ k[1], p0 & mask]
     assert noise.stream(7, "x", 5).random_raw(4).tolist() == c
 
@@ -65,7 +65,7 @@ def test_stratified_t_has_one_value_in_each_stratum() -> None:
 def test_strata_are_as_wide_as_the_segments_share() -> None:
     shares = np.array([100.0, 300.0, 600.0])
     t = noise.timesteps(1, 0, shares, "stratified")
-    # after the offset's draw
+    # The first word of the stream is the offset u, the next three are the sort keys.
     order = np.argsort(noise.stream(1, "train/t-stratified", 0).random_raw(4)[1:], kind="stable")
     middles = np.cumsum(shares[order]) - shares[order] / 2
     distance = (t[order] - middles / 1000) % 1
@@ -73,26 +73,22 @@ def test_strata_are_as_wide_as_the_segments_share() -> None:
 
 
 @pytest.mark.parametrize("mode", ["stratified", "iid"])
-def test_t_says_nothing_about_the_place_in_the_batch(mode: str) -> None:
-    """A fixed order of the strata would give a correlation near 1 within a step, and sorted blocks
-    a slope over the steps.
-    """
-    place = np.arange(64)
+def test_t_does_not_correlate_with_the_index_in_the_batch(mode: str) -> None:
+    """A fixed order of strata would correlate within a step, sorted blocks over the steps."""
+    index = np.arange(64)
     correlations = [
-        np.corrcoef(place, noise.timesteps(2, step, np.full(64, 1.0), mode))[0, 1]
+        np.corrcoef(index, noise.timesteps(2, step, np.full(64, 1.0), mode))[0, 1]
         for step in range(300)
     ]
     assert abs(np.mean(correlations)) < 4 / np.sqrt(300 * 64)
-    by_place = np.mean(
+    mean_by_index = np.mean(
         [noise.timesteps(2, step, np.full(64, 1.0), mode) for step in range(300)], axis=0
     )
-    assert np.abs(by_place - 0.5).max() < 5 / np.sqrt(12 * 300)
+    assert np.abs(mean_by_index - 0.5).max() < 5 / np.sqrt(12 * 300)
 
 
 def test_stratification_cuts_the_variance_of_a_loss_that_depends_on_t_alone() -> None:
-    """CE = n/L under fixed-count masking: a segment's weighted loss per token is n/L. 64 equal
-    segments a step.
-    """
+    """A toy loss of n/L per token under fixed-count masking, in steps of 64 equal segments."""
     length = 128
 
     def step_losses(mode: str) -> np.ndarray:
@@ -143,8 +139,8 @@ def test_permute_of_a_trillion_windows_needs_no_table() -> None:
     assert len(np.unique(values)) == 1000 and values.min() >= 0 and values.max() < n
 
 
-def test_the_place_in_the_batch_says_nothing_about_t() -> None:
-    """Laid end to end in a new order each step: neighbours in the batch are not neighbours in t."""
+def test_neighbours_in_the_batch_are_not_neighbours_in_t() -> None:
+    """The segments are laid end to end in a new order each step."""
     n, steps = 16, 300
     t = np.stack([noise.timesteps(3, step, np.ones(n), "stratified") for step in range(steps)])
     gaps = (t[:, 1:] - t[:, :-1]) % 1.0

@@ -42,9 +42,7 @@ def _run(command: list[str | Path], cwd: Path, **environment: str) -> str:
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A fresh virtual environment that holds the wheel and borrows only the dependencies of this
-    one.
-    """
+    """A fresh virtual environment with the wheel, which borrows the dependencies of this one."""
     # Build from a copy, so that neither an old build/ nor files of another package get in and the
     # tree stays clean.
     source = tmp_path_factory.mktemp("source")
@@ -86,11 +84,11 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _borrow_dependencies(fresh: Path) -> Path:
-    """Let a virtual environment see the packages of this one; its own site-packages, which come
-    first.
+    """Let a virtual environment see the packages of this one, after its own site-packages.
 
-    A folder named in a .pth file joins sys.path, but its own .pth files are not read: the editable
-    install of this project in the parent environment stays invisible.
+    Returns its own site-packages. A folder named in a .pth file joins sys.path, but its own .pth
+    files are not read: the editable install of this project in the parent environment stays
+    invisible.
     """
     site_packages = next((fresh / "lib").glob("python*/site-packages"))
     parents = [
@@ -101,8 +99,9 @@ def _borrow_dependencies(fresh: Path) -> Path:
 
 
 def test_an_editable_clone_runs_from_its_parent_folder(tmp_path: Path):
-    """There `llada` in the working folder, which comes first with -m as with -c, is the clone and
-    not the package in it.
+    """There `llada` names the clone itself in the working folder, which comes first in sys.path.
+
+    Python must take the package inside it all the same.
     """
     clone = tmp_path / "llada"
     clone.mkdir()
@@ -112,7 +111,7 @@ def test_an_editable_clone_runs_from_its_parent_folder(tmp_path: Path):
         shutil.copytree(
             ROOT / package, clone / package, ignore=shutil.ignore_patterns("__pycache__")
         )
-    # what `pip install --editable` calls
+    # This is what `pip install --editable` calls.
     build = "from setuptools import build_meta; build_meta.build_editable('..')"
     _run([sys.executable, "-c", build], cwd=clone)
     (wheel,) = tmp_path.glob("llada-*.whl")

@@ -1,6 +1,4 @@
-"""The tests themselves: every one asserts something, waits for conditions, and leaves the standard
-library as it is.
-"""
+"""The tests themselves: they assert, wait for conditions, and leave the standard library alone."""
 
 from __future__ import annotations
 
@@ -13,17 +11,20 @@ TESTS = Path(__file__).parent
 HELPER_PREFIXES = ("assert_", "check_", "expect_")
 PYTEST_CHECKS = {"raises", "warns", "fail"}
 PATCHES = {"setattr", "delattr", "patch", "object"}
-"""Of pytest's monkeypatch and of unittest.mock."""
+"""Functions of pytest's monkeypatch and of unittest.mock that replace an attribute."""
 
 
 def _last_name(node: ast.expr) -> str:
     """`f` of `f`, `c` of `a.b.c`, else an empty string."""
     if isinstance(node, ast.Name):
         return node.id
-    return node.attr if isinstance(node, ast.Attribute) else ""
+    if isinstance(node, ast.Attribute):
+        return node.attr
+    return ""
 
 
 def _asserts(function: ast.AST) -> bool:
+    """Whether a function contains an assertion, or a call of something that asserts."""
     for node in ast.walk(function):
         if isinstance(node, ast.Assert):
             return True
@@ -80,49 +81,47 @@ def test_every_test_asserts_something():
 
 
 def _fixed_waits(source: str) -> list[tuple[int, str]]:
-    """Line and text of every sleep of a constant time that is not part of a loop which waits for a
-    condition.
+    """Line and text of every sleep of a constant time outside of a `while` loop.
 
     Such a wait is too short on a busy machine and too long on an idle one.
     """
-    found = []
+    waits = []
 
     def visit(node: ast.AST, polling: bool) -> None:
-        if isinstance(node, ast.Call) and _last_name(node.func) == "sleep" and not polling:
-            found.extend(
-                [(node.lineno, ast.unparse(node))]
-                if all(isinstance(part, ast.Constant) for part in node.args)
-                else []
-            )
+        is_sleep = isinstance(node, ast.Call) and _last_name(node.func) == "sleep"
+        if is_sleep and not polling and all(isinstance(part, ast.Constant) for part in node.args):
+            waits.append((node.lineno, ast.unparse(node)))
+        # The body of a loop polls for its condition; that of a function inside it does not.
         if isinstance(node, ast.While | ast.FunctionDef | ast.AsyncFunctionDef):
             polling = isinstance(node, ast.While)
         for child in ast.iter_child_nodes(node):
             visit(child, polling)
 
     visit(ast.parse(source), False)
-    return found
+    return waits
 
 
 def _patches_of_the_standard_library(source: str) -> list[tuple[int, str]]:
-    """Line and text of every replaced attribute of one of its modules, which is replaced for
-    pytest, subprocess and every thread, too.
+    """Line and text of every patch of a module of the standard library.
+
+    Such a patch also affects pytest, subprocess and every thread.
     """
-    found = []
+    patches = []
     for node in ast.walk(ast.parse(source)):
         if not (isinstance(node, ast.Call) and node.args and _last_name(node.func) in PATCHES):
             continue
         target = node.args[0]
         if isinstance(target, ast.Constant) and isinstance(target.value, str):
-            owner = target.value.rpartition(".")[
-                0
-            ]  # "llada.files.shutil" is a name of ours, "llada.files.shutil.disk_usage" is not
+            # Of "llada.outputs.shutil" the owner is a module of ours, of
+            # "llada.outputs.shutil.disk_usage" it is the standard library's.
+            owner = target.value.rpartition(".")[0]
         elif _last_name(node.func) != "patch" and isinstance(target, ast.Name | ast.Attribute):
             owner = ast.unparse(target)
         else:
             continue
         if owner.rpartition(".")[2] in sys.stdlib_module_names:
-            found.append((node.lineno, ast.unparse(node)))
-    return found
+            patches.append((node.lineno, ast.unparse(node)))
+    return patches
 
 
 def _in_all_tests(check: Callable[[str], list[tuple[int, str]]]) -> list[str]:
@@ -159,11 +158,11 @@ def test_patches_of_the_standard_library_are_found():
     source = """
 monkeypatch.setattr(time, "sleep", f)
 monkeypatch.setattr(scheduler.time, "sleep", f)
-monkeypatch.setattr("llada.files.shutil.disk_usage", f)
+monkeypatch.setattr("llada.outputs.shutil.disk_usage", f)
 monkeypatch.delattr("builtins.open")
 mock.patch("os.rename", f)
 mock.patch.object(os, "rename", f)
-monkeypatch.setattr("llada.files.shutil", like(shutil, disk_usage=f))
+monkeypatch.setattr("llada.outputs.shutil", like(shutil, disk_usage=f))
 monkeypatch.setattr(scheduler, "shutil", f)
 monkeypatch.setattr(module, "open", f)
 monkeypatch.setenv("PATH", "")

@@ -52,24 +52,22 @@ MEASURED = (
 )
 """Fields of metrics.jsonl that are measured, not computed."""
 
-
 FOREIGN = ("No CUDA runtime is found",)
-"""Beginnings of lines on standard error that are not ours: torch's CUDA build says this when it is
-imported where there is no GPU.
+"""Beginnings of lines on standard error that are not ours. The CUDA build of torch prints this one
+when it is imported without a GPU.
 """
 LIMIT = 600
-"""Seconds until a command counts as hung: many times what it takes, for machines that do other
-work.
-"""
+"""Seconds after which a command counts as hung: many times what it takes on an idle machine."""
 
 
 @dataclass(frozen=True)
 class Workplace:
-    """A folder with a corpus, and commands in it."""
+    """A folder with a corpus, in which commands run."""
 
     folder: Path
 
     def config(self, name: str = "run.yaml", **sections: Any) -> str:
+        """Write CONFIG with some sections replaced; returns the name of the file."""
         (self.folder / name).write_text(yaml.safe_dump({**CONFIG, **sections}))
         return name
 
@@ -80,7 +78,7 @@ class Workplace:
     def start(
         self, *arguments: str, command: tuple[str, ...] = ("-m", "llada"), fresh: bool = False
     ) -> processes.Process:
-        """A command that runs; `fresh`: in a new interpreter (tests/processes.py)."""
+        """Start a command; `fresh` uses a new interpreter (tests/processes.py)."""
         return processes.start(
             *command, *arguments, cwd=self.folder, env=self.environment(), fresh=fresh
         )
@@ -92,7 +90,7 @@ class Workplace:
         command: tuple[str, ...] = ("-m", "llada"),
         fresh: bool = False,
     ) -> subprocess.CompletedProcess[str]:
-        """A command, to its end, which must be `code`."""
+        """Run a command and assert its exit code."""
         process = self.start(*arguments, command=command, fresh=fresh)
         out, error = process.communicate(timeout=LIMIT)
         assert process.returncode == code, (
@@ -104,16 +102,14 @@ class Workplace:
         return subprocess.CompletedProcess(process.args, process.returncode, out, error)
 
     def lines(self, run: str) -> list[dict[str, Any]]:
-        """metrics.jsonl without what is measured."""
+        """The lines of metrics.jsonl without the fields that are measured."""
         raw = (self.folder / run / "metrics.jsonl").read_text().splitlines()
         return [{k: v for k, v in json.loads(line).items() if k not in MEASURED} for line in raw]
 
 
 @pytest.fixture(scope="session")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
-    """Corpora `corpus` and `other` (the same tokenizer), and the run `whole`: the config above,
-    uninterrupted.
-    """
+    """Corpora `corpus` and `other` with one tokenizer, and `whole`, a complete run of CONFIG."""
     folder = tmp_path_factory.mktemp("runs")
     library = Path(sysconfig.get_paths()["stdlib"])
     tokenizer = train_byte_level_bpe(read([library / "json"], ReadOptions(), Report()), 512)
@@ -125,7 +121,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
         validation_fraction=0.15,
     )
     prepare([library / "asyncio"], folder / "tokenizer", folder / "other", validation_fraction=0.0)
-    place = Workplace(folder)
-    place.config("whole.yaml", run={"dir": "whole", "threads": 2})
-    place.run("pretrain", "whole.yaml", fresh=True)  # what forks give is compared with it
-    return place
+    workplace = Workplace(folder)
+    workplace.config("whole.yaml", run={"dir": "whole", "threads": 2})
+    # In a new interpreter: tests compare with it what forks compute.
+    workplace.run("pretrain", "whole.yaml", fresh=True)
+    return workplace

@@ -27,7 +27,8 @@ from data_tools.readers.reading import Report
 from data_tools.readers.sources import find_sources
 from llada.data.manifest import Manifest
 from llada.errors import RunError, TryAgain, UserError
-from llada.files import checksum, refuse_inside
+from llada.files import checksum
+from llada.outputs import refuse_inside
 from llada.tokenizer import Tokenizer
 
 _POLL_SECONDS = 1.0

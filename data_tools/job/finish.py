@@ -111,9 +111,9 @@ def new_manifest(tokenizer: Tokenizer, **content: Any) -> Manifest:
     return Manifest(
         format_version=FORMAT_VERSION,
         tool_version=llada.__version__,
-        dtype=token_dtype(tokenizer.rows).name,
+        dtype=token_dtype(tokenizer.padded_vocab_size).name,
         vocab_size=tokenizer.vocab_size,
-        padded_vocab_size=tokenizer.rows,
+        padded_vocab_size=tokenizer.padded_vocab_size,
         mask_id=tokenizer.mask_id,
         eos_id=tokenizer.eos_id,
         tokenizer_fingerprint=tokenizer.fingerprint,
@@ -168,7 +168,7 @@ def _put_together(
     """The held-out documents of all units: few of each, but windows do not cross shards, and tails
     are not read.
     """
-    dtype = token_dtype(tokenizer.rows)
+    dtype = token_dtype(tokenizer.padded_vocab_size)
     with SplitWriter(folder, VALIDATION, dtype, limit) as writer:
         for part in parts:
             path = folder / PARTS / part.name

@@ -22,14 +22,13 @@ from data_tools.job.work_plan import PLAN, WorkPlan
 from data_tools.job.worker import ENTRIES, PARTS
 from llada.data.manifest import CORPUS_FILES, MANIFEST, Manifest
 from llada.errors import RunError, UserError
-from llada.files import (
+from llada.files import sync_folder, sync_tree
+from llada.outputs import (
     check_replaceable,
     final_path,
     name_new_folder,
     swap,
-    sync_folder,
-    sync_tree,
-    taken_meanwhile,
+    taken_in_the_meantime,
 )
 from llada.tokenizer import Tokenizer
 
@@ -185,7 +184,7 @@ class Output:
             self._leave()
             if begun:
                 shutil.rmtree(self.partial, ignore_errors=True)
-            raise UserError(taken_meanwhile(self.given, "--output"))
+            raise UserError(taken_in_the_meantime(self.given, "--output"))
         return created
 
     def _begin(self, plan: WorkPlan, tokenizer: Tokenizer) -> bool:

@@ -144,7 +144,7 @@ class _Opened:
         """Write the shards of a unit, then the entry that says it is done."""
         report, noted = Report(), Counter[str]()
         given: list[list[Any]] = []
-        dtype, limit = token_dtype(self.tokenizer.rows), self.job.shard_tokens
+        dtype, limit = token_dtype(self.tokenizer.padded_vocab_size), self.job.shard_tokens
         shards: list[ShardEntry] = []
         seen = Counted(advance, report)
         with (

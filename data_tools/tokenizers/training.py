@@ -21,7 +21,7 @@ from data_tools.tokenizers.encoders import choose_encoder
 from data_tools.tokenizers.sentencepiece import ESCAPES, LOSSLESS, parse
 from data_tools.tokenizers.sentencepiece import kind as kind_of_model
 from llada.errors import UserError, did_you_mean
-from llada.files import new_folder
+from llada.outputs import new_folder
 from llada.tokenizer import SPECIAL_TOKENS, Tokenizer, train_byte_level_bpe
 
 KINDS = ("byte-bpe", "unigram", "bpe")
@@ -161,7 +161,8 @@ def describe(
     """
     found = Tokenizer.load(path, require_mask=False)
     lines = [
-        f"{path}: {found.vocab_size:,} ids, {found.rows:,} rows, fingerprint {found.fingerprint}",
+        f"{path}: {found.vocab_size:,} ids, {found.padded_vocab_size:,} rows,"
+        f" fingerprint {found.fingerprint}",
         f"kind: {_kind(found)}",
     ]
     roles = found.special_tokens()

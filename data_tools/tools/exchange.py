@@ -26,7 +26,7 @@ from llada.data.manifest import CONVERSATIONS, CORPUS_FILES, SPLITS, TEXT, Manif
 from llada.data.shard_format import I64, token_dtype
 from llada.data.shard_writer import SplitWriter
 from llada.errors import UserError, did_you_mean
-from llada.files import new_file, new_folder, refuse_inside
+from llada.outputs import new_file, new_folder, refuse_inside
 from llada.tokenizer import Tokenizer
 
 # -- export ----------------------------------------------------------------------------------------
@@ -197,7 +197,7 @@ def import_datasets(
         own_ids = tokenizer.vocab_size
         if add_special_tokens:
             tokenizer = tokenizer.with_special_tokens()
-        dtype = token_dtype(tokenizer.rows)
+        dtype = token_dtype(tokenizer.padded_vocab_size)
         writers = {
             split: stack.enter_context(SplitWriter(folder, split, dtype, shard_tokens))
             for split in SPLITS

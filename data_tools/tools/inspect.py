@@ -17,7 +17,7 @@ from llada.data.manifest import SPLITS, Manifest, ShardEntry
 from llada.data.shard_reader import ShardReader
 from llada.data.verify import verify_corpus
 from llada.errors import UserError
-from llada.files import new_file
+from llada.outputs import new_file
 from llada.tokenizer import Tokenizer
 
 I32 = npt.NDArray[np.int32]

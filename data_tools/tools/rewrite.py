@@ -22,7 +22,7 @@ from llada.data.shard_format import I64, damaged, token_dtype
 from llada.data.shard_reader import ShardReader
 from llada.data.shard_writer import SplitWriter
 from llada.errors import UserError
-from llada.files import new_folder, refuse_inside
+from llada.outputs import new_folder, refuse_inside
 from llada.tokenizer import Tokenizer
 
 SHARD_TOKENS = 2**28

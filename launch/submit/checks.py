@@ -10,7 +10,7 @@ from launch.profile import ClusterProfile, minutes
 from llada.config import RunConfig
 from llada.data.tasks import open_data
 from llada.errors import UserError, did_you_mean
-from llada.files import require_space
+from llada.outputs import require_space
 from llada.planning.summary import CheckpointVolume, checkpoint_volume
 from llada.training import lock
 from llada.training.resume import preview_resume

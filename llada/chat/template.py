@@ -1,10 +1,11 @@
 """Any Hugging Face chat template: conversations <-> token ids.
 
-A template is rendered as transformers does it, and its prompt gets the ids that transformers gives
-it, with one difference: only what the template itself writes can be a special token, never the text
-of a turn. To know which is which, every prompt is rendered twice, with the texts and with stand-ins
-for them; a prompt in which the two differ by more than the texts is refused. A reply is encoded
-alone and ends with EOS, like those of LLaDA's own format (llada.chat.format).
+A template is rendered and encoded as transformers does it, with one difference: only what the
+template itself writes can be a special token, never the text of a turn.
+
+To tell the two apart, every prompt is rendered twice: with the texts, and with a placeholder for
+each. A prompt in which the two differ by more than the texts is refused. A reply is encoded alone
+and ends with EOS, like those of LLaDA's own format (llada.chat.format).
 """
 
 from __future__ import annotations
@@ -12,36 +13,45 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import NamedTuple
 
 import jinja2
 import numpy as np
 import numpy.typing as npt
 from jinja2 import meta, nodes
 from jinja2.ext import Extension
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from llada.chat.format import TEMPLATE, ChatFormat, Message, Reply
 from llada.errors import UserError
-from llada.tokenizer import Tokenizer, Unit
+from llada.tokenizer import TextBetween, Tokenizer
 
 I64 = npt.NDArray[np.int64]
-Parts = tuple[int | str, ...]
-"""A rendered prompt: special tokens' ids, and the texts between them; no two texts are neighbours.
-"""
+Prompt = tuple[int | str, ...]
+"""A rendered prompt: ids of special tokens and the texts between them, never two texts in a row."""
 
-_OPEN, _CLOSE, _PAD = "\ufdd0", "\ufdd1", "\x1f"
-"""Around the number of a turn that stands for its text: two code points that are no characters, and
-white space that may be trimmed.
-"""
-_STAND_IN = re.compile(f"({_PAD}?){_OPEN}([0-9]+){_CLOSE}({_PAD}?)")
+# The placeholder of turn 3 is PAD OPEN "3" CLOSE PAD. OPEN and CLOSE are code points that Unicode
+# reserves as non-characters, so sound text does not hold them. PAD counts as white space: where it
+# is missing after rendering, the template has stripped that end of the turn.
+_OPEN = "\ufdd0"
+_CLOSE = "\ufdd1"
+_PAD = "\x1f"
+_PLACEHOLDER = re.compile(f"({_PAD}?){_OPEN}([0-9]+){_CLOSE}({_PAD}?)")
+
+
+class RenderedText(NamedTuple):
+    """A stretch of a rendered prompt: written by the template, or the text of a turn."""
+
+    text: str
+    by_template: bool
 
 
 class TemplateError(UserError):
     """A conversation that a chat template cannot express.
 
     Args:
-        reason: under which it is counted, a plural.
+        reason: plural noun under which such conversations are counted.
         message: what is wrong with this one.
     """
 
@@ -51,21 +61,20 @@ class TemplateError(UserError):
 
 
 def chat_format(tokenizer: Tokenizer, template: str | None = None) -> ChatFormat | TemplateFormat:
-    """The format of `template`, else of the tokenizer's own chat template, else LLaDA's.
+    """The format of `template`, or of the tokenizer's own chat template, or LLaDA's.
 
     Raises:
-        UserError: a template that cannot be used; LLaDA's format without its special tokens.
+        UserError: a template that cannot be used, or LLaDA's format without its special tokens.
     """
-    template = tokenizer.chat_template if template is None else template
-    return (
-        ChatFormat(tokenizer)
-        if template in (None, TEMPLATE)
-        else TemplateFormat(tokenizer, template)
-    )
+    if template is None:
+        template = tokenizer.chat_template
+    if template is None or template == TEMPLATE:
+        return ChatFormat(tokenizer)
+    return TemplateFormat(tokenizer, template)
 
 
 class TemplateFormat:
-    """Encodes conversations with a chat template; see ChatFormat.
+    """Encodes conversations with a chat template; has the methods of ChatFormat.
 
     Args:
         tokenizer: of the model.
@@ -78,100 +87,127 @@ class TemplateFormat:
 
     def __init__(self, tokenizer: Tokenizer, template: str) -> None:
         self.tokenizer = tokenizer
-        self._template = _compiled(template, f"{tokenizer.name}: the chat template")
-        self._special = tokenizer.specials
-        longest_first = sorted(self._special, key=len, reverse=True)
-        self._names = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        self._template = _compile(template, f"{tokenizer.name}: the chat template")
+
+        # One pattern that matches any special token. Of two tokens with the same start the longer
+        # one must match, hence the order. Without tokens, "(?!)" matches nothing.
+        self._special_ids = tokenizer.special_ids
+        longest_first = sorted(self._special_ids, key=len, reverse=True)
+        self._any_special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
         try:
-            self._parts([Message("user", "question")])
-        except TemplateError as problem:
+            self._split_prompt([Message("user", "question")])
+        except TemplateError as error:
             raise UserError(
-                f"{tokenizer.name}: the chat template cannot be used: {problem}"
+                f"{tokenizer.name}: the chat template cannot be used: {error}"
             ) from None
-        self._trim = self._trimming_of_replies()
+        self._strips_left, self._strips_right = self._stripped_ends_of_replies()
+
+    # -- what ChatFormat does too ------------------------------------------------------------------
 
     def check(self, messages: Sequence[Message]) -> None:
-        """Raise TemplateError for a conversation with a reply whose prompt the template cannot
-        express.
-        """
-        for place in _places(messages):
-            self._parts(messages[:place])
+        """Raise TemplateError if the template cannot express the prompt of some reply."""
+        for index in _reply_indices(messages):
+            self._split_prompt(messages[:index])
 
     def prompt(self, messages: Sequence[Message]) -> I64:
         """The ids after which the model writes the next reply to `messages`.
-        Raises TemplateError.
+
+        Raises:
+            TemplateError: the template cannot express them.
         """
-        [ids] = self._ids([self._parts(messages)])
+        [ids] = self._encode_prompts([self._split_prompt(messages)])
         return np.array(ids, dtype=np.int64)
 
     def response(self, content: str) -> str:
-        """The text of a reply that is trained on: without the white space at its ends that the
-        template trims.
-        """
-        left, right = self._trim
-        return _trimmed(content, left, right)
+        """The text of a reply as it is trained on, stripped where the template strips replies."""
+        return _strip(content, self._strips_left, self._strips_right)
 
     def encode(
         self, conversations: Sequence[Sequence[Message]]
     ) -> list[tuple[list[int], list[Reply]]]:
-        """Tokens and replies of conversations whose last message is the assistant's. Raises
-        TemplateError.
+        """Encode conversations whose last message is the assistant's.
 
-        The tokens are the prompt of the last reply, then of every reply that part of its own prompt
-        which is not the start of these, its text and EOS.
+        Returns:
+            Of every conversation the tokens and the replies (see Reply): the prompt of the last
+            reply, then for every reply the rest of its own prompt, which does not agree with that
+            of the last, its text encoded alone, and EOS.
+
+        Raises:
+            TemplateError: a conversation that the template cannot express.
         """
-        places = [_places(messages) for messages in conversations]
-        pairs = list(zip(conversations, places, strict=True))
-        prompts = iter(
-            self._ids([self._parts(messages[:place]) for messages, own in pairs for place in own])
-        )
-        texts = [self.response(messages[place].content) for messages, own in pairs for place in own]
-        flat, lengths = self.tokenizer.encode_batch(texts)
-        responses = iter(np.split(flat, np.cumsum(lengths)[:-1]))
-        return [self._assemble([next(prompts) for _ in own], responses) for own in places]
+        # All prompts and all responses of all conversations go through the tokenizer in one call
+        # each, in the order in which they are taken out again below.
+        reply_indices = [_reply_indices(messages) for messages in conversations]
+        prompts: list[Prompt] = []
+        responses: list[str] = []
+        for messages, indices in zip(conversations, reply_indices, strict=True):
+            for index in indices:
+                prompts.append(self._split_prompt(messages[:index]))
+                responses.append(self.response(messages[index].content))
+        encoded_prompts = iter(self._encode_prompts(prompts))
+        flat, lengths = self.tokenizer.encode_batch(responses)
+        encoded_responses = iter(np.split(flat, np.cumsum(lengths)[:-1]))
+
+        return [
+            self._assemble([next(encoded_prompts) for _ in indices], encoded_responses)
+            for indices in reply_indices
+        ]
 
     def _assemble(
-        self, prompts: list[list[int]], responses: Iterator[I64]
+        self, prompts: list[list[int]], encoded_responses: Iterator[I64]
     ) -> tuple[list[int], list[Reply]]:
+        """Tokens and replies of one conversation from the prompts of its replies."""
         history = prompts[-1]
-        ids, replies = list(history), []
+        ids = list(history)
+        replies = []
         for prompt in prompts:
-            shared = _shared(prompt, history)
-            start = len(ids)
-            ids += prompt[shared:]
-            middle = len(ids)
-            ids += [*next(responses).tolist(), self.tokenizer.eos_id]
-            replies.append(Reply(shared, start, middle, len(ids)))
+            # Usually a prompt is the start of the last one, but for the header of its reply.
+            history_end = _common_prefix(prompt, history)
+            turn_start = len(ids)
+            ids += prompt[history_end:]
+            response_start = len(ids)
+            ids += next(encoded_responses).tolist()
+            ids.append(self.tokenizer.eos_id)
+            replies.append(Reply(history_end, turn_start, response_start, len(ids)))
         return ids, replies
 
-    def _ids(self, prompts: Sequence[Parts]) -> list[list[int]]:
-        """The ids of prompts; a text between the same special tokens is encoded once, in however
-        many prompts it stands.
+    # -- from text to ids --------------------------------------------------------------------------
+
+    def _encode_prompts(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """The ids of prompts.
+
+        The prompts of one conversation share most of their texts, so a text between the same
+        special tokens is encoded once.
         """
-        rows = [_units(parts) for parts in prompts]
-        numbers: dict[Unit, int] = {}
+        rows = [_texts_in_context(prompt) for prompt in prompts]
+        distinct: dict[TextBetween, int] = {}
         for row in rows:
-            for unit in row:
-                if unit is not None:
-                    numbers.setdefault(unit, len(numbers))
-        encoded = self.tokenizer.encode_between(list(numbers)) if numbers else []
-        found = []
-        for parts, row in zip(prompts, rows, strict=True):
+            for text in row:
+                if text is not None:
+                    distinct.setdefault(text, len(distinct))
+        encoded: list[list[int]] = []
+        if distinct:
+            encoded = self.tokenizer.encode_between(list(distinct))
+
+        all_ids = []
+        for prompt, row in zip(prompts, rows, strict=True):
             ids: list[int] = []
-            for part, unit in zip(parts, row, strict=True):
-                if unit is not None:
-                    ids += encoded[numbers[unit]]
+            for part, text in zip(prompt, row, strict=True):
+                if text is not None:
+                    ids += encoded[distinct[text]]
                 elif isinstance(part, int):
                     ids.append(part)
-            found.append(ids)
-        return found
+            all_ids.append(ids)
+        return all_ids
 
-    def _parts(self, messages: Sequence[Message]) -> Parts:
-        """The rendered prompt of a reply to `messages`."""
-        pieces = self._pieces(messages, add_generation_prompt=True)
+    def _split_prompt(self, messages: Sequence[Message]) -> Prompt:
+        """Render the prompt of a reply to `messages`, and split it at the special tokens."""
         merged: list[int | str] = []
-        for text, is_own in pieces:
-            for part in self._split(text) if is_own else [text]:
+        for text, by_template in self._render_parts(messages, add_generation_prompt=True):
+            # The text of a turn stays whole: a special token that it spells is ordinary text.
+            parts = self._split_at_specials(text) if by_template else [text]
+            for part in parts:
                 if isinstance(part, str) and merged and isinstance(merged[-1], str):
                     merged[-1] += part
                 elif part != "":
@@ -183,142 +219,170 @@ class TemplateFormat:
             )
         return tuple(merged)
 
-    def _split(self, literal: str) -> Iterator[int | str]:
-        """What the template wrote, at its special tokens."""
+    def _split_at_specials(self, text: str) -> Iterator[int | str]:
+        """The special tokens in a text of the template, as ids, and what is between them."""
         start = 0
-        for match in self._names.finditer(literal):
-            yield literal[start : match.start()]
-            yield self._special[match.group()]
+        for match in self._any_special.finditer(text):
+            yield text[start : match.start()]
+            yield self._special_ids[match.group()]
             start = match.end()
-        yield literal[start:]
+        yield text[start:]
 
-    def _pieces(
+    # -- rendering ---------------------------------------------------------------------------------
+
+    def _render_parts(
         self, messages: Sequence[Message], add_generation_prompt: bool
-    ) -> list[tuple[str, bool]]:
-        """The rendered text in pieces, each with whether the template wrote it; the others are the
-        turns' texts as it trims them.
+    ) -> list[RenderedText]:
+        """Render a conversation, with what the template writes and the texts of turns kept apart.
+
+        Raises:
+            TemplateError: a turn whose text is missing, or is changed by more than stripping.
         """
         for number, message in enumerate(messages, start=1):
             if _OPEN in message.content or _CLOSE in message.content:
                 raise TemplateError(
                     "conversations with U+FDD0 or U+FDD1",
-                    f"turn {number} holds U+FDD0 or U+FDD1, which are no characters and stand for"
-                    " the turns of a chat template here",
+                    f"turn {number} contains U+FDD0 or U+FDD1, which are no characters and stand"
+                    " for the turns of a chat template here",
                 )
         contents = [message.content for message in messages]
-        marked = self._render(
-            messages,
-            [f"{_PAD}{_OPEN}{i}{_CLOSE}{_PAD}" if text else "" for i, text in enumerate(contents)],
-            add_generation_prompt,
-        )
-        pieces: list[tuple[str, bool]] = []
-        seen, start = set(), 0
-        for match in _STAND_IN.finditer(marked):
-            left, right, place = match[1], match[3], int(match[2])
-            seen.add(place)
-            pieces += [
-                (marked[start : match.start()], True),
-                (_trimmed(contents[place], not left, not right), False),
-            ]
+        # An empty text stays empty: templates may treat it specially.
+        placeholders = [
+            f"{_PAD}{_OPEN}{i}{_CLOSE}{_PAD}" if text else "" for i, text in enumerate(contents)
+        ]
+        rendered = self._render(messages, placeholders, add_generation_prompt)
+
+        # Cut the rendered text at the placeholders, and put the texts in their place.
+        parts: list[RenderedText] = []
+        shown = set()
+        start = 0
+        for match in _PLACEHOLDER.finditer(rendered):
+            pad_before, turn, pad_after = match[1], int(match[2]), match[3]
+            shown.add(turn)
+            parts.append(RenderedText(rendered[start : match.start()], by_template=True))
+            text = _strip(contents[turn], left=not pad_before, right=not pad_after)
+            parts.append(RenderedText(text, by_template=False))
             start = match.end()
-        pieces.append((marked[start:], True))
-        dropped = next((i for i, text in enumerate(contents) if text and i not in seen), None)
-        if dropped is not None:
-            raise TemplateError(
-                "conversations with a turn that the chat template leaves out",
-                f"the chat template leaves out turn {dropped + 1}, the {messages[dropped].role}'s",
-            )
-        if "".join(text for text, _ in pieces) != self._render(
-            messages, contents, add_generation_prompt
-        ):
+        parts.append(RenderedText(rendered[start:], by_template=True))
+
+        for turn, message in enumerate(messages):
+            if message.content and turn not in shown:
+                raise TemplateError(
+                    "conversations with a turn that the chat template leaves out",
+                    f"the chat template leaves out turn {turn + 1}, the {message.role}'s",
+                )
+        # The proof: the parts must add up to what the template makes of the real texts.
+        whole = self._render(messages, contents, add_generation_prompt)
+        if "".join(part.text for part in parts) != whole:
             raise TemplateError(
                 "conversations with text that the chat template changes",
                 "the chat template does more to the text of a turn than trim its ends",
             )
-        return pieces
+        return parts
 
     def _render(
         self, messages: Sequence[Message], contents: Sequence[str], add_generation_prompt: bool
     ) -> str:
+        """Render the roles of `messages` with other `contents`."""
         turns = [
             {"role": message.role, "content": text}
             for message, text in zip(messages, contents, strict=True)
         ]
-        variables: dict[str, Any] = {
-            **self.tokenizer.template_variables,
-            "messages": turns,
-            "tools": None,
-            "documents": None,
-        }
         try:
-            return self._template.render(**variables, add_generation_prompt=add_generation_prompt)
+            return self._template.render(
+                **self.tokenizer.template_variables,
+                messages=turns,
+                tools=None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+            )
         except Exception as error:  # a template is a program: it may raise anything
-            said = " ".join(str(error).split()) or type(error).__name__
+            reason = " ".join(str(error).split()) or type(error).__name__
             raise TemplateError(
                 "conversations that the chat template refuses",
-                f"the chat template refuses it: {said}",
+                f"the chat template refuses it: {reason}",
             ) from None
 
-    def _trimming_of_replies(self) -> tuple[bool, bool]:
-        """Whether the template trims the left and the right end of a reply, as far as it
-        shows one.
+    def _stripped_ends_of_replies(self) -> tuple[bool, bool]:
+        """Whether the template strips the left and the right end of a reply.
+
+        (False, False) if it does not show a reply at all.
         """
-        talk = [Message("user", "question"), Message("assistant", f"{_PAD}reply{_PAD}")]
+        messages = [Message("user", "question"), Message("assistant", f"{_PAD}reply{_PAD}")]
         try:
-            pieces = self._pieces(talk, add_generation_prompt=False)
+            parts = self._render_parts(messages, add_generation_prompt=False)
         except TemplateError:
             return False, False
-        shown = [text for text, is_own in pieces if not is_own][-1]
-        return not shown.startswith(_PAD), not shown.endswith(_PAD)
+        reply = [part.text for part in parts if not part.by_template][-1]
+        return not reply.startswith(_PAD), not reply.endswith(_PAD)
 
 
-def _places(messages: Sequence[Message]) -> list[int]:
-    """Where the replies are."""
+def _reply_indices(messages: Sequence[Message]) -> list[int]:
+    """The indices of the assistant's messages."""
     return [i for i, message in enumerate(messages) if message.role == "assistant"]
 
 
-def _trimmed(text: str, left: bool, right: bool) -> str:
-    text = text.lstrip() if left else text
-    return text.rstrip() if right else text
+def _strip(text: str, left: bool, right: bool) -> str:
+    if left:
+        text = text.lstrip()
+    if right:
+        text = text.rstrip()
+    return text
 
 
-def _shared(first: list[int], second: list[int]) -> int:
-    """Length of the start that two lists share."""
+def _common_prefix(first: list[int], second: list[int]) -> int:
+    """Length of the longest common prefix of two lists."""
     shorter = min(len(first), len(second))
+    # The usual case, as one comparison in C.
     if first[:shorter] == second[:shorter]:
         return shorter
     return next(i for i in range(shorter) if first[i] != second[i])
 
 
-def _units(parts: Parts) -> list[Unit | None]:
-    """For every part the text with its neighbours; None for a special token."""
+def _texts_in_context(prompt: Prompt) -> list[TextBetween | None]:
+    """For every part of a prompt the text with the special tokens beside it; None for an id."""
+    texts: list[TextBetween | None] = []
+    for i, part in enumerate(prompt):
+        if isinstance(part, int):
+            texts.append(None)
+        else:
+            texts.append(TextBetween(_id_at(prompt, i - 1), part, _id_at(prompt, i + 1)))
+    return texts
 
-    def special(index: int) -> int | None:
-        part = parts[index] if 0 <= index < len(parts) else None
-        return part if isinstance(part, int) else None
 
-    return [
-        (special(i - 1), part, special(i + 1)) if isinstance(part, str) else None
-        for i, part in enumerate(parts)
-    ]
+def _id_at(prompt: Prompt, index: int) -> int | None:
+    """The special token at `index`, None beyond both ends."""
+    if not 0 <= index < len(prompt):
+        return None
+    part = prompt[index]
+    assert isinstance(part, int), "the neighbours of a text are special tokens"
+    return part
 
 
 # -- rendering, as transformers does it ------------------------------------------------------------
 
 
 class _Generation(Extension):
-    """`{% generation %}...{% endgeneration %}` marks replies for other trainers; here it is what it
-    encloses.
+    """Jinja tag `{% generation %}...{% endgeneration %}`, replaced by what it encloses.
+
+    transformers uses the tag to mark replies for other trainers.
     """
 
-    tags = {"generation"}  # noqa: RUF012 (as the library wants it)
+    tags = {"generation"}  # noqa: RUF012 (Jinja reads a class attribute)
 
-    def parse(self, parser: Any) -> list[nodes.Node]:
+    def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)
         return list(parser.parse_statements(("name:endgeneration",), drop_needle=True))
 
 
-def _compiled(template: str, name: str) -> jinja2.Template:
+def _compile(template: str, name: str) -> jinja2.Template:
+    """Compile a template.
+
+    Raises:
+        UserError: not valid Jinja, or a template whose prompts could differ between two renderings
+            or from those of transformers.
+    """
+    # The options are those of transformers: they decide where line breaks of the template end up.
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
     )
@@ -333,17 +397,17 @@ def _compiled(template: str, name: str) -> jinja2.Template:
         ) from None
     except RecursionError:
         raise UserError(f"{name} is nested too deep for Jinja") from None
-    asked = meta.find_undeclared_variables(tree)
-    if "strftime_now" in asked:
+
+    if "strftime_now" in meta.find_undeclared_variables(tree):
         raise UserError(
             f"{name} calls strftime_now: prompts would change with the day; write a fixed date into"
             " a copy of it"
         )
-    if "lipsum" in {node.name for node in tree.find_all(nodes.Name)} or "random" in {
-        node.name for node in tree.find_all(nodes.Filter)
-    }:
+    names = {node.name for node in tree.find_all(nodes.Name)}
+    filters = {node.name for node in tree.find_all(nodes.Filter)}
+    if "lipsum" in names or "random" in filters:
         raise UserError(
-            f"{name} draws at random (lipsum, random): its prompts would never be the same"
+            f"{name} draws at random (lipsum, random): its prompts would differ every time"
         )
     if any(node.attr.startswith("_") for node in tree.find_all(nodes.NSRef)):
         raise UserError(
@@ -353,17 +417,18 @@ def _compiled(template: str, name: str) -> jinja2.Template:
 
 
 def _raise_exception(message: str) -> None:
+    """The function `raise_exception` of templates."""
     raise jinja2.TemplateError(message)
 
 
 def _tojson(
-    value: Any,
+    value: object,
     ensure_ascii: bool = False,
-    indent: Any = None,
-    separators: Any = None,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Not Jinja's own, which escapes for HTML."""
+    """The filter `tojson` of templates. Jinja's own escapes characters for HTML."""
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )

@@ -1,6 +1,6 @@
-"""The config of a run: its sections, their checks, and how it is read and written.
+"""The config of a run: its sections, their rules, and how it is read and written.
 
-`llada.training.configure.load_config` reads a config as the commands do: it also completes the
+The commands read a config with `llada.training.configure.load_config`, which also completes the
 model section from the weights that a run starts from.
 """
 
@@ -13,12 +13,13 @@ from llada.config.loading import (
     read_yaml,
     to_yaml,
 )
-from llada.config.overrides import apply_override
+from llada.config.overrides import RawConfig, apply_override
 from llada.config.run import SHUFFLE_BLOCK, RunConfig, Task
 
 __all__ = [
     "PROVENANCE",
     "SHUFFLE_BLOCK",
+    "RawConfig",
     "RunConfig",
     "Task",
     "apply_override",

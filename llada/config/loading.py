@@ -1,8 +1,7 @@
 """From a YAML file to a RunConfig, and back.
 
 A config is a YAML file plus dotted overrides (``train.steps=100``). Unknown keys are refused with
-the nearest right name, impossible combinations before anything is loaded. The resolved config is
-saved with each run.
+the nearest right name, and impossible combinations before anything is loaded.
 """
 
 from __future__ import annotations
@@ -10,17 +9,23 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from llada.config.overrides import apply_override, change_rate
+from llada.config.overrides import RawConfig, apply_override, override_learning_rate
 from llada.config.run import RunConfig, Task
 from llada.config.strict_yaml import refuse_ambiguous
 from llada.errors import UserError, did_you_mean
 
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
 PROVENANCE = "provenance"
 """Section that a run adds to its config.yaml: revision, versions, lineage. Not a setting."""
+
+
+# -- reading ---------------------------------------------------------------------------------------
 
 
 def read_config(
@@ -28,77 +33,57 @@ def read_config(
     overrides: list[str] | None = None,
     task: Task | None = None,
     rewind: int | None = None,
-) -> dict[str, Any]:
-    """Read a YAML config and apply dotted overrides. Nothing is validated yet.
+) -> RawConfig:
+    """Read a YAML config and apply overrides, without validating it.
 
     Args:
         path: YAML file.
-        overrides: ``key.sub=value`` strings; values are YAML; list items by index
+        overrides: ``key.sub=value`` strings; values are YAML, list items are named by index
             (``data.mixture.0.path=...``).
-        task: refuse a config for another task (None: any).
-        rewind: step from which an override ``lr=RATE`` holds; None: there is no such override.
+        task: refuse a config for another task; None: any task.
+        rewind: step from which an override ``lr=RATE`` applies; None: ``lr`` is no override.
 
     Raises:
         UserError: no such file, not YAML, an override that names no setting, another task.
     """
     raw = read_yaml(Path(path))
-    raw.pop(PROVENANCE, None)  # a run's own config.yaml can be used as a config
+    raw.pop(PROVENANCE, None)  # so that a run's own config.yaml is a config too
     for override in overrides or []:
         if rewind is not None and override.startswith("lr="):
-            change_rate(raw, rewind, override)
+            override_learning_rate(raw, rewind, override)
         else:
             apply_override(raw, override)
-    if (
-        task is not None
-        and raw.get("task", "pretrain") != task
-        and raw.get("task", "pretrain") in get_args(Task)
-    ):
-        found = raw.get("task", "pretrain")
-        raise UserError(
-            f"task: {path} says '{found}', `llada {task}` runs task '{task}' only; use `llada"
-            f" {found}`"
-        )
+    if task is not None:
+        _check_task(raw, task, path)
     return raw
 
 
-def build_config(raw: dict[str, Any]) -> RunConfig:
-    """Validate a plain nested dict. Raises UserError with one line for the first thing that is
-    wrong.
-    """
-    data = raw.get("data")
-    if raw.get("task") == "sft" and isinstance(data, dict):
-        raw = {
-            **raw,
-            "data": {"random_length_probability": 0.0, **data},
-        }  # the default is one of pretraining
-    try:
-        return RunConfig.model_validate(raw)
-    except ValidationError as error:
-        raise UserError(one_line(error, RunConfig)) from None
+def _check_task(raw: RawConfig, task: Task, path: str | Path) -> None:
+    """Refuse a config for another task. A task that does not exist is left to the validation."""
+    stated = raw.get("task", "pretrain")
+    if stated != task and stated in get_args(Task):
+        raise UserError(
+            f"task: {path} says '{stated}', `llada {task}` runs task '{task}' only; use `llada"
+            f" {stated}`"
+        )
 
 
-def dump_config(config: RunConfig) -> dict[str, Any]:
-    """The resolved config as a plain nested dict with the names of the YAML file."""
-    return config.model_dump(by_alias=True)
+def read_yaml(path: Path, setting: str = "config") -> RawConfig:
+    """Read the mapping in a YAML file.
 
+    Args:
+        path: the file.
+        setting: what the user calls the file, for messages.
 
-def to_yaml(config: RunConfig) -> str:
-    """The resolved config as YAML; `load_config` of it gives the same config."""
-    import yaml
-
-    return yaml.safe_dump(dump_config(config), sort_keys=False, default_flow_style=False)
-
-
-def read_yaml(path: Path, setting: str = "config") -> dict[str, Any]:
-    """The mapping in a YAML file. Raises UserError, with what the user calls the file, when there
-    is none.
+    Raises:
+        UserError: no such file, not YAML, ambiguous YAML, or not a mapping.
     """
     import yaml
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     if not path.is_file():
-        raise UserError(f"{setting}: no file '{path}'{_near_file(path)}")
+        raise UserError(f"{setting}: no file '{path}'{_similar_file(path)}")
     try:
         refuse_ambiguous(path.read_text(encoding="utf-8"), f"{setting}: {path}")
         raw = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
@@ -113,57 +98,120 @@ def read_yaml(path: Path, setting: str = "config") -> dict[str, Any]:
     return raw  # type: ignore[return-value]
 
 
-def _near_file(path: Path) -> str:
-    """A file beside it with a similar name; the ending is not what makes names similar."""
-    beside = (
-        {other.stem: other for other in path.parent.glob("*.yaml")} if path.parent.is_dir() else {}
-    )
-    near = difflib.get_close_matches(path.stem, beside, n=1)
-    return f" (did you mean '{beside[near[0]]}'?)" if near else ""
+def _similar_file(path: Path) -> str:
+    """A hint at a file in the same folder with a similar name, or an empty string."""
+    if not path.parent.is_dir():
+        return ""
+    # Stems are compared: the common ending ".yaml" would make all names similar.
+    files = {file.stem: file for file in path.parent.glob("*.yaml")}
+    near = difflib.get_close_matches(path.stem, files, n=1)
+    if not near:
+        return ""
+    return f" (did you mean '{files[near[0]]}'?)"
+
+
+# -- validating ------------------------------------------------------------------------------------
+
+
+def build_config(raw: RawConfig) -> RunConfig:
+    """Validate a parsed config.
+
+    Raises:
+        UserError: one line about the first mistake.
+    """
+    data = raw.get("data")
+    if raw.get("task") == "sft" and isinstance(data, dict):
+        # The section's default is that of pretraining; conversations are never cut.
+        raw = {**raw, "data": {"random_length_probability": 0.0, **data}}
+    try:
+        return RunConfig.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(one_line(error, RunConfig)) from None
 
 
 def one_line(error: ValidationError, root: type[BaseModel]) -> str:
-    """The first problem as `setting: value, what is allowed (nearest name)`; unknown names first,
-    since they explain the missing ones.
+    """The most helpful error of a validation as `setting: value, what is allowed (nearest name)`.
+
+    Args:
+        error: what pydantic raised.
+        root: the settings that were validated; the nearest names come from it.
     """
     problems = error.errors(include_url=False)
-    problems.sort(key=lambda e: e["type"] != "extra_forbidden")
+    # Unknown names first: a misspelt required setting is also missing, and the misspelling
+    # explains why. The sort is stable, so the rest keeps the order of the fields.
+    problems.sort(key=lambda problem: problem["type"] != "extra_forbidden")
     first = problems[0]
-    where = ".".join(str(part) for part in first["loc"])
+    setting = ".".join(str(part) for part in first["loc"])
+
     if first["type"] == "extra_forbidden":
-        prefix = where.removesuffix(str(first["loc"][-1]))
-        names = [prefix + name for name in _setting_names(first["loc"][:-1], root)]
-        return (
-            f"{where}: unknown setting{did_you_mean(where, names)}; allowed here:"
-            f" {', '.join(names)}"
-        )
+        return _unknown_setting(setting, first["loc"], root)
     if first["type"] == "missing":
-        return f"{where}: missing, this setting has no default"
-    message = first["msg"].removeprefix("Value error, ")
+        return f"{setting}: missing, this setting has no default"
     if first["type"] == "value_error":
-        # Of a group of settings the message names the one that is meant, of a single setting it
-        # does not.
-        between = "." if re.match(r"[a-z_]+(\[\d+\])?: ", message) else ": "
-        return f"{where}{between}{message}" if where else message
-    near = ""
-    if first["type"] == "literal_error":
-        near = did_you_mean(
-            str(first["input"]),
-            [
-                part.strip("' ")
-                for part in first["ctx"]["expected"].replace(" or ", ", ").split(", ")
-            ],
-        )
-    return f"{where}: {first['input']!r} is not allowed: {message[0].lower()}{message[1:]}{near}"
+        return _rule_broken(setting, first["msg"].removeprefix("Value error, "))
+    return _wrong_value(setting, first)
+
+
+def _unknown_setting(setting: str, loc: tuple[int | str, ...], root: type[BaseModel]) -> str:
+    """Message for a key that is not a setting: `train.stps`, with `train.steps` as the hint."""
+    section = setting.removesuffix(str(loc[-1]))
+    names = [section + name for name in _setting_names(loc[:-1], root)]
+    return (
+        f"{setting}: unknown setting{did_you_mean(setting, names)}; allowed here:"
+        f" {', '.join(names)}"
+    )
+
+
+def _rule_broken(setting: str, message: str) -> str:
+    """Message of one of our own rules, with the full name of its setting in front.
+
+    A rule over several settings names the one to change at the start of its message
+    ("hidden_size: 63 is not ..." in section `model`), so that the names join with a dot. A rule
+    about a single setting does not.
+    """
+    if not setting:
+        return message  # a rule across sections: its message starts with the full name
+    names_a_setting = re.match(r"[a-z_]+(\[\d+\])?: ", message)
+    if names_a_setting:
+        return f"{setting}.{message}"
+    return f"{setting}: {message}"
+
+
+def _wrong_value(setting: str, problem: ErrorDetails) -> str:
+    """Message for a value of the wrong type or out of range."""
+    message = problem["msg"]
+    hint = ""
+    if problem["type"] == "literal_error":
+        # Pydantic lists the choices as text: "'bernoulli', 'x' or 'fixed_count'".
+        choices = problem["ctx"]["expected"].replace(" or ", ", ").split(", ")
+        hint = did_you_mean(str(problem["input"]), [choice.strip("' ") for choice in choices])
+    sentence = f"{message[0].lower()}{message[1:]}"
+    return f"{setting}: {problem['input']!r} is not allowed: {sentence}{hint}"
 
 
 def _setting_names(loc: tuple[int | str, ...], root: type[BaseModel]) -> list[str]:
-    """The names allowed in the section at `loc` of the settings in `root`."""
+    """The settings allowed in the section at `loc` below `root`, by their names in YAML."""
     section = root
     for part in loc:
-        if isinstance(part, int):
+        if isinstance(part, int):  # an item of a list: the section is that of the list's items
             continue
         fields = {field.alias or name: field for name, field in section.model_fields.items()}
         annotation = fields[part].annotation
+        # `list[Section]` and `Section | None` hold the section as their first argument.
         section = next(iter(get_args(annotation)), annotation)  # type: ignore[assignment]
     return [field.alias or name for name, field in section.model_fields.items()]
+
+
+# -- writing ---------------------------------------------------------------------------------------
+
+
+def dump_config(config: RunConfig) -> RawConfig:
+    """The resolved config as a nested dict with the names of the YAML file."""
+    return config.model_dump(by_alias=True)
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The resolved config as YAML; loading it gives an equal config."""
+    import yaml
+
+    return yaml.safe_dump(dump_config(config), sort_keys=False, default_flow_style=False)

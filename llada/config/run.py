@@ -1,4 +1,4 @@
-"""RunConfig: every setting of a run, and the combinations that no run can have."""
+"""RunConfig: every setting of a run, checked on its own and against the others."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from llada.config import rules
+from llada.config.data_sections import DataSection
 from llada.config.sections import (
     BatchSection,
     CheckpointSection,
-    DataSection,
     LoggingSection,
     ModelSection,
     ObjectiveSection,
@@ -30,15 +31,15 @@ SHUFFLE_BLOCK = 10_000
 
 
 class RunConfig(Section):
-    """A run: a pure function of this, whatever the layout."""
+    """All settings of a run. A run is a pure function of them, whatever the layout."""
 
     task: Task = "pretrain"
-    """Which kind of training this is; `llada pretrain` refuses another one's config."""
+    """Kind of training; `llada pretrain` refuses a config for `sft`, and the reverse."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Key of every random draw: order, t, masks, random lengths, initial weights."""
     precision: Literal["fp32", "bf16"] = "bf16"
-    """fp32: the reference. bf16: parameters and activations bf16; master weights, moments, gradient
-    sums, norms, RoPE and loss fp32.
+    """fp32: the reference. bf16: parameters and activations in bf16; master weights, moments,
+    gradient sums, norms, RoPE and loss in fp32.
     """
     engine: Literal["megatron"] = "megatron"
     """Megatron-Core: tensor, pipeline and context parallelism with the distributed optimizer."""
@@ -58,120 +59,64 @@ class RunConfig(Section):
 
     @property
     def tokens_per_step(self) -> int:
+        """Tokens of one optimizer step, padding included."""
         return self.batch.global_ * self.data.sequence_length
 
+    # Pydantic runs the validators from top to bottom and stops at the first error, so the order
+    # decides which of several mistakes a user reads first.
+
     @model_validator(mode="after")
-    def _task(self) -> RunConfig:
+    def _check_task(self) -> RunConfig:
         if self.task == "pretrain":
-            if self.sft != SFTSection():
-                raise ValueError(
-                    f"sft.pad_group: {self.sft.pad_group} is for task: sft only; leave it out of a"
-                    " pretraining config"
-                )
-            return self
-        if self.data.random_length_probability:
-            raise ValueError(
-                f"data.random_length_probability: {self.data.random_length_probability} is for"
-                " pretraining; conversations are not cut, set 0"
-            )
-        if self.data.document_mask:
-            raise ValueError(
-                "data.document_mask: true is for pretraining; a row holds one conversation, leave"
-                " it out"
-            )
-        for i, entry in enumerate(self.data.mixture):
-            if entry.weight_at:
-                raise ValueError(
-                    f"data.mixture.{i}.weight_at: changes at token counts are for pretraining;"
-                    " conversations have no fixed number of tokens a step, leave it out"
-                )
-        if any(stage.tokens is not None for stage in self.schedule.stages):
-            raise ValueError(
-                "schedule.stages: tokens: conversations have no fixed number of tokens a step; give"
-                " the lengths as steps"
-            )
+            rules.refuse_sft_settings(self.sft)
+        else:
+            rules.refuse_random_lengths(self.data)
+            rules.refuse_document_mask(self.data)
+            rules.refuse_lengths_in_tokens(self.data, self.schedule)
         return self
 
     @model_validator(mode="after")
-    def _combinations(self) -> RunConfig:
-        p, m = self.parallel, self.model
-        for what, value in (
-            ("model.num_attention_heads", m.num_attention_heads),
-            ("model.num_query_groups", m.kv_heads),
-            ("model.ffn_hidden_size", m.ffn_hidden_size),
-            ("model.vocab_size", m.vocab_size),
-        ):
-            if value % p.tensor:
-                raise ValueError(f"parallel.tensor: {p.tensor} does not divide {what} = {value}")
-        chunks = p.pipeline * (p.virtual_pipeline or 1)
-        name = (
-            "parallel.pipeline"
-            if p.virtual_pipeline is None
-            else "parallel.pipeline x parallel.virtual_pipeline"
-        )
-        if p.layers_per_stage is None and m.num_layers % chunks:
-            raise ValueError(
-                f"{name}: {chunks} does not divide model.num_layers = {m.num_layers}; give the"
-                " shares as parallel.layers_per_stage"
-            )
-        if p.layers_per_stage is not None:
-            if len(p.layers_per_stage) != chunks:
-                raise ValueError(
-                    f"parallel.layers_per_stage: {len(p.layers_per_stage)} numbers for {name} ="
-                    f" {chunks}"
-                )
-            if min(p.layers_per_stage) < 1 or sum(p.layers_per_stage) != m.num_layers:
-                raise ValueError(
-                    f"parallel.layers_per_stage: {p.layers_per_stage} must be at least 1 each "
-                    f"and add up to model.num_layers = {m.num_layers}"
-                )
-        if p.overlap_param_gather and not p.overlap_grad_reduce:
-            raise ValueError(
-                "parallel.overlap_param_gather: true needs parallel.overlap_grad_reduce: true; set"
-                " both to false to do without overlap"
-            )
-        if p.virtual_pipeline is not None and p.pipeline == 1:
-            raise ValueError(
-                f"parallel.virtual_pipeline: {p.virtual_pipeline} needs parallel.pipeline > 1,"
-                " which is 1"
-            )
-        if p.sequence and p.tensor == 1:
-            raise ValueError("parallel.sequence: true needs parallel.tensor > 1, which is 1")
-        split = p.context * (p.tensor if p.sequence else 1)
-        if self.data.sequence_length % split:
-            raise ValueError(
-                f"data.sequence_length: {self.data.sequence_length} is not a multiple of"
-                f" parallel.context x parallel.tensor = {split}"
-            )
-        if self.batch.global_ % self.batch.micro:
-            raise ValueError(
-                f"batch.global: {self.batch.global_} is not a multiple of batch.micro ="
-                f" {self.batch.micro}"
-            )
+    def _check_layout(self) -> RunConfig:
+        rules.check_tensor_parallelism(self.parallel, self.model)
+        rules.check_layers_per_stage(self.parallel, self.model)
+        rules.check_overlap(self.parallel)
+        rules.check_virtual_pipeline(self.parallel)
+        rules.check_sequence_parallelism(self.parallel)
+        rules.check_sequence_length(self.data, self.parallel)
+        rules.check_micro_batches(self.batch)
         return self
 
     def check_world(self, world_size: int) -> int:
-        """Return the data-parallel size for `world_size` ranks.
+        """Return the data-parallel size of a world of `world_size` ranks.
 
-        Raises UserError when the layout does not fill the world or the batch does not divide over
-        its replicas.
+        Raises:
+            UserError: the layout does not fill the world, or the batch does not divide evenly over
+                the model's replicas.
         """
-        p = self.parallel
-        if world_size % p.model_size:
+        parallel = self.parallel
+
+        # The world is a whole number of replicas; that number is the data-parallel size.
+        if world_size % parallel.model_size:
             raise UserError(
-                f"parallel: tensor x pipeline x context = {p.tensor} x {p.pipeline} x {p.context} ="
-                f" {p.model_size} ranks per replica do not divide the world size {world_size}"
+                f"parallel: tensor x pipeline x context = {parallel.tensor} x {parallel.pipeline} x"
+                f" {parallel.context} = {parallel.model_size} ranks per replica do not divide the"
+                f" world size {world_size}"
             )
-        data = world_size // p.model_size
-        if self.batch.global_ % (self.batch.micro * data):
+        data_parallel = world_size // parallel.model_size
+
+        # Every replica runs the same number of micro-batches.
+        if self.batch.global_ % (self.batch.micro * data_parallel):
             raise UserError(
                 f"batch.global: {self.batch.global_} is not a multiple of batch.micro x"
-                f" data-parallel size = {self.batch.micro} x {data} (world size {world_size})"
+                f" data-parallel size = {self.batch.micro} x {data_parallel} (world size"
+                f" {world_size})"
             )
-        micro_batches = self.batch.global_ // (self.batch.micro * data)
-        if p.virtual_pipeline is not None and micro_batches % p.pipeline:
+        micro_batches = self.batch.global_ // (self.batch.micro * data_parallel)
+
+        # Megatron-Core's interleaved schedule runs micro-batches in groups of the pipeline's size.
+        if parallel.virtual_pipeline is not None and micro_batches % parallel.pipeline:
             raise UserError(
                 f"parallel.virtual_pipeline: {micro_batches} micro-batches per step are not a"
-                f" multiple of parallel.pipeline = {p.pipeline}"
+                f" multiple of parallel.pipeline = {parallel.pipeline}"
             )
-        return data
+        return data_parallel

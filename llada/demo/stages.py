@@ -15,7 +15,7 @@ from pathlib import Path
 
 from llada.config import RunConfig, Task
 from llada.errors import UserError
-from llada.files import refuse_inside
+from llada.outputs import refuse_inside
 from llada.training.configure import load_config
 from llada.training.signals import StopRequest
 

@@ -27,11 +27,12 @@ from llada.checkpoint.reading import StoredTensors
 from llada.checkpoint.verification import verify_checkpoint
 from llada.config.sections import ModelSection
 from llada.errors import UserError
-from llada.files import flushed_meanwhile, make_writable, new_folder, refuse_inside, require_space
+from llada.files import flush_in_background
 from llada.hf.card import check_license, model_card
 from llada.hf.sources import Mean
 from llada.hf.tensor_files import total_bytes, write_safetensors
 from llada.model import weights
+from llada.outputs import new_folder, refuse_inside, require_space, require_writable
 from llada.tokenizer import Tokenizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -74,7 +75,7 @@ def convert(source: str, output: str, verify: bool, reference: str | None, **opt
         path = Path(reference)
         if os.path.exists(path) and not (options.get("force") and os.path.isfile(path)):
             raise UserError(f"--reference: '{reference}' exists; --force replaces a file")
-        make_writable(path, "--reference")
+        require_writable(path, "--reference")
     trained = trained_config(read_state(resolve_checkpoint(source)))
     dtype = options.get("dtype") or trained.precision
     exact = dtype == "fp32" or (dtype == trained.precision and options.get("average", 1) == 1)
@@ -146,7 +147,7 @@ def to_hf(
     with new_folder(
         output, force, "an exported model", (*_FILES, *_TOKENIZER_FILES), setting="OUT"
     ) as partial:
-        with flushed_meanwhile(partial):
+        with flush_in_background(partial):
             count = write_safetensors(partial, tensors, DTYPES[name], limit)
         _write_json(partial / "config.json", model_config(trained, tokenizer, name))
         end_of_turn = tokenizer.id_of(END_OF_TURN)

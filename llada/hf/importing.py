@@ -17,11 +17,12 @@ from llada.checkpoint.format import MARKER, STATE_FILE, CheckpointState, seal_ch
 from llada.checkpoint.writing import write_model
 from llada.config.sections import ModelSection
 from llada.errors import UserError
-from llada.files import flushed_meanwhile, new_folder, read_files, refuse_inside, require_space
+from llada.files import flush_in_background, read_files
 from llada.hf.folder import HfFolder, check_mask, open_folder
 from llada.hf.sources import GrownVocabulary
 from llada.hf.tensor_files import total_bytes
 from llada.model.weights import EMBEDDING, Weights, num_parameters
+from llada.outputs import new_folder, refuse_inside, require_space
 from llada.tokenizer import MASK, SPECIAL_TOKENS, Tokenizer
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -107,7 +108,7 @@ def from_hf(folder: str | Path, output: str | Path, options: ImportOptions | Non
         tempfile.TemporaryDirectory() as scratch,
     ):
         (partial / "model").mkdir()
-        with flushed_meanwhile(partial / "model"):
+        with flush_in_background(partial / "model"):
             write_model(partial / "model", weights, model, dtype)
         tokenizer.save(scratch)
         seal_checkpoint(partial, state, read_files(Path(scratch)), {})
@@ -166,10 +167,10 @@ def _grown(
     if not new:
         return source.weights, source.model, ""
     rows = source.model.vocab_size
-    size = rows if after.vocab_size <= rows else after.rows
+    size = rows if after.vocab_size <= rows else after.padded_vocab_size
     names = ", ".join(
         f"{token} {i}"
-        for token, i in sorted(after.specials.items(), key=lambda pair: pair[1])
+        for token, i in sorted(after.special_ids.items(), key=lambda pair: pair[1])
         if i >= before.vocab_size
     )
     place = (

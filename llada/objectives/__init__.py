@@ -1,6 +1,4 @@
-"""Objectives: pure functions from clean tokens and keys to a Batch. They know no ranks and no
-model.
-"""
+"""Objectives: pure functions from clean tokens and keys to a Batch, without ranks or a model."""
 
 from llada.objectives.base import Batch, Objective, Segments, Window, collate
 from llada.objectives.masked import MaskedDiffusion

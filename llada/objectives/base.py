@@ -1,4 +1,4 @@
-"""What an objective is, and the Batch that it hands to the engine."""
+"""The interface of an objective, and the Batch that goes to the engine."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class Window:
         tokens: [L] int64.
         bounds: segment boundaries 0 = b_0 < ... < b_n = L, int64 [n + 1].
         t: diffusion time of each segment in [0, 1), float64 [n].
-        segment: id of the first segment among all segments of the step (or validation); they are
-            numbered in order.
-        spans: first and past-the-last position of each segment that may be masked, int64 [n, 2];
-            None: the whole segments.
+        segment: id of the first segment among all segments of the step (or validation); the others
+            follow in order.
+        spans: maskable positions [start, stop) of each segment, int64 [n, 2]; None: whole segments.
+            In fine-tuning these are the response and its padding.
         scales: factor on the weights of each segment, float64 [n]; None: 1.
     """
 
@@ -39,33 +39,32 @@ class Window:
     scales: F64 | None = None
 
     def maskable(self) -> tuple[I64, F64]:
-        """Spans and scales of all segments, the defaults filled in."""
-        spans = (
-            np.stack([self.bounds[:-1], self.bounds[1:]], axis=1)
-            if self.spans is None
-            else self.spans
-        )
-        return spans, np.ones(len(spans)) if self.scales is None else self.scales
+        """Spans [n, 2] and scales [n] of all segments, with the defaults filled in."""
+        spans = self.spans
+        if spans is None:
+            spans = np.stack([self.bounds[:-1], self.bounds[1:]], axis=1)
+        scales = self.scales
+        if scales is None:
+            scales = np.ones(len(spans))
+        return spans, scales
 
     def segments(self) -> Iterator[tuple[int, int, float, float]]:
-        """Of every segment: first and past-the-last position that may be masked, its t, and the
-        factor on its weights.
-        """
+        """Of every segment: start and stop of its maskable span, its t, and its scale."""
         spans, scales = self.maskable()
-        for (start, end), t, scale in zip(
+        for (start, stop), t, scale in zip(
             spans.tolist(), self.t.tolist(), scales.tolist(), strict=True
         ):
-            yield start, end, t, scale
+            yield start, stop, t, scale
 
 
 @dataclass(frozen=True)
 class Corrupted:
-    """One window after corruption: what the model reads and which positions it must predict.
+    """A window after corruption: what the model reads, and which positions it must predict.
 
     Attributes:
         inputs: [L] int64, with [MASK] where corrupted.
         predicted: positions with a non-zero weight, int64 [n], increasing.
-        weights: their weights, float64 [n].
+        weights: weight of each predicted position in the loss, float64 [n].
     """
 
     inputs: I64
@@ -74,26 +73,31 @@ class Corrupted:
 
 
 class Objective(Protocol):
-    """Clean tokens plus keys -> corrupted tokens and weights."""
+    """From clean tokens and keys to corrupted tokens and weights."""
 
     @property
     def token_loss(self) -> str:
-        """Name of the kernel from logits to a loss per position
-        (`llada.model.token_losses.KERNELS`).
-        """
+        """Name in `llada.model.token_losses.KERNELS` of the loss per position."""
         ...
 
     def corrupt(
         self, window: Window, *, masking: str | None = None, purpose: str = "train"
     ) -> Corrupted:
-        """Corrupt one window. `masking` overrides the objective's own (validation is always
-        fixed_count).
+        """Corrupt one window.
+
+        Args:
+            window: clean tokens, segments and their t.
+            masking: replaces the objective's own (validation always uses "fixed_count").
+            purpose: name of the noise, "train" or "validation".
         """
         ...
 
     def expected_predictions(self, lengths: np.ndarray, t: np.ndarray) -> float:
-        """Mean number of predicted positions in segments with so many maskable tokens at
-        these t.
+        """Mean number of predicted positions, for counting FLOPs before anything is drawn.
+
+        Args:
+            lengths: number of maskable tokens of each segment [n].
+            t: of each segment [n].
         """
         ...
 
@@ -102,18 +106,18 @@ class Objective(Protocol):
 class Segments:
     """Attention layout: tokens attend within their own segment, in both directions.
 
-    Travels through the model where Megatron-Core expects `packed_seq_params`; tensors stay [s, b,
-    h, d].
+    Passes through the model in the place of Megatron-Core's `packed_seq_params`; tensors stay
+    [s, b, h, d].
 
     Attributes:
-        bounds: per row of the micro-batch the boundaries 0 = b_0 < ... < b_n = L (int64, whole
-            sequence, all context ranks).
+        bounds: for each row of the micro-batch the boundaries 0 = b_0 < ... < b_n = L, of the whole
+            sequence even if context-parallel ranks share it.
         length: L.
     """
 
     bounds: tuple[tuple[int, ...], ...]
     length: int
-    # Read by Megatron-Core on any packed_seq_params:
+    # Megatron-Core reads these on any packed_seq_params. "sbhd" and no offsets: nothing is packed.
     qkv_format: str = "sbhd"
     cu_seqlens_q: None = None
     cu_seqlens_kv: None = None
@@ -126,7 +130,7 @@ class Segments:
         return all(len(row) == 2 for row in self.bounds)
 
     def groups(self) -> dict[tuple[int, ...], list[int]]:
-        """Rows by their boundaries, so that equal rows are computed together."""
+        """Boundaries -> the rows that have them, so that equal rows are computed together."""
         rows: dict[tuple[int, ...], list[int]] = {}
         for row, bounds in enumerate(self.bounds):
             rows.setdefault(bounds, []).append(row)
@@ -135,18 +139,18 @@ class Segments:
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch, on CPU, complete for every rank: the engine takes each rank's part.
+    """One micro-batch on CPU, complete; the engine takes the part of each rank.
 
     Attributes:
         inputs: [b, L] int64.
-        positions: [L] int64, rotary positions; they run through the row and do not restart at
-            documents.
+        positions: [L] int64, rotary positions; they run through the row without restarting at
+            documents, which changes nothing since RoPE is relative.
         layout: attention segments.
-        rows, columns: of each predicted position, int64 [n]; sorted by (column, row), the order of
-        [s, b] tensors.
-        targets: clean tokens there, int64 [n].
+        rows, columns: row and column of each predicted position, int64 [n]; sorted by (column,
+            row), the order of [s, b] tensors.
+        targets: clean token at each predicted position, int64 [n].
         weights: float32 [n]; the loss of the micro-batch is sum(weights * loss) / normaliser.
-        segments: id of each predicted position's segment among all of the step, int64 [n].
+        segments: id of the segment of each predicted position among those of the step, int64 [n].
         normaliser: one number per global step, the same in all its micro-batches.
     """
 
@@ -162,13 +166,13 @@ class Batch:
 
 
 def collate(windows: Sequence[Window], corrupted: Sequence[Corrupted], normaliser: float) -> Batch:
-    """Stack corrupted windows of equal length into a Batch."""
+    """Stack windows of equal length, and what corruption made of each, into a Batch."""
     length = len(windows[0].tokens)
-    rows = np.repeat(
-        np.arange(len(corrupted), dtype=np.int64), [len(c.predicted) for c in corrupted]
-    )
+
+    # Each array has one entry for every predicted position of the micro-batch, row after row.
+    counts = [len(c.predicted) for c in corrupted]
+    rows = np.repeat(np.arange(len(corrupted), dtype=np.int64), counts)
     columns = np.concatenate([c.predicted for c in corrupted])
-    order = _by_column(rows, columns, len(corrupted), length)
     targets = np.concatenate(
         [w.tokens[c.predicted] for w, c in zip(windows, corrupted, strict=True)]
     )
@@ -176,6 +180,8 @@ def collate(windows: Sequence[Window], corrupted: Sequence[Corrupted], normalise
     segments = np.concatenate(
         [_segments_of(w)[c.predicted] for w, c in zip(windows, corrupted, strict=True)]
     )
+
+    order = _by_column(rows, columns, len(corrupted), length)
     return Batch(
         inputs=torch.from_numpy(np.stack([c.inputs for c in corrupted])),
         positions=torch.arange(length),
@@ -190,8 +196,11 @@ def collate(windows: Sequence[Window], corrupted: Sequence[Corrupted], normalise
 
 
 def _by_column(rows: I64, columns: I64, count: int, length: int) -> I64:
-    """The order of predicted positions, each in at most one place of [count, length], by column and
-    then by row; a counting sort.
+    """The order of predicted positions by column and then by row, int64 [n].
+
+    A counting sort over the [length, count] slots of a micro-batch, each of which holds at most one
+    position. Example: positions (row, column) = (0, 2), (1, 0), (1, 2) of two rows of length 3 fill
+    the slots 4, 1 and 5 of 6, so their order is 1, 0, 2.
     """
     slots = np.full(length * count, -1, dtype=np.int64)
     slots[columns * count + rows] = np.arange(len(rows))

@@ -1,1 +1,1 @@
-"""What a run will need and cost, worked out from its config alone."""
+"""What a run will need and cost, computed from its config alone."""

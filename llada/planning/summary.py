@@ -1,6 +1,4 @@
-"""What a config amounts to, before anything is opened: parameters, FLOPs, bytes of state,
-checkpoints on disk.
-"""
+"""Parameters, FLOPs, memory and disk of a run, before anything is opened."""
 
 from __future__ import annotations
 
@@ -8,28 +6,28 @@ import math
 from dataclasses import dataclass
 
 from llada.config import RunConfig
+from llada.config.sections import CheckpointSection
 from llada.files import readable_size
 from llada.model.flops import step_flops
 from llada.model.weights import num_parameters
 
-_CHECKPOINT_BYTES = {"fp32": 12, "bf16": 14}
-"""Of a parameter in a checkpoint: fp32 weights and two moments, and of bf16 runs the bf16 weights
-too.
-"""
-_REPLICA_BYTES = {"fp32": 8, "bf16": 6}
-"""Of a parameter on the ranks of every replica: the weight and its fp32 gradient."""
-_SHARED_BYTES = {"fp32": 8, "bf16": 12}
-"""Of a parameter over all replicas together: two moments, and of bf16 runs the fp32 master weight.
-"""
+# Bytes per parameter, by precision. An fp32 value takes 4 bytes, a bf16 value 2.
+
+_CHECKPOINT_BYTES = {"fp32": 4 + 2 * 4, "bf16": 2 + 4 + 2 * 4}
+"""In a checkpoint: fp32 weights and two Adam moments; bf16 runs store the bf16 weights as well."""
+_REPLICA_BYTES = {"fp32": 4 + 4, "bf16": 2 + 4}
+"""On the ranks of each replica: the weight and its fp32 gradient."""
+_SHARDED_BYTES = {"fp32": 2 * 4, "bf16": 4 + 2 * 4}
+"""Divided over all replicas: two Adam moments; in bf16 runs the fp32 master weight as well."""
 
 
 @dataclass(frozen=True)
 class CheckpointVolume:
-    """The checkpoints of a whole run.
+    """Disk that the checkpoints of a whole run take.
 
     Attributes:
-        bytes_each: size of one, bytes.
-        kept: how many are there at the end.
+        bytes_each: size of one checkpoint, bytes.
+        kept: number of checkpoints at the end of the run.
     """
 
     bytes_each: int
@@ -38,56 +36,76 @@ class CheckpointVolume:
     def __str__(self) -> str:
         return (
             f"{readable_size(self.bytes_each)} each, {self.kept:,} kept at the end,"
-            f" {readable_size(self.bytes_each * self.kept)} in all"
+            f" {readable_size(self.bytes_each * self.kept)} in total"
         )
 
 
 def checkpoint_volume(config: RunConfig) -> CheckpointVolume:
-    """Size and number of the checkpoints that a run leaves, by checkpoint.every, keep_last and
-    keep_every.
-    """
-    section, steps = config.checkpoint, config.train.steps
-    saved = -(-steps // section.every)  # one more at the end of the run
-    kept = saved
-    if section.keep_last is not None and saved > section.keep_last:
-        last_old = (saved - section.keep_last) * section.every
-        exempt = (
-            0
-            if section.keep_every is None
-            else last_old // math.lcm(section.every, section.keep_every)
-        )
-        kept = section.keep_last + exempt
+    """Size and number of the checkpoints that a run keeps until its end."""
     return CheckpointVolume(
-        num_parameters(config.model) * _CHECKPOINT_BYTES[config.precision], kept
+        bytes_each=num_parameters(config.model) * _CHECKPOINT_BYTES[config.precision],
+        kept=_num_kept(config.checkpoint, config.train.steps),
     )
 
 
-def describe(config: RunConfig) -> list[str]:
-    """Lines for `llada config`."""
-    model, length = config.model, config.data.sequence_length
-    parameters, inner = num_parameters(model), num_parameters(model, embedding=False)
-    flops = step_flops(model, [length], length / 2, length).actual
-    replica, shared = (
-        parameters * _REPLICA_BYTES[config.precision],
-        parameters * _SHARED_BYTES[config.precision],
-    )
-    volume, section = checkpoint_volume(config), config.checkpoint
-    unlimited = (
-        "" if section.keep_last is not None else "; checkpoint.keep_last and keep_every limit them"
-    )
+def _num_kept(section: CheckpointSection, steps: int) -> int:
+    """Number of checkpoints at the end of a run of `steps` steps.
+
+    Example: 1,050 steps with every = 100 write 11 checkpoints, at 100, 200, ..., 1,000 and 1,050.
+    keep_last = 3 keeps those at 900, 1,000 and 1,050. Of the 8 older ones, keep_every = 400 exempts
+    those at 400 and 800: 5 remain.
+    """
+    written = -(-steps // section.every)  # rounded up: the last step is always saved
+    if section.keep_last is None or written <= section.keep_last:
+        return written
+    if section.keep_every is None:
+        return section.keep_last
+    # Only the newest checkpoint can lie off the grid of `every`, so all older ones are on it.
+    last_old_step = (written - section.keep_last) * section.every
+    num_exempt = last_old_step // math.lcm(section.every, section.keep_every)
+    return section.keep_last + num_exempt
+
+
+def summarize(config: RunConfig) -> list[str]:
+    """The lines that `llada config` prints below the settings."""
+    model = config.model
+    length = config.data.sequence_length
+    parameters = num_parameters(model)
+    without_embedding = num_parameters(model, embedding=False)
+
+    # A row is one attention segment here. With t uniform, half of its positions are masked on
+    # average, and only masked positions go through the head.
+    row_flops = step_flops(model, [length], length / 2, length).actual
+    flops_per_step = row_flops * config.batch.global_
+
+    tokens_per_step = config.tokens_per_step
+    at_most = ""
+    if config.task == "sft":  # rows of conversations are shorter than the sequence length
+        at_most = " at most"
+
+    limits_hint = ""
+    if config.checkpoint.keep_last is None:
+        limits_hint = "; checkpoint.keep_last and keep_every limit them"
+
     return [
-        f"parameters: {parameters:,}, of them {inner:,} without embedding and head",
+        f"parameters: {parameters:,}, {without_embedding:,} without embedding and head",
         (
-            f"FLOPs: {flops / length:.3g} a token, {flops * config.batch.global_:.3g} a step,"
-            f" {flops * config.batch.global_ * config.train.steps:.3g} in all (forward and"
-            " backward, whole rows, head on half of the positions)"
+            f"FLOPs: {row_flops / length:.3g} per token, {flops_per_step:.3g} per step,"
+            f" {flops_per_step * config.train.steps:.3g} in total (forward and backward, whole"
+            " rows, head on half of the positions)"
         ),
-        f"tokens: {config.tokens_per_step:,} a step,"
-        f" {config.tokens_per_step * config.train.steps:,} in all"
-        + (" at most" if config.task == "sft" else ""),
         (
-            f"state: {readable_size(replica)} of weights and gradients on each replica, "
-            f"{readable_size(shared)} of optimizer state divided over all"
+            f"tokens: {tokens_per_step:,} per step,"
+            f" {tokens_per_step * config.train.steps:,} in total{at_most}"
         ),
-        f"checkpoints: {volume} (every {section.every:,} steps){unlimited}",
+        (
+            f"state: {readable_size(parameters * _REPLICA_BYTES[config.precision])} of weights and"
+            " gradients on each replica,"
+            f" {readable_size(parameters * _SHARDED_BYTES[config.precision])} of optimizer state"
+            " divided over all"
+        ),
+        (
+            f"checkpoints: {checkpoint_volume(config)} (every {config.checkpoint.every:,}"
+            f" steps){limits_hint}"
+        ),
     ]

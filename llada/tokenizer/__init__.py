@@ -1,21 +1,16 @@
-"""The tokenizer: text <-> ids, whatever the backend, and the roles of its special tokens.
+"""The tokenizer: text <-> ids with any backend, and the roles of its special tokens.
 
 Text is never read as special tokens: a literal "<|mdm_mask|>" in a document is encoded like any
-other characters. A tokenizer that cannot promise this for its special tokens is refused when it is
-loaded.
+other characters. A tokenizer that cannot guarantee this is refused when it is loaded.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 
 from llada.errors import UserError
 from llada.tokenizer.backends import (
@@ -25,18 +20,21 @@ from llada.tokenizer.backends import (
     SIDECAR,
     Backend,
     HuggingFace,
+    JsonObject,
     Roles,
     SentencePiece,
-    Unit,
+    TextBetween,
     canonical_json,
     read_bytes,
     read_json,
     write_text,
 )
 
-BOS, EOS, MASK = "<|startoftext|>", "<|endoftext|>", "<|mdm_mask|>"
+BOS = "<|startoftext|>"
+EOS = "<|endoftext|>"
+MASK = "<|mdm_mask|>"
 SPECIAL_TOKENS = (BOS, EOS, MASK, "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
-"""LLaDA's, in the order in which missing ones are appended."""
+"""LLaDA's special tokens, in the order in which missing ones are added."""
 _NEW_ROLES = {"bos": BOS, "eos": EOS, "pad": EOS, "mask": MASK}
 _KNOWN = {
     "bos": (BOS, "<|begin_of_text|>", "<s>", "<bos>", "[BOS]"),
@@ -44,55 +42,62 @@ _KNOWN = {
     "pad": ("<pad>", "[PAD]", "<|pad|>"),
     "mask": (MASK, "[MASK]", "<mask>", "<|mask|>"),
 }
-"""Names by which a role is found when the tokenizer's files do not assign it."""
-_CONFIG, _MAP, _TEMPLATE = "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"
+"""Usual names of a role's token, the first match wins, for files that do not assign the role."""
+_VOCAB_MULTIPLE = 128
+"""An embedding of such a size splits evenly over tensor-parallel ranks and suits GPU kernels."""
+_CONFIG = "tokenizer_config.json"
+_MAP = "special_tokens_map.json"
+_TEMPLATE = "chat_template.jinja"
 _REMEDY = "add LLaDA's special tokens with `--add-special-tokens`"
 
 
 class Tokenizer:
-    """Text <-> ids. Made by `Tokenizer.load` or `train_byte_level_bpe`; can be sent to other
-    processes.
+    """Text <-> ids. Made by `Tokenizer.load` or `train_byte_level_bpe`; can be pickled.
 
     Attributes:
         name: for messages.
         vocab_size: last id + 1, special tokens included.
-        rows: vocab_size rounded up to a multiple of 128, the rows of a model's embedding.
-        mask_id, eos_id: -1 when there is none, which `load` allows only with require_mask=False.
-        bos_id, pad_id: None when there is none.
-        chat_template: Hugging Face chat template (Jinja) that is saved with it, None when there is
-            none; no part of the fingerprint.
+        padded_vocab_size: vocab_size rounded up to a multiple of 128; the rows of the embedding of
+            a model made for this tokenizer.
+        mask_id, eos_id: -1 if there is none, which `load` allows only with require_mask=False.
+        bos_id, pad_id: None if there is none.
+        chat_template: Hugging Face chat template (Jinja) that is saved with the tokenizer, None if
+            there is none; not part of the fingerprint.
     """
 
     def __init__(
         self, backend: Backend, roles: Roles, name: str, chat_template: str | None = None
     ) -> None:
-        self._backend, self._roles, self.name, self.chat_template = (
-            backend,
-            roles,
-            name,
-            chat_template,
-        )
+        self._backend = backend
+        self._roles = roles
+        self.name = name
+        self.chat_template = chat_template
         self.vocab_size = backend.size
-        self.rows = -(-backend.size // 128) * 128
+        # Rounded up: 126,349 ids need 988 x 128 = 126,464 rows.
+        self.padded_vocab_size = -(-backend.size // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE
+
         ids = {role: backend.id_of(token) for role, token in roles.items()}
-        mask, eos = ids.get("mask"), ids.get("eos")
-        self.mask_id = -1 if mask is None else mask
-        self.eos_id = -1 if eos is None else eos
-        self.bos_id, self.pad_id = ids.get("bos"), ids.get("pad")
+        mask_id = ids.get("mask")
+        eos_id = ids.get("eos")
+        # -1 rather than None: almost every user of the class has both, and compares arrays of ids
+        # with them.
+        self.mask_id = -1 if mask_id is None else mask_id
+        self.eos_id = -1 if eos_id is None else eos_id
+        self.bos_id = ids.get("bos")
+        self.pad_id = ids.get("pad")
         self._refuse_readable_specials()
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[type[Tokenizer], tuple[Backend, Roles, str, str | None]]:
         return Tokenizer, (self._backend, self._roles, self.name, self.chat_template)
 
     @classmethod
     def load(cls, path: str | Path, require_mask: bool = True) -> Tokenizer:
-        """Read a Hugging Face folder (tokenizer.json or tokenizer.model), a tokenizer.json or a
-        SentencePiece .model.
+        """Read a Hugging Face folder, a tokenizer.json or a SentencePiece .model.
 
         Args:
             path: a file called tokenizer.json or tokenizer.model is read with the files beside it,
-                any other alone.
-            require_mask: refuse a tokenizer without a mask token or an EOS. Without,
+                any other file alone.
+            require_mask: refuse a tokenizer without a mask token or an EOS. If false,
                 `with_special_tokens` can add them.
 
         Raises:
@@ -101,108 +106,108 @@ class Tokenizer:
         """
         path = Path(path)
         file = _tokenizer_file(path)
-        folder = file.parent if file.name in (DEFINITION, MODEL) else None
-        roles: Mapping[str, str] = {}
+        folder = None
+        if file.name in (DEFINITION, MODEL):
+            folder = file.parent
+
         backend: Backend
+        sidecar_roles: Roles = {}
         if file.suffix == ".json":
             backend = HuggingFace.read(file)
         else:
-            backend, roles = SentencePiece.read(file, None if folder is None else folder / SIDECAR)
-        roles = {**backend.roles(), **_assigned_roles(folder, backend), **roles}
+            sidecar = None if folder is None else folder / SIDECAR
+            backend, sidecar_roles = SentencePiece.read(file, sidecar)
+
+        # Of several files that assign a role, the most specific wins; usual names come last.
+        roles = {**backend.roles(), **_assigned_roles(folder, backend), **sidecar_roles}
         for role, names in _KNOWN.items():
-            known = next((name for name in names if backend.id_of(name) is not None), None)
-            if role not in roles and known is not None:
-                roles[role] = known
+            if role not in roles:
+                known = [name for name in names if backend.id_of(name) is not None]
+                if known:
+                    roles[role] = known[0]
         if require_mask:
-            for role, what in (("mask", "mask token"), ("eos", "EOS (end of document) token")):
-                if role not in roles:
-                    raise UserError(
-                        f"{path}: the tokenizer has no {what} (none of {', '.join(_KNOWN[role])});"
-                        f" {_REMEDY}"
-                    )
-        marked = [
+            _require(roles, "mask", "mask token", path)
+            _require(roles, "eos", "EOS (end of document) token", path)
+
+        # A token with a role is special even if its file has it as an ordinary added token.
+        special = [
             token
             for token in (*roles.values(), *SPECIAL_TOKENS)
             if backend.id_of(token) is not None
         ]
-        return cls(
-            backend.with_special(marked),
-            dict(roles),
-            str(path),
-            None if folder is None else _stored_template(folder),
-        )
+        template = None if folder is None else _stored_template(folder)
+        return cls(backend.with_special(special), roles, str(path), template)
 
     def with_special_tokens(self, tokens: Sequence[str] = SPECIAL_TOKENS) -> Tokenizer:
-        """This tokenizer with those of LLaDA's special tokens that it lacks after its last id;
-        roles it has are kept.
+        """A copy with those of LLaDA's special tokens that this tokenizer lacks.
+
+        They get the ids after its last one. Roles that are assigned already stay as they are.
 
         Args:
-            tokens: which of SPECIAL_TOKENS.
+            tokens: subset of SPECIAL_TOKENS.
         """
-        roles = {role: token for role, token in _NEW_ROLES.items() if token in tokens}
+        new_roles = {role: token for role, token in _NEW_ROLES.items() if token in tokens}
         return Tokenizer(
             self._backend.with_special(tokens),
-            {**roles, **self._roles},
+            {**new_roles, **self._roles},
             self.name,
             self.chat_template,
         )
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over the definition and the roles: equal for tokenizers that give every text the
-        same ids.
+        """sha256 of the definition and the roles, hexadecimal.
+
+        Equal for tokenizers that give every text the same ids.
         """
         digest = hashlib.sha256(self._backend.canonical())
         digest.update(canonical_json({"roles": self._roles}))
         return digest.hexdigest()
 
     def encode(self, text: str) -> I64:
-        """The ids of a text; no token is added and none is a special token."""
+        """The ids of a text, int64 [n]. No token is added, and none is a special token."""
         return self._backend.encode([text], one_thread=True)[0]
 
     def encode_batch(self, texts: list[str], one_thread: bool = False) -> tuple[I64, I64]:
-        """The ids of many texts one after the other, and how many ids each has [len(texts)].
+        """Encode many texts at once.
 
         Args:
-            texts: any number of them.
-            one_thread: leave the other cores alone; the ids are the same.
+            texts: may be empty.
+            one_thread: use only the calling thread; the ids are the same.
+
+        Returns:
+            The ids of all texts one after the other, int64 [n], and the number of ids of each,
+            int64 [len(texts)].
         """
         return self._backend.encode(texts, one_thread)
 
-    def encode_between(self, units: Sequence[Unit]) -> list[list[int]]:
-        """The ids of texts that stand between special tokens in a longer text; those tokens are not
-        among them.
+    def encode_between(self, texts: Sequence[TextBetween]) -> list[list[int]]:
+        """The ids of texts that stand between special tokens, without the ids of those tokens.
 
-        Most tokenizers give a text the same ids wherever it stands. Some do not: spaces beside a
-        token may belong to it, and a space may be put before the first text alone.
+        Most tokenizers give a text the same ids wherever it stands. Some do not: a token may absorb
+        the spaces beside it, and some tokenizers put a space before the first text only.
 
         Raises:
-            UserError: a special token that the tokenizer does not read beside that text.
+            UserError: the tokenizer does not read a special token beside a text as special.
         """
-        return self._backend.encode_between(units)
+        return self._backend.encode_between(texts)
 
     @cached_property
-    def specials(self) -> dict[str, int]:
+    def special_ids(self) -> dict[str, int]:
         """Every special token -> its id."""
-        return self._backend.special()
+        return self._backend.special_ids()
 
     @property
     def template_variables(self) -> dict[str, str]:
-        """What a chat template may ask for: `bos_token`, `eos_token` ..., as far as the tokenizer
-        has them.
-        """
+        """Variables of chat templates: `bos_token`, `eos_token` ... of the assigned roles."""
         return {f"{role}_token": token for role, token in sorted(self._roles.items())}
 
-    def decode(
-        self, ids: Sequence[int] | npt.NDArray[np.integer[Any]], skip_special_tokens: bool = False
-    ) -> str:
-        """The text of ids. An id without a token gives nothing."""
+    def decode(self, ids: Sequence[int] | I64, skip_special_tokens: bool = False) -> str:
+        """The text of ids. An id without a token adds nothing."""
         return self._backend.decode([int(i) for i in ids], skip_special_tokens)
 
     def token(self, token_id: int) -> str:
-        """One token for people: printable, with its leading space where the vocabulary
-        marks one.
-        """
+        """A token for display: printable, with its leading space if the vocabulary marks one."""
         raw = self._backend.token(int(token_id))
         if raw is None:
             return f"<{token_id}>"
@@ -211,20 +216,16 @@ class Tokenizer:
         else:
             text = self.decode([token_id])
             if not text or "\ufffd" in text:
-                text = raw  # part of a character: the vocabulary's own spelling of its bytes
+                text = raw  # part of a character: show the vocabulary's spelling of the bytes
         return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
     def id_of(self, token: str) -> int | None:
-        """The id of a token by its exact name, a special token's among them; None when there is
-        none.
-        """
+        """The id of the token with this exact name, special or not; None if there is none."""
         return self._backend.id_of(token)
 
     @property
     def definition(self) -> str | bytes:
-        """The text of its tokenizer.json, or the bytes of its SentencePiece model (which does not
-        know tokens added to it).
-        """
+        """The text of a tokenizer.json, or a SentencePiece model (which lacks the added tokens)."""
         return self._backend.definition
 
     def special_tokens(self) -> dict[str, tuple[str, int]]:
@@ -236,14 +237,15 @@ class Tokenizer:
         }
 
     def save(self, folder: str | Path) -> None:
-        """Write a folder that `load` reads back with the same fingerprint, and AutoTokenizer too if
-        it has a tokenizer.json.
+        """Write a folder that `load` reads back with the same fingerprint.
+
+        AutoTokenizer of transformers reads it too, if it has a tokenizer.json.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         names = self.template_variables
         self._backend.save(folder, self._roles)
-        config: dict[str, Any] = {**names, "clean_up_tokenization_spaces": False}
+        config: JsonObject = {**names, "clean_up_tokenization_spaces": False}
         if isinstance(self._backend, HuggingFace):
             config["tokenizer_class"] = "PreTrainedTokenizerFast"
         if self.chat_template is not None:
@@ -253,17 +255,13 @@ class Tokenizer:
         write_text(folder / _MAP, json.dumps(names, indent=2))
 
     def _refuse_readable_specials(self) -> None:
-        names = sorted(
-            {
-                *self._roles.values(),
-                *(name for name in SPECIAL_TOKENS if self.id_of(name) is not None),
-            }
-        )
-        for name in names:
-            if (
-                self.id_of(name)
-                in self._backend.encode([name, f"a {name} b", f"a{name}b"], one_thread=True)[0]
-            ):
+        """Raise UserError if some text is encoded as a special token."""
+        known = {name for name in SPECIAL_TOKENS if self.id_of(name) is not None}
+        for name in sorted(known.union(self._roles.values())):
+            # Alone, as a word of its own, and inside a word: tokenizers differ in what they match.
+            texts = [name, f"a {name} b", f"a{name}b"]
+            ids, _ = self._backend.encode(texts, one_thread=True)
+            if self.id_of(name) in ids:
                 raise UserError(
                     f"{self.name}: the text {name!r} is encoded as the special token {name} (id"
                     f" {self.id_of(name)}); special tokens must be ones that text cannot spell:"
@@ -272,13 +270,14 @@ class Tokenizer:
 
 
 def train_byte_level_bpe(texts: Iterator[str], vocab_size: int) -> Tokenizer:
-    """Train a byte-level BPE tokenizer with LLaDA's special tokens, which take the last ids. The
-    same texts give the same one.
+    """Train a byte-level BPE tokenizer with LLaDA's special tokens, which get the last ids.
+
+    The same texts give the same tokenizer.
 
     Args:
         texts: read once.
-        vocab_size: ids in all: 256 bytes, 6 special tokens, the rest merges. The result has fewer
-            when the texts have no more pairs.
+        vocab_size: number of ids: 256 bytes, 6 special tokens, the rest merges. The result has
+            fewer if the texts have no more pairs to merge.
 
     Raises:
         UserError: a vocab_size without room for bytes and special tokens.
@@ -306,6 +305,7 @@ def train_byte_level_bpe(texts: Iterator[str], vocab_size: int) -> Tokenizer:
 
 
 def _tokenizer_file(path: Path) -> Path:
+    """The file that defines the tokenizer at `path`. Raises UserError if there is none."""
     if path.is_dir():
         for name in (DEFINITION, MODEL):
             if (path / name).is_file():
@@ -313,7 +313,7 @@ def _tokenizer_file(path: Path) -> Path:
         raise UserError(f"{path}: no tokenizer in this folder (neither {DEFINITION} nor {MODEL})")
     if not path.is_file():
         raise UserError(f"{path}: no such tokenizer folder or file")
-    # tokenizer.model.v3 is a name in use
+    # Any suffix may be ".model": names such as tokenizer.model.v3 are in use.
     if path.suffix != ".json" and ".model" not in path.suffixes:
         raise UserError(
             f"{path}: not a tokenizer (a folder, a tokenizer.json or a SentencePiece .model)"
@@ -322,13 +322,19 @@ def _tokenizer_file(path: Path) -> Path:
 
 
 def _assigned_roles(folder: Path | None, backend: Backend) -> Roles:
-    """The roles that tokenizer_config.json, then special_tokens_map.json assign."""
+    """The roles that tokenizer_config.json assigns, else special_tokens_map.json."""
     roles: Roles = {}
-    for path in () if folder is None else (folder / _CONFIG, folder / _MAP):
-        content = read_json(path) if path.is_file() else {}
+    if folder is None:
+        return roles
+    for path in (folder / _CONFIG, folder / _MAP):
+        if not path.is_file():
+            continue
+        content = read_json(path)
         for role in _KNOWN:
-            value = content.get(f"{role}_token")
-            token = value.get("content") if isinstance(value, dict) else value
+            # Either the token itself or a description of an added token.
+            token = content.get(f"{role}_token")
+            if isinstance(token, dict):
+                token = token.get("content")
             if role in roles or not isinstance(token, str):
                 continue
             if backend.id_of(token) is not None:
@@ -338,21 +344,34 @@ def _assigned_roles(folder: Path | None, backend: Backend) -> Roles:
     return roles
 
 
+def _require(roles: Roles, role: str, name: str, path: Path) -> None:
+    """Raise UserError if no token has `role`, which messages call `name`."""
+    if role not in roles:
+        raise UserError(
+            f"{path}: the tokenizer has no {name} (none of {', '.join(_KNOWN[role])}); {_REMEDY}"
+        )
+
+
 def _stored_template(folder: Path) -> str | None:
-    """The chat template beside a tokenizer: a file of its own goes before tokenizer_config.json, as
-    for transformers.
+    """The chat template beside a tokenizer, None if there is none.
+
+    As in transformers, a file of its own takes precedence over tokenizer_config.json.
     """
     if (folder / _TEMPLATE).is_file():
         try:
             return read_bytes(folder / _TEMPLATE).decode("utf-8").replace("\r\n", "\n")
         except UnicodeDecodeError:
             raise UserError(f"{folder / _TEMPLATE}: not UTF-8") from None
-    found = (
-        read_json(folder / _CONFIG).get("chat_template") if (folder / _CONFIG).is_file() else None
-    )
-    if isinstance(found, list):  # several with names
-        named = {
-            entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)
+    if not (folder / _CONFIG).is_file():
+        return None
+    template = read_json(folder / _CONFIG).get("chat_template")
+    if isinstance(template, list):  # several templates, each with a name
+        by_name = {
+            entry.get("name"): entry.get("template")
+            for entry in template
+            if isinstance(entry, dict)
         }
-        found = named.get("default")
-    return found if isinstance(found, str) else None
+        template = by_name.get("default")
+    if not isinstance(template, str):
+        return None
+    return template

@@ -1,54 +1,98 @@
-"""What a tokenizer is made of: a tokenizer.json or a SentencePiece model, with the special tokens
-added to it.
-"""
+"""What a tokenizer wraps: a tokenizer.json or a SentencePiece model, with added special tokens."""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from llada.errors import UserError
 
+if TYPE_CHECKING:
+    from tokenizers import Encoding
+    from tokenizers import Tokenizer as Fast
+
 I64 = npt.NDArray[np.int64]
+JsonObject = dict[str, Any]
 Roles = dict[str, str]
-"""Role (bos, eos, pad, mask) -> token; a role without a token is left out."""
-Unit = tuple[int | None, str, int | None]
-"""A text and the special tokens before and after it, None at the start and at the end of all."""
+"""Role (bos, eos, pad, mask) -> token. A role without a token is left out."""
 
 ROLES = ("bos", "eos", "pad", "mask")
-DEFINITION, MODEL, SIDECAR = "tokenizer.json", "tokenizer.model", "added_special_tokens.json"
+_ADDED_TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
+DEFINITION = "tokenizer.json"
+MODEL = "tokenizer.model"
+SIDECAR = "added_special_tokens.json"
+"""Beside a SentencePiece model: special tokens that the model does not know, and the roles."""
+
+
+class TextBetween(NamedTuple):
+    """A text within a longer one, with the special tokens beside it (None at either end of all)."""
+
+    before: int | None
+    text: str
+    after: int | None
 
 
 class Backend(Protocol):
+    """What the library behind a tokenizer does; `Tokenizer` describes most of it.
+
+    Attributes:
+        size: last id + 1, added tokens included.
+    """
+
     size: int
 
     @property
     def definition(self) -> str | bytes: ...
     def id_of(self, token: str) -> int | None: ...
     def token(self, token_id: int) -> str | None: ...
-    def roles(self) -> Roles: ...
-    def special(self) -> dict[str, int]: ...
+    def roles(self) -> Roles:
+        """Roles that the definition itself assigns."""
+        ...
+
+    def special_ids(self) -> dict[str, int]: ...
     def encode(self, texts: list[str], one_thread: bool) -> tuple[I64, I64]: ...
-    def encode_between(self, units: Sequence[Unit]) -> list[list[int]]: ...
+    def encode_between(self, texts: Sequence[TextBetween]) -> list[list[int]]: ...
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str: ...
-    def with_special(self, tokens: Iterable[str]) -> Backend: ...
-    def canonical(self) -> bytes: ...
+    def with_special(self, tokens: Iterable[str]) -> Backend:
+        """This tokenizer with `tokens` as special tokens; new ones take the next ids."""
+        ...
+
+    def canonical(self) -> bytes:
+        """The definition in one form for all files that mean the same, for the fingerprint."""
+        ...
+
     def save(self, folder: Path, roles: Roles) -> None: ...
 
 
+class StandIns(NamedTuple):
+    """A copy of a tokenizer that reads other names as its special tokens.
+
+    Attributes:
+        tokenizer: the copy.
+        names: special id -> the name that stands for it, which sound text does not hold.
+        ids: special id -> the id of that name in the copy.
+    """
+
+    tokenizer: Fast
+    names: dict[int, str]
+    ids: dict[int, int | None]
+
+
 class HuggingFace:
-    """A tokenizer.json. What is kept, hashed and saved is its own text, so another version of the
-    library changes no fingerprint.
+    """A tokenizer.json.
+
+    The text of the file is what is kept, hashed and saved, not what the library would write, so
+    another version of the library changes no fingerprint.
     """
 
     def __init__(self, text: str) -> None:
@@ -56,22 +100,23 @@ class HuggingFace:
 
         self.definition = text
         self._fast = Fast.from_str(text)
-        # not part of the definition: text is never read as special tokens
+        # Text is never read as special tokens. The switch is not part of the definition, and a
+        # pickled copy loses it: hence __reduce__.
         self._fast.encode_special_tokens = True
         self._encode = getattr(self._fast, "encode_batch_fast", self._fast.encode_batch)
         self.size = max(self._fast.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[type[HuggingFace], tuple[str]]:
         return HuggingFace, (self.definition,)
 
     @classmethod
     def read(cls, path: Path) -> HuggingFace:
         definition = read_json(path)
-        # of a run of another model; documents are encoded whole
+        # Some files keep the truncation and padding of a past run. Documents are encoded whole.
         definition.update(truncation=None, padding=None)
         try:
             return cls(json.dumps(definition, ensure_ascii=False))
-        except Exception as error:  # the library raises nothing narrower
+        except Exception as error:  # the library raises plain Exception
             raise UserError(f"{path}: not a tokenizer.json ({error})") from None
 
     def id_of(self, token: str) -> int | None:
@@ -83,104 +128,113 @@ class HuggingFace:
     def roles(self) -> Roles:
         return {}
 
-    def special(self) -> dict[str, int]:
+    def special_ids(self) -> dict[str, int]:
         return {entry["content"]: entry["id"] for entry in self._special_entries}
 
     @cached_property
-    def _special_entries(self) -> list[dict[str, Any]]:
-        return [
-            entry
-            for entry in json.loads(self.definition).get("added_tokens") or []
-            if entry.get("special")
-        ]
+    def _special_entries(self) -> list[JsonObject]:
+        """The special ones among the added tokens, as they stand in the definition."""
+        added = json.loads(self.definition).get("added_tokens") or []
+        return [entry for entry in added if entry.get("special")]
 
     def encode(self, texts: list[str], one_thread: bool) -> tuple[I64, I64]:
         with _threads(one_thread):
             rows = [encoding.ids for encoding in self._encode(texts, add_special_tokens=False)]
         lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
         return (
-            np.fromiter(chain.from_iterable(rows), dtype=np.int64, count=int(lengths.sum())),
+            np.fromiter(
+                itertools.chain.from_iterable(rows), dtype=np.int64, count=int(lengths.sum())
+            ),
             lengths,
         )
 
     @cached_property
-    def _stand_ins(self) -> tuple[Any, dict[int, str]]:
-        """A copy that reads other names, which no sound text holds, as special tokens; and special
-        id -> that name.
-        """
+    def _stand_ins(self) -> StandIns:
         from tokenizers import AddedToken
         from tokenizers import Tokenizer as Fast
 
         fast = Fast.from_str(self.definition)
         fast.encode_special_tokens = True  # the special tokens' own names stay text
-        entries = self._special_entries
-        names = {entry["id"]: f"\ufdd0{entry['id']}\ufdd1" for entry in entries}
-        flags = ("single_word", "lstrip", "rstrip", "normalized")
-        fast.add_tokens(
-            [
-                AddedToken(
-                    names[e["id"]], special=False, **{flag: bool(e.get(flag)) for flag in flags}
-                )
-                for e in entries
-            ]
-        )
-        return fast, names
+        names: dict[int, str] = {}
+        tokens = []
+        for entry in self._special_entries:
+            names[entry["id"]] = f"\ufdd0{entry['id']}\ufdd1"
+            # Not special, since encode_special_tokens makes text of the names of special tokens.
+            # The flags decide which spaces beside it belong to the token.
+            flags = {flag: bool(entry.get(flag)) for flag in _ADDED_TOKEN_FLAGS}
+            tokens.append(AddedToken(names[entry["id"]], special=False, **flags))
+        fast.add_tokens(tokens)
+        return StandIns(fast, names, {i: fast.token_to_id(name) for i, name in names.items()})
 
-    def encode_between(self, units: Sequence[Unit]) -> list[list[int]]:
-        fast, names = self._stand_ins
-        ends = [
-            [None if end is None else fast.token_to_id(names[end]) for end in (before, after)]
-            for before, _, after in units
-        ]
-        texts = [
-            "".join(("" if b is None else names[b], text, "" if a is None else names[a]))
-            for b, text, a in units
-        ]
-        rows = []
-        encode = getattr(fast, "encode_batch_fast", fast.encode_batch)
-        for unit, (before, after), encoding in zip(
-            units, ends, encode(texts, add_special_tokens=False), strict=True
-        ):
-            ids = encoding.ids
-            first, last = int(before is not None), len(ids) - int(after is not None)
-            if ids[:first] != [before] * first or ids[last:] != [after] * (len(ids) - last):
-                beside = " and ".join(
-                    str(self.token(end)) for end in (unit[0], unit[2]) if end is not None
+    def encode_between(self, texts: Sequence[TextBetween]) -> list[list[int]]:
+        stand_ins = self._stand_ins
+        spelt_out = [
+            "".join(
+                (
+                    "" if text.before is None else stand_ins.names[text.before],
+                    text.text,
+                    "" if text.after is None else stand_ins.names[text.after],
                 )
-                raise UserError(
-                    f"the tokenizer does not read {beside} as special beside the text"
-                    f" {unit[1][:40]!r}"
-                )
-            rows.append(ids[first:last])
-        return rows
+            )
+            for text in texts
+        ]
+        encode = getattr(stand_ins.tokenizer, "encode_batch_fast", stand_ins.tokenizer.encode_batch)
+        encodings = encode(spelt_out, add_special_tokens=False)
+        return [
+            self._without_neighbours(text, encoding)
+            for text, encoding in zip(texts, encodings, strict=True)
+        ]
+
+    def _without_neighbours(self, text: TextBetween, encoding: Encoding) -> list[int]:
+        """The ids of a text without those of the special tokens beside it, which must be there."""
+        ids = encoding.ids
+        start = 0
+        stop = len(ids)
+        if text.before is not None:
+            start = 1
+        if text.after is not None:
+            stop -= 1
+        before = [] if text.before is None else [self._stand_ins.ids[text.before]]
+        after = [] if text.after is None else [self._stand_ins.ids[text.after]]
+        if ids[:start] != before or ids[stop:] != after:
+            neighbours = [text.before, text.after]
+            tokens = " and ".join(str(self.token(i)) for i in neighbours if i is not None)
+            raise UserError(
+                f"the tokenizer does not read {tokens} as special beside the text"
+                f" {text.text[:40]!r}"
+            )
+        return ids[start:stop]
 
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
         return self._fast.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def with_special(self, tokens: Iterable[str]) -> HuggingFace:
         definition = json.loads(self.definition)
-        added: dict[str, dict[str, Any]] = {
+        added: dict[str, JsonObject] = {
             entry["content"]: entry for entry in definition.get("added_tokens") or []
         }
-        size, changed = self.size, False
+        next_id = self.size
+        changed = False
         for token in tokens:
-            token_id = self.id_of(token)
-            if token not in added:
-                flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-                added[token] = {
-                    "id": size if token_id is None else token_id,
-                    "content": token,
-                    **flags,
-                    "special": True,
-                }
-                size += token_id is None
-            elif added[token].get("special"):
+            if token in added and added[token].get("special"):
                 continue
-            added[token]["special"] = changed = True
+            changed = True
+            if token not in added:
+                # A word of the model's own vocabulary keeps its id.
+                token_id = self.id_of(token)
+                if token_id is None:
+                    token_id = next_id
+                    next_id += 1
+                flags = dict.fromkeys(_ADDED_TOKEN_FLAGS, False)
+                added[token] = {"id": token_id, "content": token, **flags}
+            added[token]["special"] = True
         if not changed:
             return self
         definition["added_tokens"] = sorted(added.values(), key=lambda entry: entry["id"])
         result = HuggingFace(json.dumps(definition, ensure_ascii=False))
+
+        # The library numbers new tokens itself, from the size of the vocabulary on. In a vocabulary
+        # with unused ids that is less than the last id, and the tokens get other ids than ours.
         for token in added:
             if result.id_of(token) != added[token]["id"]:
                 raise UserError(
@@ -197,48 +251,46 @@ class HuggingFace:
 
 
 class SentencePiece:
-    """A SentencePiece model, and special tokens after its last id that the model does not know: no
-    text can spell them.
+    """A SentencePiece model, and special tokens added after its last id.
+
+    The model does not know the added tokens, so no text can spell them.
     """
 
     def __init__(self, model: bytes, extra: Mapping[str, int]) -> None:
         from sentencepiece import SentencePieceProcessor
 
-        self.definition, self.extra = model, dict(extra)
+        self.definition = model
+        self.extra = dict(extra)
         self._processor = SentencePieceProcessor(model_proto=model)
-        self._pieces = self._processor.get_piece_size()
-        if not self._pieces:
+        self._num_pieces = self._processor.get_piece_size()
+        self.size = self._num_pieces + len(self.extra)
+        if not self._num_pieces:
             raise ValueError("an empty model")
-        if sorted(self.extra.values()) != list(range(self._pieces, self._pieces + len(self.extra))):
+        if sorted(self.extra.values()) != list(range(self._num_pieces, self.size)):
             raise ValueError("the ids of its added tokens do not follow its own")
-        self.size = self._pieces + len(self.extra)
-        self._special = {token_id: token for token, token_id in self.extra.items()}
-        self._special.update(
-            {
-                i: self._processor.id_to_piece(i)
-                for i in range(self._pieces)
-                if self._processor.is_control(i)
-            }
-        )
 
-    def __reduce__(self) -> tuple[Any, ...]:
+        # Special are the added tokens and the model's control symbols (such as <s> and </s>).
+        self._special = {token_id: token for token, token_id in self.extra.items()}
+        for token_id in range(self._num_pieces):
+            if self._processor.is_control(token_id):
+                self._special[token_id] = self._processor.id_to_piece(token_id)
+
+    def __reduce__(self) -> tuple[type[SentencePiece], tuple[bytes, dict[str, int]]]:
         return SentencePiece, (self.definition, self.extra)
 
     @classmethod
     def read(cls, path: Path, sidecar: Path | None) -> tuple[SentencePiece, Roles]:
-        """The model with what the file of added tokens says, where there is one."""
-        content = (
-            read_json(sidecar)
-            if sidecar is not None and sidecar.is_file()
-            else {"added_tokens": {}, "roles": {}}
-        )
+        """Read a model, and the added tokens and roles beside it if that file exists."""
+        content: JsonObject = {"added_tokens": {}, "roles": {}}
+        if sidecar is not None and sidecar.is_file():
+            content = read_json(sidecar)
         try:
             backend = cls(read_bytes(path), content["added_tokens"])
             roles = {role: str(token) for role, token in content["roles"].items()}
         except UserError:
             raise
         except Exception as error:
-            # the library raises RuntimeError, OSError or TypeError by what is wrong
+            # The library raises RuntimeError, OSError or TypeError, depending on what is wrong.
             raise UserError(
                 f"{path}: not a SentencePiece model with sound added tokens ({error})"
             ) from None
@@ -252,13 +304,18 @@ class SentencePiece:
     def id_of(self, token: str) -> int | None:
         if token in self.extra:
             return self.extra[token]
-        token_id = self._processor.piece_to_id(token)  # the unknown piece's id when there is none
-        return token_id if self._processor.id_to_piece(token_id) == token else None
+        # A name that the model does not know gets the id of its unknown piece.
+        token_id = self._processor.piece_to_id(token)
+        if self._processor.id_to_piece(token_id) != token:
+            return None
+        return token_id
 
     def token(self, token_id: int) -> str | None:
         if token_id in self._special:
             return self._special[token_id]
-        return self._processor.id_to_piece(token_id) if 0 <= token_id < self._pieces else None
+        if not 0 <= token_id < self._num_pieces:
+            return None
+        return self._processor.id_to_piece(token_id)
 
     def roles(self) -> Roles:
         ids = {
@@ -269,55 +326,58 @@ class SentencePiece:
         return {
             role: self._processor.id_to_piece(token_id)
             for role, token_id in ids.items()
-            if token_id >= 0
+            if token_id >= 0  # -1: the model has no such token
         }
 
-    def special(self) -> dict[str, int]:
+    def special_ids(self) -> dict[str, int]:
         return {token: token_id for token_id, token in self._special.items()}
 
-    def encode_between(self, units: Sequence[Unit]) -> list[list[int]]:
-        rows: list[list[int]] = self._processor.encode([text for _, text, _ in units])
+    def encode_between(self, texts: Sequence[TextBetween]) -> list[list[int]]:
+        # The model knows no special tokens in text, so neighbours change nothing.
+        rows: list[list[int]] = self._processor.encode([text.text for text in texts])
         return rows
 
     def encode(self, texts: list[str], one_thread: bool) -> tuple[I64, I64]:
-        rows = (
-            self._processor.encode(texts, out_type="numpy", num_threads=1 if one_thread else -1)
-            if texts
-            else []
-        )
+        rows = []
+        if texts:
+            num_threads = -1  # all cores
+            if one_thread:
+                num_threads = 1
+            rows = self._processor.encode(texts, out_type="numpy", num_threads=num_threads)
         lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
+        # The empty array gives an empty result its type.
         return np.concatenate([np.empty(0, np.int64), *rows], dtype=np.int64), lengths
 
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
-        text, run, spoken = "", [], False
-        for token_id in [*ids, None]:
-            if (
-                token_id is not None
-                and 0 <= token_id < self._pieces
-                and token_id not in self._special
-            ):
-                run.append(token_id)
-                continue
-            if run:
-                part = self._processor.decode(run)
-                # The processor drops the space at a text's start; after other words it is one.
-                if (
-                    spoken
-                    and self._processor.id_to_piece(run[0]).startswith("▁")
-                    and not part.startswith(" ")
-                ):
-                    part = f" {part}"
-                text, run, spoken = text + part, [], True
-            if token_id in self._special and not skip_special_tokens:
-                text += self._special[token_id]
+        # The processor knows no added tokens and drops control symbols. So it decodes the runs of
+        # ordinary ids, and the special tokens are put between them.
+        text = ""
+        has_words = False
+        for is_ordinary, run in itertools.groupby(ids, self._is_ordinary):
+            if is_ordinary:
+                text += self._decode_run(list(run), keep_first_space=has_words)
+                has_words = True
+            elif not skip_special_tokens:
+                text += "".join(self._special.get(token_id, "") for token_id in run)
         return text
+
+    def _is_ordinary(self, token_id: int) -> bool:
+        return 0 <= token_id < self._num_pieces and token_id not in self._special
+
+    def _decode_run(self, ids: list[int], keep_first_space: bool) -> str:
+        """Decode ordinary ids; the processor drops a space at their start, which may be kept."""
+        part = self._processor.decode(ids)
+        starts_with_space = self._processor.id_to_piece(ids[0]).startswith("▁")
+        if keep_first_space and starts_with_space and not part.startswith(" "):
+            part = f" {part}"
+        return part
 
     def with_special(self, tokens: Iterable[str]) -> SentencePiece:
         missing = [token for token in tokens if self.id_of(token) is None]
-        return SentencePiece(
-            self.definition,
-            {**self.extra, **{token: self.size + i for i, token in enumerate(missing)}},
-        )
+        extra = dict(self.extra)
+        for i, token in enumerate(missing):
+            extra[token] = self.size + i
+        return SentencePiece(self.definition, extra)
 
     def canonical(self) -> bytes:
         return canonical_json(
@@ -335,13 +395,15 @@ class SentencePiece:
 
 
 def read_bytes(path: Path) -> bytes:
+    """Read a file. Raises UserError if that fails."""
     try:
         return path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> JsonObject:
+    """Read a file with one JSON object. Raises UserError if that fails."""
     try:
         content = json.loads(read_bytes(path))
     except (ValueError, RecursionError) as error:
@@ -352,26 +414,31 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write a text file that ends with a newline."""
     path.write_text(text + "\n", encoding="utf-8")
 
 
-def canonical_json(content: Any) -> bytes:
+def canonical_json(content: JsonObject) -> bytes:
+    """JSON that is the same for all files that mean the same: sorted keys, no white space."""
     return json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
 
 
 @contextmanager
 def _threads(one: bool) -> Iterator[None]:
-    """Keep the tokenizers library, which asks the environment at each call, to the
-    calling thread.
+    """Limit the tokenizers library to the calling thread within the block, if `one` is true.
+
+    The library reads the environment variable at each call.
     """
+    if not one:
+        yield
+        return
     name = "TOKENIZERS_PARALLELISM"
     before = os.environ.get(name)
-    if one:
-        os.environ[name] = "false"
+    os.environ[name] = "false"
     try:
         yield
     finally:
-        if one and before is None:
+        if before is None:
             del os.environ[name]
-        elif one and before is not None:
+        else:
             os.environ[name] = before

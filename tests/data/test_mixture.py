@@ -367,7 +367,7 @@ def entry(weight: float, *changes: tuple[float, float]) -> dict[str, Any]:
         ([entry(1, (2.5, 1.0))], "data.mixture.0.weight_at.0.tokens: 2.5 is not allowed"),
         ([entry(1), entry(1, (9, 1.0), (5, 2.0))], "data.mixture.1.weight_at: tokens 5 after 9"),
         ([entry(1, (9, 1.0), (9, 2.0))], "data.mixture.0.weight_at: tokens 9 after 9"),
-        ([entry(1), entry(0)], "data.mixture.1.weight: 0.0 and never more"),
+        ([entry(1), entry(0)], "data.mixture.1.weight: 0.0 at every point of the run"),
         ([entry(0, (5, 1.0))], "data.mixture: the weights of all corpora are 0 at the start"),
         (
             [entry(1, (9, 0.0)), entry(0, (7, 1.0), (20, 0.0))],

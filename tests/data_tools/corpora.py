@@ -31,7 +31,7 @@ def write_corpus(
     for split, shards in zip(SPLITS, (train, validation), strict=True):
         for number, documents in enumerate(shards):
             with ShardWriter(
-                folder, f"{split}-{number:05d}", token_dtype(tokenizer.rows), split
+                folder, f"{split}-{number:05d}", token_dtype(tokenizer.padded_vocab_size), split
             ) as writer:
                 flat = [i for ids in documents for i in [*ids, tokenizer.eos_id]]
                 text_bytes = sum(len(tokenizer.decode(ids).encode()) for ids in documents)
@@ -42,9 +42,9 @@ def write_corpus(
         "format_version": FORMAT_VERSION,
         "tool_version": "0",
         "kind": TEXT,
-        "dtype": token_dtype(tokenizer.rows).name,
+        "dtype": token_dtype(tokenizer.padded_vocab_size).name,
         "vocab_size": tokenizer.vocab_size,
-        "padded_vocab_size": tokenizer.rows,
+        "padded_vocab_size": tokenizer.padded_vocab_size,
         "mask_id": tokenizer.mask_id,
         "eos_id": tokenizer.eos_id,
         "tokenizer_fingerprint": tokenizer.fingerprint,

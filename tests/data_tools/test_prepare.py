@@ -280,7 +280,7 @@ def test_a_failed_replacement_keeps_what_was_there(
             raise OSError(errno.EIO, "Input/output error")
         os.rename(old, new)
 
-    monkeypatch.setattr("llada.files.os", like(os, rename=no_second_rename))
+    monkeypatch.setattr("llada.outputs.os", like(os, rename=no_second_rename))
     with pytest.raises(
         RunError, match=r"Input/output error.*all is written and kept in .*corpus.partial"
     ):

@@ -59,7 +59,7 @@ def test_train_byte_level(source: Path, tmp_path: Path):
     made = train_tokenizer([source], 320, tmp_path / "t")
     loaded = Tokenizer.load(tmp_path / "t")
     assert loaded.fingerprint == made.tokenizer.fingerprint
-    assert loaded.rows == 384
+    assert loaded.padded_vocab_size == 384
     size, tokens = sum(len(t.encode()) for t in TEXTS), sum(len(loaded.encode(t)) for t in TEXTS)
     assert (made.fit.text_bytes, made.fit.tokens, made.fit.words) == (
         size,
@@ -95,7 +95,7 @@ def test_train_byte_level(source: Path, tmp_path: Path):
 @pytest.mark.parametrize("kind", PIECES)
 def test_sentencepiece_vocabulary(pieces: dict[str, Tokenizer], kind: str):
     tokenizer = pieces[kind]
-    assert (tokenizer.vocab_size, tokenizer.rows) == (600, 640)
+    assert (tokenizer.vocab_size, tokenizer.padded_vocab_size) == (600, 640)
     assert [tokenizer.id_of(token) for token in SPECIAL_TOKENS] == list(range(594, 600))
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.mask_id) == (
         594,

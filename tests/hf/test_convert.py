@@ -25,7 +25,7 @@ from llada.checkpoint.reading import StoredTensors
 from llada.checkpoint.writing import write_model
 from llada.config.sections import ModelSection
 from llada.errors import RunError, UserError
-from llada.files import flushed_meanwhile
+from llada.files import flush_in_background
 from llada.hf import convert as module
 from llada.hf.convert import convert, parse_size, to_hf
 from llada.hf.tensor_files import write_safetensors
@@ -525,6 +525,6 @@ def test_a_disk_that_fails_to_flush_is_no_finished_export(
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr("llada.files.os", like(os, fdatasync=fail))
-    with pytest.raises(OSError, match="Input/output error"), flushed_meanwhile(tmp_path):
+    with pytest.raises(OSError, match="Input/output error"), flush_in_background(tmp_path):
         (tmp_path / "file").write_text("text")
         assert flushed.wait(60)

@@ -632,7 +632,7 @@ def test_the_disk_is_asked_first(
     published_folder(tmp_path / "folder", workplace.folder / "tokenizer")
     from_hf(tmp_path / "folder", tmp_path / "checkpoint")
     usage = type("Usage", (), {"free": 1000, "total": 2000})
-    monkeypatch.setattr("llada.files.shutil", like(shutil, disk_usage=lambda path: usage))
+    monkeypatch.setattr("llada.outputs.shutil", like(shutil, disk_usage=lambda path: usage))
     for work in (from_hf, to_hf):
         source = tmp_path / ("folder" if work is from_hf else "checkpoint")
         with pytest.raises(UserError, match=r"OUT: '.*' needs [\d.]+ [kM]B, and .* has 1 kB left"):

@@ -145,7 +145,7 @@ def test_mistakes(here: Path, words: list[str], message: str) -> None:
 
 def test_too_little_disk_for_two_checkpoints(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = type("Usage", (), {"total": 10**12, "free": 10**6})
-    monkeypatch.setattr("llada.files.shutil", like(shutil, disk_usage=lambda _: usage))
+    monkeypatch.setattr("llada.outputs.shutil", like(shutil, disk_usage=lambda _: usage))
     with pytest.raises(UserError, match=r"run.dir: 'big' needs [\d.]+ [kM]B, and .* has 1 MB left"):
         llada("launch", config(here, "big"), "--local", "--gpus-per-node", "2", "--dry-run")
     # A machine without Slurm is not the one that the run will be on.

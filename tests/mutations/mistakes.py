@@ -191,9 +191,9 @@ rewrites(
 rewrites(
     "a turn's text read as special tokens",
     "llada.chat.template",
-    "for part in self._split(text) if is_own else [text]:",
-    "for part in self._split(text):",
-    "tests/test_chat_template.py",
+    "parts = self._split_at_specials(text) if by_template else [text]",
+    "parts = self._split_at_specials(text)",
+    "tests/chat/test_chat_template.py",
 )
 
 

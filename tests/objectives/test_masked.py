@@ -16,9 +16,7 @@ MASK = 9
 
 
 def losses_of_a_toy_model() -> dict[frozenset[int], np.ndarray]:
-    """An arbitrary "model": for every set of masked positions a loss for each of them (a 4-token
-    text, its CE by context).
-    """
+    """An arbitrary "model" of a text of 4 tokens: the losses for every set of masked positions."""
     rng = np.random.default_rng(0)
     return {
         frozenset(s): rng.uniform(0.1, 3.0, L)
@@ -28,8 +26,9 @@ def losses_of_a_toy_model() -> dict[frozenset[int], np.ndarray]:
 
 
 def exact_nelbo(model: dict[frozenset[int], np.ndarray]) -> float:
-    """The bound from its other definition: the mean over all generation orders of the sum of -log
-    p(next | revealed).
+    """The NELBO from its other definition, over generation orders.
+
+    The mean over all orders of the sum of -log p(next token | revealed tokens).
     """
     orders = list(itertools.permutations(range(L)))
     return sum(
@@ -101,8 +100,9 @@ def test_bernoulli_is_the_integral_from_eps_to_one(
 
 
 def test_constant_loss_has_mean_one_and_the_analytic_variance() -> None:
-    """CE = 1: fixed-count gives exactly 1. Bernoulli has mean 1 and variance (ln(1/eps) / (1-eps) -
-    1) / L over t and masks.
+    """With CE = 1, fixed-count gives exactly 1, and bernoulli 1 on average.
+
+    The variance of bernoulli over t and masks is (ln(1/eps) / (1-eps) - 1) / L.
     """
     length, eps, count = 64, 0.05, 20_000
     t = np.random.default_rng(1).random(count)

@@ -1,6 +1,4 @@
-"""Config: strict keys, clear refusals, round trips, and a documentation page that lists every
-setting.
-"""
+"""Config: strict keys, clear refusals, round trips, and docs that list every setting."""
 
 from __future__ import annotations
 
@@ -20,7 +18,7 @@ from llada.errors import UserError
 from llada.training.configure import load_config
 from llada.training.schedule import Schedule
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CLUSTERS = sorted((ROOT / "configs" / "clusters").glob("*.yaml"))
 DEMO = ROOT / "configs" / "demo" / "pretrain.yaml"
 
@@ -28,35 +26,36 @@ DEMO = ROOT / "configs" / "demo" / "pretrain.yaml"
 def settings(
     section: type[BaseModel] = RunConfig, prefix: str = ""
 ) -> Iterator[tuple[str, FieldInfo]]:
-    """Every setting with its dotted name; items of lists as `.N.`."""
+    """Every setting with its dotted name; `N` stands for the index of a list's item."""
     for name, field in section.model_fields.items():
         key = prefix + (field.alias or name)
-        inner = next(
-            (
-                a
-                for a in (field.annotation, *get_args(field.annotation))
-                if isinstance(a, type) and issubclass(a, BaseModel)
-            ),
-            None,
-        )
-        if inner is None:
+        subsection = section_in(field)
+        if subsection is None:
             yield key, field
+        elif get_args(field.annotation):  # list[Section]
+            yield from settings(subsection, f"{key}.N.")
         else:
-            yield from settings(inner, key + (".N." if get_args(field.annotation) else "."))
+            yield from settings(subsection, f"{key}.")
+
+
+def section_in(field: FieldInfo) -> type[BaseModel] | None:
+    """The section that a field holds, alone or as the items of a list."""
+    for annotation in (field.annotation, *get_args(field.annotation)):
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            return annotation
+    return None
 
 
 def settings_table(root: type[BaseModel] = RunConfig) -> str:
-    """The table of docs/configuration.md, and that of a cluster's profile in docs/slurm.md."""
+    """The table in docs/configuration.md, and that of cluster profiles in docs/slurm.md."""
     rows = ["| Setting | Default | Meaning |", "|---|---|---|"]
     for key, field in settings(root):
-        value = field.get_default(call_default_factory=True)  # type: ignore[call-arg]
-        default = (
-            "required" if field.is_required() else f"`{yaml.safe_dump(value).splitlines()[0]}`"
-        )
-        rows.append(
-            f"| `{key}` | {default} |"
-            f" {' '.join((field.description or '').split()).replace('|', '/')} |"
-        )
+        default = "required"
+        if not field.is_required():
+            value = field.get_default(call_default_factory=True)  # type: ignore[call-arg]
+            default = f"`{yaml.safe_dump(value).splitlines()[0]}`"
+        meaning = " ".join((field.description or "").split()).replace("|", "/")
+        rows.append(f"| `{key}` | {default} | {meaning} |")
     return "\n".join(rows)
 
 
@@ -170,7 +169,7 @@ def test_overrides() -> None:
         ("train.steps=" + "9" * 5000, "not valid YAML"),
         ("seed=010", "override 'seed=010': 010 is an octal number to some YAML readers"),
         ("seed=0b11", "0b11 is a binary number to some YAML readers"),
-        ("seed=1:30", "1:30 is a number to base 60"),
+        ("seed=1:30", "1:30 is a number in base 60"),
         (
             "run.dir=no",
             "no is false to some YAML readers and text to others; write false, or 'no' in quotes",
@@ -206,7 +205,7 @@ def test_unreadable_files(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("a: 1\nseed: 010", "line 2: 010 is an octal number"),
-        ("seed: 1:30", "1:30 is a number to base 60"),
+        ("seed: 1:30", "1:30 is a number in base 60"),
         ("run: {dir: off}", "off is false to some"),
         ("a: " + "[" * 3000 + "]" * 3000, "nested too deeply"),
         ("seed: " + "9" * 5000, "not valid YAML"),
@@ -270,26 +269,15 @@ def test_world_size(overrides: list[str], world: int, expected: Any) -> None:
             config.check_world(world)
 
 
-def test_help_is_quick_because_nothing_heavy_is_imported() -> None:
-    """`llada --help` must not import torch, transformers, Megatron-Core or numpy."""
-    import subprocess
-    import sys
-
-    code = (
-        "import sys; import llada.cli; print([m for m in ('torch', 'numpy', 'megatron',"
-        " 'transformers', 'pydantic') if m in sys.modules])"
-    )
-    assert (
-        subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
-        ).stdout.strip()
-        == "[]"
-    )
-
-
 def test_names_in_messages_are_whole() -> None:
-    """Every refusal of a combination starts with a setting's full name."""
-    source = (ROOT / "llada" / "config.py").read_text()
-    names = {key for key, _ in settings()} | {"parallel"}
-    for message in re.findall(r'UserError\(\s*f?"([a-z_.]+): ', source):
-        assert message in names | {"config", "task"} or message.startswith("override")
+    """Every refusal of a combination starts with the full name of a setting."""
+    names = {"parallel"}
+    for key, _ in settings():
+        names |= {key, key.partition(".N.")[0]}  # a list is named without its items too
+    started_with = []
+    for module in ("rules.py", "run.py"):
+        source = (ROOT / "llada" / "config" / module).read_text()
+        source = source.replace("mixture.{i}.weight_at", "mixture")
+        started_with += re.findall(r'Error\(\s*f?"([a-zA-Z_.]+): ', source)
+    assert len(started_with) > 12
+    assert set(started_with) <= names

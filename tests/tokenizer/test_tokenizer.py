@@ -1,6 +1,4 @@
-"""The tokenizer against the libraries it wraps; text never becomes a special token;
-every refusal.
-"""
+"""The tokenizer against the libraries it wraps; text is never special; every refusal."""
 
 from __future__ import annotations
 
@@ -95,7 +93,7 @@ def word_level(
 
 def test_special_tokens_take_the_last_ids_and_count(bpe: Tokenizer):
     assert bpe.vocab_size == 330
-    assert bpe.rows == 384
+    assert bpe.padded_vocab_size == 384
     assert [bpe.id_of(token) for token in SPECIAL_TOKENS] == list(range(324, 330))
     assert (bpe.bos_id, bpe.eos_id, bpe.pad_id, bpe.mask_id) == (324, 325, 325, 326)
     names = {
@@ -167,7 +165,7 @@ def test_literal_special_tokens_are_text(kind: str, request):
 
 
 def test_pickling_keeps_text_ordinary(bpe: Tokenizer, piece: Tokenizer):
-    """The library's own pickle forgets the setting."""
+    """The library's own pickle forgets encode_special_tokens."""
     for tokenizer in (bpe, piece):
         again = pickle.loads(pickle.dumps(tokenizer))
         assert again.fingerprint == tokenizer.fingerprint
@@ -177,9 +175,7 @@ def test_pickling_keeps_text_ordinary(bpe: Tokenizer, piece: Tokenizer):
 
 
 def test_a_special_token_that_is_a_word_of_the_model_is_refused(tmp_path: Path):
-    """Word-level with a splitter on spaces alone reads the word "[MASK]" from the model's own
-    vocabulary.
-    """
+    """A word-level model that splits at spaces only reads "[MASK]" as a word of its own."""
     from tokenizers import Tokenizer as Fast
     from tokenizers import pre_tokenizers
 
@@ -212,7 +208,7 @@ def test_a_control_symbol_of_sentencepiece_is_a_mask_token(tmp_path: Path):
 
 
 def test_an_ordinary_added_token_with_a_role_becomes_special(tmp_path: Path):
-    """Else its literal would be read as the mask."""
+    """Otherwise its name in a text would be read as the mask."""
     folder = word_level(tmp_path, ["a", "b"], ["[MASK]", "</s>"], special=False)
     tokenizer = Tokenizer.load(folder)
     assert (tokenizer.mask_id, tokenizer.eos_id) == (3, 4)
@@ -305,7 +301,7 @@ def test_decode_with_special_tokens(kind: str, request):
     assert tokenizer.decode(mixed) == f"{bos}the cat<|mdm_mask|> sat{eos}"
     assert tokenizer.decode(np.array(mixed), skip_special_tokens=True) == "the cat sat"
     assert tokenizer.decode([]) == ""
-    assert tokenizer.decode([tokenizer.rows + 5]) == ""
+    assert tokenizer.decode([tokenizer.padded_vocab_size + 5]) == ""
 
 
 def test_tokens_for_people(bpe: Tokenizer, piece: Tokenizer):
@@ -319,7 +315,7 @@ def test_tokens_for_people(bpe: Tokenizer, piece: Tokenizer):
     part = bpe.encode("☃")[0]  # the first byte of three
     assert bpe.token(part).isprintable() and "\ufffd" not in bpe.token(part)
     assert "".join(piece.token(i) for i in piece.encode("the cat")) == " the cat"
-    assert piece.token(piece.rows) == f"<{piece.rows}>"
+    assert piece.token(piece.padded_vocab_size) == f"<{piece.padded_vocab_size}>"
 
 
 # -- roles and special tokens ----------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Chat templates against transformers, which renders and encodes them its own way."""
+"""Chat templates against transformers, which renders and encodes them in its own way."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ TEMPLATES = {
     "plain": PLAIN,
     "llada": TEMPLATE,
 }
-TALKS = [
+CONVERSATIONS = [
     [("user", "What is a mask?")],
     [("user", "  spaces, \n\n and tabs\t")],
     [("system", " Be brief. "), ("user", "grüße 🙂")],
@@ -71,9 +71,10 @@ SPECIALS = [
 KINDS = ("bytes", "first", "always", "prepend")
 
 
-def definition(kind: str, path: Path) -> None:
-    """A tokenizer.json whose spaces are handled in one of the usual ways, with special tokens that
-    take white space beside them.
+def write_tokenizer(kind: str, path: Path) -> None:
+    """Write a tokenizer.json that handles spaces in one of the usual ways.
+
+    It has special tokens that absorb the white space beside them.
     """
     from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
     from tokenizers import Tokenizer as Fast
@@ -83,21 +84,17 @@ def definition(kind: str, path: Path) -> None:
         vocab_size=420, show_progress=False, special_tokens=["<unk>", "<s>", "</s>"]
     )
     if kind == "bytes":
-        fast.pre_tokenizer, fast.decoder = (
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-            decoders.ByteLevel(),
-        )
+        fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        fast.decoder = decoders.ByteLevel()
         trainer.initial_alphabet = pre_tokenizers.ByteLevel.alphabet()
     elif kind == "prepend":
         fast.normalizer = normalizers.Sequence(
             [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
         )
     else:
-        fast.pre_tokenizer, fast.decoder = (
-            pre_tokenizers.Metaspace(prepend_scheme=kind),
-            decoders.Metaspace(prepend_scheme=kind),
-        )
-    text = [content for talk in TALKS for _, content in talk] + [
+        fast.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=kind)
+        fast.decoder = decoders.Metaspace(prepend_scheme=kind)
+    text = [content for conversation in CONVERSATIONS for _, content in conversation] + [
         "system [INST] <<SYS>> <</SYS>> [/INST] USER: ASSISTANT: user assistant"
     ]
     fast.train_from_iterator(text * 4, trainer)
@@ -109,22 +106,20 @@ def definition(kind: str, path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]:
-    found = {}
+    tokenizers = {}
     for kind in KINDS:
         folder = tmp_path_factory.mktemp(kind)
-        definition(kind, folder)
-        found[kind] = Tokenizer.load(folder)
-    return found
+        write_tokenizer(kind, folder)
+        tokenizers[kind] = Tokenizer.load(folder)
+    return tokenizers
 
 
 @pytest.fixture(scope="module")
 def pairs(
     tokenizers: dict[str, Tokenizer], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[tuple[str, str], tuple[TemplateFormat, object]]:
-    """Ours and transformers' tokenizer, read from the folder that ours saved, for every kind and
-    template.
-    """
-    found = {}
+    """Our format and transformers' tokenizer, from one folder, for every kind and template."""
+    pairs = {}
     for kind, tokenizer in tokenizers.items():
         for name, template in TEMPLATES.items():
             folder = tmp_path_factory.mktemp("saved")
@@ -134,30 +129,32 @@ def pairs(
             loaded = Tokenizer.load(folder)
             assert loaded.chat_template == template
             assert loaded.fingerprint == tokenizer.fingerprint, "a template is no part of it"
-            found[kind, name] = (
+            pairs[kind, name] = (
                 TemplateFormat(loaded, template),
                 AutoTokenizer.from_pretrained(folder),
             )
-    return found
+    return pairs
 
 
-def theirs(tokenizer: object, talk: list[tuple[str, str]]) -> list[int]:
-    messages = [{"role": role, "content": content} for role, content in talk]
+def ids_of_transformers(tokenizer: object, conversation: list[tuple[str, str]]) -> list[int]:
+    messages = [{"role": role, "content": content} for role, content in conversation]
     return tokenizer.apply_chat_template(
         messages, tokenize=True, add_generation_prompt=True, return_dict=False
     )
 
 
-def said(talk: list[tuple[str, str]]) -> list[Message]:
-    return [Message(*turn) for turn in talk]
+def to_messages(conversation: list[tuple[str, str]]) -> list[Message]:
+    return [Message(*turn) for turn in conversation]
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_prompt_is_what_transformers_makes_of_it(kind: str, name: str, pairs: dict) -> None:
     ours, other = pairs[kind, name]
-    for talk in TALKS:
-        assert ours.prompt(said(talk)).tolist() == theirs(other, talk)
+    for conversation in CONVERSATIONS:
+        assert ours.prompt(to_messages(conversation)).tolist() == ids_of_transformers(
+            other, conversation
+        )
 
 
 @settings(max_examples=60, deadline=None)
@@ -168,19 +165,21 @@ def test_a_prompt_is_what_transformers_makes_of_it(kind: str, name: str, pairs: 
         st.text(alphabet="a <>|\n\t\u00a0éx🙂", min_size=1, max_size=12), min_size=1, max_size=4
     ),
 )
-def test_of_any_text(kind: str, name: str, contents: list[str], pairs: dict) -> None:
+def test_a_prompt_of_any_text(kind: str, name: str, contents: list[str], pairs: dict) -> None:
     ours, other = pairs[kind, name]
-    talk = [(("user", "assistant")[i % 2], content) for i, content in enumerate(contents)]
-    assert ours.prompt(said(talk)).tolist() == theirs(other, talk)
+    conversation = [(("user", "assistant")[i % 2], content) for i, content in enumerate(contents)]
+    assert ours.prompt(to_messages(conversation)).tolist() == ids_of_transformers(
+        other, conversation
+    )
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_text_cannot_spell_special_tokens(kind: str, name: str, pairs: dict) -> None:
     ours, other = pairs[kind, name]
-    harmless = theirs(other, [("user", "x"), ("assistant", "y"), ("user", "z")])
+    harmless = ids_of_transformers(other, [("user", "x"), ("assistant", "y"), ("user", "z")])
     ids = ours.prompt(
-        said(
+        to_messages(
             [
                 ("user", "".join(SPECIALS)),
                 ("assistant", "<|eot_id|>y"),
@@ -188,7 +187,7 @@ def test_text_cannot_spell_special_tokens(kind: str, name: str, pairs: dict) -> 
             ]
         )
     ).tolist()
-    special = set(ours.tokenizer.specials.values()) - {ours.tokenizer.id_of("<unk>")}
+    special = set(ours.tokenizer.special_ids.values()) - {ours.tokenizer.id_of("<unk>")}
     assert [i for i in ids if i in special] == [i for i in harmless if i in special]
     if kind == "bytes":
         assert "".join(SPECIALS) in ours.tokenizer.decode(ids)
@@ -197,23 +196,26 @@ def test_text_cannot_spell_special_tokens(kind: str, name: str, pairs: dict) -> 
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_every_reply_follows_its_own_prompt(name: str, pairs: dict) -> None:
-    """Stored tokens and offsets give, for every reply, transformers' prompt and then the text
-    encoded alone and EOS.
-    """
+    """Tokens and offsets give transformers' prompt of every reply, its text alone, and EOS."""
     ours, other = pairs["bytes", name]
-    talks = [[*talk, ("assistant", f" The last\nword {i}. ")] for i, talk in enumerate(TALKS)]
+    conversations = [
+        [*conversation, ("assistant", f" The last\nword {i}. ")]
+        for i, conversation in enumerate(CONVERSATIONS)
+    ]
     trims = name in ("instruct", "headers", "llada")
-    for talk, (ids, replies) in zip(
-        talks, ours.encode([said(talk) for talk in talks]), strict=True
+    for conversation, (ids, replies) in zip(
+        conversations,
+        ours.encode([to_messages(conversation) for conversation in conversations]),
+        strict=True,
     ):
-        places = [i for i, (role, _) in enumerate(talk) if role == "assistant"]
-        assert len(replies) == len(places)
-        for reply, place in zip(replies, places, strict=True):
+        reply_indices = [i for i, (role, _) in enumerate(conversation) if role == "assistant"]
+        assert len(replies) == len(reply_indices)
+        for reply, index in zip(replies, reply_indices, strict=True):
             assert ids[: reply.history_end] + ids[
                 reply.turn_start : reply.response_start
-            ] == theirs(other, talk[:place])
-            text = talk[place][1].strip() if trims else talk[place][1]
-            assert ours.response(talk[place][1]) == text
+            ] == ids_of_transformers(other, conversation[:index])
+            text = conversation[index][1].strip() if trims else conversation[index][1]
+            assert ours.response(conversation[index][1]) == text
             assert ids[reply.response_start : reply.turn_end] == [
                 *ours.tokenizer.encode(text).tolist(),
                 ours.tokenizer.eos_id,
@@ -223,15 +225,15 @@ def test_every_reply_follows_its_own_prompt(name: str, pairs: dict) -> None:
 
 def test_history_is_stored_once(pairs: dict) -> None:
     ours, _ = pairs["bytes", "headers"]
-    talk = said(
+    conversation = to_messages(
         [
             turn
             for i in range(20)
             for turn in (("user", f"question {i}"), ("assistant", f"answer {i}"))
         ]
     )
-    [(ids, _)] = ours.encode([talk])
-    longest = len(ours.prompt(talk[:-1])) + len(ours.tokenizer.encode("answer 19")) + 1
+    [(ids, _)] = ours.encode([conversation])
+    longest = len(ours.prompt(conversation[:-1])) + len(ours.tokenizer.encode("answer 19")) + 1
     assert len(ids) < 1.5 * longest, (
         "headers of the replies and the replies are there twice, the history is not"
     )
@@ -243,13 +245,13 @@ def test_prompts_that_share_no_start(tokenizers: dict[str, Tokenizer]) -> None:
         "{{ messages | length }}{% for m in messages %} {{ m.content }}{% endfor %}:",
     )
     [(ids, replies)] = ours.encode(
-        [said([("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")])]
+        [to_messages([("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")])]
     )
-    found = [
+    decoded = [
         ours.tokenizer.decode(ids[: r.history_end] + ids[r.turn_start : r.turn_end])
         for r in replies
     ]
-    assert found == ["1 a:b</s>", "3 a b c:d</s>"]
+    assert decoded == ["1 a:b</s>", "3 a b c:d</s>"]
     assert replies[0].history_end == 0
 
 
@@ -260,15 +262,22 @@ def test_the_format_is_chosen_by_the_template(
     assert isinstance(chat_format(ours.tokenizer), TemplateFormat)
     assert isinstance(chat_format(ours.tokenizer, TEMPLATE), ChatFormat)
     assert isinstance(chat_format(tokenizers["bytes"]), ChatFormat)
-    for talk in TALKS:
-        alike = chat_format(tokenizers["bytes"], TEMPLATE).prompt(said(talk)).tolist()
-        assert TemplateFormat(tokenizers["bytes"], TEMPLATE).prompt(said(talk)).tolist() == alike
+    for conversation in CONVERSATIONS:
+        alike = (
+            chat_format(tokenizers["bytes"], TEMPLATE).prompt(to_messages(conversation)).tolist()
+        )
+        assert (
+            TemplateFormat(tokenizers["bytes"], TEMPLATE).prompt(to_messages(conversation)).tolist()
+            == alike
+        )
     copy = pickle.loads(pickle.dumps(ours.tokenizer))
     assert (
-        TemplateFormat(copy, copy.chat_template).prompt(said(TALKS[3])).tolist()
-        == ours.prompt(said(TALKS[3])).tolist()
+        TemplateFormat(copy, copy.chat_template).prompt(to_messages(CONVERSATIONS[3])).tolist()
+        == ours.prompt(to_messages(CONVERSATIONS[3])).tolist()
     )
-    assert isinstance(ours.encode([said([*TALKS[0], ("assistant", "x")])])[0][1][0], Reply)
+    assert isinstance(
+        ours.encode([to_messages([*CONVERSATIONS[0], ("assistant", "x")])])[0][1][0], Reply
+    )
 
 
 def test_templates_in_the_config_of_a_tokenizer(
@@ -281,13 +290,13 @@ def test_templates_in_the_config_of_a_tokenizer(
         '"chat_template": [{"name": "tool_use", "template": "no"}, {"name": "default", "template":'
         ' "yes"}]'
     )
-    for text, wanted in (
+    for text, template in (
         (named, "yes"),
         ('"chat_template": "one"', "one"),
         ('"chat_template": null', None),
     ):
         config.write_text(plain.rstrip().removesuffix("}").rstrip() + f", {text}}}")
-        assert Tokenizer.load(tmp_path).chat_template == wanted
+        assert Tokenizer.load(tmp_path).chat_template == template
     (tmp_path / "chat_template.jinja").write_bytes(b"file\r\n")
     assert Tokenizer.load(tmp_path).chat_template == "file\n", "the file goes first"
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
@@ -325,7 +334,7 @@ def test_templates_that_cannot_be_used(
 
 
 @pytest.mark.parametrize(
-    ("name", "talk", "reason"),
+    ("name", "conversation", "reason"),
     [
         ("instruct", [("user", "a"), ("user", "b"), ("assistant", "c")], "refuses"),
         ("plain", [("user", "a\ufdd0b"), ("assistant", "c")], "U+FDD0"),
@@ -339,7 +348,7 @@ def test_templates_that_cannot_be_used(
     ],
 )
 def test_conversations_that_a_template_cannot_express(
-    name: str, talk: list[tuple[str, str]], reason: str, tokenizers: dict[str, Tokenizer]
+    name: str, conversation: list[tuple[str, str]], reason: str, tokenizers: dict[str, Tokenizer]
 ) -> None:
     more = {
         "forgetful": "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}",
@@ -348,20 +357,18 @@ def test_conversations_that_a_template_cannot_express(
     }
     ours = TemplateFormat(tokenizers["bytes"], {**TEMPLATES, **more}[name])
     with pytest.raises(TemplateError) as caught:
-        ours.check(said(talk))
+        ours.check(to_messages(conversation))
     assert reason in caught.value.reason
     assert "\n" not in str(caught.value)
     with pytest.raises(TemplateError):
-        ours.encode([said(talk)])
+        ours.encode([to_messages(conversation)])
 
 
 def test_with_a_sentencepiece_model(tmp_path: Path) -> None:
-    """Special tokens stand where the template writes them; every text between is encoded alone, as
-    in LLaDA's own format.
-    """
+    """Special tokens stand where the template has them; each text between is encoded alone."""
     from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
-    text = [content for talk in TALKS for _, content in talk] * 20
+    text = [content for conversation in CONVERSATIONS for _, content in conversation] * 20
     path = tmp_path / "some.model"
     with open(path, "wb") as file:
         SentencePieceTrainer.train(
@@ -378,7 +385,7 @@ def test_with_a_sentencepiece_model(tmp_path: Path) -> None:
         tokenizer.id_of(f"<|{name}|>") for name in ("start_header_id", "end_header_id", "eot_id")
     )
     content = "hello <|eot_id|> <s>"
-    wanted = [
+    expected = [
         tokenizer.bos_id,
         begin,
         *plain.encode("user"),
@@ -386,8 +393,8 @@ def test_with_a_sentencepiece_model(tmp_path: Path) -> None:
         *plain.encode(f"\n\n{content}"),
         stop,
     ]
-    wanted += [begin, *plain.encode("assistant"), end, *plain.encode("\n\n")]
-    assert ours.prompt(said([("user", f" {content} ")])).tolist() == wanted
+    expected += [begin, *plain.encode("assistant"), end, *plain.encode("\n\n")]
+    assert ours.prompt(to_messages([("user", f" {content} ")])).tolist() == expected
     tokenizer.chat_template = HEADERS
     tokenizer.save(tmp_path / "saved")
     loaded = Tokenizer.load(tmp_path / "saved")

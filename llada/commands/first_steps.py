@@ -1,0 +1,66 @@
+"""The commands for a new machine: `llada demo` and `llada doctor`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+
+def demo(
+    input: Annotated[
+        list[str] | None,
+        typer.Option(help="Text or code, files or folders. Default: the Python standard library."),
+    ] = None,
+    config: Annotated[
+        str, typer.Option(help="Config of the pretraining.")
+    ] = "configs/demo/pretrain.yaml",
+    sft_config: Annotated[
+        str, typer.Option(help="Config of the fine-tuning.")
+    ] = "configs/demo/sft.yaml",
+    dir: Annotated[
+        str | None,
+        typer.Option(help="Output folder. Default: runs/demo, with --smoke runs/demo_smoke."),
+    ] = None,
+    smoke: Annotated[
+        bool, typer.Option(help="Run a few steps only, to check that every stage works.")
+    ] = False,
+    fresh: Annotated[
+        bool, typer.Option(help="Start over instead of continuing what exists.")
+    ] = False,
+) -> None:
+    """Train a small model from start to end: from text to a model that writes.
+
+    Trains a tokenizer, prepares a corpus, pretrains, fine-tunes, exports to Hugging Face, and
+    writes a report.
+    """
+    from llada.training.signals import StopRequest
+
+    stop = StopRequest().install()  # before the slow imports, as for `llada pretrain`
+    from llada.demo import run_demo
+
+    if not dir:
+        dir = "runs/demo_smoke" if smoke else "runs/demo"
+    code = run_demo(stop, input, (config, sft_config), dir, smoke, fresh)
+    stop.close()
+    raise typer.Exit(code)
+
+
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Report what this machine has for training, and how to get what it lacks.
+
+    Exits with 1 if something blocks training.
+    """
+    from llada.doctor import examine
+
+    report = examine()
+    typer.echo(report.to_json() if as_json else str(report))
+    raise typer.Exit(report.code)
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the commands to `llada`."""
+    app.command()(demo)
+    app.command()(doctor)
