@@ -32,7 +32,7 @@ import torch
 
 from llada.checkpoint.format import TrainedConfig
 from llada.config.sections import ModelSection
-from llada.hf.convert import model_config
+from llada.hf.exporting import model_config
 from llada.hf.tensor_files import total_bytes, write_safetensors
 from llada.model.weights import canonical_shapes, num_parameters
 from llada.tokenizer import Tokenizer, train_byte_level_bpe

@@ -12,7 +12,7 @@ from llada.checkpoint import format
 from llada.checkpoint.format import TrainedConfig
 from llada.checkpoint.reading import CheckpointWeights, StoredTensors, all_rows
 from llada.errors import RunError, UserError
-from llada.hf.convert import model_config
+from llada.hf.exporting import model_config
 from llada.hf.folder import LLADA, check_mask, is_folder, open_folder
 from llada.model.weights import Weights
 from llada.sampling.diffusion import Specials

@@ -476,7 +476,7 @@ def _from_folder(
     own: dict[str, Any] = {
         "imported": source.resolve().name,
         "architecture": folder.architecture,
-        "sequence_length": folder.longest,
+        "sequence_length": folder.max_sequence_length,
     }
     own |= {"changed": changed} if changed else {}
     notes.append(_model_line(config))

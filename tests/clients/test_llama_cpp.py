@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from data_tools.documents.text import prepare
-from llada.hf.convert import to_hf
+from llada.hf.exporting import to_hf
 from llada.hf.modeling_llada import LLaDAModelLM
 from llada.tokenizer import Tokenizer
 from tests.workplace import CONFIG, Workplace

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from llada.chat.format import ChatFormat, Message
 from llada.config.sections import ModelSection
-from llada.hf.convert import to_hf
+from llada.hf.exporting import ExportOptions, to_hf
 from llada.sampling import diffusion
 from llada.sampling.diffusion import SamplingOptions, Specials
 from llada.tokenizer import Tokenizer
@@ -57,7 +57,7 @@ def exported(workplace: Workplace, run: str, folder: Path) -> ModelSection:
     if not (workplace.folder / run).exists():
         workplace.config(f"{run}.yaml", run={"dir": run, "threads": 2}, model=model)
         workplace.run("pretrain", f"{run}.yaml")
-    to_hf(workplace.folder / run, folder, max_shard_size="100KB")
+    to_hf(workplace.folder / run, folder, ExportOptions(max_shard_size="100KB"))
     return ModelSection(**model)
 
 

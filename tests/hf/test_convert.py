@@ -25,8 +25,8 @@ from llada.checkpoint.writing import write_model
 from llada.config.sections import ModelSection
 from llada.errors import RunError, UserError
 from llada.files import flushed_meanwhile
-from llada.hf import convert as module
-from llada.hf.convert import convert, parse_size, to_hf
+from llada.hf import exporting as module
+from llada.hf.exporting import ExportOptions, export, parse_size, to_hf
 from llada.hf.tensor_files import write_safetensors
 from llada.tokenizer import Tokenizer
 from tests.hf.folders import SIZES, published_tensors
@@ -83,7 +83,9 @@ def test_plain_transformers_computes_the_training_models_logits(
     workplace: Workplace, tmp_path: Path
 ) -> None:
     folder, reference = tmp_path / "export", tmp_path / "reference.safetensors"
-    said = convert(str(workplace.folder / "whole"), str(folder), True, str(reference))
+    said = export(
+        str(workplace.folder / "whole"), str(folder), True, str(reference), ExportOptions()
+    )
     assert "verified on 4 x 128 tokens" in said
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
@@ -148,7 +150,7 @@ def test_the_config_names_the_longest_sequence_of_the_lineage(
     state = json.loads(path.read_text())
     state["lineage"] = [{"init_from": "before", "sequence_length": 4096}]
     path.write_text(json.dumps(state))
-    to_hf(source, tmp_path / "out", dtype="bf16", checksums=False)
+    to_hf(source, tmp_path / "out", ExportOptions(dtype="bf16", checksums=False))
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["max_sequence_length"] == 4096
     assert config["torch_dtype"] == "bfloat16"
@@ -193,7 +195,7 @@ def test_a_damaged_checkpoint_is_refused_and_leaves_nothing(
     for path in source.glob(name):
         damage(path)
     with pytest.raises(UserError) as caught:
-        to_hf(source, tmp_path / "deep" / "out", checksums=False)
+        to_hf(source, tmp_path / "deep" / "out", ExportOptions(checksums=False))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged"]
@@ -217,7 +219,7 @@ def test_a_config_that_is_not_the_weights_is_refused(workplace: Workplace, tmp_p
             )
         )
         with pytest.raises(UserError, match=message):
-            to_hf(source, tmp_path / "out", checksums=False)
+            to_hf(source, tmp_path / "out", ExportOptions(checksums=False))
 
 
 def test_an_output_that_exists_is_replaced_only_when_asked(
@@ -228,11 +230,11 @@ def test_an_output_that_exists_is_replaced_only_when_asked(
     before = (out / "model.safetensors").read_bytes()
     with pytest.raises(UserError, match=r"OUT: .* exists; --force replaces"):
         to_hf(source, out)
-    to_hf(source, out, force=True)
+    to_hf(source, out, ExportOptions(force=True))
     assert (out / "model.safetensors").read_bytes() == before
     (out / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match=r"holds 'thesis.txt'"):
-        to_hf(source, out, force=True)
+        to_hf(source, out, ExportOptions(force=True))
     assert (out / "thesis.txt").read_text() == "mine"
 
 
@@ -248,7 +250,7 @@ def test_a_folder_that_computes_something_else_is_not_kept(
 
     monkeypatch.setattr(module, "CheckpointWeights", Wrong)
     with pytest.raises(RunError, match="computes other logits"):
-        convert(str(workplace.folder / "whole"), str(tmp_path / "out"), True, None)
+        export(str(workplace.folder / "whole"), str(tmp_path / "out"), True, None, ExportOptions())
     assert not (tmp_path / "out").exists()
 
 
@@ -298,7 +300,7 @@ def test_the_mean_of_checkpoints_is_that_of_their_masters(half: Path, tmp_path: 
     """Read here with torch's own checkpoint reader."""
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-    said = to_hf(half, tmp_path / "out", dtype="fp32", average=2)
+    said = to_hf(half, tmp_path / "out", ExportOptions(dtype="fp32", average=2))
     assert said.endswith("the mean of the checkpoints after steps 2, 4")
     both = []
     for step in (2, 4):
@@ -329,7 +331,9 @@ def test_fp32_of_a_bf16_run_is_its_masters_and_verified_as_such(half: Path, tmp_
     their mean, too.
     """
     for name, average in (("out", 1), ("mean", 2)):
-        said = convert(str(half), str(tmp_path / name), True, None, dtype="fp32", average=average)
+        said = export(
+            str(half), str(tmp_path / name), True, None, ExportOptions("fp32", average=average)
+        )
         assert "in fp32 from the run's fp32 masters" in said and "allowed 1e-05" in said
         values = load_file(tmp_path / name / "model.safetensors")["model.transformer.wte.weight"]
         assert not torch.equal(values, values.bfloat16().float())
@@ -337,7 +341,7 @@ def test_fp32_of_a_bf16_run_is_its_masters_and_verified_as_such(half: Path, tmp_
 
 SLOW_WRITER = """
 import sys, time
-from llada.hf import convert
+from llada.hf import exporting
 real = convert.write_safetensors
 
 def write(*arguments):
@@ -372,14 +376,14 @@ def test_the_mean_of_one_is_the_checkpoint_and_too_many_are_refused(
         UserError,
         match=r"--average: 4 checkpoints are asked for, .* has 3 complete ones up to step_00000012",
     ):
-        to_hf(source, tmp_path / "out", average=4)
+        to_hf(source, tmp_path / "out", ExportOptions(average=4))
     with pytest.raises(
         UserError,
         match=r"--average: 2 checkpoints are asked for, .* has 1 complete ones up to step_00000004",
     ):
-        to_hf(source / "checkpoints" / "step_00000004", tmp_path / "out", average=2)
+        to_hf(source / "checkpoints" / "step_00000004", tmp_path / "out", ExportOptions(average=2))
     with pytest.raises(UserError, match=r"--average: 0 is less than 1"):
-        to_hf(source, tmp_path / "out", average=0)
+        to_hf(source, tmp_path / "out", ExportOptions(average=0))
     assert not (tmp_path / "out").exists()
 
 
@@ -425,7 +429,7 @@ def test_a_flipped_bit_is_found_before_anything_is_written(
 def test_the_model_card_says_what_the_checkpoint_knows(
     workplace: Workplace, tmp_path: Path
 ) -> None:
-    to_hf(workplace.folder / "whole", tmp_path / "out", license_="apache-2.0")
+    to_hf(workplace.folder / "whole", tmp_path / "out", ExportOptions(license="apache-2.0"))
     card = (tmp_path / "out" / "README.md").read_text()
     assert card.startswith("---\nlicense: apache-2.0\nlibrary_name: transformers\n")
     last = [
@@ -437,7 +441,7 @@ def test_the_model_card_says_what_the_checkpoint_knows(
         f"| corpus | {nelbo['nelbo_per_token']:.4f} ± {nelbo['nelbo_per_token_se']:.4f} |"
         f" {nelbo['bits_per_byte']:.4f} ±" in card
     )
-    assert "After step 12" in card and "| steps, tokens seen | 12, 6,144 |" in card
+    assert "after step 12" in card and "| steps, tokens seen | 12, 6,144 |" in card
     shapes = load_file(tmp_path / "out" / "model.safetensors")
     assert f"{sum(tensor.numel() for tensor in shapes.values()):,} (" in card
     assert str(workplace.folder) not in card
@@ -465,7 +469,11 @@ def test_the_model_card_says_what_the_checkpoint_knows(
     with pytest.raises(
         UserError, match=r"--license: 'do what you want' is not an identifier of a licence"
     ):
-        to_hf(workplace.folder / "whole", tmp_path / "other", license_="do what you want")
+        to_hf(
+            workplace.folder / "whole",
+            tmp_path / "other",
+            ExportOptions(license="do what you want"),
+        )
 
 
 class Counting(InMemory):

@@ -22,7 +22,7 @@ from data_tools.readers.reading import ReadOptions, Report, read
 from llada.checkpoint import format
 from llada.config.sections import ModelSection
 from llada.errors import RunError, UserError
-from llada.hf.convert import to_hf
+from llada.hf.exporting import ExportOptions, to_hf
 from llada.hf.folder import open_folder
 from llada.hf.importing import ImportOptions, from_hf
 from llada.hf.modeling_llada import LLaDAModelLM
@@ -60,7 +60,7 @@ def plain_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def exported(
     checkpoint_folder: Path, out: Path, dtype: str | None = None
 ) -> dict[str, torch.Tensor]:
-    to_hf(checkpoint_folder, out, dtype=dtype)
+    to_hf(checkpoint_folder, out, ExportOptions(dtype=dtype))
     return load_file(out / "model.safetensors")
 
 
@@ -106,7 +106,7 @@ def test_the_same_folder_gives_the_same_bytes(workplace: Workplace, tmp_path: Pa
     published_folder(tmp_path / "folder", workplace.folder / "tokenizer", files=2)
     for name in ("one", "two"):
         from_hf(tmp_path / "folder", tmp_path / name)
-        to_hf(tmp_path / name, tmp_path / f"{name}-hf", max_shard_size="64KiB")
+        to_hf(tmp_path / name, tmp_path / f"{name}-hf", ExportOptions(max_shard_size="64KiB"))
     for suffix in ("", "-hf"):
         files = [
             path.relative_to(tmp_path / f"one{suffix}")
@@ -658,7 +658,7 @@ def test_weights_that_a_dtype_cannot_hold_are_not_written(
     with pytest.raises(
         RunError, match=rf"model.transformer.blocks.1.ff_out.weight holds {message}"
     ):
-        to_hf(tmp_path / "checkpoint", tmp_path / "out", dtype=dtype)
+        to_hf(tmp_path / "checkpoint", tmp_path / "out", ExportOptions(dtype=dtype))
     assert not (tmp_path / "out").exists()
 
 

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from llada.checkpoint import format
 from llada.cli import app
 from llada.errors import RunError, UserError
-from llada.hf.convert import to_hf
+from llada.hf.exporting import ExportOptions, to_hf
 from llada.sampling import commands
 from llada.sampling.diffusion import SamplingOptions
 from llada.sampling.gaps import parse
@@ -161,7 +161,7 @@ def test_a_question_is_put_into_the_models_own_chat_template(
     tokenizer = Tokenizer.load(source / "tokenizer")
     tokenizer.chat_template = template
     tokenizer.save(source / "tokenizer")
-    assert "own chat template" in to_hf(source, tmp_path / "export", checksums=False)
+    assert "own chat template" in to_hf(source, tmp_path / "export", ExportOptions(checksums=False))
     theirs = AutoTokenizer.from_pretrained(tmp_path / "export")
     assert theirs.chat_template == template
     question = " what? "
