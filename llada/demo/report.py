@@ -20,7 +20,7 @@ from llada.files import write_atomically
 from llada.noise import mask_uniforms
 from llada.sampling import SamplingOptions, generate, infill
 from llada.sampling.diffusion import cut_at_end
-from llada.sampling.models import Sampler, load
+from llada.sampling.loading import MaskPredictor, load
 from llada.tokenizer import Tokenizer
 from llada.training import metrics
 from llada.training.estimates import with_error
@@ -111,7 +111,7 @@ def _written(config: RunConfig, root: Path) -> dict[str, Any]:
     ids = torch.from_numpy(tokenizer.encode(_PROMPT))[None].to(model.device)
     room = (length - ids.shape[1]) // 8 * 8
     out = generate(
-        model, ids, model.specials, SamplingOptions(room, room, 8, temperature=0.5, seed=1)
+        model, ids, model.special_ids, SamplingOptions(room, room, 8, temperature=0.5, seed=1)
     )[0].tolist()
     gaps, scattered = [], []
     for tokens, (start, end) in _lines(Corpus.open(root / "corpus"), tokenizer, length, wanted=4):
@@ -130,17 +130,17 @@ def _written(config: RunConfig, root: Path) -> dict[str, Any]:
 
 
 def _fill(
-    model: Sampler, tokens: np.ndarray, start: int, end: int, chosen: np.ndarray
+    model: MaskPredictor, tokens: np.ndarray, start: int, end: int, chosen: np.ndarray
 ) -> dict[str, str]:
     """Hide the tokens at `chosen` in a window and let the model write them, the surest first; the
     line [start, end) as text.
     """
     masked = torch.from_numpy(tokens.copy())
-    masked[chosen] = model.specials.mask_id
+    masked[chosen] = model.special_ids.mask_id
     filled = infill(
         model,
         masked[None].to(model.device),
-        model.specials,
+        model.special_ids,
         SamplingOptions(len(chosen), len(chosen)),
     )[0].tolist()
     hidden = np.isin(np.arange(start, end), chosen)
@@ -207,9 +207,12 @@ def _answered(config: RunConfig, root: Path, wanted: int) -> dict[str, Any]:
         length = min(_ANSWER, config.data.sequence_length - prompt)
         options = SamplingOptions(length, length)
         out = generate(
-            model, torch.from_numpy(tokens[:prompt])[None].to(model.device), model.specials, options
+            model,
+            torch.from_numpy(tokens[:prompt])[None].to(model.device),
+            model.special_ids,
+            options,
         )[0].tolist()
-        ended += model.specials.eos_id in out
+        ended += model.special_ids.eos_id in out
         texts = tokens[:prompt], tokens[prompt:], cut_at_end(out, model.end_ids)
         question, docstring, answer = (
             model.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in texts

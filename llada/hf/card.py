@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +183,7 @@ def _training(state: State, averaged: list[int]) -> list[tuple[str, str]]:
     return rows
 
 
-def _validation(line: Mapping[str, Any]) -> str:
+def _validation(line: dict[str, Any]) -> str:
     """A table of the held-out text's NELBO, per corpus and in all, with standard errors."""
     lines = ["| corpus | NELBO, nats per token | bits per byte |", "|---|---|---|"]
     for name, values in line["corpora"].items():
@@ -201,7 +200,7 @@ def _validation(line: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _validation_row(name: str, values: Mapping[str, Any]) -> str:
+def _validation_row(name: str, values: dict[str, Any]) -> str:
     nelbo = with_error(values, "nelbo_per_token")
     bits = with_error(values, "bits_per_byte")
     return f"| {name} | {nelbo} | {bits} |"

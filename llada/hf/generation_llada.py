@@ -120,8 +120,9 @@ class LLaDAGenerationMixin(GenerationMixin):
         prompt = settings.pop("input_ids", inputs)
         prompt_length = 0 if prompt is None else prompt.shape[-1]
         passed_on = {name: settings.pop(name) for name in _DIFFUSION_SETTINGS if name in settings}
-        end_ids = torch.as_tensor(settings.pop("eos_token_id", self.config.eos_token_id))
-        end_ids = end_ids.flatten().tolist()
+        # One id or a list of ids
+        end_setting = settings.pop("eos_token_id", self.config.eos_token_id)
+        end_ids = torch.as_tensor(end_setting).flatten().tolist()
         pad_id = settings.pop("pad_token_id", self.config.pad_token_id)
         max_length = settings.pop("max_length", prompt_length + 128)
         max_new_tokens = settings.pop("max_new_tokens", max_length - prompt_length)

@@ -26,8 +26,8 @@ _DTYPES = {code: dtype for dtype, code in CODES.items()}
 class _Layout(NamedTuple):
     """File names of one format: a single file, or several files and an index."""
 
-    index: str
-    single: str
+    index_file: str
+    single_file: str
 
 
 _SAFETENSORS = _Layout("model.safetensors.index.json", "model.safetensors")
@@ -62,27 +62,27 @@ def open_tensors(folder: Path, allow_pickle: bool, setting: str) -> TensorFiles:
         return _SafetensorsFiles(folder)
     if not _is_present(folder, _PICKLE):
         raise UserError(
-            f"{setting}: '{folder}' has no weights ({_SAFETENSORS.single}, {_SAFETENSORS.index} or"
-            f" {_PICKLE.single})"
+            f"{setting}: '{folder}' has no weights ({_SAFETENSORS.single_file},"
+            f" {_SAFETENSORS.index_file} or {_PICKLE.single_file})"
         )
     if not allow_pickle:
         raise UserError(
-            f"{setting}: '{folder}' has its weights as pickles ({_PICKLE.single}), which can run"
-            " code when they are read; convert them to safetensors, or use `llada convert from-hf"
-            " --allow-pickle` if you trust who made them"
+            f"{setting}: '{folder}' has its weights as pickles ({_PICKLE.single_file}), which can"
+            " run code when they are read; convert them to safetensors, or use `llada convert"
+            " from-hf --allow-pickle` if you trust who made them"
         )
     return _PickleFiles(folder)
 
 
 def _is_present(folder: Path, layout: _Layout) -> bool:
-    return (folder / layout.index).is_file() or (folder / layout.single).is_file()
+    return (folder / layout.index_file).is_file() or (folder / layout.single_file).is_file()
 
 
 def _file_names(folder: Path, layout: _Layout) -> list[str]:
     """Names of a folder's weight files. With an index, every name in it is checked."""
-    index = folder / layout.index
+    index = folder / layout.index_file
     if not index.is_file():
-        return [layout.single]
+        return [layout.single_file]
     try:
         names = sorted(set(_weight_map(index).values()))
         # The index may come from a stranger: a name must not lead out of the folder.
@@ -117,7 +117,7 @@ def _compare_with_index(folder: Path, layout: _Layout, file_of: Mapping[str, str
         layout: Its format.
         file_of: Tensor name -> name of the file that holds it.
     """
-    index = folder / layout.index
+    index = folder / layout.index_file
     if not index.is_file():
         return
     listed = _weight_map(index)
@@ -257,7 +257,7 @@ def write_safetensors(folder: Path, source: Weights, dtype: torch.dtype, max_byt
     files = _distribute(source.shapes, dtype, max_bytes)
     weight_map: dict[str, str] = {}
     for number, names in enumerate(files, start=1):
-        file = _SAFETENSORS.single
+        file = _SAFETENSORS.single_file
         if len(files) > 1:
             file = f"model-{number:05d}-of-{len(files):05d}.safetensors"
         _write_file(folder / file, source, names, dtype)
@@ -266,7 +266,7 @@ def write_safetensors(folder: Path, source: Weights, dtype: torch.dtype, max_byt
         total_size = total_bytes(source.shapes, dtype)
         index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
         text = json.dumps(index, indent=2) + "\n"
-        (folder / _SAFETENSORS.index).write_text(text, encoding="utf-8")
+        (folder / _SAFETENSORS.index_file).write_text(text, encoding="utf-8")
     return len(files)
 
 

@@ -1,8 +1,8 @@
 """Compare the training model with an exported folder on the same tokens.
 
-The training model is Megatron-Core's, loaded from the checkpoint by the engine. The folder is loaded
-by plain transformers in its own process, which runs only the code in the folder. Both compute in
-fp32 on the CPU.
+The training model is Megatron-Core's, loaded from the checkpoint by the engine. The folder is
+loaded by plain transformers in its own process, which runs only the code in the folder. Both
+compute in fp32 on the CPU.
 """
 
 from __future__ import annotations

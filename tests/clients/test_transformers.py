@@ -21,7 +21,7 @@ from llada.chat.format import ChatFormat, Message
 from llada.config.sections import ModelSection
 from llada.hf.exporting import ExportOptions, to_hf
 from llada.sampling import diffusion
-from llada.sampling.diffusion import SamplingOptions, Specials
+from llada.sampling.diffusion import SamplingOptions, SpecialIds
 from llada.tokenizer import Tokenizer
 from tests.model.oracle import Oracle
 from tests.workplace import CONFIG, Workplace
@@ -83,7 +83,7 @@ def reference(folder: Path, model: ModelSection) -> dict[str, torch.Tensor]:
     seen = torch.ones_like(ids)
     seen[0, :6] = seen[1, 15:] = seen[2, :2] = seen[2, 18:] = 0
     prompt = clean[:2, :5].contiguous()
-    specials = Specials(mask_id, tokenizer.eos_id, known)
+    specials = SpecialIds(mask_id, tokenizer.eos_id, known)
     with torch.no_grad():
         logits = oracle(ids, torch.zeros_like(ids))
         rows = []

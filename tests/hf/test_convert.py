@@ -342,14 +342,14 @@ def test_fp32_of_a_bf16_run_is_its_masters_and_verified_as_such(half: Path, tmp_
 SLOW_WRITER = """
 import sys, time
 from llada.hf import exporting
-real = convert.write_safetensors
+real = exporting.write_safetensors
 
 def write(*arguments):
     real(*arguments)
     print("written", flush=True)
     time.sleep(60)
 
-convert.write_safetensors = write
+exporting.write_safetensors = write
 sys.argv = ["llada", "convert", "to-hf", *sys.argv[1:]]
 from llada.cli import main
 main()

@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 
 from llada.hf.modeling_llada import LLaDAModelLM
 from llada.sampling import diffusion
-from llada.sampling.diffusion import SamplingOptions, Specials
+from llada.sampling.diffusion import SamplingOptions, SpecialIds
 from tests.hf.models import made
 
 MASK, KNOWN = 100, 120
@@ -42,7 +42,7 @@ def prompts(rows: int = 2, length: int = 5) -> torch.Tensor:
 
 def wanted(hf: LLaDAModelLM, prompt: torch.Tensor, **settings: Any) -> torch.Tensor:
     """From the package's own sampler."""
-    options, specials = SamplingOptions(**settings), Specials(MASK, 1, KNOWN)
+    options, specials = SamplingOptions(**settings), SpecialIds(MASK, 1, KNOWN)
     return diffusion.generate(lambda ids: hf(ids).logits.detach(), prompt, specials, options)
 
 
@@ -86,7 +86,7 @@ def test_gaps_are_filled_as_by_the_packages_sampler(steps: int) -> None:
     expected = diffusion.infill(
         lambda ids: hf(ids).logits.detach(),
         text,
-        Specials(MASK, 1, KNOWN),
+        SpecialIds(MASK, 1, KNOWN),
         SamplingOptions(steps=steps),
     )
     assert torch.equal(found, expected)

@@ -19,9 +19,9 @@ from llada.errors import RunError, UserError
 from llada.hf.exporting import ExportOptions, to_hf
 from llada.sampling import commands
 from llada.sampling.diffusion import SamplingOptions
-from llada.sampling.gaps import parse
-from llada.sampling.models import load
-from llada.sampling.show import Playback
+from llada.sampling.infilling import parse
+from llada.sampling.loading import load
+from llada.sampling.playback import Playback
 from llada.tokenizer import Tokenizer
 from tests.hf.folders import llama_folder
 from tests.workplace import Workplace
@@ -51,7 +51,7 @@ def test_a_checkpoint_and_its_export_write_the_same(workplace: Workplace, export
     ids = torch.randint(0, 500, (2, 40), generator=torch.Generator().manual_seed(0))
     ours, theirs = load(workplace.folder / "whole"), load(export)
     torch.testing.assert_close(ours(ids), theirs(ids), rtol=0, atol=1e-6)
-    assert ours.specials == theirs.specials
+    assert ours.special_ids == theirs.special_ids
     for words in (
         ["sample", "{}", "def f(", "--length", "8"],
         ["sample", "{}", "what?", "--chat", "--length", "6", "--temperature", "1"],
@@ -81,7 +81,7 @@ def test_the_text_around_a_gap_stays(export: Path) -> None:
 
 def test_special_tokens_are_not_printed(export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load(export)
-    eos, yes = model.specials.eos_id, model.tokenizer.encode("y").tolist()[0]
+    eos, yes = model.special_ids.eos_id, model.tokenizer.encode("y").tolist()[0]
 
     def forced(self: Any, tokens: torch.Tensor) -> torch.Tensor:
         logits = torch.zeros(*tokens.shape, 512)
@@ -183,7 +183,7 @@ def test_a_question_is_put_into_the_models_own_chat_template(
             patch.setattr(type(model), "__call__", spy)
             commands.write(model, question, True, SamplingOptions(4, 1))
         prompt = theirs(text, add_special_tokens=False)["input_ids"]
-        assert seen[0] == [*prompt, *[model.specials.mask_id] * 4]
+        assert seen[0] == [*prompt, *[model.special_ids.mask_id] * 4]
     (tmp_path / "export" / "chat_template.jinja").write_text(
         "{{ raise_exception('closed today') }}"
     )
@@ -207,10 +207,10 @@ def test_playback_shows_hidden_new_and_old(export: Path) -> None:
     tokenizer = Tokenizer.load(export)
     a, b = tokenizer.encode("a").tolist()[0], tokenizer.encode("b").tolist()[0]
     playback = Playback(tokenizer, tokenizer.mask_id, first=1)
-    pieces = playback.pieces(
+    runs = playback.styled_runs(
         torch.tensor([b, a, b, tokenizer.mask_id]), torch.tensor([False, False, True, False])
     )
-    assert pieces == [("a", ""), ("b", "bold green"), ("▒", "dim")]
+    assert runs == [("a", ""), ("b", "bold green"), ("▒", "dim")]
 
 
 def changed(export: Path, target: Path, name: str, change: Any) -> Path:

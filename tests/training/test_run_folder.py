@@ -324,7 +324,7 @@ def test_a_checkpoint_with_another_tokenizer_is_refused(
     workplace: Workplace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     from llada.hf.exporting import ExportOptions, to_hf
-    from llada.sampling.models import load
+    from llada.sampling.loading import load
 
     definition = (
         copied(workplace, "relabelled")
