@@ -253,7 +253,7 @@ def measure(
         profile: file for a table of one more step's kernels by time, from the first rank.
     """
     engine = MegatronEngine(config, initialise=random_weights)
-    place, device = engine.place, engine.device
+    place, device = engine.parallel_rank, engine.device
     try:
         loop = PlainLoop(config, device, PLAIN_LOOPS[plain]) if plain and place.is_main else None
         seconds: dict[str, list[float]] = {"ours": [], "plain": []}

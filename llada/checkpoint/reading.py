@@ -303,7 +303,7 @@ class CheckpointWeights:
             name, layer = stored_name(parameter)
             shape = weights.parameter_shape(model, parameter)
             wanted[prefix + name] = shape if layer is None else (model.num_layers, *shape)
-            for piece in sorted(weights.pieces(model, parameter), key=lambda piece: piece.rows):
+            for piece in sorted(weights.rectangles(model, parameter), key=lambda piece: piece.rows):
                 self._homes[piece.name].append((prefix + name, layer, piece))
         self._check(wanted, prefix)
 

@@ -41,7 +41,7 @@ class Saving:
     ) -> None:
         self._state, self._tokenizer, self._size, self._engine = state, tokenizer, size, engine
         self._partial = root / f"{format.name(state.step)}.partial"
-        self._together(self._begin if engine.place.is_main else None)
+        self._together(self._begin if engine.parallel_rank.is_main else None)
         self._collective(self._start)
 
     @property
@@ -68,7 +68,9 @@ class Saving:
             for files in self._engine.gather(self._pending.files)
             for name, entry in files.items()
         }
-        self._together((lambda: self._commit(written)) if self._engine.place.is_main else None)
+        self._together(
+            (lambda: self._commit(written)) if self._engine.parallel_rank.is_main else None
+        )
         return self._partial.with_name(format.name(self._state.step))
 
     def _wait(self) -> None:
@@ -104,7 +106,7 @@ class Saving:
         try:
             work()
         except Exception as error:
-            self._fail(self._engine.place.rank, self._reason(error))
+            self._fail(self._engine.parallel_rank.rank, self._reason(error))
 
     def _reason(self, error: Exception) -> str:
         root = self._partial.parent
@@ -120,7 +122,7 @@ class Saving:
         return reason
 
     def _fail(self, rank: int, text: str) -> None:
-        if self._engine.place.is_main:
+        if self._engine.parallel_rank.is_main:
             shutil.rmtree(self._partial, ignore_errors=True)
         raise RunError(
             f"checkpoint after step {self._state.step}: {self._partial.parent} cannot be written on"

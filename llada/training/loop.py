@@ -164,7 +164,7 @@ class Run:
     def _begin(self, start: Start) -> None:
         """Load what the run starts from, and open what it writes to; collective."""
         config = self.config
-        self.place, self.device = self.engine.place, self.engine.device
+        self.place, self.device = self.engine.parallel_rank, self.engine.device
         self.lineage: list[dict[str, Any]] = start.lineage
         self.starts_from_weights = start.folder is not None and start.step == 0
         self.first, self.tokens = start.step, start.tokens

@@ -30,6 +30,7 @@ from tests.distributed.pool import RankPool
 from tests.distributed.test_layouts import LAYOUTS as MATRIX
 from tests.engine.support import small_config, step_batches
 from tests.hf.folders import published_config, published_tensors
+from tests.model.assembly import gather
 from tests.model.oracle import Oracle
 
 LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
@@ -49,13 +50,13 @@ def save_on_ranks(
     config = small_config(model, {**parallel}, precision=precision, batch={"global": 8, "micro": 1})
     engine = MegatronEngine(config)
     try:
-        place = engine.place
+        place = engine.parallel_rank
         every = step_batches(config, 0)
         engine.train_step(every[place.data_rank :: place.data_size], 1e-2)
         engine.save(folder)
         return {
             n: p.detach().clone() for n, p in engine.parameters().items()
-        }, *engine._tensor_place()
+        }, *engine._tensor_rank_and_size()
     finally:
         engine.close()
 
@@ -67,7 +68,7 @@ def test_the_stored_weights_are_the_ranks_weights(
     parallel, model, precision = LAYOUTS[layout]
     folder = tmp_path / "model"
     folder.mkdir()
-    wanted = weights.gather(
+    wanted = gather(
         small_config(model).model, pool.run(save_on_ranks, parallel, model, precision, folder)
     )
     config = small_config(model)
@@ -138,7 +139,7 @@ def test_a_checkpoint_of_tp2_pp2_converts_on_one_process_and_has_the_oracles_log
     ]
     subprocess.run([sys.executable, *read], check=True, env=environment, cwd=tmp_path, timeout=600)
     found = load_file(tmp_path / "logits.safetensors")["logits"]
-    wanted = Oracle(config.model, weights.gather(config.model, ranks))(ids, torch.zeros_like(ids))
+    wanted = Oracle(config.model, gather(config.model, ranks))(ids, torch.zeros_like(ids))
     assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
 
 

@@ -19,6 +19,7 @@ from llada.model import weights
 from llada.objectives.base import Batch
 from tests.distributed.pool import RankPool
 from tests.engine.support import OracleTrainer, small_config, step_batches
+from tests.model.assembly import gather
 
 STEPS = 5
 RATES = [1e-3 * (step + 1) / 10 for step in range(STEPS)]
@@ -105,7 +106,7 @@ def train_on_ranks(parallel: dict[str, Any], model: dict[str, Any], micro: int) 
     config = small_config(model, parallel, batch={"global": 8, "micro": micro})
     engine = MegatronEngine(config)
     try:
-        place = engine.place
+        place = engine.parallel_rank
         before = {n: p.detach().clone() for n, p in engine.parameters().items()}
         results, grads = [], []
         offsets = sample_offsets(
@@ -124,7 +125,7 @@ def train_on_ranks(parallel: dict[str, Any], model: dict[str, Any], micro: int) 
             "grads": grads,
             "before": before,
             "after": after,
-            "tensor": engine._tensor_place(),
+            "tensor": engine._tensor_rank_and_size(),
             "sums": sums,
         }
     finally:
@@ -142,7 +143,7 @@ def whole(
             there[name] = (
                 torch.where(there[name].isnan(), value, there[name]) if name in there else value
             )
-    return weights.gather(config.model, [(own, *place) for place, own in merged.items()])
+    return gather(config.model, [(own, *place) for place, own in merged.items()])
 
 
 def micro_batch_size(parallel: dict[str, Any]) -> int:
@@ -217,7 +218,7 @@ def broken_steps(parallel: dict[str, Any]) -> dict[str, Any]:
     config = small_config({}, parallel, batch={"global": 8, "micro": 1})
     engine = MegatronEngine(config)
     try:
-        place = engine.place
+        place = engine.parallel_rank
 
         def own(step: int) -> list[Batch]:
             return step_batches(config, step)[place.data_rank :: place.data_size]

@@ -9,9 +9,9 @@ import torch
 
 from llada.config import RunConfig, build_config
 from llada.engine.megatron import MegatronEngine
-from llada.model import weights
 from llada.noise import timesteps
 from llada.objectives import Batch, MaskedDiffusion, Window, collate
+from tests.model.assembly import gather
 from tests.model.oracle import Oracle
 
 MASK = 126
@@ -90,7 +90,7 @@ def canonical(engine: MegatronEngine, what: str = "weights") -> dict[str, torch.
         n: (p.detach() if what == "weights" else p.main_grad).cpu().clone()
         for n, p in parameters.items()
     }
-    return weights.gather(engine.config.model, [(tensors, 0, 1)])
+    return gather(engine.config.model, [(tensors, 0, 1)])
 
 
 class OracleTrainer:

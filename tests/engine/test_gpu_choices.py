@@ -85,7 +85,7 @@ def test_collectives_wait_twice_as_long_as_the_watchdog(monkeypatch: pytest.Monk
     monkeypatch.setattr(
         parallel_state, "initialize_model_parallel", lambda **settings: given.update(settings)
     )
-    monkeypatch.setattr(layout, "Place", lambda *_: None)
+    monkeypatch.setattr(layout, "ParallelRank", lambda *_: None)
     for name in ("get_data_parallel_rank", "get_data_parallel_world_size"):
         monkeypatch.setattr(parallel_state, name, lambda: 0)
     for name in ("get_rank", "get_world_size"):

@@ -82,13 +82,12 @@ def test_a_contiguous_part_of_the_queries_sees_all_keys_of_its_segments(parts: i
     torch.testing.assert_close(torch.cat(pieces), plain(q, k, v), rtol=1e-5, atol=1e-6)
 
 
-def loop_kernel(
-    q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, max_q: int, max_k: int
-) -> torch.Tensor:
-    """What a variable-length kernel computes, segment by segment; empty query segments
-    are allowed.
-    """
-    assert cu_q.dtype == torch.int32 and max_q == cu_q.diff().max() and max_k == cu_k.diff().max()
+def loop_kernel(q: Any, k: Any, v: Any, lengths: attention.SegmentLengths) -> torch.Tensor:
+    """What a variable-length kernel computes, segment by segment; a segment may have no query."""
+    cu_q, cu_k = lengths.queries, lengths.keys
+    assert cu_q.dtype == torch.int32
+    assert lengths.longest_query == cu_q.diff().max()
+    assert lengths.longest_key == cu_k.diff().max()
     out = torch.empty_like(q)
     for (a, b), (c, d) in zip(
         itertools.pairwise(cu_q.tolist()), itertools.pairwise(cu_k.tolist()), strict=True
@@ -119,9 +118,9 @@ def test_rows_with_equal_boundaries_are_computed_as_further_heads_without_a_copy
     """
     seen: list[Any] = []
 
-    def noted(q: Any, k: Any, v: Any, *lengths: Any) -> torch.Tensor:
+    def noted(q: Any, k: Any, v: Any, lengths: attention.SegmentLengths) -> torch.Tensor:
         seen.append((q, k))
-        return loop_kernel(q, k, v, *lengths)
+        return loop_kernel(q, k, v, lengths)
 
     kernel = attention.Kernel("noted", noted, whole_rows=True)
     layout = Segments(((0, 5, 6, 16),) * 4, 16)
@@ -224,7 +223,8 @@ def test_the_newest_kernel_made_for_the_gpu_is_chosen(
     )
     if wanted != "torch varlen":
         q = torch.ones(3, 2, 8)
-        assert found.call(q, q, q, None, None, 3, 3) is q
+        whole = attention.segment_lengths(Segments(((0, 3),), 3), 0, 3)
+        assert found.call(q, q, q, whole) is q
 
 
 def test_a_gpu_without_a_kernel_and_head_dimensions_without_one_are_refused(

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from llada.config.sections import ModelSection
 from llada.model import weights
+from tests.model.assembly import gather
 from tests.model.in_memory import InMemory
 
 MODEL = ModelSection(
@@ -62,7 +63,7 @@ def test_scatter_and_gather_are_inverse_and_cover_every_element(tp: int, tied: b
         for name, parameter in parameters.items():
             weights.scatter(model, InMemory(canonical), name, parameter, rank, tp)
         assert not any(value.isnan().any() for value in parameters.values())
-    back = weights.gather(model, [(parameters, rank, tp) for rank, parameters in enumerate(ranks)])
+    back = gather(model, [(parameters, rank, tp) for rank, parameters in enumerate(ranks)])
     assert back.keys() == canonical.keys()
     assert all(torch.equal(back[name], canonical[name]) for name in canonical)
 
@@ -71,7 +72,7 @@ def test_scatter_and_gather_are_inverse_and_cover_every_element(tp: int, tied: b
 def test_every_shard_starts_from_the_same_values(tp: int) -> None:
     one = {name: torch.empty(shape) for name, shape in megatron_shapes(MODEL, 1).items()}
     weights.initialise(MODEL, 9, one)
-    whole = weights.gather(MODEL, [(one, 0, 1)])
+    whole = gather(MODEL, [(one, 0, 1)])
     ranks = []
     for rank in range(tp):
         parameters = {
@@ -79,7 +80,7 @@ def test_every_shard_starts_from_the_same_values(tp: int) -> None:
         }
         weights.initialise(MODEL, 9, parameters, rank, tp)
         ranks.append((parameters, rank, tp))
-    sharded = weights.gather(MODEL, ranks)
+    sharded = gather(MODEL, ranks)
     assert all(torch.equal(sharded[name], whole[name]) for name in whole)
 
 
@@ -168,4 +169,4 @@ def test_norms_start_at_one_and_seeds_and_names_differ() -> None:
 
 def test_unknown_parameter() -> None:
     with pytest.raises(KeyError, match="nonsense"):
-        weights.pieces(MODEL, "nonsense")
+        weights.rectangles(MODEL, "nonsense")

@@ -269,14 +269,14 @@ def tensor_ranks_that_read_different_tokens(megatron: Any) -> None:
 
 @changes("llada.engine.megatron", f"{LAYOUTS}[TP2 x CP2 x PP2 x VP2]")
 def batched_exchange_between_two_stages_with_virtual_stages(megatron: Any) -> None:
-    right = megatron._transformer_config
+    right = megatron.transformer_config
 
     def transformer_config(*arguments: Any) -> Any:
         config = right(*arguments)
         config.overlap_p2p_comm, config.batch_p2p_comm = False, True
         return config
 
-    megatron._transformer_config = transformer_config
+    megatron.transformer_config = transformer_config
 
 
 @changes("llada.engine.megatron", "tests/engine/test_parity.py")
