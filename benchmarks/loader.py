@@ -44,6 +44,7 @@ from llada.data.pretrain import PretrainData
 from llada.data.shard_files import HEADER, MAGIC
 from llada.data.shards import ShardEntry, ShardWriter
 from llada.engine.layout import sample_offsets
+from llada.tokenizer import train_byte_level_bpe
 
 LENGTH = 4096
 """Tokens of a window."""
@@ -59,7 +60,11 @@ Reader = Callable[[int], None]
 
 
 def write_manifest(folder: Path, shards: list[ShardEntry]) -> None:
-    """Make a corpus of shards that exist. No tokenizer is needed, so its fingerprint is made up."""
+    """Make a corpus of shards that exist."""
+    # Opening compares the corpus's tokenizer with the manifest. Any tokenizer will do: the ids of
+    # the benchmark stand for no text.
+    tokenizer = train_byte_level_bpe(iter(["a few bytes"]), 262)
+    tokenizer.save(folder / "tokenizer")
     Manifest(
         format_version=FORMAT_VERSION,
         tool_version="benchmark",
@@ -69,7 +74,7 @@ def write_manifest(folder: Path, shards: list[ShardEntry]) -> None:
         rows=ROWS,
         mask_id=MASK,
         eos_id=EOS,
-        tokenizer_fingerprint="0" * 64,
+        tokenizer_fingerprint=tokenizer.fingerprint,
         options={},
         sources=[],
         skipped={},

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 import llada
 from llada.checkpoint.format import State, TrainedConfig
 from llada.errors import UserError
+from llada.hf.config_mapping import JsonObject
 from llada.model.weights import num_parameters
 from llada.training.estimates import with_error
 
@@ -183,7 +183,7 @@ def _training(state: State, averaged: list[int]) -> list[tuple[str, str]]:
     return rows
 
 
-def _validation(line: dict[str, Any]) -> str:
+def _validation(line: JsonObject) -> str:
     """A table of the held-out text's NELBO, per corpus and in all, with standard errors."""
     lines = ["| corpus | NELBO, nats per token | bits per byte |", "|---|---|---|"]
     for name, values in line["corpora"].items():
@@ -200,7 +200,7 @@ def _validation(line: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _validation_row(name: str, values: dict[str, Any]) -> str:
+def _validation_row(name: str, values: JsonObject) -> str:
     nelbo = with_error(values, "nelbo_per_token")
     bits = with_error(values, "bits_per_byte")
     return f"| {name} | {nelbo} | {bits} |"

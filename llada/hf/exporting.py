@@ -7,10 +7,9 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -21,6 +20,7 @@ from llada.checkpoint.reading import CheckpointWeights, StoredTensors
 from llada.errors import UserError
 from llada.files import flushed_meanwhile, make_writable, new_folder, refuse_inside, require_space
 from llada.hf.card import check_license, model_card
+from llada.hf.config_mapping import JsonObject
 from llada.hf.sources import Mean
 from llada.hf.tensor_files import total_bytes, write_safetensors
 from llada.model.weights import Weights, num_parameters
@@ -238,7 +238,7 @@ def last_checkpoints(folder: Path, trained: TrainedConfig, count: int) -> list[P
     return newest
 
 
-def model_config(trained: TrainedConfig, tokenizer: Tokenizer, dtype: str) -> dict[str, Any]:
+def model_config(trained: TrainedConfig, tokenizer: Tokenizer, dtype: str) -> JsonObject:
     """Return every field of the published config.json.
 
     Args:
@@ -355,5 +355,5 @@ def _write_tokenizer(source: Path, target: Path, tokenizer: Tokenizer) -> tuple[
     return "chat template included", True
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def _write_json(path: Path, content: Mapping[str, object]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -16,8 +16,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, GenerationMixin
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
+from .configuration_llada import LLaDAConfig
+
+Settings = dict[str, Any]
 REMASKING = ("low_confidence", "random")
 
 # Settings that `generate` passes on to `diffusion_generate` unchanged.
@@ -70,15 +73,15 @@ class LLaDAGenerationMixin(GenerationMixin):
     it their own `generate`, to any class that has no base of such a name.
     """
 
-    config: Any
-    generation_config: Any
+    config: LLaDAConfig
+    generation_config: GenerationConfig
 
     @classmethod
     def can_generate(cls) -> bool:
         """True, although `generate` does not decode from left to right."""
         return True
 
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(self, *args: object, **kwargs: object) -> Settings:
         """Not used. peft looks this method up when it wraps a causal language model."""
         raise NotImplementedError(
             "LLaDA does not write from left to right: call diffusion_generate"
@@ -236,7 +239,7 @@ class LLaDAGenerationMixin(GenerationMixin):
 # -- settings --------------------------------------------------------------------------------------
 
 
-def _non_default(config: GenerationConfig | None) -> dict[str, Any]:
+def _non_default(config: GenerationConfig | None) -> Settings:
     """The settings of a generation config that differ from its class's defaults."""
     if config is None:
         return {}
@@ -244,7 +247,7 @@ def _non_default(config: GenerationConfig | None) -> dict[str, Any]:
     return _without_none({name: fields[name] for name in fields if not name.startswith("_")})
 
 
-def _without_none(settings: dict[str, Any]) -> dict[str, Any]:
+def _without_none(settings: Settings) -> Settings:
     return {name: value for name, value in settings.items() if value is not None}
 
 
@@ -257,7 +260,7 @@ def _temperature(do_sample: bool | None, temperature: float | None) -> float:
     return temperature
 
 
-def _refuse_unknown(settings: dict[str, Any]) -> None:
+def _refuse_unknown(settings: Settings) -> None:
     refused = []
     for name, value in settings.items():
         if name not in _IGNORED and value != _NEUTRAL_VALUES.get(name):
@@ -311,7 +314,7 @@ def _prompt(
     return input_ids, attention_mask.to(input_ids.device) != 0
 
 
-def _vocabulary(config: Any, num_tokens: int | None) -> tuple[int, int]:
+def _vocabulary(config: LLaDAConfig, num_tokens: int | None) -> tuple[int, int]:
     """Return the id of [MASK] and the number of ids that may be written."""
     if config.mask_token_id is None:
         raise ValueError("mask_token_id: the config has none, so there is nothing to start from")
@@ -364,7 +367,7 @@ def _pad_after_end(response: torch.Tensor, end_ids: list[int], pad_id: int) -> t
 
 
 def _denoise(
-    model: Any,
+    model: PreTrainedModel,
     tokens: torch.Tensor,
     fixed: torch.Tensor,
     blocks: Sequence[torch.Tensor],
@@ -418,7 +421,7 @@ def _quotas(block: torch.Tensor, steps: int) -> torch.Tensor:
 
 
 def _logits(
-    model: Any,
+    model: PreTrainedModel,
     tokens: torch.Tensor,
     fixed: torch.Tensor,
     candidates: torch.Tensor,

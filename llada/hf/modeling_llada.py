@@ -486,7 +486,7 @@ class LLaDAModelLM(LLaDAGenerationMixin, PreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.model.transformer["wte"]
 
-    def set_input_embeddings(self, value: Any) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
         if len(value.weight) != self.config.embedding_size:
             # Rows are added for new tokens, so which rows are padding is no longer known.
             self.config.embedding_size = len(value.weight)
@@ -508,7 +508,7 @@ class LLaDAModelLM(LLaDAGenerationMixin, PreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         attention_bias: torch.Tensor | None = None,
-        past_key_values: Any = None,
+        past_key_values: object = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,

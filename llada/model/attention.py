@@ -413,7 +413,7 @@ def installed_kernels(capability: int) -> list[Kernel]:
 
 
 def _call_flash_attn(
-    function: Callable[..., Any],
+    function: Callable[..., torch.Tensor | tuple[torch.Tensor, ...]],
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,

@@ -202,7 +202,7 @@ def _qkv_rectangles(
     """
     head_dim = model.head_dim
     queries_per_group = model.num_attention_heads // model.kv_heads
-    found = []
+    qkv = []
     local_row = 0
     for group in range(*groups):
         # (projection, first head, number of heads)
@@ -214,9 +214,9 @@ def _qkv_rectangles(
         for part, first_head, num_heads in parts:
             rows = (first_head * head_dim, (first_head + num_heads) * head_dim)
             columns = (0, model.hidden_size)
-            found.append(WeightRectangle(f"{block}.{part}.weight", rows, columns, local_row))
+            qkv.append(WeightRectangle(f"{block}.{part}.weight", rows, columns, local_row))
             local_row += num_heads * head_dim
-    return found
+    return qkv
 
 
 def parameter_shape(model: ModelSection, name: str) -> tuple[int, ...]:

@@ -61,6 +61,7 @@ class SamplingOptions:
 
     def __post_init__(self) -> None:
         counts = {"length": self.length, "steps": self.steps, "block-length": self.block}
+        # Counts first: the divisions below need positive numbers.
         for name, count in counts.items():
             if count < 1:
                 raise UserError(f"--{name}: {count} is less than 1")
@@ -76,6 +77,7 @@ class SamplingOptions:
             raise UserError(
                 f"--remasking: '{self.remasking}' is not allowed; one of {', '.join(REMASKING)}"
             )
+        # Every block has the same length and the same number of steps.
         if self.length % self.block:
             raise UserError(f"--block-length: {self.block} does not divide --length {self.length}")
         if self.steps % (self.length // self.block):
@@ -146,6 +148,7 @@ def generate(
     Returns:
         The responses, int64 [b, options.length], with EOS and everything after it.
     """
+    # [b, p] -> [b, p + length], the response as masks
     prompt_length = prompt.shape[1]
     response = prompt.new_full((len(prompt), options.length), special_ids.mask_id)
     tokens = torch.cat([prompt, response], dim=1)
@@ -240,6 +243,7 @@ def _denoise(
             candidates = (tokens == special_ids.mask_id) & block
             logits = _logits(model, tokens, fixed, special_ids.mask_id, options.cfg)
             chosen, confidence = _predict(logits, candidates, special_ids, options, number)
+            # Keep the best predictions of each row; all other positions stay as they are.
             rank = _rank(confidence, options, number)
             commit = _largest(torch.where(candidates, rank, -torch.inf), counts)
             tokens = torch.where(commit, chosen, tokens)
