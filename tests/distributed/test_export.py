@@ -26,8 +26,8 @@ from llada.hf.importing import from_hf
 from llada.model import weights
 from llada.tokenizer import Tokenizer, train_byte_level_bpe
 from tests import processes
+from tests.distributed.layouts import LAYOUTS as MATRIX
 from tests.distributed.pool import RankPool
-from tests.distributed.test_layouts import LAYOUTS as MATRIX
 from tests.engine.support import small_config, step_batches
 from tests.hf.folders import published_config, published_tensors
 from tests.model.assembly import gather
@@ -50,9 +50,9 @@ def save_on_ranks(
     config = small_config(model, {**parallel}, precision=precision, batch={"global": 8, "micro": 1})
     engine = MegatronEngine(config)
     try:
-        place = engine.parallel_rank
+        own_rank = engine.parallel_rank
         every = step_batches(config, 0)
-        engine.train_step(every[place.data_rank :: place.data_size], 1e-2)
+        engine.train_step(every[own_rank.data_rank :: own_rank.data_size], 1e-2)
         engine.save(folder)
         return {
             n: p.detach().clone() for n, p in engine.parameters().items()

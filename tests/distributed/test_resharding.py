@@ -49,8 +49,8 @@ def steps_on_ranks(
     try:
         if load is not None:
             engine.load(load)
-        place = engine.parallel_rank
-        own = [part[0] for part in sample_offsets(8, 1, place.data_rank, place.data_size)]
+        own_rank = engine.parallel_rank
+        own = [part[0] for part in sample_offsets(8, 1, own_rank.data_rank, own_rank.data_size)]
         results = [
             engine.train_step([step_batches(config, step)[i] for i in own], RATES[step])
             for step in steps
