@@ -182,8 +182,7 @@ def to_hf(
         _write_configs(partial, opened)
         for name in _CODE_FILES:
             shutil.copy(Path(__file__).with_name(name), partial)
-        newest = opened.folders[-1]
-        chat, has_template = _write_tokenizer(newest / "tokenizer", partial, opened.tokenizer)
+        chat, has_template = _write_tokenizer(opened, partial)
         card = model_card(
             opened.state, opened.trained, opened.dtype, options.license, has_template, averaged
         )
@@ -326,7 +325,7 @@ def _write_configs(folder: Path, source: _Source) -> None:
     )
 
 
-def _write_tokenizer(source: Path, target: Path, tokenizer: Tokenizer) -> tuple[str, bool]:
+def _write_tokenizer(opened: _Source, target: Path) -> tuple[str, bool]:
     """Copy the tokenizer, with its own chat template or LLaDA's.
 
     A tokenizer without a template gets LLaDA's if it has the special tokens for it.
@@ -334,6 +333,8 @@ def _write_tokenizer(source: Path, target: Path, tokenizer: Tokenizer) -> tuple[
     Returns:
         A description for the user, and whether there is a chat template.
     """
+    tokenizer = opened.tokenizer
+    source = opened.folders[-1] / "tokenizer"
     for path in sorted(source.iterdir()):
         shutil.copy(path, target)
     if not (source / "tokenizer.json").is_file():
