@@ -143,8 +143,7 @@ def to_hf(
     options: ExportOptions | None = None,
     check: Check | None = None,
 ) -> str:
-    """Write a folder that `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`
-    loads.
+    """Write a folder that `from_pretrained(folder, trust_remote_code=True)` of transformers loads.
 
     Tensors are read and written a few rows at a time, so memory does not grow with the model. The
     same checkpoint and options give the same bytes.

@@ -403,7 +403,7 @@ def test_sizes(text: str, size: int) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "GB", "5 apples", "-3GB", "0", "5GBit", "1e9", f"{'9' * 400}TB"],
+    ["", "GB", "5 apples", "-3GB", "0", "5GBit", "5IB", "1e9", f"{'9' * 400}TB"],
     ids=lambda text: text[:8],
 )
 def test_what_is_no_size_is_refused(text: str) -> None:
