@@ -152,7 +152,7 @@ def results(workplace: Workplace, tmp_path_factory: pytest.TempPathFactory) -> A
             )
         out = tmp_path_factory.mktemp(version)
         pins = (HERE / f"{version}.txt").read_text(encoding="utf-8")
-        wanted = re.findall(r"^transformers==(\S+)", pins, re.MULTILINE)[0]
+        expected = re.findall(r"^transformers==(\S+)", pins, re.MULTILINE)[0]
         kept = {
             key: value
             for key, value in os.environ.items()
@@ -172,7 +172,7 @@ def results(workplace: Workplace, tmp_path_factory: pytest.TempPathFactory) -> A
                 SCRIPT,
                 folder / "export",
                 folder / "reference.safetensors",
-                wanted,
+                expected,
                 out,
             ],
             cwd=out,

@@ -120,7 +120,7 @@ def test_a_context_rank_gets_its_part_with_the_lengths_for_its_kernel(rank: int)
     first, length = 8 * rank, 8
     assert torch.equal(part.inputs, batch.inputs[:, first : first + length])
     assert torch.equal(part.positions, torch.arange(first, first + length))
-    wanted = [
+    expected = [
         ((column - first) * len(batch.inputs) + row, int(target), float(weight))
         for row, column, target, weight in zip(
             batch.rows.tolist(), batch.columns.tolist(), batch.targets, batch.weights, strict=True
@@ -129,7 +129,7 @@ def test_a_context_rank_gets_its_part_with_the_lengths_for_its_kernel(rank: int)
     ]
     assert (
         list(zip(part.indices.tolist(), part.targets.tolist(), part.weights.tolist(), strict=True))
-        == wanted
+        == expected
     )
     assert part.lengths is not None
     assert int(part.lengths.queries[-1]) == len(batch.inputs) * length

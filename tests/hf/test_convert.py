@@ -83,10 +83,10 @@ def test_plain_transformers_computes_the_training_models_logits(
     workplace: Workplace, tmp_path: Path
 ) -> None:
     folder, reference = tmp_path / "export", tmp_path / "reference.safetensors"
-    said = export(
+    output = export(
         str(workplace.folder / "whole"), str(folder), True, str(reference), ExportOptions()
     )
-    assert "verified on 4 x 128 tokens" in said
+    assert "verified on 4 x 128 tokens" in output
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
@@ -99,16 +99,17 @@ def test_plain_transformers_computes_the_training_models_logits(
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["dtype"] == "torch.float32"
-    assert found["shape"] == [4, 128]
-    assert found["difference"] <= 1e-5
-    assert found["padding"] <= 1e-5, "attention_mask is honoured"
-    assert found["same"] > 0.1
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["dtype"] == "torch.float32"
+    assert result["shape"] == [4, 128]
+    assert result["difference"] <= 1e-5
+    assert result["padding"] <= 1e-5, "attention_mask is honoured"
+    assert result["same"] > 0.1
     tokenizer = Tokenizer.load(folder)
-    assert (found["mask"], found["eos"]) == (tokenizer.mask_id, tokenizer.eos_id)
+    assert (result["mask"], result["eos"]) == (tokenizer.mask_id, tokenizer.eos_id)
     assert (
-        found["chat"] == ChatFormat(tokenizer).prompt([Message("user", "What is a mask?")]).tolist()
+        result["chat"]
+        == ChatFormat(tokenizer).prompt([Message("user", "What is a mask?")]).tolist()
     )
     ids = load_file(reference)["input_ids"]
     assert ids.dtype == torch.int64
@@ -300,14 +301,14 @@ def test_the_mean_of_checkpoints_is_that_of_their_masters(half: Path, tmp_path: 
     """Read here with torch's own checkpoint reader."""
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-    said = to_hf(half, tmp_path / "out", ExportOptions(dtype="fp32", average=2))
-    assert said.endswith("the mean of the checkpoints after steps 2, 4")
+    output = to_hf(half, tmp_path / "out", ExportOptions(dtype="fp32", average=2))
+    assert output.endswith("the mean of the checkpoints after steps 2, 4")
     both = []
     for step in (2, 4):
         dcp_to_torch_save(half / "checkpoints" / f"step_{step:08d}" / "model", tmp_path / "all.pt")
         # our own file, of the line before
         both.append(torch.load(tmp_path / "all.pt", weights_only=False))
-    found = load_file(tmp_path / "out" / "model.safetensors")
+    exported = load_file(tmp_path / "out" / "model.safetensors")
     for key, stored in (
         ("wte", "embedding.word_embeddings"),
         ("ff_out", "output_layer"),
@@ -315,11 +316,11 @@ def test_the_mean_of_checkpoints_is_that_of_their_masters(half: Path, tmp_path: 
     ):
         masters = [each[f"optimizer.state.param.{stored}.weight"] for each in both]
         wanted = ((masters[0].double() + masters[1].double()) / 2).float()
-        assert torch.equal(found[f"model.transformer.{key}.weight"], wanted)
+        assert torch.equal(exported[f"model.transformer.{key}.weight"], wanted)
         assert not torch.equal(wanted, wanted.bfloat16().float())
     down = [each["optimizer.state.param.decoder.layers.mlp.linear_fc2.weight"] for each in both]
     wanted = ((down[0].double() + down[1].double()) / 2).float()
-    assert torch.equal(found["model.transformer.blocks.1.ff_out.weight"], wanted[1])
+    assert torch.equal(exported["model.transformer.blocks.1.ff_out.weight"], wanted[1])
     assert (
         "mean of the checkpoints after steps 2, 4" in (tmp_path / "out" / "README.md").read_text()
     )
@@ -331,10 +332,10 @@ def test_fp32_of_a_bf16_run_is_its_masters_and_verified_as_such(half: Path, tmp_
     their mean, too.
     """
     for name, average in (("out", 1), ("mean", 2)):
-        said = export(
+        output = export(
             str(half), str(tmp_path / name), True, None, ExportOptions("fp32", average=average)
         )
-        assert "in fp32 from the run's fp32 masters" in said and "allowed 1e-05" in said
+        assert "in fp32 from the run's fp32 masters" in output and "allowed 1e-05" in output
         values = load_file(tmp_path / name / "model.safetensors")["model.transformer.wte.weight"]
         assert not torch.equal(values, values.bfloat16().float())
 
@@ -491,12 +492,12 @@ def test_no_tensor_is_ever_in_memory_as_a_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both ways, blocks of at most so many values; what is read of a file is what was asked for."""
-    for place in (
+    for constant in (
         "llada.model.weights.BLOCK_ELEMENTS",
         "llada.hf.tensor_files.BLOCK_ELEMENTS",
         "llada.checkpoint.writing.PIECE_ELEMENTS",
     ):
-        monkeypatch.setattr(place, 1000)
+        monkeypatch.setattr(constant, 1000)
     model = ModelSection(**{**SIZES, "num_query_groups": 4})
     source = Counting(published_tensors(model))
     write_model(tmp_path, source, model, torch.float32)
@@ -514,8 +515,8 @@ def test_no_tensor_is_ever_in_memory_as_a_whole(
     assert max(read) <= 1000 and sum(read) == sum(
         tensor.numel() for tensor in source.tensors.values()
     )
-    found = load_file(tmp_path / "out" / "model.safetensors")
-    assert all(torch.equal(found[name], tensor) for name, tensor in source.tensors.items())
+    exported = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(exported[name], tensor) for name, tensor in source.tensors.items())
 
 
 def test_a_disk_that_fails_to_flush_is_no_finished_export(

@@ -125,7 +125,7 @@ def test_an_answer_ends_at_eos_or_at_the_end_of_its_turn(
     end: str, export: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = load(export)
-    wanted = [
+    expected = [
         *model.tokenizer.encode("yes").tolist(),
         model.tokenizer.id_of(end),
         *model.tokenizer.encode("no").tolist(),
@@ -133,14 +133,17 @@ def test_an_answer_ends_at_eos_or_at_the_end_of_its_turn(
 
     def forced(tokens: torch.Tensor) -> torch.Tensor:
         logits = torch.zeros(*tokens.shape, 512)
-        for i, token_id in enumerate(wanted):
-            logits[:, tokens.shape[1] - len(wanted) + i, token_id] = 9.0
+        for i, token_id in enumerate(expected):
+            logits[:, tokens.shape[1] - len(expected) + i, token_id] = 9.0
         return logits
 
     monkeypatch.setattr(type(model), "__call__", lambda self, tokens: forced(tokens))
-    assert commands.write(model, "well?", True, SamplingOptions(len(wanted), 1)) == ("yes", True)
-    wanted.remove(model.tokenizer.id_of(end))
-    assert commands.write(model, "well?", True, SamplingOptions(len(wanted), 1)) == ("yesno", False)
+    assert commands.write(model, "well?", True, SamplingOptions(len(expected), 1)) == ("yes", True)
+    expected.remove(model.tokenizer.id_of(end))
+    assert commands.write(model, "well?", True, SamplingOptions(len(expected), 1)) == (
+        "yesno",
+        False,
+    )
 
 
 def test_a_question_is_put_into_the_models_own_chat_template(

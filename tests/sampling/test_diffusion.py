@@ -95,10 +95,10 @@ def test_the_same_tokens_as_the_published_algorithm(
         model = Toy(seed)
         prompts = torch.randint(0, MASK, (3, 5), generator=torch.Generator().manual_seed(seed))
         options = SamplingOptions(length, steps, block, cfg=w)
-        found = generate(model, prompts, SPECIALS, options)
+        result = generate(model, prompts, SPECIALS, options)
         for row in range(3):
             assert (
-                found[row].tolist()
+                result[row].tolist()
                 == published(model, prompts[row], steps, length, block, w).tolist()
             )
 
@@ -106,11 +106,11 @@ def test_the_same_tokens_as_the_published_algorithm(
 @settings(max_examples=100, deadline=None)
 @given(st.integers(0, 300), st.integers(1, 300))
 def test_quotas(masks: int, steps: int) -> None:
-    found = quotas(masks, steps)
-    assert sum(found) == masks
-    assert len(found) == steps
-    assert found == sorted(found, reverse=True)
-    assert max(found) - min(found) <= 1
+    result = quotas(masks, steps)
+    assert sum(result) == masks
+    assert len(result) == steps
+    assert result == sorted(result, reverse=True)
+    assert max(result) - min(result) <= 1
 
 
 @pytest.mark.parametrize("remasking", ["low_confidence", "random"])
@@ -154,11 +154,11 @@ def test_temperature_samples_the_softmax() -> None:
         for option in options
     )
     allowed = [k for k in range(VOCAB) if k != MASK]
-    wanted = torch.softmax(logits[allowed].double() / 0.7, -1).numpy()
-    found = np.array([counts[k] for k in allowed]) / len(options)
+    expected = torch.softmax(logits[allowed].double() / 0.7, -1).numpy()
+    result = np.array([counts[k] for k in allowed]) / len(options)
     assert counts[MASK] == 0
     assert (
-        np.abs(found - wanted) <= 4 * np.sqrt(wanted * (1 - wanted) / len(options)) + 1e-9
+        np.abs(result - expected) <= 4 * np.sqrt(expected * (1 - expected) / len(options)) + 1e-9
     ).all()
 
 
