@@ -89,6 +89,7 @@ def measure_save(engine: MegatronEngine, folder: Path, copy: Path) -> SaveTimes:
     pending.finish()
     whole = time.perf_counter() - begun
     num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    # The lower limit: the same bytes on the same disk, flushed like a checkpoint.
     begun = time.perf_counter()
     shutil.copytree(folder, copy)
     sync_tree(copy)
@@ -106,6 +107,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
         copy = Path(scratch) / "copy"
         for number in range(args.rounds + 1):
+            # Both kinds alternate, so that other work on the machine affects them alike.
             for name, saves in (("background", background), ("foreground", foreground)):
                 times = measure_save(engine, Path(scratch) / f"{name}{number}", copy)
                 if number:  # the first round warms up

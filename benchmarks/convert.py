@@ -124,6 +124,7 @@ def main() -> None:
         checkpoint = Path(name) / "checkpoint"
         back = Path(name) / "back"
         make_folder(folder, model)
+        # Each round converts there and back, next to a copy of the same bytes.
         for _ in range(args.rounds):
             seconds["copy"].append(copy_weights(folder, Path(name) / "copy"))
             for command, source, target in (

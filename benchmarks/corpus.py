@@ -176,6 +176,7 @@ def main(arguments: list[str] | None = None) -> None:
     seen: set[bytes] = set()  # digests of the documents so far
     size = 0
     digest = hashlib.sha256()
+    # The file gets its name when it is complete.
     partial = options.output.with_name(options.output.name + ".partial")
     with (
         tempfile.TemporaryDirectory() as folder,

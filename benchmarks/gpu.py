@@ -175,6 +175,7 @@ def main() -> int:
     gpu = gpu_available()
     started = time.perf_counter()
     machine = describe_machine(gpu)
+    # Before the tests: a run that is cut short shows where it ran.
     print("\n".join(f"{name}: {value}" for name, value in machine.items()), flush=True)
     steps: list[StepResult] = []
     with tempfile.TemporaryDirectory() as folder:

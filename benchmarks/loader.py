@@ -111,6 +111,7 @@ def run_config(corpus: Path, args: argparse.Namespace) -> RunConfig:
                 "sequence_length": LENGTH,
                 "mixture": [{"path": str(corpus)}],
                 "document_mask": not args.whole,
+                # Do not read whole shards to compare their checksums.
                 "verify_bytes": 0,
             },
             "model": {
@@ -130,6 +131,7 @@ def make_step(data: PretrainData, step: int) -> None:
     """Make the micro-batches of one step, as the loader of a run with one replica does."""
     batch = data.config.batch
     plan = data.plan(step)
+    # Rank 0 of one replica: all samples of the step.
     for offsets in sample_offsets(batch.global_, batch.micro, 0, 1):
         data.batch(plan, offsets)
 
@@ -350,6 +352,7 @@ def main() -> None:
     parser.add_argument("--open", type=Path, default=None, help=argparse.SUPPRESS)
     parser.add_argument("--verifying", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    # Collation must not use other cores.
     torch.set_num_threads(1)
     if args.open is not None:
         print(json.dumps(open_once(args.open, args)))

@@ -110,6 +110,7 @@ class PlainLoop:
                 self._accumulate()
         torch.nn.utils.clip_grad_norm_(self.masters, 1.0)
         self.optimizer.step()
+        # Round the updated masters into the weights that compute.
         if self.has_masters:
             torch._foreach_copy_(
                 [parameter.detach() for parameter in self.parameters],

@@ -80,6 +80,7 @@ def time_first_step(folder: Path, environment: dict[str, str], number: int) -> f
     process = subprocess.Popen(
         [*LLADA, "pretrain", config.name], cwd=folder, env=environment, stdout=subprocess.DEVNULL
     )
+    # The file appears with the first line; 10 ms are little beside the seconds of a start.
     while not (metrics.exists() and metrics.stat().st_size):
         if process.poll():
             raise RuntimeError(f"llada pretrain: exit {process.returncode}")

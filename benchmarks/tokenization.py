@@ -242,6 +242,7 @@ def compare(ours: Corpus, theirs: Path, num_documents: int) -> int:
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     other = IndexedDataset(str(theirs))
+    # The baseline read a prefix of the corpus; our shards continue it in order.
     number = 0
     for entry in ours.manifest.of("train"):
         shard = IndexedDataset(str(ours.folder / entry.name))

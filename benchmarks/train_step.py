@@ -130,6 +130,7 @@ def make_batches(config: RunConfig, step: int, whole_rows: bool) -> tuple[list[B
 
 
 def run_config(args: argparse.Namespace, vocabulary: int, layers: int, rows: int) -> RunConfig:
+    # By default each rank has one micro-batch.
     micro = args.micro or max(1, rows // dist.get_world_size())
     return build_config(
         {
@@ -207,6 +208,7 @@ def measure_engine(
         their_time = 0.0
         if plain:
             their_time = timed(partial(plain_step, loop, batches), engine.device)
+        # The first steps allocate memory and choose kernels.
         if step >= WARM_UP_STEPS:
             ours.append(our_time)
             theirs.append(their_time)
@@ -355,6 +357,7 @@ def main() -> None:
     join_world()
     is_main = dist.get_rank() == 0
 
+    # One line of JSON per shape.
     def report(
         vocabulary: int, layers: int, rows: int, plain: str | None, profile: str | None = None
     ) -> None:
