@@ -1,11 +1,11 @@
-"""Real text for measurements of the data tools: the documentation packages of a Debian or Ubuntu
-system, as JSON Lines.
+"""Make a corpus of real text for benchmarks of the data tools, as JSON Lines.
 
     python benchmarks/corpus.py --megabytes 300 --output /var/tmp/documentation.jsonl
 
-Packages are fetched with apt-get and unpacked into a temporary folder; nothing is installed. One
-document a file, HTML stripped to its text, the same text once, files in the order of their paths:
-the same packages give the same bytes. Size, documents and sha256 are printed.
+The text is that of the documentation packages of a Debian or Ubuntu system. Packages are downloaded
+with apt-get and unpacked into a temporary folder; nothing is installed. Each file is one document,
+HTML reduced to its text, duplicates removed, files in the order of their paths: the same packages
+give the same bytes. Prints size, number of documents and sha256.
 """
 
 from __future__ import annotations
@@ -29,12 +29,11 @@ PACKAGES = (
     " sqlite3-doc octave-doc python-scipy-doc python-pandas-doc python-sympy-doc python-django-doc"
     " openjdk-17-doc libboost1.74-doc rust-doc ghc-doc"
 )
-"""In the order in which they are taken, until there is enough text; those that the system does not
-offer are passed over.
-"""
+"""They are taken in this order until there is enough text. Packages that the system does not offer
+are skipped."""
 SUFFIXES = {".html", ".htm", ".txt", ".rst", ".md", ".adoc", ".pod"}
-LEFT_OUT = {"script", "style", "head", "nav", "footer"}
-BREAKS = {
+HIDDEN_ELEMENTS = {"script", "style", "head", "nav", "footer"}
+BLOCK_ELEMENTS = {
     "p",
     "div",
     "br",
@@ -54,58 +53,69 @@ BREAKS = {
 }
 
 
-class Text(HTMLParser):
-    """Collects the text of a page; `LEFT_OUT` elements are none."""
+class TextOfPage(HTMLParser):
+    """Collects the text of a page, without that of `HIDDEN_ELEMENTS`."""
 
     def __init__(self) -> None:
         super().__init__(convert_charrefs=True)
         self.parts: list[str] = []
-        self._hidden: list[str] = []
+        self._open_hidden: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: object) -> None:
-        if tag in LEFT_OUT:
-            self._hidden.append(tag)
+        if tag in HIDDEN_ELEMENTS:
+            self._open_hidden.append(tag)
         elif tag == "body":
-            self._hidden.clear()  # a head that is never closed
-        elif tag in BREAKS:
+            # Some pages never close their head.
+            self._open_hidden.clear()
+        elif tag in BLOCK_ELEMENTS:
             self.parts.append("\n")
 
     def handle_endtag(self, tag: str) -> None:
-        if tag in self._hidden:
-            del self._hidden[self._hidden.index(tag) :]
-        elif tag in BREAKS:
+        if tag in self._open_hidden:
+            # Elements inside that were never closed end here too.
+            del self._open_hidden[self._open_hidden.index(tag) :]
+        elif tag in BLOCK_ELEMENTS:
             self.parts.append("\n")
 
     def handle_data(self, data: str) -> None:
-        if not self._hidden:
+        if not self._open_hidden:
             self.parts.append(data)
 
 
 def text_of_html(page: str) -> str:
-    parser = Text()
+    """The text of a page, with an empty line where several lines break."""
+    parser = TextOfPage()
     parser.feed(page)
     parser.close()
     return re.sub(r"\s*\n\s*\n\s*", "\n\n", "".join(parser.parts)).strip()
 
 
 def documents(folder: Path) -> Iterator[str]:
-    """The text of every file below `folder` that is documentation in UTF-8, by path."""
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and not p.is_symlink()):
-        inner = path.with_suffix("") if path.suffix == ".gz" else path
-        if inner.suffix.lower() not in SUFFIXES:
+    """Yield the text of every documentation file in UTF-8 below `folder`, by path."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink() or not path.is_file():
+            continue
+        # page.html.gz counts as page.html
+        compressed = path.suffix == ".gz"
+        uncompressed = path.with_suffix("") if compressed else path
+        suffix = uncompressed.suffix.lower()
+        if suffix not in SUFFIXES:
             continue
         try:
-            text = (
-                gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-            ).decode()
+            content = path.read_bytes()
+            if compressed:
+                content = gzip.decompress(content)
+            text = content.decode()
         except (UnicodeDecodeError, OSError, EOFError):
             continue
-        text = text_of_html(text) if inner.suffix.lower() in (".html", ".htm") else text
+        if suffix in (".html", ".htm"):
+            text = text_of_html(text)
         if text.strip():
             yield text
 
 
 def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a command of the packaging system in `folder`."""
     try:
         return subprocess.run(
             command, cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL
@@ -117,22 +127,23 @@ def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
         )
 
 
-def unpacked(package: str, folder: Path) -> Path | None:
-    """A package's files, or None when it cannot be had; why not is said."""
+def unpack(package: str, folder: Path) -> Path | None:
+    """Download and unpack a package.
+
+    Returns:
+        The folder of its files, or None, with a message, if it cannot be downloaded.
+    """
     own = folder / package
     own.mkdir()
-    fetched = run(["apt-get", "download", package], own)
+    download = run(["apt-get", "download", package], own)
     archives = list(own.glob("*.deb"))
-    if fetched.returncode or not archives:
-        print(
-            f"{package}: passed over"
-            f" ({(fetched.stderr.strip().splitlines() or ['nothing fetched'])[-1]})",
-            file=sys.stderr,
-        )
+    if download.returncode or not archives:
+        lines = download.stderr.strip().splitlines() or ["nothing fetched"]
+        print(f"{package}: passed over ({lines[-1]})", file=sys.stderr)
         return None
-    opened = run(["dpkg-deb", "-x", str(archives[0]), str(own / "files")], own)
-    if opened.returncode:
-        sys.exit(f"{archives[0].name}: {opened.stderr.strip()}")
+    extraction = run(["dpkg-deb", "-x", str(archives[0]), str(own / "files")], own)
+    if extraction.returncode:
+        sys.exit(f"{archives[0].name}: {extraction.stderr.strip()}")
     return own / "files"
 
 
@@ -153,7 +164,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--megabytes",
         type=float,
         default=100,
-        help="text at least (10^6 bytes of UTF-8); default 100",
+        help="minimum size of the text, in 10^6 bytes of UTF-8 (default: 100)",
     )
     parser.add_argument(
         "--output",
@@ -162,8 +173,10 @@ def main(arguments: list[str] | None = None) -> None:
         help="file to make",
     )
     options = parser.parse_args(arguments)
-    seen: set[bytes] = set()
-    size, digest = 0, hashlib.sha256()
+    seen: set[bytes] = set()  # digests of the documents so far
+    size = 0
+    digest = hashlib.sha256()
+    # The file gets its name when it is complete.
     partial = options.output.with_name(options.output.name + ".partial")
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -173,20 +186,22 @@ def main(arguments: list[str] | None = None) -> None:
         for package in PACKAGES.split():
             if size >= options.megabytes * 1e6:
                 break
-            files = unpacked(package, Path(folder))
+            files = unpack(package, Path(folder))
             for text in documents(files) if files else ():
-                key = hashlib.sha256(text.encode()).digest()
-                if key not in seen:
-                    seen.add(key)
-                    line = json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n"
-                    file.write(line)
-                    digest.update(line)
-                    size += len(text.encode())
+                encoded = text.encode()
+                key = hashlib.sha256(encoded).digest()
+                if key in seen:
+                    continue
+                seen.add(key)
+                line = json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n"
+                file.write(line)
+                digest.update(line)
+                size += len(encoded)
             print(f"{package}: {size / 1e6:,.1f} MB so far", file=sys.stderr)
         if size < options.megabytes * 1e6:
-            found = f"the packages that apt offers hold {size / 1e6:,.1f}"
             sys.exit(
-                f"--megabytes: {options.megabytes:g} asked for, {found}; is `apt-get update` due?"
+                f"--megabytes: {options.megabytes:g} asked for, the packages that apt offers hold"
+                f" {size / 1e6:,.1f}; is `apt-get update` due?"
             )
     partial.replace(options.output)
     print(

@@ -1,21 +1,20 @@
-"""Tokens per second of the training data on one core, and what a corpus of 10,000 shards costs to
-open, on one machine.
+"""Measure the training data: tokens per second on one core, and the cost of opening 10,000 shards.
 
     python benchmarks/loader.py
     python benchmarks/loader.py --start-up
 
-Without an option: a corpus of random documents (lengths exponential around --mean, ids of LLaDA's
-vocabulary, int32) is read by one replica the way training does: plan, windows, documents, t, masks
-and micro-batches, with data.document_mask on. In turn with it, the same number of windows is copied
-from a plain memory map in random order (the ceiling), and Megatron-Core's GPTDataset reads samples
-of the same shards: tokens, labels and positions, no noise and no documents. All files are in the
-page cache. Rates are medians over rounds, in million tokens, per second and per second of this
-process's computing, which other work on the core does not count in.
+Without an option, one replica reads a corpus of random documents (exponential lengths around
+--mean, ids of LLaDA's vocabulary, int32) as in training: step plan, windows, documents, t, masks
+and micro-batches, with data.document_mask on. It alternates with two others that read the same
+number of windows: a plain memory map, copied in random order (the upper limit), and Megatron-Core's
+GPTDataset on the same shards (tokens, labels and positions; no noise and no documents). All files
+are in the page cache. Rates are medians over rounds, in million tokens, per second and per second
+of this process's CPU time, which does not count other work on the core.
 
-With --start-up: 10,000 shards of 2.3T tokens, whose token files are sparse and whose index is one
-file under many names, are opened in fresh processes, as the rank that compares the sizes of all
-files and as any other rank. Printed: seconds and peak memory of opening, and the mean time of a
-sample (tokens and documents) from a shard that was not touched before.
+With --start-up, 10,000 shards of 2.3T tokens are opened in new processes, once as the rank that
+compares the sizes of all files and once as any other rank. Their token files are sparse, and their
+index is one file under many names. Prints seconds and peak memory of opening, and the mean time of
+a sample (tokens and documents) from a shard that was not read before.
 """
 
 from __future__ import annotations
@@ -33,9 +32,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from llada.config import RunConfig, build_config
@@ -44,13 +43,27 @@ from llada.data.pretrain import PretrainData
 from llada.data.shard_format import HEADER, MAGIC
 from llada.data.shard_writer import ShardWriter
 from llada.engine.layout import sample_offsets
+from llada.tokenizer import train_byte_level_bpe
 
 LENGTH = 4096
-IDS, ROWS, MASK, EOS = 126349, 126464, 126336, 126081
-"""Of LLaDA's tokenizer: ids, rows of the embedding, [MASK] and EOS."""
+"""Tokens of a window."""
+
+# LLaDA's tokenizer
+IDS = 126349
+ROWS = 126464  # of the embedding, padding included
+MASK = 126336
+EOS = 126081
+
+Reader = Callable[[int], None]
+"""Reads the windows of a round, by the number of the round."""
 
 
 def write_manifest(folder: Path, shards: list[ShardEntry]) -> None:
+    """Make a corpus of shards that exist."""
+    # Opening compares the corpus's tokenizer with the manifest. Any tokenizer will do: the ids of
+    # the benchmark stand for no text.
+    tokenizer = train_byte_level_bpe(iter(["a few bytes"]), 262)
+    tokenizer.save(folder / "tokenizer")
     Manifest(
         format_version=FORMAT_VERSION,
         tool_version="benchmark",
@@ -60,7 +73,7 @@ def write_manifest(folder: Path, shards: list[ShardEntry]) -> None:
         padded_vocab_size=ROWS,
         mask_id=MASK,
         eos_id=EOS,
-        tokenizer_fingerprint="0" * 64,
+        tokenizer_fingerprint=tokenizer.fingerprint,
         options={},
         sources=[],
         skipped={},
@@ -71,16 +84,23 @@ def write_manifest(folder: Path, shards: list[ShardEntry]) -> None:
 def write_shard(
     folder: Path, name: str, tokens: int, mean: float, rng: np.random.Generator
 ) -> ShardEntry:
-    """About `tokens` tokens in documents of random length."""
-    lengths = 1 + rng.exponential(mean - 1, int(tokens / mean)).astype(np.int64)
+    """Write about `tokens` tokens in documents of random length."""
+    lengths = document_lengths(tokens, mean, rng)
     ids = rng.integers(0, EOS, int(lengths.sum()))
+    # The last token of each document
     ids[np.cumsum(lengths) - 1] = EOS
     with ShardWriter(folder, name, np.int32, TRAIN) as writer:
         writer.append(ids, lengths, 4 * len(ids))
         return writer.close()
 
 
-def config_of(corpus: Path, args: argparse.Namespace) -> RunConfig:
+def document_lengths(tokens: float, mean: float, rng: np.random.Generator) -> npt.NDArray[np.int64]:
+    """Lengths of documents of about `tokens` tokens in all, exponential, at least 1."""
+    return 1 + rng.exponential(mean - 1, int(tokens / mean)).astype(np.int64)
+
+
+def run_config(corpus: Path, args: argparse.Namespace) -> RunConfig:
+    """A run on the corpus; its model is never built."""
     return build_config(
         {
             "run": {"dir": "unused"},
@@ -90,6 +110,7 @@ def config_of(corpus: Path, args: argparse.Namespace) -> RunConfig:
                 "sequence_length": LENGTH,
                 "mixture": [{"path": str(corpus)}],
                 "document_mask": not args.whole,
+                # Do not read whole shards to compare their checksums.
                 "verify_bytes": 0,
             },
             "model": {
@@ -106,9 +127,10 @@ def config_of(corpus: Path, args: argparse.Namespace) -> RunConfig:
 
 
 def make_step(data: PretrainData, step: int) -> None:
-    """What the loader does for one step of a run with one replica."""
+    """Make the micro-batches of one step, as the loader of a run with one replica does."""
     batch = data.config.batch
     plan = data.plan(step)
+    # Rank 0 of one replica: all samples of the step.
     for offsets in sample_offsets(batch.global_, batch.micro, 0, 1):
         data.batch(plan, offsets)
 
@@ -116,7 +138,7 @@ def make_step(data: PretrainData, step: int) -> None:
 # -- tokens per second -----------------------------------------------------------------------------
 
 
-def rates(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+def measure_rates(folder: Path, args: argparse.Namespace) -> dict[str, object]:
     """Million tokens per second of each reader."""
     rng = np.random.default_rng(0)
     corpus = folder / "corpus"
@@ -125,28 +147,29 @@ def rates(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
         write_shard(corpus, f"train-{i:05d}", args.tokens // 4, args.mean, rng) for i in range(4)
     ]
     write_manifest(corpus, entries)
-    windows = args.steps * args.batch
+    num_windows = args.steps * args.batch
     readers = {
-        "ours": our_reader(PretrainData(config_of(corpus, args)), args.steps),
-        "memory_map": map_reader([corpus / f"{entry.name}.bin" for entry in entries], windows),
-        "gpt_dataset": gpt_reader(corpus / entries[0].name, folder / "cache", windows),
+        "ours": our_reader(PretrainData(run_config(corpus, args)), args.steps),
+        "memory_map": map_reader([corpus / f"{entry.name}.bin" for entry in entries], num_windows),
+        "gpt_dataset": gpt_reader(corpus / entries[0].name, folder / "cache", num_windows),
     }
-    measured: dict[str, list[tuple[float, float]]] = {name: [] for name in readers}
-    for number in range(args.rounds + 1):  # the first round brings the files into memory
+    seconds: dict[str, list[float]] = {name: [] for name in readers}
+    cpu_seconds: dict[str, list[float]] = {name: [] for name in readers}
+    for number in range(args.rounds + 1):
         for name, read in readers.items():
-            start = time.perf_counter(), time.process_time()
+            start = time.perf_counter()
+            cpu_start = time.process_time()
             read(number)
-            took = time.perf_counter() - start[0], time.process_time() - start[1]
+            took = time.perf_counter() - start
+            cpu_took = time.process_time() - cpu_start
+            # The first round brings the files into the page cache.
             if number:
-                measured[name].append(took)
-    found: dict[str, Any] = {}
-    for i, clock in enumerate(("per_second", "per_cpu_second")):
-        found[clock] = {
-            name: round(windows * LENGTH / statistics.median(row[i] for row in rows) / 1e6, 1)
-            for name, rows in measured.items()
-        }
+                seconds[name].append(took)
+                cpu_seconds[name].append(cpu_took)
+    million_tokens = num_windows * LENGTH / 1e6
     return {
-        **found,
+        "per_second": rates(million_tokens, seconds),
+        "per_cpu_second": rates(million_tokens, cpu_seconds),
         "masking": args.masking,
         "document_mask": not args.whole,
         "mean_document": args.mean,
@@ -154,7 +177,14 @@ def rates(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def our_reader(data: PretrainData, steps: int) -> Callable[[int], None]:
+def rates(amount: float, times: dict[str, list[float]]) -> dict[str, float]:
+    """The amount over the median time, by name."""
+    return {name: round(amount / statistics.median(values), 1) for name, values in times.items()}
+
+
+def our_reader(data: PretrainData, steps: int) -> Reader:
+    """Micro-batches of consecutive steps."""
+
     def read(number: int) -> None:
         for step in range(steps):
             make_step(data, number * steps + step)
@@ -162,23 +192,23 @@ def our_reader(data: PretrainData, steps: int) -> Callable[[int], None]:
     return read
 
 
-def map_reader(paths: list[Path], count: int) -> Callable[[int], None]:
+def map_reader(paths: list[Path], count: int) -> Reader:
+    """Copies of windows from a memory map, in random order."""
     maps = [np.asarray(np.memmap(path, np.int32, mode="r")) for path in paths]
-    places = [
-        (i, first)
-        for i, ids in enumerate(maps)
-        for first in range(0, len(ids) - LENGTH + 1, LENGTH)
-    ]
+    windows = []
+    for ids in maps:
+        for first in range(0, len(ids) - LENGTH + 1, LENGTH):
+            windows.append(ids[first : first + LENGTH])
 
     def read(number: int) -> None:
-        for k in np.random.default_rng(number).integers(0, len(places), count).tolist():
-            i, first = places[k]
-            maps[i][first : first + LENGTH].astype(np.int64)
+        for i in np.random.default_rng(number).integers(0, len(windows), count).tolist():
+            windows[i].astype(np.int64)
 
     return read
 
 
-def gpt_reader(shard: Path, cache: Path, count: int) -> Callable[[int], None]:
+def gpt_reader(shard: Path, cache: Path, count: int) -> Reader:
+    """Samples of Megatron-Core's GPTDataset."""
     from llada.engine import cpu
 
     cpu.before_import()
@@ -213,89 +243,87 @@ def gpt_reader(shard: Path, cache: Path, count: int) -> Callable[[int], None]:
 # -- start-up --------------------------------------------------------------------------------------
 
 
-def start_up(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """What opening costs, by kind of rank."""
+def measure_start_up(folder: Path, args: argparse.Namespace) -> dict[str, object]:
+    """The cost of opening, by kind of rank."""
     corpus = folder / "corpus"
     corpus.mkdir()
     write_many_shards(corpus, args)
-    found: dict[str, Any] = {
+    open_corpus = [sys.executable, __file__, "--open", str(corpus)]
+    return {
         "shards": args.shards,
         "tokens": sum(entry.tokens for entry in Manifest.load(corpus).shards),
+        "verifying": run_rounds([*open_corpus, "--verifying"], args.rounds),
+        "other": run_rounds(open_corpus, args.rounds),
     }
-    for kind in ("verifying", "other"):
-        command = [
-            sys.executable,
-            __file__,
-            "--open",
-            str(corpus),
-            *(["--verifying"] if kind == "verifying" else []),
-        ]
-        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-        rounds = [
-            json.loads(
-                subprocess.run(command, env=environment, check=True, capture_output=True).stdout
-            )
-            for _ in range(args.rounds)
-        ]
-        found[kind] = {key: statistics.median(row[key] for row in rounds) for key in rounds[0]}
-    return found
+
+
+def run_rounds(command: list[str], rounds: int) -> dict[str, float]:
+    """Run a command that prints an object of numbers; return their medians."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    results: list[dict[str, float]] = []
+    for _ in range(rounds):
+        process = subprocess.run(command, env=environment, check=True, capture_output=True)
+        results.append(json.loads(process.stdout))
+    return {name: statistics.median(result[name] for result in results) for name in results[0]}
 
 
 def write_many_shards(corpus: Path, args: argparse.Namespace) -> None:
-    """Shards that take no room: sparse token files (every id is 0), and one index."""
-    lengths = 1 + np.random.default_rng(0).exponential(
-        args.mean - 1, int(2.3e12 / args.shards / args.mean)
-    ).astype(np.int64)
-    tokens = int(lengths.sum())
-    first = write_shard(corpus, "first", 10 * LENGTH, args.mean, np.random.default_rng(0))
-    with open(corpus / "index", "wb") as file:
-        file.write(HEADER.pack(MAGIC, 1, 4, len(lengths), len(lengths) + 1))
+    """Write shards that need no disk: sparse token files (every id is 0) that share one index."""
+    lengths = document_lengths(2.3e12 / args.shards, args.mean, np.random.default_rng(0))
+    num_documents = len(lengths)
+    num_tokens = int(lengths.sum())
+    index = corpus / "index"
+    # Megatron-Core's index: a header, then the length and the byte offset of each document, then
+    # the boundaries of documents, each of one sequence.
+    with open(index, "wb") as file:
+        file.write(HEADER.pack(MAGIC, 1, 4, num_documents, num_documents + 1))
         file.write(lengths.astype("<i4").tobytes())
         file.write((4 * (np.cumsum(lengths) - lengths)).astype("<i8").tobytes())
-        file.write(np.arange(len(lengths) + 1, dtype="<i8").tobytes())
+        file.write(np.arange(num_documents + 1, dtype="<i8").tobytes())
+    # A real entry, for the fields that do not matter here.
+    entry = write_shard(corpus, "first", 10 * LENGTH, args.mean, np.random.default_rng(0))
+    entry = replace(
+        entry,
+        documents=num_documents,
+        tokens=num_tokens,
+        text_bytes=4 * num_tokens,
+        max_token_id=0,
+        bin_bytes=4 * num_tokens,
+        idx_bytes=index.stat().st_size,
+    )
     entries = []
     for i in range(args.shards):
         name = f"train-{i:05d}"
-        os.link(corpus / "index", corpus / f"{name}.idx")
+        os.link(index, corpus / f"{name}.idx")
         with open(corpus / f"{name}.bin", "wb") as file:
-            file.truncate(4 * tokens)
-        sizes = {
-            "bin_bytes": 4 * tokens,
-            "idx_bytes": (corpus / "index").stat().st_size,
-            "bin_xxh3": f"{i:016x}",
-        }
-        entries.append(
-            replace(
-                first,
-                name=name,
-                documents=len(lengths),
-                tokens=tokens,
-                text_bytes=4 * tokens,
-                max_token_id=0,
-                **sizes,
-            )
-        )
+            file.truncate(4 * num_tokens)
+        entries.append(replace(entry, name=name, bin_xxh3=f"{i:016x}"))
     write_manifest(corpus, entries)
 
 
 def open_once(corpus: Path, args: argparse.Namespace) -> dict[str, float]:
-    """Seconds and memory of opening, and of the first samples; in a process of its own."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    """Measure opening and the first samples. The caller runs this in a new process."""
+    imports_gb = peak_memory_gb()
     start = time.perf_counter()
-    data = PretrainData(config_of(corpus, args), verify=args.verifying)
-    opened = time.perf_counter() - start
-    after_opening = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    data = PretrainData(run_config(corpus, args), verify=args.verifying)
+    open_seconds = time.perf_counter() - start
+    opened_gb = peak_memory_gb()
     start = time.perf_counter()
     for step in range(args.steps):
         make_step(data, step)
-    reading = time.perf_counter() - start
+    read_seconds = time.perf_counter() - start
     return {
-        "open_seconds": round(opened, 2),
-        "imports_gb": round(before / 1e6, 3),
-        "peak_gb_after_opening": round(after_opening / 1e6, 3),
-        "peak_gb_after_reading": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 3),
-        "milliseconds_per_first_sample": round(1e3 * reading / args.steps / args.batch, 3),
+        "open_seconds": round(open_seconds, 2),
+        "imports_gb": round(imports_gb, 3),
+        "peak_gb_after_opening": round(opened_gb, 3),
+        "peak_gb_after_reading": round(peak_memory_gb(), 3),
+        "milliseconds_per_first_sample": round(1e3 * read_seconds / args.steps / args.batch, 3),
     }
+
+
+def peak_memory_gb() -> float:
+    """Peak memory of this process so far, in 10^6 KiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
 def main() -> None:
@@ -305,31 +333,36 @@ def main() -> None:
     parser.add_argument(
         "--start-up", action="store_true", help="measure opening instead of reading"
     )
-    parser.add_argument("--tokens", type=int, default=64_000_000, help="of the corpus that is read")
-    parser.add_argument("--mean", type=float, default=500, help="tokens of a document")
+    parser.add_argument(
+        "--tokens", type=int, default=64_000_000, help="tokens of the corpus that is read"
+    )
+    parser.add_argument("--mean", type=float, default=500, help="mean tokens of a document")
     parser.add_argument("--whole", action="store_true", help="without data.document_mask")
     parser.add_argument("--masking", choices=["bernoulli", "fixed_count"], default="bernoulli")
-    parser.add_argument("--batch", type=int, default=64, help="sequences of a step")
-    parser.add_argument("--micro", type=int, default=8, help="sequences of a micro-batch")
-    parser.add_argument("--steps", type=int, default=16, help="steps of a round")
+    parser.add_argument("--batch", type=int, default=64, help="sequences per step")
+    parser.add_argument("--micro", type=int, default=8, help="sequences per micro-batch")
+    parser.add_argument("--steps", type=int, default=16, help="steps per round")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--shards", type=int, default=10_000, help="of the corpus that is opened")
+    parser.add_argument("--shards", type=int, default=10_000, help="with --start-up")
     parser.add_argument(
-        "--folder", default=None, help="where to write; the system's temporary folder if left out"
+        "--folder", default=None, help="where to write (default: the system's temporary folder)"
     )
+    # How --start-up calls this program again, in a new process.
     parser.add_argument("--open", type=Path, default=None, help=argparse.SUPPRESS)
     parser.add_argument("--verifying", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    # Collation must not use other cores.
     torch.set_num_threads(1)
     if args.open is not None:
         print(json.dumps(open_once(args.open, args)))
         return
     with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
         if args.start_up:
-            print(json.dumps(start_up(Path(scratch), args)))
+            print(json.dumps(measure_start_up(Path(scratch), args)))
             return
-        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # one core
-        print(json.dumps(rates(Path(scratch), args)))
+        # Rates are per core.
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+        print(json.dumps(measure_rates(Path(scratch), args)))
 
 
 if __name__ == "__main__":

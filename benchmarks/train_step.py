@@ -1,16 +1,18 @@
-"""A training step against plain PyTorch and against the floor, in one run on one machine.
+"""Compare a training step with plain PyTorch and with its lower limit, in one run on one machine.
 
     python benchmarks/train_step.py
     torchrun --nproc-per-node 4 benchmarks/train_step.py --parallel "tensor: 2" "sequence: true"
 
-Ours is the engine of every run, on the layout that is asked for. Two plain loops (a module of
-nn.Linear and scaled dot product attention, fused AdamW, one process) train the same shape on the
-same masked tokens: one with the logits of every position, as one would write it first, one with
+Ours is the engine of every run, in the given layout. Two plain loops (a module of nn.Linear and
+scaled dot product attention, fused AdamW, one process) train the same shape on the same masked
+tokens. One computes the logits of every position, as one would write it first; the other computes
 those of the predicted positions only, the same arithmetic as ours. In bf16 all three keep fp32
-masters, moments and accumulated gradients. Steps alternate, so that a noisy machine disturbs all
-alike; ratios are medians over neighbouring steps. The floor is the step's FLOPs at the rate of a
-large matrix product. On a GPU the default is the width of LLaDA 8B: two layers beside each plain
-loop, then as many layers as fit alone, with 4 and with 16 micro-batches a step.
+masters, moments and accumulated gradients.
+
+Steps alternate, so that other work on the machine affects all alike; ratios are medians over
+neighbouring steps. The lower limit ("floor") is the step's FLOPs at the rate of a large matrix
+product. On a GPU the default is the width of LLaDA 8B: two layers next to each plain loop, then as
+many layers as fit alone, with 4 and with 16 micro-batches per step.
 """
 
 from __future__ import annotations
@@ -22,19 +24,21 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 import yaml
+from plain_loop import PlainLoop
 
 from llada.config import RunConfig, build_config
 from llada.config.sections import ModelSection
 from llada.engine.layout import join_world, sample_offsets
 from llada.engine.megatron import DTYPES, MegatronEngine
+from llada.engine.rank_batch import RankBatch
 from llada.errors import UserError
 from llada.model.flops import Peak, StepFlops, measured_matmul, step_flops
 from llada.noise import random_lengths, timesteps
@@ -42,172 +46,91 @@ from llada.objectives import Batch, MaskedDiffusion, Window, collate
 
 PLAIN_LOOPS = {"every_position": True, "same_arithmetic": False}
 """Name of a plain loop, and whether it computes the logits of every position."""
+WARM_UP_STEPS = 2
 
 
-class PlainModel(torch.nn.Module):
-    """A bidirectional Llama as one would write it first."""
+class Defaults(NamedTuple):
+    """Defaults of the options that have the same name."""
 
-    def __init__(self, config: RunConfig) -> None:
-        super().__init__()
-        m = config.model
-        self.m = m
-        self.embedding = torch.nn.Embedding(m.vocab_size, m.hidden_size)
-        self.layers = torch.nn.ModuleList(
-            PlainLayer(m.hidden_size, m.num_attention_heads, m.ffn_hidden_size)
-            for _ in range(m.num_layers)
-        )
-        self.norm = torch.nn.RMSNorm(m.hidden_size, m.norm_eps)
-        self.head = torch.nn.Linear(m.hidden_size, m.vocab_size, bias=False)
-        for parameter in self.parameters():
-            if parameter.dim() > 1:
-                torch.nn.init.trunc_normal_(parameter, std=m.hidden_size**-0.5)
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        m = self.m
-        frequencies = 1.0 / m.rope_theta ** (
-            torch.arange(0, m.head_dim, 2, device=tokens.device).float() / m.head_dim
-        )
-        angles = torch.outer(
-            torch.arange(tokens.shape[1], device=tokens.device).float(), frequencies
-        )
-        cos, sin = angles.cos().to(self.head.weight.dtype), angles.sin().to(self.head.weight.dtype)
-        x = self.embedding(tokens)
-        for layer in self.layers:
-            x = layer(x, cos, sin)
-        return self.norm(x)
+    vocabularies: list[int]
+    hidden_size: int
+    heads: int
+    ffn_hidden_size: int
+    sequence_length: int
+    rows: list[int]
+    micro: int
+    precision: str
+    steps: int
 
 
-class PlainLayer(torch.nn.Module):
-    def __init__(self, width: int, heads: int, ffn: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = torch.nn.RMSNorm(width, 1e-5), torch.nn.RMSNorm(width, 1e-5)
-        self.qkv, self.out = (
-            torch.nn.Linear(width, 3 * width, bias=False),
-            torch.nn.Linear(width, width, bias=False),
-        )
-        self.gate, self.up = (
-            torch.nn.Linear(width, ffn, bias=False),
-            torch.nn.Linear(width, ffn, bias=False),
-        )
-        self.down = torch.nn.Linear(ffn, width, bias=False)
-
-    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        b, s, _ = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(b, s, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        a = F.scaled_dot_product_attention(self.turn(q, cos, sin), self.turn(k, cos, sin), v)
-        x = x + self.out(a.transpose(1, 2).reshape(b, s, -1))
-        h = self.norm2(x)
-        return x + self.down(F.silu(self.gate(h)) * self.up(h))
-
-    @staticmethod
-    def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        first, second = x.chunk(2, -1)
-        return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+GPU_DEFAULTS = Defaults(
+    vocabularies=[126464],
+    hidden_size=4096,
+    heads=32,
+    ffn_hidden_size=12288,
+    sequence_length=4096,
+    rows=[4, 16],
+    micro=1,
+    precision="bf16",
+    steps=8,
+)
+CPU_DEFAULTS = Defaults(
+    vocabularies=[1024, 32000],
+    hidden_size=256,
+    heads=4,
+    ffn_hidden_size=768,
+    sequence_length=256,
+    rows=[16],
+    micro=0,
+    precision="fp32",
+    steps=20,
+)
 
 
-class PlainLoop:
-    """Forward, weighted cross-entropy, backward, clip, AdamW.
-
-    Args:
-        config: the shape; in bf16 the loop keeps fp32 masters, moments and accumulated gradients,
-            as the engine does.
-        device: where.
-        every_position: logits of every position, as one would write it first; else of the predicted
-            ones, the engine's arithmetic.
-    """
-
-    def __init__(self, config: RunConfig, device: torch.device, every_position: bool) -> None:
-        self.device, self.every_position = device, every_position
-        self.model = PlainModel(config).to(device, DTYPES[config.precision])
-        self.parameters = list(self.model.parameters())
-        self.masters = self.parameters
-        if config.precision == "bf16":
-            self.masters = [
-                torch.nn.Parameter(parameter.detach().float()) for parameter in self.parameters
-            ]
-            for master in self.masters:
-                master.grad = torch.zeros_like(master)
-        self.optimizer = torch.optim.AdamW(
-            self.masters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True
-        )
-
-    def step(self, batches: list[Batch]) -> float:
-        masters_apart = self.masters is not self.parameters
-        self.optimizer.zero_grad(set_to_none=not masters_apart)
-        total = torch.zeros((), device=self.device)
-        for batch in batches:
-            loss = self.loss(batch) / batch.normaliser
-            loss.backward()
-            total += loss.detach()
-            if masters_apart:
-                self._accumulate()
-        torch.nn.utils.clip_grad_norm_(self.masters, 1.0)
-        self.optimizer.step()
-        if masters_apart:
-            torch._foreach_copy_(
-                [parameter.detach() for parameter in self.parameters],
-                [master.detach() for master in self.masters],
-            )
-        return total.item()
-
-    def _accumulate(self) -> None:
-        """Add the gradients of a micro-batch to those in fp32."""
-        for master, parameter in zip(self.masters, self.parameters, strict=True):
-            master.grad.add_(parameter.grad)
-            parameter.grad = None
-
-    def loss(self, batch: Batch) -> torch.Tensor:
-        place, targets, weights = (batch.rows, batch.columns), batch.targets, batch.weights
-        if self.every_position:
-            place, everywhere = (slice(None), slice(None)), torch.zeros(batch.inputs.shape)
-            targets = batch.inputs.index_put((batch.rows, batch.columns), targets).flatten()
-            weights = everywhere.index_put((batch.rows, batch.columns), weights).flatten()
-        hidden = self.model(batch.inputs.to(self.device))[place].flatten(0, -2)
-        losses = F.cross_entropy(
-            self.model.head(hidden).float(), targets.to(self.device), reduction="none"
-        )
-        return (losses * weights.to(self.device)).sum()
+# -- what is trained -------------------------------------------------------------------------------
 
 
 def make_batches(config: RunConfig, step: int, whole_rows: bool) -> tuple[list[Batch], StepFlops]:
-    """A step of random tokens with the real distribution of t, masks and random lengths."""
+    """A step of random tokens with the real distribution of t, masks and random lengths.
+
+    Args:
+        config: The run.
+        step: Number of the step, part of the key of the noise.
+        whole_rows: Make no random lengths, which the plain loops do not support.
+    """
     rng = np.random.default_rng(step)
-    count, length = config.batch.global_, config.data.sequence_length
+    count = config.batch.global_
+    length = config.data.sequence_length
     samples = step * count + np.arange(count)
-    cuts = (
-        np.full(count, length)
-        if whole_rows
-        else random_lengths(0, samples, length, config.data.random_length_probability)
-    )
+    if whole_rows:
+        cuts = np.full(count, length)
+    else:
+        cuts = random_lengths(0, samples, length, config.data.random_length_probability)
+    # Boundaries of the segments of each row: [0, length], or with a cut [0, cut, length]
     bounds = [np.unique([0, cut, length]) for cut in cuts]
-    firsts = np.concatenate([[0], np.cumsum([len(b) - 1 for b in bounds])])
-    lengths = np.concatenate([np.diff(b) for b in bounds])
+    # Segments are numbered over the whole step; row i has those from firsts[i] to firsts[i + 1].
+    firsts = np.concatenate([[0], np.cumsum([len(row) - 1 for row in bounds])])
+    lengths = np.concatenate([np.diff(row) for row in bounds])
     t = timesteps(0, step, lengths, "stratified")
-    mask = config.model.vocab_size - 1
-    objective = MaskedDiffusion(0, mask)
-    windows = [
-        Window(
-            int(samples[i]),
-            rng.integers(0, mask, length),
-            bounds[i],
-            t[firsts[i] : firsts[i + 1]],
-            int(firsts[i]),
-        )
-        for i in range(count)
-    ]
+    mask_id = config.model.vocab_size - 1
+    objective = MaskedDiffusion(0, mask_id)
+    windows = []
+    for i in range(count):
+        tokens = rng.integers(0, mask_id, length)
+        own_t = t[firsts[i] : firsts[i + 1]]
+        windows.append(Window(int(samples[i]), tokens, bounds[i], own_t, int(firsts[i])))
     corrupted = [objective.corrupt(window) for window in windows]
     micro = config.batch.micro
     batches = [
         collate(windows[i : i + micro], corrupted[i : i + micro], float(count * length))
         for i in range(0, count, micro)
     ]
-    return batches, step_flops(
-        config.model, lengths.tolist(), sum(len(c.predicted) for c in corrupted), length
-    )
+    predicted = sum(len(window.predicted) for window in corrupted)
+    return batches, step_flops(config.model, lengths.tolist(), predicted, length)
 
 
-def config_of(args: argparse.Namespace, vocabulary: int, layers: int, rows: int) -> RunConfig:
+def run_config(args: argparse.Namespace, vocabulary: int, layers: int, rows: int) -> RunConfig:
+    # By default each rank has one micro-batch.
     micro = args.micro or max(1, rows // dist.get_world_size())
     return build_config(
         {
@@ -229,8 +152,93 @@ def config_of(args: argparse.Namespace, vocabulary: int, layers: int, rows: int)
     )
 
 
-def timed(call: Any, device: torch.device) -> float:
-    """Seconds of a call on all ranks."""
+def random_weights(
+    model: ModelSection, seed: int, parameters: dict[str, torch.nn.Parameter], rank: int, size: int
+) -> None:
+    """Initialise on the device.
+
+    The keyed initialisation takes a minute of CPU time for 8B parameters, and values do not matter
+    here.
+    """
+    for parameter in parameters.values():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=model.hidden_size**-0.5)
+
+
+# -- measuring -------------------------------------------------------------------------------------
+
+
+def measure(
+    config: RunConfig, steps: int, plain: str | None, profile: str | None = None
+) -> dict[str, object]:
+    """Measure a step of the engine, and compare it with a plain loop and with the lower limit.
+
+    Args:
+        config: The run.
+        steps: Number of measured steps, after two to warm up.
+        plain: Key of PLAIN_LOOPS; None: the engine alone. The loop runs on the first rank.
+        profile: File for a table of the kernels of one more step, from the first rank.
+    """
+    engine = MegatronEngine(config, initialise=random_weights)
+    try:
+        return measure_engine(engine, steps, plain, profile)
+    finally:
+        engine.close()
+
+
+def measure_engine(
+    engine: MegatronEngine, steps: int, plain: str | None, profile: str | None
+) -> dict[str, object]:
+    """See `measure`."""
+    config = engine.config
+    own_rank = engine.parallel_rank
+    loop = None
+    if plain and own_rank.is_main:
+        loop = PlainLoop(config, engine.device, PLAIN_LOOPS[plain])
+    ours = []
+    theirs = []
+    for step in range(WARM_UP_STEPS + steps):
+        batches, flops = make_batches(config, step, whole_rows=plain is not None)
+        offsets = sample_offsets(
+            config.batch.global_, config.batch.micro, own_rank.data_rank, own_rank.data_size
+        )
+        own = [engine.prepare(batches[part[0] // config.batch.micro]) for part in offsets]
+        our_time = timed(partial(engine_step, engine, own), engine.device)
+        # All ranks take part in the barriers around the plain loop's step.
+        their_time = 0.0
+        if plain:
+            their_time = timed(partial(plain_step, loop, batches), engine.device)
+        # The first steps allocate memory and choose kernels.
+        if step >= WARM_UP_STEPS:
+            ours.append(our_time)
+            theirs.append(their_time)
+    if profile:
+        write_profile(Path(profile), partial(engine_step, engine, own), own_rank.is_main)
+    result: dict[str, object] = {
+        "vocabulary": config.model.vocab_size,
+        "layers": config.model.num_layers,
+        "micro_batches": len(own),
+        "ranks": own_rank.world_size,
+        **speed(engine, statistics.median(ours), flops),
+    }
+    if plain:
+        result[f"time_over_plain_{plain}"] = median_ratio(ours, theirs)
+    return result
+
+
+def engine_step(engine: MegatronEngine, batches: list[RankBatch]) -> float:
+    """A step of the engine; reading the loss waits until it is done."""
+    return engine.train_step(batches, 1e-4).loss
+
+
+def plain_step(loop: PlainLoop | None, batches: list[Batch]) -> None:
+    """A step of the plain loop on the rank that has it."""
+    if loop is not None:
+        loop.step(batches)
+
+
+def timed(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds of a call on all ranks, of the slowest."""
     dist.barrier()
     start = time.perf_counter()
     call()
@@ -240,94 +248,44 @@ def timed(call: Any, device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def measure(
-    config: RunConfig, steps: int, plain: str | None, profile: str | None = None
-) -> dict[str, Any]:
-    """Median step time of the engine, its ratio to a plain loop (on the first rank, alternating)
-    and to the floor.
-
-    Args:
-        config: the shape.
-        steps: measured, after two to warm up.
-        plain: which of PLAIN_LOOPS; None: the engine alone.
-        profile: file for a table of one more step's kernels by time, from the first rank.
-    """
-    engine = MegatronEngine(config, initialise=random_weights)
-    place, device = engine.place, engine.device
-    try:
-        loop = PlainLoop(config, device, PLAIN_LOOPS[plain]) if plain and place.is_main else None
-        seconds: dict[str, list[float]] = {"ours": [], "plain": []}
-        for step in range(steps + 2):
-            batches, flops = make_batches(config, step, whole_rows=plain is not None)
-            offsets = sample_offsets(
-                config.batch.global_, config.batch.micro, place.data_rank, place.data_size
-            )
-            own = [engine.prepare(batches[part[0] // config.batch.micro]) for part in offsets]
-            took = {"ours": timed(lambda own=own: engine.train_step(own, 1e-4).loss, device)}
-            if plain:
-                took["plain"] = timed(
-                    lambda all_=batches: loop.step(all_) if loop else None, device
-                )
-            if step >= 2:
-                for name, value in took.items():
-                    seconds[name].append(value)
-        if profile:
-            write_profile(Path(profile), lambda: engine.train_step(own, 1e-4).loss, place.is_main)
-        peak = Peak(device, DTYPES[config.precision])
-        floor = flops.actual / place.world_size / measured_matmul(device, DTYPES[config.precision])
-        step_time, capacity = statistics.median(seconds["ours"]), peak.flops * place.world_size
-        return {
-            "vocabulary": config.model.vocab_size,
-            "layers": config.model.num_layers,
-            "micro_batches": len(own),
-            "ranks": place.world_size,
-            "tokens_per_second": round(config.tokens_per_step / step_time, 1),
-            "tflops_per_rank": round(flops.actual / step_time / place.world_size / 1e12, 4),
-            "mfu": round(flops.actual / step_time / capacity, 4),
-            "mfu_full_length": round(flops.full_length / step_time / capacity, 4),
-            "mfu_causal_style": round(flops.causal_style / step_time / capacity, 4),
-            "peak": f"{peak.flops / 1e12:.3g} TFLOP/s a rank, {peak.source}",
-            "memory_gb": round(engine.peak_memory_gb(), 2),
-            "time_over_floor": round(step_time / floor, 3),
-            **(
-                {f"time_over_plain_{plain}": _ratio(seconds["ours"], seconds["plain"])}
-                if plain
-                else {}
-            ),
-        }
-    finally:
-        engine.close()
+def speed(engine: MegatronEngine, step_time: float, flops: StepFlops) -> dict[str, object]:
+    """Rates of a step that takes `step_time` seconds."""
+    config = engine.config
+    dtype = DTYPES[config.precision]
+    num_ranks = engine.parallel_rank.world_size
+    peak = Peak(engine.device, dtype)
+    capacity = peak.flops * num_ranks
+    floor = flops.actual / num_ranks / measured_matmul(engine.device, dtype)
+    return {
+        "tokens_per_second": round(config.tokens_per_step / step_time, 1),
+        "tflops_per_rank": round(flops.actual / step_time / num_ranks / 1e12, 4),
+        "mfu": round(flops.actual / step_time / capacity, 4),
+        "mfu_full_length": round(flops.full_length / step_time / capacity, 4),
+        "mfu_causal_style": round(flops.causal_style / step_time / capacity, 4),
+        "peak": f"{peak.flops / 1e12:.3g} TFLOP/s a rank, {peak.source}",
+        "memory_gb": round(engine.peak_memory_gb(), 2),
+        "time_over_floor": round(step_time / floor, 3),
+    }
 
 
-def random_weights(
-    model: ModelSection, seed: int, parameters: dict[str, torch.nn.Parameter], rank: int, size: int
-) -> None:
-    """Drawn on the device: the keyed initialisation takes a minute of CPU time for 8B parameters,
-    and values do not matter here.
-    """
-    for parameter in parameters.values():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=model.hidden_size**-0.5)
+def median_ratio(ours: list[float], theirs: list[float]) -> float:
+    """Median of the ratios of neighbouring steps."""
+    ratios = [our_time / their_time for our_time, their_time in zip(ours, theirs, strict=True)]
+    return round(statistics.median(ratios), 3)
 
 
-def write_profile(path: Path, step: Callable[[], object], main_rank: bool) -> None:
-    """A table of a step's operators by the device's time."""
+def write_profile(path: Path, step: Callable[[], object], is_main: bool) -> None:
+    """Write a table of a step's operators, those with the most time on the device first."""
     with torch.profiler.profile() as profiler:
         step()
-    if main_rank:
-        by = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-        path.write_text(
-            profiler.key_averages().table(sort_by=by, row_limit=40, max_name_column_width=80)
-        )
-
-
-def _ratio(ours: list[float], theirs: list[float]) -> float:
-    """Median over pairs of neighbouring steps."""
-    return round(statistics.median(a / b for a, b in zip(ours, theirs, strict=True)), 3)
+    if is_main:
+        sort_by = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+        averages = profiler.key_averages()
+        path.write_text(averages.table(sort_by=sort_by, row_limit=40, max_name_column_width=80))
 
 
 def free_gpu_memory() -> None:
-    """Engines that were closed live on in reference cycles, and with them their memory."""
+    """Free the memory of engines that were closed: they live on in reference cycles."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -335,69 +293,80 @@ def free_gpu_memory() -> None:
 
 
 def layers_that_fit(args: argparse.Namespace, vocabulary: int) -> int:
-    """18 bytes a parameter (bf16 weight, fp32 gradient, master weight and two moments) and the
-    activations of a micro-batch.
-    """
+    """Estimate the number of layers that fit into the free memory of the GPU, with a margin."""
     free, _ = torch.cuda.mem_get_info()
-    d, tokens = args.hidden_size, args.micro * args.sequence_length
-    fixed = 18 * 2 * vocabulary * d + 14 * tokens * vocabulary
-    layer = 18 * (4 * d * d + 3 * d * args.ffn_hidden_size) + tokens * (
-        34 * d + 10 * args.ffn_hidden_size
-    )
-    return max(1, int((0.9 * free - fixed) // layer))
+    d = args.hidden_size
+    ff = args.ffn_hidden_size
+    tokens = args.micro * args.sequence_length
+    # Bytes per parameter: 2 for the bf16 weight, 4 each for the fp32 gradient, the master weight
+    # and the two moments.
+    per_parameter = 18
+    # Embedding and head, and the logits of a micro-batch.
+    fixed = per_parameter * 2 * vocabulary * d + 14 * tokens * vocabulary
+    # Weights and activations of a layer.
+    per_layer = per_parameter * (4 * d * d + 3 * d * ff) + tokens * (34 * d + 10 * ff)
+    return max(1, int((0.9 * free - fixed) // per_layer))
 
 
-def main() -> None:
-    gpu = torch.cuda.is_available()
+# -- the program -----------------------------------------------------------------------------------
+
+
+def parse_arguments(gpu: bool) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--vocabularies", type=int, nargs="+", default=[126464] if gpu else [1024, 32000]
-    )
+    # The defaults are LLaDA 8B's sizes on a GPU, and toy sizes on a CPU.
+    default = GPU_DEFAULTS if gpu else CPU_DEFAULTS
+    parser.add_argument("--vocabularies", type=int, nargs="+", default=default.vocabularies)
     parser.add_argument(
         "--layers", type=int, default=0, help="0: 4 on CPU, as many as fit on a GPU"
     )
-    parser.add_argument("--hidden-size", type=int, default=4096 if gpu else 256)
-    parser.add_argument("--heads", type=int, default=32 if gpu else 4)
-    parser.add_argument("--ffn-hidden-size", type=int, default=12288 if gpu else 768)
-    parser.add_argument("--sequence-length", type=int, default=4096 if gpu else 256)
+    parser.add_argument("--hidden-size", type=int, default=default.hidden_size)
+    parser.add_argument("--heads", type=int, default=default.heads)
+    parser.add_argument("--ffn-hidden-size", type=int, default=default.ffn_hidden_size)
+    parser.add_argument("--sequence-length", type=int, default=default.sequence_length)
     parser.add_argument(
-        "--rows", type=int, nargs="+", default=[4, 16] if gpu else [16], help="sequences per step"
+        "--rows", type=int, nargs="+", default=default.rows, help="sequences per step"
     )
     parser.add_argument(
         "--micro",
         type=int,
-        default=1 if gpu else 0,
+        default=default.micro,
         help="sequences per micro-batch; 0: the rows divided by the ranks",
     )
-    parser.add_argument("--precision", default="bf16" if gpu else "fp32", choices=["fp32", "bf16"])
-    parser.add_argument("--steps", type=int, default=8 if gpu else 20, help="measured steps")
+    parser.add_argument("--precision", default=default.precision, choices=["fp32", "bf16"])
+    parser.add_argument("--steps", type=int, default=default.steps, help="measured steps")
     parser.add_argument(
         "--parallel",
         nargs="*",
         default=[],
         metavar="KEY: VALUE",
-        help="settings of the parallel section, as 'tensor: 2'",
+        help="settings of the parallel section, such as 'tensor: 2'",
     )
     parser.add_argument(
         "--profile",
         metavar="FILE",
-        help="write a table of the kernels of one step, of the last shape measured",
+        help="write a table of the kernels of one step of the last measured shape",
     )
-    args = parser.parse_args()
-    join_world()
-    main_rank = dist.get_rank() == 0
+    return parser.parse_args()
 
+
+def main() -> None:
+    gpu = torch.cuda.is_available()
+    args = parse_arguments(gpu)
+    join_world()
+    is_main = dist.get_rank() == 0
+
+    # One line of JSON per shape.
     def report(
         vocabulary: int, layers: int, rows: int, plain: str | None, profile: str | None = None
     ) -> None:
         free_gpu_memory()
-        result = measure(config_of(args, vocabulary, layers, rows), args.steps, plain, profile)
-        if main_rank:
+        result = measure(run_config(args, vocabulary, layers, rows), args.steps, plain, profile)
+        if is_main:
             print(json.dumps(result), flush=True)
 
-    if main_rank:
+    if is_main:
         device = torch.cuda.get_device_name() if gpu else "CPU"
         print(
             f"{device}, torch {torch.__version__}, {torch.get_num_threads()} threads a rank,"

@@ -41,7 +41,7 @@ from typing import Any, NoReturn
 
 MODULES = (
     "llada.cli",
-    "llada.hf.convert",
+    "llada.hf.exporting",
     "llada.hf.importing",
     "llada.sampling.commands",
     "llada.training.loop",

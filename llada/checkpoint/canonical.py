@@ -78,7 +78,7 @@ class CheckpointWeights:
             expected[prefix + name] = shape if layer is None else (model.num_layers, *shape)
             # By rows, so that those of one canonical tensor are concatenated in order: the fused
             # QKV of Megatron holds its query heads in several rectangles.
-            rectangles = sorted(weights.pieces(model, parameter), key=lambda each: each.rows)
+            rectangles = sorted(weights.rectangles(model, parameter), key=lambda each: each.rows)
             for rectangle in rectangles:
                 self._locations[rectangle.name].append(_Location(prefix + name, layer, rectangle))
         self._check(expected, masters)

@@ -49,16 +49,17 @@ def to_hf(
     """Write CHECKPOINT as a Hugging Face folder that transformers loads."""
     clean_up_on_sigterm()
     with slow_imports():
-        from llada.hf.convert import convert
+        from llada.hf.exporting import ExportOptions, export
 
-    options = {
-        "dtype": dtype,
-        "force": force,
-        "max_shard_size": max_shard_size,
-        "average": average,
-        "license_": license,
-    }
-    typer.echo(convert(checkpoint, out, verify, reference, checksums=not skip_checksums, **options))
+    options = ExportOptions(
+        dtype=dtype,
+        force=force,
+        max_shard_size=max_shard_size,
+        average=average,
+        license=license,
+        checksums=not skip_checksums,
+    )
+    typer.echo(export(checkpoint, out, verify, reference, options))
 
 
 @convert_app.command("from-hf")

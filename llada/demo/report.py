@@ -22,7 +22,7 @@ from llada.files import write_atomically
 from llada.noise import mask_uniforms
 from llada.sampling import SamplingOptions, generate, infill
 from llada.sampling.diffusion import cut_at_end
-from llada.sampling.models import Sampler, load
+from llada.sampling.loading import MaskPredictor, load
 from llada.tokenizer import Tokenizer
 from llada.training import metrics
 
@@ -126,7 +126,7 @@ def _write_text(config: RunConfig, root: Path) -> Report:
     # The sampler generates whole blocks of 8 tokens.
     room = (length - prompt.shape[1]) // 8 * 8
     options = SamplingOptions(room, room, 8, temperature=0.5, seed=1)
-    out = generate(model, prompt, model.specials, options)[0].tolist()
+    out = generate(model, prompt, model.special_ids, options)[0].tolist()
     # The masks are keyed, so the same words are hidden in every demo.
     gaps = []
     scattered = []
@@ -147,7 +147,7 @@ def _write_text(config: RunConfig, root: Path) -> Report:
 
 
 def _fill(
-    model: Sampler, tokens: np.ndarray, span: tuple[int, int], chosen: np.ndarray
+    model: MaskPredictor, tokens: np.ndarray, span: tuple[int, int], chosen: np.ndarray
 ) -> dict[str, str]:
     """Hide some tokens of a window and let the model write them, those it is surest of first.
 
@@ -158,10 +158,10 @@ def _fill(
         chosen: positions of the hidden tokens.
     """
     masked = torch.from_numpy(tokens.copy())
-    masked[chosen] = model.specials.mask_id
+    masked[chosen] = model.special_ids.mask_id
     # As many steps as tokens: one is committed in each.
     options = SamplingOptions(len(chosen), len(chosen))
-    filled = infill(model, masked[None].to(model.device), model.specials, options)[0].tolist()
+    filled = infill(model, masked[None].to(model.device), model.special_ids, options)[0].tolist()
     decode = model.tokenizer.decode
     hidden = set(chosen.tolist())
     start, end = span
@@ -235,9 +235,9 @@ def _answer_questions(config: RunConfig, root: Path, num_answers: int) -> Report
         answer_length = min(_ANSWER_TOKENS, length - prompt_length)
         options = SamplingOptions(answer_length, answer_length)
         ids = torch.from_numpy(prompt)[None].to(model.device)
-        out = generate(model, ids, model.specials, options)[0].tolist()
+        out = generate(model, ids, model.special_ids, options)[0].tolist()
         # Only a model that has learned where answers end writes EOS.
-        num_ended += model.specials.eos_id in out
+        num_ended += model.special_ids.eos_id in out
         question = _decode(model, prompt)
         rows.append(
             {
@@ -263,7 +263,7 @@ def _answer_questions(config: RunConfig, root: Path, num_answers: int) -> Report
     }
 
 
-def _decode(model: Sampler, ids: np.ndarray | list[int]) -> str:
+def _decode(model: MaskPredictor, ids: np.ndarray | list[int]) -> str:
     return model.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 

@@ -304,6 +304,7 @@ def _prepare_conversations(tokenizer: Path, pairs: Path, target: Path) -> None:
 
 
 def _export(run: Path, target: Path) -> None:
-    from llada.hf.convert import convert
+    from llada.hf.exporting import ExportOptions, export
 
-    print(convert(str(run), str(target), verify=True, reference=None), flush=True)
+    exported = export(str(run), str(target), True, None, ExportOptions())
+    print(exported, flush=True)

@@ -1,1 +1,1 @@
-"""Engines: they own model, optimizer and parallelism, and know nothing of masks."""
+"""Engines own the model, the optimizer and parallelism, and know nothing of masks."""

@@ -1,4 +1,4 @@
-"""What the training loop needs from an engine."""
+"""The interface between the training loop and an engine."""
 
 from __future__ import annotations
 
@@ -7,66 +7,69 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 
 from llada.checkpoint.saving import PendingSave
+from llada.engine.rank_batch import RankBatch
 from llada.model.weights import Weights
 from llada.objectives.base import Batch
 
+T = TypeVar("T")
+
 
 class StepResult:
-    """One optimizer step, the same on every rank. Asking for its numbers waits until the step is
-    done on the device.
+    """The result of one optimizer step, the same on every rank.
+
+    Reading a number waits until the step is done on the device.
 
     Args:
-        numbers: loss, squared gradient norm before clipping, and 1 if the step was left out, else
-            0; float64 [3]. A GPU tensor is copied to the host behind the work queued so far,
-            without waiting for it.
+        numbers: Loss, squared gradient norm before clipping, and 1 if the step was skipped, else 0;
+            float64 [3]. A GPU tensor is copied to the host after the work queued so far, without
+            waiting for it.
     """
 
     def __init__(self, numbers: torch.Tensor) -> None:
         self._event: torch.cuda.Event | None = None
         self._numbers = numbers
         if numbers.device.type == "cuda":
-            self._numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True).copy_(
-                numbers, non_blocking=True
-            )
+            # Only a copy into page-locked memory runs in the background.
+            on_host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+            self._numbers = on_host.copy_(numbers, non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record()
 
     def done(self) -> bool:
-        """Whether the numbers are there."""
+        """Whether the numbers can be read without waiting."""
         return self._event is None or self._event.query()
 
     @cached_property
-    def _read(self) -> list[float]:
+    def _values(self) -> list[float]:
         if self._event is not None:
             self._event.synchronize()
         return self._numbers.tolist()
 
     @property
     def loss(self) -> float:
-        """Of the whole global step, nats, divided by the step's normaliser."""
-        return self._read[0]
+        """Loss of the global step, in nats, divided by the step's normaliser."""
+        return self._values[0]
 
     @property
     def grad_norm(self) -> float:
-        """Global L2 norm before clipping."""
-        squared = self._read[1]
+        """Global L2 norm of the gradient before clipping."""
+        squared = self._values[1]
+        # A comparison with NaN is false.
         return math.sqrt(squared) if squared >= 0 else math.nan
 
     @property
     def applied(self) -> bool:
-        """False when loss or norm was not finite or above its limit, and then nothing
-        was updated.
-        """
-        return self._read[2] == 0
+        """False if loss or norm was not finite or above its limit; then nothing was updated."""
+        return self._values[2] == 0
 
 
 class Limits(NamedTuple):
-    """What a step's loss and gradient norm must not exceed to be applied."""
+    """The largest loss and gradient norm with which a step is applied."""
 
     loss: float = math.inf
     grad_norm: float = math.inf
@@ -77,11 +80,13 @@ NO_LIMITS = Limits()
 
 @dataclass(frozen=True)
 class ParallelRank:
-    """Where this process stands.
+    """The position of this process among all processes.
 
     Attributes:
-        rank, world_size: among all processes.
-        data_rank, data_size: among the replicas; each reads its own micro-batches.
+        rank: Among all processes.
+        world_size: Number of processes.
+        data_rank: Among the replicas of the model, of which each reads its own micro-batches.
+        data_size: Number of replicas.
     """
 
     rank: int
@@ -96,30 +101,33 @@ class ParallelRank:
 
 
 class Engine(Protocol):
-    """Owns model, optimizer and their state on all ranks. Every method is collective."""
+    """Owns model, optimizer and their state on all ranks.
 
-    place: ParallelRank
+    Every method is collective (all ranks must call it) unless it says otherwise.
+    """
+
+    parallel_rank: ParallelRank
     device: torch.device
 
-    def prepare(self, batch: Batch) -> Any:
-        """What this rank needs of a micro-batch, ready for `train_step`; may be called in another
-        thread. Not collective.
-        """
+    def prepare(self, batch: Batch) -> RankBatch:
+        """Cut out of a micro-batch what this rank needs. Not collective; any thread may call it."""
         ...
 
     def train_step(
-        self, batches: Sequence[Any], learning_rate: float, limits: Limits = NO_LIMITS
+        self, batches: Sequence[Batch | RankBatch], learning_rate: float, limits: Limits = NO_LIMITS
     ) -> StepResult:
-        """Forward and backward over this replica's micro-batches, then one optimizer update; none
-        when it is not within the limits.
+        """Run forward and backward over this replica's micro-batches, then one optimizer update.
 
-        The micro-batches may come from `prepare` or be whole batches.
+        There is no update if loss or gradient norm exceed the limits. The micro-batches may come
+        from `prepare`.
         """
         ...
 
-    def evaluate(self, batches: Sequence[Any], num_segments: int) -> torch.Tensor:
-        """sum(weights * loss) of every segment id over all replicas, float64 [num_segments] on CPU,
-        on every rank.
+    def evaluate(self, batches: Sequence[Batch | RankBatch], num_segments: int) -> torch.Tensor:
+        """Sum weights * loss of every segment id over all replicas.
+
+        Returns:
+            float64 [num_segments] on CPU, the same on every rank.
         """
         ...
 
@@ -128,29 +136,30 @@ class Engine(Protocol):
         ...
 
     def any_of(self, *flags: bool) -> tuple[bool, ...]:
-        """Of each flag whether it is set on any rank, in one exchange."""
+        """For each flag whether it is set on any rank, in one collective."""
         ...
 
-    def gather(self, value: Any) -> list[Any]:
-        """A small picklable value of every rank, on every rank."""
+    def gather(self, value: T) -> list[T]:
+        """The values of all ranks, on every rank; small and picklable."""
         ...
 
     def start_save(self, folder: Path) -> PendingSave:
-        """Start to write model and optimizer into an existing empty folder; returns once later
-        steps cannot change what it holds.
+        """Start to write model and optimizer into an existing empty folder.
+
+        Returns as soon as later steps cannot change what is written.
         """
         ...
 
     def load(self, folder: Path, optimizer: bool = True) -> None:
-        """Read what `save` wrote, on any layout; without `optimizer` the weights alone."""
+        """Read a save of any layout; without `optimizer` only the weights."""
         ...
 
     def load_canonical(self, source: Weights) -> None:
-        """Take the weights from canonical tensors; the optimizer starts afresh."""
+        """Take the weights from canonical tensors and reset the optimizer."""
         ...
 
     def peak_memory_gb(self) -> float:
-        """Largest memory use of this rank so far, GB (GPU memory; on CPU the process)."""
+        """Largest memory use of this rank so far, in GB: of the GPU, or on CPU of the process."""
         ...
 
     def close(self) -> None:

@@ -1,9 +1,9 @@
-"""Lets Megatron-Core run on a machine without a GPU, and with one optimizer everywhere.
+"""Lets Megatron-Core run without a GPU, and with one optimizer everywhere.
 
 Megatron-Core 0.16.1 has no CPU mode: it asks torch.cuda for the current device, allocates with
-device="cuda", compares tensor type strings and keeps random states of the GPU. `before_import`
-redirects those names to the CPU, where there is no GPU; `after_import` mends what must be patched
-inside Megatron-Core. Both are process-wide and happen once.
+device="cuda", compares the names of tensor types, and keeps random states of the GPU.
+`before_import` redirects these names to the CPU if there is no GPU. `after_import` patches
+Megatron-Core itself. Both act on the whole process, once.
 """
 
 from __future__ import annotations
@@ -13,13 +13,12 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 
 from llada.device import gpu_available
 
-_FIRST_CALL_RACE = (
+_VECTORISED_FUNCTIONS = (
     "sin",
     "cos",
     "tan",
@@ -34,15 +33,15 @@ _FIRST_CALL_RACE = (
 )
 
 
-def settle_math() -> None:
-    """Call every vectorised math function once on one element.
+def warm_up_math() -> None:
+    """Call every vectorised math function once, on one element.
 
-    The first multi-threaded call of such a function in a process can return low precision in one
-    thread's part (a race in the math library's dispatch); a one-element call first avoids it.
-    Without this, two runs of the same step may differ.
+    The first call of such a function in a process, if it is multi-threaded, can return low
+    precision in the part of one thread (a race in the dispatch of the math library). Then two runs
+    of the same step differ. A first call on one element is not multi-threaded.
     """
     for dtype in (torch.float32, torch.float64):
-        for name in _FIRST_CALL_RACE:
+        for name in _VECTORISED_FUNCTIONS:
             getattr(torch.ones(1, dtype=dtype), name)()
 
 
@@ -53,14 +52,12 @@ def available() -> bool:
 
 @functools.cache
 def before_import() -> None:
-    """Redirect the CUDA names that Megatron-Core reaches for. Call before the first import of
-    megatron.core.
-    """
+    """Redirect the CUDA names that Megatron-Core uses. Call before importing megatron.core."""
     if not available():
         return
-    # tracing costs 19 s in the first step and gains nothing here
+    # Tracing costs 19 s in the first step and gains nothing on a CPU.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    settle_math()
+    warm_up_math()
     _redirect_devices()
     _redirect_random_state()
     _redirect_streams()
@@ -68,38 +65,52 @@ def before_import() -> None:
 
 @functools.cache
 def after_import() -> None:
-    """Mend Megatron-Core itself. Call after the first import of megatron.core."""
+    """Patch Megatron-Core itself. Call after importing megatron.core."""
     import megatron.core.optimizer as optimizer
     import megatron.core.tensor_parallel.random as random
 
-    # On a GPU too, even where Transformer Engine or Apex are installed: it leaves out a step on the
-    # device.
+    # On a GPU too, even if Transformer Engine or Apex is installed: torch's AdamW can skip a step
+    # on the device, without waiting for it.
     optimizer.Adam = torch.optim.AdamW
-    # else it hands AdamW the arguments of Transformer Engine's or Apex's Adam
+    # Otherwise AdamW would get the arguments of Transformer Engine's or Apex's Adam.
     optimizer.USING_PYTORCH_OPTIMIZER = True
     if not available():
         return
-    random._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(
-        new_state
-    )
-    random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: (
-        torch.get_rng_state()
-    )
-    # It warns that the CPU state changed inside a GPU random context: here they are one and the
-    # same.
+    random._set_cuda_rng_state = _set_rng_state
+    random._get_cuda_rng_state = _get_rng_state
+    # Megatron-Core warns if the CPU's random state changes inside a GPU random context. Here they
+    # are the same state.
     logging.getLogger(random.__name__).setLevel(logging.ERROR)
 
 
-def _is_cuda(device: Any) -> bool:
-    return str(device).startswith("cuda") if isinstance(device, (str, torch.device)) else False
+# Megatron-Core and torch.cuda pass a device and further options, which have no meaning here.
+
+
+def _get_rng_state(*_: object, **__: object) -> torch.Tensor:
+    return torch.get_rng_state()
+
+
+def _set_rng_state(new_state: torch.Tensor, *_: object, **__: object) -> None:
+    torch.set_rng_state(new_state)
+
+
+def _do_nothing(*_: object, **__: object) -> None:
+    return None
+
+
+def _is_cuda(device: object) -> bool:
+    return isinstance(device, (str, torch.device)) and str(device).startswith("cuda")
 
 
 def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """A tensor factory that replaces device="cuda" by the CPU."""
+
     @functools.wraps(factory)
-    def wrapped(*args: Any, **kwargs: Any) -> torch.Tensor:
+    def wrapped(*args: object, **kwargs: object) -> torch.Tensor:
         if _is_cuda(kwargs.get("device")):
             kwargs["device"] = "cpu"
-        kwargs.pop("pin_memory", None)  # no page-locked allocator in a CPU build
+        # A CPU build of torch has no allocator of page-locked memory.
+        kwargs.pop("pin_memory", None)
         return factory(*args, **kwargs)
 
     return wrapped
@@ -108,25 +119,26 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
 def _redirect_devices() -> None:
     from torch.utils._device import _device_constructors
 
-    # cached on first use: it must see the original factories, or `with torch.device(...)` ignores
-    # ours
+    # torch caches this list on first use. It must contain the original factories, or
+    # `with torch.device(...)` would ignore ours.
     _device_constructors()
     for name in ("tensor", "zeros", "ones", "empty", "full", "arange", "empty_like", "zeros_like"):
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
-    torch.cuda.synchronize = lambda *args, **kwargs: None
-    torch.cuda.empty_cache = lambda: None
+    torch.cuda.synchronize = _do_nothing
+    torch.cuda.empty_cache = _do_nothing
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
-    original_type = torch.Tensor.type
-    names = {
+    original_type: Callable[..., object] = torch.Tensor.type
+    # Megatron-Core compares `tensor.type()` with these names.
+    cuda_names = {
         torch.float32: "torch.cuda.FloatTensor",
         torch.float16: "torch.cuda.HalfTensor",
         torch.bfloat16: "torch.cuda.BFloat16Tensor",
     }
 
-    def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not args and not kwargs and self.dtype in names:
-            return names[self.dtype]
+    def type_(self: torch.Tensor, *args: object, **kwargs: object) -> object:
+        if not args and not kwargs and self.dtype in cuda_names:
+            return cuda_names[self.dtype]
         return original_type(self, *args, **kwargs)
 
     torch.Tensor.type = type_  # type: ignore[method-assign,assignment]
@@ -136,34 +148,35 @@ def _redirect_random_state() -> None:
     import torch.cuda.random
 
     torch.cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)  # type: ignore[assignment]
-    modules: tuple[Any, ...] = (torch.cuda, torch.cuda.random)
-    for module in modules:
-        module.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
-        module.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    # Both modules export the functions, and Megatron-Core uses either.
+    torch.cuda.get_rng_state = _get_rng_state
+    torch.cuda.set_rng_state = _set_rng_state
+    torch.cuda.random.get_rng_state = _get_rng_state
+    torch.cuda.random.set_rng_state = _set_rng_state
 
 
 class _NoStream:
-    """Stands in for a CUDA stream where there is only one."""
+    """Stands in for a CUDA stream: on a CPU everything runs in order."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: object, **kwargs: object) -> None:
         self.device = torch.device("cpu")
 
-    def wait_stream(self, *args: Any) -> None:
+    def wait_stream(self, *args: object) -> None:
         return
 
-    def wait_event(self, *args: Any) -> None:
+    def wait_event(self, *args: object) -> None:
         return
 
-    def synchronize(self, *args: Any) -> None:
+    def synchronize(self, *args: object) -> None:
         return
 
-    def record_event(self, *args: Any) -> _NoStream:
+    def record_event(self, *args: object) -> _NoStream:
         return self
 
 
 def _redirect_streams() -> None:
     @contextlib.contextmanager
-    def stream(*args: Any, **kwargs: Any) -> Iterator[None]:
+    def stream(*args: object, **kwargs: object) -> Iterator[None]:
         yield
 
     torch.cuda.Stream = _NoStream  # type: ignore[assignment,misc]

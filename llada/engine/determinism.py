@@ -1,4 +1,4 @@
-"""Kernels and collectives that give the same bits every time, for run.deterministic on a GPU."""
+"""Kernels and collectives that give the same bits every time (run.deterministic on a GPU)."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import torch
 
 
 def use_deterministic_algorithms() -> None:
-    """Make torch, cuBLAS and NCCL repeat every sum in the same order; before the first of their
-    calls on a GPU.
+    """Make torch, cuBLAS and NCCL add in the same order every time.
 
-    Variables that are set already stay.
+    Must be called before their first use on a GPU. Variables that are set already are kept.
     """
-    # cuBLAS: no workspace shared between streams
+    # cuBLAS is deterministic only if streams do not share a workspace.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    # NCCL otherwise chooses by message size and topology
+    # NCCL otherwise chooses an algorithm by message size and topology.
     os.environ.setdefault("NCCL_ALGO", "Ring")
     torch.use_deterministic_algorithms(True)
-    # By default new tensors are filled as well: a search for bugs that costs a pass over each.
+    # torch would also fill new tensors, to make reads of uninitialized memory visible. That costs a
+    # pass over each tensor.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Which process does what: process groups, the place of this rank, and its part of a batch."""
+"""Which process does what: the world, process groups, and the samples of each replica."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import os
 import socket
 from datetime import timedelta
-from typing import Any
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,15 +17,32 @@ from llada.device import VARIABLE, gpu_available
 from llada.engine.base import ParallelRank
 from llada.errors import UserError
 
+T = TypeVar("T")
+
 _DEFAULT_TIMEOUT_S = 1800.0
-"""Seconds that a collective may take where no hang timeout is set."""
+"""Seconds that a collective may take if no hang timeout is set."""
 
 
-def world_from_environment() -> tuple[int, int, int]:
-    """(rank, world size, local rank) as set by torchrun or srun; (0, 1, 0) when started alone.
+class ProcessRank(NamedTuple):
+    """This process among all processes, as the environment says.
 
-    Raises UserError when variables are missing or contradict each other, or when srun started
-    several tasks that cannot find each other.
+    Attributes:
+        rank: Among all processes.
+        world_size: Number of processes.
+        local_rank: Among the processes of this machine.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+
+
+def world_from_environment() -> ProcessRank:
+    """Read the rank that torchrun or srun set; (0, 1, 0) if this process was started alone.
+
+    Raises:
+        UserError: Variables are missing or contradict each other, or srun started several tasks
+            that cannot find each other.
     """
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" not in env:
@@ -33,55 +50,69 @@ def world_from_environment() -> tuple[int, int, int]:
             f"environment: RANK={env['RANK']} is set and WORLD_SIZE is not; set both, as torchrun"
             " does, or neither to train alone"
         )
+    if "WORLD_SIZE" in env:
+        return _read_process_rank(("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    if "MASTER_ADDR" in env:
+        return _read_process_rank(("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"))
     tasks = env.get("SLURM_STEP_NUM_TASKS", "1")
-    if "WORLD_SIZE" not in env and "MASTER_ADDR" not in env and tasks != "1":
+    if tasks != "1":
         raise UserError(
             f"environment: srun started {tasks} tasks, but MASTER_ADDR (the first node's name) and"
             " MASTER_PORT (a free port) are not set; export both before srun, or every task would"
             " train alone"
         )
-    names = (
-        ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-        if "WORLD_SIZE" in env
-        else ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
-    )
-    if "WORLD_SIZE" not in env and "MASTER_ADDR" not in env:
-        return 0, 1, 0
+    return ProcessRank(0, 1, 0)
+
+
+def _read_process_rank(names: tuple[str, str, str]) -> ProcessRank:
+    """Read the rank from the variables of these names: rank, world size, local rank."""
+    env = os.environ
+    rank_name, size_name, local_name = names
     try:
-        rank, size = int(env[names[0]]), int(env[names[1]])
-        local = int(env.get(names[2], rank))
+        rank = int(env[rank_name])
+        size = int(env[size_name])
+        local_rank = int(env.get(local_name, rank))
     except (KeyError, ValueError) as error:
-        what = f"{error.args[0]} is not set" if isinstance(error, KeyError) else str(error)
+        reason = str(error)
+        if isinstance(error, KeyError):
+            reason = f"{error.args[0]} is not set"
         raise UserError(
-            f"environment: {'/'.join(names)} must be integers, set by torchrun or srun; {what}"
+            f"environment: {'/'.join(names)} must be integers, set by torchrun or srun; {reason}"
         ) from None
     if not 0 <= rank < size:
-        raise UserError(f"environment: {names[0]}={rank} is outside the world of {names[1]}={size}")
-    for name in ("MASTER_ADDR", "MASTER_PORT") if size > 1 else ():
-        if not env.get(name):
-            raise UserError(
-                f"environment: {names[1]}={size}, but {name} is not set; torchrun sets it, for srun"
-                " export it first"
-            )
-    return rank, size, local
+        raise UserError(
+            f"environment: {rank_name}={rank} is outside the world of {size_name}={size}"
+        )
+    if size > 1:
+        for name in ("MASTER_ADDR", "MASTER_PORT"):
+            if not env.get(name):
+                raise UserError(
+                    f"environment: {size_name}={size}, but {name} is not set; torchrun sets it, for"
+                    " srun export it first"
+                )
+    return ProcessRank(rank, size, local_rank)
 
 
 def start_process_group(
     rank: int, size: int, device: torch.device, timeout_s: float = _DEFAULT_TIMEOUT_S
 ) -> None:
-    """Join the world: NCCL on GPU (with gloo beside it for CPU tensors), gloo on CPU. Alone, no
-    network is touched.
+    """Join the world, unless this process has.
+
+    The backend is gloo on CPU, and on a GPU NCCL with gloo beside it for CPU tensors. A world of
+    one process does not use the network.
     """
     if dist.is_initialized():
         return
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    store = dist.HashStore() if size == 1 else None
-    init_method = None if size == 1 else "env://"
-    if size > 1:
+    store = None
+    init_method = None
+    if size == 1:
+        store = dist.HashStore()
+    else:
+        init_method = "env://"
         os.environ.setdefault("RANK", str(rank))
         os.environ.setdefault("WORLD_SIZE", str(size))
     dist.init_process_group(
-        backend,
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         init_method=init_method,
         store=store,
         rank=rank,
@@ -91,33 +122,37 @@ def start_process_group(
 
 
 def join_world(hang_timeout_s: float = 0) -> torch.device:
-    """Join the world that the environment describes, if this process has not; returns its device
-    (the GPU is selected).
+    """Join the world that the environment describes, unless this process has.
+
+    On a GPU machine this selects the process's GPU.
 
     Args:
-        hang_timeout_s: after which the run's watchdog reports a hang, seconds; 0: never. A
+        hang_timeout_s: Seconds after which the run's watchdog reports a hang; 0: never. A
             collective waits twice as long, so that the report, which names the ranks that hang,
             comes before NCCL ends the process.
 
+    Returns:
+        The device of this process.
+
     Raises:
-        UserError: ranks of one machine would share a GPU.
+        UserError: Ranks of one machine would share a GPU.
     """
     if not dist.is_initialized():
-        rank, size, local = world_from_environment()
-        gpu = gpu_available()
-        if gpu:
-            # One hardware queue: kernels start in the order they were launched, so communication
-            # overlaps with what follows.
+        rank, size, local_rank = world_from_environment()
+        on_gpu = gpu_available()
+        if on_gpu:
+            # With one hardware queue kernels start in the order in which they were launched, so
+            # communication overlaps with the kernels that follow it.
             os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-            torch.cuda.set_device(_own_gpu(local, torch.cuda.device_count()))
+            torch.cuda.set_device(_own_gpu(local_rank, torch.cuda.device_count()))
         start_process_group(rank, size, _device(), 2 * hang_timeout_s or _DEFAULT_TIMEOUT_S)
-        if gpu and size > 1:
+        if on_gpu and size > 1:
             _refuse_shared_gpus()
     return _device()
 
 
 def _own_gpu(local_rank: int, visible: int) -> int:
-    """The GPU of this rank: the one that it is alone to see, or the one with its local rank."""
+    """The GPU of this rank: the only visible one, or the one with its local rank."""
     if visible == 1:
         return 0
     if local_rank >= visible:
@@ -130,12 +165,15 @@ def _own_gpu(local_rank: int, visible: int) -> int:
 
 
 def _refuse_shared_gpus() -> None:
-    """NCCL would end with an internal error, or training would be many times too slow."""
+    """Raise UserError if this rank's GPU is another rank's too; collective.
+
+    NCCL would end with an internal error, or training would be many times too slow.
+    """
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     own = f"{socket.gethostname()} {properties.uuid}"
-    every: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(every, own)
-    sharing = [rank for rank, other in enumerate(every) if other == own]
+    all_gpus: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(all_gpus, own)
+    sharing = [rank for rank, gpu in enumerate(all_gpus) if gpu == own]
     if len(sharing) > 1:
         raise UserError(
             f"environment: ranks {', '.join(map(str, sharing))} would share one GPU"
@@ -145,32 +183,30 @@ def _refuse_shared_gpus() -> None:
 
 
 def _device() -> torch.device:
-    return (
-        torch.device("cuda", torch.cuda.current_device())
-        if gpu_available()
-        else torch.device("cpu")
-    )
+    if gpu_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
 
 
-def gather_world(value: Any) -> list[Any]:
-    """A small picklable value of every process, on every process; joins the world first."""
+def gather_world(value: T) -> list[T]:
+    """The values of all processes, on every process; small and picklable. Joins the world first."""
     join_world()
-    values: list[Any] = [None] * dist.get_world_size()
-    if len(values) == 1:
-        return [value]
-    dist.all_gather_object(values, value)
+    values = [value] * dist.get_world_size()
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
     return values
 
 
 def start_model_parallel(parallel: ParallelSection, hang_timeout_s: float = 0) -> ParallelRank:
-    """Create Megatron-Core's process groups and return this rank's place. Its collectives wait as
-    long as the world's.
+    """Create Megatron-Core's process groups and return this rank.
+
+    Their collectives wait as long as the world's; see `join_world`.
     """
     from megatron.core import parallel_state as state
     from megatron.core import tensor_parallel
 
-    # An engine that was closed before may live on in reference cycles, and with it the threads of
-    # its groups.
+    # An engine that was closed may live on in reference cycles, and with it the threads of its
+    # process groups.
     gc.collect()
     state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
@@ -179,7 +215,7 @@ def start_model_parallel(parallel: ParallelSection, hang_timeout_s: float = 0) -
         context_parallel_size=parallel.context,
         distributed_timeout_minutes=math.ceil((2 * hang_timeout_s or _DEFAULT_TIMEOUT_S) / 60),
     )
-    # unused by us (weights are keyed, dropout is 0); Megatron-Core wants it set
+    # Megatron-Core requires a seed. Nothing draws from it: weights are keyed and dropout is 0.
     tensor_parallel.model_parallel_cuda_manual_seed(1234)
     return ParallelRank(
         dist.get_rank(),
@@ -190,15 +226,16 @@ def start_model_parallel(parallel: ParallelSection, hang_timeout_s: float = 0) -
 
 
 def stop_model_parallel() -> None:
-    """Destroy every group except the world's, so that another layout can be built in this process.
+    """Destroy every group except the world's, so that this process can build another layout.
 
-    Groups that merely fall out of scope would leak their threads and file descriptors.
+    Groups that merely go out of scope would leak their threads and file descriptors.
     """
     from megatron.core import parallel_state as state
     from torch.distributed import distributed_c10d as c10d
 
     world = dist.group.WORLD
     state.destroy_model_parallel()
+    # A copy: destroying a group removes it from the map.
     for group in list(c10d._world.pg_map):
         if group is not world:
             dist.destroy_process_group(group)
@@ -207,9 +244,14 @@ def stop_model_parallel() -> None:
 def sample_offsets(
     global_batch: int, micro_batch: int, data_rank: int, data_size: int
 ) -> list[range]:
-    """Which samples of a step form this replica's micro-batches, as offsets 0..global-1:
-    round-robin over the replicas.
+    """Which samples of a step form this replica's micro-batches, as offsets 0..global-1.
+
+    Micro-batches are dealt to the replicas in turn, so which samples share a micro-batch does not
+    depend on the number of replicas.
+
+    >>> sample_offsets(global_batch=8, micro_batch=2, data_rank=1, data_size=2)
+    [range(2, 4), range(6, 8)]
     """
     count = global_batch // (micro_batch * data_size)
-    firsts = ((i * data_size + data_rank) * micro_batch for i in range(count))
+    firsts = [(i * data_size + data_rank) * micro_batch for i in range(count)]
     return [range(first, first + micro_batch) for first in firsts]

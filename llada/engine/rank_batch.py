@@ -1,12 +1,13 @@
-"""A micro-batch as one rank needs it: cut out of the whole before the step, in page-locked memory
-where there is a GPU.
+"""The part of a micro-batch that one rank needs.
+
+It is cut out of the whole micro-batch in the loader's thread, and kept in page-locked memory if
+there is a GPU, so that its copy to the GPU runs in the background.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -16,21 +17,20 @@ from llada.objectives.base import Batch, Segments
 
 @dataclass(frozen=True)
 class RankBatch:
-    """This context rank's contiguous part of a micro-batch, on CPU.
+    """The contiguous part of a micro-batch that belongs to one context rank.
 
     Attributes:
-        inputs: [b, s] int64, s = L / context ranks.
-        positions: [s] int64, rotary positions.
-        layout: attention segments of the whole rows.
-        first: index of the first token of this part in the row.
-        indices: of each predicted position in this part, into the flattened [s, b] hidden states,
-            int64 [n].
-        targets: clean tokens there, int64 [n].
-        weights: float32 [n].
-        segments: id of each predicted position's segment among all of the step, int64 [n].
-        normaliser: one number per global step.
-        lengths: cumulative segment lengths for a variable-length attention kernel; None where none
-            is used.
+        inputs: int64 [b, s], s = L / context ranks.
+        positions: Rotary positions, int64 [s].
+        layout: Attention segments of the whole rows.
+        first: Position of this part's first token in the row.
+        indices: Predicted positions in this part, as rows of the hidden states flattened to
+            [s b, d], int64 [n].
+        targets: Clean tokens of the predicted positions, int64 [n].
+        weights: Their weights in the loss, float32 [n].
+        segments: Their segment ids among all segments of the step, int64 [n].
+        normaliser: One number per global step.
+        lengths: Segment lengths for the variable-length attention kernel; None if it is not used.
     """
 
     inputs: torch.Tensor
@@ -45,11 +45,11 @@ class RankBatch:
     lengths: SegmentLengths | None
 
     def pin_memory(self) -> RankBatch:
-        """The same in page-locked memory, from where copies to a GPU need not be waited for."""
-        return _with_tensors(self, lambda tensor: tensor.contiguous().pin_memory())
+        """A copy in page-locked memory."""
+        return self._map_tensors(lambda tensor: tensor.contiguous().pin_memory())
 
     def to(self, device: torch.device) -> RankBatch:
-        """The same on `device`, but for `segments`; the copies are queued, not waited for."""
+        """A copy on `device`, except `segments`. The copies are queued and not waited for."""
 
         def copy(tensor: torch.Tensor) -> torch.Tensor:
             # Only a validation adds the losses up by segment, and copies these itself.
@@ -57,46 +57,52 @@ class RankBatch:
                 return tensor
             return tensor.to(device, non_blocking=True)
 
-        return _with_tensors(self, copy)
+        return self._map_tensors(copy)
+
+    def _map_tensors(self, change: Callable[[torch.Tensor], torch.Tensor]) -> RankBatch:
+        lengths = self.lengths
+        if lengths is not None:
+            lengths = replace(lengths, queries=change(lengths.queries), keys=change(lengths.keys))
+        return replace(
+            self,
+            inputs=change(self.inputs),
+            positions=change(self.positions),
+            indices=change(self.indices),
+            targets=change(self.targets),
+            weights=change(self.weights),
+            segments=change(self.segments),
+            lengths=lengths,
+        )
 
 
 def rank_batch(batch: Batch, rank: int, size: int, kernel: Kernel | None) -> RankBatch:
-    """Cut a micro-batch for one of `size` context ranks.
+    """Cut a micro-batch for one context rank.
 
     Args:
-        batch: complete rows.
-        rank, size: of the context group.
-        kernel: the run's variable-length attention kernel, if any; `lengths` are computed for it.
+        batch: Complete rows.
+        rank: Of the context group.
+        size: Of the context group.
+        kernel: The run's variable-length attention kernel, if it has one.
     """
-    share = batch.inputs.shape[1] // size
-    first = rank * share
-    # in the batch's order
-    here = ((batch.columns >= first) & (batch.columns < first + share)).nonzero().squeeze(1)
+    num_rows, row_length = batch.inputs.shape
+    length = row_length // size
+    first = rank * length
+    # Predicted positions of this part, in the order of the batch.
+    in_part = (batch.columns >= first) & (batch.columns < first + length)
+    own = in_part.nonzero().squeeze(1)
+    lengths = None
+    if kernel is not None and kernel.computes(batch.layout):
+        lengths = segment_lengths(batch.layout, first, length)
     return RankBatch(
-        inputs=batch.inputs[:, first : first + share],
-        positions=batch.positions[first : first + share],
+        inputs=batch.inputs[:, first : first + length],
+        positions=batch.positions[first : first + length],
         layout=batch.layout,
         first=first,
-        indices=(batch.columns[here] - first) * batch.inputs.shape[0] + batch.rows[here],
-        targets=batch.targets[here],
-        weights=batch.weights[here],
-        segments=batch.segments[here],
+        # Hidden states are [s, b, d]: token (column, row) is at column * b + row.
+        indices=(batch.columns[own] - first) * num_rows + batch.rows[own],
+        targets=batch.targets[own],
+        weights=batch.weights[own],
+        segments=batch.segments[own],
         normaliser=batch.normaliser,
-        lengths=segment_lengths(batch.layout, first, share)
-        if kernel is not None and kernel.computes(batch.layout)
-        else None,
+        lengths=lengths,
     )
-
-
-def _with_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """A copy of a dataclass whose tensors, those of nested SegmentLengths included, went through
-    `change`.
-    """
-    changed: dict[str, Any] = {}
-    for field in fields(value):
-        part = getattr(value, field.name)
-        if isinstance(part, torch.Tensor):
-            changed[field.name] = change(part)
-        elif isinstance(part, SegmentLengths):
-            changed[field.name] = _with_tensors(part, change)
-    return replace(value, **changed)

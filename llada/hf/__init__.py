@@ -1,3 +1,5 @@
-"""The model for Hugging Face transformers. Every export carries a copy of the other files here:
-they import torch and transformers only.
+"""Hugging Face folders: export, import and verification.
+
+Every export carries copies of configuration_llada.py, modeling_llada.py and generation_llada.py,
+which import only torch and transformers.
 """

@@ -1,15 +1,15 @@
-"""The model card of an exported folder: README.md with the facts that the checkpoint knows."""
+"""The model card of an exported folder: README.md, with the facts that the checkpoint records."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 import llada
 from llada.checkpoint.format import CheckpointState, TrainedConfig
 from llada.errors import UserError
 from llada.evaluation.estimates import with_error
+from llada.hf.config_mapping import JsonObject
 from llada.model.weights import num_parameters
 
 _HEAD = """---
@@ -24,19 +24,24 @@ tags:
 
 # {title}
 
-{what} Exported with `llada` {version}.
+{description}
+Exported with `llada` {version}.
 """
-_TRAINED = """It predicts masked tokens from the text on both sides, and writes by starting from masks and filling them in
-([LLaDA](https://arxiv.org/abs/2502.09992))."""  # noqa: E501
-_CONVERTED = """The weights of a {architecture} as they were, in the layout of [LLaDA](https://arxiv.org/abs/2502.09992): nothing was
-trained since. What they are good for, and under which licence, is said where they come from."""  # noqa: E501
+_TRAINED = """\
+This model predicts masked tokens from the text on both sides.
+It writes by starting from masks and filling them in, a few in each step
+([LLaDA](https://arxiv.org/abs/2502.09992))."""
+_CONVERTED = """\
+These are the unchanged weights of a {architecture}, in the layout of
+[LLaDA](https://arxiv.org/abs/2502.09992). Nothing was trained since the conversion.
+See the original model for its uses and its licence."""
 _USE = """
 ## Use
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-folder = "."  # or where this folder lies
+folder = "."  # or the path of this folder
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
 {prompt}
@@ -44,25 +49,33 @@ ids = model.diffusion_generate(**inputs, max_new_tokens=64, steps=64)
 print(tokenizer.decode(ids[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
 ```
 
-Fewer `steps` are faster and worse. The model is not causal: `generate()`, and with it `pipeline("text-generation")`, calls
-`diffusion_generate`, ends a text at EOS, and refuses what belongs to text from left to right, as `top_p` or `num_beams`.
-"""  # noqa: E501
-_TUNE = """
+Fewer `steps` are faster and lower the quality.
+The model is not causal.
+`generate()`, and with it `pipeline("text-generation")`, calls `diffusion_generate`,
+ends a text at EOS, and refuses settings of autoregressive decoding such as `top_p` or `num_beams`.
+"""
+_FINE_TUNE = """
 ## Fine-tune
 
-With transformers' Trainer, whose collator has to apply the noise (transformers 4.48 or later where gradients are accumulated):
+With the Trainer of transformers. The data collator applies the noise.
+Gradient accumulation requires transformers 4.48 or later.
 
 ```python
 {code}```
-"""  # noqa: E501
-_PLAIN = 'inputs = tokenizer("Once upon a time", return_tensors="pt", return_token_type_ids=False)'
-_CHAT = """messages = [{"role": "user", "content": "What is a mask?"}]
+"""
+_PROMPT = 'inputs = tokenizer("Once upon a time", return_tensors="pt", return_token_type_ids=False)'
+_CHAT_PROMPT = """\
+messages = [{"role": "user", "content": "What is a mask?"}]
 prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-inputs = tokenizer(prompt, add_special_tokens=False, return_tensors="pt", return_token_type_ids=False)"""  # noqa: E501
+inputs = tokenizer(
+    prompt, add_special_tokens=False, return_tensors="pt", return_token_type_ids=False
+)"""
+
+_TASKS = {"pretrain": "pretraining", "sft": "supervised fine-tuning"}
 
 
 def check_license(name: str) -> None:
-    """Raises UserError for what cannot be an identifier of a licence."""
+    """Raise UserError unless this can be the identifier of a licence on the Hugging Face Hub."""
     if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", name):
         raise UserError(
             f"--license: '{name}' is not an identifier of a licence, as apache-2.0 or mit; `other`"
@@ -78,41 +91,47 @@ def model_card(
     has_template: bool,
     averaged: list[int],
 ) -> str:
-    """The text of README.md.
+    """Return the text of README.md.
 
     Args:
-        state: of the checkpoint.
-        trained: its model.
-        dtype: of the exported weights.
-        license_: identifier of the licence.
-        has_template: whether the tokenizer has a chat template.
-        averaged: steps of the checkpoints whose mean this is; empty: it is one checkpoint.
+        state: CheckpointState of the checkpoint.
+        trained: Its model.
+        dtype: Of the exported weights.
+        license_: Identifier of the licence.
+        has_template: Whether the tokenizer has a chat template.
+        averaged: Steps of the checkpoints whose mean this is; empty for a single checkpoint.
     """
-    converted = (
-        next((entry["architecture"] for entry in state.lineage if "imported" in entry), None)
-        if not state.step
-        else None
+    # An imported model that no step was trained has nothing to say about training.
+    converted = None
+    imports = _imports(state)
+    if imports and not state.step:
+        converted = imports[0]
+    if converted:
+        title = f"Converted weights of a {converted}"
+        description = _CONVERTED.format(architecture=converted)
+    else:
+        title = "A masked diffusion language model"
+        description = _TRAINED
+    head = _HEAD.format(
+        license=license_, version=llada.__version__, title=title, description=description
     )
-    title = (
-        f"Converted weights of a {converted}" if converted else "A masked diffusion language model"
-    )
-    what = _CONVERTED.format(architecture=converted) if converted else _TRAINED
-    parts = [_HEAD.format(license=license_, version=llada.__version__, title=title, what=what)]
-    parts.append("\n## Architecture\n\n" + _table(_architecture(trained, dtype)))
+    sections = [head, "\n## Architecture\n\n", _table(_architecture(trained, dtype))]
     if not converted:
-        parts.append("\n## Training\n\n" + _table(_training(state, averaged)))
+        sections += ["\n## Training\n\n", _table(_training(state, averaged))]
+    # The recorded validation is that of one checkpoint, not of the mean.
     if state.validation and not averaged:
-        parts.append("\n## Validation\n\n" + _validation(state.validation))
-    parts.append(
-        _USE.format(prompt=_CHAT if has_template and state.config.get("task") == "sft" else _PLAIN)
-    )
+        sections += ["\n## Validation\n\n", _validation(state.validation)]
+    is_chat_model = has_template and state.config.get("task") == "sft"
+    sections.append(_USE.format(prompt=_CHAT_PROMPT if is_chat_model else _PROMPT))
     if has_template:
-        parts.append(
-            _TUNE.format(
-                code=Path(__file__).with_name("finetuning_example.py").read_text(encoding="utf-8")
-            )
-        )
-    return "".join(parts)
+        example = Path(__file__).with_name("finetuning_example.py")
+        sections.append(_FINE_TUNE.format(code=example.read_text(encoding="utf-8")))
+    return "".join(sections)
+
+
+def _imports(state: CheckpointState) -> list[str]:
+    """Architectures of the imported models that the weights go back to, oldest first."""
+    return [entry["architecture"] for entry in state.lineage if "imported" in entry]
 
 
 def _table(rows: list[tuple[str, str]]) -> str:
@@ -121,73 +140,67 @@ def _table(rows: list[tuple[str, str]]) -> str:
 
 def _architecture(trained: TrainedConfig, dtype: str) -> list[tuple[str, str]]:
     model = trained.model
-    heads = f"{model.num_attention_heads}, of {model.head_dim}" + (
-        f"; {model.kv_heads} for keys and values" if model.num_query_groups else ""
-    )
+    parameters = f"{num_parameters(model):,}"
+    without_vocabulary = f"{num_parameters(model, embedding=False):,}"
+    heads = f"{model.num_attention_heads}, of {model.head_dim}"
+    if model.num_query_groups:
+        heads += f"; {model.kv_heads} for keys and values"
+    rows_of_vocabulary = f"{model.vocab_size:,}"
+    if model.tie_embeddings:
+        rows_of_vocabulary += ", tied with the head"
     return [
         (
             "kind",
             "Llama-like transformer without the causal mask: RMSNorm, RoPE, SwiGLU, no biases",
         ),
-        (
-            "parameters",
-            (
-                f"{num_parameters(model):,} ({num_parameters(model, embedding=False):,} without"
-                f" embedding and head), {dtype}"
-            ),
-        ),
+        ("parameters", f"{parameters} ({without_vocabulary} without embedding and head), {dtype}"),
         (
             "layers, width, inner width",
             f"{model.num_layers}, {model.hidden_size}, {model.ffn_hidden_size}",
         ),
         ("attention heads", heads),
-        (
-            "rows of the vocabulary",
-            f"{model.vocab_size:,}" + (", tied with the head" if model.tie_embeddings else ""),
-        ),
+        ("rows of the vocabulary", rows_of_vocabulary),
         ("RoPE base, norm epsilon", f"{model.rope_theta:g}, {model.norm_eps:g}"),
-        ("longest sequence of the training", f"{trained.longest:,} tokens"),
+        ("longest training sequence", f"{trained.longest:,} tokens"),
     ]
 
 
 def _training(state: CheckpointState, averaged: list[int]) -> list[tuple[str, str]]:
-    earlier = [entry for entry in state.lineage if "tokens" in entry]
-    imported = [entry for entry in state.lineage if "imported" in entry]
-    kinds = {"pretrain": "pretraining", "sft": "supervised fine-tuning"}
     rows = [
         ("objective", "masked diffusion (arXiv 2502.09992, Eq. 3)"),
-        ("stage", kinds[state.config["task"]]),
+        ("task", _TASKS[state.config["task"]]),
     ]
-    if imported:
-        rows.append(("started from", f"the weights of an imported {imported[0]['architecture']}"))
+    imports = _imports(state)
+    if imports:
+        rows.append(("started from", f"the weights of an imported {imports[0]}"))
     rows.append(("steps, tokens seen", f"{state.step:,}, {state.tokens:,}"))
-    if earlier:
-        rows.append(
-            (
-                "tokens seen before, in the runs it started from",
-                f"{sum(entry['tokens'] for entry in earlier):,}",
-            )
-        )
+    tokens_before = [entry["tokens"] for entry in state.lineage if "tokens" in entry]
+    if tokens_before:
+        rows.append(("tokens seen before, in the runs it started from", f"{sum(tokens_before):,}"))
     if averaged:
-        rows.append(
-            ("weights", f"mean of the checkpoints after steps {', '.join(map(str, averaged))}")
-        )
+        steps = ", ".join(map(str, averaged))
+        rows.append(("weights", f"mean of the checkpoints after steps {steps}"))
     return rows
 
 
-def _validation(line: dict[str, Any]) -> str:
-    """NELBO of the held-out text, by corpus and in all, with standard errors."""
+def _validation(line: JsonObject) -> str:
+    """A table of the held-out text's NELBO, per corpus and in all, with standard errors."""
+    lines = ["| corpus | NELBO, nats per token | bits per byte |", "|---|---|---|"]
+    for name, values in line["corpora"].items():
+        lines.append(_validation_row(name, values))
+    if len(line["corpora"]) > 1:
+        lines.append(_validation_row("all, by weight", line))
+    lines += [
+        "",
+        f"Measured after step {line['step']:,} on held-out text with fixed noise, ± the standard"
+        " error over such text.",
+        "The NELBO is an upper bound of the negative log likelihood.",
+        "",
+    ]
+    return "\n".join(lines)
 
-    def cells(values: dict[str, Any]) -> str:
-        return " | ".join(with_error(values, key) for key in ("nelbo_per_token", "bits_per_byte"))
 
-    rows = [f"| {name} | {cells(values)} |\n" for name, values in line["corpora"].items()]
-    if len(rows) > 1:
-        rows.append(f"| all, by weight | {cells(line)} |\n")
-    note = (
-        f"\nAfter step {line['step']:,}, on held-out text with fixed noise, ± the standard error"
-        " over such text; an upper bound of the negative log likelihood.\n"
-    )
-    return (
-        "| corpus | NELBO, nats per token | bits per byte |\n|---|---|---|\n" + "".join(rows) + note
-    )
+def _validation_row(name: str, values: JsonObject) -> str:
+    nelbo = with_error(values, "nelbo_per_token")
+    bits = with_error(values, "bits_per_byte")
+    return f"| {name} | {nelbo} | {bits} |"

@@ -1,6 +1,10 @@
 # Copyright the llada authors. SPDX-License-Identifier: Apache-2.0
-"""Sampling from LLaDA (arXiv 2502.09992, section 2.4, algorithms 4 and 5):
-`model.diffusion_generate`, and `generate` on top of it.
+"""Sampling from LLaDA (arXiv 2502.09992, section 2.4, algorithms 4 and 5).
+
+`model.diffusion_generate` is the sampler. `model.generate` calls it for code that knows the
+interface of transformers' causal language models only.
+
+Shapes in this file: b rows, p prompt tokens, s tokens in all.
 """
 
 from __future__ import annotations
@@ -12,12 +16,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, GenerationMixin
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
+from .configuration_llada import LLaDAConfig
+
+Settings = dict[str, Any]
 REMASKING = ("low_confidence", "random")
 
-
-_OF_DIFFUSION = (
+# Settings that `generate` passes on to `diffusion_generate` unchanged.
+_DIFFUSION_SETTINGS = (
     "attention_mask",
     "steps",
     "block_length",
@@ -26,26 +33,29 @@ _OF_DIFFUSION = (
     "generator",
     "num_tokens",
 )
-"""Arguments of `diffusion_generate` that `generate` hands on as they are."""
-_NEUTRAL = {
-    **{
-        "num_beams": 1,
-        "num_beam_groups": 1,
-        "num_return_sequences": 1,
-        "return_dict_in_generate": False,
-    },
-    **{"top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0},
-    **dict.fromkeys(
-        ("output_attentions", "output_hidden_states", "output_scores", "output_logits"), False
-    ),
+
+# Settings of autoregressive decoding, with the one value that does not ask for anything.
+_NEUTRAL_VALUES: dict[str, object] = {
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "num_return_sequences": 1,
+    "return_dict_in_generate": False,
+    "top_k": 0,
+    "top_p": 1.0,
+    "repetition_penalty": 1.0,
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "output_scores": False,
+    "output_logits": False,
 }
-"""Settings for text from left to right, with the value that changes nothing."""
+
+# Settings that have no effect on the text, whatever their value.
 _IGNORED = ("bos_token_id", "use_cache", "transformers_version", "token_type_ids")
 
 
 @dataclass(frozen=True)
 class _Options:
-    """The settings of `diffusion_generate` that every step reads, and the ids it must know."""
+    """The settings of `diffusion_generate` that every step reads."""
 
     steps_per_block: int
     temperature: float
@@ -57,24 +67,22 @@ class _Options:
 
 
 class LLaDAGenerationMixin(GenerationMixin):
-    """What the model class adds to transformers' own, of which `generate` is replaced.
+    """The generation methods of the model class.
 
-    The name ends in GenerationMixin because transformers' auto classes add theirs to a class that
-    has no base called so.
+    The name must end in GenerationMixin: transformers' auto classes add their own mixin, and with
+    it their own `generate`, to any class that has no base of such a name.
     """
 
-    config: Any
-    generation_config: Any
+    config: LLaDAConfig
+    generation_config: GenerationConfig
 
     @classmethod
     def can_generate(cls) -> bool:
-        """True: `generate` is there, though it does not write from left to right."""
+        """True, although `generate` does not decode from left to right."""
         return True
 
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """peft looks this name up when it wraps a causal language model; only text from left to
-        right would call it.
-        """
+    def prepare_inputs_for_generation(self, *args: object, **kwargs: object) -> Settings:
+        """Not used. peft looks this method up when it wraps a causal language model."""
         raise NotImplementedError(
             "LLaDA does not write from left to right: call diffusion_generate"
         )
@@ -85,68 +93,59 @@ class LLaDAGenerationMixin(GenerationMixin):
         generation_config: GenerationConfig | None = None,
         **settings: Any,
     ) -> torch.Tensor:
-        """`diffusion_generate` for callers of transformers' `generate`, pipelines among them.
+        """Run `diffusion_generate` through the interface of transformers' `generate`.
+
+        Pipelines call this method, too.
 
         Args:
-            inputs: int64 [b, p], also as input_ids.
-            generation_config: settings that are not given here. Its ids, and those of the model's
-                own, end a text and pad it.
+            inputs: int64 [b, p]. May also be given as input_ids.
+            generation_config: Defaults for `settings`. Its eos_token_id and pad_token_id, or else
+                those of the model, end and pad a text.
             settings: input_ids; attention_mask; max_new_tokens, or max_length, which counts the
-                prompt too (128 new tokens if neither is given); temperature, and do_sample, which
-                is 0 or 1 of it if it stands alone; eos_token_id, pad_token_id; steps, block_length,
+                prompt too (default: 128 new tokens); temperature; do_sample, which alone means a
+                temperature of 1 or 0; eos_token_id; pad_token_id; and steps, block_length,
                 cfg_scale, remasking, generator and num_tokens of `diffusion_generate`.
 
         Returns:
-            int64 [b, p + max_new_tokens], the prompt included. What follows the first end of a
-            response is padding.
+            int64 [b, p + max_new_tokens], the prompt included. Everything after the first end
+            token of a response is padding.
 
         Raises:
-            ValueError: a setting for text from left to right, as top_p or num_beams, whose value
-                would change the text; what `diffusion_generate` raises.
+            ValueError: A setting of autoregressive decoding, such as top_p or num_beams, with a
+                value that would change the text; or whatever `diffusion_generate` refuses.
         """
-        given = {
-            **_changed(self.generation_config),
-            **_changed(generation_config),
+        settings = {
+            **_non_default(self.generation_config),
+            **_non_default(generation_config),
             **_without_none(settings),
         }
-        prompt = given.pop("input_ids", inputs)
-        kept = {name: given.pop(name) for name in _OF_DIFFUSION if name in given}
-        ends = (
-            torch.as_tensor(given.pop("eos_token_id", self.config.eos_token_id)).flatten().tolist()
+        # Take out every setting that has a meaning here. What is left is refused.
+        prompt = settings.pop("input_ids", inputs)
+        prompt_length = 0 if prompt is None else prompt.shape[-1]
+        passed_on = {name: settings.pop(name) for name in _DIFFUSION_SETTINGS if name in settings}
+        # One id or a list of ids
+        end_setting = settings.pop("eos_token_id", self.config.eos_token_id)
+        end_ids = torch.as_tensor(end_setting).flatten().tolist()
+        pad_id = settings.pop("pad_token_id", self.config.pad_token_id)
+        max_length = settings.pop("max_length", prompt_length + 128)
+        max_new_tokens = settings.pop("max_new_tokens", max_length - prompt_length)
+        temperature = _temperature(
+            settings.pop("do_sample", None), settings.pop("temperature", None)
         )
-        pad = given.pop("pad_token_id", self.config.pad_token_id)
-        start = 0 if prompt is None else prompt.shape[-1]
-        longest = given.pop("max_length", start + 128)
-        count = given.pop("max_new_tokens", longest - start)
-        temperature = _temperature(given.pop("do_sample", None), given.pop("temperature", None))
-        refused = [
-            f"{name}={value!r}"
-            for name, value in given.items()
-            if name not in _IGNORED and value != _NEUTRAL.get(name)
-        ]
-        if refused:
+        _refuse_unknown(settings)
+        _check_counts(max_new_tokens=max_new_tokens)
+        if max_new_tokens < 1:
             raise ValueError(
-                f"LLaDAModelLM.generate: {', '.join(refused)} not supported: text is written by"
-                " diffusion, not from left to right; see diffusion_generate"
-            )
-        _check_counts(max_new_tokens=count)
-        if count < 1:
-            raise ValueError(
-                f"LLaDAModelLM.generate: {count} new tokens are less than 1; diffusion_generate"
-                " fills masks"
+                f"LLaDAModelLM.generate: {max_new_tokens} new tokens are less than 1;"
+                " diffusion_generate fills masks"
             )
         tokens = self.diffusion_generate(
-            prompt, max_new_tokens=count, temperature=temperature, **kept
+            prompt, max_new_tokens=max_new_tokens, temperature=temperature, **passed_on
         )
-        is_end = torch.isin(tokens[:, start:], torch.tensor(ends, device=tokens.device))
-        after = is_end.cumsum(1) - is_end.long() > 0
-        return torch.cat(
-            [
-                tokens[:, :start],
-                tokens[:, start:].masked_fill(after, ends[0] if pad is None else pad),
-            ],
-            dim=1,
-        )
+        if pad_id is None:
+            pad_id = end_ids[0]
+        response = _pad_after_end(tokens[:, prompt_length:], end_ids, pad_id)
+        return torch.cat([tokens[:, :prompt_length], response], dim=1)
 
     @torch.no_grad()
     def diffusion_generate(
@@ -163,88 +162,97 @@ class LLaDAGenerationMixin(GenerationMixin):
         generator: torch.Generator | None = None,
         num_tokens: int | None = None,
     ) -> torch.Tensor:
-        """Continue prompts, or fill their masks, by reverse diffusion (arXiv 2502.09992, section
-        2.4).
+        """Continue prompts, or fill their masks, by reverse diffusion.
 
         The response starts as [MASK] only. In each step the model predicts every mask; of the
-        current block the most confident predictions, or a uniform choice, are kept and the rest
-        stays masked. A block's masks are spread over its steps as evenly as they go, the remainder
-        over the first ones. Nothing ends early and nothing is cut: what follows an end-of-text
-        token is returned too.
+        current block, the most confident predictions (or a uniform choice) are kept and the rest
+        stays masked. The masks of a block are spread evenly over its steps, and the first steps
+        take the remainder. Generation does not stop at an end-of-text token, and the tokens after
+        it are returned too.
 
         Args:
-            input_ids: int64 [b, p]; None: one empty prompt.
+            input_ids: int64 [b, p]. None means one empty prompt.
             attention_mask: [b, p], 1 for tokens and 0 for padding, on either side. A row gives the
-                tokens it would give alone.
-            max_new_tokens: length of the response, in tokens. 0: fill the [MASK]s of input_ids
+                same tokens as it would alone.
+            max_new_tokens: Length of the response, in tokens. 0 fills the [MASK]s of input_ids
                 instead, all at once.
-            steps: calls of the model in all, a multiple of the number of blocks (each is one of
-                twice as many rows with guidance). None: one a token. When filling, more than the
-                masks of a row are not of use.
-            block_length: tokens of a block, a divisor of max_new_tokens; blocks are written from
-                left to right. None: one block.
-            temperature: 0 takes the best token; T > 0 samples from softmax(logits / T) by the
-                Gumbel trick, in float64.
-            cfg_scale: strength w of classifier-free guidance (arXiv 2410.18514): uncond + (w + 1)
-                (cond - uncond), with the given tokens masked in the unconditional pass; 0: none.
-            remasking: "low_confidence" keeps the predictions with the highest probability, "random"
-                a uniform choice.
-            generator: of the noise; None: torch's own of the model's device.
-            num_tokens: ids from 0 to num_tokens - 1 may be written, without [MASK]. None: the
-                config's tokenizer_vocab_size, or its vocab_size.
+            steps: Number of model calls, a multiple of the number of blocks. With guidance each
+                call has twice as many rows. None means one step per token. When filling, steps
+                beyond the number of masks in a row have no effect.
+            block_length: Tokens per block, a divisor of max_new_tokens. Blocks are written from
+                left to right. None means one block.
+            temperature: 0 takes the most probable token; T > 0 samples from softmax(logits / T) by
+                the Gumbel trick, in float64.
+            cfg_scale: Strength w of classifier-free guidance (arXiv 2410.18514): uncond + (w + 1)
+                (cond - uncond), where the prompt is masked in the unconditional pass. 0 turns it
+                off.
+            remasking: "low_confidence" keeps the predictions with the highest probability,
+                "random" a uniform choice.
+            generator: Source of the noise. None means torch's default generator of the model's
+                device.
+            num_tokens: Only ids below num_tokens, and not [MASK], are written. None means the
+                config's tokenizer_vocab_size, or else its vocab_size.
 
         Returns:
             int64 [b, p + max_new_tokens], the prompt and its padding included.
 
         Raises:
-            ValueError: a setting outside its range, shapes that do not fit, [MASK] in a prompt that
-                is to be continued, no [MASK] in rows that are to be filled.
+            ValueError: A setting out of range; shapes that do not match; [MASK] in a prompt that
+                is to be continued; no [MASK] in rows that are to be filled.
         """
         tokens, attended = _prompt(input_ids, attention_mask, next(self.parameters()).device)
-        mask_id, num_tokens = _ids(self.config, num_tokens)
+        mask_id, num_tokens = _vocabulary(self.config, num_tokens)
         _check_counts(max_new_tokens=max_new_tokens, steps=steps, block_length=block_length)
-        _check(max_new_tokens, temperature, cfg_scale, remasking)
-        rows, start = tokens.shape
-        tokens = torch.cat([tokens, tokens.new_full((rows, max_new_tokens), mask_id)], dim=1)
-        attended = torch.cat([attended, attended.new_ones(rows, max_new_tokens)], dim=1)
-        wanted = (tokens == mask_id) & attended
-        blocks = _blocks(wanted, start, max_new_tokens, block_length)
+        _check_settings(max_new_tokens, temperature, cfg_scale, remasking)
+        # Append the response, as masks: [b, p] -> [b, s]
+        batch, prompt_length = tokens.shape
+        response = tokens.new_full((batch, max_new_tokens), mask_id)
+        tokens = torch.cat([tokens, response], dim=1)
+        attended = torch.cat([attended, attended.new_ones(batch, max_new_tokens)], dim=1)
+        to_write = (tokens == mask_id) & attended
+        blocks = _blocks(to_write, prompt_length, max_new_tokens, block_length)
         if steps is None:
-            steps = max_new_tokens or int(wanted.sum(1).max())
+            steps = max_new_tokens or int(to_write.sum(1).max())
         if steps < 1 or steps % len(blocks):
             raise ValueError(
                 f"steps: {steps} is not a positive multiple of the {len(blocks)} blocks of"
                 " max_new_tokens / block_length"
             )
         options = _Options(
-            steps // len(blocks), temperature, cfg_scale, remasking, generator, mask_id, num_tokens
+            steps_per_block=steps // len(blocks),
+            temperature=temperature,
+            cfg_scale=cfg_scale,
+            remasking=remasking,
+            generator=generator,
+            mask_id=mask_id,
+            num_tokens=num_tokens,
         )
-        # Positions count tokens only, so that a response follows its prompt at once wherever the
-        # padding is.
-        padding = (
-            {"attention_mask": attended, "position_ids": (attended.cumsum(1) - 1).clamp(min=0)}
-            if not attended.all()
-            else {}
-        )
-        return _denoise(self, tokens, ~wanted, blocks, options, padding)
+        padding: dict[str, torch.Tensor] = {}
+        if not attended.all():
+            # Positions count tokens only, so a response directly follows its prompt on whichever
+            # side the padding is.
+            position_ids = (attended.cumsum(1) - 1).clamp(min=0)
+            padding = {"attention_mask": attended, "position_ids": position_ids}
+        return _denoise(self, tokens, ~to_write, blocks, options, padding)
 
 
-def _changed(config: GenerationConfig | None) -> dict[str, Any]:
-    """The settings of a generation config that are not its class's defaults."""
-    fields = {} if config is None else config.to_diff_dict()
-    return _without_none(
-        {name: value for name, value in fields.items() if not name.startswith("_")}
-    )
+# -- settings --------------------------------------------------------------------------------------
 
 
-def _without_none(settings: dict[str, Any]) -> dict[str, Any]:
+def _non_default(config: GenerationConfig | None) -> Settings:
+    """The settings of a generation config that differ from its class's defaults."""
+    if config is None:
+        return {}
+    fields = config.to_diff_dict()
+    return _without_none({name: fields[name] for name in fields if not name.startswith("_")})
+
+
+def _without_none(settings: Settings) -> Settings:
     return {name: value for name, value in settings.items() if value is not None}
 
 
 def _temperature(do_sample: bool | None, temperature: float | None) -> float:
-    """transformers samples with `do_sample` only, at a temperature of 1 unless it is
-    told another.
-    """
+    """The temperature by the rules of transformers: it samples only with `do_sample`."""
     if do_sample is False:
         return 0.0
     if temperature is None:
@@ -252,10 +260,43 @@ def _temperature(do_sample: bool | None, temperature: float | None) -> float:
     return temperature
 
 
+def _refuse_unknown(settings: Settings) -> None:
+    refused = []
+    for name, value in settings.items():
+        if name not in _IGNORED and value != _NEUTRAL_VALUES.get(name):
+            refused.append(f"{name}={value!r}")
+    if refused:
+        raise ValueError(
+            f"LLaDAModelLM.generate: {', '.join(refused)} not supported: text is written by"
+            " diffusion, not from left to right; see diffusion_generate"
+        )
+
+
+def _check_counts(**counts: object) -> None:
+    """Raise ValueError unless every value is None or an integer; numpy's count, bool does not."""
+    for name, value in counts.items():
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+            raise ValueError(f"{name}: {value!r} is not a whole number")
+
+
+def _check_settings(
+    max_new_tokens: int, temperature: object, cfg_scale: object, remasking: str
+) -> None:
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens: {max_new_tokens} is less than 0")
+    for name, value in (("temperature", temperature), ("cfg_scale", cfg_scale)):
+        if not isinstance(value, numbers.Real) or not 0 <= float(value) < math.inf:
+            raise ValueError(f"{name}: {value} is not a number of at least 0")
+    if remasking not in REMASKING:
+        raise ValueError(f"remasking: '{remasking}' is not allowed; one of {', '.join(REMASKING)}")
+
+
 def _prompt(
     input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids [b, p] and where they are not padding, bool [b, p]."""
+    """Return the ids, int64 [b, p], and where they are not padding, bool [b, p]."""
     if input_ids is None:
         input_ids = torch.empty(1, 0, dtype=torch.long, device=device)
     if input_ids.dim() != 2 or input_ids.dtype != torch.long:
@@ -273,8 +314,8 @@ def _prompt(
     return input_ids, attention_mask.to(input_ids.device) != 0
 
 
-def _ids(config: Any, num_tokens: int | None) -> tuple[int, int]:
-    """Id of [MASK] and how many ids may be written."""
+def _vocabulary(config: LLaDAConfig, num_tokens: int | None) -> tuple[int, int]:
+    """Return the id of [MASK] and the number of ids that may be written."""
     if config.mask_token_id is None:
         raise ValueError("mask_token_id: the config has none, so there is nothing to start from")
     if num_tokens is None:
@@ -287,37 +328,19 @@ def _ids(config: Any, num_tokens: int | None) -> tuple[int, int]:
     return config.mask_token_id, num_tokens
 
 
-def _check_counts(**counts: Any) -> None:
-    for name, value in counts.items():
-        if value is not None and (
-            isinstance(value, bool) or not isinstance(value, numbers.Integral)
-        ):
-            raise ValueError(f"{name}: {value!r} is not a whole number")
-
-
-def _check(max_new_tokens: int, temperature: Any, cfg_scale: Any, remasking: str) -> None:
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens: {max_new_tokens} is less than 0")
-    for name, value in (("temperature", temperature), ("cfg_scale", cfg_scale)):
-        if not isinstance(value, numbers.Real) or not 0 <= float(value) < math.inf:
-            raise ValueError(f"{name}: {value} is not a number of at least 0")
-    if remasking not in REMASKING:
-        raise ValueError(f"remasking: '{remasking}' is not allowed; one of {', '.join(REMASKING)}")
-
-
 def _blocks(
-    wanted: torch.Tensor, start: int, max_new_tokens: int, block_length: int | None
+    to_write: torch.Tensor, prompt_length: int, max_new_tokens: int, block_length: int | None
 ) -> list[torch.Tensor]:
-    """The blocks in the order in which they are written, each bool [b, s]."""
+    """Divide the positions `to_write` into blocks, each bool [b, s], in the order of writing."""
     if not max_new_tokens:
         if block_length is not None:
             raise ValueError(
                 "block_length: masks are filled all at once (max_new_tokens=0), there are no blocks"
             )
-        if not wanted.any():
+        if not to_write.any():
             raise ValueError("input_ids: no [MASK] to fill (max_new_tokens=0)")
-        return [wanted]
-    if wanted[:, :start].any():
+        return [to_write]
+    if to_write[:, :prompt_length].any():
         raise ValueError(
             "input_ids: a prompt with [MASK] cannot be continued; fill it first, with"
             " max_new_tokens=0"
@@ -327,84 +350,126 @@ def _blocks(
         raise ValueError(
             f"block_length: {block_length} is not a divisor of max_new_tokens, {max_new_tokens}"
         )
-    position = torch.arange(wanted.shape[1], device=wanted.device) - start
-    return [wanted & (position // length == block) for block in range(max_new_tokens // length)]
+    # Prompt positions are negative here, so they fall into no block.
+    position = torch.arange(to_write.shape[1], device=to_write.device) - prompt_length
+    block_of = position // length
+    return [to_write & (block_of == block) for block in range(max_new_tokens // length)]
+
+
+def _pad_after_end(response: torch.Tensor, end_ids: list[int], pad_id: int) -> torch.Tensor:
+    """Replace everything after the first end token of each row [b, s] by padding."""
+    is_end = torch.isin(response, torch.tensor(end_ids, device=response.device))
+    ends_before = is_end.cumsum(1) - is_end.long()
+    return response.masked_fill(ends_before > 0, pad_id)
+
+
+# -- denoising -------------------------------------------------------------------------------------
 
 
 def _denoise(
-    model: Any,
+    model: PreTrainedModel,
     tokens: torch.Tensor,
-    given: torch.Tensor,
+    fixed: torch.Tensor,
     blocks: Sequence[torch.Tensor],
     options: _Options,
     padding: dict[str, torch.Tensor],
 ) -> torch.Tensor:
-    """Fill the masks block by block; `given` marks what guidance hides in its
-    unconditional pass.
+    """Fill the masks block by block.
+
+    Args:
+        model: The mask predictor.
+        tokens: int64 [b, s].
+        fixed: bool [b, s], the positions that are not written. Guidance hides them in its
+            unconditional pass.
+        blocks: Positions of each block, bool [b, s].
+        options: See `_Options`.
+        padding: Arguments of the model for padded rows.
     """
-    open_ = ~given
+    masked = ~fixed
+    columns = torch.arange(tokens.shape[1], device=tokens.device)
     for block in blocks:
-        # [b, steps]: as even as it goes, the remainder over the first steps
-        masks, step = (
-            block.sum(1, keepdim=True),
-            torch.arange(options.steps_per_block, device=tokens.device),
-        )
-        quotas = masks // options.steps_per_block + (step < masks % options.steps_per_block)
-        for quota in quotas.unbind(1):
+        for quota in _quotas(block, options.steps_per_block).unbind(1):
             if not quota.any():
-                break  # quotas only fall
-            now = block & open_
-            chosen, confidence = _predict(
-                _logits(model, tokens, given, now, options, padding), options
-            )
+                break  # quotas never rise, so the rest are 0 too
+            candidates = block & masked
+            logits = _logits(model, tokens, fixed, candidates, options, padding)
+            chosen, confidence = _predict(logits, options)
+            # Rank the candidates of each row; all other positions come last.
+            scores = confidence
+            if options.remasking == "random":
+                scores = _uniform(confidence, options)
             rank = torch.full(tokens.shape, -torch.inf, dtype=torch.float64, device=tokens.device)
-            rank[now] = (
-                _uniform(confidence, options) if options.remasking == "random" else confidence
-            )
-            # Ties go to the earlier position.
+            rank[candidates] = scores
+            # A stable sort gives ties to the earlier position.
             order = rank.argsort(dim=1, descending=True, stable=True)
-            first = torch.arange(tokens.shape[1], device=tokens.device) < quota[:, None]
-            commit = torch.zeros_like(now).scatter(1, order, first)
-            tokens = torch.where(commit, tokens.masked_scatter(now, chosen), tokens)
-            open_ = open_ & ~commit
+            # Commit the first `quota` positions of each row's order.
+            in_quota = columns < quota[:, None]
+            commit = torch.zeros_like(candidates).scatter(1, order, in_quota)
+            tokens = torch.where(commit, tokens.masked_scatter(candidates, chosen), tokens)
+            masked = masked & ~commit
     return tokens
 
 
+def _quotas(block: torch.Tensor, steps: int) -> torch.Tensor:
+    """Number of masks to fill in each step, int64 [b, steps], for a block, bool [b, s].
+
+    Example: 7 masks in 3 steps are filled 3, 2, 2 at a time.
+    """
+    masks = block.sum(1, keepdim=True)
+    step = torch.arange(steps, device=block.device)
+    return masks // steps + (step < masks % steps)
+
+
 def _logits(
-    model: Any,
+    model: PreTrainedModel,
     tokens: torch.Tensor,
-    given: torch.Tensor,
-    now: torch.Tensor,
+    fixed: torch.Tensor,
+    candidates: torch.Tensor,
     options: _Options,
     padding: dict[str, torch.Tensor],
 ) -> torch.Tensor:
-    """Logits float64 [n, rows] of the n positions `now`, with guidance."""
+    """Logits of the n candidate positions after guidance, float64 [n, embedding_size]."""
     if not options.cfg_scale:
-        return model(tokens, **padding).logits[now].double()
-    hidden = torch.where(given, options.mask_id, tokens)
+        return model(tokens, **padding).logits[candidates].double()
+    # One call with twice the rows: the conditional pass, then the unconditional one.
+    hidden = torch.where(fixed, options.mask_id, tokens)
     twice = {name: value.repeat(2, 1) for name, value in padding.items()}
-    conditional, unconditional = (
-        part[now].double() for part in model(torch.cat([tokens, hidden]), **twice).logits.chunk(2)
-    )
+    logits = model(torch.cat([tokens, hidden]), **twice).logits
+    first_half, second_half = logits.chunk(2)
+    conditional = first_half[candidates].double()
+    unconditional = second_half[candidates].double()
     return unconditional + (options.cfg_scale + 1) * (conditional - unconditional)
 
 
 def _predict(logits: torch.Tensor, options: _Options) -> tuple[torch.Tensor, torch.Tensor]:
-    """A token for each row [n, rows], with the temperature's noise, and its probability without,
-    float64 [n].
+    """Choose a token for each of n positions.
 
-    [MASK] and rows past the tokenizer's are never chosen; in the softmax they stay, as in training.
+    Ids beyond the tokenizer's and [MASK] are never chosen, but they stay in the softmax, as in
+    training.
+
+    Args:
+        logits: float64 [n, embedding_size].
+        options: See `_Options`.
+
+    Returns:
+        The chosen ids, int64 [n], and their probabilities without the noise of the temperature,
+        float64 [n].
     """
-    possible = logits[:, : options.num_tokens].clone()
-    possible[:, options.mask_id : options.mask_id + 1] = -torch.inf
+    scores = logits[:, : options.num_tokens].clone()
+    # A slice: num_tokens may be smaller than the id of [MASK], and then this changes nothing.
+    scores[:, options.mask_id : options.mask_id + 1] = -torch.inf
     if options.temperature:
-        possible -= options.temperature * torch.log(-torch.log(_uniform(possible, options)))
-    chosen = possible.argmax(-1)
-    return chosen, logits.softmax(-1).gather(-1, chosen[:, None])[:, 0]
+        # Gumbel trick: argmax(logits - T log(-log u)) is a sample from softmax(logits / T).
+        scores -= options.temperature * torch.log(-torch.log(_uniform(scores, options)))
+    chosen = scores.argmax(-1)
+    probabilities = logits.softmax(-1)
+    return chosen, probabilities.gather(-1, chosen[:, None])[:, 0]
 
 
 def _uniform(like: torch.Tensor, options: _Options) -> torch.Tensor:
-    """Draws from (0, 1), float64, of the shape of `like`."""
+    """Draw uniform numbers from (0, 1), float64, of the shape and on the device of `like`."""
+    # Draw where the generator is: torch requires both on one device.
     device = like.device if options.generator is None else options.generator.device
     draws = torch.rand(like.shape, dtype=torch.float64, device=device, generator=options.generator)
+    # torch.rand may return 0, whose logarithm is infinite.
     return draws.clamp_(min=2.0**-54).to(like.device)

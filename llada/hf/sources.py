@@ -1,4 +1,4 @@
-"""Weights made of other weights, some rows at a time."""
+"""Weights made from other weights, a few rows at a time (see `llada.model.weights.Weights`)."""
 
 from __future__ import annotations
 
@@ -14,22 +14,23 @@ class Renamed:
     """The tensors of a folder under canonical names.
 
     Args:
-        files: of the folder.
-        names: canonical name -> name in the folder, in the order of the published files.
+        files: The tensors.
+        names: Canonical name -> name in the folder, in the order of the published files.
     """
 
     def __init__(self, files: TensorFiles, names: Mapping[str, str]) -> None:
-        self._files, self._names = files, dict(names)
+        self._files = files
+        self._names = dict(names)
         self.shapes: Mapping[str, tuple[int, ...]] = {
-            canonical: files.shapes[own] for canonical, own in names.items()
+            canonical: files.shapes[stored] for canonical, stored in names.items()
         }
 
     def dtype(self, name: str) -> torch.dtype:
-        """As stored."""
+        """The dtype as stored."""
         return self._files.dtypes[self._names[name]]
 
     def rows(self, name: str, first: int, last: int) -> torch.Tensor:
-        """Rows `first` to `last` of a tensor."""
+        """Rows `first` to `last` (exclusive) of a tensor."""
         return self._files.rows(self._names[name], first, last)
 
 
@@ -37,7 +38,7 @@ class Mean:
     """The mean of several models' weights, summed in fp64, as fp32.
 
     Args:
-        sources: at least one, of the same shapes.
+        sources: At least one, all of the same shapes.
     """
 
     def __init__(self, sources: Sequence[Weights]) -> None:
@@ -49,7 +50,7 @@ class Mean:
         return torch.float32
 
     def rows(self, name: str, first: int, last: int) -> torch.Tensor:
-        """Rows `first` to `last` of a tensor."""
+        """Rows `first` to `last` (exclusive) of a tensor."""
         total = self._sources[0].rows(name, first, last).double()
         for source in self._sources[1:]:
             total += source.rows(name, first, last)
@@ -57,49 +58,59 @@ class Mean:
 
 
 class GrownVocabulary:
-    """Weights with new rows in embedding and head: each is the mean of the rows that stand for
-    tokens, which is what a model that knows nothing of a new token would guess.
+    """Weights whose embedding and head have rows for new tokens.
+
+    A new row is the mean of the old tokens' rows: the best guess of a model that knows nothing of
+    the new token. With 500 tokens in 512 rows, 3 new tokens and 512 rows in all, rows 0 to 499 and
+    503 to 511 are kept and rows 500 to 502 are new.
 
     Args:
-        source: whose other rows stay as they are.
-        tokens: rows that stand for tokens, the first ones; new tokens take the rows after them.
-        new_tokens: how many come after them.
-        size: rows in all.
+        source: The weights to extend.
+        num_tokens: Number of old tokens; their rows are the first ones.
+        num_new_tokens: Number of new tokens; their rows follow.
+        num_rows: Rows in all. Rows beyond the source's are the mean too.
     """
 
-    def __init__(self, source: Weights, tokens: int, new_tokens: int, size: int) -> None:
-        self._source, self._tokens, self._taken = source, tokens, tokens + new_tokens
-        self._before = source.shapes[EMBEDDING][0]
+    def __init__(
+        self, source: Weights, num_tokens: int, num_new_tokens: int, num_rows: int
+    ) -> None:
+        self._source = source
+        self._num_tokens = num_tokens
+        self._num_tokens_after = num_tokens + num_new_tokens
+        self._num_rows_before = source.shapes[EMBEDDING][0]
         self._means: dict[str, torch.Tensor] = {}
-        self.shapes: Mapping[str, tuple[int, ...]] = {
-            name: (size, shape[1]) if name in (EMBEDDING, HEAD) else shape
-            for name, shape in source.shapes.items()
-        }
+        shapes = dict(source.shapes)
+        for name in (EMBEDDING, HEAD):
+            if name in shapes:  # a tied model has no head
+                shapes[name] = (num_rows, shapes[name][1])
+        self.shapes: Mapping[str, tuple[int, ...]] = shapes
 
     def dtype(self, name: str) -> torch.dtype:
-        """As stored."""
+        """The dtype of the source."""
         return self._source.dtype(name)
 
     def rows(self, name: str, first: int, last: int) -> torch.Tensor:
-        """Rows `first` to `last` of a tensor."""
+        """Rows `first` to `last` (exclusive) of a tensor."""
         if name not in (EMBEDDING, HEAD):
             return self._source.rows(name, first, last)
         out = self._mean(name).repeat(last - first, 1)
-        for start, stop in ((0, self._tokens), (self._taken, self._before)):  # what is kept
-            low, high = max(first, start), min(last, stop)
+        # Copy the rows that are kept: those of the old tokens, and padding behind the new tokens.
+        kept = ((0, self._num_tokens), (self._num_tokens_after, self._num_rows_before))
+        for start, stop in kept:
+            low = max(first, start)
+            high = min(last, stop)
             if low < high:
                 out[low - first : high - first] = self._source.rows(name, low, high)
         return out
 
     def _mean(self, name: str) -> torch.Tensor:
+        """The mean of the old tokens' rows, [width], summed in fp64."""
         if name not in self._means:
             width = self._source.shapes[name][1]
-            blocks = row_blocks((self._tokens, width), BLOCK_ELEMENTS)
-            total = sum(
-                (self._source.rows(name, *block).double().sum(0) for block in blocks),
-                torch.zeros(width, dtype=torch.float64),
-            )
-            self._means[name] = (total / self._tokens).to(self.dtype(name))
+            total = torch.zeros(width, dtype=torch.float64)
+            for first, last in row_blocks((self._num_tokens, width), BLOCK_ELEMENTS):
+                total = total + self._source.rows(name, first, last).double().sum(0)
+            self._means[name] = (total / self._num_tokens).to(self.dtype(name))
         return self._means[name]
 
 
@@ -107,5 +118,7 @@ def equal(files: TensorFiles, one: str, other: str) -> bool:
     """Whether two tensors of a folder are the same, bit for bit."""
     if files.shapes[one] != files.shapes[other] or files.dtypes[one] != files.dtypes[other]:
         return False
-    blocks = row_blocks(files.shapes[one], BLOCK_ELEMENTS)
-    return all(torch.equal(files.rows(one, *block), files.rows(other, *block)) for block in blocks)
+    for first, last in row_blocks(files.shapes[one], BLOCK_ELEMENTS):
+        if not torch.equal(files.rows(one, first, last), files.rows(other, first, last)):
+            return False
+    return True

@@ -1,14 +1,14 @@
-"""The weight files of a Hugging Face folder: read and written some rows at a time."""
+"""The weight files of a Hugging Face folder, read and written a few rows at a time."""
 
 from __future__ import annotations
 
 import json
 import math
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,218 +19,271 @@ from llada.files import prefetch
 from llada.model.weights import BLOCK_ELEMENTS, Weights, row_blocks
 
 CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+"""The names of dtypes in safetensors files."""
 _DTYPES = {code: dtype for dtype, code in CODES.items()}
-_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
-_PICKLE_INDEX, _PICKLE = "pytorch_model.bin.index.json", "pytorch_model.bin"
+
+
+class _Layout(NamedTuple):
+    """File names of one format: a single file, or several files and an index."""
+
+    index_file: str
+    single_file: str
+
+
+_SAFETENSORS = _Layout("model.safetensors.index.json", "model.safetensors")
+_PICKLE = _Layout("pytorch_model.bin.index.json", "pytorch_model.bin")
 
 
 class TensorFiles(Protocol):
-    """The tensors of a folder by the names they have there.
+    """The tensors of a folder by the names that they have there.
 
     Attributes:
-        shapes, dtypes: of every tensor.
+        shapes: Of every tensor.
+        dtypes: Of every tensor.
     """
 
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, torch.dtype]
 
     def rows(self, name: str, first: int, last: int) -> torch.Tensor:
-        """Rows `first` to `last` of a tensor."""
+        """Rows `first` to `last` (exclusive) of a tensor."""
         ...
 
 
 def open_tensors(folder: Path, allow_pickle: bool, setting: str) -> TensorFiles:
-    """The weights of a folder: safetensors, or with `allow_pickle` pytorch_model.bin.
+    """Open the weights of a folder: safetensors, or with `allow_pickle` pytorch_model.bin.
 
     Raises:
-        UserError: no weights, or pickles without leave; an index that names a file that is missing
-            or outside of the folder; a file that is damaged or does not hold what the index says; a
-            dtype that is not fp32, bf16 or fp16.
+        UserError: No weights; pickles without `allow_pickle`; an index that names a file that is
+            missing or outside of the folder; a file that is damaged or does not hold what the
+            index says; a dtype other than fp32, bf16 and fp16.
     """
-    if (folder / _INDEX).is_file() or (folder / _SINGLE).is_file():
-        return _Safetensors(folder)
-    if not ((folder / _PICKLE_INDEX).is_file() or (folder / _PICKLE).is_file()):
-        raise UserError(f"{setting}: '{folder}' has no weights ({_SINGLE}, {_INDEX} or {_PICKLE})")
+    if _is_present(folder, _SAFETENSORS):
+        return _SafetensorsFiles(folder)
+    if not _is_present(folder, _PICKLE):
+        raise UserError(
+            f"{setting}: '{folder}' has no weights ({_SAFETENSORS.single_file},"
+            f" {_SAFETENSORS.index_file} or {_PICKLE.single_file})"
+        )
     if not allow_pickle:
         raise UserError(
-            f"{setting}: '{folder}' has its weights as pickles ({_PICKLE}), which can run code when"
-            " they are read; convert them to safetensors, or use `llada convert from-hf"
-            " --allow-pickle` if you trust who made them"
+            f"{setting}: '{folder}' has its weights as pickles ({_PICKLE.single_file}), which can"
+            " run code when they are read; convert them to safetensors, or use `llada convert"
+            " from-hf --allow-pickle` if you trust who made them"
         )
-    return _Pickles(folder)
+    return _PickleFiles(folder)
 
 
-def _files(folder: Path, index: str, single: str) -> dict[str, Path | None]:
-    """File names of a folder's weights; with an index, every name in it is checked."""
-    if not (folder / index).is_file():
-        return {single: None}
+def _is_present(folder: Path, layout: _Layout) -> bool:
+    return (folder / layout.index_file).is_file() or (folder / layout.single_file).is_file()
+
+
+def _file_names(folder: Path, layout: _Layout) -> list[str]:
+    """Names of a folder's weight files. With an index, every name in it is checked."""
+    index = folder / layout.index_file
+    if not index.is_file():
+        return [layout.single_file]
     try:
-        listed = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(set(listed.values()))
-        bad = [
+        names = sorted(set(_weight_map(index).values()))
+        # The index may come from a stranger: a name must not lead out of the folder.
+        outside = [
             name
             for name in names
             if not isinstance(name, str) or Path(name).name != name or name in (".", "..")
         ]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{folder / index}: not an index of weights ({error})") from None
-    if bad:
+        raise UserError(f"{index}: not an index of weights ({error})") from None
+    if outside:
         raise UserError(
-            f"{folder / index}: {bad[0]!r} is not a file name in this folder; an index must not"
+            f"{index}: {outside[0]!r} is not a file name in this folder; an index must not"
             " lead out of it"
         )
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
-        raise UserError(f"{folder / index}: names files that are not there: {', '.join(missing)}")
-    return dict.fromkeys(names)
+        raise UserError(f"{index}: names files that are not there: {', '.join(missing)}")
+    return names
 
 
-def _compare_with_index(folder: Path, index: str, where: Mapping[str, str]) -> None:
-    """Every tensor must lie in the file that the index says."""
-    if not (folder / index).is_file():
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor name -> file name, as an index says."""
+    return json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+
+
+def _compare_with_index(folder: Path, layout: _Layout, file_of: Mapping[str, str]) -> None:
+    """Raise UserError unless every tensor is in the file that the index names.
+
+    Args:
+        folder: The folder.
+        layout: Its format.
+        file_of: Tensor name -> name of the file that holds it.
+    """
+    index = folder / layout.index_file
+    if not index.is_file():
         return
-    listed = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"]
-    gone = sorted(name for name, file in listed.items() if where.get(name) != file)
-    extra = sorted(where.keys() - listed.keys())
-    if gone or extra:
-        parts = [("not in their files: ", gone), ("not in the index: ", extra)]
-        raise UserError(
-            f"{folder / index}: "
-            + "; ".join(what + ", ".join(names) for what, names in parts if names)
-        )
+    listed = _weight_map(index)
+    misplaced = sorted(name for name, file in listed.items() if file_of.get(name) != file)
+    unlisted = sorted(file_of.keys() - listed.keys())
+    problems = []
+    if misplaced:
+        problems.append(f"not in their files: {', '.join(misplaced)}")
+    if unlisted:
+        problems.append(f"not in the index: {', '.join(unlisted)}")
+    if problems:
+        raise UserError(f"{index}: {'; '.join(problems)}")
 
 
-class _Safetensors:
-    """Tensors of safetensors files. The library checks a file; rows are then read from their place
-    in it: its own slices would read the whole tensor, or count as memory of the process.
+class _SafetensorsFiles:
+    """Tensors of safetensors files.
+
+    The library checks each file. Rows are then read directly from their offset in the file: the
+    library's own slices would read the whole tensor, or count as memory of the process.
     """
 
     def __init__(self, folder: Path) -> None:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
-        self._places: dict[str, tuple[Path, int]] = {}
-        where: dict[str, str] = {}
-        for name in _files(folder, _INDEX, _SINGLE):
-            try:
-                with safe_open(folder / name, "pt") as file:
-                    tensors = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  (it is no dict)
-                starts = _value_starts(folder / name)
-            except (SafetensorError, OSError) as error:
+        self._offsets: dict[str, tuple[Path, int]] = {}  # file, and byte of the first value
+        file_of: dict[str, str] = {}
+        for name in _file_names(folder, _SAFETENSORS):
+            file_of |= dict.fromkeys(self._add(folder / name), name)
+        _compare_with_index(folder, _SAFETENSORS, file_of)
+
+    def _add(self, path: Path) -> list[str]:
+        """Read the header of one file; return the names of its tensors."""
+        try:
+            with safe_open(path, "pt") as file:
+                slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  (no dict)
+            offsets = _value_offsets(path)
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"{path}: not a sound safetensors file ({' '.join(str(error).split())})"
+            ) from None
+        for key, tensor in slices.items():
+            code = tensor.get_dtype()
+            if code not in _DTYPES:
                 raise UserError(
-                    f"{folder / name}: not a sound safetensors file"
-                    f" ({' '.join(str(error).split())})"
-                ) from None
-            for key, tensor in tensors.items():
-                if tensor.get_dtype() not in _DTYPES:
-                    raise UserError(
-                        f"{folder / name}: {key} has dtype {tensor.get_dtype()}; one of"
-                        f" {', '.join(_DTYPES)} can be read"
-                    )
-                self.shapes[key], self.dtypes[key] = (
-                    tuple(tensor.get_shape()),
-                    _DTYPES[tensor.get_dtype()],
+                    f"{path}: {key} has dtype {code}; one of {', '.join(_DTYPES)} can be read"
                 )
-                self._places[key], where[key] = (folder / name, starts[key]), name
-        _compare_with_index(folder, _INDEX, where)
+            self.shapes[key] = tuple(tensor.get_shape())
+            self.dtypes[key] = _DTYPES[code]
+            self._offsets[key] = (path, offsets[key])
+        return list(slices)
 
     def rows(self, name: str, first: int, last: int) -> torch.Tensor:
-        path, start = self._places[name]
+        path, offset = self._offsets[name]
         shape = (last - first, *self.shapes[name][1:])
         values = torch.empty(shape, dtype=self.dtypes[name])
+        bytes_per_row = math.prod(shape[1:]) * values.itemsize
         try:
             with open(path, "rb", buffering=0) as file:
-                file.seek(start + first * math.prod(shape[1:]) * values.itemsize)
+                file.seek(offset + first * bytes_per_row)
                 read_into(file, values)
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: {name} cannot be read ({error})") from None
         return values
 
 
-def _value_starts(path: Path) -> dict[str, int]:
-    """Where in a sound safetensors file the values of each tensor start."""
+def _value_offsets(path: Path) -> dict[str, int]:
+    """The byte at which each tensor's values start in a sound safetensors file.
+
+    The file is: length of the header (8 bytes, little-endian), header (JSON), values. Offsets in
+    the header count from its end.
+    """
     with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    return {
-        name: 8 + length + entry["data_offsets"][0]
-        for name, entry in header.items()
-        if name != "__metadata__"
-    }
+        header_length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(header_length))
+    header.pop("__metadata__", None)
+    return {name: 8 + header_length + entry["data_offsets"][0] for name, entry in header.items()}
 
 
-class _Pickles:
-    """Tensors of pytorch_model.bin files, by torch's unpickler for weights alone, memory-mapped."""
+class _PickleFiles:
+    """Tensors of pytorch_model.bin files, memory-mapped.
+
+    torch's unpickler for weights reads tensors and containers only, so no code runs.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._tensors: dict[str, torch.Tensor] = {}
-        where: dict[str, str] = {}
-        for name in _files(folder, _PICKLE_INDEX, _PICKLE):
-            try:
-                found = torch.load(folder / name, map_location="cpu", weights_only=True, mmap=True)
-            except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-                raise UserError(
-                    f"{folder / name}: cannot be read as weights"
-                    f" ({' '.join(str(error).split())[:200]})"
-                ) from None
-            if not isinstance(found, dict) or not all(
-                isinstance(value, torch.Tensor) for value in found.values()
-            ):
-                raise UserError(f"{folder / name}: does not hold a dict of tensors")
-            wrong = [key for key, value in found.items() if value.dtype not in CODES]
-            if wrong:
-                raise UserError(
-                    f"{folder / name}: {wrong[0]} has dtype {found[wrong[0]].dtype}; fp32, bf16 and"
-                    " fp16 can be read"
-                )
-            self._tensors |= found
-            where |= dict.fromkeys(found, name)
-        _compare_with_index(folder, _PICKLE_INDEX, where)
+        file_of: dict[str, str] = {}
+        for name in _file_names(folder, _PICKLE):
+            tensors = self._load(folder / name)
+            self._tensors |= tensors
+            file_of |= dict.fromkeys(tensors, name)
+        _compare_with_index(folder, _PICKLE, file_of)
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
         self.dtypes = {name: tensor.dtype for name, tensor in self._tensors.items()}
+
+    @staticmethod
+    def _load(path: Path) -> dict[str, torch.Tensor]:
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+            raise UserError(
+                f"{path}: cannot be read as weights ({' '.join(str(error).split())[:200]})"
+            ) from None
+        if not isinstance(content, dict) or not all(
+            isinstance(value, torch.Tensor) for value in content.values()
+        ):
+            raise UserError(f"{path}: does not hold a dict of tensors")
+        for name, tensor in content.items():
+            if tensor.dtype not in CODES:
+                raise UserError(
+                    f"{path}: {name} has dtype {tensor.dtype}; fp32, bf16 and fp16 can be read"
+                )
+        return content
 
     def rows(self, name: str, first: int, last: int) -> torch.Tensor:
         return self._tensors[name][first:last].clone()
 
 
-def write_safetensors(folder: Path, source: Weights, dtype: torch.dtype, limit: int) -> int:
-    """Write safetensors files of at most `limit` bytes (a larger tensor gets its own), and their
-    index if there are several.
+def write_safetensors(folder: Path, source: Weights, dtype: torch.dtype, max_bytes: int) -> int:
+    """Write weights as safetensors files, and an index if there are several.
 
-    The library's own writer wants all tensors of a file in memory; this one holds some rows. The
+    The library's own writer needs all tensors of a file in memory; this one needs a few rows. The
     same weights give the same bytes.
 
-    Returns how many files.
+    Args:
+        folder: Existing folder.
+        source: The weights.
+        dtype: Of the files.
+        max_bytes: Largest size of a file's values. A larger tensor gets a file of its own.
+
+    Returns:
+        The number of files.
 
     Raises:
-        RunError: a value that is not finite, or that is not in `dtype`.
+        RunError: A value that is not finite, or too large for `dtype`.
     """
-    files = _deal(source.shapes, dtype, limit)
-    index: dict[str, str] = {}
+    files = _distribute(source.shapes, dtype, max_bytes)
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(files, start=1):
-        file = _SINGLE if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        file = _SAFETENSORS.single_file
+        if len(files) > 1:
+            file = f"model-{number:05d}-of-{len(files):05d}.safetensors"
         _write_file(folder / file, source, names, dtype)
-        index |= dict.fromkeys(names, file)
+        weight_map |= dict.fromkeys(names, file)
     if len(files) > 1:
-        content = {
-            "metadata": {"total_size": total_bytes(source.shapes, dtype)},
-            "weight_map": index,
-        }
-        (folder / _INDEX).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        total_size = total_bytes(source.shapes, dtype)
+        index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+        text = json.dumps(index, indent=2) + "\n"
+        (folder / _SAFETENSORS.index_file).write_text(text, encoding="utf-8")
     return len(files)
 
 
 def total_bytes(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> int:
-    """Of all values of these tensors."""
+    """Size of the values of all tensors, in bytes."""
     return sum(math.prod(shape) * dtype.itemsize for shape in shapes.values())
 
 
-def _deal(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, limit: int) -> list[list[str]]:
-    """Which tensors go into which file, in order."""
+def _distribute(
+    shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, max_bytes: int
+) -> list[list[str]]:
+    """Names of the tensors of each file: in order, as many as fit."""
     files: list[list[str]] = [[]]
     used = 0
     for name, shape in shapes.items():
         size = math.prod(shape) * dtype.itemsize
-        if files[-1] and used + size > limit:
+        if files[-1] and used + size > max_bytes:
             files.append([])
             used = 0
         files[-1].append(name)
@@ -239,36 +292,44 @@ def _deal(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, limit: int)
 
 
 def _write_file(path: Path, source: Weights, names: list[str], dtype: torch.dtype) -> None:
-    """One file: the length of the header (8 bytes), the header in JSON padded to 8 bytes, the
-    values one tensor after the other.
-    """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
+    """Write one file (see `_value_offsets` for its format)."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    start = 0
     for name in names:
-        start, end = end, end + math.prod(source.shapes[name]) * dtype.itemsize
+        end = start + math.prod(source.shapes[name]) * dtype.itemsize
         header[name] = {
             "dtype": CODES[dtype],
             "shape": list(source.shapes[name]),
             "data_offsets": [start, end],
         }
+        start = end
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-len(text) % 8)  # the format aligns the values to 8 bytes
     with open(path, "wb", buffering=0) as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        blocks = (
-            (name, *block)
-            for name in names
-            for block in row_blocks(source.shapes[name], BLOCK_ELEMENTS)
+        # A thread reads and rounds the next rows while these are written.
+        calls = (
+            partial(_rounded, source, name, first, last, dtype)
+            for name, first, last in _blocks(source, names)
         )
-        for values in prefetch(partial(_rounded, source, *block, dtype) for block in blocks):
+        for values in prefetch(calls):
             write_from(file, values)
 
 
+def _blocks(source: Weights, names: Iterable[str]) -> Iterator[tuple[str, int, int]]:
+    """(name, first row, last row) of consecutive blocks of rows of several tensors."""
+    for name in names:
+        for first, last in row_blocks(source.shapes[name], BLOCK_ELEMENTS):
+            yield name, first, last
+
+
 def _rounded(source: Weights, name: str, first: int, last: int, dtype: torch.dtype) -> torch.Tensor:
-    """Rows of a tensor in a dtype. Raises RunError for a value that is not finite there."""
+    """Rows of a tensor, rounded to a dtype. Raises RunError for a value that is not finite then."""
     values = source.rows(name, first, last)
     rounded = values.to(dtype).contiguous()
-    if not all(bound.isfinite() for bound in rounded.aminmax()):  # both are nan if a value is
+    # Both bounds are NaN if any value is.
+    smallest, largest = rounded.aminmax()
+    if not (smallest.isfinite() and largest.isfinite()):
         _refuse(name, values, rounded, dtype)
     return rounded
 

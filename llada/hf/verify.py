@@ -1,8 +1,8 @@
-"""The training model and the exported folder on the same tokens, each in its own implementation.
+"""Compare the training model with an exported folder on the same tokens.
 
-The training model is Megatron-Core's, loaded from the checkpoint by the engine; the folder is
-loaded by plain transformers in a process of its own that runs the folder's code only. Both compute
-in fp32 on the CPU.
+The training model is Megatron-Core's, loaded from the checkpoint by the engine. The folder is
+loaded by plain transformers in its own process, which runs only the code in the folder. Both
+compute in fp32 on the CPU.
 """
 
 from __future__ import annotations
@@ -26,13 +26,17 @@ from llada.errors import RunError, UserError
 from llada.hf.folder import open_folder
 from llada.noise import stream, uniforms
 from llada.objectives import MaskedDiffusion, Window, collate
+from llada.objectives.base import Batch
+from llada.tokenizer import Tokenizer
 
-ROWS, LENGTH = 4, 128
+ROWS = 4
+LENGTH = 128
 TOLERANCE = 1e-5
-"""Largest difference allowed, over the largest logit, where nothing is rounded."""
-_ROUNDED = 5e-2
-"""The same where the folder's weights are rounded."""
+"""Largest allowed difference of logits, relative to the largest logit, if no weight is rounded."""
+_ROUNDED_TOLERANCE = 5e-2
+"""The same if the folder's weights are rounded."""
 
+# The program of the other process: FOLDER INPUTS OUT.
 _READER = """
 import sys
 import torch
@@ -49,39 +53,29 @@ with torch.no_grad():
 
 
 def training_logits(folders: Sequence[Path], masters: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens, half of them masked, and what the training model makes of them: int64 [4, 128], fp32
-    [4, 128, vocabulary].
+    """Compute logits with the training model, on random tokens of which half are masked.
 
-    Of several checkpoints the mean of their weights computes them, of bf16 runs with `masters` the
-    fp32 masters.
+    Args:
+        folders: Checkpoints. The mean of their weights is used.
+        masters: Use the fp32 masters of the weights.
+
+    Returns:
+        The tokens, int64 [4, 128], and the logits, fp32 [4, 128, vocab_size].
     """
     from llada.engine.megatron import MegatronEngine
 
-    config = _alone(trained_config(read_state(folders[-1])).model)
-    tokenizer = load_tokenizer(folders[-1])
-    windows = []
-    for row in range(ROWS):
-        ids = np.floor(uniforms(stream(0, "verify", row), LENGTH) * tokenizer.vocab_size).astype(
-            np.int64
-        )
-        windows.append(Window(row, ids, np.array([0, LENGTH]), np.array([0.5]), row))
-    objective = MaskedDiffusion(0, tokenizer.mask_id)
-    batch = collate(
-        windows, [objective.corrupt(window, masking="fixed_count") for window in windows], 1.0
-    )
+    newest = folders[-1]
+    config = _single_process_config(trained_config(read_state(newest)).model)
+    batch = _random_batch(load_tokenizer(newest))
     engine = MegatronEngine(config, training=False)
     try:
         means: list[torch.Tensor] = []
         for folder in folders:
             engine.load_weights(folder / "model", masters)
-            parts = [
-                parameter.detach() / len(folders) for parameter in engine.parameters().values()
-            ]
-            means = (
-                parts
-                if not means
-                else [mean + part for mean, part in zip(means, parts, strict=True)]
-            )
+            parts = [weight.detach() / len(folders) for weight in engine.parameters().values()]
+            if means:
+                parts = [mean + part for mean, part in zip(means, parts, strict=True)]
+            means = parts
         with torch.no_grad():
             for parameter, mean in zip(engine.parameters().values(), means, strict=True):
                 parameter.copy_(mean)
@@ -90,9 +84,22 @@ def training_logits(folders: Sequence[Path], masters: bool) -> tuple[torch.Tenso
         engine.close()
 
 
-def _alone(model: ModelSection) -> RunConfig:
-    """A model in fp32 on one process; what an engine does not ask for without training is
-    made up.
+def _random_batch(tokenizer: Tokenizer) -> Batch:
+    """Rows of random tokens, half of them masked; the same for every run."""
+    windows = []
+    for row in range(ROWS):
+        draws = uniforms(stream(0, "verify", row), LENGTH)
+        ids = np.floor(draws * tokenizer.vocab_size).astype(np.int64)
+        windows.append(Window(row, ids, np.array([0, LENGTH]), np.array([0.5]), row))
+    objective = MaskedDiffusion(0, tokenizer.mask_id)
+    corrupted = [objective.corrupt(window, masking="fixed_count") for window in windows]
+    return collate(windows, corrupted, 1.0)
+
+
+def _single_process_config(model: ModelSection) -> RunConfig:
+    """A run of this model in fp32 on one process.
+
+    Settings that an engine without training does not read have arbitrary values.
     """
     return build_config(
         {
@@ -108,89 +115,95 @@ def _alone(model: ModelSection) -> RunConfig:
 
 
 def exported_logits(folder: Path, input_ids: torch.Tensor) -> torch.Tensor:
-    """What plain transformers makes of the tokens, in a process of its own, fp32 [4, 128,
-    vocabulary].
+    """Compute logits with plain transformers in another process.
 
-    Raises RunError with the process's last line when it fails.
+    Args:
+        folder: The export.
+        input_ids: int64 [b, s].
+
+    Returns:
+        fp32 [b, s, vocab_size].
+
+    Raises:
+        RunError: The process failed; the message has its last line.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        inputs, out = Path(scratch) / "inputs.safetensors", Path(scratch) / "logits.safetensors"
+        inputs = Path(scratch) / "inputs.safetensors"
+        out = Path(scratch) / "logits.safetensors"
         save_file({"input_ids": input_ids}, inputs)
         environment = {
             **os.environ,
+            # transformers copies the folder's code here; not into the user's cache.
             "HF_MODULES_CACHE": str(Path(scratch) / "modules"),
             "HF_HUB_OFFLINE": "1",
             "CUDA_VISIBLE_DEVICES": "",
         }
-        done = subprocess.run(
-            [
-                sys.executable,
-                "-W",
-                "ignore",
-                "-c",
-                _READER,
-                str(folder.resolve()),
-                str(inputs),
-                str(out),
-            ],
+        arguments = [str(folder.resolve()), str(inputs), str(out)]
+        process = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", _READER, *arguments],
             cwd=scratch,
             env=environment,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
         )
-        if done.returncode:
-            raise RunError(
-                "--verify: transformers cannot load the folder:"
-                f" {(done.stderr.strip().splitlines() or ['no message'])[-1]}"
-            )
+        if process.returncode:
+            lines = process.stderr.strip().splitlines() or ["no message"]
+            raise RunError(f"--verify: transformers cannot load the folder: {lines[-1]}")
         return load_file(out)["logits"]
 
 
 class Verification:
-    """What `llada convert to-hf --verify` and `--reference` do with a finished folder.
+    """The checks of `llada convert to-hf --verify` and `--reference` on a finished folder.
 
     Args:
-        compare: load the folder and compare.
-        reference: safetensors file to write: input_ids int64 [4, 128], logits fp32 [4, 128,
-            vocabulary].
-        rounded: the folder's weights are rounded.
+        compare: Load the folder and compare its logits with the training model's.
+        reference: Safetensors file to write: input_ids int64 [4, 128], logits fp32 [4, 128,
+            vocab_size]. None: no file.
+        rounded: Whether the folder's weights are rounded.
 
     Attributes:
-        line: what was found, once called.
+        line: The result of the comparison, once called.
     """
 
     def __init__(self, compare: bool, reference: str | None, rounded: bool) -> None:
-        self.compare, self.reference, self.rounded = compare, reference, rounded
+        self.compare = compare
+        self.reference = reference
+        self.rounded = rounded
         self.line = ""
 
-    def __call__(self, sources: Sequence[Path], folder: Path, masters: bool = False) -> None:
-        """Raises RunError when the two differ by more than they may."""
-        input_ids, wanted = training_logits(sources, masters)
+    def __call__(self, checkpoints: Sequence[Path], folder: Path, masters: bool = False) -> None:
+        """Raise RunError if the two differ by more than the tolerance."""
+        input_ids, expected = training_logits(checkpoints, masters)
         if self.reference is not None:
-            temporary = f"{self.reference}.partial"
-            try:
-                save_file({"input_ids": input_ids, "logits": wanted.contiguous()}, temporary)
-                os.replace(temporary, self.reference)
-            except (OSError, SafetensorError) as error:
-                raise RunError(
-                    f"--reference: {self.reference} cannot be written"
-                    f" ({' '.join(str(error).split())})"
-                ) from None
+            _write_reference(self.reference, input_ids, expected)
         if not self.compare:
             return
         try:
             open_folder(folder)
         except UserError as error:
             raise RunError(f"--verify: {error}") from None
-        found = exported_logits(folder, input_ids)
-        largest, scale = float((found - wanted).abs().max()), float(wanted.abs().max())
-        allowed = _ROUNDED if self.rounded else TOLERANCE
-        agree = int((found.argmax(-1) == wanted.argmax(-1)).sum())
+        logits = exported_logits(folder, input_ids)
+        difference = float((logits - expected).abs().max())
+        scale = float(expected.abs().max())
+        allowed = _ROUNDED_TOLERANCE if self.rounded else TOLERANCE
+        same_best = int((logits.argmax(-1) == expected.argmax(-1)).sum())
         self.line = (
-            f"verified on {ROWS} x {LENGTH} tokens: max|difference| {largest:.3g}, max|logit|"
-            f" {scale:.3g}, ratio {largest / scale:.2e} (allowed {allowed:g}), the same best token"
-            f" at {agree} of {ROWS * LENGTH} positions"
+            f"verified on {ROWS} x {LENGTH} tokens: max|difference| {difference:.3g}, max|logit|"
+            f" {scale:.3g}, ratio {difference / scale:.2e} (allowed {allowed:g}), the same best"
+            f" token at {same_best} of {ROWS * LENGTH} positions"
         )
-        if not largest <= allowed * scale:  # also when it is not a number
+        # Not `difference > ...`: a comparison with NaN is false.
+        if not difference <= allowed * scale:
             raise RunError(f"--verify: the exported folder computes other logits; not {self.line}")
+
+
+def _write_reference(path: str, input_ids: torch.Tensor, logits: torch.Tensor) -> None:
+    temporary = f"{path}.partial"
+    try:
+        save_file({"input_ids": input_ids, "logits": logits.contiguous()}, temporary)
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise RunError(
+            f"--reference: {path} cannot be written ({' '.join(str(error).split())})"
+        ) from None

@@ -1,10 +1,15 @@
-"""Bidirectional attention over segments, the one place that chooses a kernel.
+"""Bidirectional attention over segments; the one place that chooses a kernel.
 
-In bf16 on a GPU, rows that are cut into segments need a variable-length kernel: flash-attn (4, 3 or
-2, whichever is installed and made for the GPU), else torch's own. Rows of one segment go to
-flash-attn too where it is the fastest, and else to torch's scaled dot product, which prefers cuDNN
-on Hopper and newer. On CPU, and in fp32 on a GPU, torch's scaled dot product runs once per segment.
+- bf16 on a GPU, rows cut into segments: a variable-length kernel. flash-attn 4, 3 or 2 if one is
+  installed that is made for the GPU, else torch's own.
+- bf16 on a GPU, rows of one segment: flash-attn where it is the fastest, else torch's scaled dot
+  product attention, which prefers cuDNN on Hopper and newer.
+- fp32, or any dtype on CPU: torch's scaled dot product attention, once per segment.
+
 On a GPU the unfused math kernel is never used silently: it is refused.
+
+Shapes in this file: s local tokens, L tokens of the whole row (all context ranks), b rows, h query
+heads, g key/value heads (query groups), d head dimension.
 """
 
 from __future__ import annotations
@@ -24,45 +29,26 @@ import torch.nn.functional as F
 from llada.errors import RunError, UserError
 from llada.objectives.base import Segments
 
-Varlen = Callable[..., torch.Tensor]
-
 _HOPPER = 9  # major compute capability
 
 
 @dataclass(frozen=True)
-class Kernel:
-    """A variable-length flash attention kernel.
-
-    Attributes:
-        name: for people, and for the versions of a checkpoint.
-        call: (q, k, v [tokens, heads, head_dim], cumulative lengths of queries and keys, longest of
-            each) -> like q; fewer key than query heads are allowed.
-        whole_rows: used for rows of one segment too; false: torch's scaled dot product, which has
-            more kernels, computes them.
-    """
-
-    name: str
-    call: Varlen
-    whole_rows: bool
-
-    def computes(self, layout: Segments) -> bool:
-        """Whether this kernel, and not torch's scaled dot product, computes rows cut like these."""
-        return self.whole_rows or not layout.whole()
-
-
-@dataclass(frozen=True)
 class SegmentLengths:
-    """Where segments begin and end, as variable-length kernels want it: cumulative over the
-    flattened tokens of a micro-batch.
+    """Where segments begin and end, in the form that variable-length kernels take.
 
-    Rows with equal boundaries need no flattening: attention treats heads alike, so the rows are
-    handed over as further heads of one row, which is a view of [s, b, h, d] tensors and not a copy.
+    Lengths are cumulative over the flattened tokens of a micro-batch. Example: two rows of 8
+    tokens, cut at 3 and at 5, are segments of 3, 5, 5 and 3 tokens: `keys` is [0, 3, 8, 13, 16].
+
+    If all rows have the same boundaries, nothing is flattened. Attention treats heads alike, so the
+    rows are passed as additional heads of one row, which is a view of [s, b, h, d] tensors and not
+    a copy.
 
     Attributes:
-        queries, keys: cumulative lengths of the local queries and of all keys, int32 [segments +
-        1].
-        longest_query, longest_key: of a segment, tokens.
-        rows_are_heads: the lengths are of one row, and hold for every row.
+        queries: Cumulative lengths of the local queries, int32 [segments + 1].
+        keys: Cumulative lengths of all keys, int32 [segments + 1].
+        longest_query: Largest number of local queries in a segment.
+        longest_key: Largest number of keys in a segment.
+        rows_are_heads: The lengths are those of one row and hold for every row.
     """
 
     queries: torch.Tensor
@@ -72,18 +58,43 @@ class SegmentLengths:
     rows_are_heads: bool
 
 
+VarlenAttention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, SegmentLengths], torch.Tensor]
+"""(q [queries, heads, d], k and v [keys, key heads, d], lengths) -> [queries, heads, d]."""
+
+
 @dataclass(frozen=True)
-class AttentionInputs:
-    """What every attention layer of a micro-batch shares. Megatron-Core carries it as
-    `packed_seq_params`.
+class Kernel:
+    """A variable-length flash attention kernel.
 
     Attributes:
-        layout: segments of the whole rows.
-        offset: position of this rank's first query token (context parallelism), in tokens.
-        cos, sin: rotary tables of this rank's tokens, fp32 [s, 1, 1, head_dim / 2].
-        kernel: the variable-length kernel that computes it; None: torch's scaled dot product, per
-            segment.
-        lengths: for the kernel, on the device of the tensors.
+        name: For people, and for the versions recorded in a checkpoint.
+        call: The kernel; it may have fewer key heads than query heads.
+        whole_rows: Use it for rows of one segment too. False: torch's scaled dot product attention,
+            which has more kernels, computes them.
+    """
+
+    name: str
+    call: VarlenAttention
+    whole_rows: bool
+
+    def computes(self, layout: Segments) -> bool:
+        """Whether this kernel, and not scaled dot product attention, computes such rows."""
+        return self.whole_rows or not layout.whole()
+
+
+@dataclass(frozen=True)
+class AttentionInputs:
+    """What all attention layers share in one micro-batch.
+
+    Megatron-Core hands it from layer to layer as `packed_seq_params`.
+
+    Attributes:
+        layout: Segments of the whole rows.
+        offset: Position of this rank's first query in the row (context parallelism), in tokens.
+        cos, sin: Rotary tables of this rank's tokens, fp32 [s, 1, 1, d / 2].
+        kernel: The variable-length kernel that computes this micro-batch; None: scaled dot product
+            attention, once per segment.
+        lengths: For the kernel, on the device of the tensors.
     """
 
     layout: Segments
@@ -99,27 +110,38 @@ class AttentionInputs:
         return self.layout.qkv_format
 
 
+# -- rotary embedding ------------------------------------------------------------------------------
+
+
 def rotary_tables(
     positions: torch.Tensor, head_dim: int, theta: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of the rotary embedding (arXiv 2104.09864), fp32 [s, 1, 1, head_dim / 2].
+    """Compute cos and sin of the rotary embedding (arXiv 2104.09864).
 
     Args:
-        positions: [s] integers.
-        head_dim: even.
-        theta: base.
+        positions: Integers [s].
+        head_dim: Even.
+        theta: Base of the frequencies theta^(-2i / head_dim).
+
+    Returns:
+        cos and sin, each fp32 [s, 1, 1, head_dim / 2].
     """
-    frequencies = 1.0 / theta ** (
-        torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
-    )
+    channels = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device)
+    frequencies = 1.0 / theta ** (channels / head_dim)
     angles = torch.outer(positions.float(), frequencies)[:, None, None, :]
     return angles.cos(), angles.sin()
 
 
-class _Rotation(torch.autograd.Function):
-    """A rotation's gradient is the opposite rotation: nothing but the tables is kept for the
-    backward pass.
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Apply the rotary embedding to [s, b, h, d] in fp32, and cast back.
+
+    Channel i is paired with channel i + d / 2 (the half-rotation convention of Llama and GPT-NeoX).
     """
+    return _Rotation.apply(x, cos, sin)
+
+
+class _Rotation(torch.autograd.Function):
+    """The gradient of a rotation is the opposite rotation, so only the tables are kept for it."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -136,33 +158,38 @@ def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Ten
     first, second = x.float().chunk(2, dim=-1)
     out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     left, right = out.chunk(2, dim=-1)
+    # (first cos - second sin, second cos + first sin), written without temporaries
     torch.mul(first, cos, out=left).addcmul_(second, sin, value=-1)
     torch.mul(second, cos, out=right).addcmul_(first, sin)
     return out.to(x.dtype)
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate [s, b, h, d] in fp32 with the half-rotation convention (Llama, NeoX) and cast back."""
-    return _Rotation.apply(x, cos, sin)
+# -- inputs of a micro-batch -----------------------------------------------------------------------
 
 
 def segment_lengths(layout: Segments, offset: int, length: int) -> SegmentLengths:
     """Lengths of all segments, row by row, on CPU.
 
+    The local queries are tokens [offset, offset + length) of every row; a segment without a local
+    query has a query length of 0. All ranks have all keys.
+
     Args:
-        layout: segments of the whole rows, whose keys all ranks have.
-        offset, length: the local queries are tokens [offset, offset + length) of every row. A
-        segment without a local query has a
-            query length of 0.
+        layout: Segments of the whole rows.
+        offset: Position of the first local query.
+        length: Number of local queries per row.
     """
-    equal = len(set(layout.bounds)) == 1
-    queries, keys = [], []
-    for bounds in layout.bounds[:1] if equal else layout.bounds:
+    rows_are_heads = len(set(layout.bounds)) == 1
+    rows = layout.bounds[:1] if rows_are_heads else layout.bounds
+    queries = []
+    keys = []
+    for bounds in rows:
         for start, end in itertools.pairwise(bounds):
-            queries.append(max(0, min(end, offset + length) - max(start, offset)))
+            first_query = max(start, offset)
+            last_query = min(end, offset + length)
+            queries.append(max(0, last_query - first_query))
             keys.append(end - start)
     return SegmentLengths(
-        _cumulative(queries), _cumulative(keys), max(queries), max(keys), rows_are_heads=equal
+        _cumulative(queries), _cumulative(keys), max(queries), max(keys), rows_are_heads
     )
 
 
@@ -183,25 +210,103 @@ def attention_inputs(
     """Prepare what the layers of one micro-batch share.
 
     Args:
-        layout: segments of the whole rows.
-        positions: this rank's rotary positions [s], on the device.
-        offset: index of this rank's first token in the row.
-        head_dim, theta: of the rotary embedding.
-        kernel, lengths: a variable-length kernel and, on the device, the lengths for it; without
-        lengths torch's scaled dot product
-            computes this micro-batch.
+        layout: Segments of the whole rows.
+        positions: This rank's rotary positions [s], on the device.
+        offset: Position of this rank's first token in the row.
+        head_dim: Of the rotary embedding.
+        theta: Base of the rotary embedding.
+        kernel: The run's variable-length kernel, if it has one.
+        lengths: For the kernel, on the device. None: scaled dot product attention computes this
+            micro-batch.
     """
     cos, sin = rotary_tables(positions, head_dim, theta)
-    return AttentionInputs(
-        layout, offset, cos, sin, kernel if lengths is not None else None, lengths
-    )
+    if lengths is None:
+        kernel = None
+    return AttentionInputs(layout, offset, cos, sin, kernel, lengths)
+
+
+# -- attention -------------------------------------------------------------------------------------
+
+
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, inputs: AttentionInputs
+) -> torch.Tensor:
+    """Attention within segments.
+
+    Args:
+        q: This rank's tokens, [s, b, h, d].
+        k: The whole rows, [L, b, g, d].
+        v: The whole rows, [L, b, g, d].
+        inputs: Of the micro-batch.
+
+    Returns:
+        [s, b, h, d].
+    """
+    lengths = inputs.lengths
+    if inputs.kernel is None or lengths is None:
+        return segmented_sdpa(q, k, v, inputs)
+    if lengths.rows_are_heads:
+        # With r query heads per key head, query head i of row b becomes head b h + i, and its key
+        # head (b h + i) // r = b g + i // r is that of the same row.
+        out = inputs.kernel.call(_rows_as_heads(q), _rows_as_heads(k), _rows_as_heads(v), lengths)
+        return out.view(q.shape)
+    out = inputs.kernel.call(_rows_end_to_end(q), _rows_end_to_end(k), _rows_end_to_end(v), lengths)
+    s, b = q.shape[:2]
+    return out.view(b, s, *q.shape[2:]).transpose(0, 1)
+
+
+def _rows_as_heads(x: torch.Tensor) -> torch.Tensor:
+    """[s, b, h, d] -> [s, b h, d], a view."""
+    return x.flatten(1, 2)
+
+
+def _rows_end_to_end(x: torch.Tensor) -> torch.Tensor:
+    """[s, b, h, d] -> [b s, h, d], a copy."""
+    return x.transpose(0, 1).flatten(0, 1)
+
+
+def segmented_sdpa(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, inputs: AttentionInputs
+) -> torch.Tensor:
+    """Scaled dot product attention, once per segment; shapes as in `attend`.
+
+    Rows with equal boundaries are computed together.
+    """
+    if inputs.layout.whole():
+        return _sdpa(q, k, v)
+    first = inputs.offset
+    last = inputs.offset + len(q)
+    outputs = []
+    order: list[int] = []
+    for bounds, rows in inputs.layout.groups().items():
+        parts = []
+        for start, end in itertools.pairwise(bounds):
+            # The local queries of this segment; there may be none.
+            low = max(start, first)
+            high = min(end, last)
+            if low < high:
+                queries = q[low - first : high - first, rows]
+                parts.append(_sdpa(queries, k[start:end, rows], v[start:end, rows]))
+        outputs.append(torch.cat(parts))
+        order.extend(rows)
+    # Back from the order of the groups to that of the rows.
+    original_order = torch.tensor(order, device=q.device).argsort()
+    return torch.cat(outputs, dim=1)[:, original_order]
 
 
 def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Scaled dot product of [s, b, h, d] tensors, no mask; never the math kernel on a GPU."""
+    """Scaled dot product attention of [s, b, h, d] tensors without a mask.
+
+    Raises:
+        RunError: On a GPU, only the unfused math kernel could compute it.
+    """
     if k.shape[2] != q.shape[2]:
-        k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
-    q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
+        k = _repeat_heads(k, q.shape[2], dim=2)
+        v = _repeat_heads(v, q.shape[2], dim=2)
+    # [s, b, h, d] -> [b, h, s, d]
+    q = q.permute(1, 2, 0, 3)
+    k = k.permute(1, 2, 0, 3)
+    v = v.permute(1, 2, 0, 3)
     with fused_kernels_only() if q.is_cuda else contextlib.nullcontext():
         try:
             out = F.scaled_dot_product_attention(q, k, v)
@@ -215,149 +320,42 @@ def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return out.permute(2, 0, 1, 3)
 
 
+def _repeat_heads(x: torch.Tensor, heads: int, dim: int) -> torch.Tensor:
+    """Give every query head its own copy of its key or value head."""
+    return x.repeat_interleave(heads // x.shape[dim], dim=dim)
+
+
 def fused_kernels_only() -> contextlib.AbstractContextManager[None]:
-    """Restrict torch's scaled dot product attention to its fused kernels, and on Hopper and newer
-    prefer cuDNN's, the fastest there.
-    """
+    """Restrict scaled dot product attention to its fused kernels, the fastest one first."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    fused = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+    flash = SDPBackend.FLASH_ATTENTION
+    cudnn = SDPBackend.CUDNN_ATTENTION
+    efficient = SDPBackend.EFFICIENT_ATTENTION
+    # On Hopper and newer cuDNN's kernel is the fastest.
     if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= _HOPPER:
-        fused = [
-            SDPBackend.CUDNN_ATTENTION,
-            SDPBackend.FLASH_ATTENTION,
-            SDPBackend.EFFICIENT_ATTENTION,
-        ]
-    return sdpa_kernel(fused, set_priority=True)
+        return sdpa_kernel([cudnn, flash, efficient], set_priority=True)
+    return sdpa_kernel([flash, cudnn, efficient], set_priority=True)
 
 
-def segmented_sdpa(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, inputs: AttentionInputs
-) -> torch.Tensor:
-    """Attention per segment: q [s, b, h, d] are this rank's tokens, k and v [L, b, g, d] the whole
-    rows. Rows with equal boundaries are computed together.
-    """
-    if inputs.layout.whole():
-        return _sdpa(q, k, v)
-    first, last = inputs.offset, inputs.offset + len(q)
-    outputs, order = [], []
-    for bounds, rows in inputs.layout.groups().items():
-        parts = []
-        for start, end in itertools.pairwise(bounds):
-            low, high = max(start, first), min(end, last)
-            if low < high:
-                parts.append(
-                    _sdpa(
-                        q[low - first : high - first, rows], k[start:end, rows], v[start:end, rows]
-                    )
-                )
-        outputs.append(torch.cat(parts))
-        order.extend(rows)
-    back = torch.tensor(order, device=q.device).argsort()
-    return torch.cat(outputs, dim=1)[:, back]
+# -- variable-length kernels -----------------------------------------------------------------------
 
 
+# Name, module, and the first and last major compute capability of the GPUs it is made for. On other
+# GPUs its kernels fail.
 _FLASH_ATTN = (
     ("flash-attn 4", "flash_attn.cute", (10, 11)),
     ("flash-attn 3", "flash_attn_interface", (9, 9)),
     ("flash-attn 2", "flash_attn", (8, 99)),
 )
-"""Name, module, and the first and last major compute capability whose GPUs it is made for; its
-kernels fail on others.
-"""
-
-
-def installed_kernels(capability: int) -> list[Kernel]:
-    """The variable-length flash kernels for bf16 on a GPU of this major compute capability, the
-    fastest first.
-    """
-    found = []
-    for name, module, (first, last) in _FLASH_ATTN:
-        if not first <= capability <= last:
-            continue
-        try:
-            function = importlib.import_module(module).flash_attn_varlen_func
-        except (ImportError, AttributeError):
-            continue
-        # On Hopper and newer cuDNN, behind torch's scaled dot product, beats flash-attn 2, which
-        # was written for Ampere.
-        whole_rows = name != "flash-attn 2" or capability < _HOPPER
-        found.append(Kernel(name, functools.partial(_call_flash_attn, function), whole_rows))
-    with contextlib.suppress(ImportError, AttributeError):
-        function = importlib.import_module("torch.nn.attention.varlen").varlen_attn
-        # else every query head needs keys of its own
-        shares_keys = "enable_gqa" in inspect.signature(function).parameters
-        found.append(
-            Kernel(
-                "torch varlen",
-                functools.partial(_call_torch_varlen, function, shares_keys),
-                whole_rows=False,
-            )
-        )
-    return found
-
-
-@functools.cache
-def varlen_kernel(capability: int) -> Kernel | None:
-    """The one of `installed_kernels` that runs use; None when there is none."""
-    return next(iter(installed_kernels(capability)), None)
-
-
-def kernel_name() -> str:
-    """What computes attention in bf16 on this machine's GPU."""
-    found = varlen_kernel(torch.cuda.get_device_capability()[0])
-    return found.name if found else "torch scaled dot product"
-
-
-def _call_flash_attn(
-    function: Any,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_q: torch.Tensor,
-    cu_k: torch.Tensor,
-    max_q: int,
-    max_k: int,
-) -> torch.Tensor:
-    more = {"deterministic": True} if torch.are_deterministic_algorithms_enabled() else {}
-    out = function(
-        q,
-        k,
-        v,
-        cu_seqlens_q=cu_q,
-        cu_seqlens_k=cu_k,
-        max_seqlen_q=max_q,
-        max_seqlen_k=max_k,
-        causal=False,
-        **more,
-    )
-    return out[0] if isinstance(out, tuple) else out
-
-
-def _call_torch_varlen(
-    function: Any,
-    shares_keys: bool,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_q: torch.Tensor,
-    cu_k: torch.Tensor,
-    max_q: int,
-    max_k: int,
-) -> torch.Tensor:
-    grouped = k.shape[1] != q.shape[1]
-    if grouped and not shares_keys:
-        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    more = {"enable_gqa": True} if grouped and shares_keys else {}
-    return function(q, k, v, cu_q, cu_k, max_q, max_k, **more)
 
 
 def choose_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> Kernel | None:
-    """The kernel of a run; None: torch's scaled dot product per segment (CPU, fp32).
+    """Choose the kernel of a run; None means scaled dot product attention (CPU, or fp32).
 
     Raises:
         RunError: bf16 on a GPU without a variable-length kernel.
-        UserError: a head dimension that flash kernels do not have.
+        UserError: A head dimension that flash kernels do not support.
     """
     if device.type != "cuda" or dtype == torch.float32:
         return None
@@ -366,47 +364,101 @@ def choose_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> Ke
             f"model.hidden_size: the head dimension {head_dim} (hidden_size / num_attention_heads)"
             " must be a multiple of 8 and at most 256 for flash attention in bf16 on a GPU"
         )
-    found = varlen_kernel(torch.cuda.get_device_capability(device)[0])
-    if found is None:
+    kernel = varlen_kernel(torch.cuda.get_device_capability(device)[0])
+    if kernel is None:
         raise RunError(
             "attention: neither flash-attn nor torch's variable-length attention is installed;"
             " install the gpu extra"
         )
-    return found
+    return kernel
 
 
-def attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, inputs: AttentionInputs
-) -> torch.Tensor:
-    """Attention of q [s, b, h, d] (this rank's tokens) to k, v [L, b, g, d] (whole rows) within
-    segments; [s, b, h, d].
+def kernel_name() -> str:
+    """Name of what computes attention in bf16 on this machine's GPU."""
+    kernel = varlen_kernel(torch.cuda.get_device_capability()[0])
+    return kernel.name if kernel else "torch scaled dot product"
+
+
+@functools.cache
+def varlen_kernel(capability: int) -> Kernel | None:
+    """The fastest of `installed_kernels`, which runs use; None if there is none."""
+    return next(iter(installed_kernels(capability)), None)
+
+
+def installed_kernels(capability: int) -> list[Kernel]:
+    """The variable-length flash kernels for bf16 on a GPU, the fastest first.
+
+    Args:
+        capability: Major compute capability of the GPU.
     """
-    lengths = inputs.lengths
-    if inputs.kernel is None or lengths is None:
-        return segmented_sdpa(q, k, v, inputs)
-    s, b = q.shape[:2]
-    # [tokens, heads, d]. With r query heads a key head, query head i of row b is head b h + i here
-    # and its key head (b h + i) // r = b g + i // r: that of the same row.
-    flatten = _rows_as_heads if lengths.rows_are_heads else _rows_end_to_end
-    out = inputs.kernel.call(
-        flatten(q),
-        flatten(k),
-        flatten(v),
+    kernels = []
+    for name, module, (first, last) in _FLASH_ATTN:
+        if not first <= capability <= last:
+            continue
+        try:
+            function = importlib.import_module(module).flash_attn_varlen_func
+        except (ImportError, AttributeError):
+            continue
+        # flash-attn 2 was written for Ampere. On Hopper and newer cuDNN, behind torch's scaled dot
+        # product attention, is faster.
+        whole_rows = name != "flash-attn 2" or capability < _HOPPER
+        kernels.append(Kernel(name, functools.partial(_call_flash_attn, function), whole_rows))
+    with contextlib.suppress(ImportError, AttributeError):
+        function = importlib.import_module("torch.nn.attention.varlen").varlen_attn
+        # Older versions require as many key heads as query heads.
+        has_gqa = "enable_gqa" in inspect.signature(function).parameters
+        call = functools.partial(_call_torch_varlen, function, has_gqa)
+        kernels.append(Kernel("torch varlen", call, whole_rows=False))
+    return kernels
+
+
+def _call_flash_attn(
+    function: Callable[..., torch.Tensor | tuple[torch.Tensor, ...]],
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lengths: SegmentLengths,
+) -> torch.Tensor:
+    options: dict[str, bool] = {"causal": False}
+    # Its backward pass then adds in a fixed order, which is slower.
+    if torch.are_deterministic_algorithms_enabled():
+        options["deterministic"] = True
+    out = function(
+        q,
+        k,
+        v,
+        cu_seqlens_q=lengths.queries,
+        cu_seqlens_k=lengths.keys,
+        max_seqlen_q=lengths.longest_query,
+        max_seqlen_k=lengths.longest_key,
+        **options,
+    )
+    # Some versions return (output, log-sum-exp).
+    return out[0] if isinstance(out, tuple) else out
+
+
+def _call_torch_varlen(
+    function: Callable[..., torch.Tensor],
+    has_gqa: bool,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lengths: SegmentLengths,
+) -> torch.Tensor:
+    options: dict[str, bool] = {}
+    if k.shape[1] != q.shape[1]:
+        if has_gqa:
+            options["enable_gqa"] = True
+        else:
+            k = _repeat_heads(k, q.shape[1], dim=1)
+            v = _repeat_heads(v, q.shape[1], dim=1)
+    return function(
+        q,
+        k,
+        v,
         lengths.queries,
         lengths.keys,
         lengths.longest_query,
         lengths.longest_key,
+        **options,
     )
-    if lengths.rows_are_heads:
-        return out.view(q.shape)
-    return out.view(b, s, *q.shape[2:]).transpose(0, 1)
-
-
-def _rows_as_heads(x: torch.Tensor) -> torch.Tensor:
-    """[s, b, h, d] -> [s, b h, d], a view."""
-    return x.flatten(1, 2)
-
-
-def _rows_end_to_end(x: torch.Tensor) -> torch.Tensor:
-    """[s, b, h, d] -> [b s, h, d], a copy."""
-    return x.transpose(0, 1).flatten(0, 1)

@@ -1,8 +1,8 @@
-"""Floating-point operations of a training step, and the peak they are compared with.
+"""Floating-point operations of a training step, and the peak rate of a device.
 
-Convention: a multiply-add is two operations; backward costs twice the forward; attention is not
-causal and is counted from the actual segment lengths; the head is counted where it is computed.
-Norms, rotations, softmax and the optimizer are left out.
+Convention: a multiply-add is two operations; the backward pass costs twice the forward pass;
+attention is not causal and is counted from the actual segment lengths; the head is counted at the
+positions where it is computed. Norms, rotary embeddings, softmax and optimizer are not counted.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch
 
 from llada.config.sections import ModelSection
 
-# Dense bf16 peaks of the vendors' data sheets, FLOP/s, by a part of the device name; the more
-# specific name first.
+# Dense bf16 peaks of the vendors' data sheets, in FLOP/s, by a part of the device name. The first
+# match counts, so the more specific name comes first.
 _PEAKS_BF16 = (
     ("H100 PCIe", 756e12),
     ("H100 NVL", 835e12),
@@ -36,8 +36,8 @@ class StepFlops:
     """FLOPs of one step over all ranks.
 
     Attributes:
-        actual: attention within segments, head on the predicted positions.
-        full_length: as if every row were one segment and the head ran on every position.
+        actual: Attention within segments, head on the predicted positions.
+        full_length: As if every row were one segment and the head ran on every position.
         causal_style: full_length with half the attention, as trainers of causal models report it.
     """
 
@@ -49,56 +49,65 @@ class StepFlops:
 def step_flops(
     model: ModelSection, lengths: Iterable[float], predicted: float, sequence_length: int
 ) -> StepFlops:
-    """FLOPs of forward and backward.
+    """FLOPs of the forward and backward pass.
 
     Args:
-        model: shape of the model.
-        lengths: tokens of every attention segment of the step.
-        predicted: positions with a head and a loss.
-        sequence_length: tokens per row, for the full-length figure.
+        model: Shape of the model.
+        lengths: Tokens of every attention segment of the step.
+        predicted: Number of positions with a head and a loss.
+        sequence_length: Tokens per row, for the full-length figures.
     """
-    d, ff, kv = model.hidden_size, model.ffn_hidden_size, model.kv_heads * model.head_dim
+    d = model.hidden_size
+    ff = model.ffn_hidden_size
+    kv = model.kv_heads * model.head_dim
     lengths = list(lengths)
     tokens = sum(lengths)
+    # Per token: the query and output projections (d x d each), keys and values (d x kv each), and
+    # the three matrices of the SwiGLU (d x ff each).
     matrices = 2 * model.num_layers * (2 * d * d + 2 * d * kv + 3 * d * ff)
+    # Per pair of tokens: q k^T and the weighted sum of v, each 2 d operations.
     attention = 4 * model.num_layers * d
+    # Per predicted position.
     head = 2 * d * model.vocab_size
     actual = matrices * tokens + attention * sum(n * n for n in lengths) + head * predicted
-    full, causal = (
-        (matrices + share * attention * sequence_length + head) * tokens for share in (1.0, 0.5)
-    )
+    full = (matrices + 1.0 * attention * sequence_length + head) * tokens
+    causal = (matrices + 0.5 * attention * sequence_length + head) * tokens
+    # The backward pass costs twice the forward pass.
     return StepFlops(3.0 * actual, 3.0 * full, 3.0 * causal)
 
 
 class Peak:
-    """FLOP/s that one device can reach, which a step's are compared with.
+    """The rate that one device can reach, the denominator of the MFU.
 
     Args:
-        device: of this rank.
-        dtype: of the matrix products.
+        device: Of this rank.
+        dtype: Of the matrix products.
 
     Attributes:
-        flops: the peak, FLOP/s.
-        source: where it comes from: the data sheet for bf16 on a known GPU, else the best of many
-            measured matrix products (on CPU over all threads of this process).
+        flops: The peak, in FLOP/s.
+        source: "data sheet" for bf16 on a known GPU, else "measured matrix product": the best of
+            many (on CPU over all threads of this process).
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        self._device, self._dtype = device, dtype
-        listed = (
-            _data_sheet(torch.cuda.get_device_name(device))
-            if device.type == "cuda" and dtype == torch.bfloat16
-            else None
-        )
-        self.source = "measured matrix product" if listed is None else "data sheet"
-        self.flops = measured_matmul(device, dtype) if listed is None else listed
+        self._device = device
+        self._dtype = dtype
+        listed = None
+        if device.type == "cuda" and dtype == torch.bfloat16:
+            listed = _data_sheet(torch.cuda.get_device_name(device))
+        if listed is not None:
+            self.source = "data sheet"
+            self.flops = listed
+        else:
+            self.source = "measured matrix product"
+            self.flops = measured_matmul(device, dtype)
         self._measured_at = time.perf_counter()
 
     def mfu(self, rate: float) -> float:
-        """The share of the peak that `rate` FLOP/s of one device are.
+        """Model FLOPs utilization: `rate`, in FLOP/s of one device, over the peak.
 
-        A measured peak below the rate was measured beside other work. It is measured again, and the
-        rate itself bounds it from below.
+        A measured peak below the rate was disturbed by other work on the machine. It is measured
+        again, and the rate itself is a lower bound of it.
         """
         if rate > self.flops and self.source != "data sheet":
             self._measure_again(0.5)
@@ -106,41 +115,52 @@ class Peak:
         return rate / self.flops
 
     def refresh(self, share: float = 0.01) -> None:
-        """Spend `share` of the time since the last measurement on another one and keep the better;
-        a data sheet's figure stays.
+        """Measure again for `share` of the time since the last measurement; keep the better one.
+
+        A data sheet's figure stays.
         """
         if self.source != "data sheet":
             self._measure_again(share * (time.perf_counter() - self._measured_at))
 
     def _measure_again(self, seconds: float) -> None:
-        if self._device.type == "cpu":  # a GPU's memory is full by now, and no other work is on it
+        # Not on a GPU: its memory is full by now, and no other work disturbed the first one.
+        if self._device.type == "cpu":
             self.flops = max(self.flops, measured_matmul(self._device, self._dtype, seconds))
         self._measured_at = time.perf_counter()
 
 
 def _data_sheet(name: str) -> float | None:
-    """The bf16 peak of a GPU by its device name; None: not listed."""
-    return next((peak for part, peak in _PEAKS_BF16 if part in name), None)
+    """The bf16 peak of a GPU by its device name, or None if it is not listed."""
+    for part, peak in _PEAKS_BF16:
+        if part in name:
+            return peak
+    return None
 
 
 def measured_matmul(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> float:
-    """FLOP/s of a large matrix product: the best of many, since another process may take a core for
-    a while.
+    """Measure the rate of a large matrix product, in FLOP/s.
 
-    On a CPU matrices of 512 x 512 suffice: larger ones are no faster. Ends after `seconds`, or
-    earlier once 20 products in a row were not 1 % better than the best before them.
+    It is the best of many products, because other processes may take a core for a while. The
+    measurement ends after `seconds`, or once 20 products in a row were not 1 % faster than the best
+    before them.
     """
+    # On a CPU larger matrices are no faster.
     n = 8192 if device.type == "cuda" else 512
     a = torch.randn(n, n, device=device, dtype=dtype)
-    best, since_best, begun = float("inf"), 0, time.perf_counter()
+    best = float("inf")
+    since_best = 0
+    begun = time.perf_counter()
     while since_best < 20:
         start = time.perf_counter()
         a @ a
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         end = time.perf_counter()
-        since_best = 0 if end - start < 0.99 * best else since_best + 1
-        best = min(best, end - start)
+        took = end - start
+        since_best += 1
+        if took < 0.99 * best:
+            since_best = 0
+        best = min(best, took)
         if end - begun > seconds:
             break
     return 2 * n**3 / best

@@ -1,16 +1,20 @@
-"""LLaDA's transformer from Megatron-Core modules: bidirectional, RMSNorm, RoPE, SwiGLU, grouped
-queries, no biases.
+"""LLaDA's transformer, built from Megatron-Core modules.
 
-The head and the loss are computed only where the objective predicts. The model knows no masks and
-no schedule.
+Bidirectional attention, RMSNorm, RoPE, SwiGLU, grouped queries, no biases. The head and the loss
+are computed only at the positions that the objective predicts. The model knows neither masks nor
+the noise schedule.
+
+Shapes in this file: s tokens of this context rank, b rows, d hidden size. With sequence parallelism
+the hidden states between the layers have s / tensor ranks tokens.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -28,14 +32,17 @@ from llada.config.sections import ModelSection
 from llada.model.attention import AttentionInputs, attend, rotate
 from llada.model.token_losses import TokenLoss
 
+if TYPE_CHECKING:
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
 
 @dataclass(frozen=True)
 class Predicted:
-    """The positions whose token the objective predicts, of this rank.
+    """The positions of this rank whose token the objective predicts.
 
     Attributes:
-        indices: into the rows of the flattened [s, b] hidden states, int64 [n], on the device.
-        targets: clean tokens, int64 [n].
+        indices: Rows of the hidden states flattened to [s b, d], int64 [n], on the device.
+        targets: Clean tokens, int64 [n].
     """
 
     indices: torch.Tensor
@@ -43,16 +50,19 @@ class Predicted:
 
 
 class RMSNorm(torch.nn.Module):
-    """x / rms(x) in fp32, cast back, times the weight (arXiv 1910.07467)."""
+    """RMSNorm (arXiv 1910.07467): x / rms(x) in fp32, cast back, times the weight."""
 
     def __init__(
-        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any
+        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object
     ) -> None:
         super().__init__()
-        self.weight = torch.nn.Parameter(
-            torch.ones(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device())
+        weight = torch.ones(
+            hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device()
         )
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]  # its gradient is summed over the ranks
+        self.weight = torch.nn.Parameter(weight)
+        # With sequence parallelism each tensor rank normalizes other tokens. Megatron-Core sums the
+        # gradients of parameters that carry this mark over the tensor ranks.
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -60,8 +70,10 @@ class RMSNorm(torch.nn.Module):
 
 
 class _SwiGLUFunction(torch.autograd.Function):
-    """silu(gate) * up. Keeps its input alone, and writes both gradients into one tensor without any
-    other.
+    """silu(gate) * up with little memory.
+
+    Only the input is kept for the backward pass, and both gradients are written into one tensor
+    without temporaries.
     """
 
     @staticmethod
@@ -76,25 +88,27 @@ class _SwiGLUFunction(torch.autograd.Function):
         gate, up = x.chunk(2, dim=-1)
         out = torch.empty_like(x)
         to_gate, to_up = out.chunk(2, dim=-1)
+        # d/d up = silu(gate) * gradient
         torch.ops.aten.silu.out(gate, out=to_up).mul_(gradient)
+        # d/d gate = silu'(gate) * (gradient * up)
         torch.mul(gradient, up, out=to_gate)
         torch.ops.aten.silu_backward.grad_input(to_gate, gate, grad_input=to_gate)
         return out
 
 
 class SwiGLU(MegatronModule):
-    """[..., 2 f] (gate, up) -> [..., f] (arXiv 2002.05202)."""
+    """SwiGLU (arXiv 2002.05202): [..., 2 f], gate and up side by side, -> [..., f]."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return _SwiGLUFunction.apply(x)
 
 
 class CoreAttention(torch.nn.Module):
-    """Rotates queries and keys and attends within segments; Megatron-Core's submodule
-    `core_attention`.
-    """
+    """Rotary embedding and attention within segments: Megatron-Core's `core_attention`."""
 
-    def __init__(self, config: TransformerConfig, pg_collection: Any = None, **_: Any) -> None:
+    def __init__(
+        self, config: TransformerConfig, pg_collection: ProcessGroupCollection, **_: object
+    ) -> None:
         super().__init__()
         self.context_group = pg_collection.cp
 
@@ -106,21 +120,35 @@ class CoreAttention(torch.nn.Module):
         attention_mask: None = None,
         *,
         packed_seq_params: AttentionInputs,
-        **_: Any,
+        **_: object,
     ) -> torch.Tensor:
-        """query [s, b, heads, d], key and value [s, b, groups, d] of this rank -> [s, b, heads *
-        d].
+        """Attend, with the arguments that Megatron-Core's attention layer passes.
+
+        Args:
+            query: This rank's tokens, [s, b, heads, head_dim].
+            key: This rank's tokens, [s, b, groups, head_dim].
+            value: This rank's tokens, [s, b, groups, head_dim].
+            attention_mask: Always None.
+            packed_seq_params: Where Megatron-Core carries the layout and the rotary tables.
+
+        Returns:
+            [s, b, heads * head_dim].
         """
-        cos, sin = packed_seq_params.cos, packed_seq_params.sin
-        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-        # contiguous split: gathered in rank order, keys and values are the whole row
+        inputs = packed_seq_params
+        query = rotate(query, inputs.cos, inputs.sin)
+        key = rotate(key, inputs.cos, inputs.sin)
         if self.context_group.size() > 1:
-            key, value = (
-                tensor_parallel.gather_from_sequence_parallel_region(x, group=self.context_group)
-                for x in (key, value)
-            )
-        out = attend(query, key, value, packed_seq_params)
+            # Each context rank has a contiguous part of the row, so keys and values gathered in
+            # rank order are the whole row.
+            key = _gather_rows(key, self.context_group)
+            value = _gather_rows(value, self.context_group)
+        out = attend(query, key, value, inputs)
         return out.reshape(*out.shape[:2], -1)
+
+
+def _gather_rows(x: torch.Tensor, group: torch.distributed.ProcessGroup) -> torch.Tensor:
+    """[s, ...] of each rank -> [s ranks, ...]; the backward pass reduce-scatters the gradient."""
+    return tensor_parallel.gather_from_sequence_parallel_region(x, group=group)
 
 
 def layer_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
@@ -140,11 +168,12 @@ class BidirectionalTransformer(GPTModel):
 
     Args:
         config: Megatron-Core's configuration.
-        model: shape of the model.
-        token_loss: kernel from logits to losses.
-        pre_process: holds the embedding.
-        post_process: holds the final norm and the head.
-        vp_stage: virtual pipeline stage, None without interleaving.
+        model: Shape of the model.
+        sequence_length: Tokens per row, over all context ranks.
+        token_loss: Kernel from logits to losses.
+        pre_process: Whether the chunk has the embedding.
+        post_process: Whether the chunk has the final norm and the head.
+        vp_stage: Virtual pipeline stage; None without interleaving.
     """
 
     def __init__(
@@ -170,8 +199,8 @@ class BidirectionalTransformer(GPTModel):
         )
         self.token_loss = token_loss
         if post_process:
-            # Called as a module, so that hooks run: with overlap_param_gather one of them waits for
-            # the head's updated weights.
+            # Replace the forward method and keep calling the module, so that its hooks run: with
+            # overlap_param_gather one of them waits for the head's updated weights.
             self.output_layer.forward = self._head
 
     def forward(
@@ -183,53 +212,53 @@ class BidirectionalTransformer(GPTModel):
         """Run this chunk.
 
         Args:
-            input_ids: [b, s] int64 of this context rank; None where there is no embedding.
-            attention: layout and rotary tables.
-            predicted: positions and targets of the loss; None: return the logits of every position.
+            input_ids: int64 [b, s] of this context rank. Ignored without an embedding.
+            attention: Layout and rotary tables.
+            predicted: Positions and targets of the loss; None: return the logits of every position.
 
         Returns:
-            Not the last chunk: hidden states [s / tensor if sequence parallel else s, b, d]. The
-            last: losses fp32 [n] in nats,
-            or logits [s, b, vocabulary / tensor].
+            From the last chunk the losses, fp32 [n], in nats; or the logits [s, b, vocabulary /
+            tensor ranks]. From any other the hidden states, [s, b, d], or with sequence parallelism
+            [s / tensor ranks, b, d].
         """
-        hidden = (
-            self.embedding(input_ids=input_ids, position_ids=None) if self.pre_process else None
-        )
+        # Without an embedding the decoder reads the hidden states that Megatron-Core's schedule
+        # received from the stage before and set as its input.
+        hidden = None
+        if self.pre_process:
+            hidden = self.embedding(input_ids=input_ids, position_ids=None)
         hidden = self.decoder(
             hidden_states=hidden, attention_mask=None, packed_seq_params=attention
         )
         if not self.post_process:
             return hidden
         if self.config.sequence_parallel:
-            # The head's input gradient is a partial sum on every tensor rank: reduce-scatter it in
-            # the backward pass.
+            # Every tensor rank has a part of the tokens and needs all of them for its part of the
+            # vocabulary. The gradient of the head's input is a partial sum on each rank, so the
+            # backward pass must reduce-scatter it.
             hidden = tensor_parallel.gather_from_sequence_parallel_region(
                 hidden, tensor_parallel_output_grad=True
             )
         if predicted is None:
             return self.logits(hidden)
         flat = hidden.reshape(-1, hidden.shape[-1])
-        return self.token_loss(
-            self.logits(flat.index_select(0, predicted.indices)), predicted.targets
-        )
+        logits = self.logits(flat.index_select(0, predicted.indices))
+        return self.token_loss(logits, predicted.targets)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The head on [..., d]: [..., vocabulary / tensor] of this rank."""
+        """Apply the head: [..., d] -> [..., vocabulary / tensor ranks]."""
         return self.output_layer(hidden)
 
     def _head(self, hidden: torch.Tensor) -> torch.Tensor:
         """The forward pass of the output layer.
 
-        Megatron-Core's functional linear is called with its flags spelled out. The module's own
-        forward would add a second all-reduce of the input gradient once sequence parallelism has
-        gathered outside of it.
+        It calls Megatron-Core's functional linear with explicit flags. The module's own forward
+        would all-reduce the input gradient a second time, because with sequence parallelism the
+        hidden states are gathered outside of it.
         """
         head = self.output_layer
-        weight = (
-            self.shared_embedding_or_output_weight()
-            if self.share_embeddings_and_output_weights
-            else head.weight
-        )
+        weight = head.weight
+        if self.share_embeddings_and_output_weights:
+            weight = self.shared_embedding_or_output_weight()
         return linear_with_grad_accumulation_and_async_allreduce(
             hidden,
             weight,

@@ -1,5 +1,5 @@
-"""Writing with a mask predictor: any callable from token ids [b, s] to logits [b, s, rows]."""
+"""Sampling from a mask predictor: a callable from ids [b, s] to logits [b, s, vocab_size]."""
 
-from llada.sampling.diffusion import Event, SamplingOptions, Specials, generate, infill
+from llada.sampling.diffusion import DenoisingStep, SamplingOptions, SpecialIds, generate, infill
 
-__all__ = ["Event", "SamplingOptions", "Specials", "generate", "infill"]
+__all__ = ["DenoisingStep", "SamplingOptions", "SpecialIds", "generate", "infill"]

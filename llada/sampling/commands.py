@@ -1,4 +1,4 @@
-"""`llada sample` and `llada infill`."""
+"""The commands `llada sample` and `llada infill`."""
 
 from __future__ import annotations
 
@@ -12,93 +12,103 @@ import torch
 from llada.chat.format import Message
 from llada.chat.template import chat_format
 from llada.errors import UserError
-from llada.sampling.diffusion import SamplingOptions, cut_at_end, generate
-from llada.sampling.diffusion import infill as fill
-from llada.sampling.gaps import parse
-from llada.sampling.models import Sampler, load
-from llada.sampling.show import Playback
+from llada.sampling import diffusion
+from llada.sampling.diffusion import SamplingOptions, cut_at_end
+from llada.sampling.infilling import parse
+from llada.sampling.loading import MaskPredictor, load
+from llada.sampling.playback import Playback
 
 
 def sample(path: str, prompt: str, chat: bool, options: SamplingOptions, show: bool = False) -> str:
-    """What the model at `path` writes after a prompt, or answers with `chat`; up to its EOS or the
-    end of its turn.
+    """Continue a prompt, or answer it.
 
-    A question is put into the chat template that the model's tokenizer has, else into LLaDA's
-    format.
+    Args:
+        path: Model; see `llada.sampling.loading.load`.
+        prompt: A text to continue, or with `chat` a question.
+        chat: Put the prompt into the chat template of the model's tokenizer, or LLaDA's if it has
+            none.
+        options: See SamplingOptions.
+        show: Show every step.
 
-    Raises UserError for a model that cannot be used and, with `chat`, a chat template that cannot
-    be used or a tokenizer without the tokens of LLaDA's format.
+    Returns:
+        The text up to its EOS or the end of the turn.
+
+    Raises:
+        UserError: A model that cannot be used; with `chat`, a chat template that cannot be used or
+            a tokenizer without the tokens of LLaDA's format.
     """
-    return write(load(path), prompt, chat, options, show)[0]
+    text, _ = write(load(path), prompt, chat, options, show)
+    return text
 
 
 def write(
-    model: Sampler, prompt: str, chat: bool, options: SamplingOptions, show: bool = False
+    model: MaskPredictor, prompt: str, chat: bool, options: SamplingOptions, show: bool = False
 ) -> tuple[str, bool]:
-    """The text, and whether it ends with EOS or the end of a turn."""
+    """As `sample`; return the text, and whether it ends with EOS or the end of a turn."""
     tokenizer = model.tokenizer
     _check_text(prompt, "PROMPT")
-    ids = (
-        chat_format(tokenizer).prompt([Message("user", prompt)])
-        if chat
-        else tokenizer.encode(prompt)
-    )
-    player = Playback(tokenizer, model.specials.mask_id, len(ids)) if show else nullcontext()
-    with _enough_memory(model, len(ids) + options.length), player as playback:
-        out = generate(
-            model, torch.from_numpy(ids)[None].to(model.device), model.specials, options, playback
-        )[0].tolist()
-    text = cut_at_end(out, model.end_ids)
-    return tokenizer.decode(text, skip_special_tokens=True), len(text) < len(out)
+    if chat:
+        ids = chat_format(tokenizer).prompt([Message("user", prompt)])
+    else:
+        ids = tokenizer.encode(prompt)
+    tokens = torch.from_numpy(ids)[None].to(model.device)
+    player = Playback(tokenizer, model.special_ids.mask_id, len(ids)) if show else nullcontext()
+    with _check_length(model, len(ids) + options.length), player as on_step:
+        out = diffusion.generate(model, tokens, model.special_ids, options, on_step)
+    response = out[0].tolist()
+    before_end = cut_at_end(response, model.end_ids)
+    text = tokenizer.decode(before_end, skip_special_tokens=True)
+    return text, len(before_end) < len(response)
 
 
 def infill(
-    path: str, text: str, options: SamplingOptions, one_a_token: bool = False, show: bool = False
+    path: str,
+    text: str,
+    options: SamplingOptions,
+    one_step_per_token: bool = False,
+    show: bool = False,
 ) -> str:
-    """The text with its gaps filled by the model at `path`.
+    """Fill the gaps of a text.
 
     Args:
-        path: of the model.
-        text: with gaps, see `llada.sampling.gaps`.
-        options: length and block_length are not used.
-        one_a_token: take as many steps as there are tokens to fill, whatever options.steps says.
-        show: play it.
+        path: Model; see `llada.sampling.loading.load`.
+        text: With gaps; see `llada.sampling.infilling`.
+        options: `length` and `block_length` are not used.
+        one_step_per_token: Take as many steps as there are tokens to fill, whatever options.steps
+            is.
+        show: Show every step.
 
     Raises:
-        UserError: a model that cannot be used, a text without a gap.
+        UserError: A model that cannot be used, or a text without a gap.
     """
-    return fill_gaps(load(path), text, options, one_a_token, show)
+    return fill_gaps(load(path), text, options, one_step_per_token, show)
 
 
 def fill_gaps(
-    model: Sampler,
+    model: MaskPredictor,
     text: str,
     options: SamplingOptions,
-    one_a_token: bool = False,
+    one_step_per_token: bool = False,
     show: bool = False,
 ) -> str:
-    """The text with its gaps filled."""
+    """As `infill`, with a loaded model."""
+    tokenizer = model.tokenizer
     _check_text(text, "TEXT")
-    gapped = parse(text, model.tokenizer)
-    if one_a_token:
-        options = replace(
-            options,
-            steps=sum(end - start for start, end in gapped.spans),
-            length=gapped.tokens.shape[1],
-        )
-    length = gapped.tokens.shape[1]
-    player = Playback(model.tokenizer, model.specials.mask_id) if show else nullcontext()
-    with _enough_memory(model, length), player as playback:
-        filled = fill(model, gapped.tokens.to(model.device), model.specials, options, playback)[
-            0
-        ].tolist()
-    return model.tokenizer.decode(filled, skip_special_tokens=True)
+    parsed = parse(text, tokenizer)
+    length = parsed.tokens.shape[1]
+    if one_step_per_token:
+        num_masks = sum(end - start for start, end in parsed.spans)
+        # The options require steps and length to fit together, though length is not used.
+        options = replace(options, steps=num_masks, length=length)
+    tokens = parsed.tokens.to(model.device)
+    player = Playback(tokenizer, model.special_ids.mask_id) if show else nullcontext()
+    with _check_length(model, length), player as on_step:
+        filled = diffusion.infill(model, tokens, model.special_ids, options, on_step)
+    return tokenizer.decode(filled[0].tolist(), skip_special_tokens=True)
 
 
 def _check_text(text: str, setting: str) -> None:
-    """Raises UserError for what the terminal could not decode, which Python keeps as lone
-    surrogates.
-    """
+    """Raise UserError for bytes that are not UTF-8, which Python decodes as lone surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -106,23 +116,22 @@ def _check_text(text: str, setting: str) -> None:
 
 
 @contextmanager
-def _enough_memory(model: Sampler, length: int) -> Iterator[None]:
-    """Say how long a text is where that matters: longer than the training's, or too long for the
-    memory of the device.
-    """
-    if length > model.longest:
+def _check_length(model: MaskPredictor, length: int) -> Iterator[None]:
+    """Warn about a text longer than in training, and name the length if memory runs out."""
+    if length > model.max_sequence_length:
         print(
-            f"note: {length} tokens are more than the {model.longest} that the model was"
-            " trained on",
+            f"note: {length} tokens are more than the {model.max_sequence_length} that the model"
+            " was trained on",
             file=sys.stderr,
         )
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         # On a CPU torch raises a plain RuntimeError.
-        if not isinstance(
+        out_of_memory = isinstance(
             error, MemoryError | torch.OutOfMemoryError
-        ) and "not enough memory" not in str(error):
+        ) or "not enough memory" in str(error)
+        if not out_of_memory:
             raise
         raise UserError(
             f"MODEL: a text of {length} tokens does not fit into the memory of {model.device};"

@@ -100,7 +100,7 @@ def _start_from_hf(
     entry: JsonObject = {
         "imported": source.resolve().name,
         "architecture": folder.architecture,
-        "sequence_length": folder.longest,
+        "sequence_length": folder.max_sequence_length,
     }
     if changed:
         entry["changed"] = changed

@@ -114,7 +114,7 @@ class Run:
 
     def _begin(self, start: Start, hooks: Sequence[Hook]) -> None:
         """Load what the run starts from, and open what it writes to; collective."""
-        place = self.engine.place
+        place = self.engine.parallel_rank
         self.first = start.step
         self.starts_from_weights = start.folder is not None and start.step == 0
         self.tokens = start.tokens
@@ -162,7 +162,7 @@ class Run:
         """
         plan = self.data.plan(step)
         batch = self.config.batch
-        place = self.engine.place
+        place = self.engine.parallel_rank
         offsets_of_batches = sample_offsets(
             batch.global_, batch.micro, place.data_rank, place.data_size
         )
@@ -246,7 +246,7 @@ class Run:
                 self._tokenizer_files,
                 checkpoint_volume(self.config).bytes_each,
                 self.engine,
-                self.engine.place.rank,
+                self.engine.parallel_rank.rank,
             )
             self._blocked_seconds += time.perf_counter() - started
         if wait or not self.config.checkpoint.asynchronous:
@@ -266,7 +266,7 @@ class Run:
             recent=self.guard.recent,
             validation=self.validation,
             tokenizer=self.data.manifest.tokenizer_fingerprint,
-            ranks=self.engine.place.world_size,
+            ranks=self.engine.parallel_rank.world_size,
         )
 
     def finish_save(self) -> None:
@@ -283,7 +283,7 @@ class Run:
         self._blocked_seconds += time.perf_counter() - started
 
     def _prune(self) -> None:
-        if self.engine.place.is_main:
+        if self.engine.parallel_rank.is_main:
             section = self.config.checkpoint
             prune_checkpoints(self._checkpoints, section.keep_last, section.keep_every)
 

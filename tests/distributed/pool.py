@@ -16,32 +16,27 @@ from tests import processes
 
 
 class RankPool:
-    """`size` processes in one gloo world; `run` calls a module-level function on every rank.
+    """Processes in one gloo world; `run` calls a module-level function on every rank.
 
     Args:
-        size: ranks.
-        folder: for the rendezvous file.
+        size: Number of ranks.
+        folder: For the rendezvous file.
     """
 
     def __init__(self, size: int, folder: Path) -> None:
         self.size = size
         with Listener(family="AF_UNIX") as listener:
-            words = (
-                "-m",
-                "tests.distributed.pool",
-                listener.address,
-                str(folder / "store"),
-                str(size),
-            )
-            # As here, since pytest adds the folders of the tests, whose functions the ranks are
-            # sent by name.
+            store = str(folder / "store")
+            command = ("-m", "tests.distributed.pool", listener.address, store, str(size))
+            # The ranks get functions by name and import them from where this process does: pytest
+            # has added the folders of the tests to sys.path.
             environment = {
                 **os.environ,
                 "PYTHONPATH": os.pathsep.join([str(processes.ROOT), *sys.path]),
             }
             self._processes = [
                 processes.start(
-                    *words,
+                    *command,
                     str(rank),
                     cwd=processes.ROOT,
                     env=environment,
@@ -52,24 +47,29 @@ class RankPool:
             ]
             accepted = [listener.accept() for _ in range(size)]
         for end in accepted:
-            # tensors are handed over in shared memory, under this key
+            # Tensors are passed in shared memory, under this key.
             end.send(bytes(multiprocessing.current_process().authkey))
         self._ends: list[Connection] = [
             end for _, end in sorted((end.recv(), end) for end in accepted)
         ]
 
     def run(self, function: Callable[..., Any], *args: Any, timeout: float = 600) -> list[Any]:
-        """The results of `function(*args)` on every rank; a rank's exception fails the test with
-        its traceback.
+        """Return the results of `function(*args)` on all ranks, in the order of the ranks.
+
+        An exception on a rank fails the test with its traceback.
         """
         for end in self._ends:
             end.send((function, args))
-        results, errors = [], []
+        results = []
+        errors = []
         for rank, end in enumerate(self._ends):
             if not end.poll(timeout):
                 raise TimeoutError(f"rank {rank} did not answer within {timeout} s")
-            fine, value = end.recv()
-            (results if fine else errors).append(value)
+            succeeded, value = end.recv()
+            if succeeded:
+                results.append(value)
+            else:
+                errors.append(value)
         if errors:
             raise AssertionError("\n".join(errors))
         return results
@@ -83,7 +83,7 @@ class RankPool:
 
 
 def work(address: str, store: str, size: int, rank: int) -> None:
-    """Take tasks from the pool until it closes or is gone."""
+    """Run the functions that the pool sends, until it closes."""
     from llada.engine import cpu
 
     cpu.before_import()

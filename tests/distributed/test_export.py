@@ -27,11 +27,11 @@ from llada.hf.importing import from_hf
 from llada.model import weights
 from llada.tokenizer import Tokenizer, train_byte_level_bpe
 from tests import processes
+from tests.distributed.layouts import LAYOUTS as MATRIX
 from tests.distributed.pool import RankPool
-from tests.distributed.test_layouts import LAYOUTS as MATRIX
 from tests.engine.support import small_config, step_batches
 from tests.hf.folders import published_config, published_tensors
-from tests.model.canonical import gather
+from tests.model.assembly import gather
 from tests.model.oracle import Oracle
 
 LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
@@ -51,13 +51,13 @@ def save_on_ranks(
     config = small_config(model, {**parallel}, precision=precision, batch={"global": 8, "micro": 1})
     engine = MegatronEngine(config)
     try:
-        place = engine.place
+        own_rank = engine.parallel_rank
         every = step_batches(config, 0)
-        engine.train_step(every[place.data_rank :: place.data_size], 1e-2)
+        engine.train_step(every[own_rank.data_rank :: own_rank.data_size], 1e-2)
         engine.save(folder)
         return {
             n: p.detach().clone() for n, p in engine.parameters().items()
-        }, *engine._tensor_place()
+        }, *engine._tensor_rank_and_size()
     finally:
         engine.close()
 
@@ -69,7 +69,7 @@ def test_the_stored_weights_are_the_ranks_weights(
     parallel, model, precision = LAYOUTS[layout]
     folder = tmp_path / "model"
     folder.mkdir()
-    wanted = gather(
+    expected = gather(
         small_config(model).model, pool.run(save_on_ranks, parallel, model, precision, folder)
     )
     config = small_config(model)
@@ -78,7 +78,7 @@ def test_the_stored_weights_are_the_ranks_weights(
     assert list(found) == list(weights.canonical_shapes(config.model))
     for name, value in found.items():
         assert value.dtype == (torch.bfloat16 if precision == "bf16" else torch.float32)
-        assert torch.equal(value, wanted[name]), name
+        assert torch.equal(value, expected[name]), name
     norms = torch.cat([value.float() for name, value in found.items() if value.dim() == 1])
     assert (norms != 1).float().mean() > 0.9
 
@@ -140,8 +140,8 @@ def test_a_checkpoint_of_tp2_pp2_converts_on_one_process_and_has_the_oracles_log
     ]
     subprocess.run([sys.executable, *read], check=True, env=environment, cwd=tmp_path, timeout=600)
     found = load_file(tmp_path / "logits.safetensors")["logits"]
-    wanted = Oracle(config.model, gather(config.model, ranks))(ids, torch.zeros_like(ids))
-    assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    expected = Oracle(config.model, gather(config.model, ranks))(ids, torch.zeros_like(ids))
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -197,7 +197,7 @@ def test_folders_and_imports_pass_through_every_layout_bit_for_bit(
     """Also in bf16 every digit of an fp32 folder is kept, in the masters."""
     parallel, sizes = MATRIX[layout]
     model = small_config({**sizes, "vocab_size": 384}).model
-    wanted = [
+    expected = [
         written_folder(tmp_path / f"folder{i}", model, byte_tokenizer(), i, torch.float32)
         for i in range(2)
     ]
@@ -207,7 +207,7 @@ def test_folders_and_imports_pass_through_every_layout_bit_for_bit(
         out.mkdir()
     sources = tmp_path / "folder0", tmp_path / "imported"
     pool.run(pass_through, parallel, {**sizes, "vocab_size": 384}, precision, sources, outs)
-    for out, tensors in zip(outs, wanted, strict=True):
+    for out, tensors in zip(outs, expected, strict=True):
         for masters in (False, True):
             found = CheckpointWeights(StoredTensors(out), model, masters)
             assert found.shapes.keys() == tensors.keys()

@@ -1,7 +1,8 @@
-"""Every layout of eight ranks against the single-process oracle over five optimizer steps: losses,
-gradient norms, every gradient tensor before clipping at the first and the last step, and the
-weights after. Rows hold packed documents and cuts, some segments are a single token, and key heads
-are shared (grouped queries).
+"""Every layout of eight ranks against the single-process oracle, over five optimizer steps.
+
+Compared are losses, gradient norms, every gradient tensor before clipping at the first and the last
+step, and the weights after the last. Rows hold packed documents and cuts, some segments are a
+single token, and queries are grouped.
 """
 
 from __future__ import annotations
@@ -17,77 +18,22 @@ from llada.engine.layout import sample_offsets
 from llada.engine.megatron import MegatronEngine
 from llada.model import weights
 from llada.objectives.base import Batch
+from tests.distributed.layouts import LAYOUTS, NO_OVERLAP
 from tests.distributed.pool import RankPool
 from tests.engine.support import OracleTrainer, small_config, step_batches
-from tests.model.canonical import gather
+from tests.model.assembly import gather
 
 STEPS = 5
 RATES = [1e-3 * (step + 1) / 10 for step in range(STEPS)]
-EIGHT = {"num_layers": 8}
-FOUR_GROUPS = {"num_query_groups": 4}
-TIED = {"tie_embeddings": True}
-NO_GATHER = {"overlap_param_gather": False}
-NO_OVERLAP = {"overlap_grad_reduce": False, **NO_GATHER}
-SMALL_BUCKETS = {
-    "bucket_size": 5000
-}  # one a layer or so, and one for the head alone, as in a large model
-ALL_ON = {
-    "tensor": 2,
-    "sequence": True,
-    "pipeline": 2,
-    "virtual_pipeline": 2,
-    "recompute": "full",
-    **SMALL_BUCKETS,
-}
-
-LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "DP8": ({}, {}),
-    "DP8, small buckets": (SMALL_BUCKETS, {}),
-    "DP8, no overlap": (NO_OVERLAP, {}),
-    "DP8, gradients alone overlap": (NO_GATHER, {}),
-    "DP8, full recompute": ({"recompute": "full"}, {}),
-    "TP2 x DP4": ({"tensor": 2}, {}),
-    "TP2+SP x DP4": ({"tensor": 2, "sequence": True}, {}),
-    "TP2+SP x DP4, selective recompute": (
-        {"tensor": 2, "sequence": True, "recompute": "selective"},
-        {},
-    ),
-    "TP4+SP x DP2": ({"tensor": 4, "sequence": True}, FOUR_GROUPS),
-    "PP2 x DP4": ({"pipeline": 2}, {}),
-    "PP2 x DP4, uneven": ({"pipeline": 2, "layers_per_stage": [1, 3]}, {}),
-    "PP2 x VP2 x DP4": ({"pipeline": 2, "virtual_pipeline": 2}, {}),
-    "PP2 x VP2 x DP4, uneven": (
-        {"pipeline": 2, "virtual_pipeline": 2, "layers_per_stage": [2, 1, 3, 2]},
-        EIGHT,
-    ),
-    "PP4 x DP2": ({"pipeline": 4}, {}),
-    "PP4 x VP2 x DP2": ({"pipeline": 4, "virtual_pipeline": 2}, EIGHT),
-    "PP8": ({"pipeline": 8}, EIGHT),
-    "CP2 x DP4": ({"context": 2}, {}),
-    "CP4 x DP2": ({"context": 4}, {}),
-    "CP2 x PP2 x DP2": ({"context": 2, "pipeline": 2}, {}),
-    "TP2 x PP2 x DP2, everything on": (ALL_ON, {}),
-    "TP2 x CP2 x PP2": ({"tensor": 2, "context": 2, "pipeline": 2}, {}),
-    "TP2+SP x CP2 x PP2, full recompute": (
-        {"tensor": 2, "sequence": True, "context": 2, "pipeline": 2, "recompute": "full"},
-        {},
-    ),
-    "TP2+SP x CP2 x DP2": ({"tensor": 2, "sequence": True, "context": 2}, {}),
-    "TP2 x CP2 x PP2 x VP2": (
-        {"tensor": 2, "context": 2, "pipeline": 2, "virtual_pipeline": 2},
-        {},
-    ),
-    "tied head, PP2 x DP4, small buckets": ({"pipeline": 2, **SMALL_BUCKETS}, TIED),
-    "tied head, PP2 x VP2 x DP4": ({"pipeline": 2, "virtual_pipeline": 2}, TIED),
-    "tied head, TP2+SP x PP2 x DP2": ({"tensor": 2, "sequence": True, "pipeline": 2}, TIED),
-}
 
 
 def gradients(engine: MegatronEngine) -> dict[str, torch.Tensor]:
-    """This rank's reduced gradients: of every parameter the part that its share of the distributed
-    optimizer holds, else NaN.
+    """This rank's reduced gradients by name.
+
+    A rank has those of the elements that its part of the distributed optimizer owns; the others are
+    NaN.
     """
-    found = {}
+    owned = {}
     names = {id(parameter): name for name, parameter in engine.parameters().items()}
     for part in engine._optimizers():
         for group in part.model_float16_groups + part.model_fp32_groups:
@@ -95,8 +41,8 @@ def gradients(engine: MegatronEngine) -> dict[str, torch.Tensor]:
                 span = part._get_model_param_range_map(parameter)["param"]
                 flat = torch.full((parameter.numel(),), torch.nan)
                 flat[span.start : span.end] = parameter.main_grad.flatten()[span.start : span.end]
-                found[names[id(parameter)]] = flat.view(parameter.shape)
-    return found
+                owned[names[id(parameter)]] = flat.view(parameter.shape)
+    return owned
 
 
 def train_on_ranks(parallel: dict[str, Any], model: dict[str, Any], micro: int) -> dict[str, Any]:
@@ -106,11 +52,11 @@ def train_on_ranks(parallel: dict[str, Any], model: dict[str, Any], micro: int) 
     config = small_config(model, parallel, batch={"global": 8, "micro": micro})
     engine = MegatronEngine(config)
     try:
-        place = engine.place
+        own_rank = engine.parallel_rank
         before = {n: p.detach().clone() for n, p in engine.parameters().items()}
         results, grads = [], []
         offsets = sample_offsets(
-            config.batch.global_, config.batch.micro, place.data_rank, place.data_size
+            config.batch.global_, config.batch.micro, own_rank.data_rank, own_rank.data_size
         )
         own = [part[0] // config.batch.micro for part in offsets]
         for step, rate in enumerate(RATES):
@@ -125,7 +71,7 @@ def train_on_ranks(parallel: dict[str, Any], model: dict[str, Any], micro: int) 
             "grads": grads,
             "before": before,
             "after": after,
-            "tensor": engine._tensor_place(),
+            "tensor": engine._tensor_rank_and_size(),
             "sums": sums,
         }
     finally:
@@ -136,14 +82,15 @@ def whole(
     answers: list[dict[str, Any]], tensors: list[dict[str, torch.Tensor]], config: Any
 ) -> dict[str, torch.Tensor]:
     """Canonical tensors from the ranks' parts; where one rank has NaN another one has the value."""
-    merged: dict[tuple[int, int], dict[str, torch.Tensor]] = {}
-    for answer, own in zip(answers, tensors, strict=True):
-        there = merged.setdefault(answer["tensor"], {})
-        for name, value in own.items():
-            there[name] = (
-                torch.where(there[name].isnan(), value, there[name]) if name in there else value
-            )
-    return gather(config.model, [(own, *place) for place, own in merged.items()])
+    by_tensor_rank: dict[tuple[int, int], dict[str, torch.Tensor]] = {}
+    for answer, part in zip(answers, tensors, strict=True):
+        merged = by_tensor_rank.setdefault(answer["tensor"], {})
+        for name, value in part.items():
+            if name in merged:
+                value = torch.where(merged[name].isnan(), value, merged[name])
+            merged[name] = value
+    shards = [(merged, rank, size) for (rank, size), merged in by_tensor_rank.items()]
+    return gather(config.model, shards)
 
 
 def micro_batch_size(parallel: dict[str, Any]) -> int:
@@ -168,26 +115,24 @@ def check_five_steps(
     start = whole(answers, [answer["before"] for answer in answers], config)
     assert set(start) == set(weights.canonical_shapes(config.model))
     for name, value in start.items():  # every layout starts from the same keyed weights
-        piece = weights.WeightRectangle(
-            name, (0, value.shape[0]), (0, value.shape[1]) if value.dim() > 1 else None, 0
-        )
-        assert torch.equal(
-            value, weights.initial_values(config.model, config.seed, piece).float()
-        ), name
+        columns = (0, value.shape[1]) if value.dim() > 1 else None
+        rectangle = weights.WeightRectangle(name, (0, value.shape[0]), columns, 0)
+        expected = weights.initial_values(config.model, config.seed, rectangle).float()
+        assert torch.equal(value, expected), name
     trainer = OracleTrainer(config, start)
     for step, rate in enumerate(RATES):
-        loss, norm, wanted = trainer.step(step_batches(config, step), rate)
+        loss, norm, expected_grads = trainer.step(step_batches(config, step), rate)
         for answer in answers:
             assert answer["results"][step].loss == pytest.approx(loss, rel=1e-6)
             assert answer["results"][step].grad_norm == pytest.approx(norm, rel=1e-6)
         if step in (0, STEPS - 1):
-            found = whole(answers, [answer["grads"][step > 0] for answer in answers], config)
-            # in fp32 the optimizer clips its gradients in place
+            grads = whole(answers, [answer["grads"][step > 0] for answer in answers], config)
+            # in fp32 the optimizer clips its gradients in own_rank
             scale = max(1.0, norm / config.optimizer.clip)
             wrong = [
                 name
-                for name in wanted
-                if not (found[name] * scale - wanted[name]).norm() <= 1e-5 * wanted[name].norm()
+                for name, expected in expected_grads.items()
+                if not (grads[name] * scale - expected).norm() <= 1e-5 * expected.norm()
             ]
             assert not wrong, f"gradients of step {step + 1}"
     after = whole(answers, [answer["after"] for answer in answers], config)
@@ -218,10 +163,10 @@ def broken_steps(parallel: dict[str, Any]) -> dict[str, Any]:
     config = small_config({}, parallel, batch={"global": 8, "micro": 1})
     engine = MegatronEngine(config)
     try:
-        place = engine.place
+        own_rank = engine.parallel_rank
 
         def own(step: int) -> list[Batch]:
-            return step_batches(config, step)[place.data_rank :: place.data_size]
+            return step_batches(config, step)[own_rank.data_rank :: own_rank.data_size]
 
         def state() -> list[torch.Tensor]:
             kept = [
@@ -235,7 +180,7 @@ def broken_steps(parallel: dict[str, Any]) -> dict[str, Any]:
         engine.train_step(own(0), 1e-3)
         before = state()
         batches = own(1)
-        if place.rank == place.world_size - 1:
+        if own_rank.rank == own_rank.world_size - 1:
             batches[-1] = replace(batches[-1], weights=batches[-1].weights * float("nan"))
         results = [
             engine.train_step(batches, 1e-3),

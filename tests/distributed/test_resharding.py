@@ -49,8 +49,8 @@ def steps_on_ranks(
     try:
         if load is not None:
             engine.load(load)
-        place = engine.place
-        own = [part[0] for part in sample_offsets(8, 1, place.data_rank, place.data_size)]
+        own_rank = engine.parallel_rank
+        own = [part[0] for part in sample_offsets(8, 1, own_rank.data_rank, own_rank.data_size)]
         results = [
             engine.train_step([step_batches(config, step)[i] for i in own], RATES[step])
             for step in steps
@@ -137,11 +137,11 @@ def test_every_replica_gets_the_masters_of_a_bf16_run(pool: RankPool, tmp_path: 
     masters = {
         name: value for name, value in stored.items() if name.startswith("optimizer.state.param.")
     }
-    wanted = sorted(float(value.double().sum()) for value in masters.values())
-    assert wanted != sorted(float(value.bfloat16().double().sum()) for value in masters.values())
+    expected = sorted(float(value.double().sum()) for value in masters.values())
+    assert expected != sorted(float(value.bfloat16().double().sum()) for value in masters.values())
     answers = pool.run(weights_on_ranks, first)
     total = sum(value.double().sum() for value in answers[0].values())
-    assert float(total) == pytest.approx(sum(wanted), rel=1e-12)
+    assert float(total) == pytest.approx(sum(expected), rel=1e-12)
     assert all(
         torch.equal(value, answer[name])
         for answer in answers[1:]
@@ -161,10 +161,10 @@ def test_a_run_moves_twice_and_repeats_the_uninterrupted_one(
         trainer = OracleTrainer(config, canonical(alone))
     finally:
         alone.close()
-    wanted = [trainer.step(step_batches(config, step), RATES[step])[:2] for step in range(15)]
+    expected = [trainer.step(step_batches(config, step), RATES[step])[:2] for step in range(15)]
     five, ten = folder(tmp_path / "five"), folder(tmp_path / "ten")
     found = pool.run(steps_on_ranks, LAYOUTS["TP2 x PP2 x DP2"], {}, None, range(5), five)[0][0]
     found += pool.run(steps_on_ranks, LAYOUTS["DP8"], {}, five, range(5, 10), ten)[0][0]
     found += steps_on_ranks({}, {}, ten, range(10, 15), None)[0]
-    for ours, theirs in zip(found, wanted, strict=True):
+    for ours, theirs in zip(found, expected, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)

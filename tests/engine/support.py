@@ -11,7 +11,7 @@ from llada.config import RunConfig, build_config
 from llada.engine.megatron import MegatronEngine
 from llada.noise import timesteps
 from llada.objectives import Batch, MaskedDiffusion, Window, collate
-from tests.model.canonical import gather
+from tests.model.assembly import gather
 from tests.model.oracle import Oracle
 
 MASK = 126
@@ -20,8 +20,9 @@ MASK = 126
 def small_config(
     model: dict[str, Any] | None = None, parallel: dict[str, Any] | None = None, **settings: Any
 ) -> RunConfig:
-    """Two query groups, four layers, packed documents; `settings` replace whole
-    top-level sections.
+    """A run with two query groups, four layers and packed documents.
+
+    `settings` replace whole sections of the config.
     """
     raw: dict[str, Any] = {
         "seed": 11,
@@ -48,8 +49,9 @@ def small_config(
 
 
 def step_batches(config: RunConfig, step: int, masking: str = "bernoulli") -> list[Batch]:
-    """All micro-batches of a step on made-up documents: rows of one, two and more segments, some a
-    single token long.
+    """All micro-batches of a step of random tokens.
+
+    Rows have one, two or more segments, and some segments are a single token.
     """
     rng = np.random.default_rng(100 + step)
     length, count = config.data.sequence_length, config.batch.global_
@@ -78,7 +80,7 @@ def step_batches(config: RunConfig, step: int, masking: str = "bernoulli") -> li
 
 
 def segment_ids(batch: Batch) -> torch.Tensor:
-    """[b, L]: which segment a token is in, from the boundaries."""
+    """The segment of each token, int64 [b, L], from the boundaries."""
     rows = [np.repeat(np.arange(len(b) - 1), np.diff(b)) for b in batch.layout.bounds]
     return torch.from_numpy(np.stack(rows))
 

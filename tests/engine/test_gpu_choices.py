@@ -85,7 +85,7 @@ def test_collectives_wait_twice_as_long_as_the_watchdog(monkeypatch: pytest.Monk
     monkeypatch.setattr(
         parallel_state, "initialize_model_parallel", lambda **settings: given.update(settings)
     )
-    monkeypatch.setattr(layout, "Place", lambda *_: None)
+    monkeypatch.setattr(layout, "ParallelRank", lambda *_: None)
     for name in ("get_data_parallel_rank", "get_data_parallel_world_size"):
         monkeypatch.setattr(parallel_state, name, lambda: 0)
     for name in ("get_rank", "get_world_size"):
@@ -120,7 +120,7 @@ def test_a_context_rank_gets_its_part_with_the_lengths_for_its_kernel(rank: int)
     first, length = 8 * rank, 8
     assert torch.equal(part.inputs, batch.inputs[:, first : first + length])
     assert torch.equal(part.positions, torch.arange(first, first + length))
-    wanted = [
+    expected = [
         ((column - first) * len(batch.inputs) + row, int(target), float(weight))
         for row, column, target, weight in zip(
             batch.rows.tolist(), batch.columns.tolist(), batch.targets, batch.weights, strict=True
@@ -129,7 +129,7 @@ def test_a_context_rank_gets_its_part_with_the_lengths_for_its_kernel(rank: int)
     ]
     assert (
         list(zip(part.indices.tolist(), part.targets.tolist(), part.weights.tolist(), strict=True))
-        == wanted
+        == expected
     )
     assert part.lengths is not None
     assert int(part.lengths.queries[-1]) == len(batch.inputs) * length

@@ -26,11 +26,11 @@ def engine() -> Iterator[MegatronEngine]:
 
 def test_logits_equal_the_oracle(engine: MegatronEngine) -> None:
     batch = step_batches(engine.config, 0)[0]
-    wanted = OracleTrainer(engine.config, canonical(engine)).oracle(
+    expected = OracleTrainer(engine.config, canonical(engine)).oracle(
         batch.inputs, segment_ids(batch)
     )
     got = engine.logits(batch)
-    assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 def input_gradient(engine: MegatronEngine, bounds: tuple[int, ...], position: int) -> torch.Tensor:
@@ -84,7 +84,7 @@ def test_evaluate_gives_the_sum_of_every_segment(engine: MegatronEngine) -> None
     trainer = OracleTrainer(config, canonical(engine))
     count = 1 + max(int(b.segments.max()) for b in batches)
     sums = engine.evaluate(batches, count)
-    wanted = torch.zeros(count, dtype=torch.float64)
+    expected = torch.zeros(count, dtype=torch.float64)
     with torch.no_grad():
         for batch in batches:
             logits = trainer.oracle(batch.inputs, segment_ids(batch))[batch.rows, batch.columns]
@@ -92,5 +92,5 @@ def test_evaluate_gives_the_sum_of_every_segment(engine: MegatronEngine) -> None
                 torch.nn.functional.cross_entropy(logits, batch.targets, reduction="none")
                 * batch.weights
             )
-            wanted.index_add_(0, batch.segments, each.double())
-    torch.testing.assert_close(sums, wanted, rtol=1e-5, atol=1e-6)
+            expected.index_add_(0, batch.segments, each.double())
+    torch.testing.assert_close(sums, expected, rtol=1e-5, atol=1e-6)

@@ -21,8 +21,8 @@ SHAPES = {
 }
 
 
-def close(got: torch.Tensor, wanted: torch.Tensor, tolerance: float) -> bool:
-    return bool((got - wanted).norm() <= tolerance * wanted.norm())
+def close(got: torch.Tensor, expected: torch.Tensor, tolerance: float) -> bool:
+    return bool((got - expected).norm() <= tolerance * expected.norm())
 
 
 @pytest.mark.parametrize("masking", ["bernoulli", "fixed_count"])
@@ -47,8 +47,8 @@ def test_five_steps_equal_the_oracle(shape: str, masking: str) -> None:
                 wrong = [name for name in grads if not close(ours[name] * scale, grads[name], 1e-5)]
                 assert not wrong
         after = canonical(engine)
-        for name, wanted in trainer.oracle.w.items():
-            assert (after[name] - wanted).abs().max() <= 0.02 * sum(rates), name
+        for name, expected in trainer.oracle.w.items():
+            assert (after[name] - expected).abs().max() <= 0.02 * sum(rates), name
     finally:
         engine.close()
 

@@ -58,7 +58,7 @@ def test_equals_a_plain_computation_of_the_bound(
     token.
     """
     data, engine = parts
-    validator = Validator(data, engine.place)
+    validator = Validator(data, engine.parallel_rank)
     measured = validator(engine)
     line, plan = measured.line, validator.design(0).plan
     trainer = OracleTrainer(data.config, canonical(engine))
@@ -127,7 +127,7 @@ def test_the_same_noise_whatever_the_micro_batch_or_the_seed(workplace: Workplac
     for micro in (1, 2, 8):
         data, engine = made(workplace, micro)
         try:
-            lines.append(Validator(data, engine.place)(engine).line["nelbo_per_token"])
+            lines.append(Validator(data, engine.parallel_rank)(engine).line["nelbo_per_token"])
         finally:
             engine.close()
     assert lines[1:] == [pytest.approx(lines[0], rel=1e-6)] * 2
@@ -145,7 +145,7 @@ def test_the_same_noise_whatever_the_micro_batch_or_the_seed(workplace: Workplac
                 }
             )
         )
-        validator = Validator(data, engine.place)
+        validator = Validator(data, engine.parallel_rank)
         plan = validator.design(0).plan
         seen.append(
             (plan.t.tolist(), [batch.inputs.tolist() for batch in validator._batches(plan, 0)])
@@ -169,7 +169,7 @@ def test_every_text_is_read_at_evenly_spaced_t_from_its_own_offset_and_shares_no
         {**raw, "data": {"sequence_length": 64, "document_mask": document_mask, "mixture": mixture}}
     )
     data = PretrainData(config)
-    design = Validator(data, parts[1].place).design(0)
+    design = Validator(data, parts[1].parallel_rank).design(0)
     plan, each = design.plan, 12 if few else 4
     assert len(plan.samples) == (12 * count if few else windows)
     assert sorted(np.unique(plan.instances, return_counts=True)[1]) == [each] * (
@@ -201,7 +201,7 @@ def test_the_file_of_a_validation_holds_the_losses_behind_its_line(
     parts: tuple[PretrainData, MegatronEngine], tmp_path: Path
 ) -> None:
     data, engine = parts
-    measured = Validator(data, engine.place)(engine)
+    measured = Validator(data, engine.parallel_rank)(engine)
     path = validation_files.write(tmp_path, 7, measured.corpora)
     assert path == tmp_path / "validation" / "step_00000007.npz" and path.stat().st_size < 20_000
     [back] = validation_files.read(tmp_path, 7)

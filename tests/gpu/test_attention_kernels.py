@@ -90,8 +90,8 @@ def plain(
     return torch.stack(rows, dim=1)
 
 
-def relative_error(ours: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float((ours.float() - wanted.float()).norm() / wanted.float().norm())
+def relative_error(ours: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((ours.float() - expected.float()).norm() / expected.float().norm())
 
 
 def errors(
@@ -140,14 +140,14 @@ def errors(
     direction = torch.randn(out.shape, device=device)
     gradients = torch.autograd.grad(out, tensors, direction.to(dtype))
     wide = [x.detach().float().requires_grad_() for x in tensors]
-    wanted = plain(*wide, layout, offset)
-    references = torch.autograd.grad(wanted, wide, direction.to(dtype).float())
-    found = {"output": relative_error(out, wanted)}
-    found |= {
+    expected = plain(*wide, layout, offset)
+    references = torch.autograd.grad(expected, wide, direction.to(dtype).float())
+    errors_by_name = {"output": relative_error(out, expected)}
+    errors_by_name |= {
         name: relative_error(ours, theirs)
         for name, ours, theirs in zip("qkv", gradients, references, strict=True)
     }
-    return found
+    return errors_by_name
 
 
 def check_operators(names: set[str], kernel: attention.Kernel | None, layout: Segments) -> None:
@@ -164,10 +164,10 @@ def check_operators(names: set[str], kernel: attention.Kernel | None, layout: Se
 
 def kernels(device: str) -> list[attention.Kernel | None]:
     """All that are installed, and torch's scaled dot product."""
-    found: list[attention.Kernel | None] = [None]
+    installed: list[attention.Kernel | None] = [None]
     if device == "cuda":
-        found += attention.installed_kernels(torch.cuda.get_device_capability()[0])
-    return found
+        installed += attention.installed_kernels(torch.cuda.get_device_capability()[0])
+    return installed
 
 
 @pytest.mark.parametrize("cut", ["whole rows", "rows cut alike", "rows cut differently"])
@@ -187,10 +187,10 @@ def test_every_kernel_is_the_plain_computation(
     dtype = torch.bfloat16 if hardware.is_gpu else torch.float32
     layout = layouts(shape)[cut]
     for kernel in kernels(hardware.device):
-        found = errors(kernel, shape, layout, part, dtype, hardware.device)
+        errors_by_name = errors(kernel, shape, layout, part, dtype, hardware.device)
         name = kernel.name if kernel is not None else "torch scaled dot product"
-        record_property(f"{name}: largest relative error", f"{max(found.values()):.1e}")
-        assert max(found.values()) <= TOLERANCE[dtype], (name, found)
+        record_property(f"{name}: largest relative error", f"{max(errors_by_name.values()):.1e}")
+        assert max(errors_by_name.values()) <= TOLERANCE[dtype], (name, errors_by_name)
 
 
 @pytest.mark.gpu

@@ -47,8 +47,8 @@ def prepared(engine: MegatronEngine, step: int) -> list[RankBatch]:
     return [engine.prepare(batch) for batch in step_batches(engine.config, step)]
 
 
-def relative(ours: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float((ours.float().cpu() - wanted).norm() / wanted.norm())
+def relative(ours: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((ours.float().cpu() - expected).norm() / expected.norm())
 
 
 def state(engine: MegatronEngine) -> list[torch.Tensor]:
@@ -78,7 +78,7 @@ def test_the_engine_equals_the_oracle(
         worst_loss = worst_norm = worst_gradient = 0.0
         for step in range(3):
             batches = step_batches(engine.config, step)
-            loss, norm, wanted = trainer.step(batches, 30 * RATE)
+            loss, norm, expected = trainer.step(batches, 30 * RATE)
             result = engine.train_step(prepared(engine, step), 30 * RATE)
             worst_loss = max(worst_loss, abs(result.loss / loss - 1))
             worst_norm = max(worst_norm, abs(result.grad_norm / norm - 1))
@@ -87,7 +87,7 @@ def test_the_engine_equals_the_oracle(
                 scale = max(1.0, result.grad_norm / engine.config.optimizer.clip)
                 ours = canonical(engine, "gradients")
                 worst_gradient, tensor = max(
-                    (relative(ours[name] * scale, wanted[name]), name) for name in wanted
+                    (relative(ours[name] * scale, expected[name]), name) for name in expected
                 )
         record_property(f"{precision}: largest relative error of a loss", f"{worst_loss:.1e}")
         record_property(
@@ -116,8 +116,8 @@ def test_a_resumed_run_repeats_every_bit(
             engine.train_step(prepared(engine, step), RATE)
         saved = state(engine)
         pending = engine.start_save(tmp_path)
-        wanted = [engine.train_step(prepared(engine, step), RATE) for step in (2, 3)]
-        numbers = [(result.loss, result.grad_norm) for result in wanted]
+        expected = [engine.train_step(prepared(engine, step), RATE) for step in (2, 3)]
+        numbers = [(result.loss, result.grad_norm) for result in expected]
         pending.wait()
         assert pending.error is None
         pending.finish()
@@ -168,8 +168,8 @@ def test_recomputation_changes_nothing(hardware: Hardware) -> None:
             results = [engine.train_step(prepared(engine, step), RATE) for step in range(3)]
             found[recompute] = [(result.loss, result.grad_norm) for result in results]
     for other in ("selective", "full"):
-        for ours, wanted in zip(found[other], found["none"], strict=True):
-            assert ours == pytest.approx(wanted, rel=2e-6)
+        for ours, expected in zip(found[other], found["none"], strict=True):
+            assert ours == pytest.approx(expected, rel=2e-6)
 
 
 @pytest.mark.gpu

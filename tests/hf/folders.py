@@ -1,5 +1,6 @@
-"""Hugging Face folders made without this package's code: the published layout from plain tensors,
-and transformers' own Llama.
+"""Makes Hugging Face folders without this package's code.
+
+They are in the published layout, from plain tensors, or transformers' own Llama.
 """
 
 from __future__ import annotations
@@ -76,9 +77,8 @@ PUBLISHED_8B = {
     "vocab_size": 126464,
     "weight_tying": False,
 }
-"""The config.json of LLaDA-8B-Instruct, less its dtype, which each version of transformers spells
-its own way.
-"""
+"""The config.json of LLaDA-8B-Instruct without its dtype, whose spelling differs between versions
+of transformers."""
 
 
 def published_config(model: ModelSection, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -103,16 +103,16 @@ def published_config(model: ModelSection, tokenizer: Tokenizer) -> dict[str, Any
 
 
 def published_tensors(model: ModelSection, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Random weights under the published names, written down once more: norms away from 1, matrices
-    of unit gain.
+    """Random weights under the published names.
+
+    Norms are away from 1 and matrices of unit gain, so that every tensor affects the logits. Names
+    and shapes are written out again here, and not taken from the package.
     """
     draw = torch.Generator().manual_seed(seed)
-    d, ff, kv, v = (
-        model.hidden_size,
-        model.ffn_hidden_size,
-        model.kv_heads * model.head_dim,
-        model.vocab_size,
-    )
+    d = model.hidden_size
+    ff = model.ffn_hidden_size
+    kv = model.kv_heads * model.head_dim
+    v = model.vocab_size
     matrices = {"q_proj": (d, d), "k_proj": (kv, d), "v_proj": (kv, d), "attn_out": (d, d)}
     matrices |= {"ff_proj": (ff, d), "up_proj": (ff, d), "ff_out": (d, ff)}
 
@@ -138,7 +138,10 @@ def published_tensors(model: ModelSection, seed: int = 0) -> dict[str, torch.Ten
 def published_folder(
     folder: Path, tokenizer: Path, dtype: torch.dtype = torch.float32, files: int = 1, **sizes: Any
 ) -> dict[str, torch.Tensor]:
-    """Write a folder in the published layout; its tensors. With `files` > 1 there is an index."""
+    """Write a folder in the published layout and return its tensors.
+
+    With `files` > 1 it has an index.
+    """
     model = ModelSection(**{**SIZES, **sizes})
     tensors = {name: tensor.to(dtype) for name, tensor in published_tensors(model).items()}
     shutil.copytree(tokenizer, folder)
@@ -161,8 +164,10 @@ def published_folder(
 
 
 def llama_folder(folder: Path, tokenizer: Path, **fields: Any) -> torch.nn.Module:
-    """Write transformers' own Llama, causal and with its own names, beside a tokenizer;
-    the model.
+    """Write transformers' own Llama, causal and with its own names, with a tokenizer.
+
+    Returns:
+        The model.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 

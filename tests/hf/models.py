@@ -1,4 +1,4 @@
-"""Small exported models with random weights, and how two results are compared."""
+"""Small exported models with random weights, and the comparison of results."""
 
 from __future__ import annotations
 
@@ -51,13 +51,16 @@ def hf_config(model: ModelSection, **settings: Any) -> LLaDAConfig:
 
 
 def random_weights(model: ModelSection) -> dict[str, torch.Tensor]:
-    """Norm weights away from 1, so that a norm whose weight is not used shows."""
+    """Random weights. Norms are away from 1, so that a norm without its weight is noticed."""
     torch.manual_seed(0)
     shapes = canonical_shapes(model)
-    return {
-        n: torch.rand(s) + 0.5 if len(s) == 1 else torch.randn(s) / math.sqrt(s[1])
-        for n, s in shapes.items()
-    }
+    weights = {}
+    for name, shape in shapes.items():
+        if len(shape) == 1:
+            weights[name] = torch.rand(shape) + 0.5
+        else:
+            weights[name] = torch.randn(shape) / math.sqrt(shape[1])
+    return weights
 
 
 def made(**settings: Any) -> LLaDAModelLM:
@@ -71,8 +74,8 @@ def tokens(rows: int = 2, length: int = 12) -> torch.Tensor:
     return torch.randint(0, 128, (rows, length), generator=torch.Generator().manual_seed(1))
 
 
-def assert_near(got: torch.Tensor, wanted: torch.Tensor, relative: float = 1e-5) -> None:
-    assert (got - wanted).abs().max() <= relative * wanted.abs().max()
+def assert_near(actual: torch.Tensor, expected: torch.Tensor, relative: float = 1e-5) -> None:
+    assert (actual - expected).abs().max() <= relative * expected.abs().max()
 
 
 def gradients(
@@ -84,10 +87,11 @@ def gradients(
 
 
 def noisy_batch(prompt: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Noisy ids, clean ids and p_mask [b, s]; the first tokens are not labelled."""
-    clean, chance = tokens(3, 12) % 126, torch.tensor([0.9, 0.5, 0.2])[:, None].expand(3, 12)
-    masked = torch.rand(3, 12, generator=torch.Generator().manual_seed(2)) < chance
+    """Noisy ids, clean ids and p_mask, each [b, s]; the first `prompt` tokens have no label."""
+    clean = tokens(3, 12) % 126
+    p_mask = torch.tensor([0.9, 0.5, 0.2])[:, None].expand(3, 12)
+    masked = torch.rand(3, 12, generator=torch.Generator().manual_seed(2)) < p_mask
     noisy = torch.where(masked, 126, clean)
     labels = clean.clone()
     labels[:, :prompt] = -100
-    return noisy, labels, chance
+    return noisy, labels, p_mask

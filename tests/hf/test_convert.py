@@ -26,8 +26,8 @@ from llada.checkpoint.writing import write_model
 from llada.config.sections import ModelSection
 from llada.errors import RunError, UserError
 from llada.files import flush_in_background
-from llada.hf import convert as module
-from llada.hf.convert import convert, parse_size, to_hf
+from llada.hf import exporting as module
+from llada.hf.exporting import ExportOptions, export, parse_size, to_hf
 from llada.hf.tensor_files import write_safetensors
 from llada.tokenizer import Tokenizer
 from tests.hf.folders import SIZES, published_tensors
@@ -84,8 +84,10 @@ def test_plain_transformers_computes_the_training_models_logits(
     workplace: Workplace, tmp_path: Path
 ) -> None:
     folder, reference = tmp_path / "export", tmp_path / "reference.safetensors"
-    said = convert(str(workplace.folder / "whole"), str(folder), True, str(reference))
-    assert "verified on 4 x 128 tokens" in said
+    output = export(
+        str(workplace.folder / "whole"), str(folder), True, str(reference), ExportOptions()
+    )
+    assert "verified on 4 x 128 tokens" in output
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
@@ -98,16 +100,17 @@ def test_plain_transformers_computes_the_training_models_logits(
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["dtype"] == "torch.float32"
-    assert found["shape"] == [4, 128]
-    assert found["difference"] <= 1e-5
-    assert found["padding"] <= 1e-5, "attention_mask is honoured"
-    assert found["same"] > 0.1
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["dtype"] == "torch.float32"
+    assert result["shape"] == [4, 128]
+    assert result["difference"] <= 1e-5
+    assert result["padding"] <= 1e-5, "attention_mask is honoured"
+    assert result["same"] > 0.1
     tokenizer = Tokenizer.load(folder)
-    assert (found["mask"], found["eos"]) == (tokenizer.mask_id, tokenizer.eos_id)
+    assert (result["mask"], result["eos"]) == (tokenizer.mask_id, tokenizer.eos_id)
     assert (
-        found["chat"] == ChatFormat(tokenizer).prompt([Message("user", "What is a mask?")]).tolist()
+        result["chat"]
+        == ChatFormat(tokenizer).prompt([Message("user", "What is a mask?")]).tolist()
     )
     ids = load_file(reference)["input_ids"]
     assert ids.dtype == torch.int64
@@ -149,7 +152,7 @@ def test_the_config_names_the_longest_sequence_of_the_lineage(
     state = json.loads(path.read_text())
     state["lineage"] = [{"init_from": "before", "sequence_length": 4096}]
     path.write_text(json.dumps(state))
-    to_hf(source, tmp_path / "out", dtype="bf16", checksums=False)
+    to_hf(source, tmp_path / "out", ExportOptions(dtype="bf16", checksums=False))
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["max_sequence_length"] == 4096
     assert config["torch_dtype"] == "bfloat16"
@@ -194,7 +197,7 @@ def test_a_damaged_checkpoint_is_refused_and_leaves_nothing(
     for path in source.glob(name):
         damage(path)
     with pytest.raises(UserError) as caught:
-        to_hf(source, tmp_path / "deep" / "out", checksums=False)
+        to_hf(source, tmp_path / "deep" / "out", ExportOptions(checksums=False))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged"]
@@ -218,7 +221,7 @@ def test_a_config_that_is_not_the_weights_is_refused(workplace: Workplace, tmp_p
             )
         )
         with pytest.raises(UserError, match=message):
-            to_hf(source, tmp_path / "out", checksums=False)
+            to_hf(source, tmp_path / "out", ExportOptions(checksums=False))
 
 
 def test_an_output_that_exists_is_replaced_only_when_asked(
@@ -229,11 +232,11 @@ def test_an_output_that_exists_is_replaced_only_when_asked(
     before = (out / "model.safetensors").read_bytes()
     with pytest.raises(UserError, match=r"OUT: .* exists; --force replaces"):
         to_hf(source, out)
-    to_hf(source, out, force=True)
+    to_hf(source, out, ExportOptions(force=True))
     assert (out / "model.safetensors").read_bytes() == before
     (out / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match=r"holds 'thesis.txt'"):
-        to_hf(source, out, force=True)
+        to_hf(source, out, ExportOptions(force=True))
     assert (out / "thesis.txt").read_text() == "mine"
 
 
@@ -249,7 +252,7 @@ def test_a_folder_that_computes_something_else_is_not_kept(
 
     monkeypatch.setattr(module, "CheckpointWeights", Wrong)
     with pytest.raises(RunError, match="computes other logits"):
-        convert(str(workplace.folder / "whole"), str(tmp_path / "out"), True, None)
+        export(str(workplace.folder / "whole"), str(tmp_path / "out"), True, None, ExportOptions())
     assert not (tmp_path / "out").exists()
 
 
@@ -299,14 +302,14 @@ def test_the_mean_of_checkpoints_is_that_of_their_masters(half: Path, tmp_path: 
     """Read here with torch's own checkpoint reader."""
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-    said = to_hf(half, tmp_path / "out", dtype="fp32", average=2)
-    assert said.endswith("the mean of the checkpoints after steps 2, 4")
+    output = to_hf(half, tmp_path / "out", ExportOptions(dtype="fp32", average=2))
+    assert output.endswith("the mean of the checkpoints after steps 2, 4")
     both = []
     for step in (2, 4):
         dcp_to_torch_save(half / "checkpoints" / f"step_{step:08d}" / "model", tmp_path / "all.pt")
         # our own file, of the line before
         both.append(torch.load(tmp_path / "all.pt", weights_only=False))
-    found = load_file(tmp_path / "out" / "model.safetensors")
+    exported = load_file(tmp_path / "out" / "model.safetensors")
     for key, stored in (
         ("wte", "embedding.word_embeddings"),
         ("ff_out", "output_layer"),
@@ -314,11 +317,11 @@ def test_the_mean_of_checkpoints_is_that_of_their_masters(half: Path, tmp_path: 
     ):
         masters = [each[f"optimizer.state.param.{stored}.weight"] for each in both]
         wanted = ((masters[0].double() + masters[1].double()) / 2).float()
-        assert torch.equal(found[f"model.transformer.{key}.weight"], wanted)
+        assert torch.equal(exported[f"model.transformer.{key}.weight"], wanted)
         assert not torch.equal(wanted, wanted.bfloat16().float())
     down = [each["optimizer.state.param.decoder.layers.mlp.linear_fc2.weight"] for each in both]
     wanted = ((down[0].double() + down[1].double()) / 2).float()
-    assert torch.equal(found["model.transformer.blocks.1.ff_out.weight"], wanted[1])
+    assert torch.equal(exported["model.transformer.blocks.1.ff_out.weight"], wanted[1])
     assert (
         "mean of the checkpoints after steps 2, 4" in (tmp_path / "out" / "README.md").read_text()
     )
@@ -330,23 +333,25 @@ def test_fp32_of_a_bf16_run_is_its_masters_and_verified_as_such(half: Path, tmp_
     their mean, too.
     """
     for name, average in (("out", 1), ("mean", 2)):
-        said = convert(str(half), str(tmp_path / name), True, None, dtype="fp32", average=average)
-        assert "in fp32 from the run's fp32 masters" in said and "allowed 1e-05" in said
+        output = export(
+            str(half), str(tmp_path / name), True, None, ExportOptions("fp32", average=average)
+        )
+        assert "in fp32 from the run's fp32 masters" in output and "allowed 1e-05" in output
         values = load_file(tmp_path / name / "model.safetensors")["model.transformer.wte.weight"]
         assert not torch.equal(values, values.bfloat16().float())
 
 
 SLOW_WRITER = """
 import sys, time
-from llada.hf import convert
-real = convert.write_safetensors
+from llada.hf import exporting
+real = exporting.write_safetensors
 
 def write(*arguments):
     real(*arguments)
     print("written", flush=True)
     time.sleep(60)
 
-convert.write_safetensors = write
+exporting.write_safetensors = write
 sys.argv = ["llada", "convert", "to-hf", *sys.argv[1:]]
 from llada.cli import main
 main()
@@ -373,14 +378,14 @@ def test_the_mean_of_one_is_the_checkpoint_and_too_many_are_refused(
         UserError,
         match=r"--average: 4 checkpoints are asked for, .* has 3 complete ones up to step_00000012",
     ):
-        to_hf(source, tmp_path / "out", average=4)
+        to_hf(source, tmp_path / "out", ExportOptions(average=4))
     with pytest.raises(
         UserError,
         match=r"--average: 2 checkpoints are asked for, .* has 1 complete ones up to step_00000004",
     ):
-        to_hf(source / "checkpoints" / "step_00000004", tmp_path / "out", average=2)
+        to_hf(source / "checkpoints" / "step_00000004", tmp_path / "out", ExportOptions(average=2))
     with pytest.raises(UserError, match=r"--average: 0 is less than 1"):
-        to_hf(source, tmp_path / "out", average=0)
+        to_hf(source, tmp_path / "out", ExportOptions(average=0))
     assert not (tmp_path / "out").exists()
 
 
@@ -400,7 +405,7 @@ def test_sizes(text: str, size: int) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "GB", "5 apples", "-3GB", "0", "5GBit", "1e9", f"{'9' * 400}TB"],
+    ["", "GB", "5 apples", "-3GB", "0", "5GBit", "5IB", "1e9", f"{'9' * 400}TB"],
     ids=lambda text: text[:8],
 )
 def test_what_is_no_size_is_refused(text: str) -> None:
@@ -426,7 +431,7 @@ def test_a_flipped_bit_is_found_before_anything_is_written(
 def test_the_model_card_says_what_the_checkpoint_knows(
     workplace: Workplace, tmp_path: Path
 ) -> None:
-    to_hf(workplace.folder / "whole", tmp_path / "out", license_="apache-2.0")
+    to_hf(workplace.folder / "whole", tmp_path / "out", ExportOptions(license="apache-2.0"))
     card = (tmp_path / "out" / "README.md").read_text()
     assert card.startswith("---\nlicense: apache-2.0\nlibrary_name: transformers\n")
     last = [
@@ -438,7 +443,7 @@ def test_the_model_card_says_what_the_checkpoint_knows(
         f"| corpus | {nelbo['nelbo_per_token']:.4f} ± {nelbo['nelbo_per_token_se']:.4f} |"
         f" {nelbo['bits_per_byte']:.4f} ±" in card
     )
-    assert "After step 12" in card and "| steps, tokens seen | 12, 6,144 |" in card
+    assert "after step 12" in card and "| steps, tokens seen | 12, 6,144 |" in card
     shapes = load_file(tmp_path / "out" / "model.safetensors")
     assert f"{sum(tensor.numel() for tensor in shapes.values()):,} (" in card
     assert str(workplace.folder) not in card
@@ -466,7 +471,11 @@ def test_the_model_card_says_what_the_checkpoint_knows(
     with pytest.raises(
         UserError, match=r"--license: 'do what you want' is not an identifier of a licence"
     ):
-        to_hf(workplace.folder / "whole", tmp_path / "other", license_="do what you want")
+        to_hf(
+            workplace.folder / "whole",
+            tmp_path / "other",
+            ExportOptions(license="do what you want"),
+        )
 
 
 class Counting(InMemory):
@@ -484,12 +493,12 @@ def test_no_tensor_is_ever_in_memory_as_a_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both ways, blocks of at most so many values; what is read of a file is what was asked for."""
-    for place in (
+    for constant in (
         "llada.model.weights.BLOCK_ELEMENTS",
         "llada.hf.tensor_files.BLOCK_ELEMENTS",
         "llada.checkpoint.writing.PIECE_ELEMENTS",
     ):
-        monkeypatch.setattr(place, 1000)
+        monkeypatch.setattr(constant, 1000)
     model = ModelSection(**{**SIZES, "num_query_groups": 4})
     source = Counting(published_tensors(model))
     write_model(tmp_path, source, model, torch.float32)
@@ -507,8 +516,8 @@ def test_no_tensor_is_ever_in_memory_as_a_whole(
     assert max(read) <= 1000 and sum(read) == sum(
         tensor.numel() for tensor in source.tensors.values()
     )
-    found = load_file(tmp_path / "out" / "model.safetensors")
-    assert all(torch.equal(found[name], tensor) for name, tensor in source.tensors.items())
+    exported = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(exported[name], tensor) for name, tensor in source.tensors.items())
 
 
 def test_a_disk_that_fails_to_flush_is_no_finished_export(

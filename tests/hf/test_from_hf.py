@@ -22,7 +22,7 @@ from data_tools.readers.reading import ReadOptions, Report, read
 from llada.checkpoint.format import read_state, resolve_checkpoint
 from llada.config.sections import ModelSection
 from llada.errors import RunError, UserError
-from llada.hf.convert import to_hf
+from llada.hf.exporting import ExportOptions, to_hf
 from llada.hf.folder import open_folder
 from llada.hf.importing import ImportOptions, from_hf
 from llada.hf.modeling_llada import LLaDAModelLM
@@ -60,7 +60,7 @@ def plain_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def exported(
     checkpoint_folder: Path, out: Path, dtype: str | None = None
 ) -> dict[str, torch.Tensor]:
-    to_hf(checkpoint_folder, out, dtype=dtype)
+    to_hf(checkpoint_folder, out, ExportOptions(dtype=dtype))
     return load_file(out / "model.safetensors")
 
 
@@ -75,13 +75,13 @@ def exported(
 def test_every_tensor_comes_back_bit_for_bit(
     tied: bool, dtype: torch.dtype, name: str, files: int, workplace: Workplace, tmp_path: Path
 ) -> None:
-    wanted = published_folder(
+    expected = published_folder(
         tmp_path / "folder", workplace.folder / "tokenizer", dtype, files, tie_embeddings=tied
     )
     from_hf(tmp_path / "folder", tmp_path / "checkpoint")
     found = exported(tmp_path / "checkpoint", tmp_path / "back", name)
-    assert found.keys() == wanted.keys()
-    for key, tensor in wanted.items():
+    assert found.keys() == expected.keys()
+    for key, tensor in expected.items():
         assert found[key].dtype == dtype
         assert torch.equal(found[key].view(torch.uint8), tensor.view(torch.uint8)), key
     before, after = (
@@ -106,7 +106,7 @@ def test_the_same_folder_gives_the_same_bytes(workplace: Workplace, tmp_path: Pa
     published_folder(tmp_path / "folder", workplace.folder / "tokenizer", files=2)
     for name in ("one", "two"):
         from_hf(tmp_path / "folder", tmp_path / name)
-        to_hf(tmp_path / name, tmp_path / f"{name}-hf", max_shard_size="64KiB")
+        to_hf(tmp_path / name, tmp_path / f"{name}-hf", ExportOptions(max_shard_size="64KiB"))
     for suffix in ("", "-hf"):
         files = [
             path.relative_to(tmp_path / f"one{suffix}")
@@ -122,14 +122,14 @@ def test_the_same_folder_gives_the_same_bytes(workplace: Workplace, tmp_path: Pa
 
 def test_pickled_weights_are_read_only_with_leave(workplace: Workplace, tmp_path: Path) -> None:
     folder = tmp_path / "folder"
-    wanted = published_folder(folder, workplace.folder / "tokenizer", torch.bfloat16)
+    expected = published_folder(folder, workplace.folder / "tokenizer", torch.bfloat16)
     (folder / "model.safetensors").unlink()
-    torch.save(wanted, folder / "pytorch_model.bin")
+    torch.save(expected, folder / "pytorch_model.bin")
     with pytest.raises(UserError, match=r"as pickles .*`llada convert from-hf --allow-pickle`"):
         from_hf(folder, tmp_path / "checkpoint")
     from_hf(folder, tmp_path / "checkpoint", ImportOptions(allow_pickle=True))
     found = exported(tmp_path / "checkpoint", tmp_path / "back")
-    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 def test_a_pickle_that_runs_code_is_refused_with_leave_too(
@@ -201,17 +201,19 @@ def test_a_llama_is_the_same_function_under_a_causal_mask(
     has Llama's logits.
     """
     llama = llama_folder(tmp_path / "llama", plain_tokenizer, **fields)
-    said = from_hf(tmp_path / "llama", tmp_path / "checkpoint", ImportOptions(add_mask_token=True))
-    assert f"1 new tokens ({MASK} 500), rows 500 -> 512, 11 of them padding" in said
+    output = from_hf(
+        tmp_path / "llama", tmp_path / "checkpoint", ImportOptions(add_mask_token=True)
+    )
+    assert f"1 new tokens ({MASK} 500), rows 500 -> 512, 11 of them padding" in output
     to_hf(tmp_path / "checkpoint", tmp_path / "out")
     ours = LLaDAModelLM.from_pretrained(tmp_path / "out").eval()
     ids = torch.randint(0, 500, (2, 24), generator=torch.Generator().manual_seed(1))
     causal = torch.ones(24, 24, dtype=torch.bool).tril().expand(2, 1, 24, 24)
     with torch.no_grad():
-        wanted = llama(ids).logits
+        expected = llama(ids).logits
         found = ours(ids, attention_mask=causal).logits
     assert found.shape[-1] == 512
-    assert (found[..., :500] - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    assert (found[..., :500] - expected).abs().max() <= 1e-5 * expected.abs().max()
     rows = llama.get_input_embeddings().weight.detach()
     assert torch.allclose(
         ours.get_input_embeddings().weight[500:],
@@ -288,8 +290,10 @@ def test_the_model_section_of_a_run_is_printed(plain_tokenizer: Path, tmp_path: 
     defaults would change.
     """
     llama_folder(tmp_path / "llama", plain_tokenizer, vocab_size=520)
-    said = from_hf(tmp_path / "llama", tmp_path / "checkpoint", ImportOptions(add_mask_token=True))
-    printed = yaml.safe_load(said[said.index("\nmodel:\n") :])
+    output = from_hf(
+        tmp_path / "llama", tmp_path / "checkpoint", ImportOptions(add_mask_token=True)
+    )
+    printed = yaml.safe_load(output[output.index("\nmodel:\n") :])
     assert ModelSection.model_validate(printed["model"]) == open_folder(tmp_path / "llama").model
     assert (printed["model"]["rope_theta"], printed["model"]["norm_eps"]) == (10000.0, 1e-6)
 
@@ -298,12 +302,12 @@ def test_new_tokens_take_rows_that_are_there_and_others_keep_theirs(
     plain_tokenizer: Path, tmp_path: Path
 ) -> None:
     llama = llama_folder(tmp_path / "llama", plain_tokenizer, vocab_size=520)
-    said = from_hf(
+    output = from_hf(
         tmp_path / "llama", tmp_path / "checkpoint", ImportOptions(add_special_tokens=True)
     )
     tokenizer = Tokenizer.load(tmp_path / "checkpoint" / "tokenizer")
     assert tokenizer.vocab_size == 506 and tokenizer.token(tokenizer.eos_id) == "</s>"
-    assert "6 new tokens" in said and "in 520 rows that were there" in said
+    assert "6 new tokens" in output and "in 520 rows that were there" in output
     found = exported(tmp_path / "checkpoint", tmp_path / "out")
     rows = llama.get_output_embeddings().weight.detach()
     head = found["model.transformer.ff_out.weight"]
@@ -316,10 +320,10 @@ def test_new_tokens_take_rows_that_are_there_and_others_keep_theirs(
 def test_an_import_can_be_sampled_from_and_verified(workplace: Workplace, tmp_path: Path) -> None:
     published_folder(tmp_path / "folder", workplace.folder / "tokenizer")
     workplace.run("convert", "from-hf", str(tmp_path / "folder"), str(tmp_path / "checkpoint"))
-    said = workplace.run(
+    output = workplace.run(
         "convert", "to-hf", str(tmp_path / "checkpoint"), str(tmp_path / "back"), "--verify"
     ).stdout
-    assert "the same best token at 512 of 512 positions" in said
+    assert "the same best token at 512 of 512 positions" in output
     texts = [
         workplace.run("sample", str(tmp_path / name), "def ", "--length", "8").stdout
         for name in ("checkpoint", "back")
@@ -332,9 +336,9 @@ def test_the_oracle_itself_agrees_with_the_import(workplace: Workplace, tmp_path
     from_hf(tmp_path / "folder", tmp_path / "checkpoint")
     to_hf(tmp_path / "checkpoint", tmp_path / "out")
     ids = torch.randint(0, 512, (2, 16))
-    wanted = Oracle(ModelSection(**SIZES), tensors)(ids, torch.zeros_like(ids))
+    expected = Oracle(ModelSection(**SIZES), tensors)(ids, torch.zeros_like(ids))
     found = LLaDAModelLM.from_pretrained(tmp_path / "out").eval()(ids).logits
-    assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 # -- what is refused -------------------------------------------------------------------------------
@@ -658,7 +662,7 @@ def test_weights_that_a_dtype_cannot_hold_are_not_written(
     with pytest.raises(
         RunError, match=rf"model.transformer.blocks.1.ff_out.weight holds {message}"
     ):
-        to_hf(tmp_path / "checkpoint", tmp_path / "out", dtype=dtype)
+        to_hf(tmp_path / "checkpoint", tmp_path / "out", ExportOptions(dtype=dtype))
     assert not (tmp_path / "out").exists()
 
 

@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 
 from llada.hf.modeling_llada import LLaDAModelLM
 from llada.sampling import diffusion
-from llada.sampling.diffusion import SamplingOptions, Specials
+from llada.sampling.diffusion import SamplingOptions, SpecialIds
 from tests.hf.models import made
 
 MASK, KNOWN = 100, 120
@@ -42,7 +42,7 @@ def prompts(rows: int = 2, length: int = 5) -> torch.Tensor:
 
 def wanted(hf: LLaDAModelLM, prompt: torch.Tensor, **settings: Any) -> torch.Tensor:
     """From the package's own sampler."""
-    options, specials = SamplingOptions(**settings), Specials(MASK, 1, KNOWN)
+    options, specials = SamplingOptions(**settings), SpecialIds(MASK, 1, KNOWN)
     return diffusion.generate(lambda ids: hf(ids).logits.detach(), prompt, specials, options)
 
 
@@ -61,38 +61,40 @@ def test_the_tokens_are_those_of_the_packages_sampler(
     steps: int, block: int | None, cfg: float
 ) -> None:
     hf, prompt = model(), prompts()
-    found = hf.diffusion_generate(
+    generated = hf.diffusion_generate(
         prompt, max_new_tokens=12, steps=steps, block_length=block, cfg_scale=cfg
     )
-    assert torch.equal(found[:, :5], prompt)
+    assert torch.equal(generated[:, :5], prompt)
     assert torch.equal(
-        found[:, 5:], wanted(hf, prompt, length=12, steps=steps, block_length=block, cfg=cfg)
+        generated[:, 5:], wanted(hf, prompt, length=12, steps=steps, block_length=block, cfg=cfg)
     )
-    assert (found != MASK).all() and (found < KNOWN).all()
-    assert len(found[:, 5:].unique()) > 2, "not one token everywhere"
+    assert (generated != MASK).all() and (generated < KNOWN).all()
+    assert len(generated[:, 5:].unique()) > 2, "not one token everywhere"
 
 
 def test_one_token_a_step_is_the_default_and_a_prompt_may_be_empty() -> None:
     hf = model(tie_embeddings=True)
-    found = hf.diffusion_generate(max_new_tokens=8)
-    assert torch.equal(found, wanted(hf, torch.empty(1, 0, dtype=torch.long), length=8, steps=8))
+    generated = hf.diffusion_generate(max_new_tokens=8)
+    assert torch.equal(
+        generated, wanted(hf, torch.empty(1, 0, dtype=torch.long), length=8, steps=8)
+    )
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4])
 def test_gaps_are_filled_as_by_the_packages_sampler(steps: int) -> None:
     hf, text = model(), prompts(2, 11)
     text[0, [2, 3, 7, 10]] = text[1, [0, 5]] = MASK
-    found = hf.diffusion_generate(text, max_new_tokens=0, steps=steps)
+    generated = hf.diffusion_generate(text, max_new_tokens=0, steps=steps)
     expected = diffusion.infill(
         lambda ids: hf(ids).logits.detach(),
         text,
-        Specials(MASK, 1, KNOWN),
+        SpecialIds(MASK, 1, KNOWN),
         SamplingOptions(steps=steps),
     )
-    assert torch.equal(found, expected)
-    assert torch.equal(found[text != MASK], text[text != MASK])
+    assert torch.equal(generated, expected)
+    assert torch.equal(generated[text != MASK], text[text != MASK])
     if steps == 4:
-        assert torch.equal(hf.diffusion_generate(text, max_new_tokens=0), found), (
+        assert torch.equal(hf.diffusion_generate(text, max_new_tokens=0), generated), (
             "by default one a token of the row with most"
         )
 
@@ -111,10 +113,12 @@ def test_a_padded_row_gives_what_it_gives_alone(side: str, settings: dict[str, A
     mask[0] = 0
     mask[0, place] = 1
     ids[0][mask[0] == 0] = MASK  # whatever stands there
-    found = hf.diffusion_generate(ids, mask, **settings)
-    assert torch.equal(found[0, 5:], hf.diffusion_generate(prompt[:1, place], **settings)[0, 2:])
-    assert torch.equal(found[1:], hf.diffusion_generate(prompt[1:], **settings))
-    assert torch.equal(found[:, :5], ids)
+    generated = hf.diffusion_generate(ids, mask, **settings)
+    assert torch.equal(
+        generated[0, 5:], hf.diffusion_generate(prompt[:1, place], **settings)[0, 2:]
+    )
+    assert torch.equal(generated[1:], hf.diffusion_generate(prompt[1:], **settings))
+    assert torch.equal(generated[:, :5], ids)
 
 
 def test_gaps_beside_padding_are_filled_as_alone() -> None:
@@ -123,11 +127,11 @@ def test_gaps_beside_padding_are_filled_as_alone() -> None:
     mask = torch.ones_like(text)
     mask[0, :3] = 0
     text[0, :3] = MASK
-    found = hf.diffusion_generate(text, mask, max_new_tokens=0)
+    generated = hf.diffusion_generate(text, mask, max_new_tokens=0)
     assert torch.equal(
-        found[0, 3:], hf.diffusion_generate(text[:1, 3:], max_new_tokens=0, steps=2)[0]
+        generated[0, 3:], hf.diffusion_generate(text[:1, 3:], max_new_tokens=0, steps=2)[0]
     )
-    assert (found[0, :3] == MASK).all(), "padding is not written"
+    assert (generated[0, :3] == MASK).all(), "padding is not written"
 
 
 @pytest.mark.parametrize("settings", [{"temperature": 1.0}, {"remasking": "random"}])
@@ -143,13 +147,13 @@ def test_a_generator_decides_the_noise(settings: dict[str, Any]) -> None:
             **settings,
         )
 
-    found = sample(7)
-    assert torch.equal(found, sample(7))
-    assert not torch.equal(found, sample(8))
-    assert (found[:, 5:] != MASK).all() and (found < KNOWN).all()
+    generated = sample(7)
+    assert torch.equal(generated, sample(7))
+    assert not torch.equal(generated, sample(8))
+    assert (generated[:, 5:] != MASK).all() and (generated < KNOWN).all()
     torch.manual_seed(7)
     assert torch.equal(
-        found, hf.diffusion_generate(prompt, max_new_tokens=12, steps=6, **settings)
+        generated, hf.diffusion_generate(prompt, max_new_tokens=12, steps=6, **settings)
     ), "torch's own by default"
 
 
@@ -164,14 +168,14 @@ def test_a_temperature_samples_from_the_softmax() -> None:
     )
     logits[MASK] = -torch.inf
     chance = (logits / temperature).softmax(-1)
-    found = hf.diffusion_generate(
+    generated = hf.diffusion_generate(
         prompt.expand(draws, -1),
         max_new_tokens=1,
         temperature=temperature,
         generator=torch.Generator().manual_seed(0),
     )
     often = chance * draws >= 5
-    counts = torch.bincount(found[:, -1], minlength=KNOWN).double()
+    counts = torch.bincount(generated[:, -1], minlength=KNOWN).double()
     seen = torch.cat([counts[often], counts[~often].sum()[None]])
     expected = torch.cat([chance[often], chance[~often].sum()[None]]) * draws
     freedom = len(seen) - 1
@@ -251,7 +255,7 @@ def test_generate_of_transformers_writes_by_diffusion_and_pads_what_follows_an_e
     hf, prompt = model(), prompts()
     plain = hf.diffusion_generate(prompt, max_new_tokens=12, steps=6)
     end, pad = int(plain[0, 7]), 99
-    found = hf.generate(
+    generated = hf.generate(
         prompt,
         max_new_tokens=12,
         steps=6,
@@ -260,12 +264,14 @@ def test_generate_of_transformers_writes_by_diffusion_and_pads_what_follows_an_e
         num_beams=1,
         top_p=None,
     )
-    for row, wanted in zip(found.tolist(), plain.tolist(), strict=True):
+    for row, wanted in zip(generated.tolist(), plain.tolist(), strict=True):
         stop = next((i for i in range(5, 17) if wanted[i] == end), 17)
         assert row == wanted[: stop + 1] + [pad] * (16 - stop)
-    assert found[0, 8] == pad
+    assert generated[0, 8] == pad
     by_config = GenerationConfig(max_length=17, eos_token_id=[end], pad_token_id=pad)
-    assert torch.equal(hf.generate(input_ids=prompt, generation_config=by_config, steps=6), found)
+    assert torch.equal(
+        hf.generate(input_ids=prompt, generation_config=by_config, steps=6), generated
+    )
     assert hf.generate(max_new_tokens=3).shape == (1, 3)
 
 

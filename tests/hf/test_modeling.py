@@ -37,14 +37,14 @@ def test_logits_and_gradients_equal_the_oracle(shape: str) -> None:
     hf = made(**SHAPES[shape])
     oracle = Oracle(section(**SHAPES[shape]), hf.state_dict())
     inputs = tokens()
-    wanted = oracle(inputs, torch.zeros_like(inputs))
-    assert_near(hf(inputs).logits, wanted)
-    direction = torch.randn(wanted.shape)
-    (wanted * direction).sum().backward()
-    found = gradients(hf, inputs, direction)
-    assert found.keys() == oracle.w.keys()
+    expected = oracle(inputs, torch.zeros_like(inputs))
+    assert_near(hf(inputs).logits, expected)
+    direction = torch.randn(expected.shape)
+    (expected * direction).sum().backward()
+    actual = gradients(hf, inputs, direction)
+    assert actual.keys() == oracle.w.keys()
     for name, parameter in oracle.w.items():
-        assert (found[name] - parameter.grad).norm() <= 1e-5 * parameter.grad.norm(), name
+        assert (actual[name] - parameter.grad).norm() <= 1e-5 * parameter.grad.norm(), name
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -60,12 +60,12 @@ def test_names_and_shapes_are_the_published_ones(shape: str) -> None:
 def test_padding_changes_nothing_for_the_tokens(side: str, kind: torch.dtype) -> None:
     hf, real = made(num_query_groups=2), 9
     inputs = tokens()
-    place = slice(12 - real, 12) if side == "left" else slice(0, real)
+    real_tokens = slice(12 - real, 12) if side == "left" else slice(0, real)
     mask = torch.zeros(2, 12, dtype=kind)
-    mask[0, place] = 1
+    mask[0, real_tokens] = 1
     mask[1] = 1
     logits = hf(inputs, attention_mask=mask).logits
-    assert_near(logits[0, place], hf(inputs[:1, place]).logits[0])
+    assert_near(logits[0, real_tokens], hf(inputs[:1, real_tokens]).logits[0])
     assert_near(logits[1], hf(inputs[1:]).logits[0])
 
 
@@ -97,10 +97,10 @@ def test_a_mask_of_pairs_is_the_oracles_segments(additive: bool) -> None:
     hf = made(num_query_groups=2)
     segment = torch.tensor([[0] * 5 + [1] * 7, [0] * 11 + [1]])
     mask = segment[:, None, :, None] == segment[:, None, None, :]
-    wanted = Oracle(section(num_query_groups=2), hf.state_dict())(tokens(), segment)
+    expected = Oracle(section(num_query_groups=2), hf.state_dict())(tokens(), segment)
     # The oracle counts positions over the row; rotary embedding only sees differences.
     given = torch.zeros(mask.shape).masked_fill(~mask, -math.inf) if additive else mask
-    assert_near(hf(tokens(), attention_mask=given).logits, wanted)
+    assert_near(hf(tokens(), attention_mask=given).logits, expected)
 
 
 @pytest.mark.parametrize(
@@ -205,11 +205,11 @@ def test_both_generations_of_transformers_are_told_what_there_is() -> None:
 def test_the_head_is_called_as_a_module(tied: bool) -> None:
     """Offload hooks and adapters act on calls of modules; a look at the weight passes them by."""
     hf, inputs = made(tie_embeddings=tied), tokens()
-    wanted = hf(inputs).logits
+    expected = hf(inputs).logits
     hf.get_output_embeddings().register_forward_hook(
         lambda module, given, out: 2 * out if out.shape[-1] == 128 else out
     )
-    assert torch.equal(hf(inputs).logits, 2 * wanted)
+    assert torch.equal(hf(inputs).logits, 2 * expected)
 
 
 @pytest.mark.parametrize("prompt", [0, 5])
@@ -251,10 +251,10 @@ def test_a_row_without_labels_or_masks_counts_as_nothing() -> None:
 def test_the_loss_of_bf16_weights_is_fp32_and_close() -> None:
     hf = made()
     noisy, labels, chance = noisy_batch()
-    wanted = hf(noisy, labels=labels, p_mask=chance).loss
-    found = hf.to(torch.bfloat16)(noisy, labels=labels, p_mask=chance).loss
-    assert found.dtype == torch.float32
-    assert abs((found - wanted).item()) <= 0.05 * wanted.item()
+    expected = hf(noisy, labels=labels, p_mask=chance).loss
+    actual = hf.to(torch.bfloat16)(noisy, labels=labels, p_mask=chance).loss
+    assert actual.dtype == torch.float32
+    assert abs((actual - expected).item()) <= 0.05 * expected.item()
 
 
 @pytest.mark.parametrize(
@@ -342,23 +342,23 @@ def test_it_compiles_as_one_graph_for_any_length() -> None:
 def test_checkpointed_gradients_are_the_same() -> None:
     hf, inputs = made(num_query_groups=2).train(), tokens()
     direction = torch.randn(2, 12, 128)
-    wanted = gradients(hf, inputs, direction)
+    expected = gradients(hf, inputs, direction)
     calls = []
     for block in hf.model.transformer["blocks"]:
         block.register_forward_pre_hook(lambda module, arguments: calls.append(module))
     hf.gradient_checkpointing_enable()
-    found = gradients(hf, inputs, direction)
+    actual = gradients(hf, inputs, direction)
     assert len(calls) == 2 * 2, "every block runs once forward and once more for its gradients"
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
 def test_bf16_is_finite_and_close() -> None:
     hf = made(num_query_groups=2)
-    wanted = hf(tokens()).logits
-    found = hf.to(torch.bfloat16)(tokens()).logits
-    assert found.dtype == torch.bfloat16
-    assert found.isfinite().all()
-    assert_near(found.float(), wanted, 0.05)
+    expected = hf(tokens()).logits
+    actual = hf.to(torch.bfloat16)(tokens()).logits
+    assert actual.dtype == torch.bfloat16
+    assert actual.isfinite().all()
+    assert_near(actual.float(), expected, 0.05)
 
 
 def test_new_weights_are_mitchells() -> None:
@@ -512,9 +512,9 @@ def test_a_folder_loads_where_this_package_is_absent(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     for shape, hf in models.items():
         _, out = places[shape]
-        found = load_file(out / "logits.safetensors")
-        assert_near(found["logits"], hf(tokens()).logits)
-        assert torch.equal(found["same"], found["logits"])
+        actual = load_file(out / "logits.safetensors")
+        assert_near(actual["logits"], hf(tokens()).logits)
+        assert torch.equal(actual["same"], actual["logits"])
         again = {path.name for path in (out / "again").iterdir()}
         assert {
             "config.json",

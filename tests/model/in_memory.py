@@ -1,4 +1,4 @@
-"""Canonical tensors in memory, as the interface that streams them wants."""
+"""Canonical tensors in memory, behind the interface that streams them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 class InMemory:
-    """`llada.model.weights.Weights` of a dict."""
+    """`llada.model.weights.Weights` from a dict."""
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
         self.tensors = tensors

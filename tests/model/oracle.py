@@ -1,5 +1,6 @@
-"""The numerical oracle: LLaDA's transformer in plain PyTorch, by canonical names, sharing no code
-with the package's model.
+"""The numerical oracle: LLaDA's transformer in plain PyTorch.
+
+It uses canonical weights and shares no code with the package's model.
 """
 
 from __future__ import annotations
@@ -14,13 +15,12 @@ P = "model.transformer"
 
 
 class Oracle(torch.nn.Module):
-    """Computes logits from a dict of canonical weights. Attention is a plain softmax over a boolean
-    mask of equal segments.
-    """
+    """Computes logits from canonical weights, with attention as a plain masked softmax."""
 
     def __init__(self, model: ModelSection, canonical: dict[str, torch.Tensor]) -> None:
         super().__init__()
-        for name in ("sin", "cos", "exp", "log"):  # settle the math library's first-call race
+        # The first multi-threaded call of these may be imprecise; see llada.engine.cpu.
+        for name in ("sin", "cos", "exp", "log"):
             getattr(torch.ones(1), name)()
         self.model = model
         self.w = {
@@ -40,8 +40,11 @@ class Oracle(torch.nn.Module):
         return x * cos + swapped * sin
 
     def forward(self, inputs: torch.Tensor, segment: torch.Tensor) -> torch.Tensor:
-        """inputs [b, L]; segment [b, L]: tokens attend where it is equal. Logits [b, L,
-        vocabulary].
+        """Compute logits [b, L, vocabulary] of ids [b, L].
+
+        Args:
+            inputs: Ids [b, L].
+            segment: [b, L]; tokens attend to the tokens of their row with the same value.
         """
         m, w = self.model, self.w
         b, n = inputs.shape
@@ -54,24 +57,16 @@ class Oracle(torch.nn.Module):
                 (h @ w[f"{p}.{s}_proj.weight"].T).view(b, n, -1, m.head_dim).transpose(1, 2)
                 for s in "qkv"
             )
-            k, v = (
-                y.repeat_interleave(m.num_attention_heads // m.kv_heads, 1)
-                for y in (self.rope(k), v)
-            )
-            scores = (self.rope(q) @ k.transpose(-1, -2) / math.sqrt(m.head_dim)).masked_fill(
-                ~same, -math.inf
-            )
-            x = (
-                x
-                + (scores.softmax(-1) @ v).transpose(1, 2).reshape(b, n, -1)
-                @ w[f"{p}.attn_out.weight"].T
-            )
+            queries_per_key = m.num_attention_heads // m.kv_heads
+            k = self.rope(k).repeat_interleave(queries_per_key, 1)
+            v = v.repeat_interleave(queries_per_key, 1)
+            scores = self.rope(q) @ k.transpose(-1, -2) / math.sqrt(m.head_dim)
+            attention = scores.masked_fill(~same, -math.inf).softmax(-1)
+            heads = (attention @ v).transpose(1, 2).reshape(b, n, -1)
+            x = x + heads @ w[f"{p}.attn_out.weight"].T
             h = self.norm(x, f"{p}.ff_norm.weight")
             gate = h @ w[f"{p}.ff_proj.weight"].T
-            x = (
-                x
-                + (gate * gate.sigmoid() * (h @ w[f"{p}.up_proj.weight"].T))
-                @ w[f"{p}.ff_out.weight"].T
-            )
+            up = h @ w[f"{p}.up_proj.weight"].T
+            x = x + (gate * gate.sigmoid() * up) @ w[f"{p}.ff_out.weight"].T
         head = w[f"{P}.wte.weight"] if m.tie_embeddings else w[f"{P}.ff_out.weight"]
         return self.norm(x, f"{P}.ln_f.weight") @ head.T

@@ -63,11 +63,11 @@ def test_segments_and_their_gradients() -> None:
     torch.manual_seed(1)
     seed = torch.randn(16, 4, 6, 8)
     ours = torch.autograd.grad((attention.attend(*tensors, inputs()) * seed).sum(), tensors)
-    wanted = torch.autograd.grad((plain(*tensors) * seed).sum(), tensors)
+    expected = torch.autograd.grad((plain(*tensors) * seed).sum(), tensors)
     torch.testing.assert_close(
         attention.attend(*tensors, inputs()), plain(*tensors), rtol=1e-5, atol=1e-6
     )
-    for a, b in zip(ours, wanted, strict=True):
+    for a, b in zip(ours, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
@@ -78,17 +78,18 @@ def test_a_contiguous_part_of_the_queries_sees_all_keys_of_its_segments(parts: i
     """
     q, k, v = qkv()
     size = 16 // parts
-    pieces = [attention.attend(q[i : i + size], k, v, inputs(i, size)) for i in range(0, 16, size)]
-    torch.testing.assert_close(torch.cat(pieces), plain(q, k, v), rtol=1e-5, atol=1e-6)
+    parts_of_output = [
+        attention.attend(q[i : i + size], k, v, inputs(i, size)) for i in range(0, 16, size)
+    ]
+    torch.testing.assert_close(torch.cat(parts_of_output), plain(q, k, v), rtol=1e-5, atol=1e-6)
 
 
-def loop_kernel(
-    q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, max_q: int, max_k: int
-) -> torch.Tensor:
-    """What a variable-length kernel computes, segment by segment; empty query segments
-    are allowed.
-    """
-    assert cu_q.dtype == torch.int32 and max_q == cu_q.diff().max() and max_k == cu_k.diff().max()
+def loop_kernel(q: Any, k: Any, v: Any, lengths: attention.SegmentLengths) -> torch.Tensor:
+    """What a variable-length kernel computes, segment by segment; a segment may have no query."""
+    cu_q, cu_k = lengths.queries, lengths.keys
+    assert cu_q.dtype == torch.int32
+    assert lengths.longest_query == cu_q.diff().max()
+    assert lengths.longest_key == cu_k.diff().max()
     out = torch.empty_like(q)
     for (a, b), (c, d) in zip(
         itertools.pairwise(cu_q.tolist()), itertools.pairwise(cu_k.tolist()), strict=True
@@ -104,10 +105,10 @@ def test_cumulative_lengths_for_a_variable_length_kernel(parts: int) -> None:
     kernel = attention.Kernel("loop", loop_kernel, whole_rows=True)
     q, k, v = qkv()
     size = 16 // parts
-    pieces = [
+    parts_of_output = [
         attention.attend(q[i : i + size], k, v, inputs(i, size, kernel)) for i in range(0, 16, size)
     ]
-    torch.testing.assert_close(torch.cat(pieces), plain(q, k, v), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(torch.cat(parts_of_output), plain(q, k, v), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("parts", [1, 2, 4])
@@ -119,9 +120,9 @@ def test_rows_with_equal_boundaries_are_computed_as_further_heads_without_a_copy
     """
     seen: list[Any] = []
 
-    def noted(q: Any, k: Any, v: Any, *lengths: Any) -> torch.Tensor:
+    def noted(q: Any, k: Any, v: Any, lengths: attention.SegmentLengths) -> torch.Tensor:
         seen.append((q, k))
-        return loop_kernel(q, k, v, *lengths)
+        return loop_kernel(q, k, v, lengths)
 
     kernel = attention.Kernel("noted", noted, whole_rows=True)
     layout = Segments(((0, 5, 6, 16),) * 4, 16)
@@ -163,12 +164,12 @@ def test_rotation_and_its_gradient() -> None:
     turned = torch.view_as_real(
         pairs * torch.polar(torch.ones_like(angles), angles)[:, None, None, :].to(pairs.dtype)
     )
-    wanted = torch.cat((turned[..., 0], turned[..., 1]), -1)
-    torch.testing.assert_close(attention.rotate(x, cos, sin), wanted, rtol=1e-5, atol=1e-5)
+    expected = torch.cat((turned[..., 0], turned[..., 1]), -1)
+    torch.testing.assert_close(attention.rotate(x, cos, sin), expected, rtol=1e-5, atol=1e-5)
     seed = torch.randn_like(x)
     ours = torch.autograd.grad((attention.rotate(x, cos, sin) * seed).sum(), x)[0]
     torch.testing.assert_close(
-        ours, torch.autograd.grad((wanted * seed).sum(), x)[0], rtol=1e-5, atol=1e-5
+        ours, torch.autograd.grad((expected * seed).sum(), x)[0], rtol=1e-5, atol=1e-5
     )
 
 
@@ -190,7 +191,7 @@ EVERY = ["flash_attn.cute", "flash_attn_interface", "flash_attn"]
 
 
 @pytest.mark.parametrize(
-    ("installed", "capability", "wanted"),
+    ("installed", "capability", "expected"),
     [
         (EVERY, 10, "flash-attn 4"),
         (EVERY, 9, "flash-attn 3"),
@@ -201,7 +202,7 @@ EVERY = ["flash_attn.cute", "flash_attn_interface", "flash_attn"]
     ],
 )
 def test_the_newest_kernel_made_for_the_gpu_is_chosen(
-    installed: list[str], capability: int, wanted: str, monkeypatch: pytest.MonkeyPatch
+    installed: list[str], capability: int, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def kernel(
         q: torch.Tensor, *_: Any, causal: bool = True, **__: Any
@@ -215,16 +216,17 @@ def test_the_newest_kernel_made_for_the_gpu_is_chosen(
             name,
             module(name, flash_attn_varlen_func=kernel) if name in installed else None,
         )
-    found = attention.varlen_kernel.__wrapped__(capability)
-    assert found is not None and found.name == wanted
+    chosen = attention.varlen_kernel.__wrapped__(capability)
+    assert chosen is not None and chosen.name == expected
     # On Hopper and newer whole rows are cuDNN's where flash-attn 2 is the newest.
-    assert found.whole_rows == (
-        wanted not in ("torch varlen", "flash-attn 2")
-        or (wanted, capability) == ("flash-attn 2", 8)
+    assert chosen.whole_rows == (
+        expected not in ("torch varlen", "flash-attn 2")
+        or (expected, capability) == ("flash-attn 2", 8)
     )
-    if wanted != "torch varlen":
+    if expected != "torch varlen":
         q = torch.ones(3, 2, 8)
-        assert found.call(q, q, q, None, None, 3, 3) is q
+        whole = attention.segment_lengths(Segments(((0, 3),), 3), 0, 3)
+        assert chosen.call(q, q, q, whole) is q
 
 
 def test_a_gpu_without_a_kernel_and_head_dimensions_without_one_are_refused(

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from llada.config.sections import ModelSection
 from llada.model import weights
-from tests.model.canonical import gather
+from tests.model.assembly import gather
 from tests.model.in_memory import InMemory
 
 MODEL = ModelSection(
@@ -169,4 +169,4 @@ def test_norms_start_at_one_and_seeds_and_names_differ() -> None:
 
 def test_unknown_parameter() -> None:
     with pytest.raises(KeyError, match="nonsense"):
-        weights.pieces(MODEL, "nonsense")
+        weights.rectangles(MODEL, "nonsense")

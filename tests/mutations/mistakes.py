@@ -267,14 +267,14 @@ def tensor_ranks_that_read_different_tokens(megatron: Any) -> None:
 
 @changes("llada.engine.megatron", f"{LAYOUTS}[TP2 x CP2 x PP2 x VP2]")
 def batched_exchange_between_two_stages_with_virtual_stages(megatron: Any) -> None:
-    right = megatron._transformer_config
+    right = megatron.transformer_config
 
     def transformer_config(*arguments: Any) -> Any:
         config = right(*arguments)
         config.overlap_p2p_comm, config.batch_p2p_comm = False, True
         return config
 
-    megatron._transformer_config = transformer_config
+    megatron.transformer_config = transformer_config
 
 
 @changes("llada.engine.megatron", "tests/engine/test_parity.py")
@@ -339,19 +339,19 @@ def keys_and_values_of_an_imported_llama_exchanged(folder: Any) -> None:
 
 
 @changes(
-    "llada.hf.convert",
+    "llada.hf.exporting",
     "tests/hf/test_convert.py::test_the_mean_of_checkpoints_is_that_of_their_masters",
 )
-def a_mean_of_rounded_weights(convert: Any) -> None:
-    right = convert.CheckpointWeights
-    convert.CheckpointWeights = lambda stored, model, masters: right(stored, model)
+def a_mean_of_rounded_weights(exporting: Any) -> None:
+    right = exporting.CheckpointWeights
+    exporting.CheckpointWeights = lambda stored, model, masters: right(stored, model)
 
 
 rewrites(
     "a new token's row left as it was",
     "llada.hf.sources",
-    "(self._taken, self._before)",
-    "(self._tokens, self._before)",
+    "(self._num_tokens_after, self._num_rows_before)",
+    "(self._num_tokens, self._num_rows_before)",
     "tests/hf/test_from_hf.py::test_new_tokens_take_rows_that_are_there_and_others_keep_theirs",
 )
 

@@ -16,12 +16,12 @@ from typer.testing import CliRunner
 from llada.checkpoint.format import resolve_checkpoint
 from llada.cli import app
 from llada.errors import RunError, UserError
-from llada.hf.convert import to_hf
+from llada.hf.exporting import ExportOptions, to_hf
 from llada.sampling import commands
 from llada.sampling.diffusion import SamplingOptions
-from llada.sampling.gaps import parse
-from llada.sampling.models import load
-from llada.sampling.show import Playback
+from llada.sampling.infilling import parse
+from llada.sampling.loading import load
+from llada.sampling.playback import Playback
 from llada.tokenizer import Tokenizer
 from tests.hf.folders import llama_folder
 from tests.workplace import Workplace
@@ -51,7 +51,7 @@ def test_a_checkpoint_and_its_export_write_the_same(workplace: Workplace, export
     ids = torch.randint(0, 500, (2, 40), generator=torch.Generator().manual_seed(0))
     ours, theirs = load(workplace.folder / "whole"), load(export)
     torch.testing.assert_close(ours(ids), theirs(ids), rtol=0, atol=1e-6)
-    assert ours.specials == theirs.specials
+    assert ours.special_ids == theirs.special_ids
     for words in (
         ["sample", "{}", "def f(", "--length", "8"],
         ["sample", "{}", "what?", "--chat", "--length", "6", "--temperature", "1"],
@@ -81,7 +81,7 @@ def test_the_text_around_a_gap_stays(export: Path) -> None:
 
 def test_special_tokens_are_not_printed(export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load(export)
-    eos, yes = model.specials.eos_id, model.tokenizer.encode("y").tolist()[0]
+    eos, yes = model.special_ids.eos_id, model.tokenizer.encode("y").tolist()[0]
 
     def forced(self: Any, tokens: torch.Tensor) -> torch.Tensor:
         logits = torch.zeros(*tokens.shape, 512)
@@ -125,7 +125,7 @@ def test_an_answer_ends_at_eos_or_at_the_end_of_its_turn(
     end: str, export: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = load(export)
-    wanted = [
+    expected = [
         *model.tokenizer.encode("yes").tolist(),
         model.tokenizer.id_of(end),
         *model.tokenizer.encode("no").tolist(),
@@ -133,14 +133,17 @@ def test_an_answer_ends_at_eos_or_at_the_end_of_its_turn(
 
     def forced(tokens: torch.Tensor) -> torch.Tensor:
         logits = torch.zeros(*tokens.shape, 512)
-        for i, token_id in enumerate(wanted):
-            logits[:, tokens.shape[1] - len(wanted) + i, token_id] = 9.0
+        for i, token_id in enumerate(expected):
+            logits[:, tokens.shape[1] - len(expected) + i, token_id] = 9.0
         return logits
 
     monkeypatch.setattr(type(model), "__call__", lambda self, tokens: forced(tokens))
-    assert commands.write(model, "well?", True, SamplingOptions(len(wanted), 1)) == ("yes", True)
-    wanted.remove(model.tokenizer.id_of(end))
-    assert commands.write(model, "well?", True, SamplingOptions(len(wanted), 1)) == ("yesno", False)
+    assert commands.write(model, "well?", True, SamplingOptions(len(expected), 1)) == ("yes", True)
+    expected.remove(model.tokenizer.id_of(end))
+    assert commands.write(model, "well?", True, SamplingOptions(len(expected), 1)) == (
+        "yesno",
+        False,
+    )
 
 
 def test_a_question_is_put_into_the_models_own_chat_template(
@@ -161,7 +164,7 @@ def test_a_question_is_put_into_the_models_own_chat_template(
     tokenizer = Tokenizer.load(source / "tokenizer")
     tokenizer.chat_template = template
     tokenizer.save(source / "tokenizer")
-    assert "own chat template" in to_hf(source, tmp_path / "export", checksums=False)
+    assert "own chat template" in to_hf(source, tmp_path / "export", ExportOptions(checksums=False))
     theirs = AutoTokenizer.from_pretrained(tmp_path / "export")
     assert theirs.chat_template == template
     question = " what? "
@@ -183,7 +186,7 @@ def test_a_question_is_put_into_the_models_own_chat_template(
             patch.setattr(type(model), "__call__", spy)
             commands.write(model, question, True, SamplingOptions(4, 1))
         prompt = theirs(text, add_special_tokens=False)["input_ids"]
-        assert seen[0] == [*prompt, *[model.specials.mask_id] * 4]
+        assert seen[0] == [*prompt, *[model.special_ids.mask_id] * 4]
     (tmp_path / "export" / "chat_template.jinja").write_text(
         "{{ raise_exception('closed today') }}"
     )
@@ -207,10 +210,10 @@ def test_playback_shows_hidden_new_and_old(export: Path) -> None:
     tokenizer = Tokenizer.load(export)
     a, b = tokenizer.encode("a").tolist()[0], tokenizer.encode("b").tolist()[0]
     playback = Playback(tokenizer, tokenizer.mask_id, first=1)
-    pieces = playback.pieces(
+    runs = playback.styled_runs(
         torch.tensor([b, a, b, tokenizer.mask_id]), torch.tensor([False, False, True, False])
     )
-    assert pieces == [("a", ""), ("b", "bold green"), ("▒", "dim")]
+    assert runs == [("a", ""), ("b", "bold green"), ("▒", "dim")]
 
 
 def changed(export: Path, target: Path, name: str, change: Any) -> Path:

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from llada.errors import UserError
 from llada.sampling.diffusion import (
-    Event,
+    DenoisingStep,
     SamplingOptions,
-    Specials,
+    SpecialIds,
     cut_at_end,
     generate,
     infill,
@@ -23,7 +23,7 @@ from llada.sampling.diffusion import (
 )
 
 ROWS, VOCAB, MASK, EOS = 40, 36, 34, 3
-SPECIALS = Specials(MASK, EOS, VOCAB)
+SPECIALS = SpecialIds(MASK, EOS, VOCAB)
 
 
 class Toy:
@@ -95,10 +95,10 @@ def test_the_same_tokens_as_the_published_algorithm(
         model = Toy(seed)
         prompts = torch.randint(0, MASK, (3, 5), generator=torch.Generator().manual_seed(seed))
         options = SamplingOptions(length, steps, block, cfg=w)
-        found = generate(model, prompts, SPECIALS, options)
+        result = generate(model, prompts, SPECIALS, options)
         for row in range(3):
             assert (
-                found[row].tolist()
+                result[row].tolist()
                 == published(model, prompts[row], steps, length, block, w).tolist()
             )
 
@@ -106,11 +106,11 @@ def test_the_same_tokens_as_the_published_algorithm(
 @settings(max_examples=100, deadline=None)
 @given(st.integers(0, 300), st.integers(1, 300))
 def test_quotas(masks: int, steps: int) -> None:
-    found = quotas(masks, steps)
-    assert sum(found) == masks
-    assert len(found) == steps
-    assert found == sorted(found, reverse=True)
-    assert max(found) - min(found) <= 1
+    result = quotas(masks, steps)
+    assert sum(result) == masks
+    assert len(result) == steps
+    assert result == sorted(result, reverse=True)
+    assert max(result) - min(result) <= 1
 
 
 @pytest.mark.parametrize("remasking", ["low_confidence", "random"])
@@ -118,25 +118,25 @@ def test_quotas(masks: int, steps: int) -> None:
 def test_nothing_impossible_is_written_and_blocks_go_from_left_to_right(
     remasking: str, temperature: float
 ) -> None:
-    events: list[Event] = []
+    steps_taken: list[DenoisingStep] = []
     prompt = torch.randint(0, MASK, (2, 4))
     options = SamplingOptions(12, 6, 4, temperature, remasking=remasking, seed=1)
     model = Toy()
-    out = generate(model, prompt, SPECIALS, options, events.append)
+    out = generate(model, prompt, SPECIALS, options, steps_taken.append)
     assert ((out < VOCAB) & (out != MASK)).all()
-    assert [event.step for event in events] == list(range(1, 7))
+    assert [step.number for step in steps_taken] == list(range(1, 7))
     assert model.calls == 6
     written = torch.zeros(2, 16, dtype=torch.bool)
-    for event in events:
-        block = (event.step - 1) // 2
-        columns = event.committed.nonzero()[:, 1]
+    for step in steps_taken:
+        block = (step.number - 1) // 2
+        columns = step.committed.nonzero()[:, 1]
         assert ((columns >= 4 + 4 * block) & (columns < 8 + 4 * block)).all()
-        assert event.committed.sum(1).tolist() == [2, 2]
-        assert not (written & event.committed).any()
-        written |= event.committed
-        assert (event.tokens[:, :4] == prompt).all()
-        assert ((event.tokens == MASK) == ~written)[:, 4:].all()
-    assert torch.equal(events[-1].tokens[:, 4:], out)
+        assert step.committed.sum(1).tolist() == [2, 2]
+        assert not (written & step.committed).any()
+        written |= step.committed
+        assert (step.tokens[:, :4] == prompt).all()
+        assert ((step.tokens == MASK) == ~written)[:, 4:].all()
+    assert torch.equal(steps_taken[-1].tokens[:, 4:], out)
 
 
 def test_temperature_samples_the_softmax() -> None:
@@ -154,21 +154,21 @@ def test_temperature_samples_the_softmax() -> None:
         for option in options
     )
     allowed = [k for k in range(VOCAB) if k != MASK]
-    wanted = torch.softmax(logits[allowed].double() / 0.7, -1).numpy()
-    found = np.array([counts[k] for k in allowed]) / len(options)
+    expected = torch.softmax(logits[allowed].double() / 0.7, -1).numpy()
+    result = np.array([counts[k] for k in allowed]) / len(options)
     assert counts[MASK] == 0
     assert (
-        np.abs(found - wanted) <= 4 * np.sqrt(wanted * (1 - wanted) / len(options)) + 1e-9
+        np.abs(result - expected) <= 4 * np.sqrt(expected * (1 - expected) / len(options)) + 1e-9
     ).all()
 
 
 def test_random_remasking_chooses_uniformly() -> None:
     firsts: Counter[int] = Counter()
     for seed in range(1500):
-        events: list[Event] = []
+        steps_taken: list[DenoisingStep] = []
         options = SamplingOptions(6, 6, remasking="random", seed=seed)
-        generate(Toy(), torch.zeros(1, 1, dtype=torch.long), SPECIALS, options, events.append)
-        firsts[int(events[0].committed[0].nonzero()[0])] += 1
+        generate(Toy(), torch.zeros(1, 1, dtype=torch.long), SPECIALS, options, steps_taken.append)
+        firsts[int(steps_taken[0].committed[0].nonzero()[0])] += 1
     assert set(firsts) == set(range(1, 7))
     assert all(
         abs(count - 250) < 4 * np.sqrt(1500 * (1 / 6) * (5 / 6)) for count in firsts.values()
@@ -197,11 +197,11 @@ def test_infilling_fills_the_gaps_and_nothing_else() -> None:
     gaps[0, [2, 3, 9]] = True
     gaps[1, [0, 13]] = True
     masked = torch.where(gaps, MASK, tokens)
-    events: list[Event] = []
-    out = infill(Toy(), masked, SPECIALS, SamplingOptions(steps=2), events.append)
+    steps_taken: list[DenoisingStep] = []
+    out = infill(Toy(), masked, SPECIALS, SamplingOptions(steps=2), steps_taken.append)
     assert torch.equal(out[~gaps], tokens[~gaps])
     assert (out[gaps] != MASK).all()
-    assert [event.committed.sum(1).tolist() for event in events] == [[2, 1], [1, 1]]
+    assert [step.committed.sum(1).tolist() for step in steps_taken] == [[2, 1], [1, 1]]
     assert torch.equal(infill(Toy(), masked, SPECIALS, SamplingOptions(steps=2)), out)
     with pytest.raises(UserError, match=r"no \[MASK\] to fill"):
         infill(Toy(), tokens, SPECIALS, SamplingOptions())

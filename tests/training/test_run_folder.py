@@ -323,8 +323,8 @@ def test_a_corpus_with_another_tokenizer_is_refused_before_it_is_read(
 def test_a_checkpoint_with_another_tokenizer_is_refused(
     workplace: Workplace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from llada.hf.convert import to_hf
-    from llada.sampling.models import load
+    from llada.hf.exporting import ExportOptions, to_hf
+    from llada.sampling.loading import load
 
     definition = (
         copied(workplace, "relabelled")
@@ -342,7 +342,7 @@ def test_a_checkpoint_with_another_tokenizer_is_refused(
         r" trained with"
     )
     with pytest.raises(UserError, match=f"^checkpoint: {message}"):
-        to_hf("relabelled", tmp_path / "export", checksums=False)
+        to_hf("relabelled", tmp_path / "export", ExportOptions(checksums=False))
     with pytest.raises(UserError, match=f"^checkpoint: {message}"):
         load("relabelled")
     with pytest.raises(UserError, match=f"^run.init_from: {message}"):

@@ -1,4 +1,4 @@
-"""A model to sample from: an exported folder, or a training checkpoint through the weight map."""
+"""Loads a model to sample from: an exported folder, or a training checkpoint."""
 
 from __future__ import annotations
 
@@ -18,43 +18,48 @@ from llada.checkpoint.format import (
 )
 from llada.checkpoint.reading import StoredTensors
 from llada.errors import RunError, UserError
-from llada.hf.convert import model_config
-from llada.hf.folder import LLADA, check_mask, is_folder, open_folder
+from llada.hf.config_mapping import LLADA
+from llada.hf.exporting import model_config
+from llada.hf.folder import check_mask, is_folder, open_folder
 from llada.model.weights import Weights
-from llada.sampling.diffusion import Specials
+from llada.sampling.diffusion import SpecialIds
 from llada.tokenizer import Tokenizer
 
 
-class Sampler:
+class MaskPredictor:
     """A mask predictor with its tokenizer.
 
     Attributes:
-        tokenizer: of the model.
-        specials: ids for the samplers.
-        end_ids: tokens that end a text or an answer: EOS, and the end of a turn where the tokenizer
+        tokenizer: Of the model.
+        special_ids: For the sampler.
+        end_ids: Tokens that end a text or an answer: EOS, and the end of a turn if the tokenizer
             has one.
-        device: where it computes.
-        longest: sequence it was trained on, in tokens.
+        device: Where the model computes.
+        max_sequence_length: Longest sequence that it was trained on, in tokens.
     """
 
     def __init__(
-        self, model: torch.nn.Module, tokenizer: Tokenizer, longest: int, device: torch.device
+        self,
+        model: torch.nn.Module,
+        tokenizer: Tokenizer,
+        max_sequence_length: int,
+        device: torch.device,
     ) -> None:
-        self._model, self.tokenizer, self.longest, self.device = (
-            model.to(device).eval(),
-            tokenizer,
-            longest,
-            device,
-        )
-        self.specials = Specials(tokenizer.mask_id, tokenizer.eos_id, tokenizer.vocab_size)
+        self._model = model.to(device).eval()
+        self.tokenizer = tokenizer
+        self.max_sequence_length = max_sequence_length
+        self.device = device
+        self.special_ids = SpecialIds(tokenizer.mask_id, tokenizer.eos_id, tokenizer.vocab_size)
+        self.end_ids = {tokenizer.eos_id}
         end_of_turn = tokenizer.id_of(END_OF_TURN)
-        self.end_ids = (
-            {tokenizer.eos_id} if end_of_turn is None else {tokenizer.eos_id, end_of_turn}
-        )
+        if end_of_turn is not None:
+            self.end_ids.add(end_of_turn)
 
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Logits [b, s, rows] of ids [b, s]. Raises RunError if they are not finite: the best token
-        of NaN would be the first.
+        """Compute the logits [b, s, vocab_size] of ids [b, s].
+
+        Raises:
+            RunError: Logits that are not finite. The sampler would take token 0 as the best of NaN.
         """
         with torch.no_grad():
             logits: torch.Tensor = self._model(tokens).logits
@@ -65,22 +70,22 @@ class Sampler:
         return logits
 
 
-def load(path: str | Path) -> Sampler:
-    """Open an exported folder, a checkpoint, or a run (its latest checkpoint), on the GPU where
-    there is one.
+def load(path: str | Path) -> MaskPredictor:
+    """Load an exported folder, a checkpoint, or the latest checkpoint of a run.
 
-    Code in a folder is not run: the weights go through the weight map into this package's own copy
-    of the model.
+    The model goes to the GPU if there is one. Code in a folder does not run: this package's own
+    copy of the model computes.
 
     Raises:
-        UserError: none of these; a folder of another architecture, whose tokenizer has no mask
-            token, or whose weights are missing, damaged or not those of its config.json.
+        UserError: None of these; a folder of another architecture, without a mask token, or with
+            weights that are missing, damaged or do not match its config.json.
     """
     folder = Path(path)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if is_folder(folder):
-        return _exported(folder, device)
-    if not os.path.isdir(folder):  # False too for a name that no file can have
+        return _load_folder(folder, device)
+    # os.path.isdir is also False for a string that cannot be a file name at all.
+    if not os.path.isdir(folder):
         raise UserError(f"MODEL: no folder '{path}'")
     try:
         source = resolve_checkpoint(folder)
@@ -91,10 +96,10 @@ def load(path: str | Path) -> Sampler:
         ) from None
     trained = trained_config(read_state(source))
     weights = CheckpointWeights(StoredTensors(source / "model"), trained.model)
-    return _sampler(trained, load_tokenizer(source), weights, device)
+    return _build(trained, load_tokenizer(source), weights, device)
 
 
-def _exported(path: Path, device: torch.device) -> Sampler:
+def _load_folder(path: Path, device: torch.device) -> MaskPredictor:
     folder = open_folder(path, setting="MODEL")
     if folder.architecture != LLADA:
         raise UserError(
@@ -104,14 +109,13 @@ def _exported(path: Path, device: torch.device) -> Sampler:
     tokenizer = Tokenizer.load(path)
     check_mask(folder, tokenizer)
     precision = "bf16" if folder.dtype == torch.bfloat16 else "fp32"
-    return _sampler(
-        TrainedConfig(folder.model, precision, folder.longest), tokenizer, folder.weights, device
-    )
+    trained = TrainedConfig(folder.model, precision, folder.max_sequence_length)
+    return _build(trained, tokenizer, folder.weights, device)
 
 
-def _sampler(
+def _build(
     trained: TrainedConfig, tokenizer: Tokenizer, weights: Weights, device: torch.device
-) -> Sampler:
+) -> MaskPredictor:
     from llada.hf.configuration_llada import LLaDAConfig
     from llada.hf.modeling_llada import LLaDAModelLM
 
@@ -121,14 +125,13 @@ def _sampler(
             f" {trained.model.vocab_size} rows; they are not of one model"
         )
     fields = model_config(trained, tokenizer, trained.precision)
+    config = LLaDAConfig(**{name: fields[name] for name in LLaDAConfig.published_fields()})
+    # No memory and no time for initial weights, which are replaced at once.
     with torch.device("meta"):
-        model = LLaDAModelLM(
-            LLaDAConfig(**{name: fields[name] for name in LLaDAConfig.published_fields()})
-        )
+        model = LLaDAModelLM(config)
+    # If dtypes are mixed, fp32 holds every weight exactly.
     dtypes = {weights.dtype(name) for name in weights.shapes}
-    # of several the one that rounds none
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-    model.load_state_dict(
-        {name: all_rows(weights, name).to(dtype) for name in weights.shapes}, assign=True
-    )
-    return Sampler(model, tokenizer, trained.longest, device)
+    tensors = {name: all_rows(weights, name).to(dtype) for name in weights.shapes}
+    model.load_state_dict(tensors, assign=True)
+    return MaskPredictor(model, tokenizer, trained.longest, device)
