@@ -19,7 +19,8 @@ import typer
 
 from data_tools.cli import app as data_app
 from launch.cli import add_to as add_launch_commands
-from llada.errors import RunError, TryAgain, UserError
+from llada import failures
+from llada.errors import RunError, StepError, TryAgain, UserError
 from llada.torchrun import explain_exit
 
 Config = Annotated[str, typer.Argument(help="YAML file of the run.")]
@@ -457,6 +458,8 @@ def main() -> None:
     except UserError as error:
         _leave(f"error: {error}", 2)
     except RunError as error:
+        if isinstance(error, StepError):
+            failures.report("step")
         _leave(f"failed: {error}", 1)
     except TryAgain as error:
         _leave(f"not finished: {error}", 75)

@@ -20,6 +20,10 @@ class RunError(Exception):
     """
 
 
+class StepError(RunError):
+    """A step whose numbers stop the run. The same step gives the same numbers again."""
+
+
 class TryAgain(Exception):
     """Not finished and not a failure: what is done is kept, and the same command goes on. One line,
     exit 75.

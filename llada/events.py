@@ -61,13 +61,20 @@ def read(folder: Path) -> list[dict[str, Any]]:
     return found
 
 
+def since_submission(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The events of the latest launch: from the last `submitted` on, or all without one."""
+    start = 0
+    for index, line in enumerate(events):
+        if line["event"] == "submitted":
+            start = index
+    return events[start:]
+
+
 def restarts(events: list[dict[str, Any]]) -> dict[str, Any]:
     """attempt (number of the latest), restarts (attempts of its latest launch but the first) and
     last_error; empty without a launcher.
     """
-    events = events[
-        max((i for i, line in enumerate(events) if line["event"] == "submitted"), default=0) :
-    ]
+    events = since_submission(events)
     attempts = {
         line["attempt"] for line in events if line["event"] == "started" and "attempt" in line
     }

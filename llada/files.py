@@ -16,8 +16,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-import xxhash
-
 from llada.errors import RunError, UserError
 
 _CHUNK = 1 << 24
@@ -131,6 +129,9 @@ def read_files(folder: Path) -> dict[str, bytes]:
 
 def checksum(path: Path) -> dict[str, Any]:
     """Size in bytes and xxh3_64 (hexadecimal) of a file."""
+    # Here, not above: the batch job imports this module with the standard library alone.
+    import xxhash
+
     digest, size = xxhash.xxh3_64(), 0
     with open(path, "rb") as file:
         while chunk := file.read(_CHUNK):

@@ -12,7 +12,7 @@ import numpy as np
 
 from llada.config.sections import TrainSection
 from llada.engine.base import Limits, StepResult
-from llada.errors import RunError
+from llada.errors import StepError
 
 _LAG = 2
 """Steps between a step and the last one its limits come from: a GPU reports a step's numbers while
@@ -93,7 +93,7 @@ class Guard:
             A line about a spike or a step that was left out; None: nothing to say.
 
         Raises:
-            RunError: more than train.max_skipped steps in a row were left out.
+            StepError: more than train.max_skipped steps in a row were left out.
         """
         limits = self.spike_limits(step)
         what = _above(result, limits) or (
@@ -113,7 +113,7 @@ class Guard:
             " order"
         )
         if self._left_out > self._section.max_skipped:
-            raise RunError(
+            raise StepError(
                 f"{named}; {self._left_out} steps in a row updated nothing (train.max_skipped:"
                 f" {self._section.max_skipped})"
             )

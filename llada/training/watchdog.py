@@ -23,6 +23,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from llada import failures
+
 RESTART = 75
 """Exit code: run the same command again."""
 _BEATS_PER_TIMEOUT = 10
@@ -167,6 +169,7 @@ def _describe(rank: int, beat: Beat | None) -> str:
 def _leave(message: str) -> None:
     """End the process at once: its main thread waits for a rank that does not come back."""
     if message:
+        failures.report("hang")
         print(
             f"failed: {message}; run the same command again to continue from the last checkpoint",
             file=sys.stderr,
