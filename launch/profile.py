@@ -4,19 +4,17 @@ share.
 
 from __future__ import annotations
 
-import re
+import math
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from launch import slurm
 from llada.config import apply_override, one_line, read_yaml
 from llada.config.sections import Section
 from llada.errors import UserError
 
-_TIME = re.compile(
-    r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d{1,2}))?(?::(?P<third>\d{1,2}))?"
-)
 _RESERVED = {
     "time",
     "no-requeue",
@@ -214,22 +212,20 @@ class ClusterProfile(Section):
 
 
 def minutes(text: str) -> int:
-    """Minutes of Slurm's D-HH:MM:SS, D-HH, HH:MM:SS, MM:SS or MM, rounded up. Raises ValueError."""
-    found = _TIME.fullmatch(text)
-    if found is None:
-        raise ValueError(f"'{text}' is no time: write D-HH:MM:SS, HH:MM:SS or minutes")
-    parts = [int(found[name]) for name in ("first", "second", "third") if found[name] is not None]
-    if found["days"] is not None:
-        seconds = int(found["days"]) * 86400 + sum(
-            part * 60**power for part, power in zip(parts, (2, 1, 0), strict=False)
-        )
-    elif len(parts) == 1:
-        seconds = parts[0] * 60
-    else:
-        seconds = sum(part * 60**power for power, part in enumerate(reversed(parts)))
+    """Convert Slurm's D-HH:MM:SS, D-HH, HH:MM:SS, MM:SS or MM to minutes, rounded up.
+
+    Raises:
+        ValueError: not a duration, or zero.
+    """
+    try:
+        seconds = slurm.duration_seconds(text)
+    except ValueError:
+        raise ValueError(
+            f"'{text}' is not a duration; write D-HH:MM:SS, HH:MM:SS or minutes"
+        ) from None
     if seconds <= 0:
-        raise ValueError(f"'{text}' is no time: it must be more than nothing")
-    return -(-seconds // 60)
+        raise ValueError(f"'{text}' is not allowed: it must be longer than zero")
+    return math.ceil(seconds / 60)
 
 
 def load_profile(path: str | Path, overrides: list[str] | None = None) -> ClusterProfile:

@@ -1,4 +1,4 @@
-"""What is known of the ranks of an attempt: the records that their parents wrote, and srun's output.
+"""What is known of an attempt's ranks: the records that their parents wrote, and srun's output.
 
 Standard library only.
 """
