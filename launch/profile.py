@@ -1,12 +1,13 @@
-"""The profile of a cluster: what its Slurm wants to be told, in one YAML file that all runs there
-share.
+"""The profile of a cluster: the settings of its Slurm, in one YAML file that all runs there share.
+
+The docstrings of the settings are the table in docs/slurm.md.
 """
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
@@ -15,7 +16,8 @@ from llada.config import apply_override, one_line, read_yaml
 from llada.config.sections import Section
 from llada.errors import UserError
 
-_RESERVED = {
+# Options of sbatch that the launcher sets itself; others may be set under `sbatch`.
+_RESERVED_OPTIONS = {
     "time",
     "no-requeue",
     "ntasks-per-node",
@@ -111,9 +113,11 @@ class Preflight(Section):
     """Size of the all-reduce, MB."""
 
 
-def _time_text(value: Any) -> Any:
-    """A time limit as text. YAML takes 12:00:00 without quotes for a number in base 60, which would
-    be other minutes.
+def _check_time_limit(value: object) -> object:
+    """Validate a time limit before pydantic converts it.
+
+    YAML takes 12:00:00 without quotes for a number in base 60, 43200, which Slurm would take for
+    minutes.
     """
     if value is None:
         return None
@@ -146,7 +150,7 @@ class CpuJobs(Section):
     training.
     """
 
-    _check_time = field_validator("time", mode="before")(_time_text)
+    _check_time = field_validator("time", mode="before")(_check_time_limit)
 
 
 class ClusterProfile(Section):
@@ -197,17 +201,19 @@ class ClusterProfile(Section):
     srun: list[str] = Field(default_factory=list)
     """Further words of srun, as [--mpi=none]."""
 
-    _check_time = field_validator("time", mode="before")(_time_text)
+    _check_time = field_validator("time", mode="before")(_check_time_limit)
 
     @model_validator(mode="after")
     def _checks(self) -> ClusterProfile:
+        # A run that is told to stop when it starts would never take a step.
         if self.signal_seconds >= minutes(self.time) * 60:
             raise ValueError(
                 f"signal_seconds: {self.signal_seconds} is not less than time = {self.time}"
             )
-        taken = sorted(name for name in self.sbatch if name.replace("_", "-") in _RESERVED)
-        if taken:
-            raise ValueError(f"sbatch: {taken[0]} is set by the launcher; leave it out")
+        for name in sorted(self.sbatch):
+            # submitit takes both spellings, ntasks_per_node and ntasks-per-node.
+            if name.replace("_", "-") in _RESERVED_OPTIONS:
+                raise ValueError(f"sbatch: {name} is set by the launcher; leave it out")
         return self
 
 
@@ -229,16 +235,18 @@ def minutes(text: str) -> int:
 
 
 def load_profile(path: str | Path, overrides: list[str] | None = None) -> ClusterProfile:
-    """Read a profile, apply `key.sub=value` overrides, validate.
+    """Read a profile, apply `key.sub=value` overrides and validate the result.
 
     Raises:
         UserError: anything wrong, in one line that names the setting.
     """
-    raw: dict[str, Any] = read_yaml(Path(path), "--cluster")
+    raw = read_yaml(Path(path), "--cluster")
     for override in overrides or []:
         key, _, value = override.partition("=")
-        # A shell takes the quotes away that YAML would need around a time.
-        apply_override(raw, f'{key}="{value}"' if key in ("time", "cpu_jobs.time") else override)
+        if key in ("time", "cpu_jobs.time"):
+            # The shell has taken away the quotes that YAML needs around a time.
+            override = f'{key}="{value}"'
+        apply_override(raw, override)
     try:
         return ClusterProfile.model_validate(raw)
     except ValidationError as error:

@@ -281,8 +281,12 @@ def _preflight_settings(
     if profile is None or not profile.preflight.enabled:
         return None
     settings: dict[str, float] = profile.preflight.model_dump()
-    if settings["gpus"] is None:
-        settings["gpus"] = 0 if profile.gpu_request == "none" else ranks_per_node
+    if profile.preflight.gpus is not None:
+        return settings
+    # One GPU for each rank, unless the cluster has none.
+    settings["gpus"] = ranks_per_node
+    if profile.gpu_request == "none":
+        settings["gpus"] = 0
     return settings
 
 

@@ -1,5 +1,4 @@
-"""The rectangles that a rank's flat part of a tensor consists of, against the elements themselves.
-"""
+"""The rectangles that a rank's flat part of a tensor consists of, against the elements themselves."""
 
 from __future__ import annotations
 
