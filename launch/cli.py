@@ -250,7 +250,7 @@ def runs(
     as_json: Annotated[bool, typer.Option("--json", help="As a JSON list.")] = False,
 ) -> None:
     """List the runs below some folders, the latest changed first."""
-    from launch.status import format_table, list_runs
+    from launch.runs import format_table, list_runs
 
     roots = roots or ["runs"]
     for root in roots:

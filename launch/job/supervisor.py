@@ -19,9 +19,15 @@ from launch import slurm
 from launch.job.attempt import StopState, run_ranks
 from launch.job.failure import Failure
 from launch.job.machines import Machine, OneProcess, RankCommand, SlurmNodes, ThisMachine
+from launch.job.own_job import (
+    configure_start,
+    count_nodes_of_partition,
+    job_state,
+    latest_nodes,
+    seconds_left,
+)
 from launch.job.policy import (
     Decision,
-    JobState,
     Situation,
     decide,
     failures_in_a_row,
@@ -264,7 +270,7 @@ class Supervisor:
         """The situation at the end of the ranks."""
         signal = self.stop.signal or self._signal_of_ranks()
         # Slurm is asked first: a job that is being ended has half a minute.
-        state = self._job_state()
+        state = job_state(self.job)
         unreachable: list[str] = []
         if not self.local:
             with suppress(RunError):
@@ -310,9 +316,8 @@ class Supervisor:
         """
         if self.local or self.job is None:
             return _NEVER
-        fields = slurm.show_job(self.job)
-        left = _seconds(fields, "TimeLimit") - _seconds(fields, "RunTime")
-        if left <= 0:
+        left = seconds_left(self.job)
+        if left is None:
             return _NEVER
         return time.time() + left - self.spec.restarts.reserve
 
@@ -321,33 +326,10 @@ class Supervisor:
 
         This comes before anything is waited for, since Slurm soon ends this process, too.
         """
-        if self.spec.chain > 1 and self._job_state() == "cancelled":
+        if self.spec.chain > 1 and job_state(self.job) == "cancelled":
             machine = self._machine(self.spec)
             if not slurm.unreachable_nodes(machine.hosts):
                 self._end_chain(Decision("cancelled", "cancelled with scancel, which is final"))
-
-    def _job_state(self) -> JobState:
-        """Find out what Slurm is doing with this job.
-
-        A job that is being ended shows as COMPLETING, whatever becomes of it.
-        """
-        if self.local or self.job is None:
-            return "running"
-        fields = slurm.show_job(self.job, patience=slurm.CONTROLLER_PATIENCE)
-        state = fields.get("JobState", "")
-        if not state:
-            return "unknown"
-        if state == "RUNNING":
-            return "running"
-        restarts_so_far = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-        if int(fields.get("Restarts", "0")) > restarts_so_far:
-            return "requeued"
-        limit = _seconds(fields, "TimeLimit")
-        over_time = _seconds(fields, "RunTime") >= limit > 0
-        if state == "TIMEOUT" or (state == "COMPLETING" and over_time):
-            # Not cancelled: it may be put back into the queue.
-            return "running"
-        return "cancelled"
 
     # -- the next start ----------------------------------------------------------------------------
 
@@ -370,7 +352,7 @@ class Supervisor:
             self._log_event("failed", reason=reason, failure=True)
             print(f"llada: failed: {reason}", flush=True)
             return 1
-        self._configure_next_start(self.job, decision)
+        self._configure_next_starts([self.job], decision)
         # Slurm ends this process, so that the job's end is the requeue and not an exit code.
         self._sleep(30)
         return decision.code
@@ -384,8 +366,7 @@ class Supervisor:
         if later:
             # Excluded nodes hold for all jobs that are left, the back-off for the next alone.
             affected = later if decision.exclude else later[:1]
-            for job in affected:
-                self._configure_next_start(job, decision)
+            self._configure_next_starts(affected, decision)
             print(f"llada: job {later[0]} goes on", flush=True)
             return decision.code
         reason = (
@@ -400,42 +381,28 @@ class Supervisor:
         )
         return decision.code
 
-    def _configure_next_start(self, job: str, decision: Decision) -> None:
-        """Tell Slurm when and where a job may start."""
-        changes = []
-        if decision.delay:
-            changes.append(f"StartTime=now+{int(decision.delay)}")
+    def _configure_next_starts(self, jobs: list[str], decision: Decision) -> None:
+        """Tell Slurm when and where the next jobs may start."""
+        exclude = None
         if decision.exclude:
-            nodes = [*self.spec.exclude, *self._nodes_to_exclude(decision)]
-            changes.append(f"ExcNodeList={','.join(nodes)}")
-        # One by one: a refusal of one must not take the other with it.
-        for change in changes:
-            refusal = slurm.update(job, change)
-            if refusal is not None:
-                print(f"llada: Slurm refused {change} of job {job}: {refusal}", flush=True)
+            exclude = [*self.spec.exclude, *self._nodes_to_exclude(decision)]
+        for job in jobs:
+            configure_start(job, decision.delay, exclude)
 
     def _nodes_to_exclude(self, decision: Decision) -> list[str]:
-        """Return the bad nodes of the last day, no more than the partition can spare.
-
-        The latest come last, and are the ones that are kept.
-        """
+        """Return the bad nodes of the last day, no more than the partition can spare."""
         since = time.time() - _EXCLUDED_SECONDS
         bad: list[str] = []
         for line in since_submission(events.read(self.state)):
             if line["time"] > since:
                 bad += line.get("excluded", [])
         bad += decision.exclude
-        # Each node once, at its latest place.
-        latest = list(dict.fromkeys(reversed(bad)))[::-1]
-        partition = slurm.show_job(str(self.job)).get("Partition", "")
-        nodes = slurm.count_partition_nodes(partition)
-        if not nodes:
-            # Slurm does not say.
-            return latest
-        spare = nodes - self.spec.nodes - len(self.spec.exclude)
-        if spare <= 0:
-            return []
-        return latest[-spare:]
+        nodes = count_nodes_of_partition(str(self.job))
+        # Where Slurm does not say how many there are, all bad ones are avoided.
+        spare = None
+        if nodes:
+            spare = nodes - self.spec.nodes - len(self.spec.exclude)
+        return latest_nodes(bad, spare)
 
     def _end_chain(self, decision: Decision) -> None:
         """Cancel the other jobs of a chain; the conversion then waits for the one that finished."""
@@ -471,11 +438,3 @@ class Supervisor:
                 time.sleep(pause)
         with suppress(OSError):
             print(f"llada: the event {event} was not written ({problem})", flush=True)
-
-
-def _seconds(fields: dict[str, str], name: str) -> int:
-    """A duration of `scontrol show job`; 0 for none, as UNLIMITED."""
-    try:
-        return slurm.duration_seconds(fields.get(name, ""))
-    except ValueError:
-        return 0
