@@ -39,17 +39,15 @@ _FAILED_JOB_STATES = (
 _REASONS = {
     "Resources": "waits for nodes to become free",
     "Priority": "other jobs come first",
-    "BeginTime": "waits until the time it asked for (after a failure: the back-off)",
+    "BeginTime": "waits for its start time (after a failure: the back-off)",
     "Dependency": "waits for another job",
-    "DependencyNeverSatisfied": (
-        "waits for a job that can no longer end as it should; cancel this one"
-    ),
+    "DependencyNeverSatisfied": ("waits for a job that can no longer succeed; cancel this one"),
     "PartitionTimeLimit": (
-        "asks for more time than the partition allows, so it will never start; lower `time` in the"
+        "requests more time than the partition allows, so it will never start; lower `time` in the"
         " profile"
     ),
     "PartitionNodeLimit": (
-        "asks for more nodes than the partition allows or has, so it will never start; fewer"
+        "requests more nodes than the partition allows or has, so it will never start; fewer"
         " --nodes"
     ),
     "PartitionDown": "the partition is down",
@@ -152,7 +150,9 @@ def find_run_folder(path: str) -> Path:
     for candidate in (folder, folder.with_name(f"{folder.name}.launch")):
         if (candidate / events.FILE).is_file() or (candidate / "config.yaml").is_file():
             return candidate
-    raise UserError(f"RUN: '{path}' is no run (it has neither {events.FILE} nor config.yaml)")
+    raise UserError(
+        f"RUN: '{path}' is not a run folder (it has neither {events.FILE} nor config.yaml)"
+    )
 
 
 def read_status(folder: Path, query_ended: bool = True) -> RunStatus:
@@ -277,7 +277,7 @@ def _state(
     if jobs:
         return _state_of_ended_job(jobs[-1])
     if last is not None and last["event"] == "started":
-        return "LOST", "it ended without a word; the same command goes on"
+        return "LOST", "it ended without a record; run the same command again to continue"
     if step is not None and step == steps:
         return "FINISHED", None
     return "IDLE", None
@@ -291,8 +291,8 @@ def _state_of_ended_job(job: Job) -> tuple[str, str]:
     if job.state in _FAILED_JOB_STATES:
         return "FAILED", said
     return "LOST", (
-        f"Slurm no longer has job {job.id}, and it did not say how it ended; the same launch goes"
-        " on"
+        f"Slurm no longer has job {job.id}, and it did not record how it ended; launch it again to"
+        " continue"
     )
 
 

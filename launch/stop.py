@@ -45,7 +45,7 @@ def stop_run(folder: Path) -> str:
     if waiting:
         done.append(f"job {_ids(waiting)} is cancelled")
     if ending:
-        done.append(f"job {_ids(ending)} is being ended; should it come back, it stops at once")
+        done.append(f"job {_ids(ending)} is ending; if it is requeued, it stops at once")
     return f"{folder}: {'; '.join(done)}"
 
 
@@ -57,7 +57,9 @@ def _stop_on_this_machine(folder: Path) -> str:
     process = lock.holding_process(folder)
     if process is None:
         if local_supervisor(events.read(folder)) is not None:
-            return f"{folder}: it has just started, or waits for its next start, and ends before it"
+            return (
+                f"{folder}: it is starting or waiting to restart, and stops before its next attempt"
+            )
         return f"{folder}: nothing runs, so there is nothing to stop"
     host, pid = process
     if host != os.uname().nodename:

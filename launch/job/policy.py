@@ -98,12 +98,12 @@ def decide(end: AttemptEnd, now: Situation, limits: Restarts) -> Decision:
         return Decision("failed", str(first), kind="user_error", code=EXIT_USER_ERROR)
     in_order = first is None or first.code in _STOP_EXITS
     if in_order and now.stopped_by_user:
-        return Decision("stopped", "as asked with `llada stop`")
+        return Decision("stopped", "requested with `llada stop`")
     if in_order and now.signal:
         if end.killed and not now.progress:
             late = (
-                f"{now.signal}: not stopped in time, so the ranks were ended; signal_seconds of the"
-                " profile may be too short"
+                f"{now.signal}: the ranks did not stop in time and were killed; signal_seconds of"
+                " the profile may be too short"
             )
             return restart(Failure("late_stop", late), [], now, limits)
         # A node that is lost, or a host without ranks, is a failure although the rest stopped.
@@ -112,7 +112,7 @@ def decide(end: AttemptEnd, now: Situation, limits: Restarts) -> Decision:
             return Decision("requeued", f"{now.signal}: {how}")
     failure = explain(end, now.unreachable)
     if now.stopped_by_user:
-        reason = f"as asked with `llada stop`, after a failure: {failure.reason}"
+        reason = f"requested with `llada stop`, after a failure: {failure.reason}"
         return Decision("stopped", reason, kind=failure.kind)
     exclude = end.absent
     if len(end.absent) == len(end.hosts):
@@ -122,10 +122,10 @@ def decide(end: AttemptEnd, now: Situation, limits: Restarts) -> Decision:
 
 
 def _requeued_by_slurm(now: Situation) -> Decision:
-    reason = "Slurm puts the job back into the queue"
+    reason = "Slurm requeues the job"
     if not now.unreachable:
         return Decision("requeued", reason, by_slurm=True)
-    reason = f"{reason}; it does not reach {', '.join(now.unreachable)}"
+    reason = f"{reason}; it cannot reach {', '.join(now.unreachable)}"
     return Decision("requeued", reason, kind="lost_node", by_slurm=True)
 
 
@@ -150,7 +150,9 @@ def restart(failure: Failure, exclude: list[str], now: Situation, limits: Restar
     # reasons mean the same failure.
     repeated = failure.kind in _REPEATABLE and now.last_reason == failure.reason
     if repeated and not now.progress and not exclude:
-        reason = f"twice the same, so a third time would not differ: {failure.reason}"
+        reason = (
+            f"the same failure twice in a row, so another attempt would not help: {failure.reason}"
+        )
         return Decision("failed", reason, failure.kind, code=1)
     delay = min(limits.backoff * 2 ** (failures - 1), _LONGEST_BACKOFF)
     if exclude:
@@ -168,7 +170,7 @@ def explain(end: AttemptEnd, unreachable: list[str]) -> Failure:
         return Failure("absent", reason)
     lost_nodes = ""
     if unreachable:
-        lost_nodes = f"Slurm does not reach {', '.join(unreachable)}"
+        lost_nodes = f"Slurm cannot reach {', '.join(unreachable)}"
     first = end.first_failure
     if first is not None and first.blames_another and lost_nodes:
         # No rank of the lost node could say anything.
@@ -188,11 +190,11 @@ def _explain_ranks(end: AttemptEnd, first: RankExit | None) -> Failure:
             return Failure("hang", str(rank))
     missing = sorted(set(range(end.ranks)) - {rank.rank for rank in end.exits})
     if not missing:
-        return Failure("vanished", "every rank left to be started again, none says why")
+        return Failure("vanished", "every rank exited for a restart, and none gave a reason")
     names = ", ".join(str(rank) for rank in missing[:_NAMED_RANKS])
     if len(missing) > _NAMED_RANKS:
         names += ", ..."
-    reason = f"rank {names}: gone without a word"
+    reason = f"rank {names}: disappeared without a record"
     line = end.launcher_line
     if end.launcher_code < 0:
         name = signal.Signals(-end.launcher_code).name
@@ -208,7 +210,7 @@ def failures_in_a_row(
     """Count the attempts of the latest launch that failed in a row before `attempt`.
 
     An attempt that left a new checkpoint begins the row: what failed before it does not count. An
-    attempt that ended without a word (its node was lost) failed. One that was stopped or requeued
+    attempt that ended without a record (its node was lost) failed. One that was stopped or requeued
     in order did not, and does not end the row.
 
     Args:
@@ -230,7 +232,7 @@ def failures_in_a_row(
             break
         if not ends or ends[-1].get("failure"):
             count += 1
-            reason = ends[-1]["reason"] if ends else "ended without a word"
+            reason = ends[-1]["reason"] if ends else "ended without a record"
             last_reason = last_reason or reason
         if any(line["event"] == "checkpoint" for line in lines):
             break

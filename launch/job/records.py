@@ -75,8 +75,8 @@ class RankExit:
     def __str__(self) -> str:
         if self.parent_end is not None:
             how = (
-                f"gone together with its parent process ({self.parent_end}); a lack of memory does"
-                " this"
+                f"killed together with its parent process ({self.parent_end}); running out of"
+                " memory can cause this"
             )
         elif self.code < 0:
             how = f"killed by {signal.Signals(-self.code).name}"

@@ -93,7 +93,7 @@ class Supervisor:
                 return self._requeue(decision)
             self._sleep(decision.delay)
             if self.stop or self.stop_state.by_user_now():
-                self._log_event("stopped", reason="as asked, before the next start")
+                self._log_event("stopped", reason="as requested, before the next start")
                 return decision.code
 
     def _report(self, decision: Decision) -> None:
@@ -337,7 +337,7 @@ class Supervisor:
         """Put this job back into the queue. Slurm then ends this process."""
         assert self.job is not None
         if self.stop_state.by_user_now():
-            self._log_event("stopped", reason="as asked, before the next start")
+            self._log_event("stopped", reason="as requested, before the next start")
             return decision.code
         if not self.spec.restarts.requeue:
             return self._leave_to_chain(decision)
@@ -367,11 +367,11 @@ class Supervisor:
             # Excluded nodes hold for all jobs that are left, the back-off for the next alone.
             affected = later if decision.exclude else later[:1]
             self._configure_next_starts(affected, decision)
-            print(f"llada: job {later[0]} goes on", flush=True)
+            print(f"llada: job {later[0]} continues", flush=True)
             return decision.code
         reason = (
-            f"{decision.reason}; no job is left to go on (requeue.enabled is false): submit the run"
-            " again"
+            f"{decision.reason}; no job is left to continue (requeue.enabled is false): submit the"
+            " run again"
         )
         self._log_event(
             "failed" if decision.failure else "stopped",

@@ -138,7 +138,7 @@ def _disk_error(folder: Path, rank: int) -> str | None:
             file.flush()
             os.fsync(file.fileno())
         if path.read_bytes() != content:
-            return "what was written reads otherwise"
+            return "what was read back differs"
         return None
     except OSError as error:
         return error.strerror

@@ -190,7 +190,7 @@ def _blame_failures(
         return {blamed_hosts.pop(): str(blamed[0])}, None
     if blamed:
         return {}, str(blamed[0])
-    return {}, f"the tests did not end ({end.launcher_line})"
+    return {}, f"the tests did not finish ({end.launcher_line})"
 
 
 # -- a host by itself ------------------------------------------------------------------------------
@@ -222,21 +222,21 @@ def _bad_alone(
 def _fault(finding: Finding, rules: Rules, had_time: bool) -> str | None:
     """What is wrong with a rank's host, from its own finding alone."""
     if finding.disk_error is not None:
-        return f"the run's folder cannot be written ({finding.disk_error})"
+        return f"the run folder cannot be written ({finding.disk_error})"
     if finding.disk_free_gb is not None and finding.disk_free_gb < rules.min_disk_gb:
         return (
-            f"{finding.disk_free_gb:.1f} GB left where the run writes, preflight.min_disk_gb is"
+            f"{finding.disk_free_gb:.1f} GB free where the run writes, preflight.min_disk_gb is"
             f" {rules.min_disk_gb:g}"
         )
     if finding.gpus is not None and finding.gpus < rules.gpus:
-        return f"torch sees {finding.gpus} GPUs, {rules.gpus} are asked for"
+        return f"torch sees {finding.gpus} GPUs, {rules.gpus} are required"
     if finding.gpu_memory_gb is not None and finding.gpu_memory_gb < rules.min_gpu_memory_gb:
         return (
             f"rank {finding.rank}: {finding.gpu_memory_gb:.1f} GB of GPU memory free,"
             f" preflight.min_gpu_memory_gb is {rules.min_gpu_memory_gb:g}"
         )
     if had_time and finding.matmul_seconds is None:
-        return f"rank {finding.rank} did not get through a matrix product"
+        return f"rank {finding.rank} did not finish a matrix product"
     return None
 
 
@@ -264,7 +264,7 @@ def _bad_among_others(findings: Findings, rules: Rules) -> dict[str, str]:
 def _unconnected(findings: Findings, rules: Rules) -> dict[str, str]:
     for name, failed in (
         ("connected", "did not reach the first node"),
-        ("joined", "did not meet the others"),
+        ("joined", "did not connect to the other ranks"),
     ):
         hosts = []
         for host, of_host in findings.items():
@@ -280,12 +280,12 @@ def _off_clocks(findings: Findings, rules: Rules) -> dict[str, str]:
     clocks = _by_host(findings, "clock", statistics.median)
     if not clocks:
         return {}
-    usual = statistics.median_low(clocks.values())
+    median = statistics.median_low(clocks.values())
     bad = {}
     for host, clock in clocks.items():
-        if abs(clock - usual) > rules.max_clock_skew:
+        if abs(clock - median) > rules.max_clock_skew:
             bad[host] = (
-                f"its clock is off by {clock - usual:+.1f} s, preflight.max_clock_skew is"
+                f"its clock is off by {clock - median:+.1f} s, preflight.max_clock_skew is"
                 f" {rules.max_clock_skew:g}"
             )
     return bad
@@ -296,14 +296,14 @@ def _slow_products(findings: Findings, rules: Rules) -> dict[str, str]:
     times = _by_host(findings, "matmul_seconds", max)
     if not times:
         return {}
-    # Of two hosts, the faster one is the usual.
-    usual = statistics.median_low(times.values())
+    # median_low: of two hosts, the faster one is the measure.
+    median = statistics.median_low(times.values())
     bad = {}
     for host, seconds in times.items():
-        if seconds > rules.slow_factor * usual:
+        if seconds > rules.slow_factor * median:
             bad[host] = (
-                f"a matrix product takes {seconds * 1e3:.3g} ms, {seconds / usual:.1f} times the"
-                " usual"
+                f"a matrix product takes {seconds * 1e3:.3g} ms, {seconds / median:.1f} times the"
+                " median"
             )
     return bad
 
@@ -312,11 +312,13 @@ def _slow_links(findings: Findings, name: str, where: str, rules: Rules) -> dict
     speeds = _by_host(findings, name, min)
     if not speeds:
         return {}
-    usual = statistics.median_high(speeds.values())
+    median = statistics.median_high(speeds.values())
     bad = {}
     for host, speed in speeds.items():
-        if speed * rules.slow_factor < usual:
-            bad[host] = f"an all-reduce {where} runs at {speed:.3g} GB/s, the usual is {usual:.3g}"
+        if speed * rules.slow_factor < median:
+            bad[host] = (
+                f"an all-reduce {where} runs at {speed:.3g} GB/s, the median is {median:.3g}"
+            )
     return bad
 
 

@@ -97,7 +97,7 @@ def _preview_start(config: RunConfig, options: CheckOptions) -> tuple[int, list[
         for entry in config.data.mixture:
             if not Path(entry.path).exists():
                 note = (
-                    f"{entry.path} is not there yet: data and checkpoint are compared when the job"
+                    f"{entry.path} does not exist yet: data and checkpoint are checked when the job"
                     " starts"
                 )
                 return 0, [note]
@@ -141,5 +141,5 @@ def _check_partition(prefix: str, partition: str | None, time: str, qos: str | N
         if minutes(time) > minutes(limit):
             raise UserError(
                 f"{prefix}time: '{time}' is over the limit {limit} of partition '{name}'; a run"
-                " that needs longer starts again from its checkpoint by itself"
+                " that needs longer restarts from its checkpoint by itself"
             )

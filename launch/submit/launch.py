@@ -252,7 +252,7 @@ def _parse_data_options(command: str, arguments: list[str]) -> dict[str, Any]:
     for word in arguments:
         if word.partition("=")[0] in ("--task", "--tasks"):
             raise UserError(
-                f"{word}: is the number of the array's tasks; give --tasks once, before the other"
+                f"{word}: is set for every task of the array; give --tasks once, before the other"
                 " options"
             )
     # Typer brings a click of its own, so that neither this group's type nor the errors of click

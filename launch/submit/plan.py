@@ -64,10 +64,10 @@ def print_plan(
     print(f"checkpoints: {preview.checkpoints} (every {config.checkpoint.every:,} steps)")
     start = "starts at step 0"
     if preview.start_step:
-        start = f"goes on from step {preview.start_step}"
+        start = f"continues from step {preview.start_step}"
     end = ""
     if preview.start_step >= preview.steps:
-        end = ", which is its end"
+        end = ", its last step"
     print(f"{start} of {preview.steps}{end}")
     for note in preview.notes:
         print(note)

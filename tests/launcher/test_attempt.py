@@ -116,8 +116,8 @@ def test_a_parent_that_is_killed_with_its_rank_is_named(
     end = run(machine, tmp_path)
     assert machine.kills == (0 if ends else 1)
     reason = (
-        "rank 1 on n1: gone together with its parent process (srun: Killed); a lack of memory does"
-        " this"
+        "rank 1 on n1: killed together with its parent process (srun: Killed); running out of"
+        " memory can cause this"
     )
     assert decide(end, Situation(), LIMITS).reason == reason
 
@@ -170,7 +170,8 @@ def test_ranks_do_not_outlive_the_process_that_started_them(tmp_path: Path) -> N
     end = run(machine, tmp_path)
     assert machine.kills == 1 and not end.killed
     reason = (
-        "rank 0, 1: gone without a word (the process that started the ranks was killed by SIGKILL)"
+        "rank 0, 1: disappeared without a record (the process that started the ranks was killed by"
+        " SIGKILL)"
     )
     assert decide(end, Situation(), LIMITS).reason == reason
 
@@ -199,7 +200,7 @@ def test_a_stop_between_the_decision_and_the_requeue_is_seen(tmp_path: Path) -> 
     # Otherwise it would ask Slurm, which is not here.
     supervisor._requeue(Decision("requeued", "SIGUSR1: stopped with a checkpoint"))
     last = json.loads((tmp_path / "events.jsonl").read_text().splitlines()[-1])
-    assert (last["event"], last["reason"]) == ("stopped", "as asked, before the next start")
+    assert (last["event"], last["reason"]) == ("stopped", "as requested, before the next start")
 
 
 def test_a_snapshot_holds_valid_bytecode(tmp_path: Path) -> None:

@@ -187,7 +187,7 @@ def test_a_run_without_a_launcher_from_outside(here: Path) -> None:
         None,
     )
     assert status.loss is not None and "12 of 12; latest checkpoint 12" in llada("status", "whole")
-    with pytest.raises(UserError, match="RUN: 'corpus' is no run"):
+    with pytest.raises(UserError, match="RUN: 'corpus' is not a run folder"):
         llada("status", "corpus")
     assert "nothing runs" in llada("stop", "whole")
     table = llada("runs", ".").splitlines()

@@ -94,7 +94,7 @@ def test_a_node_that_is_lost_is_no_scancel() -> None:
     assert (
         decision.event == "requeued"
         and decision.failure
-        and "Slurm does not reach n1" in decision.reason
+        and "Slurm cannot reach n1" in decision.reason
     )
 
 
@@ -117,7 +117,7 @@ def test_the_first_rank_that_failed_is_named() -> None:
     )
     decision = decide(end, Situation(unreachable=["n1"]), LIMITS)
     assert (
-        decision.reason == "rank 3 on n1: killed by SIGSEGV; Slurm does not reach n1"
+        decision.reason == "rank 3 on n1: killed by SIGSEGV; Slurm cannot reach n1"
         and decision.failure
     )
 
@@ -153,7 +153,7 @@ def test_a_rank_that_only_lost_its_peer_is_not_the_cause(code: int, message: str
     )
     assert decide(alone, Situation(), LIMITS).reason.startswith("rank 0 on n0: ")
     assert decide(alone, Situation(unreachable=["n1"]), LIMITS).reason.startswith(
-        "Slurm does not reach n1; rank 0 on n0: "
+        "Slurm cannot reach n1; rank 0 on n0: "
     )
 
 
@@ -218,7 +218,7 @@ def test_the_same_step_failing_twice_is_no_accident() -> None:
     first = decide(end, Situation(), LIMITS)
     assert first.event == "requeued"
     second = decide(end, Situation(failures=1, last_reason=first.reason), LIMITS)
-    assert second.event == "failed" and second.reason.startswith("twice the same")
+    assert second.event == "failed" and second.reason.startswith("the same failure twice")
     assert (
         decide(
             ends(-9), Situation(failures=1, last_reason="rank 0 on n0: killed by SIGKILL"), LIMITS
@@ -226,7 +226,7 @@ def test_the_same_step_failing_twice_is_no_accident() -> None:
         == "requeued"
     )
     wrong = (
-        "preflight: n0: torch sees 0 GPUs, 4 are asked for; that is most of the nodes, so none is"
+        "preflight: n0: torch sees 0 GPUs, 4 are required; that is most of the nodes, so none is"
         " excluded"
     )
     assert [

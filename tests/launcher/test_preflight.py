@@ -89,30 +89,33 @@ def test_healthy_nodes_pass_with_their_figures(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "values, why",
     [
-        ({"gpus": 1}, "torch sees 1 GPUs, 2 are asked for"),
+        ({"gpus": 1}, "torch sees 1 GPUs, 2 are required"),
         (
             {"gpu_memory_gb": 3.0},
             "rank 3: 3.0 GB of GPU memory free, preflight.min_gpu_memory_gb is 70",
         ),
         (
             {"disk_error": "Read-only file system"},
-            "the run's folder cannot be written (Read-only file system)",
+            "the run folder cannot be written (Read-only file system)",
         ),
-        ({"disk_free_gb": 0.5}, "0.5 GB left where the run writes, preflight.min_disk_gb is 10"),
+        ({"disk_free_gb": 0.5}, "0.5 GB free where the run writes, preflight.min_disk_gb is 10"),
         ({"clock": 1007.0}, "its clock is off by +3.5 s"),
         ({"clock": 980.0}, "its clock is off by -10.0 s, preflight.max_clock_skew is 5"),
-        ({"matmul_seconds": 0.016}, "a matrix product takes 16 ms, 1.6 times the usual"),
-        ({"local_gbps": 200.0}, "an all-reduce within the node runs at 200 GB/s, the usual is 400"),
-        ({"network_gbps": 5.0}, "an all-reduce with other nodes runs at 5 GB/s, the usual is 40"),
+        ({"matmul_seconds": 0.016}, "a matrix product takes 16 ms, 1.6 times the median"),
+        (
+            {"local_gbps": 200.0},
+            "an all-reduce within the node runs at 200 GB/s, the median is 400",
+        ),
+        ({"network_gbps": 5.0}, "an all-reduce with other nodes runs at 5 GB/s, the median is 40"),
         (
             {"joined": False, "clock": None, "local_gbps": None, "network_gbps": None},
-            "did not meet the others in 60 s",
+            "did not connect to the other ranks in 60 s",
         ),
         (
             {"connected": False, "joined": False, "clock": None},
             "did not reach the first node in 60 s",
         ),
-        ({"matmul_seconds": None, "joined": False}, "rank 3 did not get through a matrix product"),
+        ({"matmul_seconds": None, "joined": False}, "rank 3 did not finish a matrix product"),
         (None, "1 of 2 ranks did not start"),
     ],
 )
@@ -155,7 +158,7 @@ def test_slower_nodes_are_not_blamed_when_a_failure_elsewhere_ends_their_tests(
     for code in (-9, -15):
         hung = AttemptEnd([replace(one, code=code) for one in ended], 8, HOSTS, killed=True)
         assert verdict(tmp_path, hung, n3=waiting).bad == {
-            "n3": "rank 7 did not get through a matrix product"
+            "n3": "rank 7 did not finish a matrix product"
         }
 
 

@@ -22,7 +22,7 @@ def test_durations_of_a_job() -> None:
 
 def test_the_reason_of_a_pending_job_is_explained() -> None:
     assert _colon_reason(Job("1", "PENDING", "PartitionTimeLimit")).startswith(
-        ": PartitionTimeLimit (asks for more time than the partition"
+        ": PartitionTimeLimit (requests more time than the partition"
     )
     assert _colon_reason(Job("1", "PENDING", "ReqNodeNotAvail, UnavailableNodes:n1")).endswith(
         "(a node it needs is down, drained or reserved)"

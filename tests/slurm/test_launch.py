@@ -314,7 +314,7 @@ def test_a_task_of_an_array_that_fails_starts_alone_again(island: Island) -> Non
         ),
         (
             ["--input", "corpus", "--tokenizer", "tokenizer", "--output", "x", "--task", "1"],
-            "--task: is the number of the array's tasks",
+            "--task: is set for every task of the array",
         ),
     ],
 )
@@ -538,10 +538,8 @@ def test_what_can_never_start_says_why(island: Island) -> None:
     until(lambda: island.status("waiting").reason is not None, 30, "a reason")
     status = island.status("waiting")
     assert status.state == "PENDING"
-    assert (
-        status.reason
-        == "DependencyNeverSatisfied (waits for a job that can no longer end as it should; cancel"
-        " this one)"
+    assert status.reason == (
+        "DependencyNeverSatisfied (waits for a job that can no longer succeed; cancel this one)"
     )
     assert "state     PENDING: DependencyNeverSatisfied" in island.llada("status", "waiting")
 
@@ -569,7 +567,7 @@ def test_a_limit_that_came_later_is_shown(island: Island) -> None:
         island.cluster.run("scancel", blocker)
         until(
             lambda: (island.status("overdue").reason or "").startswith(
-                "PartitionTimeLimit (asks for more time"
+                "PartitionTimeLimit (requests more time"
             ),
             30,
             "the reason",
@@ -631,8 +629,8 @@ def test_no_node_has_what_the_profile_asks_for(island: Island) -> None:
     status = island.wait_state("blind", "FAILED")
     assert status.reason is not None
     assert status.reason.startswith(
-        f"twice the same, so a third time would not differ: preflight: {island.node(0)}: torch sees"
-        f" 0 GPUs, 4 are asked for; {island.node(1)}"
+        "the same failure twice in a row, so another attempt would not help: preflight:"
+        f" {island.node(0)}: torch sees 0 GPUs, 4 are required; {island.node(1)}"
     )
     assert status.reason.endswith("that is most of the nodes, so none is excluded")
 

@@ -98,9 +98,7 @@ def test_plain_scontrol_requeue(island: Island) -> None:
     island.wait_step("administered", 6)
     island.cluster.run("scontrol", "requeue", job)
     requeued = island.wait_event("administered", "requeued")
-    assert (
-        "failure" not in requeued and requeued["reason"] == "Slurm puts the job back into the queue"
-    )
+    assert "failure" not in requeued and requeued["reason"] == "Slurm requeues the job"
     assert requeued["step"] >= 6  # stopped in order, although nobody asked the run itself
     island.wait_state("administered", "FINISHED")
     assert island.status("administered").restarts == 1
@@ -168,11 +166,11 @@ def test_one_rank_exits(island: Island) -> None:
     requeued = island.wait_event("crashed", "requeued", 2)
     status = island.wait_state("crashed", "FINISHED")
     assert requeued["reason"] == status.last_error
-    assert (
-        requeued["reason"]
-        == f"rank 1 on {island.node(1)}: gone together with its parent process (srun: Killed); a"
-        " lack of memory does this"
+    assert requeued["reason"] == (
+        f"rank 1 on {island.node(1)}: killed together with its parent process (srun: Killed);"
+        " running out of memory can cause this"
     )
+    assert requeued["failure_kind"] == "killed"
     assert status.restarts == 2
     assert island.lines("crashed") == island.uninterrupted.result()
 
