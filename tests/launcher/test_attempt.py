@@ -160,12 +160,10 @@ def test_a_parent_killed_with_its_rank_ends_a_single_process_too(tmp_path: Path)
 
 
 def test_ranks_do_not_outlive_the_process_that_started_them(tmp_path: Path) -> None:
-    """Of a killed torchrun they would train on, and hold the run folder against the
-    next attempt.
-    """
-    said = "Setting OMP_NUM_THREADS environment variable for each process to be 1 in default\n"
+    """After torchrun is killed they would train on, and hold the run folder's lock."""
+    output = "Setting OMP_NUM_THREADS environment variable for each process to be 1 in default\n"
     machine = FakeMachine(
-        {**started(0), **started(1), "launcher.log": said}, words=["sh", "-c", "kill -9 $$"]
+        {**started(0), **started(1), "launcher.log": output}, words=["sh", "-c", "kill -9 $$"]
     )
     end = run(machine, tmp_path)
     assert machine.kills == 1 and not end.killed
@@ -177,9 +175,7 @@ def test_ranks_do_not_outlive_the_process_that_started_them(tmp_path: Path) -> N
 
 
 def test_a_stop_of_the_last_moment_is_seen_by_the_decision(tmp_path: Path) -> None:
-    """`llada stop` touches a file and signals the ranks, which may be through within the seconds
-    for which a look holds.
-    """
+    """`llada stop` touches a file and signals the ranks, which may end before the next look."""
     spec = JobSpec("train", str(tmp_path), str(tmp_path), str(tmp_path), [], sys.executable)
     (tmp_path / "job.json").write_text(spec.to_json())
     supervisor = Supervisor(tmp_path, StopRequest(), local=True)
@@ -208,7 +204,7 @@ def test_a_snapshot_holds_valid_bytecode(tmp_path: Path) -> None:
     compileall.compile_file(str(Path(events.__file__)), quiet=1)
     code = take_snapshot(tmp_path / "code")
     (copy,) = (code / "llada" / "__pycache__").glob(f"events.{sys.implementation.cache_tag}.pyc")
-    # PEP 552: what Python compares with the source
+    # PEP 552: what Python compares with the source.
     modified, size = struct.unpack("<II", copy.read_bytes()[8:16])
     source = (code / "llada" / "events.py").stat()
     assert (modified, size) == (int(source.st_mtime), source.st_size)

@@ -1,6 +1,4 @@
-"""`llada launch` on a machine without Slurm: plans, refusals, and what a run looks like from
-outside.
-"""
+"""`llada launch` on a machine without Slurm, and what a run looks like from outside."""
 
 from __future__ import annotations
 

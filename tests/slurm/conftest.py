@@ -26,8 +26,8 @@ ISLANDS = 4
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     own = [item for item in items if Path(str(item.fspath)).is_relative_to(Path(__file__).parent)]
     reason = missing(accounting=True) if own else None
-    # Scenarios first: the other tests change what belongs to the whole process. Of them first those
-    # that have to wait for the clock.
+    # Scenarios come first, since the other tests change what belongs to the whole process; first of
+    # all those that have to wait for the clock.
     beside = sorted(
         (item for item in own if hasattr(getattr(item, "obj", None), "body")),
         key=lambda item: "time_limit" not in item.name,
@@ -41,8 +41,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def disk() -> Iterator[Path]:
-    """A folder that every node sees. Pytest's own may lie in /dev/shm, of which each node has one
-    of its own.
+    """A folder that every node sees.
+
+    Pytest's own may lie in /dev/shm, and every node has its own /dev/shm.
     """
     with tempfile.TemporaryDirectory(prefix="llada-slurm-", ignore_cleanup_errors=True) as folder:
         yield Path(folder)
@@ -77,8 +78,9 @@ def cluster(disk: Path) -> Iterator[Cluster]:
 
 @pytest.fixture
 def island(cluster: Cluster, corpus: Path) -> Iterator[Island]:
-    """The corpus's folder and the first island, with every node idle and no job left; for tests
-    that run alone.
+    """The corpus's folder and the first island, for tests that run alone.
+
+    Every node is idle, and no job is left of earlier tests.
     """
     with commands_talk_to(cluster, corpus):
         island = Island(corpus, cluster)
@@ -90,7 +92,7 @@ def island(cluster: Cluster, corpus: Path) -> Iterator[Island]:
 def scenarios(
     request: pytest.FixtureRequest, cluster: Cluster, corpus: Path
 ) -> Iterator[Scenarios]:
-    """All selected scenarios, through."""
+    """All selected scenarios, once their bodies have ended."""
     bodies = [
         item.obj.body
         for item in request.session.items

@@ -93,8 +93,9 @@ class Island(Workplace):
         self.cluster.revive(self.index)
 
     def _no_jobs(self) -> bool:
-        """Cancels those that are left: one that is being put back into the queue comes back after
-        the first time.
+        """Cancel the jobs that are left; returns whether none was.
+
+        A job that is being requeued comes back after the first time.
         """
         for partition in (self.main, self.scavenge):
             self.cluster.run("scancel", "--user=root", f"--partition={partition}", check=False)
@@ -103,8 +104,9 @@ class Island(Workplace):
     # -- commands ----------------------------------------------------------------------------------
 
     def write(self, name: str, **sections: Any) -> str:
-        """A config of a run of two ranks that share every matrix: when one is gone, the other
-        notices.
+        """Write the config of a run of two ranks; returns its path.
+
+        The ranks share every matrix, so that when one is gone, the other notices.
         """
         content = {
             **CONFIG,
@@ -205,13 +207,13 @@ class Island(Workplace):
         return self.status(run)
 
     def evidence(self, run: str) -> str:
-        """Everything that may explain a failed test."""
-        told = [str(line) for line in self.events(run) if line["event"] != "step"]
+        """Return everything that may explain a failed test."""
+        lines = [str(line) for line in self.events(run) if line["event"] != "step"]
         logs = [
             f"{path}:\n{path.read_text(errors='replace')[-1500:]}"
             for path in sorted((self.folder / run).glob("logs/**/*.log"))
         ]
-        return "\n".join([*told, str(self.status(run)), *logs])
+        return "\n".join([*lines, str(self.status(run)), *logs])
 
     # -- what is done to it ------------------------------------------------------------------------
 
@@ -258,15 +260,16 @@ class Island(Workplace):
 
 @contextmanager
 def commands_talk_to(cluster: Cluster, folder: Path) -> Iterator[None]:
-    """The commands of this process talk to a cluster, from a folder."""
-    before = os.getcwd(), os.environ.get("SLURM_CONF")
+    """Let the commands of this process talk to a cluster, from a folder."""
+    folder_before = os.getcwd()
+    conf_before = os.environ.get("SLURM_CONF")
     os.environ["SLURM_CONF"] = str(cluster.conf)
     os.chdir(folder)
     try:
         yield
     finally:
-        os.chdir(before[0])
-        if before[1] is None:
+        os.chdir(folder_before)
+        if conf_before is None:
             del os.environ["SLURM_CONF"]
         else:
-            os.environ["SLURM_CONF"] = before[1]
+            os.environ["SLURM_CONF"] = conf_before

@@ -18,12 +18,14 @@ Body = Callable[[Island], None]
 
 
 def scenario(body: Body) -> Callable[[Scenarios], None]:
-    """A test whose body runs beside others'; what pytest calls tells how it ended."""
+    """Make a test whose body runs beside others; what pytest calls reports how the body ended."""
 
     def test(scenarios: Scenarios) -> None:
         scenarios.result(body)
 
-    test.__name__, test.__doc__, test.__module__ = body.__name__, body.__doc__, body.__module__
+    test.__name__ = body.__name__
+    test.__doc__ = body.__doc__
+    test.__module__ = body.__module__
     test.body = body  # type: ignore[attr-defined]
     return test
 
@@ -37,7 +39,8 @@ class Scenarios:
     """
 
     def __init__(self, cluster: Cluster, folder: Path, bodies: list[Body]) -> None:
-        self._cluster, self._folder = cluster, folder
+        self._cluster = cluster
+        self._folder = folder
         self._console = threading.Lock()
         self._over = threading.Event()
         self._uninterrupted: Future[Curve] = Future()
@@ -52,17 +55,18 @@ class Scenarios:
             threading.Thread(target=self._work, args=(index,), daemon=True).start()
 
     def result(self, body: Body) -> None:
-        """What a body raised is raised here."""
+        """Raise what a body raised."""
         self._ends[body].result()
 
     def wait(self) -> None:
-        """Until every body has ended. Meanwhile pytest must not go on to another test: it would
-        take over the output of the commands.
+        """Wait until every body has ended.
+
+        Meanwhile pytest must not start another test: it would capture the output of the commands.
         """
         wait(self._ends.values())
 
     def close(self) -> None:
-        """Start no further one."""
+        """Start no further body."""
         self._over.set()
 
     def _work(self, index: int) -> None:
@@ -77,15 +81,15 @@ class Scenarios:
                 body(island)
                 island.clear()
                 self._ends[body].set_result(None)
-            except BaseException as error:  # whatever it is, the test raises it
+            except BaseException as error:
+                # Whatever it is, the test raises it.
                 self._ends[body].set_exception(error)
-                with suppress(Exception):  # the next one will tell
+                # An island that cannot be cleared fails the next body.
+                with suppress(Exception):
                     island.clear()
 
     def _run_uninterrupted(self, island: Island) -> None:
-        """An uninterrupted run of the same config, without a launcher: each rank started by srun
-        itself.
-        """
+        """Run the same config without a launcher, each rank started by srun itself."""
         try:
             words = [
                 "srun",

@@ -1,6 +1,4 @@
-"""The same with slurmdbd: accounts are checked, and jobs that slurmctld has forgotten are still
-known.
-"""
+"""With slurmdbd: accounts are checked, and jobs that slurmctld has forgotten are still known."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""From nothing to a model on a real Slurm, what the launcher refuses before it submits, and what it
-shows of a run that waits.
-"""
+"""`llada launch` on a real Slurm: whole runs, refusals, and the status of a run that waits."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""What clusters do to a run, done to one on a real Slurm: afterwards its curve is that of a run
-that nothing happened to.
+"""What clusters do to a run, on a real Slurm.
+
+After each of them the curve of the run equals that of a run that nothing happened to.
 """
 
 from __future__ import annotations
