@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
+import pytest
+
 from launch.job.spec import JobSpec, Restarts, latest_checkpoint, make_numbered_folder
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_job_descriptions_go_through_the_file(tmp_path: Path) -> None:
@@ -43,3 +50,17 @@ def test_only_complete_checkpoints_count(tmp_path: Path) -> None:
         if complete:
             (tmp_path / "checkpoints" / name / "COMMITTED").touch()
     assert latest_checkpoint(tmp_path) == 10
+
+
+@pytest.mark.parametrize("module", ["launch.job.main", "launch.job.supervisor", "launch.job.rank"])
+def test_the_job_imports_the_standard_library_alone(module: str) -> None:
+    """The batch script starts before the environment of the ranks is there."""
+    code = (
+        f"import sys; before = set(sys.modules); import {module}\n"
+        "new = {name.partition('.')[0] for name in set(sys.modules) - before}\n"
+        "print(sorted(new - set(sys.stdlib_module_names)))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    words = [sys.executable, "-c", code]
+    output = subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
+    assert output.stdout.strip() == "['launch', 'llada']"

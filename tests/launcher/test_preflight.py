@@ -1,6 +1,4 @@
-"""Bad nodes are outcome among synthetic findings, and the tests themselves run on a pool of
-processes.
-"""
+"""Bad nodes among synthetic findings, and the node tests themselves on a pool of processes."""
 
 from __future__ import annotations
 
