@@ -133,6 +133,7 @@ class _Watch:
 
     def run(self) -> AttemptEnd:
         process = self._machine.start(self._command)
+        self._started = time.monotonic()
         console = _Console(self._command.folder / "rank_00000.log")
         while process.poll() is None:
             self._look()

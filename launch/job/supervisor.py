@@ -148,7 +148,7 @@ class Supervisor:
         )
         limits = self.spec.restarts
         if situation.failures > limits.limit:
-            # The attempts before ended without a word, so that none of them could end the run.
+            # The attempts before ended without a record, so none of them could end the run.
             return restart(Failure("vanished", situation.last_reason or ""), [], situation, limits)
         self._end_by = self._end_of_job()
         if self.spec.kind == "train" and self.spec.preflight is not None and not self.stop_state:
