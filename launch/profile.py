@@ -88,8 +88,9 @@ class Requeue(Section):
 
 
 class Preflight(Section):
-    """Tests of the nodes before the first step; a bad node is named, excluded, and the job starts
-    again.
+    """Tests of the nodes before the first step.
+
+    A bad node is named and excluded, and the job starts again.
     """
 
     enabled: bool = True
