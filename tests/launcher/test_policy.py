@@ -328,9 +328,7 @@ def test_failures_in_a_row(attempts: list[list[tuple[str, bool]]], expected: int
 
 @given(st.lists(st.sampled_from([CRASH, SILENT, STOP, GOOD]), max_size=12))
 def test_failures_in_a_row_is_the_published_rule(attempts: list[list[tuple[str, bool]]]) -> None:
-    """Count forwards: a checkpoint starts the count again, a failure adds one, a stop in order
-    nothing.
-    """
+    """Counted forwards: a checkpoint starts the count again, and only a failure adds one."""
     count = 0
     for lines in attempts:
         if any(event == "checkpoint" for event, _ in lines):

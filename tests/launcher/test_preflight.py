@@ -144,8 +144,9 @@ def test_a_test_that_died_blames_the_node_where_it_died_first(tmp_path: Path) ->
 def test_slower_nodes_are_not_blamed_when_a_failure_elsewhere_ends_their_tests(
     tmp_path: Path,
 ) -> None:
-    """One rank fails at once. Those of n2 have not started by then, n3's are at work, and all are
-    ended with it.
+    """One rank fails at once, and all others are ended with it.
+
+    By then those of n2 have not started, and those of n3 are still at work.
     """
     failure = RankExit(1, "n0", 1.0, 1, "failed: CUDA error: uncorrectable ECC error")
     ended = [RankExit(rank, f"n{rank // 2}", 20.0, -9, None) for rank in (0, 2, 3, 6, 7)]
@@ -180,9 +181,7 @@ def test_where_all_fail_alike_nobody_is_blamed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("hosts", [1, 2, 3, 4])
 def test_the_tests_run_and_meet_in_every_ring(tmp_path: Path, hosts: int) -> None:
-    """Processes that believe to be on several hosts, one or two a host: all make the
-    same groups.
-    """
+    """Processes that believe they are on several hosts, one or two a host, make the same groups."""
     local = 2 if hosts < 3 else 1
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -42,8 +42,9 @@ def test_no_slurm_on_the_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 def test_a_job_waits_for_a_controller_that_is_away(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """A run must not end because slurmctld was being restarted when it wanted back into the queue;
-    the clock is a list.
+    """A run must not end because slurmctld was being restarted when it requeued itself.
+
+    The clock is a list.
     """
     script = tmp_path / "scontrol"
     away = "slurm_requeue error: Unable to contact slurm controller (connect failure)"

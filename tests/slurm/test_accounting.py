@@ -17,9 +17,7 @@ from tests.stand_ins import like
 
 @pytest.fixture(scope="module")
 def accounted(disk: Path, corpus: Path) -> Iterator[Island]:
-    """A cluster of two nodes with an accounting database, which forgets finished jobs after some
-    seconds.
-    """
+    """A cluster of two nodes with accounting that forgets finished jobs after some seconds."""
     cluster = Cluster(disk / "accounted", index=1, nodes=2, accounting=True, forget_seconds=5)
     try:
         with commands_talk_to(cluster.start(), corpus):

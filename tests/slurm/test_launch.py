@@ -27,9 +27,7 @@ from tests.slurm.scenarios import scenario
 
 @scenario
 def test_two_nodes_with_two_tasks_train_and_convert(island: Island) -> None:
-    """Tensor x data parallel, with the tests of the nodes before, W&B, and the conversion
-    after it.
-    """
+    """Tensor x data parallel, with node tests, W&B, and the conversion."""
     profile = island.profile("tested", preflight={"enabled": True})
     layout = {"parallel": {"tensor": 2, "sequence": True}, "logging": {"every": 1, "wandb": True}}
     job = island.launch("full", "--then", "convert", profile=profile, per_node=2, **layout)
@@ -80,9 +78,7 @@ def test_two_nodes_with_two_tasks_train_and_convert(island: Island) -> None:
 
 @scenario
 def test_the_curve_is_that_of_torchrun_on_one_machine(island: Island) -> None:
-    """`--local` has the same run folder and the same numbers, and a killed rank is started again
-    there, too.
-    """
+    """`--local` gives the same files and numbers, and starts a killed rank again, too."""
     words = [
         sys.executable,
         "-W",
@@ -145,8 +141,9 @@ def test_local_stops_with_a_checkpoint(island: Island) -> None:
 
 @scenario
 def test_a_chain_where_jobs_cannot_requeue(island: Island) -> None:
-    """The second job goes on; the third has nothing to do and is cancelled; the conversion waits
-    for the one that finished.
+    """The second job continues, and the conversion waits for it.
+
+    The third has nothing to do and is cancelled.
     """
     profile = island.profile("chained", requeue={"enabled": False})
     island.launch("chain", "--chain", "3", "--then", "convert", profile=profile)
@@ -275,9 +272,7 @@ def test_a_corpus_in_an_array_of_tasks(island: Island) -> None:
 
 @scenario
 def test_a_task_of_an_array_that_fails_starts_alone_again(island: Island) -> None:
-    """Its number, where it is the last one, is the number of the array: all tasks would start again
-    with it.
-    """
+    """The bare number of the last task is that of the whole array, which must not restart."""
     own = ["--tasks", "2", "--cluster", island.profile("few", requeue={"limit": 1})]
     words = [
         "--input",
@@ -544,9 +539,7 @@ def test_what_can_never_start_says_why(island: Island) -> None:
 
 @scenario
 def test_a_limit_that_came_later_is_shown(island: Island) -> None:
-    """A job that waits when its partition's limit is lowered stays in the queue for ever; that has
-    to be seen.
-    """
+    """A job that waits when its partition's limit is lowered stays in the queue for ever."""
     blocker = island.cluster.run(
         "sbatch",
         "--parsable",
@@ -634,9 +627,7 @@ def test_no_node_has_what_the_profile_asks_for(island: Island) -> None:
 
 
 def test_settings_survive_the_way_through_the_job(island: Island) -> None:
-    """Overrides are in the config that the job reads, and a profile's setting can be changed for
-    one launch.
-    """
+    """The job reads the overrides, and one launch can change a setting of the profile."""
     out = island.llada(
         "launch",
         island.write("told"),

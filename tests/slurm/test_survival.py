@@ -16,9 +16,10 @@ from tests.slurm.scenarios import scenario
 
 @scenario
 def test_time_limit_saves_requeues_and_goes_on_also_when_a_rank_hangs(island: Island) -> None:
-    """Two runs at once, since the minutes have to pass: one stops in order, of the other a rank
-    never does. There Slurm would end the supervisor with the ranks, and nobody would put the job
-    back into the queue.
+    """One run stops in order; of the other, a rank never does.
+
+    Without the launcher's own limit, Slurm would end that supervisor with the ranks, and nobody
+    would requeue the job. Both run at once, since the minutes have to pass.
     """
     profile = island.profile("minutes", time="3", signal_seconds=6)
     job = island.launch("limit", profile=profile)
