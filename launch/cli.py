@@ -1,5 +1,6 @@
-"""The commands around a run on a cluster: `llada launch`, `status`, `logs`, `stop`, `runs`. Thin,
-and quick to import.
+"""The commands around a run on a cluster: `llada launch`, `status`, `logs`, `stop`, `runs`.
+
+Thin, and quick to import: each command imports what it needs when it runs.
 """
 
 from __future__ import annotations
@@ -19,19 +20,21 @@ if TYPE_CHECKING:
     from launch.profile import ClusterProfile
 
 
-class _Launch(TyperGroup):
-    """`llada launch CONFIG` is `llada launch run CONFIG`: what is no command's name is a config."""
+class _LaunchGroup(TyperGroup):
+    """Reads `llada launch CONFIG` as `llada launch run CONFIG`."""
 
     default_command = "run"
 
+    # Typer brings a click of its own, so the type of `ctx` has no public name.
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        # Whatever is not the name of a command is a config.
         if args and args[0] not in self.commands and args[0] not in ("--help", "-h"):
             args = [self.default_command, *args]
         return list(super().parse_args(ctx, args))
 
 
 launch_app = typer.Typer(
-    cls=_Launch,
+    cls=_LaunchGroup,
     no_args_is_help=True,
     help=(
         "Submit a run to Slurm, or start it on this machine: `llada launch CONFIG`, which is short"
@@ -88,7 +91,7 @@ def run(
         typer.Option(
             min=1,
             help=(
-                "Submit so many jobs that follow each other, for a site where jobs cannot requeue"
+                "Submit this many jobs that follow each other, for a site where jobs cannot requeue"
                 " themselves."
             ),
         ),
@@ -103,19 +106,34 @@ def run(
         typer.Option("--allow-changed", help="Resume although settings or data changed; recorded."),
     ] = False,
     rewind: Annotated[
-        int | None, typer.Option(min=0, help="Go back to the checkpoint after so many steps first.")
+        int | None, typer.Option(min=0, help="Go back to the checkpoint of this step first.")
     ] = None,
 ) -> None:
     """Submit the run of CONFIG, or start it on this machine with --local."""
-    from launch.submit.launch import LaunchOptions, launch_run
+    from launch.submit.launch import launch_run
+    from launch.submit.plan import LaunchOptions
 
     options = LaunchOptions(
-        nodes, gpus_per_node, dry_run, local, chain, then, after, allow_changed, rewind
+        nodes=nodes,
+        gpus_per_node=gpus_per_node,
+        dry_run=dry_run,
+        local=local,
+        chain=chain,
+        then=then,
+        after=after,
+        allow_changed=allow_changed,
+        rewind=rewind,
     )
-    raise typer.Exit(launch_run(config, overrides, _profile(cluster, set, local), options))
+    profile = None
+    if not local:
+        profile = _load_profile(cluster, set)
+    elif cluster is not None or set:
+        raise UserError("--local: this machine has no profile; leave out --cluster and --set")
+    raise typer.Exit(launch_run(config, overrides, profile, options))
 
 
-_PASS_ON: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True}
+_PASS_OPTIONS_ON: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True}
+"""Options that are not this command's are those of `llada data`."""
 
 
 def _launch_data(
@@ -124,20 +142,19 @@ def _launch_data(
     tasks: int,
     cluster: str | None,
     settings: list[str] | None,
-    dry: bool,
+    dry_run: bool,
     after: str | None,
 ) -> None:
     from launch.submit.launch import launch_data
 
-    profile = _profile(cluster, settings, False)
-    assert profile is not None
-    launch_data(command, list(context.args), profile, tasks, dry, after)
+    profile = _load_profile(cluster, settings)
+    launch_data(command, list(context.args), profile, tasks, dry_run, after)
 
 
 Tasks = Annotated[int, typer.Option(min=1, help="Tasks of the job array.")]
 
 
-@launch_app.command("data-prepare", context_settings=_PASS_ON)
+@launch_app.command("data-prepare", context_settings=_PASS_OPTIONS_ON)
 def data_prepare(
     context: typer.Context,
     tasks: Tasks,
@@ -150,7 +167,7 @@ def data_prepare(
     _launch_data("prepare", context, tasks, cluster, set, dry_run, after)
 
 
-@launch_app.command("data-prepare-sft", context_settings=_PASS_ON)
+@launch_app.command("data-prepare-sft", context_settings=_PASS_OPTIONS_ON)
 def data_prepare_sft(
     context: typer.Context,
     tasks: Tasks,
@@ -163,13 +180,9 @@ def data_prepare_sft(
     _launch_data("prepare-sft", context, tasks, cluster, set, dry_run, after)
 
 
-def _profile(cluster: str | None, settings: list[str] | None, local: bool) -> ClusterProfile | None:
+def _load_profile(cluster: str | None, settings: list[str] | None) -> ClusterProfile:
     from launch.profile import load_profile
 
-    if local:
-        if cluster is not None or settings:
-            raise UserError("--local: this machine has no profile; leave out --cluster and --set")
-        return None
     if cluster is None:
         raise UserError(
             "--cluster: missing; name the profile of your cluster (configs/clusters has two to"
@@ -181,43 +194,52 @@ def _profile(cluster: str | None, settings: list[str] | None, local: bool) -> Cl
 def status(
     run: Run, as_json: Annotated[bool, typer.Option("--json", help="As one JSON object.")] = False
 ) -> None:
-    """State, progress and last error of a run; why it is pending."""
-    from launch import status as watch
+    """Show state, progress and last error of a run, and why it is pending."""
+    from launch.status import find_run_folder, read_status
 
-    found = watch.status(watch.state_folder(run))
-    typer.echo(json.dumps(found.as_dict(), indent=1) if as_json else str(found))
+    run_status = read_status(find_run_folder(run))
+    if as_json:
+        typer.echo(json.dumps(run_status.as_dict(), indent=1))
+    else:
+        typer.echo(str(run_status))
 
 
 def logs(
     run: Run,
-    rank: Annotated[int, typer.Option(min=0, help="Whose log.")] = 0,
+    rank: Annotated[int, typer.Option(min=0, help="Rank whose log is shown.")] = 0,
     attempt: Annotated[
-        int | None, typer.Option(min=1, help="Of which start of the run; the latest if left out.")
+        int | None, typer.Option(min=1, help="Start of the run, from 1; the latest if left out.")
     ] = None,
-    task: Annotated[
-        int | None, typer.Option(min=0, help="Of data preparation: of which task.")
-    ] = None,
+    task: Annotated[int | None, typer.Option(min=0, help="Task of a data preparation.")] = None,
     follow: Annotated[
         bool,
         typer.Option(
-            "--follow", "-f", help="Go on with what is added, through restarts, until the run ends."
+            "--follow", "-f", help="Follow the log, through restarts, until the run ends."
         ),
     ] = False,
 ) -> None:
-    """The log of a rank."""
-    from launch import status as watch
+    """Print the log of a rank."""
+    from launch.logs import LogChoice, follow_log, print_bytes, read_log
+    from launch.status import find_run_folder
 
+    choice = LogChoice(find_run_folder(run), rank, attempt, task)
     try:
-        watch.print_bytes(watch.logs(watch.state_folder(run), rank, attempt, task, follow))
-    except BrokenPipeError:  # of `| head`
+        if follow:
+            print_bytes(follow_log(choice))
+        else:
+            print_bytes([read_log(choice)])
+    except BrokenPipeError:
+        # A reader such as `head` is through. Without this, Python would complain when it flushes
+        # standard output at the end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def stop(run: Run) -> None:
-    """End a run with a checkpoint after its step, and cancel what of it waits in the queue."""
-    from launch import status as watch
+    """End a run with a checkpoint after its step, and cancel its jobs that wait in the queue."""
+    from launch.status import find_run_folder
+    from launch.stop import stop_run
 
-    typer.echo(watch.stop(watch.state_folder(run)))
+    typer.echo(stop_run(find_run_folder(run)))
 
 
 def runs(
@@ -227,16 +249,18 @@ def runs(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="As a JSON list.")] = False,
 ) -> None:
-    """All runs below some folders, the latest changed first."""
-    from launch import status as watch
+    """List the runs below some folders, the latest changed first."""
+    from launch.runs import format_table, list_runs
 
-    missing = [root for root in roots or ["runs"] if not Path(root).is_dir()]
-    if missing:
-        raise UserError(f"ROOTS: no folder '{missing[0]}'")
-    found = watch.runs(roots or ["runs"])
-    typer.echo(
-        json.dumps([row.as_dict() for row in found], indent=1) if as_json else watch.table(found)
-    )
+    roots = roots or ["runs"]
+    for root in roots:
+        if not Path(root).is_dir():
+            raise UserError(f"ROOTS: no folder '{root}'")
+    found_runs = list_runs(roots)
+    if as_json:
+        typer.echo(json.dumps([run.as_dict() for run in found_runs], indent=1))
+    else:
+        typer.echo(format_table(found_runs))
 
 
 def add_to(app: typer.Typer) -> None:

@@ -1,23 +1,23 @@
-"""The profile of a cluster: what its Slurm wants to be told, in one YAML file that all runs there
-share.
+"""The profile of a cluster: the settings of its Slurm, in one YAML file that all runs there share.
+
+The docstrings of the settings are the table in docs/slurm.md.
 """
 
 from __future__ import annotations
 
-import re
+import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from launch import slurm
 from llada.config import apply_override, one_line, read_yaml
 from llada.config.section import Section
 from llada.errors import UserError
 
-_TIME = re.compile(
-    r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d{1,2}))?(?::(?P<third>\d{1,2}))?"
-)
-_RESERVED = {
+# Options of sbatch that the launcher sets itself; others may be set under `sbatch`.
+_RESERVED_OPTIONS = {
     "time",
     "no-requeue",
     "ntasks-per-node",
@@ -88,8 +88,9 @@ class Requeue(Section):
 
 
 class Preflight(Section):
-    """Tests of the nodes before the first step; a bad node is named, excluded, and the job starts
-    again.
+    """Tests of the nodes before the first step.
+
+    A bad node is named and excluded, and the job starts again.
     """
 
     enabled: bool = True
@@ -113,9 +114,11 @@ class Preflight(Section):
     """Size of the all-reduce, MB."""
 
 
-def _time_text(value: Any) -> Any:
-    """A time limit as text. YAML takes 12:00:00 without quotes for a number in base 60, which would
-    be other minutes.
+def _check_time_limit(value: object) -> object:
+    """Validate a time limit before pydantic converts it.
+
+    YAML takes 12:00:00 without quotes for a number in base 60, 43200, which Slurm would take for
+    minutes.
     """
     if value is None:
         return None
@@ -148,7 +151,7 @@ class CpuJobs(Section):
     training.
     """
 
-    _check_time = field_validator("time", mode="before")(_time_text)
+    _check_time = field_validator("time", mode="before")(_check_time_limit)
 
 
 class ClusterProfile(Section):
@@ -199,50 +202,52 @@ class ClusterProfile(Section):
     srun: list[str] = Field(default_factory=list)
     """Further words of srun, as [--mpi=none]."""
 
-    _check_time = field_validator("time", mode="before")(_time_text)
+    _check_time = field_validator("time", mode="before")(_check_time_limit)
 
     @model_validator(mode="after")
     def _checks(self) -> ClusterProfile:
+        # A run that is told to stop when it starts would never take a step.
         if self.signal_seconds >= minutes(self.time) * 60:
             raise ValueError(
                 f"signal_seconds: {self.signal_seconds} is not less than time = {self.time}"
             )
-        taken = sorted(name for name in self.sbatch if name.replace("_", "-") in _RESERVED)
-        if taken:
-            raise ValueError(f"sbatch: {taken[0]} is set by the launcher; leave it out")
+        for name in sorted(self.sbatch):
+            # submitit takes both spellings, ntasks_per_node and ntasks-per-node.
+            if name.replace("_", "-") in _RESERVED_OPTIONS:
+                raise ValueError(f"sbatch: {name} is set by the launcher; leave it out")
         return self
 
 
 def minutes(text: str) -> int:
-    """Minutes of Slurm's D-HH:MM:SS, D-HH, HH:MM:SS, MM:SS or MM, rounded up. Raises ValueError."""
-    found = _TIME.fullmatch(text)
-    if found is None:
-        raise ValueError(f"'{text}' is no time: write D-HH:MM:SS, HH:MM:SS or minutes")
-    parts = [int(found[name]) for name in ("first", "second", "third") if found[name] is not None]
-    if found["days"] is not None:
-        seconds = int(found["days"]) * 86400 + sum(
-            part * 60**power for part, power in zip(parts, (2, 1, 0), strict=False)
-        )
-    elif len(parts) == 1:
-        seconds = parts[0] * 60
-    else:
-        seconds = sum(part * 60**power for power, part in enumerate(reversed(parts)))
+    """Convert Slurm's D-HH:MM:SS, D-HH, HH:MM:SS, MM:SS or MM to minutes, rounded up.
+
+    Raises:
+        ValueError: not a duration, or zero.
+    """
+    try:
+        seconds = slurm.duration_seconds(text)
+    except ValueError:
+        raise ValueError(
+            f"'{text}' is not a duration; write D-HH:MM:SS, HH:MM:SS or minutes"
+        ) from None
     if seconds <= 0:
-        raise ValueError(f"'{text}' is no time: it must be more than nothing")
-    return -(-seconds // 60)
+        raise ValueError(f"'{text}' is not allowed: it must be longer than zero")
+    return math.ceil(seconds / 60)
 
 
 def load_profile(path: str | Path, overrides: list[str] | None = None) -> ClusterProfile:
-    """Read a profile, apply `key.sub=value` overrides, validate.
+    """Read a profile, apply `key.sub=value` overrides and validate the result.
 
     Raises:
         UserError: anything wrong, in one line that names the setting.
     """
-    raw: dict[str, Any] = read_yaml(Path(path), "--cluster")
+    raw = read_yaml(Path(path), "--cluster")
     for override in overrides or []:
         key, _, value = override.partition("=")
-        # A shell takes the quotes away that YAML would need around a time.
-        apply_override(raw, f'{key}="{value}"' if key in ("time", "cpu_jobs.time") else override)
+        if key in ("time", "cpu_jobs.time"):
+            # The shell has taken away the quotes that YAML needs around a time.
+            override = f'{key}="{value}"'
+        apply_override(raw, override)
     try:
         return ClusterProfile.model_validate(raw)
     except ValidationError as error:

@@ -17,8 +17,9 @@ import typer
 
 from data_tools.cli import app as data_app
 from launch.cli import add_to as add_launch_commands
+from llada import failures
 from llada.commands import convert, first_steps, sampling, training
-from llada.errors import RunError, TryAgain, UserError
+from llada.errors import RunError, StepError, TryAgain, UserError
 from llada.torchrun import explain_exit
 
 app = typer.Typer(
@@ -76,6 +77,8 @@ def main() -> None:
     except UserError as error:
         _exit(f"error: {error}", 2)
     except RunError as error:
+        if isinstance(error, StepError):
+            failures.report("step")
         _exit(f"failed: {error}", 1)
     except TryAgain as error:
         _exit(f"not finished: {error}", 75)

@@ -21,6 +21,10 @@ class RunError(Exception):
     """
 
 
+class StepError(RunError):
+    """A step whose numbers stop the run. The same step gives the same numbers again."""
+
+
 class TryAgain(Exception):
     """Neither finished nor failed: what is done is kept, and the same command continues.
 

@@ -16,8 +16,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-import xxhash
-
 _CHUNK = 1 << 24
 """Bytes read at once, 16 MiB."""
 _FLUSH_INTERVAL = 0.2
@@ -37,6 +35,9 @@ def read_files(folder: Path) -> dict[str, bytes]:
 
 def checksum(path: Path) -> dict[str, Any]:
     """Size in bytes (`bytes`) and xxh3_64 in hexadecimal (`xxh3`) of a file."""
+    # Here, not above: the batch job imports this module with the standard library alone.
+    import xxhash
+
     digest = xxhash.xxh3_64()
     size = 0
     with open(path, "rb") as file:

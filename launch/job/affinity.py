@@ -1,6 +1,4 @@
-"""Binds a rank to the cores next to its GPU (NUMA), or without GPUs to its share of the machine's
-NUMA nodes.
-"""
+"""Binds a rank to the cores near its GPU, or without GPUs to its share of the NUMA nodes."""
 
 from __future__ import annotations
 
@@ -8,64 +6,74 @@ import os
 import subprocess
 from pathlib import Path
 
-_NODES = Path("/sys/devices/system/node")
-_DEVICES = Path("/sys/bus/pci/devices")
+_NUMA_NODES = Path("/sys/devices/system/node")
+_PCI_DEVICES = Path("/sys/bus/pci/devices")
 
 
 def bind(local_rank: int, local_size: int) -> set[int]:
-    """Narrow this process to the cores that are near; returns them. Where none is known, or Slurm
-    bound it elsewhere, nothing changes.
+    """Narrow this process to the cores that are near, and return the cores it may then use.
+
+    Nothing changes where no near core is known, or where Slurm bound the process to other cores.
     """
     near = cpus_near_gpu(local_rank) or cpus_of_numa_node(local_rank, local_size)
     allowed = os.sched_getaffinity(0)
     chosen = near & allowed
-    if chosen and chosen != allowed:
+    if not chosen:
+        return allowed
+    if chosen != allowed:
         os.sched_setaffinity(0, chosen)
-    return chosen or allowed
+    return chosen
 
 
-def cpus_near_gpu(local_rank: int, devices: Path = _DEVICES) -> set[int]:
-    """Cores next to the GPU that a rank uses; empty when that cannot be told."""
+def cpus_near_gpu(local_rank: int, devices: Path = _PCI_DEVICES) -> set[int]:
+    """Return the cores next to the GPU that a rank uses; empty when they are not known."""
     command = ["nvidia-smi", "--query-gpu=pci.bus_id", "--format=csv,noheader"]
-    # Numbers or identifiers of the GPUs that the rank sees, in its own order.
+    # Indices or identifiers of the GPUs that the rank sees, in its own order.
     visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     if visible:
         command += ["-i", visible[local_rank % len(visible)]]
     try:
-        found = subprocess.run(
-            command, capture_output=True, text=True, timeout=20, check=True
-        ).stdout.split()
+        output = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
         return set()
-    if not found:
+    bus_ids = output.stdout.split()
+    if not bus_ids:
         return set()
-    # 00000000:1B:00.0 is 0000:1b:00.0 in /sys.
-    bus = found[local_rank % len(found)].lower()[-12:]
+    # nvidia-smi prints 00000000:1B:00.0 for what is 0000:1b:00.0 in /sys.
+    device = bus_ids[local_rank % len(bus_ids)].lower()[-12:]
     try:
-        return parse_cpu_list((devices / bus / "local_cpulist").read_text())
+        return parse_cpu_list((devices / device / "local_cpulist").read_text())
     except (OSError, ValueError):
         return set()
 
 
-def cpus_of_numa_node(local_rank: int, local_size: int, nodes: Path = _NODES) -> set[int]:
-    """Cores of the NUMA node whose turn it is when the ranks are dealt out in order; empty on a
-    machine with one.
+def cpus_of_numa_node(local_rank: int, local_size: int, nodes: Path = _NUMA_NODES) -> set[int]:
+    """Return the cores of the NUMA node that a rank belongs to; empty on a machine with one.
+
+    Ranks fill the NUMA nodes in order: of 4 ranks on 2 nodes, ranks 0 and 1 get the first.
     """
     try:
-        lists = sorted(
+        paths = sorted(
             nodes.glob("node[0-9]*/cpulist"),
+            # node10 comes after node9.
             key=lambda path: int(path.parent.name.removeprefix("node")),
         )
-        groups = [cpus for path in lists if (cpus := parse_cpu_list(path.read_text()))]
+        cpus_of_nodes = [parse_cpu_list(path.read_text()) for path in paths]
     except (OSError, ValueError):
         return set()
-    return groups[local_rank * len(groups) // local_size] if len(groups) > 1 else set()
+    # A NUMA node may have memory and no cores.
+    cpus_of_nodes = [cpus for cpus in cpus_of_nodes if cpus]
+    if len(cpus_of_nodes) < 2:
+        return set()
+    return cpus_of_nodes[local_rank * len(cpus_of_nodes) // local_size]
 
 
 def parse_cpu_list(text: str) -> set[int]:
-    """{0, 1, 2, 8} of "0-2,8". Raises ValueError for anything else."""
+    """Return {0, 1, 2, 8} for "0-2,8". Raises ValueError for anything else."""
     cpus: set[int] = set()
-    for part in text.strip().split(",") if text.strip() else []:
+    if not text.strip():
+        return cpus
+    for part in text.strip().split(","):
         first, _, last = part.partition("-")
         cpus |= set(range(int(first), int(last or first) + 1))
     return cpus

@@ -1,154 +1,56 @@
-"""One start of a run's ranks, watched to its end: who started, who ended how, and nobody waits for
-ever for one that is gone.
+"""One attempt: a start of all ranks, watched to its end.
+
+It learns which ranks started and how each ended, and nobody waits for ever for one that is gone.
+Standard library only.
 """
 
 from __future__ import annotations
 
 import os
-import re
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
 
-from launch.job.rank import CLEAN_EXITS
-from launch.job.spec import Restarts, read_record
+from launch.job.failure import CLEAN_EXITS
+from launch.job.machines import LAUNCHER_LOG, Machine, RankCommand
+from launch.job.records import (
+    LOOK_SECONDS,
+    AttemptEnd,
+    RankExit,
+    RankRecords,
+    RankStart,
+    last_launcher_line,
+    read_log,
+    reports_ended_task,
+)
+from launch.job.spec import Restarts
 from llada.training.signals import StopRequest
 
 _POLL_SECONDS = 0.25
-_LOOK_SECONDS = 3.0
-"""Between looks at shared folders in a run of weeks."""
-_REPEAT_SECONDS = 10.0
-_OTHERS_SECONDS = 15.0
-"""After a failure: for the other ranks' own messages."""
-_KILL_SECONDS = 120.0
-_TASK_ENDED = re.compile(r"srun: error: \S+: tasks? (?P<tasks>[\d,-]+): (?P<how>.*)")
-"""srun's word of a task that did not end well."""
-_LOST_PEER = re.compile(
-    r"connection (was )?(reset|closed|refused|aborted)|broken pipe|remote process"
-    r" exited|ncclRemoteError|NCCL communicator was aborted"
-    r"|socket timeout|pair closure|recvValue failed|sendBytes failed|failed to recv|client socket"
-    r" has timed out",
-    re.IGNORECASE,
-)
-"""What gloo, NCCL and torch's store say in a rank whose peer is gone."""
-_ENDED_BY_OTHERS = (-signal.SIGABRT, -signal.SIGTERM, -signal.SIGINT, -signal.SIGUSR1)
-"""NCCL aborts a process whose peer is gone; torchrun sends SIGTERM to the other ranks when one has
-failed.
-"""
-
-
-class Machine(Protocol):
-    """Where ranks run: nodes of a Slurm job, or this machine."""
-
-    hosts: list[str]
-
-    def start(
-        self, command: Sequence[str], ranks: int, folder: Path, environment: dict[str, str]
-    ) -> subprocess.Popen[bytes]:
-        """Start every rank; the process ends when they have."""
-
-    def deliver(self, name: str, starts: list[dict[str, Any]]) -> None:
-        """Signal every rank."""
-
-    def kill(self, process: subprocess.Popen[bytes], starts: list[dict[str, Any]]) -> None:
-        """End every rank at once."""
-
-    def gone(self, starts: list[dict[str, Any]], launcher_log: str) -> dict[int, str]:
-        """Ranks whose parent process ended without being able to write down how: rank -> what is
-        known of it.
-        """
-
-
-@dataclass(frozen=True)
-class Exit:
-    """How a rank ended: exit code, or minus the signal; the last line that says why.
-
-    Attributes:
-        rank, host, time: of the end.
-        code: exit code, or minus the signal.
-        message: last line of the rank that says why.
-        parent: what is known of the end of its parent process, which could not write down the
-            rank's; None: it did.
-    """
-
-    rank: int
-    host: str
-    time: float
-    code: int
-    message: str | None
-    parent: str | None = None
-
-    @property
-    def blames_another(self) -> bool:
-        """It ended because another rank was gone, or was made to end."""
-        return self.code in _ENDED_BY_OTHERS or bool(
-            self.message and _LOST_PEER.search(self.message)
-        )
-
-    def __str__(self) -> str:
-        if self.parent is not None:
-            how = (
-                f"gone together with its parent process ({self.parent}); a lack of memory does this"
-            )
-        elif self.code < 0:
-            how = f"killed by {signal.Signals(-self.code).name}"
-        else:
-            how = (self.message or f"exit code {self.code}").removeprefix("failed: ")
-        return f"rank {self.rank} on {self.host}: {how}"
-
-
-@dataclass(frozen=True)
-class StepEnd:
-    """How a start of all ranks ended.
-
-    Attributes:
-        exits: of the ranks that ended by themselves or by a signal, in the order of their ends.
-        ranks: how many there should have been.
-        hosts: where they should have been.
-        absent: those of ranks that never started.
-        killed: the others were ended because they did not end by themselves.
-        launcher: exit code of srun or torchrun, and its last line.
-    """
-
-    exits: list[Exit]
-    ranks: int
-    hosts: list[str] = field(default_factory=list)
-    absent: list[str] = field(default_factory=list)
-    killed: bool = False
-    launcher: tuple[int, str] = (0, "")
-
-    @property
-    def finished(self) -> bool:
-        return len(self.exits) == self.ranks and all(end.code == 0 for end in self.exits)
-
-    @property
-    def first_failure(self) -> Exit | None:
-        """The first rank that did not end in order; one that only noticed that another was gone
-        comes after that one.
-        """
-        failed = [end for end in self.exits if end.code not in CLEAN_EXITS]
-        return min(failed, key=lambda end: (end.blames_another, end.time), default=None)
+_REPEAT_SIGNAL_SECONDS = 10.0
+_LAST_WORDS_SECONDS = 15.0
+"""After a failure, for the messages of the other ranks."""
+_NEVER = float("inf")
 
 
 class StopState:
-    """Whether the run is asked to end: by a signal, or by a file that `llada stop` made.
+    """Whether the run is asked to end: by a signal, or by the file that `llada stop` makes.
 
     Args:
         stop: signals of this process.
-        wanted: the file.
+        path: of the file.
     """
 
-    def __init__(self, stop: StopRequest, wanted: Path) -> None:
-        self._stop, self._path = stop, wanted
-        self._looked = float("-inf")
-        self._there = False
+    def __init__(self, stop: StopRequest, path: Path) -> None:
+        self._stop = stop
+        self._path = path
+        self._last_look = float("-inf")
+        self._file_seen = False
 
     @property
     def signal(self) -> str | None:
@@ -156,257 +58,255 @@ class StopState:
         return self._stop.signal
 
     @property
-    def wanted(self) -> bool:
-        """The user wants an end, not another start; some seconds old."""
-        if not self._there and time.monotonic() - self._looked > _LOOK_SECONDS:
-            self._looked = time.monotonic()
-            self._there = self._path.exists()
-        return self._there
+    def by_user(self) -> bool:
+        """Whether the user wants an end, not another start; some seconds old."""
+        if not self._file_seen and time.monotonic() - self._last_look > LOOK_SECONDS:
+            self._last_look = time.monotonic()
+            self._file_seen = self._path.exists()
+        return self._file_seen
 
-    @property
-    def wanted_now(self) -> bool:
+    def by_user_now(self) -> bool:
         """The same at this moment, for a decision that depends on it."""
+        # An NFS client remembers for a while that a name was absent. Making a new name beside it
+        # makes the client ask its server again.
         with suppress(OSError):
-            # An NFS client remembers for a while that a name was absent. A new name beside it makes
-            # it ask its server again.
             probe = self._path.with_name(f"{self._path.name}.{os.getpid()}.probe")
             probe.touch()
             probe.unlink()
-        self._there = self._there or self._path.exists()
-        return self._there
+        self._file_seen = self._file_seen or self._path.exists()
+        return self._file_seen
 
     def __bool__(self) -> bool:
-        return bool(self._stop) or self.wanted
+        return bool(self._stop) or self.by_user
 
 
 def run_ranks(
     machine: Machine,
-    command: Sequence[str],
-    ranks: int,
-    folder: Path,
-    environment: dict[str, str],
-    asked: StopState,
+    command: RankCommand,
+    stop: StopState,
     limits: Restarts,
-    end_by: float = float("inf"),
+    end_by: float = _NEVER,
     on_sigterm: Callable[[], None] | None = None,
-) -> StepEnd:
-    """Start `command` on every rank and watch it.
+) -> AttemptEnd:
+    """Start a command on every rank and watch the ranks until all have ended.
 
     Args:
         machine: where.
-        command: of every rank.
-        ranks: how many.
-        folder: for the ranks' logs and records; exists.
-        environment: further variables of the ranks.
-        asked: true when they are to stop.
+        command: what every rank runs.
+        stop: true when the ranks are to stop.
         limits: of time.
-        end_by: seconds since 1970 at which the ranks are ended, whatever they do: before Slurm ends
-            this process with them.
+        end_by: seconds since 1970 at which the ranks are killed, whatever they do: before Slurm
+            ends this process with them.
         on_sigterm: called once when this process gets SIGTERM, before anything is waited for.
     """
-    process = machine.start(command, ranks, folder, environment)
-    console = _Console(folder / "rank_00000.log")
-    records = _Records(folder, ranks)
-    started = time.monotonic()
-    delivered, deadline, killed, absent = float("-inf"), float("inf"), False, list[str]()
-    lost = _Lost(machine, folder / "launcher.log")
-    while process.poll() is None:
+    watch = _Watch(machine, command, stop, limits, end_by, on_sigterm)
+    return watch.run()
+
+
+class _Watch:
+    """Watches the ranks of one attempt; for the arguments see `run_ranks`."""
+
+    def __init__(
+        self,
+        machine: Machine,
+        command: RankCommand,
+        stop: StopState,
+        limits: Restarts,
+        end_by: float,
+        on_sigterm: Callable[[], None] | None,
+    ) -> None:
+        self._machine = machine
+        self._command = command
+        self._stop = stop
+        self._limits = limits
+        self._end_by = end_by
+        self._on_sigterm = on_sigterm
+        self._launcher_log = command.folder / LAUNCHER_LOG
+        self._records = RankRecords(command.folder, command.ranks)
+        self._orphans = _Orphans(machine, self._launcher_log)
+        self._absent: list[str] = []
+        self._killed = False
+        # Times of the monotonic clock.
+        self._started = time.monotonic()
+        self._signalled = float("-inf")
+        self._deadline = _NEVER
+
+    def run(self) -> AttemptEnd:
+        process = self._machine.start(self._command)
+        self._started = time.monotonic()
+        console = _Console(self._command.folder / "rank_00000.log")
+        while process.poll() is None:
+            self._look()
+            if time.monotonic() >= self._deadline and not self._killed:
+                self._kill(process)
+            time.sleep(_POLL_SECONDS)
+        console.close()
+        return self._end(process)
+
+    def _look(self) -> None:
+        """Take note of what changed, and bring the deadline forward where something failed."""
         now = time.monotonic()
-        if records.refresh() and not killed:
-            lost.look(records)
-        if lost.exits:
-            deadline = min(deadline, now + min(_OTHERS_SECONDS, limits.grace))
-        if not records.all_started and now - started > limits.start_timeout and not absent:
-            absent = _absent(machine.hosts, ranks, records.starts)
-            deadline = now
-        if not records.all_started and _TASK_ENDED.search(_read(folder / "launcher.log")):
-            # it could not even write down that it started
-            deadline = min(deadline, now + min(_OTHERS_SECONDS, limits.grace))
-        if asked.signal == "SIGTERM" and on_sigterm is not None:
-            on_sigterm()
-            on_sigterm = None
-        if asked and records.starts and now - delivered > _REPEAT_SECONDS:
-            machine.deliver("USR1", records.starts)
-            delivered = now
-        if records.exits:
-            failed = any(end.code not in CLEAN_EXITS for end in records.exits)
-            deadline = min(
-                deadline, now + (min(_OTHERS_SECONDS, limits.grace) if failed else limits.grace)
-            )
-        if time.time() > end_by:
-            deadline = now
-        if now >= deadline and not killed:
-            killed = True
-            lost.look(records, at_last=True)
-            machine.kill(process, records.starts)
-        time.sleep(_POLL_SECONDS)
-    console.close()
-    records.refresh(everything=True)
-    if not killed:
-        lost.look(records, at_last=True)
-        if process.returncode < 0 and len(records.exits) < len(records.starts):
-            # the ranks outlive torchrun, and would hold the run folder against the next attempt
-            machine.kill(process, records.starts)
-    if not absent and not records.all_started:
-        absent = _absent(machine.hosts, ranks, records.starts)
-    launcher = process.returncode, _last_line(folder / "launcher.log")
-    exits = sorted([*records.exits, *lost.without_record(records)], key=lambda end: end.time)
-    return StepEnd(exits, ranks, machine.hosts, absent, killed, launcher)
+        if self._records.refresh() and not self._killed:
+            self._orphans.look(self._records)
+        if self._orphans.exits:
+            self._set_deadline(now + self._last_words_seconds)
+        if not self._records.all_started:
+            self._look_for_absent(now)
+        self._forward_stop(now)
+        if self._records.exits:
+            failed = any(rank.code not in CLEAN_EXITS for rank in self._records.exits)
+            # After an end in order, the others are finishing the same step.
+            wait = self._last_words_seconds if failed else self._limits.grace
+            self._set_deadline(now + wait)
+        if time.time() > self._end_by:
+            self._set_deadline(now)
+
+    @property
+    def _last_words_seconds(self) -> float:
+        return min(_LAST_WORDS_SECONDS, self._limits.grace)
+
+    def _set_deadline(self, deadline: float) -> None:
+        # Only ever earlier: what is seen again at every look does not put it off.
+        self._deadline = min(self._deadline, deadline)
+
+    def _look_for_absent(self, now: float) -> None:
+        late = now - self._started > self._limits.start_timeout
+        if late and not self._absent:
+            self._absent = self._absent_hosts()
+            self._set_deadline(now)
+        # srun saw a task end that could not even write down that it started.
+        if reports_ended_task(read_log(self._launcher_log)):
+            self._set_deadline(now + self._last_words_seconds)
+
+    def _forward_stop(self, now: float) -> None:
+        if self._stop.signal == "SIGTERM" and self._on_sigterm is not None:
+            self._on_sigterm()
+            self._on_sigterm = None
+        due = now - self._signalled > _REPEAT_SIGNAL_SECONDS
+        if self._stop and self._records.starts and due:
+            self._machine.signal_ranks("USR1", self._records.starts)
+            self._signalled = now
+
+    def _kill(self, process: subprocess.Popen[bytes]) -> None:
+        self._killed = True
+        # Before the kill, which would make every parent one that is gone.
+        self._orphans.look(self._records, last=True)
+        self._machine.kill(process, self._records.starts)
+
+    def _end(self, process: subprocess.Popen[bytes]) -> AttemptEnd:
+        records = self._records
+        records.refresh(now=True)
+        if not self._killed:
+            self._orphans.look(records, last=True)
+            # Ranks outlive a torchrun that was killed, and would hold the run folder against the
+            # next attempt.
+            if process.returncode < 0 and len(records.exits) < len(records.starts):
+                self._machine.kill(process, records.starts)
+        if not self._absent and not records.all_started:
+            self._absent = self._absent_hosts()
+        exits = [*records.exits, *self._orphans.without_record(records)]
+        return AttemptEnd(
+            exits=sorted(exits, key=lambda rank: rank.time),
+            ranks=self._command.ranks,
+            hosts=self._machine.hosts,
+            absent=self._absent,
+            killed=self._killed,
+            launcher_code=process.returncode,
+            launcher_line=last_launcher_line(read_log(self._launcher_log)),
+        )
+
+    def _absent_hosts(self) -> list[str]:
+        return absent_hosts(self._machine.hosts, self._command.ranks, self._records.starts)
 
 
-class _Lost:
-    """Ranks whose parent was killed with them: nobody is left to write down their end.
+def absent_hosts(hosts: list[str], ranks: int, starts: list[RankStart]) -> list[str]:
+    """Return the hosts on which not every rank started.
+
+    Ranks fill the hosts in order: of 4 ranks on n0 and n1, rank 2 is the first of n1.
+    """
+    per_host = max(1, ranks // len(hosts))
+    started = {start.rank for start in starts}
+    absent = set()
+    for rank in range(ranks):
+        if rank not in started:
+            absent.add(hosts[min(rank // per_host, len(hosts) - 1)])
+    return sorted(absent)
+
+
+class _Orphans:
+    """Ranks whose parent was killed with them: nobody is left to write down how they ended.
 
     Args:
-        machine: that knows which parents are gone.
-        log: of srun or torchrun.
+        machine: knows which parents are gone.
+        launcher_log: of srun or torchrun.
     """
 
-    def __init__(self, machine: Machine, log: Path) -> None:
-        self._machine, self._log = machine, log
+    def __init__(self, machine: Machine, launcher_log: Path) -> None:
+        self._machine = machine
+        self._launcher_log = launcher_log
         self._suspected: dict[int, str] = {}
-        self.exits: list[Exit] = []
+        self.exits: list[RankExit] = []
 
-    def look(self, records: _Records, at_last: bool = False) -> None:
-        """Note the parents that are gone. One that ended in order wrote its record just before: it
-        counts at the second look only.
+    def look(self, records: RankRecords, last: bool = False) -> None:
+        """Take note of the parents that are gone.
 
-        With `at_last`, this is the second one: what has no record yet gets none.
+        A parent that ended in order wrote its record just before, and that may not be visible yet:
+        a rank counts only when its record is still missing at the second look. With `last` there
+        is no second look, and a rank counts at once.
         """
-        gone = self._machine.gone(records.starts, _read(self._log))
-        if at_last:
+        gone = self._machine.dead_parents(records.starts, read_log(self._launcher_log))
+        if last:
             self._suspected = gone
-        named = {end.rank for end in self.exits}
-        hosts = {entry["rank"]: entry["host"] for entry in records.starts}
-        ended = {end.rank for end in records.exits}
+        hosts = {start.rank: start.host for start in records.starts}
+        counted = {rank.rank for rank in [*self.exits, *records.exits]}
         for rank, how in self._suspected.items():
-            if rank in hosts and rank not in ended and rank not in named:
-                self.exits.append(Exit(rank, hosts[rank], time.time(), -signal.SIGKILL, None, how))
+            if rank in hosts and rank not in counted:
+                self.exits.append(
+                    RankExit(
+                        rank,
+                        hosts[rank],
+                        time=time.time(),
+                        code=-signal.SIGKILL,
+                        message=None,
+                        parent_end=how,
+                        kind="killed",
+                    )
+                )
         self._suspected = gone
 
-    def without_record(self, records: _Records) -> list[Exit]:
-        """Their ends; a record that came late counts more."""
-        ended = {end.rank for end in records.exits}
-        return [end for end in self.exits if end.rank not in ended]
-
-
-def ended_tasks(launcher_log: str) -> dict[int, str]:
-    """Tasks that srun says ended badly, with its own words; of n2's "tasks 2,4-5: Killed" three."""
-    found: dict[int, str] = {}
-    for line in _TASK_ENDED.finditer(launcher_log):
-        for part in line["tasks"].split(","):
-            first, _, last = part.partition("-")
-            found |= dict.fromkeys(
-                range(int(first), int(last or first) + 1), f"srun: {line['how'].strip()}"
-            )
-    return found
-
-
-class _Records:
-    """What the ranks wrote down; each file is read once, and the folder looked at no more often
-    than its file server likes.
-    """
-
-    def __init__(self, folder: Path, ranks: int) -> None:
-        self._folder, self._ranks = folder, ranks
-        self._read: dict[str, dict[str, Any]] = {}
-        self._began = time.monotonic()
-        self._next = 0.0
-
-    @property
-    def all_started(self) -> bool:
-        return len(self.starts) == self._ranks
-
-    @property
-    def starts(self) -> list[dict[str, Any]]:
-        """Of the ranks that started, in their order."""
-        return [self._read[name] for name in sorted(self._read) if name.endswith(".start.json")]
-
-    @property
-    def exits(self) -> list[Exit]:
-        """Of the ranks that ended, the first one first."""
-        found = [entry for name, entry in self._read.items() if name.endswith(".exit.json")]
-        ends = [
-            Exit(entry["rank"], entry["host"], entry["time"], entry["code"], entry["message"])
-            for entry in found
-        ]
-        return sorted(ends, key=lambda end: end.time)
-
-    def refresh(self, everything: bool = False) -> bool:
-        """Read what is new, if it is time to look, or at once; whether it was."""
-        now = time.monotonic()
-        if now < self._next and not everything:
-            return False
-        self._next = now + (0.5 if now - self._began < 120 else _LOOK_SECONDS)
-        for path in self._folder.glob("rank_*.json"):
-            if path.name not in self._read and (record := read_record(path)) is not None:
-                self._read[path.name] = {
-                    **record,
-                    "rank": int(path.name.split(".")[0].removeprefix("rank_")),
-                }
-        return True
-
-
-def end_process(process: subprocess.Popen[bytes]) -> None:
-    """Wait for a launcher whose ranks were killed, and end it if it does not."""
-    try:
-        process.wait(_KILL_SECONDS)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-
-
-def _absent(hosts: list[str], ranks: int, starts: list[dict[str, Any]]) -> list[str]:
-    """Hosts on which not every rank started; ranks fill the hosts in order."""
-    per_host = max(1, ranks // len(hosts))
-    there = {entry["rank"] for entry in starts}
-    return sorted(
-        {hosts[min(rank // per_host, len(hosts) - 1)] for rank in range(ranks) if rank not in there}
-    )
-
-
-def _last_line(path: Path) -> str:
-    """The last line of a launcher's output that says something of its own: that a task ended is
-    known.
-    """
-    lines = [line.strip() for line in _read(path).splitlines() if line.strip()]
-    telling = [
-        line
-        for line in lines
-        if not _TASK_ENDED.search(line) and "Terminated StepId" not in line and line.strip("=-*")
-    ]
-    return (telling or lines or [""])[-1][:500]
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
+    def without_record(self, records: RankRecords) -> list[RankExit]:
+        """Return their ends; where a record came late, the record counts."""
+        recorded = {rank.rank for rank in records.exits}
+        return [rank for rank in self.exits if rank.rank not in recorded]
 
 
 class _Console:
-    """Copies what a growing file gets to this process's output."""
+    """A thread that copies what is appended to a file to this process's standard output."""
 
     def __init__(self, path: Path) -> None:
-        self._path, self._ended = path, threading.Event()
+        self._path = path
+        self._position = 0
+        self._ended = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
         self._thread.start()
 
     def close(self) -> None:
+        """Copy what is left, and end the thread."""
         self._ended.set()
         self._thread.join()
 
     def _follow(self) -> None:
-        position = 0
-        while True:
-            ending = self._ended.wait(_POLL_SECONDS)
+        ended = False
+        while not ended:
+            # Read once more after the end: the last lines come just before it.
+            ended = self._ended.wait(_POLL_SECONDS)
             if self._path.exists():
-                with open(self._path, "rb") as file:
-                    file.seek(position)
-                    while chunk := file.read(1 << 16):
-                        sys.stdout.buffer.write(chunk)
-                        position += len(chunk)
-                sys.stdout.flush()
-            if ending:
-                return
+                self._copy()
+
+    def _copy(self) -> None:
+        with open(self._path, "rb") as file:
+            file.seek(self._position)
+            while chunk := file.read(1 << 16):
+                sys.stdout.buffer.write(chunk)
+                self._position += len(chunk)
+        sys.stdout.flush()

@@ -1,5 +1,6 @@
-"""Where ranks run: the nodes of a Slurm job (srun), or this machine (torchrun). Standard library
-only.
+"""Where ranks run: the nodes of a Slurm job (srun), or this machine (torchrun).
+
+Standard library only.
 """
 
 from __future__ import annotations
@@ -10,245 +11,291 @@ import socket
 import subprocess
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 from launch import slurm
-from launch.job.attempt import end_process, ended_tasks
+from launch.job.rank import RankEnvironment
+from launch.job.records import RankStart, ended_tasks
 from launch.job.spec import JobSpec
 from llada.errors import RunError
 
+LAUNCHER_LOG = "launcher.log"
 _PORTS = range(20000, 30000)
 """Below the range from which systems take ports for outgoing connections."""
-_QUIET = ["/bin/sh", "-c", "trap '' TERM INT USR1; exec \"$@\"", "sh"]
-"""A signal that comes before Python handles it is ignored (and sent again), not deadly."""
+_IGNORE_SIGNALS = ["/bin/sh", "-c", "trap '' TERM INT USR1; exec \"$@\"", "sh"]
+"""Prefix of a rank's command: a signal that comes before Python handles it is ignored (and sent
+again), where it would end the rank.
+"""
+_KILL_SECONDS = 120.0
+
+
+@dataclass(frozen=True)
+class RankCommand:
+    """A command that every rank runs.
+
+    Attributes:
+        words: of the command.
+        ranks: how many.
+        folder: for the ranks' logs and records; exists.
+        environment: further variables of the ranks.
+    """
+
+    words: Sequence[str]
+    ranks: int
+    folder: Path
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+class Machine(Protocol):
+    """Where ranks run: nodes of a Slurm job, or this machine."""
+
+    hosts: list[str]
+
+    def start(self, command: RankCommand) -> subprocess.Popen[bytes]:
+        """Start every rank; the process ends when they have."""
+
+    def signal_ranks(self, name: str, starts: list[RankStart]) -> None:
+        """Send a signal, such as USR1, to every rank."""
+
+    def kill(self, process: subprocess.Popen[bytes], starts: list[RankStart]) -> None:
+        """End every rank at once."""
+
+    def dead_parents(self, starts: list[RankStart], launcher_log: str) -> dict[int, str]:
+        """Return the ranks whose parent process is gone, with what is known of its end.
+
+        Such a parent may not have been able to write down how its rank ended.
+        """
 
 
 class SlurmNodes:
-    """The nodes of the job that this process is the batch script of."""
+    """The nodes of the Slurm job that this process is the batch script of."""
 
     def __init__(self, spec: JobSpec) -> None:
         self._spec = spec
-        # Steps are named by the number that each task of an array has of its own.
+        # Job steps are named by the number that each task of an array has of its own.
         self.job_number = os.environ["SLURM_JOB_ID"]
-        self.hosts = slurm.hostnames(os.environ["SLURM_JOB_NODELIST"])
+        self.hosts = slurm.expand_hostnames(os.environ["SLURM_JOB_NODELIST"])
 
-    def start(
-        self, command: Sequence[str], ranks: int, folder: Path, environment: dict[str, str]
-    ) -> subprocess.Popen[bytes]:
-        """srun, with the first node of the list as master: rank 0 is there, and so is this process,
-        which finds the port.
+    def start(self, command: RankCommand) -> subprocess.Popen[bytes]:
+        """Start srun.
+
+        The first node of the list is the master: rank 0 runs there, and so does this process, which
+        picks the port.
         """
         spec = self._spec
-        environment = {
-            **environment,
-            "MASTER_ADDR": self.hosts[0],
-            "MASTER_PORT": str(free_port(int(self.job_number))),
-        }
         # The batch script's own binding is not meant for this step.
         inherited = {
-            key: value for key, value in os.environ.items() if not key.startswith("SLURM_CPU_BIND")
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith("SLURM_CPU_BIND")
+        }
+        master = {
+            "MASTER_ADDR": self.hosts[0],
+            "MASTER_PORT": str(free_port(int(self.job_number))),
         }
         words = [
             "srun",
             f"--nodes={spec.nodes}",
-            f"--ntasks={ranks}",
+            f"--ntasks={command.ranks}",
             f"--ntasks-per-node={spec.tasks_per_node}",
-            # Ranks of a node follow each other: tensor-parallel ranks talk most.
+            # Ranks of a node follow each other: tensor-parallel ranks communicate most.
             "--distribution=block",
-            # The ranks say themselves how they end; nobody is killed for it before the others have
-            # had their say.
+            # srun leaves the other ranks alone when one fails: they have their own messages to
+            # write, and the supervisor ends them.
             "--kill-on-bad-exit=0",
             "--wait=0",
             "--unbuffered",
             "--export=ALL",
             f"--chdir={spec.code}",
             *spec.srun,
+            *rank_words(spec, command, spec.bind),
         ]
-        words += rank_words(spec, folder, command, spec.bind)
-        with open(folder / "launcher.log", "ab") as log:
-            # Signals of the job's end are for this process to hand on: srun must not end before its
-            # ranks.
+        with open(command.folder / LAUNCHER_LOG, "ab") as log:
             return subprocess.Popen(
                 words,
-                env={**inherited, **environment},
+                env={**inherited, **command.environment, **master},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                preexec_fn=_ignore_stops,
+                # This process forwards the signals of the job's end; srun must not end before its
+                # ranks.
+                preexec_fn=slurm.ignore_stop_signals,
             )
 
-    def deliver(self, name: str, starts: list[dict[str, Any]]) -> None:
-        """Signal every task of the step."""
-        with suppress(RunError):  # tried again while the ranks live
-            slurm.send_signal(name, f"{self.job_number}.{starts[0]['step']}")
+    def signal_ranks(self, name: str, starts: list[RankStart]) -> None:
+        """Signal every task of the job step."""
+        # The caller repeats it while the ranks live.
+        with suppress(RunError):
+            slurm.send_signal(name, self._step(starts))
 
-    def kill(self, process: subprocess.Popen[bytes], starts: list[dict[str, Any]]) -> None:
-        """End the step; without a single rank there is only srun to end."""
-        if starts:
-            with suppress(RunError):
-                slurm.send_signal("KILL", f"{self.job_number}.{starts[0]['step']}")
-            end_process(process)
-        else:
+    def kill(self, process: subprocess.Popen[bytes], starts: list[RankStart]) -> None:
+        """End the job step; without a single rank there is only srun to end."""
+        if not starts:
             process.kill()
+            return
+        self.signal_ranks("KILL", starts)
+        end_process(process)
 
-    def gone(self, starts: list[dict[str, Any]], launcher_log: str) -> dict[int, str]:
-        """What srun says: it hears at once of a task that ended."""
+    def dead_parents(self, starts: list[RankStart], launcher_log: str) -> dict[int, str]:
+        """Return what srun prints, which notices at once that a task ended."""
         return ended_tasks(launcher_log)
+
+    def _step(self, starts: list[RankStart]) -> str:
+        return f"{self.job_number}.{starts[0].step}"
 
 
 class ThisMachine:
-    """Ranks of this machine, started by torch elastic."""
+    """Ranks of this machine, started by torchrun."""
 
     def __init__(self, spec: JobSpec) -> None:
         self._spec = spec
         self.hosts = [socket.gethostname()]
 
-    def start(
-        self, command: Sequence[str], ranks: int, folder: Path, environment: dict[str, str]
-    ) -> subprocess.Popen[bytes]:
-        """torchrun, out of the terminal's reach: Ctrl-C is for this process, which hands it on."""
+    def start(self, command: RankCommand) -> subprocess.Popen[bytes]:
+        """Start torchrun in a session of its own: this process gets Ctrl-C, and forwards it."""
         spec = self._spec
         words = [
             spec.python,
             "-m",
             "torch.distributed.run",
             "--nnodes=1",
-            f"--nproc-per-node={ranks}",
+            f"--nproc-per-node={command.ranks}",
+            # Restarts are the supervisor's.
             "--max-restarts=0",
-        ]
-        words += [
             "--rdzv-backend=c10d",
+            # Port 0: a free one.
             "--rdzv-endpoint=localhost:0",
             f"--rdzv-id={os.getpid()}",
             "--no-python",
+            *rank_words(spec, command, spec.bind and command.ranks > 1),
         ]
-        words += rank_words(spec, folder, command, spec.bind and ranks > 1)
-        with open(folder / "launcher.log", "ab") as log:
+        with open(command.folder / LAUNCHER_LOG, "ab") as log:
             return subprocess.Popen(
                 words,
                 cwd=spec.code,
-                env={**os.environ, **environment, "LLADA_LOCAL": "1"},
+                env={**os.environ, **command.environment, "LLADA_LOCAL": "1"},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
             )
 
-    def deliver(self, name: str, starts: list[dict[str, Any]]) -> None:
-        """Signal every rank's parent, which hands it on."""
-        for entry in starts:
-            with suppress(ProcessLookupError):
-                os.kill(entry["pid"], signal.Signals[f"SIG{name}"])
+    def signal_ranks(self, name: str, starts: list[RankStart]) -> None:
+        """Signal every rank's parent, which forwards it."""
+        _signal_parents(starts, signal.Signals[f"SIG{name}"])
 
-    def kill(self, process: subprocess.Popen[bytes], starts: list[dict[str, Any]]) -> None:
+    def kill(self, process: subprocess.Popen[bytes], starts: list[RankStart]) -> None:
         """End the ranks, then torchrun."""
-        self.deliver("KILL", starts)
+        _signal_parents(starts, signal.SIGKILL)
         end_process(process)
 
-    def gone(self, starts: list[dict[str, Any]], launcher_log: str) -> dict[int, str]:
-        """Parents that no longer run on this machine."""
-        return _without_process(starts)
+    def dead_parents(self, starts: list[RankStart], launcher_log: str) -> dict[int, str]:
+        """Return the parents that no longer run on this machine."""
+        return _missing_processes(starts)
 
 
 class OneProcess:
-    """A command of one process beside the batch script; in a container of pyxis a job step of its
-    own.
+    """A command of one process beside the batch script.
+
+    In a container of pyxis it is a job step of its own.
     """
 
     def __init__(self, spec: JobSpec) -> None:
         self._spec = spec
         self.hosts = [socket.gethostname()]
 
-    def start(
-        self, command: Sequence[str], ranks: int, folder: Path, environment: dict[str, str]
-    ) -> subprocess.Popen[bytes]:
-        """The command, as rank 0 of 1."""
-        alone = {
-            "RANK": "0",
-            "WORLD_SIZE": "1",
-            "LOCAL_RANK": "0",
-            "LOCAL_WORLD_SIZE": "1",
+    def start(self, command: RankCommand) -> subprocess.Popen[bytes]:
+        """Start the command as rank 0 of 1."""
+        spec = self._spec
+        step = []
+        if spec.srun:
+            step = ["srun", "--nodes=1", "--ntasks=1", "--kill-on-bad-exit=0", "--export=ALL"]
+        alone = RankEnvironment(rank=0, size=1, local_rank=0, local_size=1)
+        environment = {
+            **os.environ,
+            **command.environment,
+            **alone.variables(),
+            # Slurm's variables are those of the batch script.
             "LLADA_LOCAL": "1",
         }
-        step = (
-            [
-                "srun",
-                "--nodes=1",
-                "--ntasks=1",
-                "--kill-on-bad-exit=0",
-                "--export=ALL",
-                *self._spec.srun,
-            ]
-            if self._spec.srun
-            else []
-        )
-        words = [*step, *rank_words(self._spec, folder, command, bind=False)]
-        with open(folder / "launcher.log", "ab") as log:
-            environment = {**os.environ, **environment, **alone}
+        with open(command.folder / LAUNCHER_LOG, "ab") as log:
             return subprocess.Popen(
-                words,
-                cwd=self._spec.code,
+                [*step, *spec.srun, *rank_words(spec, command, bind=False)],
+                cwd=spec.code,
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                preexec_fn=_ignore_stops,
+                preexec_fn=slurm.ignore_stop_signals,
             )
 
-    def deliver(self, name: str, starts: list[dict[str, Any]]) -> None:
-        """SIGTERM, whatever was asked: what it is doing is done again from where it was."""
-        for entry in starts:
-            with suppress(ProcessLookupError):
-                os.kill(entry["pid"], signal.SIGTERM)
+    def signal_ranks(self, name: str, starts: list[RankStart]) -> None:
+        """Send SIGTERM, whatever was asked for: the command keeps what is done when it ends."""
+        _signal_parents(starts, signal.SIGTERM)
 
-    def kill(self, process: subprocess.Popen[bytes], starts: list[dict[str, Any]]) -> None:
-        """End it at once; its child does not outlive it."""
-        for entry in starts:
-            with suppress(ProcessLookupError):
-                os.kill(entry["pid"], signal.SIGKILL)
+    def kill(self, process: subprocess.Popen[bytes], starts: list[RankStart]) -> None:
+        """End the command at once; it does not outlive its parent."""
+        _signal_parents(starts, signal.SIGKILL)
         process.kill()
 
-    def gone(self, starts: list[dict[str, Any]], launcher_log: str) -> dict[int, str]:
-        """The parent, if it no longer runs on this machine."""
-        return _without_process(starts)
+    def dead_parents(self, starts: list[RankStart], launcher_log: str) -> dict[int, str]:
+        """Return the parent if it no longer runs on this machine."""
+        return _missing_processes(starts)
 
 
-def rank_words(spec: JobSpec, folder: Path, command: Sequence[str], bind: bool) -> list[str]:
-    """What starts a rank: into the container, to the parent of the command."""
+def rank_words(spec: JobSpec, command: RankCommand, bind: bool) -> list[str]:
+    """Return the words that start a rank: into the container, to the parent of its command."""
     words = [
-        *_QUIET,
+        *_IGNORE_SIGNALS,
         *spec.container,
         spec.python,
         "-m",
         "launch.job.rank",
         "--folder",
-        str(folder),
+        str(command.folder),
         "--directory",
         spec.directory,
     ]
-    return [
-        *words,
-        *(["--bind"] if bind else []),
-        *([] if spec.quiet else ["--default-signals"]),
-        "--",
-        *command,
-    ]
+    if bind:
+        words.append("--bind")
+    if not spec.quiet:
+        words.append("--default-signals")
+    return [*words, "--", *command.words]
 
 
-def _without_process(starts: list[dict[str, Any]]) -> dict[int, str]:
-    gone = {}
-    for entry in starts:
+def _signal_parents(starts: list[RankStart], number: signal.Signals) -> None:
+    for start in starts:
+        with suppress(ProcessLookupError):
+            os.kill(start.pid, number)
+
+
+def _missing_processes(starts: list[RankStart]) -> dict[int, str]:
+    missing = {}
+    for start in starts:
         try:
-            os.kill(entry["pid"], 0)
+            # Signal 0 only asks whether the process exists.
+            os.kill(start.pid, 0)
         except ProcessLookupError:
-            gone[entry["rank"]] = f"process {entry['pid']} is gone"
-    return gone
+            missing[start.rank] = f"process {start.pid} is gone"
+    return missing
+
+
+def end_process(process: subprocess.Popen[bytes]) -> None:
+    """Wait for a launcher whose ranks were killed, and kill it if it does not end."""
+    try:
+        process.wait(_KILL_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def free_port(seed: int, host: str = "") -> int:
-    """A port nobody listens on now; another one for another job, so that two jobs that share a node
-    do not meet.
+    """Return a port that nobody listens on now.
+
+    The search starts at a place that depends on `seed`, the job's number, so that two jobs that
+    share a node do not meet.
     """
     for offset in range(len(_PORTS)):
         port = _PORTS[(seed * 7 + offset) % len(_PORTS)]
@@ -259,8 +306,3 @@ def free_port(seed: int, host: str = "") -> int:
             except OSError:
                 continue
     raise RunError(f"no free port between {_PORTS[0]} and {_PORTS[-1]} on {socket.gethostname()}")
-
-
-def _ignore_stops() -> None:
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)

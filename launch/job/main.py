@@ -1,8 +1,7 @@
-"""`python -m launch.job.main RUN/launch/NNNN [--local]`, in the folder of the code: the batch
-script of a job.
+"""`python -m launch.job.main RUN/launch/NNNN [--local]`: the batch script of a job.
 
-Its signal handlers stand before anything else is imported: on a slow file system that takes
-seconds.
+Runs in the folder of the code. Its signal handlers are installed before anything else is imported,
+since on a slow file system that takes seconds.
 """
 
 from __future__ import annotations
@@ -15,19 +14,21 @@ from llada.training.signals import StopRequest
 
 
 def main() -> int:
-    """Exit code of the job."""
+    """Run the supervisor; returns the exit code of the job."""
     stop = StopRequest().install()
-    folder, *rest = sys.argv[1:]
-    local = "--local" in rest
+    launch_folder, *options = sys.argv[1:]
+    local = "--local" in options
     if local:
-        signal.signal(signal.SIGHUP, stop.handle)  # its terminal was closed
-    if os.environ.pop("LLADA_SIGNALLED", None):  # by the batch script, before this process stood
+        # Its terminal was closed.
+        signal.signal(signal.SIGHUP, stop.handle)
+    # The batch script sets this when a signal came before this process could handle it.
+    if os.environ.pop("LLADA_SIGNALLED", None):
         stop.signal = "SIGUSR1"
     from pathlib import Path
 
     from launch.job.supervisor import Supervisor
 
-    return Supervisor(Path(folder), stop, local).run()
+    return Supervisor(Path(launch_folder), stop, local).run()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,8 @@
-"""What becomes of a run when its ranks have ended: nothing here asks anyone or changes anything."""
+"""What becomes of a run when its ranks have ended.
+
+Pure decisions: nothing here asks anyone or changes anything. They depend on exit codes, signals and
+kinds of failures; the words are for people. Standard library only.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +10,26 @@ import signal
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from launch.job.attempt import StepEnd
+from launch.job.failure import EXIT_RESTART, EXIT_USER_ERROR, Failure
+from launch.job.records import AttemptEnd, RankExit
 from launch.job.spec import Restarts
+from llada.events import since_submission
+from llada.failures import FailureKind
 
-USER_ERROR, AGAIN = 2, 75
 _LONGEST_BACKOFF = 3600.0
-_ASKED = (-2, -9, -10, -15)
-"""Ends of a rank that a stop explains: SIGINT, SIGKILL, SIGUSR1, SIGTERM."""
+_STOP_EXITS = (-signal.SIGINT, -signal.SIGKILL, -signal.SIGUSR1, -signal.SIGTERM)
+"""Ends of a rank that a stop explains."""
+_REPEATABLE: tuple[FailureKind, ...] = ("step", "preflight")
+"""Failures that come back exactly as they were when nothing has changed."""
+_NAMED_RANKS = 8
 
-_ENDS = ("finished", "requeued", "stopped", "cancelled", "failed")
+DecisionEvent = Literal["finished", "requeued", "stopped", "cancelled", "failed"]
+_END_EVENTS = ("finished", "requeued", "stopped", "cancelled", "failed")
+"""Events that end an attempt."""
 
 JobState = Literal["running", "cancelled", "lost", "requeued", "unknown"]
-"""What Slurm is doing with the job at the end of its ranks ("lost": ends it since a node is gone);
-on this machine "running".
+"""What Slurm is doing with the job at the end of its ranks; "running" without Slurm. A "lost" job
+is being ended since one of its nodes is gone.
 """
 
 
@@ -28,20 +39,20 @@ class Situation:
 
     Attributes:
         signal: by which the job was asked to stop; None: it was not.
-        wanted: the user asked for an end, not for a restart.
+        stopped_by_user: the user asked for an end, not for a restart.
         state: what Slurm is doing with the job.
         progress: this attempt left a new checkpoint.
         failures: attempts in a row before this one that failed without a new checkpoint.
-        last: why the attempt before failed.
+        last_reason: why the attempt before failed.
         unreachable: nodes of the job that Slurm counts as gone.
     """
 
     signal: str | None = None
-    wanted: bool = False
+    stopped_by_user: bool = False
     state: JobState = "running"
     progress: bool = False
     failures: int = 0
-    last: str | None = None
+    last_reason: str | None = None
     unreachable: list[str] = field(default_factory=list)
 
 
@@ -50,148 +61,179 @@ class Decision:
     """What to do.
 
     Attributes:
-        event: name of the event: finished, requeued, stopped, cancelled, failed.
-        reason: in words.
-        failure: it counts as one.
+        event: name of the event.
+        reason: for people.
+        kind: of the failure; None: the attempt ended in order.
         delay: seconds before the next start.
         exclude: nodes that the next start avoids.
         code: exit code of the job.
-        by_slurm: Slurm starts the job again, there is nothing to do.
+        by_slurm: Slurm starts the job again; nothing is left to do.
     """
 
-    event: Literal["finished", "requeued", "stopped", "cancelled", "failed"]
+    event: DecisionEvent
     reason: str
-    failure: bool = False
+    kind: FailureKind | None = None
     delay: float = 0.0
     exclude: list[str] = field(default_factory=list)
-    code: int = AGAIN
+    code: int = EXIT_RESTART
     by_slurm: bool = False
 
+    @property
+    def failure(self) -> bool:
+        """Whether the attempt counts as a failure."""
+        return self.kind is not None
 
-def decide(end: StepEnd, now: Situation, limits: Restarts) -> Decision:
-    """What becomes of a run whose ranks ended so."""
+
+def decide(end: AttemptEnd, now: Situation, limits: Restarts) -> Decision:
+    """Decide what becomes of a run whose ranks ended like this."""
     if end.finished:
         return Decision("finished", "", code=0)
-    failure = end.first_failure
+    # Slurm's own decisions come first: nothing can be done against them.
     if now.state == "cancelled":
         return Decision("cancelled", "cancelled with scancel, which is final", code=1)
     if now.state == "requeued":
-        gone = f"; it does not reach {', '.join(now.unreachable)}" if now.unreachable else ""
-        return Decision(
-            "requeued",
-            f"Slurm puts the job back into the queue{gone}",
-            failure=bool(gone),
-            by_slurm=True,
-        )
-    if failure is not None and failure.code == USER_ERROR:
-        return Decision("failed", str(failure), failure=True, code=USER_ERROR)
-    orderly = failure is None or failure.code in _ASKED
-    if now.wanted and orderly:
-        return Decision("stopped", "as asked with `llada stop`")
-    if end.killed and now.signal and orderly and not now.progress:
-        late = (
-            f"{now.signal}: not stopped in time, so the ranks were ended; signal_seconds of the"
-            " profile may be too short"
-        )
-        return restart(late, [], now, limits)
-    if now.signal and now.state != "lost" and orderly and not end.absent:
-        return Decision(
-            "requeued",
-            (
-                f"{now.signal}: stopped with a checkpoint"
-                if now.progress
-                else f"{now.signal}: stopped"
-            ),
-        )
-    reason = describe(end, now.unreachable)
-    if now.wanted:
-        return Decision(
-            "stopped", f"as asked with `llada stop`, after a failure: {reason}", failure=True
-        )
-    # Where no node has a rank, the nodes are not to blame.
-    return restart(reason, [] if len(end.absent) == len(end.hosts) else end.absent, now, limits)
+        return _requeued_by_slurm(now)
+    first = end.first_failure
+    if first is not None and first.code == EXIT_USER_ERROR:
+        return Decision("failed", str(first), kind="user_error", code=EXIT_USER_ERROR)
+    in_order = first is None or first.code in _STOP_EXITS
+    if in_order and now.stopped_by_user:
+        return Decision("stopped", "requested with `llada stop`")
+    if in_order and now.signal:
+        if end.killed and not now.progress:
+            late = (
+                f"{now.signal}: the ranks did not stop in time and were killed; signal_seconds of"
+                " the profile may be too short"
+            )
+            return restart(Failure("late_stop", late), [], now, limits)
+        # A node that is lost, or a host without ranks, is a failure although the rest stopped.
+        if now.state != "lost" and not end.absent:
+            how = "stopped with a checkpoint" if now.progress else "stopped"
+            return Decision("requeued", f"{now.signal}: {how}")
+    failure = explain(end, now.unreachable)
+    if now.stopped_by_user:
+        reason = f"requested with `llada stop`, after a failure: {failure.reason}"
+        return Decision("stopped", reason, kind=failure.kind)
+    exclude = end.absent
+    if len(end.absent) == len(end.hosts):
+        # Where no node has a rank, the nodes are not to blame.
+        exclude = []
+    return restart(failure, exclude, now, limits)
 
 
-def restart(reason: str, exclude: list[str], now: Situation, limits: Restarts) -> Decision:
-    """Whether there is another try after a failure."""
-    failures = 1 if now.progress else now.failures + 1
+def _requeued_by_slurm(now: Situation) -> Decision:
+    reason = "Slurm requeues the job"
+    if not now.unreachable:
+        return Decision("requeued", reason, by_slurm=True)
+    reason = f"{reason}; it cannot reach {', '.join(now.unreachable)}"
+    return Decision("requeued", reason, kind="lost_node", by_slurm=True)
+
+
+def restart(failure: Failure, exclude: list[str], now: Situation, limits: Restarts) -> Decision:
+    """Decide whether there is another attempt after a failure, and when.
+
+    The back-off doubles: with `backoff` 60, the starts after failures 1, 2, 3 in a row wait 60,
+    120 and 240 seconds. A new checkpoint starts the count again.
+    """
+    failures = now.failures + 1
+    if now.progress:
+        failures = 1
     if failures > limits.limit:
-        many = (
-            f"{failures} failures in a row without a new checkpoint, and requeue.limit is"
-            f" {limits.limit}; the last: {reason}"
+        reason = failure.reason
+        if limits.limit:
+            reason = (
+                f"{failures} failures in a row without a new checkpoint, and requeue.limit is"
+                f" {limits.limit}; the last: {reason}"
+            )
+        return Decision("failed", reason, failure.kind, exclude=exclude, code=1)
+    # The reasons name the step and its samples, or the nodes and what is wrong with them: equal
+    # reasons mean the same failure.
+    repeated = failure.kind in _REPEATABLE and now.last_reason == failure.reason
+    if repeated and not now.progress and not exclude:
+        reason = (
+            f"the same failure twice in a row, so another attempt would not help: {failure.reason}"
         )
-        return Decision(
-            "failed", many if limits.limit else reason, failure=True, code=1, exclude=exclude
-        )
-    if (
-        not now.progress
-        and now.last == reason
-        and not exclude
-        and (": step " in reason or reason.startswith("preflight: "))
-    ):
-        return Decision(
-            "failed",
-            f"twice the same, so a third time would not differ: {reason}",
-            failure=True,
-            code=1,
-            exclude=exclude,
-        )
-    # A node that is avoided from now on needs no time to recover.
-    delay = 0.0 if exclude else min(limits.backoff * 2 ** (failures - 1), _LONGEST_BACKOFF)
-    return Decision("requeued", reason, failure=True, delay=delay, exclude=exclude)
+        return Decision("failed", reason, failure.kind, code=1)
+    delay = min(limits.backoff * 2 ** (failures - 1), _LONGEST_BACKOFF)
+    if exclude:
+        # A node that is avoided from now on needs no time to recover.
+        delay = 0.0
+    return Decision("requeued", failure.reason, failure.kind, delay=delay, exclude=exclude)
 
 
-def describe(end: StepEnd, unreachable: list[str]) -> str:
-    """Why ranks ended, in a line."""
+def explain(end: AttemptEnd, unreachable: list[str]) -> Failure:
+    """Name the failure that ended the ranks."""
     if end.absent:
         reason = f"no rank started on {', '.join(end.absent)}"
-        return f"{reason} ({end.launcher[1]})" if end.launcher[1] else reason
-    gone = f"; Slurm does not reach {', '.join(unreachable)}" if unreachable else ""
-    failure = end.first_failure
-    if failure is not None and failure.blames_another and gone:
-        return f"{gone.removeprefix('; ')}; {failure}"
-    if failure is not None:
-        return f"{failure}{gone}"
-    hang = next((one for one in end.exits if one.message and "hang" in one.message), None)
-    if hang is not None:
-        return f"{hang}{gone}"
-    missing = sorted(set(range(end.ranks)) - {one.rank for one in end.exits})
-    if missing:
-        names = ", ".join(str(rank) for rank in missing[:8]) + (", ..." if len(missing) > 8 else "")
-        code, line = end.launcher
-        if code < 0:
-            line = f"the process that started the ranks was killed by {signal.Signals(-code).name}"
-        said = f" ({line})" if line else ""
-        return f"rank {names}: gone without a word{said}{gone}"
-    return f"every rank left to be started again, none says why{gone}"
+        if end.launcher_line:
+            reason = f"{reason} ({end.launcher_line})"
+        return Failure("absent", reason)
+    lost_nodes = ""
+    if unreachable:
+        lost_nodes = f"Slurm cannot reach {', '.join(unreachable)}"
+    first = end.first_failure
+    if first is not None and first.blames_another and lost_nodes:
+        # No rank of the lost node could say anything.
+        return Failure("lost_node", f"{lost_nodes}; {first}")
+    failure = _explain_ranks(end, first)
+    if lost_nodes:
+        return Failure(failure.kind, f"{failure.reason}; {lost_nodes}")
+    return failure
 
 
-def this_launch(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The events since the run was submitted last."""
-    return events[
-        max((i for i, line in enumerate(events) if line["event"] == "submitted"), default=0) :
-    ]
+def _explain_ranks(end: AttemptEnd, first: RankExit | None) -> Failure:
+    if first is not None:
+        return Failure(first.kind or "exception", str(first))
+    # A rank that notices a hang leaves with the code of an end in order.
+    for rank in end.exits:
+        if rank.kind == "hang":
+            return Failure("hang", str(rank))
+    missing = sorted(set(range(end.ranks)) - {rank.rank for rank in end.exits})
+    if not missing:
+        return Failure("vanished", "every rank exited for a restart, and none gave a reason")
+    names = ", ".join(str(rank) for rank in missing[:_NAMED_RANKS])
+    if len(missing) > _NAMED_RANKS:
+        names += ", ..."
+    reason = f"rank {names}: disappeared without a record"
+    line = end.launcher_line
+    if end.launcher_code < 0:
+        name = signal.Signals(-end.launcher_code).name
+        line = f"the process that started the ranks was killed by {name}"
+    if line:
+        reason = f"{reason} ({line})"
+    return Failure("vanished", reason)
 
 
 def failures_in_a_row(
     events: list[dict[str, Any]], attempt: int, task: int | None = None
 ) -> tuple[int, str | None]:
-    """How many attempts of this launch failed in a row without a new checkpoint before `attempt`,
-    and why the last of them did.
+    """Count the attempts of the latest launch that failed in a row before `attempt`.
 
-    An attempt that ended without a word (its node was lost) failed; one that was stopped or
-    requeued in order did not, and ends no row.
+    An attempt that left a new checkpoint begins the row: what failed before it does not count. An
+    attempt that ended without a record (its node was lost) failed. One that was stopped or requeued
+    in order did not, and does not end the row.
+
+    Args:
+        events: of the run.
+        attempt: number of the attempt that is about to start.
+        task: number of the array task, whose own attempts count; None: the job is no array.
+
+    Returns:
+        The count, and why the last of them failed; None: none did.
     """
-    own = [line for line in this_launch(events) if line.get("task") == task]
-    count, last = 0, None
+    own = [line for line in since_submission(events) if line.get("task") == task]
+    count = 0
+    last_reason = None
     for number in range(attempt - 1, 0, -1):
         lines = [line for line in own if line.get("attempt") == number]
-        ends = [line for line in lines if line["event"] in _ENDS]
+        ends = [line for line in lines if line["event"] in _END_EVENTS]
         if not lines or (ends and ends[-1]["event"] != "requeued"):
-            break  # before that the user launched it anew
+            # This attempt is of an earlier launch, or the user launched the run anew after it.
+            break
         if not ends or ends[-1].get("failure"):
             count += 1
-            last = last or (ends[-1]["reason"] if ends else "ended without a word")
+            reason = ends[-1]["reason"] if ends else "ended without a record"
+            last_reason = last_reason or reason
         if any(line["event"] == "checkpoint" for line in lines):
-            break  # the row begins in this attempt
-    return count, last
+            break
+    return count, last_reason

@@ -1,20 +1,24 @@
-"""What the launcher tells the job: RUN/launch/NNNN/job.json. Standard library only, as all that the
-batch job imports.
+"""The files in RUN/launch/NNNN: what the launcher tells the job, and what it submitted.
+
+Standard library only, like everything that the batch job imports.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-FOLDER = "launch"
-JOB, SUBMITTED, STOP = "job.json", "submitted.json", "stop"
-"""The job's description; what was submitted (ids); whose existence says that the user wants an end,
-not a restart.
-"""
+LAUNCH_FOLDER = "launch"
+JOB_FILE = "job.json"
+"""The job's description."""
+SUBMITTED_FILE = "submitted.json"
+"""The ids of what was submitted."""
+STOP_FILE = "stop"
+"""Exists once the user wants the run to end, not to restart."""
+
+JsonObject = dict[str, object]
 
 
 @dataclass(frozen=True)
@@ -22,11 +26,12 @@ class Restarts:
     """When a job starts itself again.
 
     Attributes:
-        requeue: whether it may; else its end is the end, or a chain's next job goes on.
-        limit: failures in a row without a new checkpoint after which it does not.
+        requeue: whether it may; otherwise the run ends with the job, or the next job of a chain
+            continues it.
+        limit: failures in a row without a new checkpoint after which the run is left failed.
         backoff: seconds before the start after a first failure; doubled with every further one, an
             hour at most.
-        grace: seconds that the other ranks have to end after the first has ended in order.
+        grace: seconds that the other ranks have to end after the first one ended in order.
         start_timeout: seconds in which every rank has to start.
         reserve: seconds before the time limit at which ranks that have not stopped are ended, so
             that the job can still be requeued.
@@ -42,28 +47,30 @@ class Restarts:
 
 @dataclass(frozen=True)
 class JobSpec:
-    """A job of a run.
+    """A job of a run, as job.json holds it: the fields are the file's keys.
 
     Attributes:
         kind: "train": ranks over all nodes; "task": one command, of a job array or a conversion.
-        state: folder with events, logs and launch/ (that of the run).
-        directory: where the user started it: relative paths of the config are meant from there.
+        state: folder with events, logs and launch/ (the run's own).
+        directory: where the user started it; relative paths of the config refer to it.
         code: snapshot of the code.
-        command: words of the llada command; {task} is the number of the array task.
+        command: words of the llada command; {task} stands for the number of the array task.
         python: the interpreter.
         container: words that lead into the container that the ranks run in, if any.
-        first: words of the command until a first step is done: going back to an earlier checkpoint
-            happens once.
-        nodes, tasks_per_node: of "train".
+        first: further words of the command until a first step is done, since going back to an
+            earlier checkpoint happens once.
+        nodes, tasks_per_node: size of a "train" job.
         environment: variables of every rank.
         srun: further words of srun.
         bind: bind ranks to the cores near their GPU.
-        quiet: the ranks handle the stop signals themselves once they can; else these end them.
-        preflight: what the nodes are tested for; None: nothing.
+        quiet: the ranks ignore stop signals until they handle them; otherwise the signals end
+            them.
+        preflight: settings of the node tests, with the numbers of `launch.profile.Preflight`;
+            None: no tests.
         exclude: nodes that the user excluded.
-        array: the job is an array, and this one of its tasks.
-        chain: jobs that were submitted to follow each other.
-        restarts: see there.
+        array: the job is one task of a job array.
+        chain: number of jobs that were submitted to follow each other.
+        restarts: when the job starts itself again.
     """
 
     kind: Literal["train", "task"]
@@ -80,7 +87,7 @@ class JobSpec:
     srun: list[str] = field(default_factory=list)
     bind: bool = True
     quiet: bool = True
-    preflight: dict[str, Any] | None = None
+    preflight: dict[str, float] | None = None
     exclude: list[str] = field(default_factory=list)
     array: bool = False
     chain: int = 1
@@ -94,84 +101,78 @@ class JobSpec:
         return json.dumps(asdict(self), indent=1)
 
     @classmethod
-    def read(cls, folder: Path) -> JobSpec:
-        """The description in RUN/launch/NNNN."""
-        content = json.loads((folder / JOB).read_text(encoding="utf-8"))
+    def read(cls, launch_folder: Path) -> JobSpec:
+        """Read the description in RUN/launch/NNNN."""
+        content = json.loads((launch_folder / JOB_FILE).read_text(encoding="utf-8"))
         return cls(**{**content, "restarts": Restarts(**content["restarts"])})
 
 
 @dataclass(frozen=True)
 class Submitted:
-    """What `llada launch` started.
+    """What `llada launch` started, as submitted.json holds it.
 
     Attributes:
-        jobs: ids of Slurm; of an array one for each task; empty for a run of this machine.
-        then: id of the job that waits for the end; None: there is none.
+        jobs: ids of Slurm; one for each task of an array; empty for a run on this machine.
+        then: id of the job that waits for the run to finish; None: there is none.
     """
 
     jobs: list[str]
     then: str | None = None
 
+    @property
+    def all_jobs(self) -> list[str]:
+        if self.then is None:
+            return self.jobs
+        return [*self.jobs, self.then]
+
     def to_json(self) -> str:
         return json.dumps(asdict(self))
 
 
-def launches(state: Path) -> list[Path]:
-    """RUN/launch/NNNN of every launch of a run, oldest first."""
-    return sorted(path for path in (state / FOLDER).glob("[0-9]*") if path.is_dir())
+def launch_folders(state: Path) -> list[Path]:
+    """Return RUN/launch/NNNN of every launch of a run, oldest first."""
+    return sorted(path for path in (state / LAUNCH_FOLDER).glob("[0-9]*") if path.is_dir())
 
 
-def submitted(folder: Path) -> Submitted | None:
-    """What a launch submitted; None when it was cut off before that."""
+def read_submitted(launch_folder: Path) -> Submitted | None:
+    """Return what a launch submitted; None when it was interrupted before that."""
     try:
-        return Submitted(**json.loads((folder / SUBMITTED).read_text(encoding="utf-8")))
+        content = json.loads((launch_folder / SUBMITTED_FILE).read_text(encoding="utf-8"))
+        return Submitted(**content)
     except (OSError, ValueError, TypeError):
         return None
 
 
-def next_folder(parent: Path, pattern: str = "{:04d}") -> tuple[int, Path]:
-    """Make the next numbered folder; its number, from 1."""
+def make_numbered_folder(parent: Path, pattern: str = "{:04d}") -> tuple[int, Path]:
+    """Make the folder with the next number, counting from 1; returns the number and the folder."""
     parent.mkdir(parents=True, exist_ok=True)
-    number = 1 + max(
-        (
-            int(digits)
-            for path in parent.iterdir()
-            if (digits := path.name.rpartition("-")[2]).isdigit()
-        ),
-        default=0,
-    )
+    # "attempt-0012" -> "0012". Other names, such as "job-17.log", end in no number.
+    suffixes = [path.name.rpartition("-")[2] for path in parent.iterdir()]
+    number = 1 + max((int(suffix) for suffix in suffixes if suffix.isdigit()), default=0)
     while True:
         folder = parent / pattern.format(number)
         try:
             folder.mkdir()
             return number, folder
-        except FileExistsError:  # another process was faster
+        except FileExistsError:
+            # Another process was faster.
             number += 1
 
 
 def latest_checkpoint(state: Path) -> int:
-    """Steps of the latest complete checkpoint of a run; 0: there is none."""
-    found = [path.parent.name for path in (state / "checkpoints").glob("step_*/COMMITTED")]
-    return max(
-        (int(digits) for name in found if (digits := name.removeprefix("step_")).isdigit()),
-        default=0,
-    )
+    """Return the step of the latest complete checkpoint of a run; 0: there is none."""
+    markers = (state / "checkpoints").glob("step_*/COMMITTED")
+    # "step_00000020.rewound-1" was set aside and does not count.
+    suffixes = [marker.parent.name.removeprefix("step_") for marker in markers]
+    return max((int(suffix) for suffix in suffixes if suffix.isdigit()), default=0)
 
 
-def read_record(path: Path) -> dict[str, Any] | None:
-    """A small JSON file that is there whole or not at all."""
+def read_record(path: Path) -> JsonObject | None:
+    """Read a small JSON file; None when it is missing, torn or not an object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return content if isinstance(content, dict) else None
-
-
-def write_record(path: Path, text: str) -> None:
-    """Write such a file."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    if not isinstance(content, dict):
+        return None
+    return content

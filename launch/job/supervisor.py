@@ -1,7 +1,7 @@
-"""The batch script of a job, in Python: starts the ranks, hands on signals, writes down what
-happens, and starts the job again.
+"""The batch script of a job, in Python.
 
-Standard library only. `launch.job.main` starts it.
+It starts the ranks, forwards signals, writes events and starts the job again. `launch.job.main`
+runs it. Standard library only.
 """
 
 from __future__ import annotations
@@ -16,110 +16,129 @@ from pathlib import Path
 from typing import Any
 
 from launch import slurm
-from launch.job import spec as jobs
-from launch.job.attempt import Machine, StepEnd, StopState, run_ranks
-from launch.job.machines import OneProcess, SlurmNodes, ThisMachine
+from launch.job.attempt import StopState, run_ranks
+from launch.job.failure import Failure
+from launch.job.machines import Machine, OneProcess, RankCommand, SlurmNodes, ThisMachine
+from launch.job.own_job import (
+    configure_start,
+    count_nodes_of_partition,
+    job_state,
+    latest_nodes,
+    seconds_left,
+)
 from launch.job.policy import (
     Decision,
-    JobState,
     Situation,
     decide,
     failures_in_a_row,
     restart,
-    this_launch,
 )
-from launch.job.spec import JobSpec
-from launch.preflight.rules import judge, to_environment
+from launch.job.records import AttemptEnd
+from launch.job.spec import (
+    STOP_FILE,
+    JobSpec,
+    Restarts,
+    latest_checkpoint,
+    make_numbered_folder,
+    read_submitted,
+)
+from launch.preflight.rules import Rules, judge
 from llada import events
 from llada.errors import RunError
-from llada.events import EventLog
+from llada.events import EventLog, since_submission
 from llada.training.signals import StopRequest
 
 _EXCLUDED_SECONDS = 86400.0
-"""A bad node is avoided for a day; until then somebody may have mended it."""
+"""A bad node is avoided for a day; until then somebody may have repaired it."""
+_NEVER = float("inf")
 
 
 class Supervisor:
-    """One launch of a run, over all its attempts that this process sees: one in Slurm, as many as
-    it takes on this machine.
+    """Runs one launch of a run: one attempt in a Slurm job, as many as it takes on this machine.
 
     Args:
-        folder: RUN/launch/NNNN.
-        stop: asked to stop when true.
+        launch_folder: RUN/launch/NNNN.
+        stop: true when this process is asked to stop.
         local: on this machine instead of in a Slurm job.
     """
 
-    def __init__(self, folder: Path, stop: StopRequest, local: bool) -> None:
-        self.folder, self.stop, self.local = folder, stop, local
-        self.spec = JobSpec.read(folder)
+    def __init__(self, launch_folder: Path, stop: StopRequest, local: bool) -> None:
+        self.launch_folder = launch_folder
+        self.stop = stop
+        self.local = local
+        self.spec = JobSpec.read(launch_folder)
         self.state = Path(self.spec.state)
-        task = os.environ.get("SLURM_ARRAY_TASK_ID") if self.spec.array else None
-        self.task = int(task) if task is not None else None
-        self.job = None if local else slurm.own_job(self.spec.array)
-        self.asked = StopState(stop, folder / jobs.STOP)
-        self._end_time = float("inf")
+        self.task: int | None = None
+        if self.spec.array and "SLURM_ARRAY_TASK_ID" in os.environ:
+            self.task = int(os.environ["SLURM_ARRAY_TASK_ID"])
+        self.job: str | None = None
+        if not local:
+            self.job = slurm.own_job_id(self.spec.array)
+        self.stop_state = StopState(stop, launch_folder / STOP_FILE)
         self.log = EventLog(self.state)
         self.attempt = 0
+        self._end_by = _NEVER
 
     def run(self) -> int:
-        """Exit code of the job."""
+        """Run attempts until the run ends or the job is requeued; returns the job's exit code."""
         while True:
             decision = self._guarded_attempt()
-            self._write(
-                decision.event,
-                reason=decision.reason or None,
-                failure=decision.failure or None,
-                excluded=decision.exclude or None,
-                delay=decision.delay or None,
-                step=jobs.latest_checkpoint(self.state) if self.spec.kind == "train" else None,
-                **({"host": socket.gethostname(), "pid": os.getpid()} if self.local else {}),
-            )
-            print(
-                f"llada: {decision.event}{': ' if decision.reason else ''}{decision.reason}",
-                flush=True,
-            )
+            self._report(decision)
             if decision.event != "requeued":
                 self._end_chain(decision)
                 return decision.code
             if decision.by_slurm:
                 return decision.code
-            if self.local:
-                self._sleep(decision.delay)
-                if self.stop or self.asked.wanted_now:
-                    self._write("stopped", reason="as asked, before the next start")
-                    return decision.code
-                continue
-            return self._again(decision)
+            if not self.local:
+                return self._requeue(decision)
+            self._sleep(decision.delay)
+            if self.stop or self.stop_state.by_user_now():
+                self._log_event("stopped", reason="as requested, before the next start")
+                return decision.code
 
-    def _guarded_attempt(self) -> Decision:
-        """One attempt; trouble of this process itself (a file server that is away) is a failure
-        like a rank's, and may be tried again.
-        """
-        try:
-            return self._attempt()
-        except Exception as error:  # whatever it is: the run must not end for it
-            traceback.print_exc()
-            failures, last = failures_in_a_row(events.read(self.state), self.attempt, self.task)
-            reason = f"supervisor: {type(error).__name__}: {error}"
-            return restart(
-                reason,
-                [],
-                Situation(failures=failures, last=last, wanted=self.asked.wanted_now),
-                self.spec.restarts,
-            )
+    def _report(self, decision: Decision) -> None:
+        fields: dict[str, Any] = {
+            "reason": decision.reason or None,
+            "failure": decision.failure or None,
+            "failure_kind": decision.kind,
+            "excluded": decision.exclude or None,
+            "delay": decision.delay or None,
+        }
+        if self.spec.kind == "train":
+            fields["step"] = latest_checkpoint(self.state)
+        if self.local:
+            # `llada status` looks for this process between two attempts.
+            fields["host"] = socket.gethostname()
+            fields["pid"] = os.getpid()
+        self._log_event(decision.event, **fields)
+        line = f"llada: {decision.event}"
+        if decision.reason:
+            line = f"{line}: {decision.reason}"
+        print(line, flush=True)
 
     # -- one attempt -------------------------------------------------------------------------------
 
+    def _guarded_attempt(self) -> Decision:
+        """Run an attempt in which an error of this process counts as a failure like a rank's.
+
+        The error may be temporary, as a file server that is away: the run must not end for it.
+        """
+        try:
+            return self._attempt()
+        except Exception as error:
+            traceback.print_exc()
+            reason = f"supervisor: {type(error).__name__}: {error}"
+            situation = self._situation_at_start()
+            return restart(Failure("supervisor", reason), [], situation, self.spec.restarts)
+
     def _attempt(self) -> Decision:
-        parent = (
-            self.state / "logs"
-            if self.task is None
-            else self.state / "logs" / f"task-{self.task:05d}"
-        )
-        self.attempt, logs = jobs.next_folder(parent, "attempt-{:04d}")
-        failures, last = failures_in_a_row(events.read(self.state), self.attempt, self.task)
+        parent = self.state / "logs"
+        if self.task is not None:
+            parent = parent / f"task-{self.task:05d}"
+        self.attempt, logs = make_numbered_folder(parent, "attempt-{:04d}")
+        situation = self._situation_at_start()
         machine = self._machine(self.spec)
-        self._write(
+        self._log_event(
             "started",
             nodes=machine.hosts,
             ranks=self.spec.ranks,
@@ -128,60 +147,56 @@ class Supervisor:
             pid=os.getpid(),
         )
         limits = self.spec.restarts
-        situation = Situation(failures=failures, last=last, wanted=self.asked.wanted_now)
-        # the attempts before ended without a word, so that none could say so
-        if failures > limits.limit:
-            return restart(last or "", [], situation, limits)
-        self._end_time = self._ends_at()
-        if self.spec.preflight is not None and self.spec.kind == "train" and not self.asked:
-            refused = self._preflight(logs, situation)
-            if refused is not None:
-                return refused
-        if self.asked:
-            return decide(
-                StepEnd([], self.spec.ranks, machine.hosts),
-                self._situation(situation, machine),
-                limits,
-            )
-        end = self._task(logs) if self.spec.kind == "task" else self._ranks(machine, logs)
+        if situation.failures > limits.limit:
+            # The attempts before ended without a record, so none of them could end the run.
+            return restart(Failure("vanished", situation.last_reason or ""), [], situation, limits)
+        self._end_by = self._end_of_job()
+        if self.spec.kind == "train" and self.spec.preflight is not None and not self.stop_state:
+            refusal = self._preflight(self.spec.preflight, logs, situation)
+            if refusal is not None:
+                return refusal
+        if self.stop_state:
+            end = AttemptEnd([], self.spec.ranks, machine.hosts)
+        elif self.spec.kind == "task":
+            end = self._run_task(logs)
+        else:
+            end = self._run_training(machine, logs)
         return decide(end, self._situation(situation, machine), limits)
 
     def _machine(self, spec: JobSpec) -> Machine:
-        return ThisMachine(spec) if self.local else SlurmNodes(spec)
+        if self.local:
+            return ThisMachine(spec)
+        return SlurmNodes(spec)
 
-    def _ranks(self, machine: Machine, logs: Path) -> StepEnd:
-        lines = this_launch(events.read(self.state))
-        first = [] if any(line["event"] == "step" for line in lines) else self.spec.first
-        return self._run(
-            machine,
-            [self.spec.python, self.spec.code, *self.spec.command, *first],
-            self.spec.ranks,
-            logs,
-        )
+    def _run_training(self, machine: Machine, logs: Path) -> AttemptEnd:
+        words = [self.spec.python, self.spec.code, *self.spec.command]
+        lines = since_submission(events.read(self.state))
+        if not any(line["event"] == "step" for line in lines):
+            words += self.spec.first
+        return self._run(machine, words, self.spec.ranks, logs)
 
-    def _run(self, machine: Machine, command: list[str], ranks: int, logs: Path) -> StepEnd:
-        limits, environment = self.spec.restarts, self._environment()
+    def _run_task(self, logs: Path) -> AttemptEnd:
+        """Run the command of a single process: a task of a job array, or the conversion."""
+        arguments = [word.replace("{task}", str(self.task or 0)) for word in self.spec.command]
+        words = [self.spec.python, self.spec.code, *arguments]
+        return self._run(OneProcess(self.spec), words, 1, logs)
+
+    def _run(self, machine: Machine, words: list[str], ranks: int, logs: Path) -> AttemptEnd:
         return run_ranks(
             machine,
-            command,
-            ranks,
-            logs,
-            environment,
-            self.asked,
-            limits,
-            self._end_time,
+            RankCommand(words, ranks, logs, self._environment()),
+            self.stop_state,
+            self.spec.restarts,
+            self._end_by,
             self._on_sigterm,
         )
 
-    def _task(self, logs: Path) -> StepEnd:
-        """A command of a single process, of a job array or after a run."""
-        words = [word.replace("{task}", str(self.task or 0)) for word in self.spec.command]
-        return self._run(OneProcess(self.spec), [self.spec.python, self.spec.code, *words], 1, logs)
-
     def _environment(self) -> dict[str, str]:
-        path = os.pathsep.join(
-            part for part in (self.spec.code, os.environ.get("PYTHONPATH", "")) if part
-        )
+        """Variables of every rank."""
+        # The snapshot of the code comes before what the user's own PYTHONPATH names.
+        path = self.spec.code
+        if os.environ.get("PYTHONPATH"):
+            path = os.pathsep.join([path, os.environ["PYTHONPATH"]])
         return {
             **self.spec.environment,
             "PYTHONPATH": path,
@@ -189,34 +204,35 @@ class Supervisor:
             "LLADA_ATTEMPT": str(self.attempt),
         }
 
-    def _preflight(self, logs: Path, now: Situation) -> Decision | None:
-        """Test the nodes; None: all is well."""
-        # Where the user started it may be a checkout, whose packages -m would take for those of the
-        # snapshot.
+    # -- the tests of the nodes --------------------------------------------------------------------
+
+    def _preflight(
+        self, settings: dict[str, float], logs: Path, situation: Situation
+    ) -> Decision | None:
+        """Test the nodes; returns None when all is well."""
+        limits = self.spec.restarts
+        # The folder where the user started the run may be a checkout, whose packages `python -m`
+        # would prefer to those of the snapshot. The tests handle no signals.
         machine = self._machine(replace(self.spec, directory=self.spec.code, quiet=False))
-        rules = self.spec.preflight
-        assert rules is not None
+        rules = Rules.of_settings(settings, join_seconds=limits.start_timeout)
         folder = logs / "preflight"
         folder.mkdir()
-        command = [self.spec.python, "-m", "launch.preflight.main", str(folder), str(self.state)]
-        rules = {**rules, "join_seconds": self.spec.restarts.start_timeout}
-        environment = {**self._environment(), "LLADA_PREFLIGHT": to_environment(rules)}
-        limits = jobs.Restarts(
-            start_timeout=self.spec.restarts.start_timeout, grace=rules["seconds"]
+        command = RankCommand(
+            [self.spec.python, "-m", "launch.preflight.main", str(folder), str(self.state)],
+            self.spec.ranks,
+            folder,
+            {**self._environment(), "LLADA_PREFLIGHT": rules.to_json()},
         )
         started = time.time()
         end = run_ranks(
             machine,
             command,
-            self.spec.ranks,
-            folder,
-            environment,
-            self.asked,
-            limits,
-            self._end_time,
+            self.stop_state,
+            Restarts(start_timeout=limits.start_timeout, grace=rules.seconds),
+            self._end_by,
         )
         verdict = judge(folder, machine.hosts, self.spec.tasks_per_node, rules, end)
-        self._write(
+        self._log_event(
             "preflight",
             seconds=round(time.time() - started, 1),
             bad=verdict.bad or None,
@@ -224,195 +240,194 @@ class Supervisor:
         )
         for line in verdict.lines:
             print(f"llada: preflight: {line}", flush=True)
-        if self.asked or (not verdict.bad and verdict.problem is None):
+
+        if self.stop_state or (not verdict.bad and verdict.problem is None):
             return None
+        exclude: list[str] = []
         if verdict.problem is not None:
-            return restart(f"preflight: {verdict.problem}", [], now, self.spec.restarts)
-        reason = "preflight: " + "; ".join(f"{host}: {why}" for host, why in verdict.bad.items())
-        if len(machine.hosts) > 1 and len(verdict.bad) * 2 > len(machine.hosts):
-            # Most nodes alike are no accident of one: it may be that the profile asks for what the
-            # machines do not have.
-            return restart(
-                f"{reason}; that is most of the nodes, so none is excluded",
-                [],
-                now,
-                self.spec.restarts,
-            )
-        return restart(reason, list(verdict.bad), now, self.spec.restarts)
+            reason = verdict.problem
+        else:
+            reason = "; ".join(f"{host}: {why}" for host, why in verdict.bad.items())
+            if len(machine.hosts) > 1 and len(verdict.bad) * 2 > len(machine.hosts):
+                # Most nodes alike are no accident of one: the profile may ask for what the machines
+                # do not have.
+                reason = f"{reason}; that is most of the nodes, so none is excluded"
+            else:
+                exclude = list(verdict.bad)
+        return restart(Failure("preflight", f"preflight: {reason}"), exclude, situation, limits)
 
-    # -- what Slurm and the user say ---------------------------------------------------------------
+    # -- what Slurm and the user want --------------------------------------------------------------
 
-    def _signal(self) -> str | None:
-        return self.stop.signal
+    def _situation_at_start(self) -> Situation:
+        failures, last_reason = failures_in_a_row(events.read(self.state), self.attempt, self.task)
+        return Situation(
+            failures=failures,
+            last_reason=last_reason,
+            stopped_by_user=self.stop_state.by_user_now(),
+        )
+
+    def _situation(self, start: Situation, machine: Machine) -> Situation:
+        """The situation at the end of the ranks."""
+        signal = self.stop.signal or self._signal_of_ranks()
+        # Slurm is asked first: a job that is being ended has half a minute.
+        state = job_state(self.job)
+        unreachable: list[str] = []
+        if not self.local:
+            with suppress(RunError):
+                unreachable = slurm.unreachable_nodes(machine.hosts)
+        if state == "cancelled" and unreachable:
+            # Slurm shows both as COMPLETING.
+            state = "lost"
+        # Ctrl-C of a run on this machine is the user's, too.
+        interrupted = self.local and self.stop.signal is not None
+        return Situation(
+            signal=signal,
+            # Read now: the ranks may have stopped because the user asked for it a moment ago.
+            stopped_by_user=self.stop_state.by_user_now() or interrupted,
+            state=state,
+            progress=any(line["event"] == "checkpoint" for line in self._own_events()),
+            failures=start.failures,
+            last_reason=start.last_reason,
+            unreachable=unreachable,
+        )
+
+    def _signal_of_ranks(self) -> str | None:
+        """The signal at which the ranks agreed to stop.
+
+        Before a preemption, Slurm may send it to the ranks alone.
+        """
+        for line in reversed(self._own_events()):
+            if line["event"] == "signal":
+                return line.get("signal") or "a signal"
+        return None
 
     def _own_events(self) -> list[dict[str, Any]]:
+        """The events of this attempt, in the order they were written."""
         return [
             line
             for line in events.read(self.state)
             if line.get("attempt") == self.attempt and line.get("task") == self.task
         ]
 
-    def _ends_at(self) -> float:
-        """Seconds since 1970 at which the ranks have to be gone, so that this process can still put
-        the job back into the queue.
+    def _end_of_job(self) -> float:
+        """Return when the ranks have to be gone, seconds since 1970.
+
+        After that, this process still has the time to put the job back into the queue.
         """
         if self.local or self.job is None:
-            return float("inf")
-        shown = slurm.describe(self.job)
-        left = _seconds(shown.get("TimeLimit")) - _seconds(shown.get("RunTime"))
-        return time.time() + left - self.spec.restarts.reserve if left > 0 else float("inf")
+            return _NEVER
+        left = seconds_left(self.job)
+        if left is None:
+            return _NEVER
+        return time.time() + left - self.spec.restarts.reserve
 
     def _on_sigterm(self) -> None:
-        """scancel is final: the rest of a chain goes before anything is waited for, since Slurm
-        soon ends this process, too.
+        """Cancel the rest of a chain when the job is cancelled: scancel is final.
+
+        This comes before anything is waited for, since Slurm soon ends this process, too.
         """
-        if self.spec.chain > 1 and self._job_state() == "cancelled":
+        if self.spec.chain > 1 and job_state(self.job) == "cancelled":
             machine = self._machine(self.spec)
-            if not slurm.unreachable(machine.hosts):
+            if not slurm.unreachable_nodes(machine.hosts):
                 self._end_chain(Decision("cancelled", "cancelled with scancel, which is final"))
-
-    def _signal_of_ranks(self) -> str | None:
-        """The signal at which the ranks agreed to stop: before a preemption, Slurm may tell them
-        alone.
-        """
-        own = [line for line in self._own_events() if line["event"] == "signal"]
-        return own[-1].get("signal") or "a signal" if own else None
-
-    def _situation(self, start: Situation, machine: Machine) -> Situation:
-        signal = self._signal() or self._signal_of_ranks()
-        state = self._job_state()  # first: a job that is being ended has half a minute
-        gone: list[str] = []
-        if not self.local:
-            with suppress(RunError):
-                gone = slurm.unreachable(machine.hosts)
-        if state == "cancelled" and gone:
-            state = "lost"  # Slurm shows both as COMPLETING
-        return Situation(
-            signal=signal,
-            # Read now: the ranks may have stopped because the user asked for it a moment ago.
-            wanted=self.asked.wanted_now or (self.local and self._signal() is not None),
-            state=state,
-            progress=any(line["event"] == "checkpoint" for line in self._own_events()),
-            failures=start.failures,
-            last=start.last,
-            unreachable=gone,
-        )
-
-    def _job_state(self) -> JobState:
-        """What Slurm is doing with this job. A job that is being ended shows as COMPLETING,
-        whatever becomes of it.
-        """
-        if self.local or self.job is None:
-            return "running"
-        shown = slurm.describe(self.job, patience=slurm.PATIENCE)
-        state = shown.get("JobState", "")
-        if not state:
-            return "unknown"
-        if state == "RUNNING":
-            return "running"
-        if int(shown.get("Restarts", "0")) > int(os.environ.get("SLURM_RESTART_COUNT", "0")):
-            return "requeued"
-        if state == "TIMEOUT" or (
-            state == "COMPLETING"
-            and _seconds(shown.get("RunTime")) >= _seconds(shown.get("TimeLimit")) > 0
-        ):
-            return "running"  # over its time, not cancelled: it may be put back into the queue
-        return "cancelled"
 
     # -- the next start ----------------------------------------------------------------------------
 
-    def _again(self, decision: Decision) -> int:
+    def _requeue(self, decision: Decision) -> int:
         """Put this job back into the queue. Slurm then ends this process."""
         assert self.job is not None
-        if self.asked.wanted_now:
-            self._write("stopped", reason="as asked, before the next start")
+        if self.stop_state.by_user_now():
+            self._log_event("stopped", reason="as requested, before the next start")
             return decision.code
         if not self.spec.restarts.requeue:
             return self._leave_to_chain(decision)
+        # From here on, a signal is Slurm's, for the requeue.
         self.stop.signal = None
-        refused = slurm.requeue(self.job)
-        if refused is not None:
+        refusal = slurm.requeue(self.job)
+        if refusal is not None:
             reason = (
-                f"Slurm does not put the job back into the queue ({refused}); submit the run again,"
+                f"Slurm does not put the job back into the queue ({refusal}); submit the run again,"
                 " or use --chain"
             )
-            self._write("failed", reason=reason, failure=True)
+            self._log_event("failed", reason=reason, failure=True)
             print(f"llada: failed: {reason}", flush=True)
             return 1
-        self._wish(self.job, decision)
-        # until Slurm ends this process, so that the job's end is the requeue and no exit code
+        self._configure_next_starts([self.job], decision)
+        # Slurm ends this process, so that the job's end is the requeue and not an exit code.
         self._sleep(30)
         return decision.code
 
     def _leave_to_chain(self, decision: Decision) -> int:
-        """The next job of the chain goes on; without one, the run is left as it is."""
-        sent = jobs.submitted(self.folder)
-        ids = sent.jobs if sent is not None else []
-        later = ids[ids.index(self.job) + 1 :] if self.job in ids else []
+        """Let the next job of the chain continue; without one, the run ends."""
+        submitted = read_submitted(self.launch_folder)
+        later: list[str] = []
+        if submitted is not None and self.job in submitted.jobs:
+            later = submitted.jobs[submitted.jobs.index(self.job) + 1 :]
         if later:
-            for job in later if decision.exclude else later[:1]:
-                self._wish(job, decision)
-            print(f"llada: job {later[0]} goes on", flush=True)
-        else:
-            reason = (
-                f"{decision.reason}; no job is left to go on (requeue.enabled is false): submit the"
-                " run again"
-            )
-            self._write(
-                "failed" if decision.failure else "stopped",
-                reason=reason,
-                failure=decision.failure or None,
-            )
+            # Excluded nodes hold for all jobs that are left, the back-off for the next alone.
+            affected = later if decision.exclude else later[:1]
+            self._configure_next_starts(affected, decision)
+            print(f"llada: job {later[0]} continues", flush=True)
+            return decision.code
+        reason = (
+            f"{decision.reason}; no job is left to continue (requeue.enabled is false): submit the"
+            " run again"
+        )
+        self._log_event(
+            "failed" if decision.failure else "stopped",
+            reason=reason,
+            failure=decision.failure or None,
+            failure_kind=decision.kind,
+        )
         return decision.code
 
-    def _wish(self, job: str, decision: Decision) -> None:
-        """Tell Slurm when and where a job may start."""
-        wishes = []
-        if decision.delay:
-            wishes.append(f"StartTime=now+{int(decision.delay)}")
+    def _configure_next_starts(self, jobs: list[str], decision: Decision) -> None:
+        """Tell Slurm when and where the next jobs may start."""
+        exclude = None
         if decision.exclude:
-            wishes.append(
-                "ExcNodeList=" + ",".join([*self.spec.exclude, *self._excluded(decision)])
-            )
-        for wish in wishes:  # one by one: a refusal of one must not take the other with it
-            refused = slurm.update(job, wish)
-            if refused is not None:
-                print(f"llada: Slurm refused {wish} of job {job}: {refused}", flush=True)
+            exclude = [*self.spec.exclude, *self._nodes_to_exclude(decision)]
+        for job in jobs:
+            configure_start(job, decision.delay, exclude)
 
-    def _excluded(self, decision: Decision) -> list[str]:
-        """Nodes to avoid, the latest last: those of the last day, and no more than the partition
-        can spare.
-        """
+    def _nodes_to_exclude(self, decision: Decision) -> list[str]:
+        """Return the bad nodes of the last day, no more than the partition can spare."""
         since = time.time() - _EXCLUDED_SECONDS
-        lines = [line for line in this_launch(events.read(self.state)) if line["time"] > since]
-        found = [host for line in lines for host in line.get("excluded", [])] + decision.exclude
-        latest = list(dict.fromkeys(reversed(found)))[::-1]
-        nodes = slurm.nodes_of_partition(slurm.describe(str(self.job)).get("Partition", ""))
-        if not nodes:  # Slurm does not say
-            return latest
-        spare = nodes - self.spec.nodes - len(self.spec.exclude)
-        return latest[-spare:] if spare > 0 else []
+        bad: list[str] = []
+        for line in since_submission(events.read(self.state)):
+            if line["time"] > since:
+                bad += line.get("excluded", [])
+        bad += decision.exclude
+        nodes = count_nodes_of_partition(str(self.job))
+        # Where Slurm does not say how many there are, all bad ones are avoided.
+        spare = None
+        if nodes:
+            spare = nodes - self.spec.nodes - len(self.spec.exclude)
+        return latest_nodes(bad, spare)
 
     def _end_chain(self, decision: Decision) -> None:
-        """The jobs that would go on have nothing to do; the conversion waits for the one that
-        finished.
-        """
-        sent = jobs.submitted(self.folder)
-        if self.local or self.spec.kind != "train" or sent is None or len(sent.jobs) < 2:
+        """Cancel the other jobs of a chain; the conversion then waits for the one that finished."""
+        submitted = read_submitted(self.launch_folder)
+        if self.local or self.spec.kind != "train" or submitted is None:
+            return
+        if len(submitted.jobs) < 2:
             return
         with suppress(RunError):
-            if sent.then is not None and decision.event == "finished":
-                slurm.update(sent.then, f"Dependency=afterok:{self.job}")
-            slurm.cancel(*(other for other in sent.jobs if other != self.job))
+            if submitted.then is not None and decision.event == "finished":
+                slurm.update(submitted.then, f"Dependency=afterok:{self.job}")
+            slurm.cancel(*(job for job in submitted.jobs if job != self.job))
 
     def _sleep(self, seconds: float) -> None:
         end = time.monotonic() + seconds
-        while time.monotonic() < end and not self._signal() and not (self.local and self.asked):
+        while time.monotonic() < end:
+            stopped = self.stop.signal is not None or (self.local and bool(self.stop_state))
+            if stopped:
+                return
             time.sleep(0.2)
 
-    def _write(self, event: str, **fields: Any) -> None:
-        """Write an event. That a file server is away for a while must not end the run, which can do
-        without the line.
+    def _log_event(self, event: str, **fields: Any) -> None:
+        """Write an event.
+
+        The run can do without the line, so a file server that is away for a while must not end it.
         """
         for pause in (1.0, 5.0, 15.0, 0.0):
             try:
@@ -423,15 +438,3 @@ class Supervisor:
                 time.sleep(pause)
         with suppress(OSError):
             print(f"llada: the event {event} was not written ({problem})", flush=True)
-
-
-def _seconds(text: str | None) -> float:
-    """Seconds of Slurm's D-HH:MM:SS; 0 for what is none (UNLIMITED)."""
-    days, _, clock = (text or "").rpartition("-")
-    try:
-        parts = [int(part) for part in clock.split(":")]
-        return int(days or 0) * 86400 + sum(
-            part * 60**power for power, part in enumerate(reversed(parts))
-        )
-    except ValueError:
-        return 0.0

@@ -1,8 +1,7 @@
-"""Tests of the nodes before a run's first step, on every rank: what it sees, how fast it is, and
-whether the others hear it.
+"""Tests of the nodes before a run's first step, on every rank.
 
-Every finding is written down before the next test, so that a rank that hangs or dies in one is
-known by what is missing.
+They find out what a rank sees, how fast it is, and whether the others hear it. Every finding is
+written before the next test, so that a rank that hangs or dies in one is known by what is missing.
 """
 
 from __future__ import annotations
@@ -13,93 +12,124 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from launch.job.spec import write_record
-from launch.preflight.rules import FINDINGS, Finding
+from launch.job.rank import RankEnvironment
+from launch.preflight.rules import FINDING_FILE, Finding, Rules
+from llada.files import write_atomically
 
+RULES_VARIABLE = "LLADA_PREFLIGHT"
 _REPEATS = 3
 
 
-def main() -> int:
-    """`python -m launch.preflight.main FOLDER RUN`, as a rank of all; the rules are
-    in LLADA_PREFLIGHT.
+class _FindingFile:
+    """A rank's finding, written again with every value that is added.
+
+    Args:
+        folder: of the findings.
+        rank: whose they are.
     """
-    folder, state = Path(sys.argv[1]), Path(sys.argv[2])
-    rules: dict[str, Any] = json.loads(os.environ["LLADA_PREFLIGHT"])
-    rank, local_rank, local_size = (
-        int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    )
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        self._path = folder / FINDING_FILE.format(rank)
+        self._values: dict[str, float | str | bool | None] = {
+            **Finding(host=socket.gethostname(), rank=rank)._asdict()
+        }
+        self.add()
+
+    def add(self, **values: float | str | bool | None) -> None:
+        self._values |= values
+        write_atomically(self._path, json.dumps(self._values))
+
+
+def main() -> int:
+    """Run `python -m launch.preflight.main FOLDER RUN` as one of the ranks.
+
+    The rules are in LLADA_PREFLIGHT.
+    """
+    folder = Path(sys.argv[1])
+    run_folder = Path(sys.argv[2])
+    rules = Rules.from_json(os.environ[RULES_VARIABLE])
+    rank = RankEnvironment.of_this_process()
     device = torch.device("cpu")
+    gpus = 0
     if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        gpus = torch.cuda.device_count()
+        device = torch.device("cuda", rank.local_rank % gpus)
         torch.cuda.set_device(device)
-    finding = Finding(host=socket.gethostname(), rank=rank)
+    finding = _FindingFile(folder, rank.rank)
 
-    def keep(**values: Any) -> None:
-        nonlocal finding
-        finding = finding._replace(**values)
-        write_record(folder / FINDINGS.format(rank), json.dumps(finding._asdict()))
+    # What this rank can find out alone.
+    finding.add(
+        disk_free_gb=shutil.disk_usage(run_folder).free / 1e9,
+        disk_error=_disk_error(folder, rank.rank),
+    )
+    gpu_memory_gb = None
+    if gpus:
+        gpu_memory_gb = torch.cuda.mem_get_info(device)[0] / 1e9
+    finding.add(gpus=gpus, gpu_memory_gb=gpu_memory_gb)
+    finding.add(matmul_seconds=_matmul_seconds(device, rules.matmul_size))
 
-    keep()
-    keep(disk_free_gb=shutil.disk_usage(state).free / 1e9, disk_error=_disk_error(folder, rank))
-    gpus = torch.cuda.device_count() if device.type == "cuda" else 0
-    keep(gpus=gpus, gpu_memory_gb=torch.cuda.mem_get_info(device)[0] / 1e9 if gpus else None)
-    keep(matmul_seconds=_matmul_seconds(device, rules["matmul_size"]))
-    store = _connect(rules["join_seconds"])
-    keep(connected=True)
-    _join(device, store, rules)
-    keep(joined=True)
+    # Meeting the others.
+    store = _connect(rank, rules)
+    finding.add(connected=True)
+    _join(rank, device, store, rules)
+    finding.add(joined=True)
+    # All ranks leave a barrier at nearly the same moment, at which they read their clocks.
     dist.barrier()
-    keep(clock=time.time())
-    payload = torch.ones(int(rules["allreduce_mb"] * 1e6) // 4, device=device)
-    local, pairs = _groups(local_size)
-    keep(local_gbps=_bandwidth(payload, local))
-    rounds = [_bandwidth(payload, group) for group in pairs]
-    keep(network_gbps=max((value for value in rounds if value is not None), default=None))
+    finding.add(clock=time.time())
+
+    # Bandwidth.
+    payload = torch.ones(int(rules.allreduce_mb * 1e6) // 4, device=device)
+    local_group, neighbour_groups = _make_groups(rank.local_size)
+    finding.add(local_gbps=_bandwidth(payload, local_group))
+    rounds = [_bandwidth(payload, group) for group in neighbour_groups]
+    finding.add(network_gbps=max((gbps for gbps in rounds if gbps is not None), default=None))
     dist.barrier()
     dist.destroy_process_group()
     return 0
 
 
-def _connect(seconds: float) -> dist.Store:
-    """Reach the first node; who does not is known by that."""
-    rank, size, port = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+def _connect(rank: RankEnvironment, rules: Rules) -> dist.Store:
+    """Reach the store of the first node; the ranks that cannot are known by that."""
     return dist.TCPStore(
         os.environ["MASTER_ADDR"],
-        port,
-        size,
-        rank == 0,
-        timedelta(seconds=seconds),
+        int(os.environ["MASTER_PORT"]),
+        rank.size,
+        rank.rank == 0,
+        timedelta(seconds=rules.join_seconds),
         wait_for_workers=False,
     )
 
 
-def _join(device: torch.device, store: dist.Store, rules: dict[str, Any]) -> None:
-    """Meet the others: first by name, for which the slowest start counts, then by connections."""
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    store.set(f"here/{rank}", "1")
-    store.wait([f"here/{other}" for other in range(size)], timedelta(seconds=rules["join_seconds"]))
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    group = dist.PrefixStore("group", store)
+def _join(rank: RankEnvironment, device: torch.device, store: dist.Store, rules: Rules) -> None:
+    """Meet the other ranks: first by name, then by connections.
+
+    The names have the time that the slowest start may take; the connections then have less.
+    """
+    store.set(f"here/{rank.rank}", "1")
+    names = [f"here/{other}" for other in range(rank.size)]
+    store.wait(names, timedelta(seconds=rules.join_seconds))
+    backend = "gloo"
+    if device.type == "cuda":
+        backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(
         backend,
-        store=group,
-        rank=rank,
-        world_size=size,
-        timeout=timedelta(seconds=rules["seconds"]),
+        store=dist.PrefixStore("group", store),
+        rank=rank.rank,
+        world_size=rank.size,
+        timeout=timedelta(seconds=rules.seconds),
     )
 
 
 def _disk_error(folder: Path, rank: int) -> str | None:
-    """Write and read a file where the run writes its checkpoints."""
+    """Write and read a file where the run writes its checkpoints; returns what went wrong."""
     path = folder / f"rank_{rank:05d}.disk"
     content = os.urandom(1 << 20)
     try:
@@ -107,7 +137,9 @@ def _disk_error(folder: Path, rank: int) -> str | None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        return None if path.read_bytes() == content else "what was written reads otherwise"
+        if path.read_bytes() != content:
+            return "what was read back differs"
+        return None
     except OSError as error:
         return error.strerror
     finally:
@@ -116,65 +148,91 @@ def _disk_error(folder: Path, rank: int) -> str | None:
 
 
 def _matmul_seconds(device: torch.device, size: int) -> float:
-    """Best time of a matrix product, seconds."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    # products of ones draw less power and run faster than real ones
-    a = torch.randn(size, size, device=device, dtype=dtype)
-    return _best(lambda: torch.matmul(a, a), device)
+    """Time of a matrix product, seconds."""
+    dtype = torch.float32
+    if device.type == "cuda":
+        dtype = torch.bfloat16
+    # Random numbers: products of ones draw less power and run faster than real ones.
+    matrix = torch.randn(size, size, device=device, dtype=dtype)
+    return _best_seconds(lambda: torch.matmul(matrix, matrix), device)
 
 
-def _groups(local_size: int) -> tuple[dist.ProcessGroup | None, list[dist.ProcessGroup | None]]:
-    """The ranks of this host, and this host with its neighbours of two rounds; None: there is no
-    such group for this rank.
+Group = dist.ProcessGroup | None
+"""None: this rank is in no such group."""
 
-    A slow link shows in both pairs of its host; of a healthy host at least one pair is fast.
+
+def _make_groups(local_size: int) -> tuple[Group, list[Group]]:
+    """Make the groups of all ranks, on every rank in the same order.
+
+    Each host is paired with both of its neighbours in a ring, in rounds in which no host is in two
+    pairs. A slow link shows in both pairs of its host; a healthy host has at least one fast pair.
+    On hosts 0 to 3 the rounds are (0, 1) (2, 3) and (1, 2) (0, 3); on hosts 0 to 2 they are (0, 1)
+    and (1, 2) and (0, 2).
+
+    Returns:
+        The ranks of this host, and this host with its neighbour of each round.
     """
-    ranks, own = dist.get_world_size(), dist.get_rank() // local_size
+    ranks = dist.get_world_size()
+    own_host = dist.get_rank() // local_size
     hosts = ranks // local_size
-    members = [list(range(host * local_size, (host + 1) * local_size)) for host in range(hosts)]
-    local = _mine([(host,) for host in range(hosts)] if local_size > 1 else [], members, own)
+    members = []
+    for host in range(hosts):
+        members.append(list(range(host * local_size, (host + 1) * local_size)))
+
+    single_hosts: list[tuple[int, ...]] = []
+    if local_size > 1:
+        single_hosts = [(host,) for host in range(hosts)]
+    local_group = _make_round(single_hosts, members, own_host)
+    rounds = [_make_round(pairs, members, own_host) for pairs in _ring_rounds(hosts) if pairs]
+    return local_group, rounds
+
+
+def _ring_rounds(hosts: int) -> list[list[tuple[int, ...]]]:
     if hosts < 2:
-        return local, []
-    even = [(host, host + 1) for host in range(0, hosts - 1, 2)]
-    odd = [(host, host + 1) for host in range(1, hosts - 1, 2)]
-    # the ring: with an odd number it takes a round of its own
-    closing = [(0, hosts - 1)] if hosts > 2 else []
-    rounds = [even, odd + closing] if hosts % 2 == 0 else [even, odd, closing]
-    return local, [_mine(pairs, members, own) for pairs in rounds if pairs]
+        return []
+    even: list[tuple[int, ...]] = [(host, host + 1) for host in range(0, hosts - 1, 2)]
+    odd: list[tuple[int, ...]] = [(host, host + 1) for host in range(1, hosts - 1, 2)]
+    # The pair that closes the ring. With an odd number of hosts it takes a round of its own.
+    closing: list[tuple[int, ...]] = []
+    if hosts > 2:
+        closing = [(0, hosts - 1)]
+    if hosts % 2 == 0:
+        return [even, odd + closing]
+    return [even, odd, closing]
 
 
-def _mine(
-    pairs: Sequence[tuple[int, ...]], members: list[list[int]], own: int
-) -> dist.ProcessGroup | None:
-    """Make a group of each pair of hosts, on every rank in the same order; the one with the own
-    host.
-    """
-    mine = None
-    for pair in pairs:
-        group = dist.new_group(sorted(rank for host in pair for rank in members[host]))
-        if own in pair:
-            mine = group
-    return mine
+def _make_round(host_sets: list[tuple[int, ...]], members: list[list[int]], own_host: int) -> Group:
+    """Make a group of the ranks of each set of hosts; returns the one with this rank's host."""
+    own_group = None
+    for hosts in host_sets:
+        ranks = [rank for host in hosts for rank in members[host]]
+        group = dist.new_group(sorted(ranks))
+        if own_host in hosts:
+            own_group = group
+    return own_group
 
 
-def _bandwidth(payload: torch.Tensor, group: dist.ProcessGroup | None) -> float | None:
+def _bandwidth(payload: torch.Tensor, group: Group) -> float | None:
     """Bus bandwidth of an all-reduce, GB/s: bytes x 2 (n - 1) / n / seconds, as in nccl-tests."""
-    dist.barrier()  # one round after the other
+    # One round after the other, or they would share the links.
+    dist.barrier()
     if group is None:
         return None
     size = dist.get_world_size(group)
-    seconds = _best(lambda: dist.all_reduce(payload, group=group), payload.device)
+    seconds = _best_seconds(lambda: dist.all_reduce(payload, group=group), payload.device)
     return payload.numel() * payload.element_size() * 2 * (size - 1) / size / seconds / 1e9
 
 
-def _best(work: Callable[[], object], device: torch.device) -> float:
+def _best_seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Shortest time of several repetitions, seconds."""
     times = []
-    for _ in range(_REPEATS + 1):  # the first one also makes connections and loads kernels
+    for _ in range(_REPEATS + 1):
         started = time.perf_counter()
         work()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - started)
+    # The first repetition also makes connections and loads kernels.
     return min(times[1:])
 
 

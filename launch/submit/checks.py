@@ -1,4 +1,4 @@
-"""Everything that can be known to be wrong before a job waits in a queue for it."""
+"""Checks before a job waits in a queue: everything that can be known to be wrong is refused now."""
 
 from __future__ import annotations
 
@@ -18,40 +18,52 @@ from llada.training.schedule import Schedule
 
 
 @dataclass(frozen=True)
-class Checked:
-    """What the checks found.
+class RunPreview:
+    """What the checks found out about a run.
 
     Attributes:
         data_parallel: replicas.
-        first: step from which the run goes on; 0: from the start.
+        start_step: from which the run continues; 0: it starts anew.
         steps: of the run.
         checkpoints: their size and number.
         notes: lines for the user.
     """
 
     data_parallel: int
-    first: int
+    start_step: int
     steps: int
     checkpoints: CheckpointVolume
     notes: list[str]
 
 
-def check_run(
-    config: RunConfig,
-    ranks: int,
-    allow_changed: bool,
-    rewind: int | None = None,
-    later: bool = False,
-    elsewhere: bool = False,
-) -> Checked:
-    """Open the data, look at the run folder, and compare everything with a world of `ranks`
-    processes.
+@dataclass(frozen=True)
+class CheckOptions:
+    """How strictly a run is checked.
 
-    With `later`, data that is not there yet is left to the job: another one makes it first. With
-    `elsewhere`, the run will not be on this machine, so that too small a disk is a note.
+    Attributes:
+        allow_changed: resume although settings or data changed.
+        rewind: step to go back to first; None: the latest checkpoint.
+        data_may_be_missing: another job makes it before this one starts, so that the job itself
+            checks it.
+        elsewhere: the run will not be on this machine, so that too small a disk is only a note.
+    """
+
+    allow_changed: bool = False
+    rewind: int | None = None
+    data_may_be_missing: bool = False
+    elsewhere: bool = False
+
+
+def check_run(config: RunConfig, ranks: int, options: CheckOptions) -> RunPreview:
+    """Check that a run can start: data, run folder, layout, disk.
+
+    Args:
+        config: of the run.
+        ranks: world size.
+        options: see there.
 
     Raises:
-        UserError: the run could not start, in one line.
+        UserError: it could not start, in one line.
     """
     data_parallel = config.check_world(ranks)
     folder = Path(config.run.dir)
@@ -61,72 +73,73 @@ def check_run(
             f"run.dir: '{folder}' is in use by {holder}; stop that first with `llada stop"
             f" {folder}`, or choose another run.dir"
         )
+    # Stages that end too early show at the last step.
     schedule = Schedule(config.schedule, config.tokens_per_step)
     schedule.learning_rate(config.train.steps - 1)
-    missing = (
-        [entry.path for entry in config.data.mixture if not Path(entry.path).exists()]
-        if later
-        else []
-    )
-    if missing:
-        first, notes = (
-            0,
-            [
-                f"{missing[0]} is not there yet: data and checkpoint are compared when the job"
-                " starts"
-            ],
-        )
-    else:
-        start = preview_resume(
-            config, open_data(config), folder / "checkpoints", allow_changed, rewind
-        )
-        first, notes = start.step, start.notes
+    start_step, notes = _preview_start(config, options)
     checkpoints = checkpoint_volume(config)
     try:
-        # The new one is complete before an old one is deleted.
+        # Two: the new one is complete before an old one is deleted.
         require_space(folder, 2 * checkpoints.bytes_each, "run.dir")
     except UserError as error:
-        if not elsewhere:
+        if not options.elsewhere:
             raise
-        notes = [
-            *notes,
-            (
-                f"{error}; on this machine, so that the cluster's disk is compared when the run is"
-                " launched there"
-            ),
-        ]
-    return Checked(data_parallel, first, config.train.steps, checkpoints, notes)
+        notes.append(
+            f"{error}; on this machine, so that the cluster's disk is compared when the run is"
+            " launched there"
+        )
+    return RunPreview(data_parallel, start_step, config.train.steps, checkpoints, notes)
+
+
+def _preview_start(config: RunConfig, options: CheckOptions) -> tuple[int, list[str]]:
+    """The step from which the run continues, and lines for the user."""
+    if options.data_may_be_missing:
+        for entry in config.data.mixture:
+            if not Path(entry.path).exists():
+                note = (
+                    f"{entry.path} does not exist yet: data and checkpoint are checked when the job"
+                    " starts"
+                )
+                return 0, [note]
+    start = preview_resume(
+        config,
+        open_data(config),
+        Path(config.run.dir) / "checkpoints",
+        options.allow_changed,
+        options.rewind,
+    )
+    return start.step, list(start.notes)
 
 
 def check_profile(profile: ClusterProfile) -> None:
-    """Compare a profile with what Slurm says of itself.
+    """Compare a profile's partitions and time limits with those of the cluster.
 
     Raises:
         UserError: no such partition, or a time limit over the partition's.
     """
-    for partition, time, setting in (
-        (profile.partition, profile.time, "time"),
-        (profile.cpu_jobs.partition, profile.cpu_jobs.time or profile.time, "cpu_jobs.time"),
-    ):
-        if partition is None:
+    _check_partition("", profile.partition, profile.time, profile.qos)
+    cpu_jobs = profile.cpu_jobs
+    _check_partition("cpu_jobs.", cpu_jobs.partition, cpu_jobs.time or profile.time, profile.qos)
+
+
+def _check_partition(prefix: str, partition: str | None, time: str, qos: str | None) -> None:
+    """Check one partition; `prefix` is that of the settings, for messages."""
+    if partition is None:
+        return
+    limits = slurm.partitions()
+    # A job may name several; Slurm takes the first that is free.
+    for name in partition.split(","):
+        if name not in limits:
+            raise UserError(
+                f"{prefix}partition: Slurm has no partition '{name}'{did_you_mean(name, limits)};"
+                f" there are {', '.join(sorted(limits))}"
+            )
+        limit = limits[name]
+        # A quality of service may allow more than its partition.
+        if qos is not None or limit in ("infinite", "n/a"):
             continue
-        known = slurm.partitions()
-        # A job may name several; Slurm takes the first that is free.
-        for name in partition.split(","):
-            if name not in known:
-                key = setting.replace("time", "partition")
-                raise UserError(
-                    f"{key}: Slurm has no partition '{name}'{did_you_mean(name, known)}; there are"
-                    f" {', '.join(sorted(known))}"
-                )
-            limit = known[name]
-            # A quality of service may allow more than its partition.
-            if (
-                profile.qos is None
-                and limit not in ("infinite", "n/a")
-                and minutes(time) > minutes(limit)
-            ):
-                raise UserError(
-                    f"{setting}: '{time}' is over the limit {limit} of partition '{name}'; a run"
-                    " that needs longer starts again from its checkpoint by itself"
-                )
+        if minutes(time) > minutes(limit):
+            raise UserError(
+                f"{prefix}time: '{time}' is over the limit {limit} of partition '{name}'; a run"
+                " that needs longer restarts from its checkpoint by itself"
+            )

@@ -1,5 +1,6 @@
-"""From a config to a job: snapshot, job description, batch script, sbatch (through submitit), or
-the same on this machine.
+"""From a config and a profile to a job: its description and its batch script.
+
+Nothing here is written or submitted; that is `launch.submit.submission`.
 """
 
 from __future__ import annotations
@@ -7,133 +8,154 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import socket
-import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from submitit import SlurmExecutor
-from submitit.core.utils import FailedJobError, FailedSubmissionError
 from submitit.slurm.slurm import _make_sbatch_string
 
-from launch.job import spec as jobs
-from launch.job.spec import JobSpec, Restarts, Submitted
+from launch.job.spec import JobSpec, Restarts
 from launch.profile import ClusterProfile, Container, minutes
-from launch.submit import snapshot
 from launch.submit.environment import rank_environment
-from llada.config import RunConfig, to_yaml
-from llada.errors import UserError
-from llada.events import EventLog
-from llada.files import write_atomically
+from llada.config import RunConfig
+
+Parameters = dict[str, Any]
+"""Keyword arguments of submitit, which makes the lines of the batch script from them."""
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """A launch that is ready to be submitted.
+class PreparedJob:
+    """A job that is ready to be submitted.
 
     Attributes:
         folder: RUN/launch/NNNN.
-        spec: for the job.
+        spec: what the job reads.
         parameters: of submitit.
-        command: last line of the batch script.
+        command: the last lines of the batch script.
     """
 
     folder: Path
     spec: JobSpec
-    parameters: dict[str, Any]
+    parameters: Parameters
     command: str
 
     def script(self) -> str:
-        """The batch script."""
+        """Return the batch script."""
         return str(_make_sbatch_string(command=self.command, folder=self.folder, **self.parameters))
 
 
-def training(
-    config: RunConfig,
-    profile: ClusterProfile | None,
-    nodes: int,
-    ranks_per_node: int,
-    folder: Path,
-    options: Sequence[str] = (),
-    chain: int = 1,
-    rewind: int | None = None,
-) -> Prepared:
-    """The job of a run.
+@dataclass(frozen=True)
+class TrainingRequest:
+    """What a launch asks for beyond config and profile.
+
+    Attributes:
+        nodes, ranks_per_node: size of the job.
+        arguments: further words of the training command.
+        chain: number of jobs that follow each other.
+        rewind: step to go back to first; None: the latest checkpoint.
+    """
+
+    nodes: int = 1
+    ranks_per_node: int = 1
+    arguments: Sequence[str] = ()
+    chain: int = 1
+    rewind: int | None = None
+
+
+def training_job(
+    config: RunConfig, profile: ClusterProfile | None, request: TrainingRequest, folder: Path
+) -> PreparedJob:
+    """Prepare the job of a run.
 
     Args:
         config: of the run.
         profile: of the cluster; None: this machine.
-        nodes, ranks_per_node: its size.
-        folder: RUN/launch/NNNN, perhaps not made yet.
-        options: further words of the training command.
-        chain: jobs that follow each other.
-        rewind: step to go back to first.
+        request: size and options.
+        folder: RUN/launch/NNNN, which need not exist yet.
     """
     state = Path(config.run.dir).absolute()
+    code = folder / "code"
+    # The first start goes back; a restart after a failure must not.
+    first = []
+    if request.rewind is not None:
+        first = ["--rewind", str(request.rewind)]
     spec = JobSpec(
         kind="train",
         state=str(state),
         directory=os.getcwd(),
-        code=str(folder / "code"),
-        command=[config.task, str(folder / "config.yaml"), *options],
+        code=str(code),
+        command=[config.task, str(folder / "config.yaml"), *request.arguments],
         python=_python(profile),
-        container=_apptainer(profile, folder / "code"),
-        first=[] if rewind is None else ["--rewind", str(rewind)],
-        nodes=nodes,
-        tasks_per_node=ranks_per_node,
+        container=_apptainer_words(profile, code),
+        first=first,
+        nodes=request.nodes,
+        tasks_per_node=request.ranks_per_node,
         environment=rank_environment(profile, config),
-        srun=_srun(profile, folder / "code"),
+        srun=_srun_options(profile, code),
         bind=profile is None or profile.numa_binding,
-        preflight=_preflight(profile, ranks_per_node),
-        exclude=profile.exclude if profile else [],
-        chain=chain,
-        restarts=_restarts(profile, chain),
+        preflight=_preflight_settings(profile, request.ranks_per_node),
+        exclude=[] if profile is None else profile.exclude,
+        chain=request.chain,
+        restarts=_restarts(profile, request.chain),
     )
     if profile is None:
-        return Prepared(folder, spec, {}, "")
-    parameters = _common(profile, job_name(state), state, spec)
-    parameters |= {
+        return PreparedJob(folder, spec, {}, "")
+    parameters = _training_parameters(profile, spec)
+    return PreparedJob(folder, spec, parameters, _script_command(folder, spec))
+
+
+def _training_parameters(profile: ClusterProfile, spec: JobSpec) -> Parameters:
+    ranks = spec.tasks_per_node
+    parameters = {
+        **_common_parameters(profile, spec),
         "time": minutes(profile.time),
         "partition": profile.partition,
         "account": profile.account,
         "qos": profile.qos,
-        "nodes": nodes,
-        "ntasks_per_node": ranks_per_node,
+        "nodes": spec.nodes,
+        "ntasks_per_node": ranks,
         "cpus_per_task": profile.cpus_per_task,
-        "exclusive": True if profile.exclusive else None,
+        # None leaves the option out; submitit would write --exclusive=False.
+        "exclusive": profile.exclusive or None,
     }
-    if profile.memory_per_task_gb is not None:
-        parameters["mem"] = (
-            "0"
-            if profile.memory_per_task_gb == 0
-            else f"{int(profile.memory_per_task_gb * ranks_per_node * 1024)}M"
-        )
-    kind = f"{profile.gpu_type}:" if profile.gpu_type else ""
+    if profile.memory_per_task_gb == 0:
+        # All of the node's.
+        parameters["mem"] = "0"
+    elif profile.memory_per_task_gb is not None:
+        parameters["mem"] = f"{int(profile.memory_per_task_gb * ranks * 1024)}M"
+    gpus = str(ranks)
+    if profile.gpu_type:
+        gpus = f"{profile.gpu_type}:{ranks}"
     if profile.gpu_request == "gpus-per-node":
-        parameters["gpus_per_node"] = f"{kind}{ranks_per_node}"
+        parameters["gpus_per_node"] = gpus
     elif profile.gpu_request == "gres":
-        parameters["gres"] = f"gpu:{kind}{ranks_per_node}"
-    parameters["additional_parameters"] |= {"signal": f"B:USR1@{profile.signal_seconds}"}
-    return Prepared(folder, spec, parameters, _command(folder, spec))
+        parameters["gres"] = f"gpu:{gpus}"
+    # B: to the batch script alone, which forwards it to the ranks.
+    parameters["additional_parameters"]["signal"] = f"B:USR1@{profile.signal_seconds}"
+    return parameters
 
 
-def single(
+def single_job(
     profile: ClusterProfile,
     state: Path,
     folder: Path,
     code: Path,
     command: list[str],
     tasks: int | None = None,
-) -> Prepared:
-    """A job without GPUs, with events and logs in `state`; with `tasks` an array, whose task number
-    stands for {task} in the command.
+) -> PreparedJob:
+    """Prepare a job without GPUs: a task of data preparation, or a conversion.
+
+    Args:
+        profile: of the cluster.
+        state: folder for events and logs.
+        folder: for the description, which need not exist yet.
+        code: snapshot of the code.
+        command: words of the llada command; {task} stands for the number of the array task.
+        tasks: of the array; None: no array.
     """
-    own = profile.cpu_jobs
     spec = JobSpec(
         kind="task",
         state=str(state),
@@ -141,168 +163,83 @@ def single(
         code=str(code),
         command=command,
         python=_python(profile),
-        container=_apptainer(profile, code),
+        container=_apptainer_words(profile, code),
         environment=rank_environment(profile, None),
-        srun=_pyxis(profile.environment.container, code),
+        srun=_pyxis_options(profile.environment.container, code),
         exclude=profile.exclude,
         array=tasks is not None,
-        restarts=_restarts(profile, 1),
+        restarts=_restarts(profile, chain=1),
     )
-    parameters = _common(profile, job_name(state), state, spec)
-    parameters |= {
-        "time": minutes(own.time or profile.time),
-        "partition": own.partition or profile.partition,
-        "account": own.account or profile.account,
-        "qos": own.qos or profile.qos,
+    settings = profile.cpu_jobs
+    time_limit = minutes(settings.time or profile.time)
+    memory = None
+    if settings.memory_gb is not None:
+        memory = f"{int(settings.memory_gb * 1024)}M"
+    parameters = {
+        **_common_parameters(profile, spec),
+        "time": time_limit,
+        "partition": settings.partition or profile.partition,
+        "account": settings.account or profile.account,
+        "qos": settings.qos or profile.qos,
         "nodes": 1,
         "ntasks_per_node": 1,
-        "cpus_per_task": own.cpus,
-        "exclusive": True if own.exclusive else None,
-        "mem": None if own.memory_gb is None else f"{int(own.memory_gb * 1024)}M",
+        "cpus_per_task": settings.cpus,
+        "exclusive": settings.exclusive or None,
+        "mem": memory,
     }
-    # The work that is done is kept: shortly before the limit is early enough.
-    warning = min(60, minutes(own.time or profile.time) * 60 // 4)
-    parameters["additional_parameters"] |= {"signal": f"B:USR1@{warning}"}
+    options = parameters["additional_parameters"]
+    # The work that is done is kept, so that shortly before the limit is early enough.
+    warning_seconds = min(60, time_limit * 60 // 4)
+    options["signal"] = f"B:USR1@{warning_seconds}"
     if tasks is not None:
-        parameters["additional_parameters"] |= {
-            "array": f"0-{tasks - 1}",
-            "output": str(state / "logs" / "job-%A_%a.log"),
-        }
-    return Prepared(folder, spec, parameters, _command(folder, spec))
+        options["array"] = f"0-{tasks - 1}"
+        options["output"] = str(state / "logs" / "job-%A_%a.log")
+    return PreparedJob(folder, spec, parameters, _script_command(folder, spec))
 
 
 def job_name(state: Path) -> str:
-    """Name of a run's jobs: a chain's wait for each other by it, so no other run has it."""
+    """Return the name of a run's jobs.
+
+    No other run has it: the jobs of a chain wait for each other by their name.
+    """
     name = re.sub(r"[^A-Za-z0-9._-]", "_", state.name)
     digest = sha256(str(state).encode()).hexdigest()
     return f"llada-{name}-{digest[:8]}"
 
 
-def write(prepared: Prepared, config: RunConfig | None = None) -> None:
-    """Make the launch folder: snapshot of the code (unless it shares another's), resolved config,
-    job description.
-    """
-    prepared.folder.mkdir(parents=True, exist_ok=True)
-    if not Path(prepared.spec.code).exists():
-        snapshot.take(Path(prepared.spec.code))
-    (Path(prepared.spec.state) / "logs").mkdir(parents=True, exist_ok=True)
-    if config is not None:
-        write_atomically(prepared.folder / "config.yaml", to_yaml(config))
-    write_atomically(prepared.folder / jobs.JOB, prepared.spec.to_json())
+# -- parts of the batch script ---------------------------------------------------------------------
 
 
-def send(prepared: Prepared, **changes: Any) -> str:
-    """Submit; the job's id.
-
-    Args:
-        prepared: whose folder is written.
-        changes: of the parameters, as a dependency.
-
-    Raises:
-        UserError: Slurm refuses it; its own reason is shown.
-    """
-    (prepared.folder / "submitit").mkdir(exist_ok=True)
-    executor = SlurmExecutor(folder=prepared.folder / "submitit")
-    executor.update_parameters(**prepared.parameters, **changes)
-    try:
-        with _clean_environment():
-            return str(executor._submit_command(prepared.command).job_id)
-    except (FailedJobError, FailedSubmissionError, subprocess.SubprocessError) as error:
-        raise UserError(f"launch: Slurm refuses the job: {_reason(str(error))}") from None
-
-
-def check_with_slurm(prepared: Prepared) -> str:
-    """Let Slurm judge the script without submitting it; what it says of the start.
-
-    Raises:
-        UserError: Slurm refuses it; its own reason is shown.
-    """
-    with _clean_environment():
-        answer = subprocess.run(
-            ["sbatch", "--test-only"],
-            input=prepared.script(),
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-    if answer.returncode:
-        raise UserError(f"launch: Slurm refuses the job: {_reason(answer.stderr)}")
-    return _reason(answer.stderr)
-
-
-@contextmanager
-def _clean_environment() -> Iterator[None]:
-    """Without the variables that would change the job behind the profile's back: defaults of
-    sbatch, and those of a job one is in.
-    """
-    kept = {"SLURM_CONF"}
-    removed = {
-        name: value
-        for name, value in os.environ.items()
-        if name.startswith(("SBATCH_", "SLURM_", "SRUN_")) and name not in kept
-    }
-    for name in removed:
-        del os.environ[name]
-    try:
-        yield
-    finally:
-        os.environ.update(removed)
-
-
-def note(prepared: Prepared, sent: Submitted, **fields: Any) -> None:
-    """Keep what was submitted, for status, stop and the jobs themselves."""
-    write_atomically(prepared.folder / jobs.SUBMITTED, sent.to_json())
-    EventLog(Path(prepared.spec.state)).write(
-        "submitted",
-        jobs=sent.jobs or None,
-        then=sent.then,
-        folder=str(prepared.folder),
-        # Of a run on this machine the supervisor goes on under this number.
-        **({} if sent.jobs else {"host": socket.gethostname(), "pid": os.getpid()}),
-        **fields,
-    )
-
-
-def run_here(prepared: Prepared) -> int:
-    """Supervise the run from this process until it ends; its exit code."""
-    words = [sys.executable, "-m", "launch.job.main", str(prepared.folder), "--local"]
-    os.chdir(prepared.spec.code)  # the snapshot's packages are the ones that are found
-    sys.stdout.flush()
-    os.execve(sys.executable, words, {**os.environ, "PYTHONPATH": prepared.spec.code})
-
-
-def _command(folder: Path, spec: JobSpec) -> str:
-    code, job = shlex.quote(spec.code), shlex.quote(str(folder))
+def _script_command(folder: Path, spec: JobSpec) -> str:
+    code = shlex.quote(spec.code)
     python = shlex.quote(sys.executable)
-    # The trap keeps a signal that comes before the supervisor stands for it: it is not deadly.
     lines = (
         f"cd {code} || exit 1",
+        # From here on the supervisor has to handle the signals. exec keeps them ignored until it
+        # does; they would end it otherwise.
         "trap '' USR1 TERM",
-        f"PYTHONPATH={code} exec {python} -m launch.job.main {job}",
+        f"PYTHONPATH={code} exec {python} -m launch.job.main {shlex.quote(str(folder))}",
     )
     return "\n".join(lines)
 
 
-def _common(profile: ClusterProfile, name: str, state: Path, spec: JobSpec) -> dict[str, Any]:
-    environment = profile.environment
-    setup = ["trap 'export LLADA_SIGNALLED=1' USR1 TERM"]
-    if environment.modules:
-        # Batch shells are no login shells: where `module` is a function, it has to be read in.
-        setup.append("command -v module >/dev/null || . /etc/profile")
-    setup += [f"module load {shlex.quote(module)} || exit 1" for module in environment.modules]
-    setup += [f". {shlex.quote(path)} || exit 1" for path in environment.source]
-    options: dict[str, Any] = {
+def _common_parameters(profile: ClusterProfile, spec: JobSpec) -> Parameters:
+    """Parameters of submitit that all jobs share."""
+    state = Path(spec.state)
+    requeue = "requeue" if spec.restarts.requeue else "no-requeue"
+    options: dict[str, str | int | bool] = {
         "output": str(state / "logs" / "job-%j.log"),
         "chdir": spec.directory,
-        "requeue" if spec.restarts.requeue else "no-requeue": True,
+        requeue: True,
     }
     if profile.reservation:
         options["reservation"] = profile.reservation
     return {
-        "job_name": name,
+        "job_name": job_name(state),
         "constraint": profile.constraint,
         "exclude": ",".join(profile.exclude) or None,
-        "setup": setup,
+        "setup": _setup_lines(profile),
+        # The supervisor calls srun itself.
         "use_srun": False,
         "stderr_to_stdout": True,
         "wckey": None,
@@ -310,64 +247,83 @@ def _common(profile: ClusterProfile, name: str, state: Path, spec: JobSpec) -> d
     }
 
 
+def _setup_lines(profile: ClusterProfile) -> list[str]:
+    """Shell lines before the supervisor: modules and files to source."""
+    environment = profile.environment
+    # Modules may take a minute to load. A signal that comes meanwhile is kept for the supervisor.
+    lines = ["trap 'export LLADA_SIGNALLED=1' USR1 TERM"]
+    if environment.modules:
+        # Batch shells are no login shells: where `module` is a function, it has to be read in.
+        lines.append("command -v module >/dev/null || . /etc/profile")
+    lines += [f"module load {shlex.quote(module)} || exit 1" for module in environment.modules]
+    lines += [f". {shlex.quote(path)} || exit 1" for path in environment.source]
+    return lines
+
+
 def _restarts(profile: ClusterProfile | None, chain: int) -> Restarts:
     if profile is None:
         return Restarts(backoff=5.0)
-    own = profile.requeue
-    reserve = min(60.0, profile.signal_seconds / 2)
+    settings = profile.requeue
     return Restarts(
-        own.enabled and chain == 1, own.limit, own.backoff, own.grace, own.start_timeout, reserve
+        # In a chain, the next job continues.
+        requeue=settings.enabled and chain == 1,
+        limit=settings.limit,
+        backoff=settings.backoff,
+        grace=settings.grace,
+        start_timeout=settings.start_timeout,
+        reserve=min(60.0, profile.signal_seconds / 2),
     )
 
 
-def _preflight(profile: ClusterProfile | None, ranks_per_node: int) -> dict[str, Any] | None:
+def _preflight_settings(
+    profile: ClusterProfile | None, ranks_per_node: int
+) -> dict[str, float] | None:
     if profile is None or not profile.preflight.enabled:
         return None
-    rules = profile.preflight.model_dump()
-    none = profile.gpu_request == "none" and rules["gpus"] is None
-    return {
-        **rules,
-        "gpus": 0 if none else ranks_per_node if rules["gpus"] is None else rules["gpus"],
-    }
+    settings: dict[str, float] = profile.preflight.model_dump()
+    if profile.preflight.gpus is not None:
+        return settings
+    # One GPU for each rank, unless the cluster has none.
+    settings["gpus"] = ranks_per_node
+    if profile.gpu_request == "none":
+        settings["gpus"] = 0
+    return settings
 
 
 def _python(profile: ClusterProfile | None) -> str:
-    return sys.executable if profile is None else profile.environment.python or sys.executable
+    if profile is None:
+        return sys.executable
+    return profile.environment.python or sys.executable
 
 
-def _apptainer(profile: ClusterProfile | None, code: Path) -> list[str]:
-    container = None if profile is None else profile.environment.container
-    if container is None or container.kind != "apptainer":
-        return []
-    binds = [word for mount in container.mounts for word in ("--bind", mount)]
-    return ["apptainer", "exec", "--nv", "--pwd", str(code), *binds, container.image]
-
-
-def _srun(profile: ClusterProfile | None, code: Path) -> list[str]:
+def _apptainer_words(profile: ClusterProfile | None, code: Path) -> list[str]:
+    """Words before the command of a rank that lead into an Apptainer container."""
     if profile is None:
         return []
-    # Since 22.05, srun no longer takes this from the job.
-    cpus = [] if profile.cpus_per_task is None else [f"--cpus-per-task={profile.cpus_per_task}"]
-    return [*cpus, *_pyxis(profile.environment.container, code), *profile.srun]
+    container = profile.environment.container
+    if container is None or container.kind != "apptainer":
+        return []
+    words = ["apptainer", "exec", "--nv", "--pwd", str(code)]
+    for mount in container.mounts:
+        words += ["--bind", mount]
+    return [*words, container.image]
 
 
-def _pyxis(container: Container | None, code: Path) -> list[str]:
+def _srun_options(profile: ClusterProfile | None, code: Path) -> list[str]:
+    if profile is None:
+        return []
+    options = []
+    if profile.cpus_per_task is not None:
+        # Since Slurm 22.05, srun no longer takes this from the job.
+        options.append(f"--cpus-per-task={profile.cpus_per_task}")
+    return [*options, *_pyxis_options(profile.environment.container, code), *profile.srun]
+
+
+def _pyxis_options(container: Container | None, code: Path) -> list[str]:
+    """Options of srun that pyxis, its container plugin, reads."""
     if container is None or container.kind != "pyxis":
         return []
-    mounts = [f"--container-mounts={','.join(container.mounts)}"] if container.mounts else []
-    return [f"--container-image={container.image}", f"--container-workdir={code}", *mounts]
-
-
-def _reason(text: str) -> str:
-    """The line of sbatch's answer that says why."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    telling = (
-        [line for line in lines if re.search(r"error|failure|unrecognized|start at", line)]
-        or lines
-        or ["no reason given"]
-    )
-    return re.sub(
-        r"^(sbatch: )?(error: |allocation failure: )?(Batch job submission failed: )?",
-        "",
-        telling[-1],
-    )
+    options = [f"--container-image={container.image}", f"--container-workdir={code}"]
+    if container.mounts:
+        options.append(f"--container-mounts={','.join(container.mounts)}")
+    return options

@@ -14,7 +14,7 @@ import numpy as np
 
 from llada.config.sections import TrainSection
 from llada.engine.base import Limits, StepResult
-from llada.errors import RunError
+from llada.errors import StepError
 
 _LAG = 2
 """Steps between a step and the last one that its limits come from.
@@ -98,7 +98,7 @@ class Guard:
             A line about a spike or a skipped step; None if there is nothing to say.
 
         Raises:
-            RunError: more than train.max_skipped steps in a row were skipped.
+            StepError: more than train.max_skipped steps in a row were skipped.
         """
         problem = _find_problem(result, self.spike_limits(step))
         if result.applied:
@@ -115,7 +115,7 @@ class Guard:
             " order"
         )
         if self._skipped_in_a_row > self._section.max_skipped:
-            raise RunError(
+            raise StepError(
                 f"{message}; {self._skipped_in_a_row} steps in a row updated nothing"
                 f" (train.max_skipped: {self._section.max_skipped})"
             )

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from llada import failures
 from llada.engine.base import StepResult
 from llada.training.hooks import Hook
 
@@ -202,6 +203,7 @@ def _describe(rank: int, beat: Beat | None) -> str:
 def _leave(message: str) -> None:
     """End the process at once: its main thread waits for a rank that does not come back."""
     if message:
+        failures.report("hang")
         print(
             f"failed: {message}; run the same command again to continue from the last checkpoint",
             file=sys.stderr,

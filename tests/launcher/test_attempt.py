@@ -1,4 +1,4 @@
-"""One start of ranks, with stand-ins for srun and for the ranks' records."""
+"""One attempt, with stand-ins for srun and for the ranks' records."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from launch.job.attempt import StepEnd, StopState, ended_tasks, run_ranks
-from launch.job.machines import OneProcess, ThisMachine
+from launch.job.attempt import StopState, run_ranks
+from launch.job.machines import OneProcess, RankCommand, ThisMachine
 from launch.job.policy import Decision, Situation, decide
-from launch.job.spec import STOP, JobSpec, Restarts
+from launch.job.records import AttemptEnd, RankStart, ended_tasks
+from launch.job.spec import STOP_FILE, JobSpec, Restarts
 from launch.job.supervisor import Supervisor
-from launch.submit import snapshot
+from launch.submit.snapshot import take_snapshot
 from llada import events
 from llada.training.signals import StopRequest
 
@@ -31,11 +32,11 @@ KILLED = "srun: error: n1: task 1: Killed\n"
 
 
 @dataclass
-class StandIn:
-    """Two ranks on two nodes: `files` appear in the folder, then srun goes on until it is killed.
+class FakeMachine:
+    """Two ranks on two nodes: `files` appear in the folder, then srun runs until it is killed.
 
     Attributes:
-        files: name -> content; launcher.log is what srun says.
+        files: name -> content; launcher.log is what srun prints.
         ends: srun ends by itself.
         words: a command in srun's place.
     """
@@ -46,20 +47,19 @@ class StandIn:
     kills: int = 0
     words: list[str] | None = None
 
-    def start(
-        self, command: Sequence[str], ranks: int, folder: Path, environment: dict[str, str]
-    ) -> subprocess.Popen[bytes]:
+    def start(self, command: RankCommand) -> subprocess.Popen[bytes]:
         for name, text in self.files.items():
-            (folder / name).write_text(text)
-        return subprocess.Popen(self.words or (["true"] if self.ends else ["sleep", "600"]))
+            (command.folder / name).write_text(text)
+        words = ["true"] if self.ends else ["sleep", "600"]
+        return subprocess.Popen(self.words or words)
 
-    def deliver(self, name: str, starts: list[dict[str, Any]]) -> None: ...
+    def signal_ranks(self, name: str, starts: list[RankStart]) -> None: ...
 
-    def kill(self, process: subprocess.Popen[bytes], starts: list[dict[str, Any]]) -> None:
+    def kill(self, process: subprocess.Popen[bytes], starts: list[RankStart]) -> None:
         self.kills += 1
         process.kill()
 
-    def gone(self, starts: list[dict[str, Any]], launcher_log: str) -> dict[int, str]:
+    def dead_parents(self, starts: list[RankStart], launcher_log: str) -> dict[int, str]:
         return ended_tasks(launcher_log)
 
 
@@ -79,11 +79,12 @@ def ended(rank: int, code: int, message: str | None = None) -> dict[str, str]:
     }
 
 
-def run(machine: StandIn, folder: Path) -> StepEnd:
-    return run_ranks(machine, [], 2, folder, {}, StopState(StopRequest(), folder / STOP), LIMITS)
+def run(machine: FakeMachine, folder: Path) -> AttemptEnd:
+    stop = StopState(StopRequest(), folder / STOP_FILE)
+    return run_ranks(machine, RankCommand([], 2, folder), stop, LIMITS)
 
 
-def test_what_srun_says_of_tasks() -> None:
+def test_srun_reports_ended_tasks() -> None:
     text = (
         "srun: error: n1: task 1: Killed\nsrun: error: n[2-3]: tasks 2,4-5: Out Of"
         " Memory\nslurmstepd: error: Detected 1 oom-kill event(s)\nsrun: error: n0: task 0: Exited"
@@ -111,35 +112,36 @@ def test_a_parent_that_is_killed_with_its_rank_is_named(
     tmp_path: Path, others: dict[str, str], ends: bool
 ) -> None:
     """Nobody is left to write rank 1's record; srun hears of it."""
-    machine = StandIn({**started(0), **started(1), **others, "launcher.log": KILLED}, ends)
+    machine = FakeMachine({**started(0), **started(1), **others, "launcher.log": KILLED}, ends)
     end = run(machine, tmp_path)
     assert machine.kills == (0 if ends else 1)
     reason = (
-        "rank 1 on n1: gone together with its parent process (srun: Killed); a lack of memory does"
-        " this"
+        "rank 1 on n1: killed together with its parent process (srun: Killed); running out of"
+        " memory can cause this"
     )
     assert decide(end, Situation(), LIMITS).reason == reason
 
 
-def test_the_tasks_that_are_killed_by_us_are_not_to_blame(tmp_path: Path) -> None:
-    machine = StandIn({**started(0), **started(1), **ended(0, 1, "failed: OSError: disk")})
-    machine.kill = lambda process, starts: (
-        (tmp_path / "launcher.log").write_text(KILLED),
-        process.kill(),
-    )  # type: ignore[method-assign]
+def test_tasks_that_the_launcher_killed_are_not_to_blame(tmp_path: Path) -> None:
+    machine = FakeMachine({**started(0), **started(1), **ended(0, 1, "failed: OSError: disk")})
+
+    def kill(process: subprocess.Popen[bytes], starts: list[RankStart]) -> None:
+        (tmp_path / "launcher.log").write_text(KILLED)
+        process.kill()
+
+    machine.kill = kill  # type: ignore[method-assign]
     end = run(machine, tmp_path)
-    assert [one.rank for one in end.exits] == [0] and decide(
-        end, Situation(), LIMITS
-    ).reason == "rank 0 on n0: OSError: disk"
+    assert [rank.rank for rank in end.exits] == [0]
+    assert decide(end, Situation(), LIMITS).reason == "rank 0 on n0: OSError: disk"
 
 
-@pytest.mark.parametrize("kind", [ThisMachine, OneProcess])
-def test_a_parent_of_this_machine_is_looked_for(kind: Callable[[JobSpec], Any]) -> None:
+@pytest.mark.parametrize("make", [ThisMachine, OneProcess])
+def test_a_parent_of_this_machine_is_looked_for(make: Callable[[JobSpec], Any]) -> None:
     process = subprocess.Popen(["true"])
     process.wait()
-    machine = kind(JobSpec("task", "", "", "", [], sys.executable))
-    entries = [{"rank": 0, "pid": os.getpid()}, {"rank": 1, "pid": process.pid}]
-    assert machine.gone(entries, "") == {1: f"process {process.pid} is gone"}
+    machine = make(JobSpec("task", "", "", "", [], sys.executable))
+    starts = [RankStart(0, "here", os.getpid()), RankStart(1, "here", process.pid)]
+    assert machine.dead_parents(starts, "") == {1: f"process {process.pid} is gone"}
 
 
 def test_a_parent_killed_with_its_rank_ends_a_single_process_too(tmp_path: Path) -> None:
@@ -149,43 +151,39 @@ def test_a_parent_killed_with_its_rank_ends_a_single_process_too(tmp_path: Path)
         )
     )
     code = "import os, signal, time; os.kill(os.getppid(), signal.SIGKILL); time.sleep(600)"
-    asked = StopState(StopRequest(), tmp_path / STOP)
-    end = run_ranks(machine, [sys.executable, "-c", code], 1, tmp_path, {}, asked, LIMITS)
-    assert (
-        end.first_failure is not None
-        and end.first_failure.parent is not None
-        and end.first_failure.code == -signal.SIGKILL
-    )
+    stop = StopState(StopRequest(), tmp_path / STOP_FILE)
+    command = RankCommand([sys.executable, "-c", code], 1, tmp_path)
+    end = run_ranks(machine, command, stop, LIMITS)
+    failure = end.first_failure
+    assert failure is not None and failure.parent_end is not None
+    assert failure.code == -signal.SIGKILL and failure.kind == "killed"
 
 
 def test_ranks_do_not_outlive_the_process_that_started_them(tmp_path: Path) -> None:
-    """Of a killed torchrun they would train on, and hold the run folder against the
-    next attempt.
-    """
-    said = "Setting OMP_NUM_THREADS environment variable for each process to be 1 in default\n"
-    machine = StandIn(
-        {**started(0), **started(1), "launcher.log": said}, words=["sh", "-c", "kill -9 $$"]
+    """After torchrun is killed they would train on, and hold the run folder's lock."""
+    output = "Setting OMP_NUM_THREADS environment variable for each process to be 1 in default\n"
+    machine = FakeMachine(
+        {**started(0), **started(1), "launcher.log": output}, words=["sh", "-c", "kill -9 $$"]
     )
     end = run(machine, tmp_path)
     assert machine.kills == 1 and not end.killed
     reason = (
-        "rank 0, 1: gone without a word (the process that started the ranks was killed by SIGKILL)"
+        "rank 0, 1: disappeared without a record (the process that started the ranks was killed by"
+        " SIGKILL)"
     )
     assert decide(end, Situation(), LIMITS).reason == reason
 
 
 def test_a_stop_of_the_last_moment_is_seen_by_the_decision(tmp_path: Path) -> None:
-    """`llada stop` touches a file and signals the ranks, which may be through within the seconds
-    for which a look holds.
-    """
+    """`llada stop` touches a file and signals the ranks, which may end before the next look."""
     spec = JobSpec("train", str(tmp_path), str(tmp_path), str(tmp_path), [], sys.executable)
     (tmp_path / "job.json").write_text(spec.to_json())
     supervisor = Supervisor(tmp_path, StopRequest(), local=True)
     deadline = time.monotonic() + 60
-    assert not supervisor.asked.wanted
-    (tmp_path / STOP).touch()
+    assert not supervisor.stop_state.by_user
+    (tmp_path / STOP_FILE).touch()
     situation = supervisor._situation(Situation(), ThisMachine(spec))
-    assert situation.wanted and time.monotonic() < deadline
+    assert situation.stopped_by_user and time.monotonic() < deadline
 
 
 def test_a_stop_between_the_decision_and_the_requeue_is_seen(tmp_path: Path) -> None:
@@ -193,20 +191,20 @@ def test_a_stop_between_the_decision_and_the_requeue_is_seen(tmp_path: Path) -> 
     (tmp_path / "job.json").write_text(spec.to_json())
     supervisor = Supervisor(tmp_path, StopRequest(), local=True)
     supervisor.job = "12"
-    assert not supervisor.asked.wanted
-    (tmp_path / STOP).touch()
-    # would ask Slurm, which is not here
-    supervisor._again(Decision("requeued", "SIGUSR1: stopped with a checkpoint"))
+    assert not supervisor.stop_state.by_user
+    (tmp_path / STOP_FILE).touch()
+    # Otherwise it would ask Slurm, which is not here.
+    supervisor._requeue(Decision("requeued", "SIGUSR1: stopped with a checkpoint"))
     last = json.loads((tmp_path / "events.jsonl").read_text().splitlines()[-1])
-    assert (last["event"], last["reason"]) == ("stopped", "as asked, before the next start")
+    assert (last["event"], last["reason"]) == ("stopped", "as requested, before the next start")
 
 
 def test_a_snapshot_holds_valid_bytecode(tmp_path: Path) -> None:
     """Else every rank would compile the whole package again, at every launch."""
     compileall.compile_file(str(Path(events.__file__)), quiet=1)
-    code = snapshot.take(tmp_path / "code")
+    code = take_snapshot(tmp_path / "code")
     (copy,) = (code / "llada" / "__pycache__").glob(f"events.{sys.implementation.cache_tag}.pyc")
-    # PEP 552: what Python compares with the source
+    # PEP 552: what Python compares with the source.
     modified, size = struct.unpack("<II", copy.read_bytes()[8:16])
     source = (code / "llada" / "events.py").stat()
     assert (modified, size) == (int(source.st_mtime), source.st_size)

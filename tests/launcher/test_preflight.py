@@ -1,6 +1,4 @@
-"""Bad nodes are found among synthetic findings, and the tests themselves run on a pool of
-processes.
-"""
+"""Bad nodes among synthetic findings, and the node tests themselves on a pool of processes."""
 
 from __future__ import annotations
 
@@ -13,21 +11,22 @@ from typing import Any
 
 import pytest
 
-from launch.job.attempt import Exit, StepEnd
-from launch.preflight.rules import FINDINGS, Finding, Verdict, judge
+from launch.job.records import AttemptEnd, RankExit
+from launch.preflight.main import RULES_VARIABLE
+from launch.preflight.rules import FINDING_FILE, Finding, Rules, Verdict, judge
 from tests import processes
 
-RULES: dict[str, Any] = {
-    "seconds": 30.0,
-    "join_seconds": 60.0,
-    "gpus": 2,
-    "min_gpu_memory_gb": 70.0,
-    "min_disk_gb": 10.0,
-    "max_clock_skew": 5.0,
-    "slow_factor": 1.5,
-    "matmul_size": 64,
-    "allreduce_mb": 0.1,
-}
+RULES = Rules(
+    seconds=30.0,
+    join_seconds=60.0,
+    gpus=2,
+    min_gpu_memory_gb=70.0,
+    min_disk_gb=10.0,
+    max_clock_skew=5.0,
+    slow_factor=1.5,
+    matmul_size=64,
+    allreduce_mb=0.1,
+)
 HOSTS = ["n0", "n1", "n2", "n3"]
 
 
@@ -47,16 +46,20 @@ def finding(host: str, rank: int, **values: Any) -> Finding:
 
 
 def verdict(
-    folder: Path, end: StepEnd | None = None, hosts: list[str] = HOSTS, **bad: dict[str, Any] | None
+    folder: Path,
+    end: AttemptEnd | None = None,
+    hosts: list[str] = HOSTS,
+    **bad: dict[str, Any] | None,
 ) -> Verdict:
-    """Two ranks a host; `bad` gives host -> what its second rank found otherwise, None: no finding
-    of it.
+    """Judge two ranks a host.
+
+    `bad` gives what the second rank of a host measured otherwise; None: it left no finding.
     """
     for rank in range(2 * len(hosts)):
         host = hosts[rank // 2]
         other = bad.get(host, {}) if rank % 2 else {}
         if other is not None:
-            (folder / FINDINGS.format(rank)).write_text(
+            (folder / FINDING_FILE.format(rank)).write_text(
                 json.dumps(finding(host, rank, **other)._asdict())
             )
     count = 2 * len(hosts)
@@ -65,14 +68,14 @@ def verdict(
         hosts,
         2,
         RULES,
-        end or StepEnd([Exit(r, "h", 0.0, 0, None) for r in range(count)], count, hosts),
+        end or AttemptEnd([RankExit(r, "h", 0.0, 0, None) for r in range(count)], count, hosts),
     )
 
 
 def test_healthy_nodes_pass_with_their_figures(tmp_path: Path) -> None:
-    found = verdict(tmp_path)
-    assert found.bad == {}
-    assert found.measured["n2"] == {
+    outcome = verdict(tmp_path)
+    assert outcome.bad == {}
+    assert outcome.measured["n2"] == {
         "matmul_seconds": 0.01,
         "local_gbps": 400.0,
         "network_gbps": 40.0,
@@ -84,42 +87,45 @@ def test_healthy_nodes_pass_with_their_figures(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "values, why",
     [
-        ({"gpus": 1}, "torch sees 1 GPUs, 2 are asked for"),
+        ({"gpus": 1}, "torch sees 1 GPUs, 2 are required"),
         (
             {"gpu_memory_gb": 3.0},
             "rank 3: 3.0 GB of GPU memory free, preflight.min_gpu_memory_gb is 70",
         ),
         (
             {"disk_error": "Read-only file system"},
-            "the run's folder cannot be written (Read-only file system)",
+            "the run folder cannot be written (Read-only file system)",
         ),
-        ({"disk_free_gb": 0.5}, "0.5 GB left where the run writes, preflight.min_disk_gb is 10"),
+        ({"disk_free_gb": 0.5}, "0.5 GB free where the run writes, preflight.min_disk_gb is 10"),
         ({"clock": 1007.0}, "its clock is off by +3.5 s"),
         ({"clock": 980.0}, "its clock is off by -10.0 s, preflight.max_clock_skew is 5"),
-        ({"matmul_seconds": 0.016}, "a matrix product takes 16 ms, 1.6 times the usual"),
-        ({"local_gbps": 200.0}, "an all-reduce within the node runs at 200 GB/s, the usual is 400"),
-        ({"network_gbps": 5.0}, "an all-reduce with other nodes runs at 5 GB/s, the usual is 40"),
+        ({"matmul_seconds": 0.016}, "a matrix product takes 16 ms, 1.6 times the median"),
+        (
+            {"local_gbps": 200.0},
+            "an all-reduce within the node runs at 200 GB/s, the median is 400",
+        ),
+        ({"network_gbps": 5.0}, "an all-reduce with other nodes runs at 5 GB/s, the median is 40"),
         (
             {"joined": False, "clock": None, "local_gbps": None, "network_gbps": None},
-            "did not meet the others in 60 s",
+            "did not connect to the other ranks in 60 s",
         ),
         (
             {"connected": False, "joined": False, "clock": None},
             "did not reach the first node in 60 s",
         ),
-        ({"matmul_seconds": None, "joined": False}, "rank 3 did not get through a matrix product"),
+        ({"matmul_seconds": None, "joined": False}, "rank 3 did not finish a matrix product"),
         (None, "1 of 2 ranks did not start"),
     ],
 )
 def test_a_bad_node_is_named_with_the_reason(
     tmp_path: Path, values: dict[str, Any] | None, why: str
 ) -> None:
-    found = verdict(tmp_path, n1=values)
+    outcome = verdict(tmp_path, n1=values)
     # the median of its two ranks: within what is allowed
     if values is not None and values.get("clock") == 1007.0:
-        assert found.bad == {}
+        assert outcome.bad == {}
     else:
-        assert found.bad == {"n1": why} and f"n1 is bad: {why}" in found.lines
+        assert outcome.bad == {"n1": why} and f"n1 is bad: {why}" in outcome.lines
 
 
 def test_slow_among_two_is_the_slower_one(tmp_path: Path) -> None:
@@ -127,8 +133,10 @@ def test_slow_among_two_is_the_slower_one(tmp_path: Path) -> None:
 
 
 def test_a_test_that_died_blames_the_node_where_it_died_first(tmp_path: Path) -> None:
-    end = StepEnd(
-        [Exit(5, "n2.example.org", 1.0, -7, None), Exit(0, "n0", 2.0, 1, "failed: peer")], 8, HOSTS
+    end = AttemptEnd(
+        [RankExit(5, "n2.example.org", 1.0, -7, None), RankExit(0, "n0", 2.0, 1, "failed: peer")],
+        8,
+        HOSTS,
     )
     assert verdict(tmp_path, end).bad == {"n2": "rank 5 on n2.example.org: killed by SIGBUS"}
 
@@ -136,45 +144,44 @@ def test_a_test_that_died_blames_the_node_where_it_died_first(tmp_path: Path) ->
 def test_slower_nodes_are_not_blamed_when_a_failure_elsewhere_ends_their_tests(
     tmp_path: Path,
 ) -> None:
-    """One rank fails at once. Those of n2 have not started by then, n3's are at work, and all are
-    ended with it.
+    """One rank fails at once, and all others are ended with it.
+
+    By then those of n2 have not started, and those of n3 are still at work.
     """
-    failure = Exit(1, "n0", 1.0, 1, "failed: CUDA error: uncorrectable ECC error")
-    ended = [Exit(rank, f"n{rank // 2}", 20.0, -9, None) for rank in (0, 2, 3, 6, 7)]
+    failure = RankExit(1, "n0", 1.0, 1, "failed: CUDA error: uncorrectable ECC error")
+    ended = [RankExit(rank, f"n{rank // 2}", 20.0, -9, None) for rank in (0, 2, 3, 6, 7)]
     waiting = {"matmul_seconds": None, "connected": False, "joined": False, "clock": None}
-    end = StepEnd([failure, *ended], 8, HOSTS, absent=["n2"], killed=True)
-    found = verdict(tmp_path, end, n1={"joined": False, "clock": None}, n2=None, n3=waiting)
-    assert found.bad == {"n0": "rank 1 on n0: CUDA error: uncorrectable ECC error"}
+    end = AttemptEnd([failure, *ended], 8, HOSTS, absent=["n2"], killed=True)
+    outcome = verdict(tmp_path, end, n1={"joined": False, "clock": None}, n2=None, n3=waiting)
+    assert outcome.bad == {"n0": "rank 1 on n0: CUDA error: uncorrectable ECC error"}
     for code in (-9, -15):
-        hung = StepEnd([replace(one, code=code) for one in ended], 8, HOSTS, killed=True)
+        hung = AttemptEnd([replace(one, code=code) for one in ended], 8, HOSTS, killed=True)
         assert verdict(tmp_path, hung, n3=waiting).bad == {
-            "n3": "rank 7 did not get through a matrix product"
+            "n3": "rank 7 did not finish a matrix product"
         }
 
 
 def test_where_all_fail_alike_nobody_is_blamed(tmp_path: Path) -> None:
     """A network interface that no node has is a mistake of the profile's."""
-    end = StepEnd(
+    end = AttemptEnd(
         [
-            Exit(rank, f"n{rank // 2}", float(rank), 1, "failed: no interface ib99")
+            RankExit(rank, f"n{rank // 2}", float(rank), 1, "failed: no interface ib99")
             for rank in range(8)
         ],
         8,
         HOSTS,
     )
-    found = verdict(tmp_path, end)
+    outcome = verdict(tmp_path, end)
     assert (
-        found.bad == {}
-        and found.problem == "rank 0 on n0: no interface ib99"
-        and found.problem in found.lines
+        outcome.bad == {}
+        and outcome.problem == "rank 0 on n0: no interface ib99"
+        and outcome.problem in outcome.lines
     )
 
 
 @pytest.mark.parametrize("hosts", [1, 2, 3, 4])
 def test_the_tests_run_and_meet_in_every_ring(tmp_path: Path, hosts: int) -> None:
-    """Processes that believe to be on several hosts, one or two a host: all make the
-    same groups.
-    """
+    """Processes that believe they are on several hosts, one or two a host, make the same groups."""
     local = 2 if hosts < 3 else 1
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -185,7 +192,7 @@ def test_the_tests_run_and_meet_in_every_ring(tmp_path: Path, hosts: int) -> Non
         "MASTER_PORT": str(port),
         "WORLD_SIZE": str(hosts * local),
         "LOCAL_WORLD_SIZE": str(local),
-        "LLADA_PREFLIGHT": json.dumps(RULES),
+        RULES_VARIABLE: RULES.to_json(),
         "OMP_NUM_THREADS": "1",
     }
     command = ("-m", "launch.preflight.main", str(tmp_path), str(tmp_path))
@@ -200,14 +207,13 @@ def test_the_tests_run_and_meet_in_every_ring(tmp_path: Path, hosts: int) -> Non
     errors = [process.communicate(timeout=600)[1] for process in ranks]
     assert [process.returncode for process in ranks] == [0] * len(ranks), errors
     names = [f"n{host}" for host in range(hosts)]
-    end = StepEnd(
-        [Exit(rank, "h", 0.0, 0, None) for rank in range(hosts * local)], hosts * local, names
+    end = AttemptEnd(
+        [RankExit(rank, "h", 0.0, 0, None) for rank in range(hosts * local)], hosts * local, names
     )
-    found = judge(
-        tmp_path, names, local, {**RULES, "gpus": 0, "min_disk_gb": 0.0, "slow_factor": 1e9}, end
-    )
-    assert found.bad == {}
-    for figures in found.measured.values():
+    lenient = replace(RULES, gpus=0, min_disk_gb=0.0, slow_factor=1e9)
+    outcome = judge(tmp_path, names, local, lenient, end)
+    assert outcome.bad == {}
+    for figures in outcome.measured.values():
         assert (
             figures["matmul_seconds"] > 0
             and ("local_gbps" in figures) == (local > 1)

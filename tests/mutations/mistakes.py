@@ -370,19 +370,19 @@ rewrites(
     "launch.job.policy",
     'if now.state == "cancelled":',
     "if False:",
-    "tests/launcher/test_decide.py",
+    "tests/launcher/test_policy.py",
 )
 rewrites(
     "stops in order that use up the restarts",
     "launch.job.policy",
     'if not ends or ends[-1].get("failure"):',
     "if True:",
-    "tests/launcher/test_decide.py",
+    "tests/launcher/test_policy.py",
 )
 rewrites(
     "a signal that is lost while Python imports",
     "launch.job.rank",
-    "if self._last is not None and time",
-    "if sent == 0.0 and self._last is not None and time",
-    "tests/launcher/test_pieces.py",
+    "due = time.monotonic() - last_sent > _REPEAT_SECONDS",
+    "due = last_sent == 0.0",
+    "tests/launcher/test_rank.py",
 )

@@ -1,9 +1,8 @@
-"""A real Slurm on one machine: munged, slurmctld, and a slurmd in namespaces of its own for each
-node.
+"""A real Slurm on one machine: munged, slurmctld, and one slurmd for each node.
 
-A node has its own address, host name, process numbers and /dev/shm, and reaches the others over a
-bridge: a launcher that believes in localhost fails here as it does on a cluster. Killing the first
-process of a node is a crash of that node. Needs root.
+A node runs in namespaces of its own: it has its own address, host name, process numbers and
+/dev/shm, and reaches the others over a bridge, so a launcher that assumes localhost fails here as
+it does on a cluster. Killing the first process of a node is a crash of that node. Needs root.
 """
 
 from __future__ import annotations
@@ -22,10 +21,11 @@ PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "ip", "nsenter", "unshare
 ACCOUNTING_PROGRAMS = ("slurmdbd", "mariadbd", "mariadb-install-db", "sacctmgr")
 _READY_SECONDS = 60.0
 _PATIENCE = 5.0
+"""Times as long as on an idle machine that anything may take."""
 
 
 def missing(accounting: bool = False) -> str | None:
-    """Why a cluster cannot be started here; None: it can."""
+    """Return why a cluster cannot be started here; None: it can."""
     if os.geteuid() != 0:
         return "needs root, for namespaces"
     absent = [
@@ -45,19 +45,23 @@ def missing(accounting: bool = False) -> str | None:
 def until(
     condition: Callable[[], object],
     seconds: float,
-    what: str,
-    story: Callable[[], str] = str,
+    description: str,
+    evidence: Callable[[], str] = str,
     pause: float = 0.1,
 ) -> None:
-    """Wait for something that is expected to happen, looking every `pause` seconds; `story`
-    explains why it may not have.
+    """Wait for something that is expected to happen.
 
-    `seconds` are those of an idle machine; other work beside it is given time.
+    Args:
+        condition: true when it has happened.
+        seconds: limit on an idle machine; other work beside it is given time.
+        description: what is waited for, for the message.
+        evidence: returns what may explain why it did not happen.
+        pause: seconds between two looks.
     """
     limit = seconds * _PATIENCE
     deadline = time.monotonic() + limit
     while not condition():
-        assert time.monotonic() < deadline, f"not in {limit:g} s: {what}\n{story()}"
+        assert time.monotonic() < deadline, f"not in {limit:g} s: {description}\n{evidence()}"
         time.sleep(pause)
 
 
@@ -71,7 +75,7 @@ class Cluster:
         islands: groups of nodes with partitions of their own (main and scavenge; main1 and
             scavenge1; ...), for tests side by side.
         nodes, cpus, gpus, memory: nodes of an island, and what each has (memory in MB; the GPUs are
-        device files only).
+            device files only).
         accounting: with slurmdbd and its database, and accounts that are enforced.
         forget_seconds: after which a finished job is no longer in slurmctld.
     """
@@ -213,7 +217,7 @@ class Cluster:
             path.read_text(errors="replace")[-1500:] for path in (self.root / "log").glob("*.log")
         )
 
-    # -- pieces ------------------------------------------------------------------------------------
+    # -- parts -------------------------------------------------------------------------------------
 
     @property
     def _bridge(self) -> str:
@@ -226,11 +230,11 @@ class Cluster:
         return f"10.77.{self.index}.{last}"
 
     def _wait_idle(self, nodes: range) -> None:
-        wanted = {f"n{node}" for node in nodes}
+        names = {f"n{node}" for node in nodes}
         until(
-            lambda: wanted <= self._idle(),
+            lambda: names <= self._idle(),
             _READY_SECONDS,
-            f"idle nodes: {sorted(wanted)}",
+            f"idle nodes: {sorted(names)}",
             self.tail,
         )
 

@@ -1,4 +1,4 @@
-"""Profiles: strict, clear, and what they become in a batch script."""
+"""Profiles of clusters: what they refuse, and what they become in a batch script."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from launch.profile import ClusterProfile, load_profile, minutes
-from launch.submit import sbatch
+from launch.submit.sbatch import TrainingRequest, job_name, single_job, training_job
 from llada.config import RunConfig
 from llada.errors import UserError
 from llada.training.configure import load_config
@@ -33,12 +33,10 @@ def run(tmp_path: Path, **sections: Any) -> RunConfig:
 @pytest.mark.parametrize("path", PROFILES, ids=lambda path: path.stem)
 def test_shipped_profiles(path: Path, tmp_path: Path) -> None:
     profile = load_profile(path)
-    script = sbatch.training(run(tmp_path), profile, 32, 8, tmp_path / "launch", []).script()
-    assert (
-        "#SBATCH --nodes=32" in script
-        and "#SBATCH --ntasks-per-node=8" in script
-        and f"#SBATCH --account={profile.account}" in script
-    )
+    request = TrainingRequest(nodes=32, ranks_per_node=8)
+    script = training_job(run(tmp_path), profile, request, tmp_path / "launch").script()
+    assert "#SBATCH --nodes=32" in script and "#SBATCH --ntasks-per-node=8" in script
+    assert f"#SBATCH --account={profile.account}" in script
 
 
 @pytest.mark.parametrize(
@@ -53,7 +51,7 @@ def test_shipped_profiles(path: Path, tmp_path: Path) -> None:
         ("7-00:00:00", 10080),
     ],
 )
-def test_times_are_slurms(text: str, expected: int) -> None:
+def test_time_limits_are_written_as_for_slurm(text: str, expected: int) -> None:
     assert minutes(text) == expected
 
 
@@ -66,7 +64,10 @@ def test_times_are_slurms(text: str, expected: int) -> None:
             {"environment": {"container": {"kind": "docker", "image": "x"}}},
             "environment.container.kind: 'docker' is not allowed",
         ),
-        ({"time": "an hour"}, "time: 'an hour' is no time: write D-HH:MM:SS, HH:MM:SS or minutes"),
+        (
+            {"time": "an hour"},
+            "time: 'an hour' is not a duration; write D-HH:MM:SS, HH:MM:SS or minutes",
+        ),
         (
             {"time": 43200},
             (
@@ -95,7 +96,7 @@ def test_mistakes_are_one_line(tmp_path: Path, settings: dict[str, Any], message
     assert "\n" not in str(caught.value)
 
 
-def test_a_profile_that_is_none(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_profile(tmp_path: Path) -> None:
     load(tmp_path)
     with pytest.raises(
         UserError, match=r"--cluster: no file '.*profil.yaml' \(did you mean '.*profile.yaml'\?\)"
@@ -132,11 +133,10 @@ def test_every_setting_reaches_the_script(tmp_path: Path) -> None:
             "python": "python",
         },
     )
-    prepared = sbatch.training(
-        run(tmp_path, parallel={"tensor": 2}), profile, 2, 4, tmp_path / "l", ["--allow-changed"]
-    )
-    lines = prepared.script().splitlines()
-    for wanted in (
+    request = TrainingRequest(nodes=2, ranks_per_node=4, arguments=["--allow-changed"])
+    job = training_job(run(tmp_path, parallel={"tensor": 2}), profile, request, tmp_path / "l")
+    lines = job.script().splitlines()
+    for option in (
         "--time=750",
         "--partition=gpu,spare",
         "--account=a",
@@ -154,12 +154,12 @@ def test_every_setting_reaches_the_script(tmp_path: Path) -> None:
         "--signal=B:USR1@300",
         f"--output={tmp_path / 'run/logs/job-%j.log'}",
     ):
-        assert f"#SBATCH {wanted}" in lines
+        assert f"#SBATCH {option}" in lines
     assert (
         "module load cuda/12.4 || exit 1" in lines and "module load 'odd name' || exit 1" in lines
     )
     assert ". '/opt/my env/activate' || exit 1" in lines
-    spec = prepared.spec
+    spec = job.spec
     assert spec.srun == [
         "--cpus-per-task=6",
         "--container-image=/i.sqsh",
@@ -183,10 +183,11 @@ def test_chains_and_containers(tmp_path: Path) -> None:
         environment={"container": {"kind": "apptainer", "image": "/i.sif", "mounts": ["/a"]}},
         memory_per_task_gb=0,
     )
-    prepared = sbatch.training(run(tmp_path), profile, 1, 2, tmp_path / "l", [], chain=3)
-    assert "#SBATCH --no-requeue" in prepared.script() and "#SBATCH --mem=0" in prepared.script()
-    assert not prepared.spec.restarts.requeue and prepared.spec.chain == 3
-    assert prepared.spec.container == [
+    request = TrainingRequest(ranks_per_node=2, chain=3)
+    job = training_job(run(tmp_path), profile, request, tmp_path / "l")
+    assert "#SBATCH --no-requeue" in job.script() and "#SBATCH --mem=0" in job.script()
+    assert not job.spec.restarts.requeue and job.spec.chain == 3
+    assert job.spec.container == [
         "apptainer",
         "exec",
         "--nv",
@@ -196,7 +197,7 @@ def test_chains_and_containers(tmp_path: Path) -> None:
         "/a",
         "/i.sif",
     ]
-    assert "CUDA_DEVICE_MAX_CONNECTIONS" not in prepared.spec.environment
+    assert "CUDA_DEVICE_MAX_CONNECTIONS" not in job.spec.environment
 
 
 def test_jobs_without_gpus_have_their_own_settings(tmp_path: Path) -> None:
@@ -206,10 +207,9 @@ def test_jobs_without_gpus_have_their_own_settings(tmp_path: Path) -> None:
         account="a",
         cpu_jobs={"partition": "cpu", "time": "10", "cpus": 3, "memory_gb": 1.5},
     )
-    prepared = sbatch.single(
-        profile, Path("/s"), Path("/f"), Path("/c"), ["data", "prepare", "--task", "{task}"], 5
-    )
-    for wanted in (
+    command = ["data", "prepare", "--task", "{task}"]
+    job = single_job(profile, Path("/s"), Path("/f"), Path("/c"), command, tasks=5)
+    for option in (
         "--partition=cpu",
         "--account=a",
         "--time=10",
@@ -218,10 +218,10 @@ def test_jobs_without_gpus_have_their_own_settings(tmp_path: Path) -> None:
         "--array=0-4",
         "--nodes=1",
     ):
-        assert f"#SBATCH {wanted}" in prepared.script().splitlines()
-    assert "gpu" not in prepared.script()
+        assert f"#SBATCH {option}" in job.script().splitlines()
+    assert "gpu" not in job.script()
 
 
-def test_names_of_runs_do_not_meet() -> None:
-    assert sbatch.job_name(Path("/a/run")) != sbatch.job_name(Path("/b/run"))
-    assert sbatch.job_name(Path("/a/my run!")).startswith("llada-my_run_-")
+def test_jobs_of_two_runs_have_different_names() -> None:
+    assert job_name(Path("/a/run")) != job_name(Path("/b/run"))
+    assert job_name(Path("/a/my run!")).startswith("llada-my_run_-")

@@ -8,27 +8,34 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch.job.attempt import Exit, StepEnd
+from launch.job.failure import Failure, classify
 from launch.job.policy import Situation, decide, failures_in_a_row, restart
+from launch.job.records import AttemptEnd, RankExit
 from launch.job.spec import Restarts
+from llada.failures import FailureKind
 
 LIMITS = Restarts(limit=2, backoff=60.0)
 
 
-def ends(*codes: int, message: str | None = None, **fields: Any) -> StepEnd:
+def rank_exit(rank: int, host: str, time: float, code: int, message: str | None) -> RankExit:
+    """The end of a rank that reported no kind of failure itself."""
+    return RankExit(rank, host, time, code, message, kind=classify(code, message))
+
+
+def ends(*codes: int, message: str | None = None, **fields: Any) -> AttemptEnd:
     """All ranks ended, in the order of their numbers."""
     exits = [
-        Exit(rank, f"n{rank // 2}", float(rank), code, message if code else None)
+        rank_exit(rank, f"n{rank // 2}", float(rank), code, message if code else None)
         for rank, code in enumerate(codes)
     ]
-    return StepEnd(exits, fields.pop("ranks", len(codes)), **fields)
+    return AttemptEnd(exits, fields.pop("ranks", len(codes)), **fields)
 
 
 def test_finished_only_when_every_rank_is() -> None:
     assert decide(ends(0, 0), Situation(), LIMITS).event == "finished"
     assert (
         decide(
-            ends(0, 0), Situation(signal="SIGTERM", wanted=True, state="cancelled"), LIMITS
+            ends(0, 0), Situation(signal="SIGTERM", stopped_by_user=True, state="cancelled"), LIMITS
         ).event
         == "finished"
     )
@@ -36,8 +43,13 @@ def test_finished_only_when_every_rank_is() -> None:
 
 
 def test_a_stop_in_order_is_no_failure_and_never_counts() -> None:
-    found = decide(ends(75, 75), Situation(signal="SIGUSR1", progress=True, failures=99), LIMITS)
-    assert (found.event, found.failure, found.delay, found.code) == ("requeued", False, 0.0, 75)
+    decision = decide(ends(75, 75), Situation(signal="SIGUSR1", progress=True, failures=99), LIMITS)
+    assert (decision.event, decision.failure, decision.delay, decision.code) == (
+        "requeued",
+        False,
+        0.0,
+        75,
+    )
     # Slurm was faster than the save: killed, but asked to stop.
     assert not decide(ends(-9, -15), Situation(signal="SIGTERM"), LIMITS).failure
 
@@ -55,31 +67,40 @@ def test_cancelled_is_final_and_a_requeue_by_slurm_is_left_to_it() -> None:
 
 
 def test_a_stop_that_the_user_wanted_is_not_started_again() -> None:
-    assert decide(ends(75, 75), Situation(signal="SIGUSR1", wanted=True), LIMITS).event == "stopped"
+    assert (
+        decide(ends(75, 75), Situation(signal="SIGUSR1", stopped_by_user=True), LIMITS).event
+        == "stopped"
+    )
     crashed = decide(
-        ends(1, 1, message="failed: OSError"), Situation(signal="SIGUSR1", wanted=True), LIMITS
+        ends(1, 1, message="failed: OSError"),
+        Situation(signal="SIGUSR1", stopped_by_user=True),
+        LIMITS,
     )
     assert crashed.event == "stopped" and crashed.failure and "OSError" in crashed.reason
 
 
 def test_a_stop_that_takes_too_long_is_a_failure_without_a_new_checkpoint() -> None:
     late = ends(-9, -9, killed=True)
-    found = decide(late, Situation(signal="SIGUSR1"), LIMITS)
-    assert found.event == "requeued" and found.failure and "signal_seconds" in found.reason
+    decision = decide(late, Situation(signal="SIGUSR1"), LIMITS)
+    assert decision.event == "requeued" and decision.failure and "signal_seconds" in decision.reason
     assert decide(late, Situation(signal="SIGUSR1", failures=2), LIMITS).event == "failed"
     assert not decide(late, Situation(signal="SIGUSR1", progress=True), LIMITS).failure
 
 
 def test_a_node_that_is_lost_is_no_scancel() -> None:
-    found = decide(
+    decision = decide(
         ends(75, 75), Situation(signal="SIGTERM", state="lost", unreachable=["n1"]), LIMITS
     )
-    assert found.event == "requeued" and found.failure and "Slurm does not reach n1" in found.reason
+    assert (
+        decision.event == "requeued"
+        and decision.failure
+        and "Slurm cannot reach n1" in decision.reason
+    )
 
 
 def test_a_mistake_of_the_users_is_not_tried_again() -> None:
-    found = decide(ends(2, -9, message="error: data.mixture.0.path: gone"), Situation(), LIMITS)
-    assert (found.event, found.code, found.reason) == (
+    decision = decide(ends(2, -9, message="error: data.mixture.0.path: gone"), Situation(), LIMITS)
+    assert (decision.event, decision.code, decision.reason) == (
         "failed",
         2,
         "rank 0 on n0: error: data.mixture.0.path: gone",
@@ -87,16 +108,17 @@ def test_a_mistake_of_the_users_is_not_tried_again() -> None:
 
 
 def test_the_first_rank_that_failed_is_named() -> None:
-    end = StepEnd(
+    end = AttemptEnd(
         [
-            Exit(3, "n1", 1.0, -11, None),
-            Exit(0, "n0", 2.0, 1, "failed: RuntimeError: connection closed by peer"),
+            rank_exit(3, "n1", 1.0, -11, None),
+            rank_exit(0, "n0", 2.0, 1, "failed: RuntimeError: connection closed by peer"),
         ],
         2,
     )
-    found = decide(end, Situation(unreachable=["n1"]), LIMITS)
+    decision = decide(end, Situation(unreachable=["n1"]), LIMITS)
     assert (
-        found.reason == "rank 3 on n1: killed by SIGSEGV; Slurm does not reach n1" and found.failure
+        decision.reason == "rank 3 on n1: killed by SIGSEGV; Slurm cannot reach n1"
+        and decision.failure
     )
 
 
@@ -124,12 +146,14 @@ def test_the_first_rank_that_failed_is_named() -> None:
 )
 def test_a_rank_that_only_lost_its_peer_is_not_the_cause(code: int, message: str | None) -> None:
     """Clocks differ and records take time, so the one that noticed it may come first."""
-    end = StepEnd([Exit(0, "n0", 1.0, code, message), Exit(1, "n1", 2.0, -9, None)], 2)
+    end = AttemptEnd([rank_exit(0, "n0", 1.0, code, message), rank_exit(1, "n1", 2.0, -9, None)], 2)
     assert decide(end, Situation(), LIMITS).reason == "rank 1 on n1: killed by SIGKILL"
-    alone = StepEnd([Exit(0, "n0", 1.0, code, message), Exit(1, "n1", 2.0, 75, None)], 2)
+    alone = AttemptEnd(
+        [rank_exit(0, "n0", 1.0, code, message), rank_exit(1, "n1", 2.0, 75, None)], 2
+    )
     assert decide(alone, Situation(), LIMITS).reason.startswith("rank 0 on n0: ")
     assert decide(alone, Situation(unreachable=["n1"]), LIMITS).reason.startswith(
-        "Slurm does not reach n1; rank 0 on n0: "
+        "Slurm cannot reach n1; rank 0 on n0: "
     )
 
 
@@ -138,26 +162,27 @@ def test_a_hang_is_told_by_the_rank_that_noticed_it() -> None:
         "failed: hang: no step finished for 10 s (run.hang_timeout): rank 1 never answered; run the"
         " same command again"
     )
-    end = StepEnd([Exit(0, "n0", 1.0, 75, message)], 2, killed=True)
+    end = AttemptEnd([rank_exit(0, "n0", 1.0, 75, message)], 2, killed=True)
     assert decide(end, Situation(), LIMITS).reason.startswith(
         "rank 0 on n0: hang: no step finished for 10 s"
     )
 
 
 def test_nodes_without_a_rank_are_left_out_unless_all_are() -> None:
-    end = StepEnd(
+    end = AttemptEnd(
         [],
         4,
         absent=["n1"],
         hosts=["n0", "n1"],
-        launcher=(1, "srun: error: Task launch failed on node n1"),
+        launcher_code=1,
+        launcher_line="srun: error: Task launch failed on node n1",
     )
-    found = decide(end, Situation(), LIMITS)
-    assert (found.exclude, found.delay) == (
+    decision = decide(end, Situation(), LIMITS)
+    assert (decision.exclude, decision.delay) == (
         ["n1"],
         0.0,
-    ) and "Task launch failed on node n1" in found.reason
-    none = decide(StepEnd([], 4, absent=["n0", "n1"], hosts=["n0", "n1"]), Situation(), LIMITS)
+    ) and "Task launch failed on node n1" in decision.reason
+    none = decide(AttemptEnd([], 4, absent=["n0", "n1"], hosts=["n0", "n1"]), Situation(), LIMITS)
     assert none.exclude == [] and none.delay == 60.0
 
 
@@ -192,22 +217,71 @@ def test_the_same_step_failing_twice_is_no_accident() -> None:
     end = ends(1, message="failed: step 812: the loss is not finite; samples 6488 to 6495")
     first = decide(end, Situation(), LIMITS)
     assert first.event == "requeued"
-    second = decide(end, Situation(failures=1, last=first.reason), LIMITS)
-    assert second.event == "failed" and second.reason.startswith("twice the same")
+    second = decide(end, Situation(failures=1, last_reason=first.reason), LIMITS)
+    assert second.event == "failed" and second.reason.startswith("the same failure twice")
     assert (
         decide(
-            ends(-9), Situation(failures=1, last="rank 0 on n0: killed by SIGKILL"), LIMITS
+            ends(-9), Situation(failures=1, last_reason="rank 0 on n0: killed by SIGKILL"), LIMITS
         ).event
         == "requeued"
     )
     wrong = (
-        "preflight: n0: torch sees 0 GPUs, 4 are asked for; that is most of the nodes, so none is"
+        "preflight: n0: torch sees 0 GPUs, 4 are required; that is most of the nodes, so none is"
         " excluded"
     )
     assert [
-        restart(wrong, [], Situation(failures=n, last=wrong if n else None), LIMITS).event
+        restart(
+            Failure("preflight", wrong),
+            [],
+            Situation(failures=n, last_reason=wrong if n else None),
+            LIMITS,
+        ).event
         for n in (0, 1)
     ] == ["requeued", "failed"]
+
+
+# -- kinds of failures -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "code, message, reported, kind",
+    [
+        (0, None, None, None),
+        (75, "not finished: stopped with a checkpoint", None, None),
+        (2, "error: data.mixture.0.path: gone", None, "user_error"),
+        (1, "failed: step 812: the loss is not finite", None, "step"),
+        (1, "failed: step 812: the loss is not finite", "step", "step"),
+        (1, "worded differently", "step", "step"),
+        (75, "worded differently", "hang", "hang"),
+        (75, "failed: hang: no step finished for 10 s", None, "hang"),
+        (75, "not finished: the settings change between attempts", None, None),
+        (1, "failed: ValueError: step 3 of the recipe", None, "exception"),
+        (-9, "failed: step 812: the loss is not finite", "step", "killed"),
+        (-6, None, None, "killed"),
+        (1, "failed: RuntimeError: Connection reset by peer", None, "lost_peer"),
+        (1, None, None, "exception"),
+    ],
+)
+def test_a_rank_that_ended_has_a_kind_of_failure(
+    code: int, message: str | None, reported: FailureKind | None, kind: FailureKind | None
+) -> None:
+    """What the rank reported counts; messages are read only where it could report nothing."""
+    assert classify(code, message, reported) == kind
+
+
+def test_a_restart_is_decided_by_the_kind_not_by_the_words() -> None:
+    """The same reason twice ends the run only where the kind says that it comes back."""
+    reason = "rank 0 on n0: step 812: anything"
+    again = Situation(failures=1, last_reason=reason)
+    kinds: tuple[FailureKind, ...] = ("step", "preflight", "exception", "hang", "killed")
+    events = {kind: restart(Failure(kind, reason), [], again, LIMITS).event for kind in kinds}
+    assert events == {
+        "step": "failed",
+        "preflight": "failed",
+        "exception": "requeued",
+        "hang": "requeued",
+        "killed": "requeued",
+    }
 
 
 # -- how many failures were there before -----------------------------------------------------------
@@ -254,9 +328,7 @@ def test_failures_in_a_row(attempts: list[list[tuple[str, bool]]], expected: int
 
 @given(st.lists(st.sampled_from([CRASH, SILENT, STOP, GOOD]), max_size=12))
 def test_failures_in_a_row_is_the_published_rule(attempts: list[list[tuple[str, bool]]]) -> None:
-    """Count forwards: a checkpoint starts the count again, a failure adds one, a stop in order
-    nothing.
-    """
+    """Counted forwards: a checkpoint starts the count again, and only a failure adds one."""
     count = 0
     for lines in attempts:
         if any(event == "checkpoint" for event, _ in lines):

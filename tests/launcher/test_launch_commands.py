@@ -1,6 +1,4 @@
-"""`llada launch` on a machine without Slurm: plans, refusals, and what a run looks like from
-outside.
-"""
+"""`llada launch` on a machine without Slurm, and what a run looks like from outside."""
 
 from __future__ import annotations
 
@@ -15,7 +13,8 @@ import yaml
 from typer.testing import CliRunner
 
 from data_tools.documents.conversations import prepare_sft
-from launch import status as watch
+from launch.status import read_status
+from llada import events
 from llada.cli import app
 from llada.errors import RunError, UserError
 from llada.events import EventLog, restarts
@@ -120,7 +119,7 @@ def test_fine_tuning_is_launched_alike(here: Path) -> None:
         ),
         (
             ["--cluster", "cluster.yaml", *SIZE, "--after", "soon"],
-            "--after: 'soon' is no job's number",
+            "--after: 'soon' is not the number of a job",
         ),
         (
             ["--cluster", "cluster.yaml", *SIZE, "--dry-run", "train.step=7"],
@@ -172,21 +171,21 @@ def test_a_run_that_diverged_has_failed(here: Path) -> None:
     name = config(here, "diverged", train={"steps": 30, "max_skipped": 0})
     with pytest.raises(RunError, match="not finite"):
         train(load_config(here / name, ["schedule.stages.0.end=1e30"]), StopRequest())
-    status = watch.status(Path("diverged"))
+    status = read_status(Path("diverged"))
     assert status.state == "FAILED" and status.reason is not None and "not finite" in status.reason
 
 
 def test_a_run_without_a_launcher_from_outside(here: Path) -> None:
-    found = watch.status(Path("whole"))
-    assert (found.state, found.step, found.steps, found.checkpoint, found.restarts) == (
+    status = read_status(Path("whole"))
+    assert (status.state, status.step, status.steps, status.checkpoint, status.restarts) == (
         "FINISHED",
         12,
         12,
         12,
         None,
     )
-    assert found.loss is not None and "12 of 12; latest checkpoint 12" in llada("status", "whole")
-    with pytest.raises(UserError, match="RUN: 'corpus' is no run"):
+    assert status.loss is not None and "12 of 12; latest checkpoint 12" in llada("status", "whole")
+    with pytest.raises(UserError, match="RUN: 'corpus' is not a run folder"):
         llada("status", "corpus")
     assert "nothing runs" in llada("stop", "whole")
     table = llada("runs", ".").splitlines()
@@ -228,7 +227,7 @@ def test_logs_of_attempts_and_ranks(tmp_path: Path) -> None:
 
 def test_events_survive_torn_lines_and_tell_restarts(tmp_path: Path) -> None:
     log = EventLog(tmp_path)
-    assert restarts([]) == {} and watch.events.read(tmp_path) == []
+    assert restarts([]) == {} and events.read(tmp_path) == []
     log.write("started", attempt=1)
     log.write(
         "requeued", attempt=1, failure=True, reason="rank 1 on n1: killed by SIGKILL", excluded=None
@@ -236,14 +235,11 @@ def test_events_survive_torn_lines_and_tell_restarts(tmp_path: Path) -> None:
     with open(tmp_path / "events.jsonl", "a") as file:
         file.write('{"event": "torn\n[1]\n')
     log.write("started", attempt=2)
-    found = watch.events.read(tmp_path)
-    assert [line["event"] for line in found] == [
-        "started",
-        "requeued",
-        "started",
-    ] and "excluded" not in found[1]
-    assert abs(found[0]["time"] - time.time()) < 60
-    assert restarts(found) == {
+    lines = events.read(tmp_path)
+    assert [line["event"] for line in lines] == ["started", "requeued", "started"]
+    assert "excluded" not in lines[1]
+    assert abs(lines[0]["time"] - time.time()) < 60
+    assert restarts(lines) == {
         "attempt": 2,
         "restarts": 1,
         "last_error": "rank 1 on n1: killed by SIGKILL",
@@ -253,7 +249,7 @@ def test_events_survive_torn_lines_and_tell_restarts(tmp_path: Path) -> None:
 def test_a_run_that_died_without_a_word_is_lost(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("train: {steps: 9}")
     EventLog(tmp_path).write("started", attempt=1)
-    assert watch.status(tmp_path).state == "LOST"
+    assert read_status(tmp_path).state == "LOST"
     EventLog(tmp_path).write("failed", attempt=1, reason="why", failure=True)
-    found = watch.status(tmp_path)
-    assert (found.state, found.reason, found.last_error) == ("FAILED", "why", "why")
+    status = read_status(tmp_path)
+    assert (status.state, status.reason, status.last_error) == ("FAILED", "why", "why")
