@@ -531,7 +531,8 @@ def info(
     """Show size, kind and special tokens of a tokenizer, what encodes for it, and how it cuts a
     text.
     """
-    from data_tools.readers.reading import ReadOptions, parse_extensions
+    from data_tools.readers.options import ReadOptions
+    from data_tools.readers.sources import parse_extensions
     from data_tools.tokenizers.training import describe
 
     typer.echo(

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +18,11 @@ from data_tools.job.build import CorpusSettings, ExecutionOptions, write_corpus
 from data_tools.job.splits import Encoded
 from data_tools.job.work_plan import WorkPlan
 from data_tools.job.worker import Steps, held_out_hash
-from data_tools.readers.reading import BadRecord, ReadOptions, Report
+from data_tools.readers.input_file import InputFile, Slice
+from data_tools.readers.options import ReadOptions
+from data_tools.readers.reading import read_records
+from data_tools.readers.records import BadRecord, Origin
+from data_tools.readers.report import Report
 from data_tools.tokenizers.encoders import choose_encoder
 from llada.chat.format import TEMPLATE, Reply
 from llada.chat.template import TemplateError, chat_format
@@ -283,13 +287,19 @@ class ConversationType:
     def open(self, tokenizer: Tokenizer, backend: str) -> Steps:
         chat = Conversations(self.settings, tokenizer)
 
+        def convert(record: object, origin: Origin) -> Conversation:
+            return replace(chat.record(record), place=origin)
+
+        def read(source: InputFile, part: Slice, report: Report) -> Iterator[Conversation]:
+            return read_records(source, part, self.options, report, convert)
+
         def encode(talks: list[Conversation], report: Report) -> Encoded:
             encoded, left_out = chat.encode(talks)
             for note in left_out:
                 report.leave_out(*talks[note.conversation].place, note.reason, note.message)
             return encoded
 
-        return Steps(lambda value, place: replace(chat.record(value), place=place), encode)
+        return Steps(read, encode)
 
 
 def prepare_sft(
@@ -347,5 +357,5 @@ def prepare_sft(
         chat_template=template,
         recorded=recorded,
     )
-    kind = ConversationType(settings, ReadOptions(skip_bad=skip_bad, structured=True))
+    kind = ConversationType(settings, ReadOptions(text_field=None, skip_bad=skip_bad))
     return write_corpus(inputs, output, corpus, kind, effort or ExecutionOptions())

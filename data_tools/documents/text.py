@@ -13,7 +13,10 @@ from data_tools.job.build import CorpusSettings, ExecutionOptions, write_corpus
 from data_tools.job.splits import Encoded
 from data_tools.job.work_plan import WorkPlan
 from data_tools.job.worker import Decontamination, Steps, held_out_hash
-from data_tools.readers.reading import ReadOptions, Report, read_slice
+from data_tools.readers.input_file import InputFile, Slice
+from data_tools.readers.options import ReadOptions
+from data_tools.readers.reading import read_texts
+from data_tools.readers.report import Report
 from data_tools.readers.sources import parse_extensions
 from data_tools.tokenizers.encoders import choose_encoder, open_encoder
 from llada.data.corpus import TEXT, Manifest
@@ -46,7 +49,7 @@ class TextType:
         left = _SAMPLE
         for source in plan.sources[:: max(1, len(plan.sources) // _SAMPLED_SOURCES)]:
             share = max(left // 4, _LONGEST_SAMPLE)
-            for document in read_slice(source, None, self.options, Report()):
+            for document in read_texts(source, None, self.options, Report()):
                 text = document[:_LONGEST_SAMPLE]
                 yield text
                 left, share = left - len(text), share - len(text)
@@ -57,6 +60,9 @@ class TextType:
 
     def open(self, tokenizer: Tokenizer, backend: str) -> Steps:
         encoder = open_encoder(tokenizer, backend)
+
+        def read(source: InputFile, part: Slice, report: Report) -> Iterator[str]:
+            return read_texts(source, part, self.options, report)
 
         def encode(texts: list[str], report: Report) -> Encoded:
             raw = [text.encode("utf-8") for text in texts]
@@ -69,7 +75,7 @@ class TextType:
                 list(map(held_out_hash, raw)),
             )
 
-        return Steps(None, encode)
+        return Steps(read, encode)
 
 
 def _with_eos(flat: I64, lengths: I64, eos_id: int) -> I64:

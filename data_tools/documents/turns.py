@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from data_tools.readers.reading import BadRecord, string_field
+from data_tools.readers.records import BadRecord, string_field
 from llada.chat.format import ROLES, Message
 from llada.errors import UserError, did_you_mean
 

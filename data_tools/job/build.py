@@ -23,7 +23,7 @@ from data_tools.job.pool import Job, run
 from data_tools.job.progress import Progress
 from data_tools.job.work_plan import WorkPlan, digest_of, make_plan
 from data_tools.job.worker import Decontamination, Kind, UnitJob, entry_path, open_contamination
-from data_tools.readers.reading import Report
+from data_tools.readers.report import Report
 from data_tools.readers.sources import find_sources
 from llada.data.corpus import Manifest
 from llada.errors import RunError, TryAgain, UserError

@@ -16,7 +16,7 @@ from data_tools.job.output import Output
 from data_tools.job.splits import append_shard
 from data_tools.job.work_plan import WorkPlan
 from data_tools.job.worker import PARTS, entry_path
-from data_tools.readers.reading import no_document, reasons_of
+from data_tools.readers.report import no_document, reasons_of
 from llada.data.corpus import (
     CONVERSATIONS,
     FORMAT_VERSION,

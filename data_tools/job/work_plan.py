@@ -14,8 +14,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_tools.readers.reading import ReadOptions, Report, measure
-from data_tools.readers.sources import Extent, InputFile, Slice
+from data_tools.readers.input_file import Extent, InputFile, Slice
+from data_tools.readers.options import ReadOptions
+from data_tools.readers.reading import measure
+from data_tools.readers.report import Report
 from llada.errors import UserError
 from llada.files import write_atomically
 

@@ -19,8 +19,9 @@ from data_tools.filters.dedup import HASHES, Duplicates, hashes_path, write_hash
 from data_tools.job.pool import Advance, Work
 from data_tools.job.splits import Encoded, write_batch
 from data_tools.job.work_plan import WorkPlan
-from data_tools.readers.reading import ReadOptions, Record, Report, no_document, read_slice
-from data_tools.readers.sources import DATASET, InputFile
+from data_tools.readers.input_file import DATASET, InputFile, Slice
+from data_tools.readers.options import ReadOptions
+from data_tools.readers.report import Report, no_document
 from llada.data.corpus import TRAIN, VALIDATION
 from llada.data.shards import ShardEntry, SplitWriter, token_dtype
 from llada.errors import UserError
@@ -63,11 +64,11 @@ class Steps(NamedTuple):
     """What a kind does to documents.
 
     Attributes:
-        record: see `data_tools.readers.reading.read_slice`; None: documents are texts.
+        read: the documents of a slice of a source (`data_tools.readers.reading`).
         encode: documents -> ids; what it leaves out of them is counted in the report.
     """
 
-    record: Record | None
+    read: Callable[[InputFile, Slice, Report], Iterator[Any]]
     encode: Callable[[list[Any], Report], Encoded]
 
 
@@ -185,9 +186,7 @@ class _Opened:
             source = self.plan.sources[piece.source]
             _check_unchanged(source)
             before, count = report.skipped.copy(), 0
-            for document in read_slice(
-                source, piece.slice, self.job.kind.options, report, self.steps.record
-            ):
+            for document in self.steps.read(source, piece.slice, report):
                 count += 1
                 yield document
             reasons = {} if count else dict(report.skipped - before)

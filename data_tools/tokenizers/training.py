@@ -15,7 +15,9 @@ from pathlib import Path
 
 import xxhash
 
-from data_tools.readers.reading import ReadOptions, Report, read, sample_texts
+from data_tools.readers.options import ReadOptions
+from data_tools.readers.reading import read_inputs, sample_texts
+from data_tools.readers.report import Report
 from data_tools.readers.sources import parse_extensions
 from data_tools.tokenizers.encoders import choose_encoder
 from data_tools.tokenizers.sentencepiece import ESCAPES, LOSSLESS, parse
@@ -123,7 +125,7 @@ def train_tokenizer(
         raise UserError(f"--sample-bytes: {sample_bytes} is less than 1")
     options = ReadOptions(text_field, parse_extensions(extensions), skip_bad)
     with new_folder(output, force, "a tokenizer", _TOKENIZER_FILES) as folder:
-        sample = sample_passages(read(inputs, options, Report()), sample_bytes)
+        sample = sample_passages(read_inputs(inputs, options, Report()), sample_bytes)
         if kind == "byte-bpe":
             made = train_byte_level_bpe(iter(sample.passages), vocab_size)
         else:
@@ -190,9 +192,7 @@ def describe(
 
 
 def _sample(inputs: Sequence[str | Path], options: ReadOptions) -> list[str]:
-    texts = [
-        text[:_MEASURED_BYTES] for text in sample_texts(inputs, None, _MEASURED_BYTES, options)
-    ]
+    texts = [text[:_MEASURED_BYTES] for text in sample_texts(inputs, _MEASURED_BYTES, options)]
     if not texts:
         raise UserError(f"--input: no text in {', '.join(map(str, inputs))}")
     return texts

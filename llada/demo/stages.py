@@ -207,10 +207,13 @@ def _sources(inputs: list[str] | None) -> tuple[list[str], list[str] | None]:
 def _train_tokenizer(
     inputs: list[str], extensions: list[str] | None, size: int, target: Path
 ) -> None:
+    from data_tools.readers.options import ReadOptions
     from data_tools.readers.reading import sample_texts
+    from data_tools.readers.sources import parse_extensions
     from llada.tokenizer import train_byte_level_bpe
 
-    tokenizer = train_byte_level_bpe(sample_texts(inputs, extensions, _TOKENIZER_BYTES), size)
+    options = ReadOptions(extensions=parse_extensions(extensions))
+    tokenizer = train_byte_level_bpe(sample_texts(inputs, _TOKENIZER_BYTES, options), size)
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     tokenizer.save(partial)

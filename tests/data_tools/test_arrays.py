@@ -18,7 +18,9 @@ from hypothesis import strategies as st
 
 from data_tools.documents.conversations import prepare_sft
 from data_tools.readers.json_arrays import BrokenArray, elements, holds_array
-from data_tools.readers.reading import ReadOptions, Report, read
+from data_tools.readers.options import ReadOptions
+from data_tools.readers.reading import read_inputs
+from data_tools.readers.report import Report
 from llada.data.corpus import SPLITS, Manifest
 from llada.errors import UserError
 from llada.tokenizer import train_byte_level_bpe
@@ -114,7 +116,7 @@ def packed(path: Path, content: bytes) -> Path:
 
 
 def texts(path: Path, report: Report | None = None, **options: Any) -> list[str]:
-    return list(read([path], ReadOptions(**options), report or Report()))
+    return list(read_inputs([path], ReadOptions(**options), report or Report()))
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.JSON", "a.json.gz", "a.json.zst"])

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from data_tools.documents.turns import Fields
-from data_tools.readers.reading import BadRecord
+from data_tools.readers.records import BadRecord
 from llada.chat.format import Message
 from llada.errors import UserError
 

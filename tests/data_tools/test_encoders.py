@@ -362,7 +362,7 @@ def test_a_worker_opens_it_by_name_and_uses_one_thread(
     code = """if True:
         import json, os, pickle, sys
         import numpy
-        from data_tools.encoders import open_encoder
+        from data_tools.tokenizers.encoders import open_encoder
         tokenizer, name, texts = pickle.load(open(sys.argv[1], "rb"))
         before = len(os.listdir("/proc/self/task"))
         encoder = open_encoder(tokenizer, name)

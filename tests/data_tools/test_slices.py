@@ -20,8 +20,11 @@ from pyarrow import parquet
 
 from data_tools.documents.text import prepare
 from data_tools.job.work_plan import cut
-from data_tools.readers.reading import ReadOptions, Report, measure, read, read_slice
-from data_tools.readers.sources import Extent, find_sources
+from data_tools.readers.input_file import Extent
+from data_tools.readers.options import ReadOptions
+from data_tools.readers.reading import measure, read_inputs, read_texts
+from data_tools.readers.report import Report
+from data_tools.readers.sources import find_sources
 from llada.data.corpus import LEFT_OUT, Manifest
 from llada.errors import UserError
 from llada.tokenizer import train_byte_level_bpe
@@ -40,7 +43,7 @@ def sliced(path: Path | str, size: int, **options: Any) -> tuple[list[list[str]]
             [
                 text
                 for piece in unit
-                for text in read_slice(sources[piece.source], piece.slice, settings, report)
+                for text in read_texts(sources[piece.source], piece.slice, settings, report)
             ]
         )
     return found, report
@@ -144,7 +147,9 @@ def test_lengths(tmp_path: Path):
     texts = ["ä" * 5, "b" * 9, "c" * 10, "d" * 20, "e" * 21, "🙂" * 5, "🙂" * 6]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     report = Report()
-    found = list(read([tmp_path / "a.jsonl"], ReadOptions(min_length=10, max_length=20), report))
+    found = list(
+        read_inputs([tmp_path / "a.jsonl"], ReadOptions(min_length=10, max_length=20), report)
+    )
     assert found == ["ä" * 5, "c" * 10, "d" * 20, "🙂" * 5]
     assert report.skipped == {
         "documents shorter than --min-length": 1,
@@ -155,7 +160,7 @@ def test_lengths(tmp_path: Path):
         UserError,
         match=r"no document in .*b.txt \(left out: 1 documents longer than --max-length\)",
     ):
-        list(read([tmp_path / "b.txt"], ReadOptions(max_length=20), Report()))
+        list(read_inputs([tmp_path / "b.txt"], ReadOptions(max_length=20), Report()))
     for wrong, message in (
         ({"min_length": 0}, "--min-length: 0"),
         ({"max_length": 5, "min_length": 6}, "--max-length: 5 is less than"),
@@ -176,12 +181,14 @@ def test_a_line_does_not_need_its_length_in_memory(tmp_path: Path):
     (tmp_path / "c.txt").write_bytes(b"y" * 120_000_000)
     script = (
         "import sys, resource, gzip, orjson\n"
-        "from data_tools.readers.reading import ReadOptions, Report, read\n"
+        "from data_tools.readers.options import ReadOptions\n"
+        "from data_tools.readers.reading import read_inputs\n"
+        "from data_tools.readers.report import Report\n"
         "pages = int(open('/proc/self/statm').read().split()[0])\n"
         "limit = pages * resource.getpagesize() + 70_000_000\n"
         "resource.setrlimit(resource.RLIMIT_AS, (limit, limit))\n"
         "report = Report()\n"
-        "found = list(read([sys.argv[1]], ReadOptions(max_length=4 << 20), report))\n"
+        "found = list(read_inputs([sys.argv[1]], ReadOptions(max_length=4 << 20), report))\n"
         "print(len(found), dict(report.skipped))\n"
     )
     result = subprocess.run(
@@ -359,21 +366,24 @@ def test_patterns(tmp_path: Path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
     report = Report()
-    assert list(read([f"{tmp_path}/*/*.txt"], ReadOptions(), report)) == ["a/1.txt", "b/3.txt"]
-    assert list(read([f"{tmp_path}/**/*.txt"], ReadOptions(), report)) == [
+    assert list(read_inputs([f"{tmp_path}/*/*.txt"], ReadOptions(), report)) == [
+        "a/1.txt",
+        "b/3.txt",
+    ]
+    assert list(read_inputs([f"{tmp_path}/**/*.txt"], ReadOptions(), report)) == [
         "a/1.txt",
         "b/3.txt",
         "b/c/4.txt",
     ]
     with pytest.raises(UserError, match=r"no file matches '.*\*.csv'"):
-        list(read([f"{tmp_path}/*.csv"], ReadOptions(), report))
-    assert list(read([tmp_path / "a", f"{tmp_path}/a/*"], ReadOptions(), report)) == [
+        list(read_inputs([f"{tmp_path}/*.csv"], ReadOptions(), report))
+    assert list(read_inputs([tmp_path / "a", f"{tmp_path}/a/*"], ReadOptions(), report)) == [
         "a/1.txt",
         "a/2.md",
     ]
     assert report.skipped == {"files read already under another name": 2}
     with pytest.raises(UserError, match=r"2.md' is read already as .*2.md"):
-        list(read([tmp_path / "a", tmp_path / "a" / "2.md"], ReadOptions(), report))
+        list(read_inputs([tmp_path / "a", tmp_path / "a" / "2.md"], ReadOptions(), report))
 
 
 def test_what_is_left_out_is_listed_and_evaluation_texts_are_kept_out(tmp_path: Path):

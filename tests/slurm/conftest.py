@@ -27,7 +27,9 @@ import yaml
 from typer.testing import CliRunner
 
 from data_tools.documents.text import prepare
-from data_tools.readers.reading import ReadOptions, Report, read
+from data_tools.readers.options import ReadOptions
+from data_tools.readers.reading import read_inputs
+from data_tools.readers.report import Report
 from launch import status as watch
 from llada import events
 from llada.cli import app
@@ -298,7 +300,7 @@ def corpus(disk: Path) -> Path:
     folder = disk / "runs"
     folder.mkdir()
     library = Path(sysconfig.get_paths()["stdlib"])
-    tokenizer = train_byte_level_bpe(read([library / "json"], ReadOptions(), Report()), 512)
+    tokenizer = train_byte_level_bpe(read_inputs([library / "json"], ReadOptions(), Report()), 512)
     tokenizer.save(folder / "tokenizer")
     prepare(
         [library / "json", library / "email"],
