@@ -27,8 +27,9 @@ from typing import Any
 
 import numpy as np
 
-from data_tools.documents import text as preparation
-from data_tools.job.build import ExecutionOptions
+from data_tools.documents import text
+from data_tools.job.build import prepare_corpus
+from data_tools.job.options import CorpusOptions, ExecutionOptions
 from data_tools.tokenizers.encoders import BACKENDS
 from llada.data.corpus import Corpus
 from llada.tokenizer import Tokenizer
@@ -99,15 +100,16 @@ def measure(
     for workers in (1, 2):
         clock = Clock()
         if workers == 1:  # other processes are not timed inside
-            preparation.open_encoder = clock.wrap(preparation.open_encoder)  # type: ignore[attr-defined]
+            text.open_encoder = clock.wrap(text.open_encoder)  # type: ignore[attr-defined]
         os.sync()
         started = time.perf_counter()
-        manifest = preparation.prepare(
+        manifest = prepare_corpus(
             [corpus],
             scratch / "tokenizer",
             scratch / f"workers-{workers}",
-            validation_fraction=0.0,
-            effort=ExecutionOptions(workers=workers, backend=backend),
+            text.TextType(),
+            CorpusOptions(validation_fraction=0.0),
+            ExecutionOptions(workers=workers, backend=backend),
         )
         seconds[workers] = time.perf_counter() - started
         if workers == 1:

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import yaml
 
-from data_tools.documents.text import prepare
 from data_tools.readers.options import ReadOptions
 from data_tools.readers.reading import read_inputs
 from data_tools.readers.report import Report
 from llada.tokenizer import train_byte_level_bpe
 from tests import processes
+from tests.preparation import prepare
 
 CONFIG: dict[str, Any] = {
     "seed": 5,

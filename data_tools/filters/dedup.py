@@ -11,15 +11,13 @@ from __future__ import annotations
 import bisect
 import os
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-
-from data_tools.job.pool import Advance, Work
 
 U64 = npt.NDArray[np.uint64]
 HASHES, DUPLICATES = "hashes", "duplicates"
@@ -54,7 +52,7 @@ def range_path(folder: Path, number: int) -> Path:
 
 @dataclass(frozen=True)
 class MergeJob:
-    """Merging the ranges; the number of a range is what the pool calls a unit.
+    """Merges the hashes of one range after the other.
 
     Attributes:
         folder: of the unfinished preparation.
@@ -66,10 +64,10 @@ class MergeJob:
     units: int
     ranges: int
 
-    def open(self, step: str) -> Work:
-        return self._merge
-
-    def _merge(self, number: int, advance: Advance) -> None:
+    def merge_range(self, number: int, advance: Callable[[int, int, int], None]) -> None:
+        """Write the documents of a range that repeat an earlier one; `advance` gets their number
+        last, as documents left out.
+        """
         low, high = (min(-(-(n << 64) // self.ranges), (1 << 64)) for n in (number, number + 1))
         parts = list(self._parts(low, high))
         rows = np.concatenate(parts, axis=1) if parts else np.empty((4, 0), dtype=np.uint64)

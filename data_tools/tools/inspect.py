@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from data_tools.job.build import MOST_WORKERS, check_count
 from data_tools.job.finish import summary
+from data_tools.job.options import MAX_WORKERS, check_count
 from data_tools.tools.reply_lengths import length_statistics
 from llada.data.corpus import SPLITS, Corpus, Manifest, Shards, verify_corpus
 from llada.data.shards import ShardEntry
@@ -256,7 +256,7 @@ def check(
         folder: of the corpus.
         workers, progress: see `llada.data.corpus.verify_corpus`.
     """
-    check_count("--workers", workers, MOST_WORKERS)
+    check_count("--workers", workers, MAX_WORKERS)
     found = verify_corpus(folder, workers=workers, progress=progress)
     try:
         manifest = Manifest.load(folder)

@@ -16,6 +16,7 @@ import numpy as np
 
 import llada
 from data_tools.job.progress import progress_bar
+from data_tools.job.splits import replies_of
 from llada.data.corpus import CONVERSATIONS, CORPUS_FILES, SPLITS, Corpus, Manifest
 from llada.data.shards import I64, Shard, ShardEntry, SplitWriter, damaged, token_dtype
 from llada.errors import UserError
@@ -337,15 +338,6 @@ class _Source:
 
     def _replies(self, entry: ShardEntry) -> I64 | None:
         return self.corpus.replies(entry) if self.corpus.manifest.kind == CONVERSATIONS else None
-
-
-def replies_of(replies: I64, first: int, stop: int) -> I64:
-    """The rows of documents first..stop-1, the document counted from `first`."""
-    owner = replies[:, 0]
-    rows = replies[
-        bisect.bisect_left(owner, first) : bisect.bisect_left(owner, stop)
-    ]  # searches that copy nothing
-    return rows - np.array([first, 0, 0, 0, 0])
 
 
 def token_bytes(tokenizer: Tokenizer) -> I64:

@@ -224,21 +224,24 @@ def _train_tokenizer(
 def _prepare(
     inputs: list[str], extensions: list[str] | None, tokenizer: Path, target: Path
 ) -> None:
-    from data_tools.documents.text import prepare
+    from data_tools.documents.text import TextType
+    from data_tools.job.build import prepare_corpus
     from data_tools.job.finish import summary
+    from data_tools.job.options import CorpusOptions
+    from data_tools.readers.options import ReadOptions
+    from data_tools.readers.sources import parse_extensions
 
-    print(
-        summary(
-            prepare(inputs, tokenizer, target, extensions=extensions, validation_fraction=0.02)
-        ),
-        flush=True,
-    )
+    text = TextType(ReadOptions(extensions=parse_extensions(extensions)))
+    options = CorpusOptions(validation_fraction=0.02)
+    print(summary(prepare_corpus(inputs, tokenizer, target, text, options)), flush=True)
 
 
 def _prepare_talks(tokenizer: Path, pairs: Path, target: Path) -> None:
     """Questions about the standard library, whatever the pretraining read."""
-    from data_tools.documents.conversations import prepare_sft
+    from data_tools.documents.conversations import ConversationType
+    from data_tools.job.build import prepare_corpus
     from data_tools.job.finish import summary
+    from data_tools.job.options import CorpusOptions
     from llada.demo.pairs import write_pairs
 
     files = [
@@ -250,7 +253,9 @@ def _prepare_talks(tokenizer: Path, pairs: Path, target: Path) -> None:
         file for file in files if not {"test", "tests"} & set(file.parts)
     ]  # their docstrings explain tests
     print(f"{write_pairs(files, pairs):,} questions and answers in {pairs}", flush=True)
-    print(summary(prepare_sft([pairs], tokenizer, target, validation_fraction=0.03)), flush=True)
+    options = CorpusOptions(validation_fraction=0.03)
+    manifest = prepare_corpus([pairs], tokenizer, target, ConversationType(), options)
+    print(summary(manifest), flush=True)
 
 
 def _export(run: Path, target: Path) -> None:

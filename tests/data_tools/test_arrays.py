@@ -16,7 +16,6 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_tools.documents.conversations import prepare_sft
 from data_tools.readers.json_arrays import BrokenArray, elements, holds_array
 from data_tools.readers.options import ReadOptions
 from data_tools.readers.reading import read_inputs
@@ -25,6 +24,7 @@ from llada.data.corpus import SPLITS, Manifest
 from llada.errors import UserError
 from llada.tokenizer import train_byte_level_bpe
 from tests.data_tools.corpora import documents_of
+from tests.preparation import prepare_sft
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.text(alphabet='a"\\\\[]{},: \n\u00e9')
 VALUES = st.recursive(

@@ -20,7 +20,6 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_tools.documents.text import prepare
 from data_tools.tools.exchange import export, import_datasets
 from data_tools.tools.megatron import IndexedDataset
 from llada.data.corpus import SPLITS, Manifest, verify_corpus
@@ -28,6 +27,7 @@ from llada.errors import UserError
 from llada.tokenizer import Tokenizer, train_byte_level_bpe
 from tests.data_tools.corpora import documents_of, shard_files
 from tests.data_tools.test_cli import refusal, shown
+from tests.preparation import prepare
 
 WORDS = ["masked", "größer", "🙂", "the", "\n", "0x1F", "\t", "\u2028", "日本語", "model", " "]
 

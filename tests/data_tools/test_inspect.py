@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_tools.documents.conversations import prepare_sft
 from data_tools.tools.inspect import as_text, check, describe, sampled_lengths, statistics
 from llada.data.corpus import Corpus, verify_corpus
 from llada.errors import UserError
 from llada.tokenizer import Tokenizer, train_byte_level_bpe
 from tests.data_tools.corpora import documents_of, write_corpus
 from tests.data_tools.test_cli import refusal, shown
+from tests.preparation import prepare_sft
 
 
 @pytest.fixture(scope="module")

@@ -18,14 +18,14 @@ import xxhash
 
 from data_tools.batches import in_batches
 from data_tools.documents import text as module
-from data_tools.documents.text import prepare
 from data_tools.job import worker
-from data_tools.job.build import ExecutionOptions
 from data_tools.job.finish import summary
+from data_tools.job.options import ExecutionOptions
 from data_tools.tools.inspect import check, describe
 from llada.data.corpus import Corpus, Manifest, verify_corpus
 from llada.errors import RunError, UserError
 from llada.tokenizer import Tokenizer, train_byte_level_bpe
+from tests.preparation import prepare
 from tests.stand_ins import like
 
 WORDS = [
@@ -376,7 +376,7 @@ def test_ids_that_no_text_may_have(
         ),
     ):
         prepare(
-            [source], tokenizer, tmp_path / "corpus", effort=ExecutionOptions(backend="library")
+            [source], tokenizer, tmp_path / "corpus", execution=ExecutionOptions(backend="library")
         )
     assert not (tmp_path / "corpus").exists()
 
@@ -449,7 +449,7 @@ def test_progress_goes_to_its_stream(
 
     shown = Terminal()
     manifest = prepare(
-        [source], tokenizer, tmp_path / "corpus", effort=ExecutionOptions(stream=shown)
+        [source], tokenizer, tmp_path / "corpus", execution=ExecutionOptions(stream=shown)
     )
     assert capsys.readouterr() == ("", "")
     line = " ".join(shown.getvalue().split())

@@ -13,8 +13,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_tools.documents.conversations import prepare_sft
-from data_tools.documents.text import prepare
 from data_tools.tools.rewrite import merge, split, token_bytes
 from llada.data.corpus import CONVERSATIONS, SPLITS, Corpus, Manifest, verify_corpus
 from llada.data.shards import REPLY_FIELDS
@@ -22,6 +20,7 @@ from llada.errors import UserError
 from llada.tokenizer import Tokenizer, train_byte_level_bpe
 from tests.data_tools.corpora import documents_of, shard_files, write_corpus
 from tests.data_tools.test_cli import refusal, shown
+from tests.preparation import prepare, prepare_sft
 
 SMALL = settings(
     max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]

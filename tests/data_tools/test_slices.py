@@ -18,7 +18,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from data_tools.documents.text import prepare
 from data_tools.job.work_plan import cut
 from data_tools.readers.input_file import Extent
 from data_tools.readers.options import ReadOptions
@@ -28,6 +27,7 @@ from data_tools.readers.sources import find_sources
 from llada.data.corpus import LEFT_OUT, Manifest
 from llada.errors import UserError
 from llada.tokenizer import train_byte_level_bpe
+from tests.preparation import prepare
 
 TEXTS = [f"{i} " + "größer 🙂 " * (i * 7 % 11) for i in range(60)]
 
@@ -387,7 +387,7 @@ def test_patterns(tmp_path: Path):
 
 
 def test_what_is_left_out_is_listed_and_evaluation_texts_are_kept_out(tmp_path: Path):
-    from data_tools.job.worker import Decontamination
+    from data_tools.job.options import DecontaminationOptions
 
     train_byte_level_bpe(iter(TEXTS), 300).save(tmp_path / "tokenizer")
     question = "what is the capital of the largest country in the whole wide world today"
@@ -403,7 +403,7 @@ def test_what_is_left_out_is_listed_and_evaluation_texts_are_kept_out(tmp_path: 
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     counts = {}
     for drop in (False, True):
-        rule = Decontamination((str(tmp_path / "evaluation.jsonl"),), 13, drop)
+        rule = DecontaminationOptions((str(tmp_path / "evaluation.jsonl"),), 13, drop)
         manifest = prepare(
             [tmp_path / "a.jsonl"],
             tmp_path / "tokenizer",

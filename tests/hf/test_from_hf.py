@@ -17,7 +17,6 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import PretrainedConfig
 
-from data_tools.documents.text import prepare
 from data_tools.readers.options import ReadOptions
 from data_tools.readers.reading import read_inputs
 from data_tools.readers.report import Report
@@ -32,6 +31,7 @@ from llada.tokenizer import MASK, Tokenizer
 from tests.engine.support import OracleTrainer
 from tests.hf.folders import SIZES, llama_folder, published_folder
 from tests.model.oracle import Oracle
+from tests.preparation import prepare
 from tests.stand_ins import like
 from tests.workplace import Workplace
 

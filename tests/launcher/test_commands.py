@@ -14,7 +14,6 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from data_tools.documents.conversations import prepare_sft
 from launch import status as watch
 from llada.cli import app
 from llada.errors import RunError, UserError
@@ -23,6 +22,7 @@ from llada.planning.summary import checkpoint_volume
 from llada.training.configure import load_config
 from llada.training.loop import train
 from llada.training.signals import StopRequest
+from tests.preparation import prepare_sft
 from tests.stand_ins import like
 from tests.workplace import CONFIG, Workplace
 

@@ -26,7 +26,6 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from data_tools.documents.text import prepare
 from data_tools.readers.options import ReadOptions
 from data_tools.readers.reading import read_inputs
 from data_tools.readers.report import Report
@@ -35,6 +34,7 @@ from llada import events
 from llada.cli import app
 from llada.errors import UserError
 from llada.tokenizer import train_byte_level_bpe
+from tests.preparation import prepare
 from tests.slurm.cluster import Cluster, missing, until
 from tests.workplace import CONFIG, Workplace
 

@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 import yaml
 
-from data_tools.documents.text import prepare
 from launch import slurm
 from launch import status as watch
 from llada.data.corpus import Manifest
 from llada.errors import UserError
 from llada.training.configure import load_config
+from tests.preparation import prepare
 from tests.slurm.cluster import until
 from tests.slurm.conftest import STEPS, Place, scenario
 

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 
-from data_tools.documents.text import prepare
 from llada.config import build_config
 from llada.data.base import VALIDATION, short_names
 from llada.data.pretrain import PretrainData
@@ -23,6 +22,7 @@ from llada.objectives import MaskedDiffusion
 from llada.training import validation_files
 from llada.training.validation import Validator, unigram_entropy
 from tests.engine.support import OracleTrainer, canonical
+from tests.preparation import prepare
 from tests.workplace import CONFIG, Workplace
 
 
