@@ -309,7 +309,7 @@ def merge(
 ) -> None:
     """Make one prepared corpus of several of one tokenizer."""
     from data_tools.job.finish import summary
-    from data_tools.tools.rewrite import merge as run
+    from data_tools.tools.merge import merge as run
 
     manifest = run(
         folders, output, shard_tokens=shard_tokens, force=force, progress=sys.stderr.isatty()
@@ -327,7 +327,7 @@ def split(
     ] = False,
 ) -> None:
     """Cut a prepared corpus into several of about equal tokens."""
-    from data_tools.tools.rewrite import split as run
+    from data_tools.tools.split import split as run
 
     for number, manifest in enumerate(
         run(folder, parts, output, force=force, progress=sys.stderr.isatty())
@@ -353,7 +353,7 @@ def export(
     force: Force = False,
 ) -> None:
     """Decode the documents of a prepared corpus to JSON Lines."""
-    from data_tools.tools.exchange import export as run
+    from data_tools.tools.export import export as run
 
     made = run(
         folder,
@@ -393,15 +393,13 @@ def import_(
 ) -> None:
     """Make a prepared corpus of Megatron datasets that other tools tokenized."""
     from data_tools.job.finish import summary
-    from data_tools.tools.exchange import import_datasets
+    from data_tools.tools.import_datasets import ImportOptions, import_datasets
 
     made = import_datasets(
         shards,
         tokenizer,
         output,
-        validation_fraction=validation_fraction,
-        add_special_tokens=add_special_tokens,
-        shard_tokens=shard_tokens,
+        ImportOptions(validation_fraction, add_special_tokens, shard_tokens),
         force=force,
         progress=sys.stderr.isatty(),
     )
@@ -432,14 +430,18 @@ def inspect(
     """Show what a prepared corpus holds."""
     import json
 
-    from data_tools.tools.inspect import as_text, draw, statistics
+    from data_tools.tools.corpus_statistics import corpus_statistics
+    from data_tools.tools.statistics_report import draw_lengths, format_statistics
     from llada.data.corpus import Corpus
 
     corpus = Corpus.open(folder)
-    found = statistics(corpus, samples, sequence_length)
+    statistics = corpus_statistics(corpus, samples, sequence_length)
     if png is not None:
-        draw(found, png)
-    typer.echo(json.dumps(found, ensure_ascii=False) if as_json else as_text(found, corpus))
+        draw_lengths(statistics, png)
+    if as_json:
+        typer.echo(json.dumps(statistics, ensure_ascii=False))
+    else:
+        typer.echo(format_statistics(statistics, corpus))
 
 
 @app.command()
@@ -448,15 +450,15 @@ def verify(
 ) -> None:
     """Recompute checksums and check every token, document and count of a prepared corpus."""
     from data_tools.job.progress import progress_bar
-    from data_tools.tools.inspect import check
+    from data_tools.tools.verify import verify_prepared_corpus
     from llada.data.corpus import Manifest
 
     try:
         total = sum(entry.tokens for entry in Manifest.load(folder).shards)
     except UserError:
-        total = 0  # `check` says what is wrong
+        total = 0  # the verification says what is wrong
     with progress_bar(sys.stderr.isatty(), "verifying", total) as done:
-        found = check(folder, workers, lambda entry: done(entry.tokens))
+        found = verify_prepared_corpus(folder, workers, lambda entry: done(entry.tokens))
     if len(found) == 1:
         raise UserError(found[0])
     for line in found:

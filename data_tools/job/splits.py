@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_tools.tools.rewrite import replies_of
+from data_tools.replies import select_replies
 from llada.data.corpus import TRAIN, VALIDATION
 from llada.data.shards import I64, Shard, ShardEntry, SplitWriter
 from llada.errors import UserError
@@ -34,6 +34,16 @@ class Encoded:
     replies: I64 | None = None
 
 
+def is_held_out(document_hash: int, validation_fraction: float) -> bool:
+    """Return whether a document belongs to the validation split.
+
+    Hashes are uniform in [0, 2^64), so about `validation_fraction` of them are below that share of
+    the range. The rule depends on the document alone: the same text lands on the same side of
+    every corpus with this fraction.
+    """
+    return document_hash / 2**64 < validation_fraction
+
+
 def write_batch(
     batch: Encoded, tokenizer: Tokenizer, writers: dict[str, SplitWriter], fraction: float
 ) -> None:
@@ -53,7 +63,7 @@ def write_batch(
             f"--tokenizer: {tokenizer.name} gave id {token_id} for text; allowed are"
             f" 0..{tokenizer.vocab_size - 1} without the mask token {tokenizer.mask_id}"
         )
-    held_out = np.array([value / 2**64 < fraction for value in batch.hashes])
+    held_out = np.array([is_held_out(value, fraction) for value in batch.hashes])
     if not held_out.any():
         writers[TRAIN].append(flat, batch.lengths, batch.text_bytes, batch.replies)
         return
@@ -75,7 +85,7 @@ def append_shard(writer: SplitWriter, shard: Shard, entry: ShardEntry, replies: 
     go to its first document.
     """
     for first, flat, lengths in shard.runs():
-        own = None if replies is None else replies_of(replies, first, first + len(lengths))
+        own = None if replies is None else select_replies(replies, first, first + len(lengths))
         sizes = np.zeros(len(lengths), dtype=np.int64)
         sizes[0] = 0 if first else entry.text_bytes
         writer.append(flat, lengths, sizes, own)

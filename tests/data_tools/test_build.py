@@ -22,7 +22,7 @@ from data_tools.documents.text import prepare
 from data_tools.filters import dedup
 from data_tools.job import build, pool
 from data_tools.job.build import ExecutionOptions, Unfinished
-from data_tools.tools.inspect import check
+from data_tools.tools.verify import verify_prepared_corpus
 from llada.data.corpus import Manifest
 from llada.errors import RunError, TryAgain, UserError
 from llada.tokenizer import Tokenizer, train_byte_level_bpe
@@ -105,7 +105,7 @@ def make(place: Path, output: Path, **options) -> Manifest:
 def whole(request: pytest.FixtureRequest, place: Path) -> tuple[bool, dict[str, str]]:
     folder = place / f"whole-{request.param}"
     make(place, folder, dedup=request.param)
-    assert check(folder) == []
+    assert verify_prepared_corpus(folder) == []
     return request.param, sums(folder)
 
 

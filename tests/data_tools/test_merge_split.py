@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 
 from data_tools.documents.conversations import prepare_sft
 from data_tools.documents.text import prepare
-from data_tools.tools.rewrite import merge, split, token_bytes
+from data_tools.tools.copying import token_bytes
+from data_tools.tools.merge import merge
+from data_tools.tools.split import split
 from llada.data.corpus import CONVERSATIONS, SPLITS, Corpus, Manifest, verify_corpus
 from llada.data.shards import REPLY_FIELDS
 from llada.errors import UserError
