@@ -490,6 +490,8 @@ def train(
     force: Force = False,
 ) -> None:
     """Train a tokenizer that gives every text back; LLaDA's special tokens take the last ids."""
+    from data_tools.readers.options import ReadOptions
+    from data_tools.readers.sources import parse_extensions
     from data_tools.tokenizers.training import train_tokenizer
 
     made = train_tokenizer(
@@ -498,9 +500,7 @@ def train(
         output,
         kind=kind,
         sample_bytes=sample_bytes,
-        text_field=text_field,
-        extensions=ext,
-        skip_bad=skip_bad,
+        options=ReadOptions(text_field, parse_extensions(ext), skip_bad),
         force=force,
     )
     ids = made.tokenizer
@@ -535,8 +535,10 @@ def info(
     """
     from data_tools.readers.options import ReadOptions
     from data_tools.readers.sources import parse_extensions
-    from data_tools.tokenizers.training import describe
+    from data_tools.tokenizers.description import describe_tokenizer
 
     typer.echo(
-        describe(path, input or [], ReadOptions(text_field, parse_extensions(ext), skip_bad))
+        describe_tokenizer(
+            path, input or [], ReadOptions(text_field, parse_extensions(ext), skip_bad)
+        )
     )
