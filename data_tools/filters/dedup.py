@@ -91,11 +91,11 @@ class MergeJob:
     ranges: int
 
     def open(self, step: str) -> Work:
-        return self._merge
+        return self.merge_range
 
-    def _merge(self, number: int, advance: Advance) -> None:
+    def merge_range(self, number: int, advance: Advance) -> None:
         """Write the duplicates of a range: two rows of uint64, unit and document [2, duplicates],
-        sorted.
+        sorted. `advance` gets their number last, as documents left out.
         """
         rows = self._read_range(number)
         order = np.lexsort((rows[1], rows[0]))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import xxhash
 
-from data_tools.replies import select_replies
 from llada.data.corpus import TRAIN, VALIDATION
 from llada.data.shards import I64, Shard, ShardEntry, SplitWriter
 from llada.errors import UserError
@@ -34,14 +35,21 @@ class Encoded:
     replies: I64 | None = None
 
 
-def is_held_out(document_hash: int, validation_fraction: float) -> bool:
+def is_held_out(key: bytes, fraction: float) -> bool:
     """Return whether a document belongs to the validation split.
 
-    Hashes are uniform in [0, 2^64), so about `validation_fraction` of them are below that share of
-    the range. The rule depends on the document alone: the same text lands on the same side of
-    every corpus with this fraction.
+    The hash depends on the document alone: it stays in its split when inputs are added, reordered
+    or shared out differently, and equal documents are in the same split.
+
+    Args:
+        key: bytes that identify the document; for text, its UTF-8.
+        fraction: share of the documents that is held out, in [0, 1).
     """
-    return document_hash / 2**64 < validation_fraction
+    return _is_held_out_hash(xxhash.xxh3_64_intdigest(key), fraction)
+
+
+def _is_held_out_hash(value: int, fraction: float) -> bool:
+    return value / 2**64 < fraction
 
 
 def write_batch(
@@ -63,7 +71,7 @@ def write_batch(
             f"--tokenizer: {tokenizer.name} gave id {token_id} for text; allowed are"
             f" 0..{tokenizer.vocab_size - 1} without the mask token {tokenizer.mask_id}"
         )
-    held_out = np.array([is_held_out(value, fraction) for value in batch.hashes])
+    held_out = np.array([_is_held_out_hash(value, fraction) for value in batch.hashes])
     if not held_out.any():
         writers[TRAIN].append(flat, batch.lengths, batch.text_bytes, batch.replies)
         return
@@ -85,7 +93,21 @@ def append_shard(writer: SplitWriter, shard: Shard, entry: ShardEntry, replies: 
     go to its first document.
     """
     for first, flat, lengths in shard.runs():
-        own = None if replies is None else select_replies(replies, first, first + len(lengths))
+        own = None if replies is None else replies_of(replies, first, first + len(lengths))
         sizes = np.zeros(len(lengths), dtype=np.int64)
         sizes[0] = 0 if first else entry.text_bytes
         writer.append(flat, lengths, sizes, own)
+
+
+def replies_of(replies: I64, first: int, stop: int) -> I64:
+    """Return the rows of documents first..stop-1, the document counted from `first`.
+
+    Args:
+        replies: rows of REPLY_FIELDS sorted by document; may be memory-mapped.
+        first, stop: documents.
+    """
+    documents = replies[:, 0]
+    # bisect reads a few rows; np.searchsorted would copy the column, which is not contiguous.
+    start_row = bisect.bisect_left(documents, first)
+    stop_row = bisect.bisect_left(documents, stop)
+    return replies[start_row:stop_row] - np.array([first, 0, 0, 0, 0])

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_tools.replies import select_replies
+from data_tools.job.splits import replies_of
 from llada.data.corpus import CONVERSATIONS, Corpus
 from llada.data.shards import I64, Shard, ShardEntry, SplitWriter, damaged
 from llada.tokenizer import Tokenizer
@@ -92,7 +92,7 @@ class DocumentCopier:
 def _replies_of_run(replies: I64 | None, first: int, lengths: I64) -> I64 | None:
     if replies is None:
         return None
-    return select_replies(replies, first, first + len(lengths))
+    return replies_of(replies, first, first + len(lengths))
 
 
 def token_bytes(tokenizer: Tokenizer) -> I64:

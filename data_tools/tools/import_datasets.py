@@ -16,7 +16,6 @@ from data_tools.defaults import SHARD_TOKENS, VALIDATION_FRACTION
 from data_tools.job.finish import new_manifest
 from data_tools.job.progress import progress_bar
 from data_tools.job.splits import is_held_out
-from data_tools.job.worker import held_out_hash
 from data_tools.tools.agreement import TokenizerAgreement
 from data_tools.tools.decoding import decode_documents
 from data_tools.tools.megatron import IndexedDataset
@@ -234,7 +233,7 @@ class _Importer:
                 continue
             ids = flat[start:end]
             agreement.add(ids, text)
-            held_out = is_held_out(held_out_hash(raw), self._validation_fraction)
+            held_out = is_held_out(raw, self._validation_fraction)
             split = VALIDATION if held_out else TRAIN
             documents[split].append((self._with_eos(ids), len(raw)))
         for split, in_split in documents.items():

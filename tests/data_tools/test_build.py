@@ -459,11 +459,11 @@ def test_duplicates_are_merged_a_range_at_a_time(
     make(place, tmp_path / "whole", dedup=True)
     monkeypatch.setattr(dedup, "ROWS_AT_ONCE", 50)
     seen: list[int] = []
-    merge = dedup.MergeJob._merge
+    merge_range = dedup.MergeJob.merge_range
     monkeypatch.setattr(
         dedup.MergeJob,
-        "_merge",
-        lambda self, number, advance: (seen.append(number), merge(self, number, advance)),
+        "merge_range",
+        lambda self, number, advance: (seen.append(number), merge_range(self, number, advance)),
     )
     make(place, tmp_path / "corpus", dedup=True)
     assert seen == list(range(len(everything()) // 50 + 1))

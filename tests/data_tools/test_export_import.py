@@ -25,10 +25,9 @@ from data_tools.tools.export import export
 from data_tools.tools.import_datasets import ImportOptions, import_datasets
 from data_tools.tools.megatron import IndexedDataset
 from llada.data.corpus import SPLITS, Manifest, verify_corpus
-from llada.errors import UserError
 from llada.tokenizer import Tokenizer, train_byte_level_bpe
+from tests.data_tools.commands import expect_refusal, refusal, shown
 from tests.data_tools.corpora import documents_of, shard_files
-from tests.data_tools.test_cli import refusal, shown
 
 WORDS = ["masked", "größer", "🙂", "the", "\n", "0x1F", "\t", "\u2028", "日本語", "model", " "]
 
@@ -66,13 +65,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def tokenizer(place: Path) -> Tokenizer:
     return Tokenizer.load(place / "tok")
-
-
-def expect_refusal(call, *names: str) -> None:
-    with pytest.raises(UserError) as caught:
-        call()
-    assert "\n" not in str(caught.value)
-    assert all(name in str(caught.value) for name in names), str(caught.value)
 
 
 # -- export ----------------------------------------------------------------------------------------

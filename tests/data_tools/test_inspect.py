@@ -17,8 +17,8 @@ from data_tools.tools.verify import verify_prepared_corpus
 from llada.data.corpus import Corpus, verify_corpus
 from llada.errors import UserError
 from llada.tokenizer import Tokenizer, train_byte_level_bpe
+from tests.data_tools.commands import refusal, shown
 from tests.data_tools.corpora import documents_of, inspection, write_corpus
-from tests.data_tools.test_cli import refusal, shown
 
 
 @pytest.fixture(scope="module")
