@@ -11,12 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from data_tools.job.options import (
-    SHARD_TOKENS,
-    CorpusOptions,
-    DecontaminationOptions,
-    ExecutionOptions,
-)
+from data_tools.defaults import SHARD_TOKENS, VALIDATION_FRACTION
+from data_tools.job.options import CorpusOptions, DecontaminationOptions, ExecutionOptions
 from data_tools.options import (
     AddSpecialTokens,
     CorpusFlags,
@@ -54,7 +50,7 @@ def prepare(
     tokenizer: TokenizerPath,
     output: OutputFolder,
     more: MoreInputs = None,
-    validation_fraction: ValidationFraction = 0.005,
+    validation_fraction: ValidationFraction = VALIDATION_FRACTION,
     text_field: TextField = "text",
     ext: Extensions = None,
     skip_bad: SkipBad = False,
@@ -179,7 +175,7 @@ def prepare_sft(
     ] = False,
     validation_fraction: Annotated[
         float, typer.Option(help="Share of the conversations held out, by hash of their question.")
-    ] = 0.005,
+    ] = VALIDATION_FRACTION,
     skip_bad: SkipBad = False,
     *,
     corpus: CorpusFlags,
@@ -247,7 +243,7 @@ def merge(
 ) -> None:
     """Make one prepared corpus of several of one tokenizer."""
     from data_tools.job.finish import summary
-    from data_tools.tools.rewrite import merge as run
+    from data_tools.tools.merge import merge as run
 
     manifest = run(
         folders, output, shard_tokens=shard_tokens, force=force, progress=sys.stderr.isatty()
@@ -265,7 +261,7 @@ def split(
     ] = False,
 ) -> None:
     """Cut a prepared corpus into several of about equal tokens."""
-    from data_tools.tools.rewrite import split as run
+    from data_tools.tools.split import split as run
 
     manifests = run(folder, parts, output, force=force, progress=sys.stderr.isatty())
     for number, manifest in enumerate(manifests):
@@ -288,7 +284,7 @@ def export(
     force: Force = False,
 ) -> None:
     """Decode the documents of a prepared corpus to JSON Lines."""
-    from data_tools.tools.exchange import export as run
+    from data_tools.tools.export import export as run
 
     exported = run(
         folder,
@@ -319,22 +315,20 @@ def import_(
         ),
     ],
     output: OutputFolder,
-    validation_fraction: ValidationFraction = 0.005,
+    validation_fraction: ValidationFraction = VALIDATION_FRACTION,
     add_special_tokens: AddSpecialTokens = False,
     shard_tokens: ShardTokens = SHARD_TOKENS,
     force: Force = False,
 ) -> None:
     """Make a prepared corpus of Megatron datasets that other tools tokenized."""
     from data_tools.job.finish import summary
-    from data_tools.tools.exchange import import_datasets
+    from data_tools.tools.import_datasets import ImportOptions, import_datasets
 
     imported = import_datasets(
         shards,
         tokenizer,
         output,
-        validation_fraction=validation_fraction,
-        add_special_tokens=add_special_tokens,
-        shard_tokens=shard_tokens,
+        ImportOptions(validation_fraction, add_special_tokens, shard_tokens),
         force=force,
         progress=sys.stderr.isatty(),
     )
@@ -367,17 +361,18 @@ def inspect(
     """Show what a prepared corpus holds."""
     import json
 
-    from data_tools.tools.inspect import as_text, draw, statistics
+    from data_tools.tools.corpus_statistics import corpus_statistics
+    from data_tools.tools.statistics_report import draw_lengths, format_statistics
     from llada.data.corpus import Corpus
 
     corpus = Corpus.open(folder)
-    corpus_statistics = statistics(corpus, samples, sequence_length)
+    statistics = corpus_statistics(corpus, samples, sequence_length)
     if png is not None:
-        draw(corpus_statistics, png)
+        draw_lengths(statistics, png)
     if as_json:
-        typer.echo(json.dumps(corpus_statistics, ensure_ascii=False))
+        typer.echo(json.dumps(statistics, ensure_ascii=False))
     else:
-        typer.echo(as_text(corpus_statistics, corpus))
+        typer.echo(format_statistics(statistics, corpus))
 
 
 @app.command()
@@ -387,15 +382,15 @@ def verify(
 ) -> None:
     """Recompute checksums and check every token, document and count of a prepared corpus."""
     from data_tools.job.progress import progress_bar
-    from data_tools.tools.inspect import check
+    from data_tools.tools.verify import verify_prepared_corpus
     from llada.data.corpus import Manifest
 
     try:
         total = sum(entry.tokens for entry in Manifest.load(folder).shards)
     except UserError:
-        total = 0  # `check` reports what is wrong
+        total = 0  # the verification reports what is wrong
     with progress_bar(sys.stderr.isatty(), "verifying", total) as advance:
-        problems = check(folder, workers, lambda entry: advance(entry.tokens))
+        problems = verify_prepared_corpus(folder, workers, lambda entry: advance(entry.tokens))
     # The last line of a failed command is its error. One problem is printed there alone.
     if len(problems) == 1:
         raise UserError(problems[0])
@@ -432,6 +427,8 @@ def train(
     force: Force = False,
 ) -> None:
     """Train a tokenizer that gives every text back; LLaDA's special tokens take the last ids."""
+    from data_tools.readers.options import ReadOptions
+    from data_tools.readers.sources import parse_extensions
     from data_tools.tokenizers.training import train_tokenizer
 
     trained = train_tokenizer(
@@ -440,9 +437,7 @@ def train(
         output,
         kind=kind,
         sample_bytes=sample_bytes,
-        text_field=text_field,
-        extensions=ext,
-        skip_bad=skip_bad,
+        options=ReadOptions(text_field, parse_extensions(ext), skip_bad),
         force=force,
     )
     tokenizer = trained.tokenizer
@@ -473,7 +468,7 @@ def info(
     """Show size, kind, special tokens and encoder of a tokenizer, and how it cuts a text."""
     from data_tools.readers.options import ReadOptions
     from data_tools.readers.sources import parse_extensions
-    from data_tools.tokenizers.training import describe
+    from data_tools.tokenizers.description import describe_tokenizer
 
     reading = ReadOptions(text_field, parse_extensions(ext), skip_bad)
-    typer.echo(describe(path, input or [], reading))
+    typer.echo(describe_tokenizer(path, input or [], reading))

@@ -17,12 +17,8 @@ from typing import Annotated, TypeVar, get_type_hints
 
 import typer
 
-from data_tools.job.options import (
-    SHARD_TOKENS,
-    CorpusOptions,
-    DecontaminationOptions,
-    ExecutionOptions,
-)
+from data_tools.defaults import SHARD_TOKENS
+from data_tools.job.options import CorpusOptions, DecontaminationOptions, ExecutionOptions
 
 R = TypeVar("R")
 

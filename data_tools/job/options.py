@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TextIO
 
+from data_tools.defaults import SHARD_TOKENS, VALIDATION_FRACTION
 from llada.errors import UserError
 
 MAX_WORKERS = 4096
 MAX_TASKS = 1_000_000
 """Larger numbers are typing errors."""
-SHARD_TOKENS = 2**28
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class CorpusOptions:
         UserError: a value out of range.
     """
 
-    validation_fraction: float = 0.005
+    validation_fraction: float = VALIDATION_FRACTION
     add_special_tokens: bool = False
     shard_tokens: int = SHARD_TOKENS
     unit_bytes: int | None = None

@@ -23,7 +23,7 @@ from data_tools.job import build, finish, pool
 from data_tools.job.build import Unfinished
 from data_tools.job.options import ExecutionOptions
 from data_tools.job.worker import UnitWorker
-from data_tools.tools.inspect import check
+from data_tools.tools.verify import verify_prepared_corpus
 from llada.data.corpus import Manifest
 from llada.errors import RunError, TryAgain, UserError
 from llada.tokenizer import Tokenizer, train_byte_level_bpe
@@ -107,7 +107,7 @@ def make(place: Path, output: Path, **options) -> Manifest:
 def whole(request: pytest.FixtureRequest, place: Path) -> tuple[bool, dict[str, str]]:
     folder = place / f"whole-{request.param}"
     make(place, folder, dedup=request.param)
-    assert check(folder) == []
+    assert verify_prepared_corpus(folder) == []
     return request.param, sums(folder)
 
 

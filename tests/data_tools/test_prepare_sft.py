@@ -16,12 +16,12 @@ from data_tools.documents.conversation_records import ConversationFields
 from data_tools.documents.conversations import ConversationSettings, ConversationType
 from data_tools.readers.records import Origin
 from data_tools.readers.report import Report
-from data_tools.tools.inspect import describe
 from llada.chat.format import TEMPLATE, ChatFormat, Message
 from llada.chat.template import TemplateFormat
 from llada.data.corpus import Corpus, Manifest, verify_corpus
 from llada.errors import UserError
 from llada.tokenizer import Tokenizer, train_byte_level_bpe
+from tests.data_tools.corpora import inspection
 from tests.preparation import prepare_sft
 
 PAIRS = [{"prompt": f"What is {i} + {i}?", "response": f"It is {2 * i}."} for i in range(120)]
@@ -455,7 +455,7 @@ def test_lengths_are_told(tokenizer: Path, tmp_path: Path) -> None:
             for p, r in pairs_of(folder, split)
         ]
     )
-    lines = describe(folder).splitlines()
+    lines = inspection(folder).splitlines()
     start = lines.index(f"lengths in tokens of {len(lengths):,} replies:")
     for column, line in enumerate(lines[start + 2 : start + 5]):
         own = np.sort(lengths[:, column])

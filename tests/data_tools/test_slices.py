@@ -52,6 +52,7 @@ def sliced(path: Path | str, size: int, **options: Any) -> tuple[list[list[str]]
 # -- cutting ---------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(
     extents=st.lists(
         st.one_of(

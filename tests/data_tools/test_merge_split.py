@@ -13,13 +13,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_tools.tools.rewrite import merge, split, token_bytes
+from data_tools.tools.copying import token_bytes
+from data_tools.tools.merge import merge
+from data_tools.tools.split import split
 from llada.data.corpus import CONVERSATIONS, SPLITS, Corpus, Manifest, verify_corpus
 from llada.data.shards import REPLY_FIELDS
-from llada.errors import UserError
 from llada.tokenizer import Tokenizer, train_byte_level_bpe
+from tests.data_tools.commands import expect_refusal, refusal, shown
 from tests.data_tools.corpora import documents_of, shard_files, write_corpus
-from tests.data_tools.test_cli import refusal, shown
 from tests.preparation import prepare, prepare_sft
 
 SMALL = settings(
@@ -234,15 +235,6 @@ def pair(tmp_path: Path, tokenizer) -> Path:
     write_corpus(tmp_path / "a", tokenizer, ids_of([[3, 4], [5]]), ids_of([[2]], 30))
     write_corpus(tmp_path / "b", tokenizer, ids_of([[6, 1]], 90))
     return tmp_path
-
-
-def expect_refusal(call, *names: str) -> str:
-    with pytest.raises(UserError) as caught:
-        call()
-    message = str(caught.value)
-    assert "\n" not in message
-    assert all(name in message for name in names), message
-    return message
 
 
 def test_merge_refuses_what_does_not_belong_together(pair: Path, tokenizer):
