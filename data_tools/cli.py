@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from data_tools.defaults import SHARD_TOKENS, VALIDATION_FRACTION
-from data_tools.job.options import CorpusOptions, DecontaminationOptions, ExecutionOptions
+from data_tools.job.options import CorpusOptions, ExecutionOptions
 from data_tools.options import (
     AddSpecialTokens,
+    ConversationFlags,
     CorpusFlags,
     CorpusFolder,
     ExecutionFlags,
@@ -26,6 +27,7 @@ from data_tools.options import (
     ShardTokens,
     SkipBad,
     TextField,
+    TextFlags,
     TokenizerPath,
     ValidationFraction,
     expand_groups,
@@ -49,72 +51,17 @@ def prepare(
     input: Inputs,
     tokenizer: TokenizerPath,
     output: OutputFolder,
-    more: MoreInputs = None,
-    validation_fraction: ValidationFraction = VALIDATION_FRACTION,
-    text_field: TextField = "text",
-    ext: Extensions = None,
-    skip_bad: SkipBad = False,
-    min_length: Annotated[
-        int, typer.Option(help="Leave out shorter texts, in bytes of UTF-8.")
-    ] = 1,
-    max_length: Annotated[
-        int, typer.Option(help="Leave out longer texts, in bytes of UTF-8; bounds memory.")
-    ] = 64 << 20,
-    split: Annotated[str, typer.Option(help="Split of hf: inputs, as in train[:1%].")] = "train",
-    name: Annotated[
-        str | None, typer.Option(help="Configuration of hf: inputs, as in sample-10BT.")
-    ] = None,
-    revision: Annotated[str | None, typer.Option(help="Commit or tag of hf: inputs.")] = None,
-    streaming: Annotated[
-        bool, typer.Option("--streaming", help="Read hf: inputs without downloading them whole.")
-    ] = False,
-    decontaminate: Annotated[
-        list[str] | None,
-        typer.Option(
-            help=(
-                "Leave out documents that overlap the texts of this evaluation file; repeat it for"
-                " more."
-            )
-        ),
-    ] = None,
-    decontaminate_ngram: Annotated[
-        int, typer.Option(min=1, help="Consecutive words that make an overlap.")
-    ] = 13,
-    decontaminate_count: Annotated[
-        bool, typer.Option("--decontaminate-count", help="Count such documents and keep them.")
-    ] = False,
-    backend: Annotated[
-        str, typer.Option(help="Encoder: auto, gigatoken, fastokens or library.")
-    ] = "auto",
-    *,
+    text: TextFlags,
     corpus: CorpusFlags,
     execution: ExecutionFlags,
+    more: MoreInputs = None,
 ) -> None:
     """Tokenize text into a folder of shards that training reads."""
-    from data_tools.documents.text import TextType
-    from data_tools.readers.options import ReadOptions
-    from data_tools.readers.sources import parse_extensions
-
-    execution_options = execution.to_options(backend)
-    reading = ReadOptions(
-        text_field=text_field,
-        extensions=parse_extensions(ext),
-        skip_bad=skip_bad,
-        min_length=min_length,
-        max_length=max_length,
-        split=split,
-        name=name,
-        revision=revision,
-        streaming=streaming,
-    )
-    decontamination = None
-    if decontaminate:
-        decontamination = DecontaminationOptions(
-            tuple(decontaminate), decontaminate_ngram, drop=not decontaminate_count
-        )
-    corpus_options = corpus.to_options(validation_fraction, decontamination)
+    execution_options = execution.to_options(text.backend)
+    document_type = text.document_type()
+    corpus_options = corpus.to_options(text.decontamination())
     inputs = [*input, *(more or [])]
-    _prepare(inputs, tokenizer, output, TextType(reading), corpus_options, execution_options)
+    _prepare(inputs, tokenizer, output, document_type, corpus_options, execution_options)
 
 
 @app.command("prepare-sft")
@@ -123,88 +70,15 @@ def prepare_sft(
     input: Inputs,
     tokenizer: TokenizerPath,
     output: OutputFolder,
-    more: MoreInputs = None,
-    prompt_field: Annotated[str, typer.Option(help="JSONL field with the prompt.")] = "prompt",
-    response_field: Annotated[
-        str, typer.Option(help="JSONL field with the response.")
-    ] = "response",
-    messages_field: Annotated[
-        str, typer.Option(help="JSONL field with a list of turns, each with role and content.")
-    ] = "messages",
-    conversations_field: Annotated[
-        str, typer.Option(help="JSONL field with a list of turns, each with from and value.")
-    ] = "conversations",
-    system_field: Annotated[
-        str, typer.Option(help="JSONL field with a system prompt, if there is one.")
-    ] = "system",
-    context_field: Annotated[
-        str | None,
-        typer.Option(help="JSONL field whose text, if any, follows the prompt of a pair."),
-    ] = None,
-    format: Annotated[
-        str,
-        typer.Option(
-            help=(
-                "auto, prompt-response, messages, sharegpt or alpaca; auto: by the fields of the"
-                " record."
-            )
-        ),
-    ] = "auto",
-    chat_template: Annotated[
-        str,
-        typer.Option(
-            help=(
-                "llada (its own format), tokenizer (the tokenizer's chat template) or a Jinja file."
-            )
-        ),
-    ] = "llada",
-    max_tokens: Annotated[
-        int | None,
-        typer.Option(
-            help="Longest reply with its prompt and EOS, in tokens; longer ones are left out."
-        ),
-    ] = None,
-    truncate: Annotated[
-        bool, typer.Option("--truncate", help="Cut such replies to --max-tokens, without EOS.")
-    ] = False,
-    drop_trailing: Annotated[
-        bool, typer.Option("--drop-trailing", help="Leave out turns after the last reply.")
-    ] = False,
-    join_turns: Annotated[
-        bool, typer.Option("--join-turns", help="Make consecutive turns of one role one turn.")
-    ] = False,
-    validation_fraction: Annotated[
-        float, typer.Option(help="Share of the conversations held out, by hash of their question.")
-    ] = VALIDATION_FRACTION,
-    skip_bad: SkipBad = False,
-    *,
+    conversations: ConversationFlags,
     corpus: CorpusFlags,
     execution: ExecutionFlags,
+    more: MoreInputs = None,
 ) -> None:
     """Encode conversations into a folder of shards that fine-tuning reads."""
-    from data_tools.documents.conversation_records import ConversationFields
-    from data_tools.documents.conversations import (
-        ConversationSettings,
-        ConversationType,
-        read_chat_template,
-    )
-
-    fields = ConversationFields(
-        prompt=prompt_field,
-        response=response_field,
-        messages=messages_field,
-        conversations=conversations_field,
-        system=system_field,
-        context=context_field,
-        form=format,
-        drop_trailing=drop_trailing,
-        join_turns=join_turns,
-    )
     execution_options = execution.to_options()
-    template = read_chat_template(chat_template, tokenizer)
-    settings = ConversationSettings(fields, template, max_tokens, truncate)
-    corpus_options = corpus.to_options(validation_fraction)
-    document_type = ConversationType(settings, chat_template, skip_bad)
+    document_type = conversations.document_type(tokenizer)
+    corpus_options = corpus.to_options()
     inputs = [*input, *(more or [])]
     _prepare(inputs, tokenizer, output, document_type, corpus_options, execution_options)
 

@@ -1,8 +1,8 @@
-"""Options that several `llada data` commands share, each declared once.
+"""Options of the `llada data` commands, each declared once.
 
-Types such as `Inputs` are for single parameters. `CorpusFlags` and `ExecutionFlags` are groups: a
+Types such as `Inputs` are for single parameters. Classes such as `CorpusFlags` are groups: a
 command that takes a group as a parameter gets an option for each of its fields, through
-`expand_groups`. Default values are those of `data_tools.job.options`.
+`expand_groups`. A group also turns its values into the options of the library.
 """
 
 from __future__ import annotations
@@ -13,12 +13,16 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Annotated, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Annotated, TypeVar, get_type_hints
 
 import typer
 
-from data_tools.defaults import SHARD_TOKENS
+from data_tools.defaults import SHARD_TOKENS, VALIDATION_FRACTION
 from data_tools.job.options import CorpusOptions, DecontaminationOptions, ExecutionOptions
+
+if TYPE_CHECKING:
+    from data_tools.documents.conversations import ConversationType
+    from data_tools.documents.text import TextType
 
 R = TypeVar("R")
 
@@ -61,9 +65,162 @@ Force = Annotated[bool, typer.Option("--force", help="Replace what is at --outpu
 
 
 @dataclass(frozen=True)
+class TextFlags:
+    """What `prepare` reads, and how texts are filtered and encoded."""
+
+    text_field: TextField = "text"
+    ext: Extensions = None
+    skip_bad: SkipBad = False
+    min_length: Annotated[int, typer.Option(help="Leave out shorter texts, in bytes of UTF-8.")] = 1
+    max_length: Annotated[
+        int, typer.Option(help="Leave out longer texts, in bytes of UTF-8; bounds memory.")
+    ] = 64 << 20
+    split: Annotated[str, typer.Option(help="Split of hf: inputs, as in train[:1%].")] = "train"
+    name: Annotated[
+        str | None, typer.Option(help="Configuration of hf: inputs, as in sample-10BT.")
+    ] = None
+    revision: Annotated[str | None, typer.Option(help="Commit or tag of hf: inputs.")] = None
+    streaming: Annotated[
+        bool, typer.Option("--streaming", help="Read hf: inputs without downloading them whole.")
+    ] = False
+    decontaminate: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=(
+                "Leave out documents that overlap the texts of this evaluation file; repeat it for"
+                " more."
+            )
+        ),
+    ] = None
+    decontaminate_ngram: Annotated[
+        int, typer.Option(min=1, help="Consecutive words that make an overlap.")
+    ] = DecontaminationOptions.ngram
+    decontaminate_count: Annotated[
+        bool, typer.Option("--decontaminate-count", help="Count such documents and keep them.")
+    ] = False
+    backend: Annotated[
+        str, typer.Option(help="Encoder: auto, gigatoken, fastokens or library.")
+    ] = ExecutionOptions.backend
+
+    def document_type(self) -> TextType:
+        from data_tools.documents.text import TextType
+        from data_tools.readers.options import ReadOptions
+        from data_tools.readers.sources import parse_extensions
+
+        reading = ReadOptions(
+            text_field=self.text_field,
+            extensions=parse_extensions(self.ext),
+            skip_bad=self.skip_bad,
+            min_length=self.min_length,
+            max_length=self.max_length,
+            split=self.split,
+            name=self.name,
+            revision=self.revision,
+            streaming=self.streaming,
+        )
+        return TextType(reading)
+
+    def decontamination(self) -> DecontaminationOptions | None:
+        if not self.decontaminate:
+            return None
+        return DecontaminationOptions(
+            files=tuple(self.decontaminate),
+            ngram=self.decontaminate_ngram,
+            drop=not self.decontaminate_count,
+        )
+
+
+@dataclass(frozen=True)
+class ConversationFlags:
+    """Where `prepare-sft` finds conversations in records, and how it encodes them."""
+
+    prompt_field: Annotated[str, typer.Option(help="JSONL field with the prompt.")] = "prompt"
+    response_field: Annotated[str, typer.Option(help="JSONL field with the response.")] = "response"
+    messages_field: Annotated[
+        str, typer.Option(help="JSONL field with a list of turns, each with role and content.")
+    ] = "messages"
+    conversations_field: Annotated[
+        str, typer.Option(help="JSONL field with a list of turns, each with from and value.")
+    ] = "conversations"
+    system_field: Annotated[
+        str, typer.Option(help="JSONL field with a system prompt, if there is one.")
+    ] = "system"
+    context_field: Annotated[
+        str | None,
+        typer.Option(help="JSONL field whose text, if any, follows the prompt of a pair."),
+    ] = None
+    format: Annotated[
+        str,
+        typer.Option(
+            help=(
+                "auto, prompt-response, messages, sharegpt or alpaca; auto: by the fields of the"
+                " record."
+            )
+        ),
+    ] = "auto"
+    chat_template: Annotated[
+        str,
+        typer.Option(
+            help=(
+                "llada (its own format), tokenizer (the tokenizer's chat template) or a Jinja file."
+            )
+        ),
+    ] = "llada"
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Longest reply with its prompt and EOS, in tokens; longer ones are left out."
+        ),
+    ] = None
+    truncate: Annotated[
+        bool, typer.Option("--truncate", help="Cut such replies to --max-tokens, without EOS.")
+    ] = False
+    drop_trailing: Annotated[
+        bool, typer.Option("--drop-trailing", help="Leave out turns after the last reply.")
+    ] = False
+    join_turns: Annotated[
+        bool, typer.Option("--join-turns", help="Make consecutive turns of one role one turn.")
+    ] = False
+    skip_bad: SkipBad = False
+
+    def document_type(self, tokenizer: str) -> ConversationType:
+        """Return the type; `tokenizer` is a path, which may have the chat template."""
+        from data_tools.documents.conversation_records import ConversationFields
+        from data_tools.documents.conversations import (
+            ConversationSettings,
+            ConversationType,
+            read_chat_template,
+        )
+
+        fields = ConversationFields(
+            prompt=self.prompt_field,
+            response=self.response_field,
+            messages=self.messages_field,
+            conversations=self.conversations_field,
+            system=self.system_field,
+            context=self.context_field,
+            form=self.format,
+            drop_trailing=self.drop_trailing,
+            join_turns=self.join_turns,
+        )
+        template = read_chat_template(self.chat_template, tokenizer)
+        settings = ConversationSettings(fields, template, self.max_tokens, self.truncate)
+        return ConversationType(settings, self.chat_template, self.skip_bad)
+
+
+@dataclass(frozen=True)
 class CorpusFlags:
     """How `prepare` and `prepare-sft` write a corpus."""
 
+    validation_fraction: Annotated[
+        float,
+        typer.Option(
+            help=(
+                "Share of the documents held out, by hash of their text, or of the question of a"
+                " conversation."
+            )
+        ),
+    ] = VALIDATION_FRACTION
     add_special_tokens: AddSpecialTokens = False
     dedup: Annotated[
         bool, typer.Option("--dedup", help="Leave out exact copies of earlier documents.")
@@ -80,19 +237,15 @@ class CorpusFlags:
     ] = None
     force: Force = False
 
-    def to_options(
-        self,
-        validation_fraction: float,
-        decontamination: DecontaminationOptions | None = None,
-    ) -> CorpusOptions:
+    def to_options(self, decontamination: DecontaminationOptions | None = None) -> CorpusOptions:
         return CorpusOptions(
-            validation_fraction,
-            self.add_special_tokens,
-            self.shard_tokens,
-            self.unit_bytes,
-            self.dedup,
-            decontamination,
-            self.force,
+            validation_fraction=self.validation_fraction,
+            add_special_tokens=self.add_special_tokens,
+            shard_tokens=self.shard_tokens,
+            unit_bytes=self.unit_bytes,
+            dedup=self.dedup,
+            decontamination=decontamination,
+            force=self.force,
         )
 
 

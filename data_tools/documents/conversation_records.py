@@ -230,6 +230,7 @@ def _optional_text(fields: JsonObject, name: str | None) -> str:
             "lines whose field is not a string",
             f"field '{name}' is not a string but {type(text).__name__}",
         )
+    # Blank text is none, but other text is kept with the white space around it.
     if not text.strip():
         return ""
     return text
@@ -284,6 +285,7 @@ def _read_turns(fields: JsonObject, name: str) -> list[Message]:
 
 def _read_turn(turn: object, number: int) -> Message:
     """Return one turn, {"role", "content"} or {"from", "value"}; `number` counts from 1."""
+    # Each turn may have either spelling, in either kind of list: data sets mix them.
     keys = ("role", "content")
     if isinstance(turn, dict) and "from" in turn:
         keys = ("from", "value")

@@ -200,10 +200,12 @@ class ConversationEncoder:
         for conversation, (ids, replies) in zip(documents, encoded, strict=True):
             counted = self._count_bytes(conversation.messages, replies)
             kept, omissions = self._apply_limit(ids, counted)
+            # Reported although the conversation is kept: the counts are of parts, not of documents.
             for omission in (*conversation.omissions, *omissions):
                 report.leave_out(*conversation.origin, omission.reason, omission.message)
             if not kept:
                 continue
+            # Without omissions all tokens are in use, and the ids stay as the format made them.
             if omissions:
                 ids, kept = _drop_unused_tokens(ids, kept, self._tokenizer.eos_id)
             reply_rows += [(len(token_ids), *entry.reply) for entry in kept]
@@ -211,7 +213,8 @@ class ConversationEncoder:
             text_bytes.append(sum(entry.text_bytes for entry in kept))
             split_keys.append(_question(conversation.messages))
 
-        # The empty array gives a batch without conversations its dtype.
+        # The empty array gives a batch without conversations its dtype, and `reshape` gives one
+        # without replies its five columns.
         id_arrays = [np.array(ids, dtype=np.int64) for ids in token_ids]
         return EncodedDocuments(
             flat_tokens=np.concatenate([np.empty(0, dtype=np.int64), *id_arrays]),
@@ -229,6 +232,7 @@ class ConversationEncoder:
             for message in messages
             if message.role == "assistant"
         ]
+        # Numbers are for messages: they do not change when other replies are left out.
         numbered = enumerate(zip(replies, texts, strict=True), start=1)
         return [
             _CountedReply(reply, number, len(text.encode())) for number, (reply, text) in numbered
@@ -280,6 +284,7 @@ class ConversationEncoder:
         """Cut a response to its first `room` tokens."""
         start = entry.reply.response_start
         end = start + room
+        # Tokens may end inside a character: the bytes are those of the decoded text, not a share.
         text = self._tokenizer.decode(ids[start:end])
         return _CountedReply(entry.reply._replace(turn_end=end), entry.number, len(text.encode()))
 
@@ -301,6 +306,7 @@ def _drop_unused_tokens(
     moved: list[_CountedReply] = []
     for entry in replies:
         reply = entry.reply
+        # How far the turn moves towards the start. Its history stays where it is.
         shift = len(kept_ids) - reply.turn_start
         kept_ids += ids[reply.turn_start : reply.turn_end]
         shifted = Reply(

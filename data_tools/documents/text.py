@@ -18,11 +18,11 @@ from llada.data.corpus import TEXT
 from llada.data.shards import I64
 from llada.tokenizer import Tokenizer
 
+# Encoders are compared on a sample of the input. It is small, because the tokenizer's own library,
+# which may be slow, has to encode it too.
 _SAMPLE_CHARACTERS = 1 << 20
-"""Characters of the input on which encoders are compared."""
 _SAMPLE_CHARACTERS_PER_DOCUMENT = 1 << 16
 _SAMPLED_SOURCES = 64
-"""About how many sources the sample is taken from."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,7 @@ class TextType(DocumentType[str]):
         """Yield starts of documents from the first part of every n-th source."""
         step = max(1, len(sources) // _SAMPLED_SOURCES)
         remaining = _SAMPLE_CHARACTERS
+        # Every n-th source: neighbours in a sorted list are often alike.
         for source in sources[::step]:
             # A quarter of what remains: the first sources do not use up the sample, and a sample of
             # few sources still becomes large.
@@ -104,7 +105,7 @@ class TextEncoder:
         return read_texts(source, part, self._reading, report)
 
     def encode(self, documents: list[str], report: Report) -> EncodedDocuments:
-        # A text is held out by its own bytes.
+        # The bytes of a text decide its split.
         raw = [text.encode("utf-8") for text in documents]
         flat, lengths = self._encoder.encode(documents)
         return EncodedDocuments(
@@ -127,6 +128,7 @@ def _append_eos(flat: I64, lengths: I64, eos_id: int) -> I64:
     Returns:
         int64 [tokens + documents].
     """
+    # [2, 4] in the example: each document has one position more than it has ids.
     eos_positions = np.cumsum(lengths + 1) - 1
     with_eos = np.empty(len(flat) + len(lengths), dtype=np.int64)
     is_text = np.ones(len(with_eos), dtype=bool)

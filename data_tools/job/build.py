@@ -59,8 +59,7 @@ def prepare_corpus(
         output: folder to make.
         document_type: how inputs are read and documents are encoded.
         options: how the corpus is written.
-        execution: which part of the work is done here, and how; None does all of it in this
-            process.
+        execution: what is done here, and how; None does everything in this process.
 
     Raises:
         UserError: something is wrong with inputs, tokenizer, options or output.
@@ -76,54 +75,94 @@ def prepare_corpus(
         refuse_inside(output, Path(input_folder), "--output")
     tokenizer = _load_tokenizer(tokenizer_path, options, document_type.chat_template)
 
-    # Settings and sources decide every byte of the corpus. Their digest tells whether a corpus, or
-    # unfinished work, is of this preparation.
     report = Report()
     sources = find_sources(inputs, document_type.read_options, report)
-    manifest_options = {**options.manifest_options(), **document_type.manifest_options()}
-    settings: JsonObject = {
-        **manifest_options,
-        "kind": document_type.name,
-        "tokenizer": tokenizer.fingerprint,
-    }
-    if options.decontamination is not None:
-        settings["evaluation"] = _evaluation_checksums(options.decontamination)
+    settings = _settings(document_type, options, tokenizer)
     digest = digest_of(settings, sources)
 
-    finished = folder.find_finished(digest, settings)
-    if finished is not None:
-        Progress(execution.stream).log(
-            f"{output} is there already, made of the same inputs with the same settings"
-        )
-        return finished
-    if folder.is_written(digest):
-        return folder.publish()
+    existing = _existing_corpus(folder, digest, settings, execution)
+    if existing is not None:
+        return existing
+
+    # Interrupted work goes on with its plan.
     plan = folder.find_unfinished(digest, settings)
     if plan is None:
         plan = make_plan(settings, sources, document_type.read_options, options.unit_bytes, report)
     backend, reason = document_type.choose_backend(tokenizer, plan.sources, execution.backend)
     worker = UnitWorker(folder.partial, document_type, tokenizer, backend, options)
     try:
-        with folder.working(plan, tokenizer), Progress(execution.stream) as progress:
-            explanation = f" ({reason})" if reason else ""
-            progress.log(f"{len(plan.units):,} units; {backend}{explanation}")
-            contamination = open_contamination(options.decontamination)
-            if contamination is not None:
-                progress.log(contamination.summary())
-            _Passes(worker, plan, execution, progress).run()
-            return finish(
-                folder, plan, tokenizer, document_type, manifest_options, options.shard_tokens
-            )
-    except KeyboardInterrupt as interrupt:
-        # Its argument says what is kept; see OutputFolder.working.
-        Progress(execution.stream).log(f"interrupted{interrupt}")
-        raise
+        return _do_units(folder, plan, worker, execution, reason)
     except (RunError, UserError, Unfinished):
-        # Another process may have removed the work folders under this one because all is done.
+        # Another process that finished the corpus may have removed the work folders under this one.
         finished = _finished_meanwhile(folder, digest)
         if finished is not None:
             return finished
         raise
+
+
+def _settings(
+    document_type: DocumentType[Document], options: CorpusOptions, tokenizer: Tokenizer
+) -> JsonObject:
+    """Return all settings that decide, together with the sources, every byte of the corpus.
+
+    A preparation recognises finished and unfinished work of its own by their digest.
+    """
+    settings: JsonObject = {
+        **options.manifest_options(),
+        **document_type.manifest_options(),
+        "kind": document_type.name,
+        "tokenizer": tokenizer.fingerprint,
+    }
+    if options.decontamination is not None:
+        settings["evaluation"] = _evaluation_checksums(options.decontamination)
+    return settings
+
+
+def _existing_corpus(
+    folder: OutputFolder, digest: str, settings: JsonObject, execution: ExecutionOptions
+) -> Manifest | None:
+    """Return the corpus if it is there already; rename it if only that is missing."""
+    finished = folder.find_finished(digest, settings)
+    if finished is not None:
+        Progress(execution.stream).log(
+            f"{folder.output} is there already, made of the same inputs with the same settings"
+        )
+        return finished
+    if folder.is_written(digest):
+        return folder.publish()
+    return None
+
+
+def _do_units(
+    folder: OutputFolder,
+    plan: WorkPlan,
+    worker: UnitWorker[Document],
+    execution: ExecutionOptions,
+    backend_reason: str,
+) -> Manifest:
+    """Do this task's units, and finish the corpus if no unit of another task is left."""
+    try:
+        with folder.working(plan, worker.tokenizer), Progress(execution.stream) as progress:
+            _announce(plan, worker, backend_reason, progress)
+            _Passes(worker, plan, execution, progress).run()
+            return finish(folder, plan, worker)
+    except KeyboardInterrupt as interrupt:
+        # Its argument says what is kept; see OutputFolder.working.
+        Progress(execution.stream).log(f"interrupted{interrupt}")
+        raise
+
+
+def _announce(
+    plan: WorkPlan, worker: UnitWorker[Document], backend_reason: str, progress: Progress
+) -> None:
+    """Log the number of units, the encoder, why no faster one was chosen, and evaluation texts."""
+    line = f"{len(plan.units):,} units; {worker.backend}"
+    if backend_reason:
+        line += f" ({backend_reason})"
+    progress.log(line)
+    contamination = open_contamination(worker.options.decontamination)
+    if contamination is not None:
+        progress.log(contamination.summary())
 
 
 def _load_tokenizer(

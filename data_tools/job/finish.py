@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import llada
-from data_tools.documents.base import Document, DocumentType, JsonObject
+from data_tools.documents.base import Document, JsonObject
 from data_tools.job.output import OutputFolder
 from data_tools.job.splits import append_shard
 from data_tools.job.unit_result import PARTS, UnitResult
 from data_tools.job.work_plan import WorkPlan
+from data_tools.job.worker import UnitWorker
 from data_tools.readers.report import no_document, reasons_of
 from llada.data.corpus import (
     CONVERSATIONS,
@@ -33,14 +35,7 @@ from llada.files import write_atomically
 from llada.tokenizer import Tokenizer
 
 
-def finish(
-    output: OutputFolder,
-    plan: WorkPlan,
-    tokenizer: Tokenizer,
-    document_type: DocumentType[Document],
-    options: JsonObject,
-    shard_tokens: int,
-) -> Manifest:
+def finish(output: OutputFolder, plan: WorkPlan, worker: UnitWorker[Document]) -> Manifest:
     """Make the corpus of the units, all of which are done, and publish it.
 
     Any number of tasks may do this at the same time: they write the same bytes.
@@ -48,66 +43,68 @@ def finish(
     Args:
         output: where the units are.
         plan: of the preparation.
-        tokenizer: of the corpus.
-        document_type: of the documents.
-        options: for the manifest.
-        shard_tokens: tokens with which a shard is full.
+        worker: has done the units.
 
     Raises:
         UserError: there is no document, in one of the named sources or in all.
     """
     folder = output.partial
     results = [UnitResult.load(folder, unit) for unit in range(len(plan.units))]
-    skipped = Counter(plan.skipped)
-    noted = Counter[str]()
-    encoders = Counter[str]()
-    listed = list(plan.listed)
-    parts: list[ShardEntry] = []
-    for result in results:
-        skipped.update(result.skipped)
-        noted.update(result.noted)
-        encoders[result.encoder] += 1
-        listed += result.listed
-        parts += result.shards
+    skipped = _sum_counts([plan.skipped, *(result.skipped for result in results)])
     documents_per_source = _count_documents(plan, results, skipped)
+    parts: list[ShardEntry] = []
+    listed = list(plan.listed)
+    for result in results:
+        parts += result.shards
+        listed += result.listed
     if not parts:
         raise UserError(
-            f"--input: of {sum(documents_per_source):,} documents none is left{reasons_of(skipped)}"
+            f"--input: of {sum(documents_per_source):,} documents none is"
+            f" left{reasons_of(Counter(skipped))}"
         )
 
     # Training shards of the units become shards of the corpus as they are. Each unit has held out
     # only a few documents, so these are put together: windows do not cross shards, and the end of a
     # shard that fills no window is not read.
     training = _rename_parts(folder, [part for part in parts if part.split == TRAIN])
-    held_out = _merge_parts(
-        folder,
-        [part for part in parts if part.split == VALIDATION],
-        tokenizer,
-        document_type,
-        shard_tokens,
-    )
+    held_out = _merge_parts(folder, [part for part in parts if part.split == VALIDATION], worker)
 
     if listed:
         lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in listed]
         write_atomically(folder / LEFT_OUT, "".join(lines))
-    sources = [
-        {"path": source.path, "bytes": source.bytes, "documents": documents}
-        for source, documents in zip(plan.sources, documents_per_source, strict=True)
-        if documents
-    ]
     manifest = new_manifest(
-        tokenizer,
-        kind=document_type.name,
-        options=options,
-        sources=sources,
-        skipped=dict(sorted(skipped.items())),
-        noted=dict(sorted(noted.items())),
-        encoders=dict(sorted(encoders.items())),
+        worker.tokenizer,
+        kind=worker.document_type.name,
+        options={
+            **worker.options.manifest_options(),
+            **worker.document_type.manifest_options(),
+        },
+        sources=_list_sources(plan, documents_per_source),
+        skipped=skipped,
+        noted=_sum_counts(result.noted for result in results),
+        encoders=_sum_counts({result.encoder: 1} for result in results),
         plan=plan.digest,
         shards=[*training, *held_out],
     )
     manifest.save(folder)
     return output.publish()
+
+
+def _sum_counts(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """Add counts up by reason or name, which are sorted: the manifest is the same every time."""
+    total = Counter[str]()
+    for own in counts:
+        total.update(own)
+    return dict(sorted(total.items()))
+
+
+def _list_sources(plan: WorkPlan, documents_per_source: list[int]) -> list[JsonObject]:
+    """Return the manifest's entries of the sources that gave a document."""
+    entries: list[JsonObject] = []
+    for source, documents in zip(plan.sources, documents_per_source, strict=True):
+        if documents:
+            entries.append({"path": source.path, "bytes": source.bytes, "documents": documents})
+    return entries
 
 
 def new_manifest(tokenizer: Tokenizer, **content: Any) -> Manifest:
@@ -130,7 +127,9 @@ def new_manifest(tokenizer: Tokenizer, **content: Any) -> Manifest:
     )
 
 
-def _count_documents(plan: WorkPlan, results: list[UnitResult], skipped: Counter[str]) -> list[int]:
+def _count_documents(
+    plan: WorkPlan, results: list[UnitResult], skipped: dict[str, int]
+) -> list[int]:
     """Return how many documents each source gave, over all units.
 
     Raises:
@@ -148,7 +147,7 @@ def _count_documents(plan: WorkPlan, results: list[UnitResult], skipped: Counter
             raise no_document(source.path, left_out)
     if not any(counts):
         some_paths = ", ".join(source.path for source in plan.sources[:3])
-        raise no_document(some_paths or "the inputs", skipped)
+        raise no_document(some_paths or "the inputs", Counter(skipped))
     return counts
 
 
@@ -183,18 +182,14 @@ def _rename_parts(folder: Path, parts: list[ShardEntry]) -> list[ShardEntry]:
 
 
 def _merge_parts(
-    folder: Path,
-    parts: list[ShardEntry],
-    tokenizer: Tokenizer,
-    document_type: DocumentType[Document],
-    shard_tokens: int,
+    folder: Path, parts: list[ShardEntry], worker: UnitWorker[Document]
 ) -> list[ShardEntry]:
     """Copy the validation shards of all units, in order, into few shards of the corpus."""
-    dtype = token_dtype(tokenizer.rows)
-    with SplitWriter(folder, VALIDATION, dtype, shard_tokens) as writer:
+    dtype = token_dtype(worker.tokenizer.rows)
+    with SplitWriter(folder, VALIDATION, dtype, worker.options.shard_tokens) as writer:
         for part in parts:
             path = folder / PARTS / part.name
-            append_shard(writer, Shard(path), part, document_type.reply_index(path))
+            append_shard(writer, Shard(path), part, worker.document_type.reply_index(path))
         return writer.finish()
 
 
