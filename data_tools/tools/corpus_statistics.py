@@ -116,6 +116,7 @@ def corpus_statistics(
     for split in SPLITS:
         if manifest.of(split):
             statistics = _split_statistics(corpus, split, sequence_length, max_exact)
+            # Behind the windows, so that the JSON keeps this order.
             statistics["samples"] = _samples(corpus.shards(split), samples, tokenizer)
             splits[split] = statistics
     return {

@@ -84,6 +84,7 @@ def export(
         progress_bar(progress, "exporting", sum(entry.tokens for entry in entries)) as advance,
     ):
         for entry in entries:
+            # A damaged shard would become text that looks right.
             for shard_file in corpus.files_of(entry):
                 shard_file.check_hash()
             for _, flat, lengths in corpus.shard(entry).runs():
@@ -122,6 +123,7 @@ def _compressor(file: BinaryIO, suffix: str) -> Iterator[_Writer]:
     elif suffix == ".zst":
         import zstandard
 
+        # The caller still has to sync the file, so it must not be closed.
         with zstandard.ZstdCompressor(level=3).stream_writer(file, closefd=False) as zstd_file:
             yield zstd_file
     else:

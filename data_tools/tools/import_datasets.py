@@ -6,7 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypedDict
 
@@ -20,7 +20,7 @@ from data_tools.tools.agreement import TokenizerAgreement
 from data_tools.tools.decoding import decode_documents
 from data_tools.tools.megatron import IndexedDataset
 from llada.data.corpus import CORPUS_FILES, SPLITS, TEXT, TRAIN, VALIDATION, Manifest
-from llada.data.shards import I64, SplitWriter, token_dtype
+from llada.data.shards import I64, ShardEntry, SplitWriter, token_dtype
 from llada.errors import UserError
 from llada.files import new_folder
 from llada.tokenizer import Tokenizer
@@ -111,6 +111,7 @@ def import_datasets(
         ExitStack() as stack,
     ):
         tokenizer = Tokenizer.load(tokenizer_path, require_mask=not options.add_special_tokens)
+        # Ids of tokens that are added below cannot be in the data.
         num_data_ids = tokenizer.vocab_size
         if options.add_special_tokens:
             tokenizer = tokenizer.with_special_tokens()
@@ -128,24 +129,33 @@ def import_datasets(
                 f"import: no document in {', '.join(map(str, shards))} that is not empty"
             )
         tokenizer.save(folder / "tokenizer")
-        manifest = new_manifest(
-            tokenizer,
-            kind=TEXT,
-            options={
-                "validation_fraction": options.validation_fraction,
-                "add_special_tokens": options.add_special_tokens,
-                "shard_tokens": options.shard_tokens,
-                "imported": {
-                    "eos_added": importer.eos_added,
-                    "special_inside": importer.special_inside,
-                },
-            },
-            sources=sources,
-            skipped=dict(sorted(importer.skipped.items())),
-            shards=[entry for split in SPLITS for entry in writers[split].finish()],
-        )
+        entries = [entry for split in SPLITS for entry in writers[split].finish()]
+        manifest = _manifest(tokenizer, options, importer, sources, entries)
         manifest.save(folder)
     return ImportResult(manifest, importer.eos_added, importer.special_inside, importer.doubts)
+
+
+def _manifest(
+    tokenizer: Tokenizer,
+    options: ImportOptions,
+    importer: _Importer,
+    sources: list[_Source],
+    entries: list[ShardEntry],
+) -> Manifest:
+    return new_manifest(
+        tokenizer,
+        kind=TEXT,
+        options={
+            **asdict(options),
+            "imported": {
+                "eos_added": importer.eos_added,
+                "special_inside": importer.special_inside,
+            },
+        },
+        sources=sources,
+        skipped=dict(sorted(importer.skipped.items())),
+        shards=entries,
+    )
 
 
 def _open_datasets(shards: Sequence[str | Path]) -> list[IndexedDataset]:
@@ -213,6 +223,7 @@ class _Importer:
             self._check_ids(dataset, first, flat, lengths)
             self._add_run(flat, lengths, agreement)
             advance(len(flat))
+        # Only now: a sample of the whole dataset says more than its first documents.
         self.doubts += agreement.doubts(str(dataset.bin_path))
         return {
             "path": str(dataset.bin_path),
@@ -229,6 +240,7 @@ class _Importer:
         for start, end, text in zip(ends - lengths, ends, texts, strict=True):
             raw = text.encode()
             if not raw:
+                # No tokens, or special tokens alone.
                 self.skipped["empty documents"] += 1
                 continue
             ids = flat[start:end]
@@ -236,6 +248,7 @@ class _Importer:
             held_out = is_held_out(raw, self._validation_fraction)
             split = VALIDATION if held_out else TRAIN
             documents[split].append((self._with_eos(ids), len(raw)))
+        # One call for each split: a writer's result does not depend on how documents are grouped.
         for split, in_split in documents.items():
             if in_split:
                 self._writers[split].append(

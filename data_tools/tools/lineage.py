@@ -44,8 +44,10 @@ def may_overlap(one: str, other: str) -> bool:
     split in two ways ("x#0/2" and "x#1/3"). Different parts of one split ("x#0/2" and "x#1/2")
     have no document in common.
     """
+    # Compare from the whole to the part of a part, as far as both go.
     for own, others in zip(one.split("#"), other.split("#"), strict=False):
         if own != others:
+            # Different wholes, or parts "number/of": these overlap if the whole was cut otherwise.
             is_part = "/" in own
             return is_part and own.split("/")[1] != others.split("/")[1]
     return True

@@ -147,6 +147,7 @@ class IndexedDataset:
             begins = np.concatenate([[end], ends[:-1]])
             wrong = (lengths < 0) | (self._pointers[first : first + CHUNK] != begins)
             if wrong.any():
+                # A wrong length also moves all that follows; the first one is where it starts.
                 raise UserError(
                     f"{self.idx_path}: sequence {first + int(np.argmax(wrong))} does not begin"
                     " where the one before it ends"
@@ -162,6 +163,7 @@ class IndexedDataset:
             indices = self._indices[first : first + CHUNK].astype(np.int64)
             wrong = np.diff(indices, prepend=previous) < 0
             if first == 0:
+                # The first document begins with the first sequence.
                 wrong[0] = indices[0] != 0
             if wrong.any():
                 raise UserError(

@@ -50,6 +50,7 @@ def merge(
     _check_mergeable(corpora)
     for corpus in corpora:
         refuse_inside(output, corpus.folder, "--output")
+    # Under a temporary name until everything is written.
     with new_folder(output, force, "a prepared corpus", CORPUS_FILES) as folder:
         entries = _copy_shards(corpora, folder, shard_tokens, progress)
         # All corpora have the same tokenizer.
@@ -111,6 +112,7 @@ def _merged_manifest(
     corpora: list[Corpus], shard_tokens: int, entries: list[ShardEntry]
 ) -> Manifest:
     manifests = [corpus.manifest for corpus in corpora]
+    # Options on which all agree are those of the merged corpus; each corpus's own stand beside them.
     fractions = [manifest.options.get("validation_fraction", 0.0) for manifest in manifests]
     options = {
         **_shared_options(manifests),

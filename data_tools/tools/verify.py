@@ -30,6 +30,7 @@ def verify_prepared_corpus(
         manifest = Manifest.load(folder)
     except UserError:
         return problems  # verify_corpus has reported it
+    # Not Corpus.open, which stops at the first file of a wrong size.
     try:
         Corpus(Path(folder), manifest).tokenizer()
     except UserError as error:
