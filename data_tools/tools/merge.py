@@ -112,7 +112,7 @@ def _merged_manifest(
     corpora: list[Corpus], shard_tokens: int, entries: list[ShardEntry]
 ) -> Manifest:
     manifests = [corpus.manifest for corpus in corpora]
-    # Options on which all agree are those of the merged corpus; each corpus's own stand beside them.
+    # Options on which all agree are those of the merged corpus; each corpus's own are kept, too.
     fractions = [manifest.options.get("validation_fraction", 0.0) for manifest in manifests]
     options = {
         **_shared_options(manifests),

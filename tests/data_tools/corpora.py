@@ -59,11 +59,13 @@ def write_corpus(
 
 def documents_of(folder: Path, split: str) -> list[list[int]]:
     """Every document of a split, EOS included, as the index alone says."""
-    found = []
+    documents = []
     for shard in Corpus.open(folder).shards(split):
         ends = np.cumsum(shard.lengths.astype(np.int64))
-        found += [part.tolist() for part in np.split(shard.tokens(0, shard.num_tokens), ends[:-1])]
-    return found
+        documents += [
+            part.tolist() for part in np.split(shard.tokens(0, shard.num_tokens), ends[:-1])
+        ]
+    return documents
 
 
 def inspection(folder: str | Path, samples: int = 3, sequence_length: int | None = None) -> str:

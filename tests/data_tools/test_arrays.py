@@ -95,11 +95,11 @@ def test_memory_holds_an_element_and_not_the_array():
     small, large = b'{"text": "%b"}' % (b"a\\n" * 100), b'{"text": "%b"}' % (b"a" * 3_000_000)
     content = b"[" + b",".join([*[small] * 10_000, large, small]) + b"]"
     tracemalloc.start()
-    found = sum(
+    small_and_too_long = sum(
         1 if raw == small else 100_000 * (raw is None)
         for _, raw in elements(io.BytesIO(content), 1000, 1 << 12)
     )
-    assert found == 110_001
+    assert small_and_too_long == 110_001  # 10,001 small elements, one too long
     assert tracemalloc.get_traced_memory()[1] < 200_000
     tracemalloc.stop()
 

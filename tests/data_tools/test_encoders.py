@@ -334,8 +334,8 @@ def test_difference_names_a_short_text():
 
     texts = ["fine", "x" * 3000, f"{'y ' * 400}\n{'z' * 500}\u1acf{'z' * 500}\nend"]
     assert first_difference(encode(length), encode(length), texts) is None
-    found = first_difference(encode(other), encode(length), texts)
-    assert found is not None and "\\u1acf" in found and len(found) < 60
+    shown = first_difference(encode(other), encode(length), texts)
+    assert shown is not None and "\\u1acf" in shown and len(shown) < 60
     assert first_difference(encode(other), encode(length), texts[:2]) is None
 
 

@@ -110,20 +110,20 @@ def test_one_split_is_exported(place: Path, tmp_path: Path):
         split: export(place / "corpus", tmp_path / f"{split}.jsonl", split=split)
         for split in SPLITS
     }
-    found = {
+    exported = {
         split: [json.loads(line)["text"] for line in (tmp_path / f"{split}.jsonl").open("rb")]
         for split in SPLITS
     }
-    assert sorted(chain(*found.values())) == sorted(TEXTS)
+    assert sorted(chain(*exported.values())) == sorted(TEXTS)
     manifest = Manifest.load(place / "corpus")
     for split in SPLITS:
         documents, _, text_bytes = manifest.totals(split)
-        assert len(found[split]) == made[split].documents == documents
+        assert len(exported[split]) == made[split].documents == documents
         assert (
             made[split].text_bytes
             == made[split].prepared_bytes
             == text_bytes
-            == sum(len(t.encode()) for t in found[split])
+            == sum(len(t.encode()) for t in exported[split])
         )
 
 
@@ -220,12 +220,12 @@ def test_datasets_are_read_as_they_were_built(tmp_path_factory, documents, dtype
     dataset = IndexedDataset(path)
     assert dataset.num_documents == len(documents)
     expected = [list(chain.from_iterable(document)) for document in documents]
-    found: list[list[int]] = []
+    documents_read: list[list[int]] = []
     for first, flat, lengths in dataset.runs(limit):
-        assert first == len(found)
+        assert first == len(documents_read)
         assert len(lengths) == 1 or len(flat) <= limit
-        found += [part.tolist() for part in np.split(flat, np.cumsum(lengths)[:-1])]
-    assert found == expected
+        documents_read += [part.tolist() for part in np.split(flat, np.cumsum(lengths)[:-1])]
+    assert documents_read == expected
 
 
 @pytest.mark.parametrize("suffix", ["", ".bin", ".idx"])

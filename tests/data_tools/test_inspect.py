@@ -40,11 +40,14 @@ def corpus(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Pa
 
 
 def test_statistics_are_those_of_plain_counting(corpus: Path, tokenizer: Tokenizer):
-    found = json.loads(shown("inspect", corpus, "--json", "--samples", 5, "--sequence-length", 100))
-    assert found["tokenizer"]["eos_id"] == tokenizer.eos_id
-    assert found["skipped"] == {"empty documents": 2}
+    printed = json.loads(
+        shown("inspect", corpus, "--json", "--samples", 5, "--sequence-length", 100)
+    )
+    assert printed["tokenizer"]["eos_id"] == tokenizer.eos_id
+    assert printed["skipped"] == {"empty documents": 2}
     for split in ("train", "validation"):
-        documents, numbers = documents_of(corpus, split), found["splits"][split]
+        documents = documents_of(corpus, split)
+        numbers = printed["splits"][split]
         lengths = sorted(map(len, documents))
         assert (numbers["documents"], numbers["tokens"]) == (len(lengths), sum(lengths))
         text_bytes = sum(len(tokenizer.decode(ids[:-1]).encode()) for ids in documents)
@@ -98,16 +101,16 @@ def test_large_corpora_are_sampled_and_say_so(tmp_path: Path, tokenizer: Tokeniz
     opened = Corpus.open(folder)
     assert sampled_lengths(opened.shards("train"), 30_000).tolist() == lengths
     everything = corpus_statistics(opened, samples=0, max_exact=8192)
-    found = everything["splits"]["train"]["lengths"]
-    assert 0.8 * 8192 <= found["documents_read"] <= 8192
+    sampled = everything["splits"]["train"]["lengths"]
+    assert 0.8 * 8192 <= sampled["documents_read"] <= 8192
     assert (
-        f"EOS counted, of {found['documents_read']:,} of the 30,000 documents"
+        f"EOS counted, of {sampled['documents_read']:,} of the 30,000 documents"
         in format_statistics(everything, opened)
     )
-    assert found["mean"] == pytest.approx(plain.mean(lengths))
+    assert sampled["mean"] == pytest.approx(plain.mean(lengths))
     stretch = 30_000 / 8 / 300  # of which one block is read, in units of length
-    assert found["median"] == pytest.approx(50, abs=stretch / 2)
-    assert found["p90"] == pytest.approx(90, abs=stretch / 2)
+    assert sampled["median"] == pytest.approx(50, abs=stretch / 2)
+    assert sampled["p90"] == pytest.approx(90, abs=stretch / 2)
 
 
 def test_the_picture_is_one(corpus: Path, tmp_path: Path):
@@ -152,13 +155,15 @@ def test_a_flipped_bit_in_any_file_is_named(tmp_path: Path, tokenizer: Tokenizer
             changed = bytearray(sound)
             changed[offset] ^= 4
             path.write_bytes(changed)
-            found = verify_prepared_corpus(folder, workers)
-            assert found
-            assert all(name in line for line in found), (path, offset, found)
+            problems = verify_prepared_corpus(folder, workers)
+            assert problems
+            assert all(name in line for line in problems), (path, offset, problems)
         path.unlink()
-        found = verify_prepared_corpus(folder, workers)
-        assert found
-        assert all(str(path.parent if path.suffix == ".json" else path) in line for line in found)
+        problems = verify_prepared_corpus(folder, workers)
+        assert problems
+        assert all(
+            str(path.parent if path.suffix == ".json" else path) in line for line in problems
+        )
         path.write_bytes(sound)
     assert verify_prepared_corpus(folder, workers) == []
 

@@ -163,18 +163,19 @@ def test_conversations_keep_their_replies(tmp_path: Path, tokenizer):
 
     def conversations(folder: Path, name: str) -> list[tuple[list[int], list[list[int]]]]:
         """Ids and rows of replies of every document, the rows by a plain search."""
-        corpus, found = Corpus.open(folder), []
+        corpus = Corpus.open(folder)
+        documents = []
         for entry in corpus.manifest.of(name):
             shard, rows = corpus.shard(entry), corpus.replies(entry)
             starts = np.concatenate([[0], np.cumsum(shard.lengths[:])])
             for i in range(shard.num_documents):
-                found.append(
+                documents.append(
                     (
                         shard.tokens(int(starts[i]), int(starts[i + 1])).tolist(),
                         rows[rows[:, 0] == i, 1:].tolist(),
                     )
                 )
-        return found
+        return documents
 
     merged = merge([tmp_path / "a", tmp_path / "b"], tmp_path / "ab", shard_tokens=350)
     assert merged.kind == CONVERSATIONS

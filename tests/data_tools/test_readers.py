@@ -92,8 +92,8 @@ def test_any_text_comes_back_wherever_frames_end(
     for suffix, compress in (("", bytes), (".gz", gzip.compress), (".zst", zstandard.compress)):
         path = tmp_path / f"a.jsonl{suffix}"
         path.write_bytes(b"".join(compress(part) for part in parts if part))
-        found, report = read_all(path)
-        assert found == [text for text in texts if text]
+        texts_read, report = read_all(path)
+        assert texts_read == [text for text in texts if text]
         assert report.skipped["documents empty"] == texts.count("")
 
 
@@ -184,9 +184,9 @@ def test_a_compressed_file_that_breaks_off(suffix: str, tmp_path: Path):
     path.write_bytes(packed[: len(packed) // 2])
     for place in (path, path.parent):  # never silently, in a folder neither
         assert "breaks off after" in refusal(place)
-    found, report = read_all(path.parent, skip_bad=True)
-    assert 0 < len(found) < len(texts)
-    assert found == texts[: len(found)]
+    texts_read, report = read_all(path.parent, skip_bad=True)
+    assert 0 < len(texts_read) < len(texts)
+    assert texts_read == texts[: len(texts_read)]
     assert report.skipped == {"files that break off": 1}
 
 
@@ -234,10 +234,10 @@ def test_a_folder(tmp_path: Path):
         "c/lines.jsonl": ["eins", "zwei"],
         "c/more.json.gz": ["drei"],
     }
-    assert texts == [text for found in read_in_order.values() for text in found]
+    assert texts == [text for texts_of_file in read_in_order.values() for text in texts_of_file]
     assert report.sources == [
-        {"path": str(root / name), "bytes": len(contents[name]), "documents": len(found)}
-        for name, found in read_in_order.items()
+        {"path": str(root / name), "bytes": len(contents[name]), "documents": len(texts_of_file)}
+        for name, texts_of_file in read_in_order.items()
     ]
     assert report.skipped == {
         "files with another extension": 3,
