@@ -110,8 +110,8 @@ def draw_loss(output: Path) -> None:
 def draw_denoising(output: Path, text: str, steps: int) -> None:
     """The text after every step of filling its gaps: gaps gray, new tokens green."""
     from llada.sampling import SamplingOptions, infill
-    from llada.sampling.gaps import parse
-    from llada.sampling.models import load
+    from llada.sampling.infilling import parse
+    from llada.sampling.loading import load
 
     model = load(DEMO / "pretrain")
     gapped = parse(text, model.tokenizer)
@@ -123,10 +123,11 @@ def draw_denoising(output: Path, text: str, steps: int) -> None:
     def keep(event: Any) -> None:
         rows.append((event.tokens[0].tolist(), event.committed[0].tolist()))
 
-    infill(model, gapped.tokens, model.specials, SamplingOptions(steps=steps), keep)
+    infill(model, gapped.tokens, model.special_ids, SamplingOptions(steps=steps), keep)
 
     words = [
-        [shown(token, model.specials.mask_id, model.tokenizer) for token in ids] for ids, _ in rows
+        [shown(token, model.special_ids.mask_id, model.tokenizer) for token in ids]
+        for ids, _ in rows
     ]
     columns = LABEL + max(sum(map(len, line)) for line in words)
     # A character of a monospaced font is 0.6 times as wide as it is high; 72 points are an inch.
@@ -142,7 +143,7 @@ def draw_denoising(output: Path, text: str, steps: int) -> None:
         column = LABEL
         for token, is_new, word in zip(ids, written, line, strict=True):
             color = "black"
-            if token == model.specials.mask_id:
+            if token == model.special_ids.mask_id:
                 color = MASKED
             elif is_new:
                 color = NEW

@@ -28,8 +28,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_tools.documents import text as preparation
-from data_tools.job.build import ExecutionOptions
+from data_tools.documents import text
+from data_tools.job.build import prepare_corpus
+from data_tools.job.options import CorpusOptions, ExecutionOptions
 from data_tools.tokenizers.encoders import BACKENDS
 from llada.data.corpus import Corpus
 from llada.tokenizer import Tokenizer
@@ -143,15 +144,16 @@ def run_data_tools(corpus: Path, scratch: Path, workers: int, backend: str) -> O
     clock = EncoderClock()
     if workers == 1:
         # Only this process can be timed inside.
-        preparation.open_encoder = clock.wrap(preparation.open_encoder)  # type: ignore[attr-defined]
+        text.open_encoder = clock.wrap(text.open_encoder)  # type: ignore[attr-defined]
     os.sync()  # earlier writes must not slow this run down
     started = time.perf_counter()
-    manifest = preparation.prepare(
+    manifest = prepare_corpus(
         [corpus],
         scratch / "tokenizer",
         scratch / f"workers-{workers}",
-        validation_fraction=0.0,
-        effort=ExecutionOptions(workers=workers, backend=backend),
+        text.TextType(),
+        CorpusOptions(validation_fraction=0.0),
+        ExecutionOptions(workers=workers, backend=backend),
     )
     seconds = time.perf_counter() - started
     return OurRun(seconds, clock.seconds, manifest.totals("train")[2], manifest.encoders)

@@ -1,1 +1,1 @@
-"""Turning text into prepared corpora: orchestration only, the format is llada.data.shard_format."""
+"""Turn text into prepared corpora, which `llada.data` reads: its file format is defined there."""

@@ -1,4 +1,4 @@
-"""Documents some at a time."""
+"""Group documents into batches of bounded size."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ T = TypeVar("T")
 def in_batches(
     documents: Iterable[T], size_of: Callable[[T], int], limit: int
 ) -> Iterator[list[T]]:
-    """Group documents until their sizes add up to `limit`."""
+    """Yield lists of documents, each just large enough that its sizes add up to `limit`.
+
+    A batch is larger than `limit` by less than its last document; the last batch may be smaller.
+    """
     batch: list[T] = []
     size = 0
     for document in documents:
@@ -19,6 +22,7 @@ def in_batches(
         size += size_of(document)
         if size >= limit:
             yield batch
-            batch, size = [], 0
+            batch = []
+            size = 0
     if batch:
         yield batch

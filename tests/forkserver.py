@@ -46,6 +46,7 @@ MODULES = (
     "llada.sampling.commands",
     "llada.training.loop",
     "data_tools.documents.text",
+    "data_tools.job.build",
     "matplotlib.backends.backend_agg",
     "matplotlib.pyplot",
     "omegaconf",

@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 import yaml
 
-from data_tools.documents.text import prepare
-from data_tools.readers.reading import ReadOptions, Report, read
+from data_tools.readers.options import ReadOptions
+from data_tools.readers.reading import read_inputs
+from data_tools.readers.report import Report
 from llada.tokenizer import train_byte_level_bpe
 from tests import processes
+from tests.preparation import prepare
 
 CONFIG: dict[str, Any] = {
     "seed": 5,
@@ -112,7 +114,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
     """Corpora `corpus` and `other` with one tokenizer, and `whole`, a complete run of CONFIG."""
     folder = tmp_path_factory.mktemp("runs")
     library = Path(sysconfig.get_paths()["stdlib"])
-    tokenizer = train_byte_level_bpe(read([library / "json"], ReadOptions(), Report()), 512)
+    tokenizer = train_byte_level_bpe(read_inputs([library / "json"], ReadOptions(), Report()), 512)
     tokenizer.save(folder / "tokenizer")
     prepare(
         [library / "json", library / "email"],

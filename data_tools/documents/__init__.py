@@ -1,1 +1,1 @@
-"""Kinds of documents: text for pretraining, conversations for fine-tuning."""
+"""Types of documents: text for pretraining, conversations for fine-tuning."""

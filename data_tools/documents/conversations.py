@@ -1,65 +1,61 @@
-"""`llada data prepare-sft`: conversations -> token shards with the place of every reply, in a
-folder of its own.
+"""Documents of conversations, for `llada data prepare-sft`: token ids and a reply index.
+
+A record of the input becomes a `Conversation` in `conversation_records`. Here its turns become ids
+with a chat format, and every reply gets a row that says where it and its prompt lie.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
-from data_tools.documents.turns import Conversation, Fields, Messages
-from data_tools.job.build import CorpusSettings, ExecutionOptions, write_corpus
-from data_tools.job.splits import Encoded
-from data_tools.job.work_plan import WorkPlan
-from data_tools.job.worker import Steps, held_out_hash
-from data_tools.readers.reading import BadRecord, ReadOptions, Report
+from data_tools.documents.base import DocumentEncoder, DocumentType, EncodedDocuments, JsonObject
+from data_tools.documents.conversation_records import (
+    Conversation,
+    ConversationFields,
+    Messages,
+    Omission,
+)
+from data_tools.readers.input_file import InputFile, Slice
+from data_tools.readers.options import ReadOptions
+from data_tools.readers.reading import read_records
+from data_tools.readers.records import BadRecord, Origin
+from data_tools.readers.report import Report
 from data_tools.tokenizers.encoders import choose_encoder
 from llada.chat.format import TEMPLATE, Reply
 from llada.chat.template import TemplateError, chat_format
-from llada.data.manifest import CONVERSATIONS, Manifest
+from llada.data.manifest import CONVERSATIONS
+from llada.data.shard_format import I64
+from llada.data.shard_reader import map_replies
 from llada.errors import UserError, did_you_mean
 from llada.tokenizer import Tokenizer
 
 _PROMPT_TOO_LONG = "replies whose prompt alone takes --max-tokens"
-_TOO_LONG = "replies that with their prompt are longer than --max-tokens"
-_CUT = "ends of replies longer than --max-tokens (--truncate)"
-
-
-class LeftOut(NamedTuple):
-    """Something that was left out of a conversation that could be read.
-
-    Attributes:
-        conversation: its place in the batch.
-        reason: under which it is counted, a plural.
-        message: what it is.
-    """
-
-    conversation: int
-    reason: str
-    message: str
+_REPLY_TOO_LONG = "replies that with their prompt are longer than --max-tokens"
+_REPLY_CUT = "ends of replies longer than --max-tokens (--truncate)"
 
 
 @dataclass(frozen=True)
-class SFTSettings:
-    """How conversations become tokens; plain values, so other processes can have it.
+class ConversationSettings:
+    """How conversations become token ids.
 
     Attributes:
-        fields: how records are read.
-        chat_template: Jinja; TEMPLATE is LLaDA's own format.
-        max_tokens: longest reply with its prompt and EOS; None: any.
-        truncate: cut longer replies to max_tokens instead of leaving them out.
+        fields: how records are parsed.
+        chat_template: Jinja source of the chat template; TEMPLATE is LLaDA's own format.
+        max_tokens: most tokens of a reply with its prompt and EOS; None for no limit.
+        truncate: cut longer replies to `max_tokens` instead of leaving them out.
 
     Raises:
-        UserError: a max_tokens that leaves no room; truncate without it.
+        UserError: `max_tokens` leaves no room for a response; `truncate` without `max_tokens`.
     """
 
-    fields: Fields = field(default_factory=Fields)
+    fields: ConversationFields = field(default_factory=ConversationFields)
     chat_template: str = TEMPLATE
     max_tokens: int | None = None
     truncate: bool = False
@@ -73,279 +69,300 @@ class SFTSettings:
             raise UserError("--truncate: needs --max-tokens, the length to cut to")
 
 
-class Conversations:
-    """The two steps of the preparation: a record -> a conversation, many conversations -> tokens.
+@dataclass(frozen=True)
+class ConversationType(DocumentType[Conversation]):
+    """Documents that are conversations.
 
-    Raises:
-        UserError: a chat template that cannot be used, a tokenizer without the tokens of LLaDA's
-            format.
+    A conversation is held out by the hash of the turns before its first reply, so one question is
+    never in both splits.
+
+    Attributes:
+        settings: how conversations become token ids.
+        template_choice: value of `--chat-template`, recorded in the manifest.
+        skip_bad: count records that are not conversations instead of stopping.
     """
 
-    def __init__(self, settings: SFTSettings, tokenizer: Tokenizer) -> None:
-        self.settings, self._tokenizer = settings, tokenizer
-        self._chat = chat_format(tokenizer, settings.chat_template)
+    name: ClassVar[str] = CONVERSATIONS
+    settings: ConversationSettings = field(default_factory=ConversationSettings)
+    template_choice: str = "llada"
+    skip_bad: bool = False
 
-    def record(self, value: Any) -> Conversation:
-        """The conversation of the JSON value of a line. Raises BadRecord for one that cannot be
-        trained on.
-        """
-        talk = self.settings.fields.conversation(value)
-        try:
-            self._chat.check(talk.messages)
-        except TemplateError as problem:
-            raise BadRecord(problem.reason, str(problem)) from None
-        return talk
+    @property
+    def read_options(self) -> ReadOptions:
+        return ReadOptions(text_field=None, skip_bad=self.skip_bad)
 
-    def encode(self, talks: Sequence[Conversation]) -> tuple[Encoded, list[LeftOut]]:
-        """Tokens of conversations, in their order, and what was left out of them; one of which
-        nothing is left is not among them.
-        """
-        documents: list[list[int]] = []
-        replies: list[tuple[int, int, int, int, int]] = []
-        sizes, hashes, left_out = [], [], []
-        for index, (talk, (ids, found)) in enumerate(
-            zip(talks, self._chat.encode([talk.messages for talk in talks]), strict=True)
-        ):
-            texts = [
-                self._chat.response(message.content)
-                for message in talk.messages
-                if message.role == "assistant"
-            ]
-            numbered = [
-                _Numbered(reply, i + 1, len(text.encode()))
-                for i, (reply, text) in enumerate(zip(found, texts, strict=True))
-            ]
-            kept, notes = self._limited(ids, numbered)
-            left_out += [
-                LeftOut(index, reason, message) for reason, message in (*talk.notes, *notes)
-            ]
-            if not kept:
-                continue
-            ids, kept = _compact(ids, kept, self._tokenizer.eos_id) if notes else (ids, kept)
-            replies += [
-                (len(documents), *(r.history_end, r.turn_start, r.response_start, r.turn_end))
-                for r, _, _ in kept
-            ]
-            documents.append(ids)
-            sizes.append(sum(size for _, _, size in kept))
-            hashes.append(held_out_hash(_question(talk.messages)))
-        encoded = Encoded(
-            flat=np.concatenate(
-                [np.empty(0, dtype=np.int64), *(np.array(ids, dtype=np.int64) for ids in documents)]
-            ),
-            lengths=np.array([len(ids) for ids in documents], dtype=np.int64),
-            text_bytes=np.array(sizes, dtype=np.int64),
-            hashes=hashes,
-            replies=np.array(replies, dtype=np.int64).reshape(-1, 5),
-        )
-        return encoded, left_out
+    @property
+    def chat_template(self) -> str:
+        return self.settings.chat_template
 
-    def _limited(
-        self, ids: list[int], replies: list[_Numbered]
-    ) -> tuple[list[_Numbered], list[tuple[str, str]]]:
-        """The replies that fit max_tokens, or are cut to it, and (reason, message) of each that is
-        not whole.
-        """
-        limit = self.settings.max_tokens
-        if limit is None:
-            return replies, []
-        kept, notes = [], []
-        for reply, number, size in replies:
-            prompt, response = (
-                reply.history_end + reply.response_start - reply.turn_start,
-                reply.turn_end - reply.response_start,
-            )
-            room = limit - prompt
-            if response <= room:
-                kept.append(_Numbered(reply, number, size))
-            elif room <= 0:
-                notes.append(
-                    (
-                        _PROMPT_TOO_LONG,
-                        (
-                            f"reply {number}: its prompt has {prompt:,} tokens, --max-tokens is"
-                            f" {limit:,}"
-                        ),
-                    )
-                )
-            elif not self.settings.truncate:
-                notes.append(
-                    (
-                        _TOO_LONG,
-                        (
-                            f"reply {number}: {prompt + response:,} tokens with its prompt,"
-                            f" --max-tokens is {limit:,}"
-                        ),
-                    )
-                )
-            else:
-                end = reply.response_start + room
-                left = len(self._tokenizer.decode(ids[reply.response_start : end]).encode())
-                kept.append(_Numbered(reply._replace(turn_end=end), number, left))
-                notes.append(
-                    (
-                        _CUT,
-                        (
-                            f"reply {number}: {prompt + response:,} tokens with its prompt, cut to"
-                            f" {limit:,}, without EOS"
-                        ),
-                    )
-                )
-        return kept, notes
+    def manifest_options(self) -> JsonObject:
+        template = self.settings.chat_template.encode()
+        return {
+            **asdict(self.settings.fields),
+            "chat_template": self.template_choice,
+            "chat_template_sha256": hashlib.sha256(template).hexdigest(),
+            "max_tokens": self.settings.max_tokens,
+            "truncate": self.settings.truncate,
+            "skip_bad": self.skip_bad,
+        }
+
+    def text(self, document: Conversation) -> str:
+        return _to_json(document.messages)
+
+    def choose_backend(
+        self, tokenizer: Tokenizer, sources: Sequence[InputFile], requested: str
+    ) -> tuple[str, str]:
+        # Conversations are a small part of all text. The chat format encodes them with the
+        # tokenizer itself, so its own library is the only choice.
+        encoder, _ = choose_encoder(tokenizer, [], "library")
+        return encoder.name, ""
+
+    def open(self, tokenizer: Tokenizer, backend: str) -> DocumentEncoder[Conversation]:
+        return ConversationEncoder(self.settings, self.read_options, tokenizer)
+
+    def reply_index(self, shard: Path) -> I64:
+        return map_replies(Path(f"{shard}.replies"))
 
 
-class _Numbered(NamedTuple):
-    """A reply, its number in the conversation from 1, and the bytes of its text."""
+class _CountedReply(NamedTuple):
+    """A reply of an encoded conversation.
+
+    Attributes:
+        reply: where it and its prompt lie in the tokens.
+        number: which reply of the conversation it is, from 1.
+        text_bytes: UTF-8 bytes of its text.
+    """
 
     reply: Reply
     number: int
-    size: int
+    text_bytes: int
+
+    @property
+    def prompt_tokens(self) -> int:
+        reply = self.reply
+        return reply.history_end + reply.response_start - reply.turn_start
+
+    @property
+    def response_tokens(self) -> int:
+        """Tokens of the response, EOS included."""
+        return self.reply.turn_end - self.reply.response_start
 
 
-def _compact(
-    ids: list[int], replies: list[_Numbered], eos_id: int
-) -> tuple[list[int], list[_Numbered]]:
-    """A conversation with only the tokens that its replies use. It ends with EOS, which is no
-    reply's if the last one was cut.
+class ConversationEncoder:
+    """Parses records into conversations and encodes them.
+
+    Args:
+        settings: how conversations become token ids.
+        read_options: how input files are read.
+        tokenizer: tokenizer of the corpus.
+
+    Raises:
+        UserError: the chat template cannot be used, or the tokenizer lacks tokens of LLaDA's
+            format.
     """
-    out = ids[: max(reply.history_end for reply, _, _ in replies)]
-    moved = []
-    for reply, number, size in replies:
-        shift = len(out) - reply.turn_start
-        out += ids[reply.turn_start : reply.turn_end]
-        new = Reply(
-            reply.history_end,
-            reply.turn_start + shift,
-            reply.response_start + shift,
-            reply.turn_end + shift,
+
+    def __init__(
+        self, settings: ConversationSettings, read_options: ReadOptions, tokenizer: Tokenizer
+    ) -> None:
+        self._settings = settings
+        self._read_options = read_options
+        self._tokenizer = tokenizer
+        self._format = chat_format(tokenizer, settings.chat_template)
+
+    def read(self, source: InputFile, part: Slice, report: Report) -> Iterator[Conversation]:
+        return read_records(source, part, self._read_options, report, self.parse)
+
+    def parse(self, record: object, origin: Origin) -> Conversation:
+        """Make a conversation of a record.
+
+        Args:
+            record: JSON value of a line or an element, or a row as a dict.
+            origin: where it was read.
+
+        Raises:
+            BadRecord: the record is no conversation that can be trained on.
+        """
+        conversation = self._settings.fields.parse(record)
+        try:
+            self._format.check(conversation.messages)
+        except TemplateError as problem:
+            raise BadRecord(problem.reason, str(problem)) from None
+        return replace(conversation, origin=origin)
+
+    def encode(self, documents: list[Conversation], report: Report) -> EncodedDocuments:
+        # Lists with one entry for each conversation that is kept ...
+        token_ids: list[list[int]] = []
+        text_bytes: list[int] = []
+        split_keys: list[bytes] = []
+        # ... and with one for each of its replies.
+        reply_rows: list[tuple[int, int, int, int, int]] = []
+
+        encoded = self._format.encode([conversation.messages for conversation in documents])
+        for conversation, (ids, replies) in zip(documents, encoded, strict=True):
+            counted = self._count_bytes(conversation.messages, replies)
+            kept, omissions = self._apply_limit(ids, counted)
+            # Reported although the conversation is kept: the counts are of parts, not of documents.
+            for omission in (*conversation.omissions, *omissions):
+                report.leave_out(*conversation.origin, omission.reason, omission.message)
+            if not kept:
+                continue
+            # Without omissions all tokens are in use, and the ids stay as the format made them.
+            if omissions:
+                ids, kept = _drop_unused_tokens(ids, kept, self._tokenizer.eos_id)
+            reply_rows += [(len(token_ids), *entry.reply) for entry in kept]
+            token_ids.append(ids)
+            text_bytes.append(sum(entry.text_bytes for entry in kept))
+            split_keys.append(_question(conversation.messages))
+
+        # The empty array gives a batch without conversations its dtype, and `reshape` gives one
+        # without replies its five columns.
+        id_arrays = [np.array(ids, dtype=np.int64) for ids in token_ids]
+        return EncodedDocuments(
+            flat_tokens=np.concatenate([np.empty(0, dtype=np.int64), *id_arrays]),
+            lengths=np.array([len(ids) for ids in token_ids], dtype=np.int64),
+            text_bytes=np.array(text_bytes, dtype=np.int64),
+            split_keys=split_keys,
+            replies=np.array(reply_rows, dtype=np.int64).reshape(-1, 5),
         )
-        moved.append(_Numbered(new, number, size))
-    return out if out[-1] == eos_id else [*out, eos_id], moved
+
+    def _count_bytes(self, messages: Messages, replies: Sequence[Reply]) -> list[_CountedReply]:
+        """Number the replies of a conversation and count the bytes of the text they stand for."""
+        # The format may trim a reply: the text that is trained on counts, not the text of the turn.
+        texts = [
+            self._format.response(message.content)
+            for message in messages
+            if message.role == "assistant"
+        ]
+        # Numbers are for messages: they do not change when other replies are left out.
+        numbered = enumerate(zip(replies, texts, strict=True), start=1)
+        return [
+            _CountedReply(reply, number, len(text.encode())) for number, (reply, text) in numbered
+        ]
+
+    def _apply_limit(
+        self, ids: list[int], replies: list[_CountedReply]
+    ) -> tuple[list[_CountedReply], list[Omission]]:
+        """Leave out or cut the replies that exceed `max_tokens`.
+
+        With max_tokens 10, a prompt of 7 tokens and a response of 5 (EOS included), there is room
+        for 3 response tokens: the reply is left out, or cut to its first 3 tokens, without EOS.
+
+        Returns:
+            The replies that are kept, and what was left out of the others.
+        """
+        limit = self._settings.max_tokens
+        if limit is None:
+            return replies, []
+        kept: list[_CountedReply] = []
+        omissions: list[Omission] = []
+        for entry in replies:
+            room = limit - entry.prompt_tokens
+            total = entry.prompt_tokens + entry.response_tokens
+            if entry.response_tokens <= room:
+                kept.append(entry)
+            elif room <= 0:
+                message = (
+                    f"reply {entry.number}: its prompt has {entry.prompt_tokens:,} tokens,"
+                    f" --max-tokens is {limit:,}"
+                )
+                omissions.append(Omission(_PROMPT_TOO_LONG, message))
+            elif not self._settings.truncate:
+                message = (
+                    f"reply {entry.number}: {total:,} tokens with its prompt,"
+                    f" --max-tokens is {limit:,}"
+                )
+                omissions.append(Omission(_REPLY_TOO_LONG, message))
+            else:
+                kept.append(self._cut(ids, entry, room))
+                message = (
+                    f"reply {entry.number}: {total:,} tokens with its prompt, cut to {limit:,},"
+                    " without EOS"
+                )
+                omissions.append(Omission(_REPLY_CUT, message))
+        return kept, omissions
+
+    def _cut(self, ids: list[int], entry: _CountedReply, room: int) -> _CountedReply:
+        """Cut a response to its first `room` tokens."""
+        start = entry.reply.response_start
+        end = start + room
+        # Tokens may end inside a character: the bytes are those of the decoded text, not a share.
+        text = self._tokenizer.decode(ids[start:end])
+        return _CountedReply(entry.reply._replace(turn_end=end), entry.number, len(text.encode()))
+
+
+def _drop_unused_tokens(
+    ids: list[int], replies: list[_CountedReply], eos_id: int
+) -> tuple[list[int], list[_CountedReply]]:
+    """Keep only the tokens of a conversation that its remaining replies use.
+
+    The tokens of a conversation are its history, then the turn of every reply:
+
+        history  | turn 1 | turn 2 | turn 3          reply 2 was left out
+        history' | turn 1 | turn 3                   history' ends where the last prompt needs it to
+
+    The result ends with EOS, as every document does. After a cut reply that EOS belongs to no
+    reply, so it is not learnt.
+    """
+    kept_ids = ids[: max(entry.reply.history_end for entry in replies)]
+    moved: list[_CountedReply] = []
+    for entry in replies:
+        reply = entry.reply
+        # How far the turn moves towards the start. Its history stays where it is.
+        shift = len(kept_ids) - reply.turn_start
+        kept_ids += ids[reply.turn_start : reply.turn_end]
+        shifted = Reply(
+            history_end=reply.history_end,
+            turn_start=reply.turn_start + shift,
+            response_start=reply.response_start + shift,
+            turn_end=reply.turn_end + shift,
+        )
+        moved.append(entry._replace(reply=shifted))
+    if kept_ids[-1] != eos_id:
+        kept_ids.append(eos_id)
+    return kept_ids, moved
+
+
+def _to_json(messages: Messages) -> str:
+    """Encode turns as JSON, in which no text can be mistaken for another role or turn."""
+    return json.dumps([(message.role, message.content) for message in messages], ensure_ascii=False)
 
 
 def _question(messages: Messages) -> bytes:
-    """The turns before the first reply, unambiguously."""
-    first = next(i for i, message in enumerate(messages) if message.role == "assistant")
-    return json.dumps(
-        [(message.role, message.content) for message in messages[:first]], ensure_ascii=False
-    ).encode()
+    """Return the turns before the first reply, which decide the split of a conversation."""
+    roles = [message.role for message in messages]
+    return _to_json(messages[: roles.index("assistant")]).encode()
 
 
-def chosen_template(choice: str, tokenizer_path: str | Path) -> str:
-    """The text of `--chat-template`: llada, tokenizer, or a file. Raises UserError for anything
-    else.
+def read_chat_template(choice: str, tokenizer_path: str | Path) -> str:
+    """Return the Jinja source that `--chat-template` names.
+
+    Args:
+        choice: "llada" for LLaDA's own format, "tokenizer" for the tokenizer's template, or a file.
+        tokenizer_path: tokenizer of the corpus.
+
+    Raises:
+        UserError: the tokenizer has no template; `choice` is neither a known name nor a file of
+            text.
     """
     if choice == "llada":
         return TEMPLATE
     if choice == "tokenizer":
-        found = Tokenizer.load(tokenizer_path, require_mask=False).chat_template
-        if found is None:
+        template = Tokenizer.load(tokenizer_path, require_mask=False).chat_template
+        if template is None:
             raise UserError(
                 f"--chat-template: {tokenizer_path} has no chat template (chat_template.jinja, or"
                 " chat_template in tokenizer_config.json)"
             )
-        return found
+        return template
     try:
         return Path(choice).read_text(encoding="utf-8")
     except OSError as error:
-        near = did_you_mean(choice, ("llada", "tokenizer"))
+        suggestion = did_you_mean(choice, ("llada", "tokenizer"))
         raise UserError(
-            f"--chat-template: '{choice}'{near} is neither llada nor tokenizer nor a file"
+            f"--chat-template: '{choice}'{suggestion} is neither llada nor tokenizer nor a file"
             f" ({error.strerror})"
         ) from None
     except UnicodeDecodeError:
         raise UserError(
             f"--chat-template: {choice} is not UTF-8; a Jinja template is read"
         ) from None
-
-
-@dataclass(frozen=True)
-class ConversationType:
-    """Documents that are conversations. A conversation is held out by the hash of the turns before
-    its first reply, so one question is never on both sides.
-    """
-
-    settings: SFTSettings
-    options: ReadOptions
-    name: str = CONVERSATIONS
-
-    def text(self, document: Conversation) -> str:
-        return json.dumps(
-            [(message.role, message.content) for message in document.messages], ensure_ascii=False
-        )
-
-    def choose(self, tokenizer: Tokenizer, plan: WorkPlan, wanted: str) -> tuple[str, str]:
-        """Conversations are a small part of all text: their pieces go through the
-        tokenizer itself.
-        """
-        return choose_encoder(tokenizer, [], "library")[0].name, ""
-
-    def open(self, tokenizer: Tokenizer, backend: str) -> Steps:
-        chat = Conversations(self.settings, tokenizer)
-
-        def encode(talks: list[Conversation], report: Report) -> Encoded:
-            encoded, left_out = chat.encode(talks)
-            for note in left_out:
-                report.leave_out(*talks[note.conversation].place, note.reason, note.message)
-            return encoded
-
-        return Steps(lambda value, place: replace(chat.record(value), place=place), encode)
-
-
-def prepare_sft(
-    inputs: Sequence[str | Path],
-    tokenizer_path: str | Path,
-    output: str | Path,
-    *,
-    fields: Fields | None = None,
-    chat_template: str = "llada",
-    max_tokens: int | None = None,
-    truncate: bool = False,
-    validation_fraction: float = 0.005,
-    add_special_tokens: bool = False,
-    skip_bad: bool = False,
-    shard_tokens: int = 2**28,
-    unit_bytes: int | None = None,
-    dedup: bool = False,
-    force: bool = False,
-    effort: ExecutionOptions | None = None,
-) -> Manifest:
-    """Encode conversations with a chat format and write them as a corpus.
-
-    Args:
-        inputs: JSON Lines (also .gz, .zst), Parquet or Arrow files, folders with such, patterns,
-            `hf:` datasets.
-        tokenizer_path, output, validation_fraction, add_special_tokens, shard_tokens, unit_bytes,
-        dedup, force, effort: see
-            `data_tools.documents.text.prepare`.
-        fields: how records are read.
-        chat_template: "llada", "tokenizer" (that of `tokenizer_path`), or a Jinja file.
-        max_tokens, truncate: see SFTSettings.
-        skip_bad: count lines that are no conversations instead of stopping.
-
-    Raises:
-        UserError, RunError, TryAgain, Unfinished: see `data_tools.documents.text.prepare`.
-    """
-    template = chosen_template(chat_template, tokenizer_path)
-    settings = SFTSettings(fields or Fields(), template, max_tokens, truncate)
-    recorded = {
-        **asdict(settings.fields),
-        "chat_template": chat_template,
-        "chat_template_sha256": hashlib.sha256(template.encode()).hexdigest(),
-        "max_tokens": max_tokens,
-        "truncate": truncate,
-        "skip_bad": skip_bad,
-    }
-    corpus = CorpusSettings(
-        tokenizer_path,
-        validation_fraction,
-        add_special_tokens,
-        shard_tokens,
-        unit_bytes,
-        dedup,
-        force=force,
-        chat_template=template,
-        recorded=recorded,
-    )
-    kind = ConversationType(settings, ReadOptions(skip_bad=skip_bad, structured=True))
-    return write_corpus(inputs, output, corpus, kind, effort or ExecutionOptions())

@@ -1,1 +1,1 @@
-"""Removing duplicates and documents that repeat evaluation texts."""
+"""Find duplicates, and documents that repeat evaluation texts."""

@@ -1,4 +1,4 @@
-"""Documents that repeat evaluation texts: those that share a run of n words with one."""
+"""Find documents that repeat evaluation texts: those that share a run of n words with one."""
 
 from __future__ import annotations
 
@@ -9,55 +9,66 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, repeat
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
 from data_tools.readers.compression import open_file
+from data_tools.readers.input_file import extension
 from data_tools.readers.json_arrays import BrokenArray, elements, holds_array
 from llada.errors import UserError
 
 U64 = npt.NDArray[np.uint64]
+I64 = npt.NDArray[np.int64]
 I32 = npt.NDArray[np.int32]
+Bools = npt.NDArray[np.bool_]
 
-# Blocks of scripts without spaces between words: ideographs, kana, hangul syllables. Where they
-# hold what is not \w, it is no word.
-_ALONE = (
-    "\u3005-\u3007\u3040-\u30ff\u3192-\u3195\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7a3\uf900-\ufaff\uff66-\uff9f"
+# Blocks of scripts without spaces between words: ideographs, kana, hangul syllables. A character of
+# these blocks that \w does not match is no word.
+_SINGLE_CHARACTER_WORDS = (
+    "\u3005-\u3007\u3040-\u30ff\u3192-\u3195\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff"
+    "\uac00-\ud7a3\uf900-\ufaff\uff66-\uff9f"
     "\U0001aff0-\U0001b16f\U00020000-\U0003ffff"
 )
-_WORD = re.compile(rf"[^\W{_ALONE}]+|(?=\w)[{_ALONE}]")
+_WORD = re.compile(rf"[^\W{_SINGLE_CHARACTER_WORDS}]+|(?=\w)[{_SINGLE_CHARACTER_WORDS}]")
 _ASCII_WORD = re.compile(r"[a-z0-9_]+")
+
 _MULTIPLIER = 0x9E3779B97F4A7C15
-_FILTER_BITS = 24
-_JSON = (".jsonl", ".json")
+"""2^64 divided by the golden ratio, odd: spreads small numbers over all bits."""
+_MAX_FILTER_BITS = 24
+_UNKNOWN = 0
+"""Number of every word that no evaluation text has; it is in no n-gram."""
+_JSON_EXTENSIONS = (".jsonl", ".json")
 
 
 def words_of(text: str) -> list[str]:
-    r"""The words of a text: lower-cased runs of \w; every ideograph, kana and hangul syllable is a
-    word of its own.
+    r"""Return the words of a text: lower-cased runs of \w. Every ideograph, kana and hangul
+    syllable is a word of its own.
     """
     lowered = text.lower()
-    return (_ASCII_WORD if lowered.isascii() else _WORD).findall(lowered)
+    if lowered.isascii():
+        return _ASCII_WORD.findall(lowered)  # the same words, found faster
+    return _WORD.findall(lowered)
 
 
 class Contamination:
-    """Finds documents that share at least one n-gram of words with an evaluation text. Exact; can
-    be sent to other processes.
+    """Finds documents that share at least one n-gram of words with an evaluation text.
 
-    Words of the evaluation are numbered, others are 0. An n-gram of a document is looked up by a
-    hash of its n numbers, then compared. Memory: 20 bytes a word of the evaluation, its vocabulary,
-    and at most 16 MiB.
+    The words of the evaluation are numbered, all others are 0. An n-gram of a document is looked up
+    by a hash of its n numbers, and then compared, so the result is exact. An instance can be sent
+    to other processes.
+
+    Memory: 20 bytes for a word of the evaluation, its vocabulary, and at most 16 MiB.
 
     Args:
         evaluation_texts: read once.
-        ngram: n, words.
+        ngram: n, in words.
 
     Attributes:
-        texts: evaluation texts, those too short among them.
-        too_short: texts of fewer than n words, which cannot be found.
-        ngrams: different n-grams that are looked for.
+        texts: number of evaluation texts, those too short included.
+        too_short: number of texts of fewer than n words, which cannot be found.
+        ngrams: number of different n-grams that are looked for.
 
     Raises:
         UserError: n less than 1; no text of n words or more.
@@ -67,99 +78,116 @@ class Contamination:
         if ngram < 1:
             raise UserError(f"--decontaminate-ngram: {ngram} is less than 1")
         self.ngram = ngram
-        self.texts = self.too_short = 0
+        self.texts = 0
+        self.too_short = 0
         self._numbers: dict[str, int] = {}
-        parts: list[I32] = []
-        for text in evaluation_texts:
-            words = words_of(text)
-            self.texts += 1
-            if len(words) < ngram:
-                self.too_short += 1
-                continue
-            numbers = (self._numbers.setdefault(word, len(self._numbers) + 1) for word in words)
-            parts.append(np.fromiter(chain(numbers, (0,)), dtype=np.int32, count=len(words) + 1))
-        if not parts:
-            raise UserError(
-                f"--decontaminate: none of the {self.texts} evaluation texts has {ngram} words or"
-                " more"
-            )
-        self._words = np.concatenate(parts)
-        self._places, self._hashes = self._index()
-        self.ngrams = len(self._places)
-        # The first bits of every hash: most n-grams of a document need no search.
-        bits = min(_FILTER_BITS, (16 * self.ngrams).bit_length())
+        self._words = self._number_words(evaluation_texts)
+        self._starts, self._hashes = self._index()
+        self.ngrams = len(self._starts)
+        # Which first bits occur among the hashes: with 16 times as many bits as hashes, most
+        # n-grams of a document need no search.
+        bits = min(_MAX_FILTER_BITS, (16 * self.ngrams).bit_length())
         self._shift = np.uint64(64 - bits)
         self._filter = np.zeros(1 << bits, dtype=np.bool_)
         self._filter[self._hashes >> self._shift] = True
 
-    def summary(self) -> str:
-        """What is looked for, and what cannot be found."""
-        short = (
-            f"; {self.too_short:,} of them have fewer than {self.ngram} words and cannot be found"
-            if self.too_short
-            else ""
-        )
-        return (
-            f"{self.ngrams:,} runs of {self.ngram} words of {self.texts:,} evaluation texts{short}"
-        )
+    def _number_words(self, evaluation_texts: Iterable[str]) -> I32:
+        """Return the numbers of the words of all texts that are long enough, with _UNKNOWN after
+        each text so that no n-gram crosses from one to the next.
+        """
+        parts: list[I32] = []
+        for text in evaluation_texts:
+            words = words_of(text)
+            self.texts += 1
+            if len(words) < self.ngram:
+                self.too_short += 1
+                continue
+            numbers = (self._numbers.setdefault(word, len(self._numbers) + 1) for word in words)
+            with_end = chain(numbers, (_UNKNOWN,))
+            parts.append(np.fromiter(with_end, dtype=np.int32, count=len(words) + 1))
+        if not parts:
+            raise UserError(
+                f"--decontaminate: none of the {self.texts} evaluation texts has {self.ngram} words"
+                " or more"
+            )
+        return np.concatenate(parts)
 
-    def overlaps(self, texts: Sequence[str]) -> npt.NDArray[np.bool_]:
-        """Whether each text shares an n-gram with an evaluation text [len(texts)]."""
-        found = np.zeros(len(texts), dtype=np.bool_)
-        rows = [words_of(text) for text in texts]
-        lengths = np.fromiter((len(row) + 1 for row in rows), dtype=np.int64, count=len(rows))
-        # Behind every text stands a word that no evaluation has: no n-gram crosses from one to the
-        # next.
-        every = chain.from_iterable(chain(row, ("",)) for row in rows)
-        words = np.fromiter(
-            map(self._numbers.get, every, repeat(0)), dtype=np.int32, count=int(lengths.sum())
-        )
-        starts = _known_runs(words, self.ngram)
+    def _index(self) -> tuple[I64, U64]:
+        """Return where each different n-gram starts in the words of the evaluation, sorted by
+        hash, and the hashes.
+        """
+        starts = _starts_of_known_ngrams(self._words, self.ngram)
+        hashes = _hash_ngrams(self._words, starts, self.ngram)
+        order = np.argsort(hashes, kind="stable")
+        starts = starts[order]
+        hashes = hashes[order]
+        # Equal n-grams have equal hashes, so they are neighbours now. Where different n-grams share
+        # a hash, equal ones may not all be: then one is in the index twice, which does no harm.
+        repeats = np.zeros(len(starts), dtype=np.bool_)
+        repeats[1:] = hashes[1:] == hashes[:-1]
+        for offset in range(self.ngram):
+            repeats[1:] &= self._words[starts[1:] + offset] == self._words[starts[:-1] + offset]
+        return starts[~repeats], hashes[~repeats]
+
+    def summary(self) -> str:
+        """Say what is looked for, and what cannot be found."""
+        summary = f"{self.ngrams:,} runs of {self.ngram} words of {self.texts:,} evaluation texts"
+        if self.too_short:
+            summary += (
+                f"; {self.too_short:,} of them have fewer than {self.ngram} words and cannot be"
+                " found"
+            )
+        return summary
+
+    def overlaps(self, texts: Sequence[str]) -> Bools:
+        """Return whether each text shares an n-gram with an evaluation text [len(texts)]."""
+        result = np.zeros(len(texts), dtype=np.bool_)
+        words, lengths = self._numbers_of(texts)
+        starts = _starts_of_known_ngrams(words, self.ngram)
         if not len(starts):
-            return found
-        hashes = _hashes(words, starts, self.ngram)
-        likely = self._filter[hashes >> self._shift]
-        starts, hashes = starts[likely], hashes[likely]
-        low, high = (np.searchsorted(self._hashes, hashes, side=side) for side in ("left", "right"))
-        owners = np.searchsorted(np.cumsum(lengths), starts, side="right")
+            return result
+        hashes = _hash_ngrams(words, starts, self.ngram)
+        passes_filter = self._filter[hashes >> self._shift]
+        starts = starts[passes_filter]
+        hashes = hashes[passes_filter]
+        # n-grams of the evaluation with the same hash: low..high-1 of the index.
+        low = np.searchsorted(self._hashes, hashes, side="left")
+        high = np.searchsorted(self._hashes, hashes, side="right")
+        text_of = np.searchsorted(np.cumsum(lengths), starts, side="right")
         offsets = np.arange(self.ngram)
         for candidate in np.flatnonzero(high > low):
-            owner = owners[candidate]
-            if not found[owner]:
-                # more than one where hashes collide
-                places = self._places[low[candidate] : high[candidate], None] + offsets
-                found[owner] = (
-                    (self._words[places] == words[starts[candidate] + offsets]).all(axis=1).any()
-                )
-        return found
+            text = text_of[candidate]
+            if result[text]:
+                continue
+            # [n-grams with this hash, n]; more than one where hashes collide
+            known = self._starts[low[candidate] : high[candidate], None] + offsets
+            own = starts[candidate] + offsets
+            result[text] = (self._words[known] == words[own]).all(axis=1).any()
+        return result
 
-    def _index(self) -> tuple[npt.NDArray[np.int64], U64]:
-        """Where every different n-gram stands in the evaluation's words, by hash, and
-        the hashes.
+    def _numbers_of(self, texts: Sequence[str]) -> tuple[I32, I64]:
+        """Return the numbers of the words of texts, int32 [words], and how many each text has,
+        int64 [texts]. Each text ends with _UNKNOWN, so that no n-gram crosses to the next.
         """
-        starts = _known_runs(self._words, self.ngram)
-        hashes = _hashes(self._words, starts, self.ngram)
-        order = np.argsort(hashes, kind="stable")
-        starts, hashes = starts[order], hashes[order]
-        again = np.zeros(len(starts), dtype=np.bool_)  # the n-gram before, once more
-        again[1:] = hashes[1:] == hashes[:-1]
-        for offset in range(self.ngram):
-            again[1:] &= self._words[starts[1:] + offset] == self._words[starts[:-1] + offset]
-        return starts[~again], hashes[~again]
+        rows = [words_of(text) for text in texts]
+        lengths = np.fromiter((len(row) + 1 for row in rows), dtype=np.int64, count=len(rows))
+        # The empty word is in no vocabulary.
+        all_words = chain.from_iterable(chain(row, ("",)) for row in rows)
+        numbers = map(self._numbers.get, all_words, repeat(_UNKNOWN))
+        return np.fromiter(numbers, dtype=np.int32, count=int(lengths.sum())), lengths
 
 
-def _known_runs(words: I32, ngram: int) -> npt.NDArray[np.int64]:
-    """Where n words begin none of which is 0."""
-    unknown = np.concatenate([[0], np.cumsum(words == 0)])
-    return (
-        np.flatnonzero(unknown[ngram:] == unknown[:-ngram])
-        if len(words) >= ngram
-        else np.empty(0, dtype=np.int64)
-    )
+def _starts_of_known_ngrams(words: I32, ngram: int) -> I64:
+    """Return where n words start none of which is unknown."""
+    if len(words) < ngram:
+        return np.empty(0, dtype=np.int64)
+    # An n-gram has no unknown word if as many come before its end as before its start.
+    unknown_before = np.concatenate([[0], np.cumsum(words == _UNKNOWN)])
+    return np.flatnonzero(unknown_before[ngram:] == unknown_before[:-ngram])
 
 
-def _hashes(words: I32, starts: npt.NDArray[np.int64], ngram: int) -> U64:
-    """A polynomial over the n words from each start, modulo 2^64."""
+def _hash_ngrams(words: I32, starts: I64, ngram: int) -> U64:
+    """Hash the n words from each start: a polynomial modulo 2^64, which uint64 wraps to."""
     result = np.zeros(len(starts), dtype=np.uint64)
     for offset in range(ngram):
         result = (result + words[starts + offset].astype(np.uint64)) * np.uint64(_MULTIPLIER)
@@ -172,12 +200,12 @@ def _hashes(words: I32, starts: npt.NDArray[np.int64], ngram: int) -> U64:
 def evaluation_texts(
     paths: Sequence[str | Path], setting: str = "--decontaminate"
 ) -> Iterator[str]:
-    """The texts of files: every string in a record of JSON Lines or of a JSON array (.jsonl, .json;
-    .gz and .zst too), nested ones too; any other file whole.
+    """Yield the texts of files: every string in a record of JSON Lines or of a JSON array (.jsonl
+    and .json, also .gz and .zst), nested ones included; any other file as a whole.
 
     Args:
         paths: files.
-        setting: that names them, for messages.
+        setting: option that names them, for messages.
 
     Raises:
         UserError: a file that is missing, cannot be read, is not UTF-8 or not JSON, or has no text.
@@ -185,16 +213,16 @@ def evaluation_texts(
     for path in map(Path, paths):
         if not path.is_file():
             raise UserError(f"{setting}: no file '{path}'")
-        found = False
+        has_text = False
         try:
             for text in _texts_of(path, setting):
-                found = found or bool(text.strip())
+                has_text = has_text or bool(text.strip())
                 yield text
         except UnicodeDecodeError as error:
             raise UserError(f"{setting}: {path} is not UTF-8 ({error})") from None
         except (OSError, EOFError, zlib.error, BrokenArray) as error:
             raise UserError(f"{setting}: {path}: cannot be read ({error})") from None
-        if not found:
+        if not has_text:
             raise UserError(f"{setting}: no text in {path}")
 
 
@@ -202,10 +230,10 @@ def _texts_of(path: Path, setting: str) -> Iterator[str]:
     import orjson
 
     with open_file(str(path)) as file:
-        if not _is_json(path):
+        if extension(path) not in _JSON_EXTENSIONS:
             yield file.read().decode("utf-8-sig")
             return
-        for where, raw in _records(path, file):
+        for where, raw in _json_records(path, file):
             try:
                 record = orjson.loads(raw)
             except ValueError as error:
@@ -213,13 +241,13 @@ def _texts_of(path: Path, setting: str) -> Iterator[str]:
             yield from _strings(record)
 
 
-def _records(path: Path, file: BinaryIO) -> Iterator[tuple[str, bytes]]:
-    """The elements of an array, else the lines that are not blank, and how messages say which one
-    it is.
+def _json_records(path: Path, file: BinaryIO) -> Iterator[tuple[str, bytes]]:
+    """Yield the elements of an array, or the lines that are not blank, each with the words that say
+    in a message which one it is.
     """
     if holds_array(str(path)):
         for number, element in enumerate(elements(file, sys.maxsize), start=1):
-            assert element.content is not None
+            assert element.content is not None  # no element is too long
             yield f", element {number}", element.content
         return
     for number, line in enumerate(file, start=1):
@@ -227,13 +255,8 @@ def _records(path: Path, file: BinaryIO) -> Iterator[tuple[str, bytes]]:
             yield f":{number}", line.removeprefix(codecs.BOM_UTF8)
 
 
-def _is_json(path: Path) -> bool:
-    inner = path.with_suffix("") if path.suffix.lower() in (".gz", ".zst") else path
-    return inner.suffix.lower() in _JSON
-
-
-def _strings(value: Any) -> Iterator[str]:
-    """Every string in a JSON value; names of fields are none."""
+def _strings(value: object) -> Iterator[str]:
+    """Yield every string in a JSON value; names of fields are not among them."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):

@@ -1,9 +1,8 @@
-"""From inputs to the folder of a corpus, whatever its documents are: plan, units over processes and
-tasks, end.
+"""The whole preparation: from inputs to the folder of a corpus.
 
-The work is cut into units (`data_tools.job.work_plan`) that any number of processes, on any number
-of machines that see the output folder, do in any order. Everything is written to OUTPUT.partial,
-where each finished unit stays; the folder takes its name when the last is done.
+The work is cut into units (`work_plan`) that any number of processes, on any number of machines
+that see the output folder, do in any order. Everything is written to OUTPUT.partial, where each
+finished unit stays. The folder is renamed to OUTPUT when the last unit is done.
 """
 
 from __future__ import annotations
@@ -12,18 +11,20 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Generic
 
-from data_tools.filters import dedup as duplicates
+from data_tools.documents.base import Document, DocumentType, JsonObject
+from data_tools.filters.dedup import MergeJob, hashes_path, num_ranges, range_path
+from data_tools.job import pool
 from data_tools.job.finish import finish
-from data_tools.job.output import Output
-from data_tools.job.pool import Job, run
+from data_tools.job.options import CorpusOptions, DecontaminationOptions, ExecutionOptions
+from data_tools.job.output import OutputFolder
 from data_tools.job.progress import Progress
+from data_tools.job.unit_result import result_path
 from data_tools.job.work_plan import WorkPlan, digest_of, make_plan
-from data_tools.job.worker import Decontamination, Kind, UnitJob, entry_path, open_contamination
-from data_tools.readers.reading import Report
+from data_tools.job.worker import UnitWorker, open_contamination
+from data_tools.readers.report import Report
 from data_tools.readers.sources import find_sources
 from llada.data.manifest import Manifest
 from llada.errors import RunError, TryAgain, UserError
@@ -32,270 +33,282 @@ from llada.outputs import refuse_inside
 from llada.tokenizer import Tokenizer
 
 _POLL_SECONDS = 1.0
-_TRIES, _RETRY_SECONDS = 10, 0.1
-MOST_WORKERS, MOST_TASKS = 4096, 1_000_000
-"""More are a slip of the keyboard."""
+_FINISH_ATTEMPTS = 10
+_FINISH_RETRY_SECONDS = 0.1
 
 
 class Unfinished(Exception):
-    """The share of this task is done, that of others is not."""
+    """This task has done its share of the work, and other tasks have not."""
 
 
-@dataclass(frozen=True)
-class ExecutionOptions:
-    """Who does the work and how it is shown: nothing here changes what is written.
-
-    Attributes:
-        workers: processes on this machine.
-        task, tasks: this is task number `task` of `tasks` that share the output folder, like those
-        of a Slurm array.
-        wait: seconds to wait for the other tasks where their results are needed (`dedup`).
-        backend: of the encoder, one of `data_tools.tokenizers.encoders.BACKENDS`.
-        stream: for progress: a bar on a terminal, a line every half minute elsewhere; None:
-            nothing.
-    """
-
-    workers: int = 1
-    task: int = 0
-    tasks: int = 1
-    wait: float = 600.0
-    backend: str = "auto"
-    stream: Any = None
-
-    def __post_init__(self) -> None:
-        check_count("--workers", self.workers, MOST_WORKERS)
-        check_count("--tasks", self.tasks, MOST_TASKS)
-        if not self.wait >= 0:
-            raise UserError(f"--wait: {self.wait} is not a number of seconds, 0 or more")
-        if not 0 <= self.task < self.tasks:
-            raise UserError(
-                f"--task: {self.task} is not one of 0..{self.tasks - 1}, the numbers of the tasks"
-                f" (--tasks {self.tasks})"
-            )
-
-
-def check_count(setting: str, value: int, most: int) -> None:
-    """Raises UserError unless a number of processes or tasks is in 1..most."""
-    if value < 1:
-        raise UserError(f"{setting}: {value} is less than 1")
-    if value > most:
-        raise UserError(f"{setting}: {value} is more than {most:,}, the most that are allowed")
-
-
-@dataclass(frozen=True)
-class CorpusSettings:
-    """How a corpus is written, whatever its documents are.
-
-    Attributes:
-        tokenizer_path, validation_fraction, add_special_tokens, shard_tokens, unit_bytes, dedup,
-        decontamination, force: see
-            `data_tools.documents.text.prepare`.
-        chat_template: saved with the tokenizer; None: the one it has.
-        recorded: further options for the manifest.
-    """
-
-    tokenizer_path: str | Path
-    validation_fraction: float = 0.005
-    add_special_tokens: bool = False
-    shard_tokens: int = 2**28
-    unit_bytes: int | None = None
-    dedup: bool = False
-    decontamination: Decontamination | None = None
-    force: bool = False
-    chat_template: str | None = None
-    recorded: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.validation_fraction < 1:
-            raise UserError(f"--validation-fraction: {self.validation_fraction} is not in [0, 1)")
-        for name, value in (("shard-tokens", self.shard_tokens), ("unit-bytes", self.unit_bytes)):
-            if value is not None and value < 1:
-                raise UserError(f"--{name}: {value} is less than 1")
-
-    def options(self) -> dict[str, Any]:
-        """For the manifest."""
-        names = ("validation_fraction", "add_special_tokens", "shard_tokens", "unit_bytes", "dedup")
-        rule = self.decontamination
-        return {
-            **{name: getattr(self, name) for name in names},
-            "decontaminate": (
-                None
-                if rule is None
-                else {"files": list(rule.files), "ngram": rule.ngram, "drop": rule.drop}
-            ),
-            **self.recorded,
-        }
-
-
-def write_corpus(
+def prepare_corpus(
     inputs: Sequence[str | Path],
+    tokenizer_path: str | Path,
     output: str | Path,
-    settings: CorpusSettings,
-    kind: Kind,
-    effort: ExecutionOptions,
+    document_type: DocumentType[Document],
+    options: CorpusOptions | None = None,
+    execution: ExecutionOptions | None = None,
 ) -> Manifest:
-    """Write the folder of a corpus: shards of both splits, the tokenizer, the manifest.
+    """Tokenize documents into the folder of a corpus: shards of both splits, tokenizer, manifest.
+
+    The same inputs, tokenizer and options give the same bytes, however the work is executed. Work
+    that was interrupted is continued, and a corpus that is there already is returned.
 
     Args:
-        inputs: see `find_sources`.
+        inputs: files, folders, patterns and `hf:` datasets; see `find_sources`.
+        tokenizer_path: Hugging Face folder, tokenizer.json or SentencePiece model.
         output: folder to make.
-        settings: how.
-        kind: of the documents.
-        effort: how much of it is done here.
+        document_type: how inputs are read and documents are encoded.
+        options: how the corpus is written.
+        execution: what is done here, and how; None does everything in this process.
 
     Raises:
-        UserError, RunError, TryAgain: see `data_tools.documents.text.prepare`.
-        Unfinished: other tasks have units left.
+        UserError: something is wrong with inputs, tokenizer, options or output.
+        RunError: the output cannot be written, or a worker was killed. Finished units are kept.
+        TryAgain: other tasks have to do their share before this one can continue.
+        Unfinished: this task has done its share, and other tasks have not.
     """
-    place = Output(output, settings.force, effort.tasks > 1)
-    for folder in filter(os.path.isdir, inputs):
-        # else the next preparation reads what this one wrote
-        refuse_inside(output, Path(folder), "--output")
-    tokenizer = Tokenizer.load(
-        settings.tokenizer_path, require_mask=not settings.add_special_tokens
-    )
-    if settings.add_special_tokens:
-        tokenizer = tokenizer.with_special_tokens()
-    if settings.chat_template is not None:
-        tokenizer.chat_template = settings.chat_template
+    options = options or CorpusOptions()
+    execution = execution or ExecutionOptions()
+    folder = OutputFolder(output, options.force, shared=execution.tasks > 1)
+    for input_folder in filter(os.path.isdir, inputs):
+        # Otherwise the next preparation would read what this one wrote.
+        refuse_inside(output, Path(input_folder), "--output")
+    tokenizer = _load_tokenizer(tokenizer_path, options, document_type.chat_template)
+
     report = Report()
-    sources = find_sources(inputs, kind.options, report)
-    options = settings.options()
-    decided = {
-        **options,
-        "kind": kind.name,
-        "tokenizer": tokenizer.fingerprint,
-        **_evaluation_stamps(settings.decontamination),
-    }
-    digest = digest_of(decided, sources)
-    if (done := place.finished(digest, decided)) is not None:
-        Progress(effort.stream).say(
-            f"{output} is there already, made of the same inputs with the same settings"
-        )
-        return done
-    if place.is_written(digest):
-        return place.publish()
-    plan = place.unfinished(digest, decided) or make_plan(
-        decided, sources, kind.options, settings.unit_bytes, report
-    )
-    encoder, note = kind.choose(tokenizer, plan, effort.backend)
-    rules = (
-        settings.validation_fraction,
-        settings.shard_tokens,
-        settings.dedup,
-        settings.decontamination,
-    )
-    job = UnitJob(place.partial, kind, tokenizer, encoder, *rules)
+    sources = find_sources(inputs, document_type.read_options, report)
+    settings = _settings(document_type, options, tokenizer)
+    digest = digest_of(settings, sources)
+
+    existing = _existing_corpus(folder, digest, settings, execution)
+    if existing is not None:
+        return existing
+
+    # Interrupted work goes on with its plan.
+    plan = folder.find_unfinished(digest, settings)
+    if plan is None:
+        plan = make_plan(settings, sources, document_type.read_options, options.unit_bytes, report)
+    backend, reason = document_type.choose_backend(tokenizer, plan.sources, execution.backend)
+    worker = UnitWorker(folder.partial, document_type, tokenizer, backend, options)
     try:
-        with place.working(plan, tokenizer), Progress(effort.stream) as progress:
-            progress.say(f"{len(plan.units):,} units; {encoder}" + (f" ({note})" if note else ""))
-            if (evaluation := open_contamination(settings.decontamination)) is not None:
-                progress.say(evaluation.summary())
-            _Passes(job, plan, effort, progress).run()
-            return finish(place, plan, tokenizer, kind.name, settings.shard_tokens, options)
-    except KeyboardInterrupt as interrupt:
-        Progress(effort.stream).say(f"interrupted{interrupt}")
-        raise
+        return _do_units(folder, plan, worker, execution, reason)
     except (RunError, UserError, Unfinished):
-        if (done := _finished_meanwhile(place, digest)) is not None:
-            return done
+        # Another process that finished the corpus may have removed the work folders under this one.
+        finished = _finished_meanwhile(folder, digest)
+        if finished is not None:
+            return finished
         raise
 
 
-def _finished_meanwhile(place: Output, digest: str) -> Manifest | None:
-    """The corpus, if another process that worked on it too has ended it, or is about to and may
-    need help.
+def _settings(
+    document_type: DocumentType[Document], options: CorpusOptions, tokenizer: Tokenizer
+) -> JsonObject:
+    """Return all settings that decide, together with the sources, every byte of the corpus.
+
+    A preparation recognises finished and unfinished work of its own by their digest.
     """
-    for _ in range(_TRIES):
-        if (done := place.finished_by_another(digest)) is not None:
-            return done
-        if not place.is_written(digest):
-            return None
-        with suppress(OSError, RunError):
-            return place.publish()
-        time.sleep(_RETRY_SECONDS)
+    settings: JsonObject = {
+        **options.manifest_options(),
+        **document_type.manifest_options(),
+        "kind": document_type.name,
+        "tokenizer": tokenizer.fingerprint,
+    }
+    if options.decontamination is not None:
+        settings["evaluation"] = _evaluation_checksums(options.decontamination)
+    return settings
+
+
+def _existing_corpus(
+    folder: OutputFolder, digest: str, settings: JsonObject, execution: ExecutionOptions
+) -> Manifest | None:
+    """Return the corpus if it is there already; rename it if only that is missing."""
+    finished = folder.find_finished(digest, settings)
+    if finished is not None:
+        Progress(execution.stream).log(
+            f"{folder.output} is there already, made of the same inputs with the same settings"
+        )
+        return finished
+    if folder.is_written(digest):
+        return folder.publish()
     return None
 
 
-def _evaluation_stamps(rule: Decontamination | None) -> dict[str, Any]:
-    """What tells that evaluation texts have changed."""
-    return (
-        {}
-        if rule is None
-        else {
-            "evaluation": [
-                checksum(Path(file))["xxh3"] for file in rule.files if Path(file).is_file()
-            ]
-        }
-    )
+def _do_units(
+    folder: OutputFolder,
+    plan: WorkPlan,
+    worker: UnitWorker[Document],
+    execution: ExecutionOptions,
+    backend_reason: str,
+) -> Manifest:
+    """Do this task's units, and finish the corpus if no unit of another task is left."""
+    try:
+        with folder.working(plan, worker.tokenizer), Progress(execution.stream) as progress:
+            _announce(plan, worker, backend_reason, progress)
+            _Passes(worker, plan, execution, progress).run()
+            return finish(folder, plan, worker)
+    except KeyboardInterrupt as interrupt:
+        # Its argument says what is kept; see OutputFolder.working.
+        Progress(execution.stream).log(f"interrupted{interrupt}")
+        raise
 
 
-class _Passes:
-    """The passes over the units of a plan, as far as they are this task's and not done yet."""
+def _announce(
+    plan: WorkPlan, worker: UnitWorker[Document], backend_reason: str, progress: Progress
+) -> None:
+    """Log the number of units, the encoder, why no faster one was chosen, and evaluation texts."""
+    line = f"{len(plan.units):,} units; {worker.backend}"
+    if backend_reason:
+        line += f" ({backend_reason})"
+    progress.log(line)
+    contamination = open_contamination(worker.options.decontamination)
+    if contamination is not None:
+        progress.log(contamination.summary())
+
+
+def _load_tokenizer(
+    path: str | Path, options: CorpusOptions, chat_template: str | None
+) -> Tokenizer:
+    """Load the tokenizer of a corpus, with the special tokens and chat template it shall have."""
+    tokenizer = Tokenizer.load(path, require_mask=not options.add_special_tokens)
+    if options.add_special_tokens:
+        tokenizer = tokenizer.with_special_tokens()
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+def _evaluation_checksums(options: DecontaminationOptions) -> list[str]:
+    """Return a checksum of every evaluation file, so that a changed one changes the digest."""
+    return [checksum(Path(file))["xxh3"] for file in options.files if Path(file).is_file()]
+
+
+def _finished_meanwhile(folder: OutputFolder, digest: str) -> Manifest | None:
+    """Return the corpus if another process finished it; rename it if only that is missing."""
+    for _ in range(_FINISH_ATTEMPTS):
+        finished = folder.finished_by_another(digest)
+        if finished is not None:
+            return finished
+        if not folder.is_written(digest):
+            return None
+        with suppress(OSError, RunError):
+            return folder.publish()
+        time.sleep(_FINISH_RETRY_SECONDS)
+    return None
+
+
+class _Passes(Generic[Document]):
+    """The passes over the units of a plan, as far as they are this task's and not done yet.
+
+    With `dedup` there are three: hash the documents of every unit, merge the hashes to find
+    repeated documents, encode. Each needs the results of the one before from all tasks.
+
+    Args:
+        worker: does one unit.
+        plan: of the preparation.
+        execution: which units are this task's.
+        progress: shows what is done.
+    """
 
     def __init__(
-        self, job: UnitJob, plan: WorkPlan, effort: ExecutionOptions, progress: Progress
+        self,
+        worker: UnitWorker[Document],
+        plan: WorkPlan,
+        execution: ExecutionOptions,
+        progress: Progress,
     ) -> None:
-        self._job, self._plan, self._effort, self._progress = job, plan, effort, progress
-        self._folder = job.folder
+        self._worker = worker
+        self._folder = worker.folder
+        self._plan = plan
+        self._execution = execution
+        self._progress = progress
 
     def run(self) -> None:
-        units = len(self._plan.units)
-        if self._job.dedup:
-            self._do(
-                "reading for duplicates",
-                self._job,
-                "hashes",
-                units,
-                lambda unit: duplicates.hashes_path(self._folder, unit),
-            )
-            self._wait_for("hashes", units, lambda unit: duplicates.hashes_path(self._folder, unit))
-            ranges = duplicates.num_ranges(self._folder, units)
-            merge = duplicates.MergeJob(self._folder, units, ranges)
-            self._do(
-                "merging",
-                merge,
-                "merge",
-                ranges,
-                lambda number: duplicates.range_path(self._folder, number),
-            )
-            self._wait_for(
-                "merged hashes", ranges, lambda number: duplicates.range_path(self._folder, number)
-            )
-        self._do("tokenizing", self._job, "shards", units, self._entry)
-        left = units - sum(self._entry(unit).exists() for unit in range(units))
-        if left:
+        """Run all passes.
+
+        Raises:
+            TryAgain: other tasks took longer than `wait` for a pass.
+            Unfinished: all of this task's units are done, and not all of the others'.
+        """
+        num_units = len(self._plan.units)
+        if self._worker.options.dedup:
+            self._find_duplicates()
+
+        own_units = self._unfinished(num_units, self._result_path)
+        self._begin_pass("tokenizing", own_units)
+        self._do(self._worker.encode_unit, own_units)
+
+        num_finished = sum(self._result_path(unit).exists() for unit in range(num_units))
+        if num_finished < num_units:
             raise Unfinished(
-                f"task {self._effort.task} of {self._effort.tasks} is done; {units - left:,} of"
-                f" {units:,} units are finished, and the task that ends last completes the corpus"
+                f"task {self._execution.task} of {self._execution.tasks} is done;"
+                f" {num_finished:,} of {num_units:,} units are finished, and the task that ends"
+                " last completes the corpus"
             )
 
-    def _entry(self, unit: int) -> Path:
-        return entry_path(self._folder, unit)
+    def _find_duplicates(self) -> None:
+        num_units = len(self._plan.units)
+        own_units = self._unfinished(num_units, self._hashes_path)
+        self._begin_pass("reading for duplicates", own_units)
+        self._do(self._worker.hash_unit, own_units)
+        self._wait_for("hashes", num_units, self._hashes_path)
 
-    def _do(
-        self, what: str, job: Job, step: str, count: int, result: Callable[[int], Path]
-    ) -> None:
-        own = range(self._effort.task, count, self._effort.tasks)
-        todo = [number for number in own if not result(number).exists()]
-        text = (
-            sum(self._plan.text_bytes[number] for number in todo) if isinstance(job, UnitJob) else 0
-        )
-        self._progress.begin(what, text)
-        run(job, step, todo, self._effort.workers, self._progress.advance)
+        # The merge is shared out by ranges of the hash, not by units. How many there are follows
+        # from the number of documents, which is known only now.
+        merge = MergeJob(self._folder, num_units, num_ranges(self._folder, num_units))
+        own_ranges = self._unfinished(merge.ranges, self._range_path)
+        self._progress.begin_pass("merging", 0)
+        self._do(merge.merge_range, own_ranges)
+        self._wait_for("merged hashes", merge.ranges, self._range_path)
 
-    def _wait_for(self, what: str, count: int, result: Callable[[int], Path]) -> None:
-        """For what other tasks do."""
-        ends = time.monotonic() + self._effort.wait
-        said = False
-        while missing := sum(not result(number).exists() for number in range(count)):
-            if time.monotonic() >= ends:
+    def _hashes_path(self, unit: int) -> Path:
+        return hashes_path(self._folder, unit)
+
+    def _range_path(self, number: int) -> Path:
+        return range_path(self._folder, number)
+
+    def _result_path(self, unit: int) -> Path:
+        return result_path(self._folder, unit)
+
+    def _unfinished(self, count: int, path_of: Callable[[int], Path]) -> list[int]:
+        """Return the numbers below `count` that are this task's and whose file is missing.
+
+        Task 1 of 3 has the numbers 1, 4, 7, ...
+        """
+        own = range(self._execution.task, count, self._execution.tasks)
+        return [number for number in own if not path_of(number).exists()]
+
+    def _begin_pass(self, name: str, units: list[int]) -> None:
+        text_bytes = sum(self._plan.text_bytes[unit] for unit in units)
+        self._progress.begin_pass(name, text_bytes)
+
+    def _do(self, work: pool.Work, numbers: list[int]) -> None:
+        pool.run(work, numbers, self._execution.workers, self._progress.advance)
+
+    def _wait_for(self, results: str, count: int, path_of: Callable[[int], Path]) -> None:
+        """Wait until other tasks have written the files of all numbers below `count`.
+
+        Args:
+            results: what the files hold, for messages.
+            count: of files.
+            path_of: path of a number's file.
+
+        Raises:
+            TryAgain: files are still missing after `wait` seconds.
+        """
+        deadline = time.monotonic() + self._execution.wait
+        announced = False
+        while True:
+            num_missing = sum(not path_of(number).exists() for number in range(count))
+            if not num_missing:
+                return
+            if time.monotonic() >= deadline:
                 raise TryAgain(
-                    f"{missing:,} of {count:,} {what} are still to come from other tasks after"
-                    f" --wait {self._effort.wait:g} seconds; what is done is kept: run this task"
-                    " again when the others have got there"
+                    f"{num_missing:,} of {count:,} {results} are still to come from other tasks"
+                    f" after --wait {self._execution.wait:g} seconds; what is done is kept: run"
+                    " this task again when the others have got there"
                 )
-            if not said:
-                self._progress.say(f"waiting for {missing:,} {what} of other tasks")
-                said = True
+            if not announced:
+                self._progress.log(f"waiting for {num_missing:,} {results} of other tasks")
+                announced = True
             time.sleep(_POLL_SECONDS)

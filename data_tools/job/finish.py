@@ -1,22 +1,24 @@
-"""The end of a preparation: what the units left becomes a corpus."""
+"""The end of a preparation: the units become a corpus with a manifest, described in a summary."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import llada
-from data_tools.job.output import Output
+from data_tools.documents.base import Document, JsonObject
+from data_tools.job.output import OutputFolder
 from data_tools.job.splits import append_shard
+from data_tools.job.unit_result import PARTS, UnitResult
 from data_tools.job.work_plan import WorkPlan
-from data_tools.job.worker import PARTS, entry_path
-from data_tools.readers.reading import no_document, reasons_of
+from data_tools.job.worker import UnitWorker
+from data_tools.readers.report import no_document, reasons_of
 from llada.data.manifest import (
     CONVERSATIONS,
     FORMAT_VERSION,
@@ -28,86 +30,92 @@ from llada.data.manifest import (
     ShardEntry,
 )
 from llada.data.shard_format import size_of, token_dtype
-from llada.data.shard_reader import ShardReader, map_replies
+from llada.data.shard_reader import ShardReader
 from llada.data.shard_writer import SplitWriter, shard_name
 from llada.errors import RunError, UserError
 from llada.files import write_atomically
 from llada.tokenizer import Tokenizer
 
 
-def finish(
-    place: Output,
-    plan: WorkPlan,
-    tokenizer: Tokenizer,
-    kind: str,
-    shard_tokens: int,
-    options: dict[str, Any],
-) -> Manifest:
-    """Put the held-out documents of all units together, write the manifest and give the folder its
-    name. All units are done.
+def finish(output: OutputFolder, plan: WorkPlan, worker: UnitWorker[Document]) -> Manifest:
+    """Make the corpus of the units, all of which are done, and publish it.
 
-    Any number of tasks may do this at once: they write the same.
+    Any number of tasks may do this at the same time: they write the same bytes.
 
     Args:
-        place: where.
+        output: where the units are.
         plan: of the preparation.
-        tokenizer: of the corpus.
-        kind: of the documents.
-        shard_tokens: of a full shard.
-        options: for the manifest.
+        worker: has done the units.
 
     Raises:
-        UserError: no document, in one of the named sources or in all.
+        UserError: there is no document, in one of the named sources or in all.
     """
-    folder = place.partial
-    entries = [json.loads(entry_path(folder, unit).read_bytes()) for unit in range(len(plan.units))]
-    skipped = Counter(plan.skipped)
-    noted, encoders = Counter[str](), Counter[str]()
-    for entry in entries:
-        skipped.update(entry["skipped"])
-        noted.update(entry["noted"])
-        encoders[entry["encoder"]] += 1
-    documents = _documents_of(plan, entries, skipped)
-    shards = [ShardEntry(**shard) for entry in entries for shard in entry["shards"]]
-    if not shards:
+    folder = output.partial
+    results = [UnitResult.load(folder, unit) for unit in range(len(plan.units))]
+    skipped = _sum_counts([plan.skipped, *(result.skipped for result in results)])
+    documents_per_source = _count_documents(plan, results, skipped)
+    parts: list[ShardEntry] = []
+    listed = list(plan.listed)
+    for result in results:
+        parts += result.shards
+        listed += result.listed
+    if not parts:
         raise UserError(
-            f"--input: of {sum(documents):,} documents none is left{reasons_of(skipped)}"
+            f"--input: of {sum(documents_per_source):,} documents none is"
+            f" left{reasons_of(Counter(skipped))}"
         )
-    training = _take_names(folder, [shard for shard in shards if shard.split == TRAIN])
-    held_out = _put_together(
-        folder,
-        [shard for shard in shards if shard.split == VALIDATION],
-        tokenizer,
-        kind,
-        shard_tokens,
-    )
-    listed = [*plan.listed, *(line for entry in entries for line in entry["listed"])]
+
+    # Training shards of the units become shards of the corpus as they are. Each unit has held out
+    # only a few documents, so these are put together: windows do not cross shards, and the end of a
+    # shard that fills no window is not read.
+    training = _rename_parts(folder, [part for part in parts if part.split == TRAIN])
+    held_out = _merge_parts(folder, [part for part in parts if part.split == VALIDATION], worker)
+
     if listed:
-        write_atomically(
-            folder / LEFT_OUT,
-            "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in listed),
-        )
+        lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in listed]
+        write_atomically(folder / LEFT_OUT, "".join(lines))
     manifest = new_manifest(
-        tokenizer,
-        kind=kind,
-        options=options,
-        sources=[
-            {"path": source.path, "bytes": source.bytes, "documents": count}
-            for source, count in zip(plan.sources, documents, strict=True)
-            if count
-        ],
-        skipped=dict(sorted(skipped.items())),
-        noted=dict(sorted(noted.items())),
-        encoders=dict(sorted(encoders.items())),
+        worker.tokenizer,
+        kind=worker.document_type.name,
+        options={
+            **worker.options.manifest_options(),
+            **worker.document_type.manifest_options(),
+        },
+        sources=_list_sources(plan, documents_per_source),
+        skipped=skipped,
+        noted=_sum_counts(result.noted for result in results),
+        encoders=_sum_counts({result.encoder: 1} for result in results),
         plan=plan.digest,
         shards=[*training, *held_out],
     )
     manifest.save(folder)
-    return place.publish()
+    return output.publish()
+
+
+def _sum_counts(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """Add counts up by reason or name, which are sorted: the manifest is the same every time."""
+    total = Counter[str]()
+    for own in counts:
+        total.update(own)
+    return dict(sorted(total.items()))
+
+
+def _list_sources(plan: WorkPlan, documents_per_source: list[int]) -> list[JsonObject]:
+    """Return the manifest's entries of the sources that gave a document."""
+    entries: list[JsonObject] = []
+    for source, documents in zip(plan.sources, documents_per_source, strict=True):
+        if documents:
+            entries.append({"path": source.path, "bytes": source.bytes, "documents": documents})
+    return entries
 
 
 def new_manifest(tokenizer: Tokenizer, **content: Any) -> Manifest:
-    """A manifest of this version of the tool; `content` is all but what the tokenizer says."""
+    """Return a manifest of this version of the tool.
+
+    Args:
+        tokenizer: of the corpus; gives the fields that describe it.
+        content: the other fields of Manifest.
+    """
     return Manifest(
         format_version=FORMAT_VERSION,
         tool_version=llada.__version__,
@@ -121,33 +129,45 @@ def new_manifest(tokenizer: Tokenizer, **content: Any) -> Manifest:
     )
 
 
-def _documents_of(
-    plan: WorkPlan, entries: list[dict[str, Any]], skipped: Counter[str]
+def _count_documents(
+    plan: WorkPlan, results: list[UnitResult], skipped: dict[str, int]
 ) -> list[int]:
-    """How many documents each source gave."""
+    """Return how many documents each source gave, over all units.
+
+    Raises:
+        UserError: a named source gave none, or all together gave none; the message has the reasons
+            for which things were left out.
+    """
     counts = [0] * len(plan.sources)
     reasons = [Counter[str]() for _ in plan.sources]
-    for entry in entries:
-        for source, count, left_out in entry["given"]:
-            counts[source] += count
-            reasons[source].update(left_out)
+    for result in results:
+        for part in result.ranges:
+            counts[part.source] += part.documents
+            reasons[part.source].update(part.left_out)
     for source, count, left_out in zip(plan.sources, counts, reasons, strict=True):
         if source.named and not count:
             raise no_document(source.path, left_out)
     if not any(counts):
-        raise no_document(
-            ", ".join(source.path for source in plan.sources[:3]) or "the inputs", skipped
-        )
+        some_paths = ", ".join(source.path for source in plan.sources[:3])
+        raise no_document(some_paths or "the inputs", Counter(skipped))
     return counts
 
 
-def _take_names(folder: Path, parts: list[ShardEntry]) -> list[ShardEntry]:
-    """The training shards of all units, numbered through. What an interrupted attempt has moved is
-    in its place.
+def _rename_parts(folder: Path, parts: list[ShardEntry]) -> list[ShardEntry]:
+    """Make the training shards of all units the shards train-00000, train-00001, ... of the corpus.
+
+    Returns:
+        Their entries with the new names.
+
+    Raises:
+        RunError: a file is not as large as its unit wrote it.
     """
-    shards = [replace(part, name=shard_name(TRAIN, number)) for number, part in enumerate(parts)]
-    for part, shard in zip(parts, shards, strict=True):
+    shards: list[ShardEntry] = []
+    for number, part in enumerate(parts):
+        shard = replace(part, name=shard_name(TRAIN, number))
         for suffix in ("bin", "idx", "replies"):
+            # Missing: moved by an attempt that was interrupted, or by another task; and text has no
+            # replies.
             with suppress(FileNotFoundError):
                 os.rename(
                     folder / PARTS / f"{part.name}.{suffix}", folder / f"{shard.name}.{suffix}"
@@ -159,59 +179,54 @@ def _take_names(folder: Path, parts: list[ShardEntry]) -> list[ShardEntry]:
                 f"{folder / shard.name}: {sizes} bytes, its unit wrote {written}; start over with"
                 " --force"
             )
+        shards.append(shard)
     return shards
 
 
-def _put_together(
-    folder: Path, parts: list[ShardEntry], tokenizer: Tokenizer, kind: str, limit: int
+def _merge_parts(
+    folder: Path, parts: list[ShardEntry], worker: UnitWorker[Document]
 ) -> list[ShardEntry]:
-    """The held-out documents of all units: few of each, but windows do not cross shards, and tails
-    are not read.
-    """
-    dtype = token_dtype(tokenizer.padded_vocab_size)
-    with SplitWriter(folder, VALIDATION, dtype, limit) as writer:
+    """Copy the validation shards of all units, in order, into few shards of the corpus."""
+    dtype = token_dtype(worker.tokenizer.padded_vocab_size)
+    with SplitWriter(folder, VALIDATION, dtype, worker.options.shard_tokens) as writer:
         for part in parts:
             path = folder / PARTS / part.name
-            replies = map_replies(Path(f"{path}.replies")) if kind == CONVERSATIONS else None
-            append_shard(writer, ShardReader(path), part, replies)
+            append_shard(writer, ShardReader(path), part, worker.document_type.reply_index(path))
         return writer.finish()
 
 
+# -- summary ---------------------------------------------------------------------------------------
+
+
 def summary(manifest: Manifest) -> str:
-    """What was prepared, in a few lines."""
-    lines = list(_splits(manifest))
+    """Describe a corpus in a few lines: its splits, and what was left out of it."""
+    lines = [_describe_split(manifest, split) for split in SPLITS]
     lines += [f"left out: {count:,} {reason}" for reason, count in manifest.skipped.items()]
     lines += [f"kept: {count:,} {reason}" for reason, count in manifest.noted.items()]
     return "\n".join(lines)
 
 
-def _splits(manifest: Manifest) -> Iterator[str]:
-    for split in SPLITS:
-        documents, tokens, text_bytes = manifest.totals(split)
-        if documents:
-            yield f"{split}: {_totals(manifest, split, documents, tokens, text_bytes)}"
-        else:
-            consequence = (
-                "nothing to train on"
-                if split == TRAIN
-                else "training on this corpus has no validation"
-            )
-            yield (
-                f"{split}: no documents; {consequence} (--validation-fraction is"
-                f" {manifest.options['validation_fraction']:g})"
-            )
-
-
-def _totals(manifest: Manifest, split: str, documents: int, tokens: int, text_bytes: int) -> str:
+def _describe_split(manifest: Manifest, split: str) -> str:
+    documents, tokens, text_bytes = manifest.totals(split)
+    if not documents:
+        consequence = "training on this corpus has no validation"
+        if split == TRAIN:
+            consequence = "nothing to train on"
+        return (
+            f"{split}: no documents; {consequence} (--validation-fraction is"
+            f" {manifest.options['validation_fraction']:g})"
+        )
     shards = manifest.of(split)
-    files = f"{len(shards)} shard{'s' if len(shards) > 1 else ''}"
+    files = f"{len(shards)} shards"
+    if len(shards) == 1:
+        files = "1 shard"
     if manifest.kind == CONVERSATIONS:
         replies = sum(entry.replies for entry in shards)
         return (
-            f"{documents:,} conversations with {replies:,} replies, {tokens:,} tokens,"
+            f"{split}: {documents:,} conversations with {replies:,} replies, {tokens:,} tokens,"
             f" {text_bytes:,} bytes of replies, {files}"
         )
     return (
-        f"{documents:,} documents, {tokens:,} tokens, {text_bytes:,} bytes of text,"
+        f"{split}: {documents:,} documents, {tokens:,} tokens, {text_bytes:,} bytes of text,"
         f" {text_bytes / tokens:.2f} bytes per token, {files}"
     )

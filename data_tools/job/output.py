@@ -1,9 +1,9 @@
-"""The folder of a corpus while it is made: OUTPUT.partial, which keeps finished units until it
-takes its name.
+"""The folder of a corpus while it is made: OUTPUT.partial, which keeps finished units until it is
+renamed to OUTPUT.
 
-Any number of processes with the same inputs and settings may work in it. Those with others are kept
-out: the folder appears with its plan in it, by one rename, and every process compares the plan with
-its own.
+Any number of processes with the same inputs and settings may work in it. Others are kept out: the
+folder appears with its plan in it, by one rename, and every process compares that plan with its
+own.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
+from data_tools.documents.base import JsonObject
 from data_tools.filters.dedup import DUPLICATES, HASHES
+from data_tools.job.unit_result import PARTS, RESULTS
 from data_tools.job.work_plan import PLAN, WorkPlan
-from data_tools.job.worker import ENTRIES, PARTS
 from llada.data.manifest import CORPUS_FILES, MANIFEST, Manifest
 from llada.errors import RunError, UserError
 from llada.files import sync_folder, sync_tree
@@ -32,63 +33,96 @@ from llada.outputs import (
 )
 from llada.tokenizer import Tokenizer
 
-_TRIES = 100
-_WORKING = (ENTRIES, PARTS, HASHES, DUPLICATES)
+_REMOVE_ATTEMPTS = 100
+_WORK_FOLDERS = (RESULTS, PARTS, HASHES, DUPLICATES)
+"""Folders that only the work needs; they are not in the finished corpus."""
 
 
-class Output:
-    """Where a corpus goes.
+class OutputFolder:
+    """The output of a preparation.
 
     Args:
-        output: as given.
-        force: replace what is there.
+        output: folder to make, as the user wrote it.
+        force: replace a prepared corpus there, or discard another unfinished preparation.
         shared: other tasks work on the same corpus.
 
+    Attributes:
+        output: as given, for messages.
+        final: where the corpus will be.
+        partial: where it is made.
+
     Raises:
-        UserError: an output that can be no folder.
+        UserError: a folder cannot have this name.
     """
 
     def __init__(self, output: str | Path, force: bool, shared: bool) -> None:
-        self.given, self._force, self._shared = output, force, shared
+        self.output = output
         self.final = final_path(output, "--output")
         self.partial = self.final.with_name(f"{self.final.name}.partial")
+        self._force = force
+        self._shared = shared
         self._replaces = False
-        self._in_use: BinaryIO | None = None
+        self._plan_lock: BinaryIO | None = None
 
-    def finished(self, digest: str, settings: dict[str, Any]) -> Manifest | None:
-        """The manifest if the corpus is there already, made of the same inputs with the same
-        settings. With `force`, it is made again, unless other tasks may just have finished it.
-        Raises UserError if something else is there that may not be replaced.
+    # -- what is there already ---------------------------------------------------------------------
+
+    def find_finished(self, digest: str, settings: JsonObject) -> Manifest | None:
+        """Return the manifest of a finished corpus made of the same inputs with the same settings.
+
+        With `force` such a corpus is made again, unless other tasks share the work: then one of
+        them may just have finished it.
+
+        Args:
+            digest: of inputs and settings.
+            settings: for the message about another corpus.
+
+        Raises:
+            UserError: something else is there that may not be replaced.
         """
-        if not os.path.lexists(self.given):
+        if not os.path.lexists(self.output):
             return None
-        manifest = _manifest(self.final)
-        if manifest is not None and manifest.plan == digest and (self._shared or not self._force):
-            return manifest
-        if manifest is not None and not self._force:
-            theirs = {
-                **manifest.options,
-                "kind": manifest.kind,
-                "tokenizer": manifest.tokenizer_fingerprint,
-            }
-            raise UserError(
-                f"--output: '{self.given}' exists, a corpus prepared"
-                f" {_difference(theirs, settings)}; --force replaces a prepared corpus"
-            )
+        manifest = _load_manifest(self.final)
+        if manifest is not None:
+            if manifest.plan == digest and (self._shared or not self._force):
+                return manifest
+            if not self._force:
+                its_settings = {
+                    **manifest.options,
+                    "kind": manifest.kind,
+                    "tokenizer": manifest.tokenizer_fingerprint,
+                }
+                raise UserError(
+                    f"--output: '{self.output}' exists, a corpus prepared"
+                    f" {_difference(its_settings, settings)}; --force replaces a prepared corpus"
+                )
         check_replaceable(
-            Path(self.given), self.final, self._force, "a prepared corpus", CORPUS_FILES, "--output"
+            Path(self.output),
+            self.final,
+            self._force,
+            "a prepared corpus",
+            CORPUS_FILES,
+            "--output",
         )
         self._replaces = True
         return None
 
-    def unfinished(self, digest: str, settings: dict[str, Any]) -> WorkPlan | None:
-        """The plan of a preparation that was interrupted, of the same inputs and settings. Raises
-        UserError for another's, unless `force`, which discards it.
+    def find_unfinished(self, digest: str, settings: JsonObject) -> WorkPlan | None:
+        """Return the plan of an interrupted preparation of the same inputs and settings.
+
+        With `force`, one of other inputs or settings is removed.
+
+        Args:
+            digest: of inputs and settings.
+            settings: for the message about another preparation.
+
+        Raises:
+            UserError: another preparation or something else is there and is not removed.
         """
         if not self.partial.exists():
             return None
         plan = WorkPlan.load(self.partial)
         if plan is None:
+            # An empty folder is no obstacle: a rename replaces it.
             if self.partial.is_dir() and not any(self.partial.iterdir()):
                 return None
             raise UserError(
@@ -102,7 +136,8 @@ class Output:
                 f"--output: '{self.partial}' holds an unfinished preparation"
                 f" {_difference(plan.settings, settings)}; --force discards it and starts over"
             )
-        if self._shared or _is_in_use(self.partial / PLAN):
+        # With several tasks, each with --force, one would remove what another has just begun.
+        if self._shared or _is_locked(self.partial / PLAN):
             raise UserError(
                 f"--force: '{self.partial}' is of other inputs or settings, and other processes may"
                 " be at work in it; end them and remove it first"
@@ -111,90 +146,108 @@ class Output:
         return None
 
     def finished_by_another(self, digest: str) -> Manifest | None:
-        """The manifest of the same corpus if another process has made it while this one worked on
-        it too.
-        """
-        manifest = None if self.partial.exists() else _manifest(self.final)
+        """Return the manifest if another process finished the corpus this one also worked on."""
+        if self.partial.exists():
+            return None
+        manifest = _load_manifest(self.final)
         if manifest is None or manifest.plan != digest:
             return None
-        # that this process has left, if they were renamed with the rest
-        _remove_partial_files(self.final)
+        # Temporary files of this process may have been renamed with the folder.
+        _remove_temporary_files(self.final)
         return manifest
 
     def is_written(self, digest: str) -> bool:
-        """Everything is there but the name."""
-        manifest = _manifest(self.partial)
+        """Return whether everything is written and only the rename is missing."""
+        manifest = _load_manifest(self.partial)
         return manifest is not None and manifest.plan == digest
+
+    # -- work in the folder ------------------------------------------------------------------------
 
     @contextmanager
     def working(self, plan: WorkPlan, tokenizer: Tokenizer) -> Iterator[Path]:
-        """The unfinished folder with the plan, and a copy of the tokenizer. It stays after an error
-        if a unit is finished in it.
+        """Make or join OUTPUT.partial, and hold a lock on its plan while the block runs.
+
+        After an error the folder stays if a unit is finished in it. Errors then say so.
+
+        Args:
+            plan: of the preparation.
+            tokenizer: saved with the corpus.
 
         Raises:
-            UserError: it cannot be made.
-            RunError: an operating system's error while writing.
+            UserError: the folder cannot be made, or another preparation holds it.
+            RunError: the operating system refused to write.
         """
-        created = self._make(plan, tokenizer)
+        created_parents = self._make(plan, tokenizer)
         try:
             yield self.partial
         except OSError as error:
-            self._give_up(created)
+            self._clean_up(created_parents)
             raise RunError(
-                f"{self.given}: cannot be written ({error}){self._kept(plan)}"
+                f"{self.output}: cannot be written ({error}){self._kept_work(plan)}"
             ) from error
         except UserError as error:
-            self._give_up(created)
-            kept = (
-                f"; {self._done():,} of {len(plan.units):,} units are kept in '{self.partial}',"
-                " --force discards them"
-            )
-            raise UserError(f"{error}{kept if self._done() else ''}") from None
-        except BaseException as error:
-            self._give_up(created)
-            if isinstance(error, KeyboardInterrupt):
-                error.args = (self._kept(plan),)
+            self._clean_up(created_parents)
+            kept = ""
+            finished = self._count_finished()
+            if finished:
+                kept = (
+                    f"; {finished:,} of {len(plan.units):,} units are kept in '{self.partial}',"
+                    " --force discards them"
+                )
+            raise UserError(f"{error}{kept}") from None
+        except KeyboardInterrupt as interrupt:
+            self._clean_up(created_parents)
+            interrupt.args = (self._kept_work(plan),)
+            raise
+        except BaseException:
+            self._clean_up(created_parents)
             raise
         finally:
-            self._leave()
+            self._unlock()
 
     def _make(self, plan: WorkPlan, tokenizer: Tokenizer) -> list[Path]:
-        """Begin the folder, or join those that work in it; returns the parent folders that had to
-        be made.
-        """
-        created = [folder for folder in self.partial.parents if not folder.exists()]
-        begun = False
+        """Begin the folder or join the processes in it; return the parents that were made."""
+        created_parents = [folder for folder in self.partial.parents if not folder.exists()]
+        began = False
         try:
             if not (self.partial / PLAN).exists():
-                begun = self._begin(plan, tokenizer)
-            self._in_use = _shared_lock(self.partial / PLAN)
+                began = self._begin(plan, tokenizer)
+            self._plan_lock = _lock_shared(self.partial / PLAN)
         except OSError as error:
-            _remove_empty(created)
-            raise UserError(f"--output: '{self.given}' cannot be made ({error.strerror})") from None
-        theirs = WorkPlan.load(self.partial)
-        if theirs is None or theirs.digest != plan.digest:
-            self._leave()
-            what = "it" if theirs is None else f"it {_difference(theirs.settings, plan.settings)}"
+            _remove_empty(created_parents)
             raise UserError(
-                f"--output: '{self.given}': another command is preparing {what}; choose another"
-                " folder"
+                f"--output: '{self.output}' cannot be made ({error.strerror})"
+            ) from None
+        # Read under the lock: from here on no process with --force removes the folder.
+        other = WorkPlan.load(self.partial)
+        if other is None or other.digest != plan.digest:
+            self._unlock()
+            prepared = "it"
+            if other is not None:
+                prepared = f"it {_difference(other.settings, plan.settings)}"
+            raise UserError(
+                f"--output: '{self.output}': another command is preparing {prepared}; choose"
+                " another folder"
             )
-        # it came after `finished` looked, before this folder kept others out
-        if os.path.lexists(self.given) and not self._replaces:
-            self._leave()
-            if begun:
+        # Another command may have finished a corpus after `find_finished` looked and before this
+        # folder kept others out.
+        if os.path.lexists(self.output) and not self._replaces:
+            self._unlock()
+            if began:
                 shutil.rmtree(self.partial, ignore_errors=True)
-            raise UserError(taken_in_the_meantime(self.given, "--output"))
-        return created
+            raise UserError(taken_in_the_meantime(self.output, "--output"))
+        return created_parents
 
     def _begin(self, plan: WorkPlan, tokenizer: Tokenizer) -> bool:
-        """Make the folder with all it needs under another name, then rename it; False if another
-        process was faster.
+        """Make the folder with everything in it under another name, then rename it.
+
+        Returns:
+            False if another process was faster.
         """
         own = self.partial.with_name(f".{self.partial.name}-{uuid.uuid4().hex[:8]}")
         try:
-            for folder in _WORKING:
-                (own / folder).mkdir(parents=True)
+            for name in _WORK_FOLDERS:
+                (own / name).mkdir(parents=True)
             tokenizer.save(own / "tokenizer")
             plan.save(own)
             sync_tree(own)
@@ -207,62 +260,75 @@ class Output:
         finally:
             shutil.rmtree(own, ignore_errors=True)
 
-    def _leave(self) -> bool:
-        """Stop working in the folder; whether no other process is known to."""
-        if self._in_use is None:
+    def _unlock(self) -> bool:
+        """Release the lock on the plan; return whether no other process is known to hold one."""
+        if self._plan_lock is None:
             return True
-        alone = _is_only_user(self._in_use)
-        self._in_use.close()
-        self._in_use = None
+        alone = _is_only_holder(self._plan_lock)
+        self._plan_lock.close()
+        self._plan_lock = None
         return alone
 
-    def _kept(self, plan: WorkPlan) -> str:
+    def _kept_work(self, plan: WorkPlan) -> str:
+        """Return the end of a message: what is kept, and that the same command continues."""
         if (self.partial / MANIFEST).exists():
             return f"; all is written and kept in '{self.partial}': the same command ends it"
-        done = self._done()
-        kept = (
-            f"; {done:,} of {len(plan.units):,} units are finished and kept in '{self.partial}':"
-            " the same command goes on"
+        finished = self._count_finished()
+        if not finished:
+            return ""
+        return (
+            f"; {finished:,} of {len(plan.units):,} units are finished and kept in"
+            f" '{self.partial}': the same command goes on"
         )
-        return kept if done else ""
 
-    def _done(self) -> int:
-        folder = self.partial / ENTRIES
-        return sum(path.suffix == ".json" for path in folder.iterdir()) if folder.is_dir() else 0
+    def _count_finished(self) -> int:
+        folder = self.partial / RESULTS
+        if not folder.is_dir():
+            return 0
+        return sum(path.suffix == ".json" for path in folder.iterdir())
 
-    def _give_up(self, created: list[Path]) -> None:
-        """Leave nothing behind, if nothing is worth keeping."""
-        if not self._leave() or self._shared or (self.partial / MANIFEST).exists():
+    def _clean_up(self, created_parents: list[Path]) -> None:
+        """Remove the folder after an error if nothing in it is worth keeping or in use."""
+        if not self._unlock() or self._shared or (self.partial / MANIFEST).exists():
             return
-        results = [
-            path
-            for name in (ENTRIES, HASHES, DUPLICATES)
-            for path in (self.partial / name).glob("[0-9]*")
-        ]
-        if any(path.suffix in (".json", ".npy") for path in results):
-            return
+        for name in (RESULTS, HASHES, DUPLICATES):
+            for path in (self.partial / name).glob("[0-9]*"):
+                # Results of units, and hashes and merged hashes; not their temporary files.
+                if path.suffix in (".json", ".npy"):
+                    return
         shutil.rmtree(self.partial, ignore_errors=True)
-        _remove_empty(created)
+        _remove_empty(created_parents)
+
+    # -- the finished corpus -----------------------------------------------------------------------
 
     def publish(self) -> Manifest:
-        """Remove what only the work needed, and take the name."""
-        for name in _WORKING:
-            _remove(self.partial / name)
-        _remove_partial_files(self.partial)
+        """Remove what only the work needed and rename the folder to OUTPUT.
+
+        Raises:
+            UserError: something else is there by now; the corpus stays in OUTPUT.partial.
+        """
+        for name in _WORK_FOLDERS:
+            _remove_used_folder(self.partial / name)
+        _remove_temporary_files(self.partial)
+        # Temporary files of the plan begin with its name.
         for path in self.partial.glob(f"{PLAN}?*"):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        # The plan keeps commands with other settings out, so it goes last.
         (self.partial / PLAN).unlink(missing_ok=True)
         sync_folder(self.partial)
         if self._replaces:
             swap(self.partial, self.final)
         else:
-            self._take_free_name()
+            self._rename_to_free_name()
         sync_folder(self.final.parent)
         return Manifest.load(self.final)
 
-    def _take_free_name(self) -> None:
+    def _rename_to_free_name(self) -> None:
         try:
-            name_new_folder(self.partial, self.given, self.final, "--output")
+            name_new_folder(self.partial, self.output, self.final, "--output")
         except UserError as taken:
             raise UserError(
                 f"{taken}; this corpus is whole in '{self.partial}': move one away and run the same"
@@ -270,68 +336,74 @@ class Output:
             ) from None
 
 
-def _shared_lock(path: Path) -> BinaryIO:
-    """The file, with a lock that any number of processes may hold as long as they keep it open;
-    without one where the file system has no locks.
+def _lock_shared(path: Path) -> BinaryIO:
+    """Open a file with a lock that any number of processes may hold while they keep it open.
+
+    On file systems without locks the file is opened all the same.
     """
-    file = open(path, "r+b")  # noqa: SIM115 (open while this process works; for writing, which locks on network file systems need)
+    # For writing, which locks on network file systems need.
+    file = open(path, "r+b")  # noqa: SIM115 (it stays open while this process works)
     with suppress(OSError):
         fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     return file
 
 
-def _is_only_user(file: BinaryIO) -> bool:
-    """Whether no other process holds a lock on the file, as far as the file system tells."""
+def _is_only_holder(file: BinaryIO) -> bool:
+    """Return whether no other process holds a lock on an open file, as far as can be known."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:  # no locks here
+    except OSError:  # this file system has no locks
         return True
     return True
 
 
-def _is_in_use(path: Path) -> bool:
+def _is_locked(path: Path) -> bool:
     with open(path, "r+b") as file:
-        return not _is_only_user(file)
+        return not _is_only_holder(file)
 
 
 def _remove_empty(folders: list[Path]) -> None:
+    """Remove folders from the innermost to the outermost, as far as they are empty."""
     for folder in folders:
-        with suppress(OSError):  # someone else uses it by now
+        with suppress(OSError):  # in use by now
             folder.rmdir()
 
 
-def _remove(folder: Path) -> None:
-    """Also while another process still adds files: once the folder is gone, it cannot."""
-    for _ in range(_TRIES):
+def _remove_used_folder(folder: Path) -> None:
+    """Remove a folder although other processes may still add files; once it is gone, they cannot.
+
+    Raises:
+        RunError: it is still there after many attempts.
+    """
+    for _ in range(_REMOVE_ATTEMPTS):
         shutil.rmtree(folder, ignore_errors=True)
         if not folder.exists():
             return
     raise RunError(f"{folder}: cannot be removed")
 
 
-def _remove_partial_files(folder: Path) -> None:
-    """Of killed workers."""
+def _remove_temporary_files(folder: Path) -> None:
+    """Remove files that killed workers have left half-written."""
     for path in folder.glob("*.partial-*"):
         path.unlink(missing_ok=True)
 
 
-def _manifest(folder: Path) -> Manifest | None:
+def _load_manifest(folder: Path) -> Manifest | None:
     try:
         return Manifest.load(folder)
     except UserError:
         return None
 
 
-def _difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
-    """Which settings are not the same, else the inputs."""
-    keys = sorted(
-        key for key in {*theirs, *ours} - {"evaluation"} if theirs.get(key) != ours.get(key)
-    )
-    changed = [f"{key} {theirs.get(key)!r}, now {ours.get(key)!r}" for key in keys]
-    return (
-        f"with other settings ({'; '.join(changed)})"
-        if changed
-        else "of other inputs, or ones that have changed since"
-    )
+def _difference(theirs: JsonObject, ours: JsonObject) -> str:
+    """Describe how another preparation differs from this one."""
+    changed: list[str] = []
+    for key in sorted({*theirs, *ours}):
+        # "evaluation" holds checksums of files, which would tell a reader nothing.
+        if key != "evaluation" and theirs.get(key) != ours.get(key):
+            changed.append(f"{key} {theirs.get(key)!r}, now {ours.get(key)!r}")
+    if changed:
+        return f"with other settings ({'; '.join(changed)})"
+    return "of other inputs, or ones that have changed since"

@@ -1,6 +1,4 @@
-"""Work over processes of this machine: each gets the number of a unit, reports how far it is, and
-gets the next.
-"""
+"""Worker processes on this machine: each asks for a unit, reports its progress and asks again."""
 
 from __future__ import annotations
 
@@ -9,48 +7,81 @@ import os
 import signal
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
-from typing import Any, Protocol
 
 from llada.errors import RunError, UserError
 
 Advance = Callable[[int, int, int], None]
-"""Called with bytes of text, tokens and things left out, of what was done since the last call."""
+"""Called with bytes of text, tokens, and the number of things left out, since the last call."""
 Work = Callable[[int, Advance], None]
-_FEWER = (
-    "; what is finished is kept: run the same command again, with fewer --workers if memory ran out"
-)
+"""Does the unit with this number. It is pickled, so it opens what it needs in the worker process.
+"""
 
 
-class Job(Protocol):
-    """Can be sent to other processes; what it opens there cannot."""
-
-    def open(self, step: str) -> Work: ...
+# Messages from a worker to the process that started it.
 
 
-def run(job: Job, step: str, units: Sequence[int], workers: int, advance: Advance) -> None:
-    """Do a step of a job for some units. On an exception, or when this process ends, the workers
-    end too.
+@dataclass(frozen=True)
+class _Ready:
+    """The worker asks for a unit; the answer is its number, or None when there is none left."""
 
-    Raises whatever the work raises; RunError when a worker is killed.
+
+@dataclass(frozen=True)
+class _Progress:
+    text_bytes: int
+    tokens: int
+    left_out: int
+
+
+@dataclass(frozen=True)
+class _Failed:
+    """An error that the user can understand; it is raised again as it is."""
+
+    error: Exception
+
+
+@dataclass(frozen=True)
+class _Crashed:
+    """Any other exception. Its traceback travels as text: not every exception can be pickled."""
+
+    trace: str
+
+
+def run(work: Work, units: Sequence[int], workers: int, advance: Advance) -> None:
+    """Do some units, in this process or in worker processes.
+
+    Workers end when this function does, also by an exception, and when this process is killed.
+
+    Args:
+        work: does one unit.
+        units: numbers of the units, in the order in which they are handed out.
+        workers: processes; with fewer than two, or fewer than two units, no process is started.
+        advance: called in this process with the progress of all units.
+
+    Raises:
+        RunError: a worker was killed.
+        RuntimeError: a worker crashed; the message is its traceback.
+        Exception: whatever error for users `work` raises.
     """
-    if min(workers, len(units)) < 2:
-        if units:
-            work = job.open(step)
-            for unit in units:
-                work(unit, advance)
+    num_processes = min(workers, len(units))
+    if num_processes < 2:
+        for unit in units:
+            work(unit, advance)
         return
+    # A forked worker would inherit threads and locks of the tokenizer libraries.
     context = multiprocessing.get_context("spawn")
     processes: dict[Connection, SpawnProcess] = {}
     try:
-        for _ in range(min(workers, len(units))):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(job, step, theirs), daemon=True)
+        for _ in range(num_processes):
+            our_end, worker_end = context.Pipe()
+            process = context.Process(target=_serve, args=(work, worker_end), daemon=True)
             process.start()
-            theirs.close()
-            processes[ours] = process
-        _hand_out(processes, list(units), advance)
+            # Only the worker holds its end now, so its death is seen as end of file.
+            worker_end.close()
+            processes[our_end] = process
+        _hand_out(processes, units, advance)
     finally:
         for pipe, process in processes.items():
             process.terminate()
@@ -59,56 +90,63 @@ def run(job: Job, step: str, units: Sequence[int], workers: int, advance: Advanc
 
 
 def _hand_out(
-    processes: dict[Connection, SpawnProcess], units: list[int], advance: Advance
+    processes: dict[Connection, SpawnProcess], units: Sequence[int], advance: Advance
 ) -> None:
-    waiting = list(reversed(units))
-    busy = dict.fromkeys(processes, True)
-    while any(busy.values()):
-        for ready in wait([pipe for pipe, works in busy.items() if works]):
-            assert isinstance(ready, Connection)
+    """Answer workers until every one was told that no unit is left."""
+    remaining = list(reversed(units))  # popped from the end, so the first unit goes out first
+    busy = set(processes)
+    while busy:
+        for pipe in wait(list(busy)):
+            assert isinstance(pipe, Connection)
             try:
-                kind, content = ready.recv()
+                message = pipe.recv()
             except (EOFError, ConnectionResetError):
-                processes[ready].join()
+                processes[pipe].join()
                 raise RunError(
-                    f"a worker ended with exit code {processes[ready].exitcode}{_FEWER}"
+                    f"a worker ended with exit code {processes[pipe].exitcode}; what is finished is"
+                    " kept: run the same command again, with fewer --workers if memory ran out"
                 ) from None
-            if kind == "advanced":
-                advance(*content)
-            elif kind == "failed":
-                raise content
-            elif kind == "crashed":
-                raise RuntimeError(content)
+            if isinstance(message, _Progress):
+                advance(message.text_bytes, message.tokens, message.left_out)
+            elif isinstance(message, _Failed):
+                raise message.error
+            elif isinstance(message, _Crashed):
+                raise RuntimeError(message.trace)
+            elif remaining:
+                pipe.send(remaining.pop())
             else:
-                busy[ready] = bool(waiting)
-                ready.send(waiting.pop() if waiting else None)
+                pipe.send(None)
+                busy.remove(pipe)
 
 
-def _serve(job: Job, step: str, pipe: Connection) -> None:
-    """A worker: ends when it is told to, or when the other end of its pipe is gone."""
-    # Ctrl-C is the first process's: it ends the others
+def _serve(work: Work, pipe: Connection) -> None:
+    """Run a worker process until no unit is left or the other end of its pipe is gone."""
+    # Ctrl-C reaches all processes of the terminal. Only the first one acts on it, and ends these.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # The processes share the cores; threads of each would only compete.
     os.environ.update(RAYON_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
 
-    def advance(*numbers: int) -> None:
-        pipe.send(("advanced", numbers))
+    def advance(text_bytes: int, tokens: int, left_out: int) -> None:
+        pipe.send(_Progress(text_bytes, tokens, left_out))
 
     try:
-        work = job.open(step)
-        while (unit := _next(pipe)) is not None:
+        while (unit := _next_unit(pipe)) is not None:
             work(unit, advance)
     except (BrokenPipeError, ConnectionResetError):
         return
     except (UserError, RunError, OSError) as error:
-        pipe.send(("failed", error))
+        pipe.send(_Failed(error))
     except Exception:
-        pipe.send(("crashed", traceback.format_exc()))
+        pipe.send(_Crashed(traceback.format_exc()))
 
 
-def _next(pipe: Connection) -> int | None:
+def _next_unit(pipe: Connection) -> int | None:
+    """Ask for a unit; None if there is none left or nobody answers."""
     try:
-        pipe.send(("ready", None))
-        unit: Any = pipe.recv()
+        pipe.send(_Ready())
+        answer = pipe.recv()
     except (EOFError, OSError):
         return None
-    return None if unit is None else int(unit)
+    if answer is None:
+        return None
+    return int(answer)

@@ -1,6 +1,4 @@
-"""How far a command is: a bar on a terminal; of a preparation a line every half
-minute elsewhere.
-"""
+"""Progress on a stream: a bar on a terminal; for a preparation, else a line every half minute."""
 
 from __future__ import annotations
 
@@ -8,68 +6,82 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
-_EVERY = 30.0
-"""Seconds between lines where there is no terminal."""
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
+    from rich.progress import TaskID
+
+_SECONDS_BETWEEN_LINES = 30.0
 
 
 class Progress:
-    """Counts bytes of text, tokens and what is left out.
+    """Counts bytes of text, tokens and things left out, and shows them.
 
     Args:
-        stream: where it is shown; None: nowhere.
+        stream: where progress is shown; None shows nothing.
     """
 
     def __init__(self, stream: TextIO | None) -> None:
         self._stream = stream
-        self._total = self._text = self._tokens = self._left_out = 0
-        self._started = self._shown = time.monotonic()
-        self._what = "reading"
-        self._bar: Any = None
+        self._pass_name = "reading"
+        # In bytes of text, over all passes up to the current one; 0 until the first pass.
+        self._total_bytes = 0
+        self._text_bytes = 0
+        self._tokens = 0
+        self._left_out = 0
+        self._start_time = time.monotonic()
+        self._last_line_time = self._start_time
+        self._bar: Bar | None = None
+        self._bar_task: TaskID | None = None
 
-    def begin(self, what: str, text_bytes: int) -> None:
-        """A further pass over about that much text."""
-        self._what, self._total = what, self._text + text_bytes
+    def begin_pass(self, name: str, text_bytes: int) -> None:
+        """Begin a pass over about `text_bytes` of text; what it reads is counted on top."""
+        self._pass_name = name
+        self._total_bytes = self._text_bytes + text_bytes
 
-    def advance(self, text: int, tokens: int, left_out: int) -> None:
-        """What was done since the last call."""
-        self._text, self._tokens, self._left_out = (
-            self._text + text,
-            self._tokens + tokens,
-            self._left_out + left_out,
-        )
+    def advance(self, text_bytes: int, tokens: int, left_out: int) -> None:
+        """Add what was done since the last call."""
+        self._text_bytes += text_bytes
+        self._tokens += tokens
+        self._left_out += left_out
         self._show()
 
-    def say(self, message: str) -> None:
-        """Something to know while nothing advances."""
+    def log(self, message: str) -> None:
+        """Show a line that stays."""
         if self._bar is not None:
             self._bar.console.print(message)
         elif self._stream is not None:
             print(message, file=self._stream, flush=True)
 
     def _line(self) -> str:
-        seconds = max(time.monotonic() - self._started, 1e-9)
-        rate = self._text / seconds
-        left = max(self._total - self._text, 0)
-        ends = f"{_clock(left / rate)} to go, " if left and rate else ""
+        seconds = max(time.monotonic() - self._start_time, 1e-9)
+        bytes_per_second = self._text_bytes / seconds
+        remaining = max(self._total_bytes - self._text_bytes, 0)
+        to_go = ""
+        if remaining and bytes_per_second:
+            to_go = f"{_clock(remaining / bytes_per_second)} to go, "
         return (
-            f"{self._what}: {ends}{self._text / 1e6:,.0f} MB, {rate / 1e6:,.1f} MB/s,"
-            f" {self._left_out:,} left out, {self._tokens:,} tokens, {self._tokens / seconds:,.0f}"
-            " tokens/s"
+            f"{self._pass_name}: {to_go}{self._text_bytes / 1e6:,.0f} MB,"
+            f" {bytes_per_second / 1e6:,.1f} MB/s, {self._left_out:,} left out,"
+            f" {self._tokens:,} tokens, {self._tokens / seconds:,.0f} tokens/s"
         )
 
     def _show(self) -> None:
         if self._bar is not None:
+            assert self._bar_task is not None
             self._bar.update(
-                self._task,
+                self._bar_task,
                 description=self._line(),
-                total=self._total or None,
-                completed=min(self._text, self._total),
+                total=self._total_bytes or None,
+                # Units hold only about as much text as planned.
+                completed=min(self._text_bytes, self._total_bytes),
             )
-        elif self._stream is not None and time.monotonic() - self._shown >= _EVERY:
-            self._shown = time.monotonic()
-            print(self._line(), file=self._stream, flush=True)
+        elif self._stream is not None:
+            now = time.monotonic()
+            if now - self._last_line_time >= _SECONDS_BETWEEN_LINES:
+                self._last_line_time = now
+                print(self._line(), file=self._stream, flush=True)
 
     def __enter__(self) -> Progress:
         if self._stream is not None and self._stream.isatty():
@@ -78,20 +90,21 @@ class Progress:
             from rich.progress import Progress as Bar
             from rich.table import Column
 
-            console = Console(file=self._stream)
+            # The line of numbers is long: the bar stays short and the text is folded.
+            text_column = Column(overflow="fold", ratio=1)
             self._bar = Bar(
                 BarColumn(10),
-                TextColumn("{task.description}", table_column=Column(overflow="fold", ratio=1)),
-                console=console,
+                TextColumn("{task.description}", table_column=text_column),
+                console=Console(file=self._stream),
             )
-            self._task = self._bar.add_task("reading", total=None)
+            self._bar_task = self._bar.add_task("reading", total=None)
             self._bar.start()
         return self
 
     def __exit__(
         self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
+        exception_type: type[BaseException] | None,
+        exception: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
         if self._bar is not None:
@@ -99,21 +112,25 @@ class Progress:
 
 
 def _clock(seconds: float) -> str:
+    """Format seconds as hours:minutes:seconds."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
 @contextmanager
-def progress_bar(wanted: bool, what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A function of the tokens done since its last call that moves a bar, or does nothing.
+def progress_bar(shown: bool, description: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Show a bar on stderr while the block runs.
 
     Args:
-        wanted: show it (stderr is a terminal).
-        what: is done, in one word.
+        shown: False shows nothing.
+        description: what is done, in one word.
         total: tokens in all.
+
+    Yields:
+        A function to call with the tokens that were done since its last call.
     """
-    if not wanted:
-        yield lambda _: None
+    if not shown:
+        yield lambda tokens: None
         return
     from rich.console import Console
     from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -125,6 +142,6 @@ def progress_bar(wanted: bool, what: str, total: int) -> Iterator[Callable[[int]
         TaskProgressColumn(),
         TimeRemainingColumn(),
     )
-    with Bar(*columns, console=Console(stderr=True)) as display:
-        task = display.add_task(what, total=max(total, 1))
-        yield lambda tokens: display.update(task, advance=tokens)
+    with Bar(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(description, total=max(total, 1))
+        yield lambda tokens: bar.update(task, advance=tokens)

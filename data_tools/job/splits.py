@@ -1,13 +1,13 @@
-"""Encoded documents into the shards of their splits."""
+"""The train and validation splits: which documents are held out, and the shards they go to."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import bisect
 
 import numpy as np
+import xxhash
 
-from data_tools.tools.rewrite import replies_of
+from data_tools.documents.base import EncodedDocuments
 from llada.data.manifest import TRAIN, VALIDATION, ShardEntry
 from llada.data.shard_format import I64
 from llada.data.shard_reader import ShardReader
@@ -16,70 +16,119 @@ from llada.errors import UserError
 from llada.tokenizer import Tokenizer
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """Documents as token ids.
+def is_held_out(key: bytes, fraction: float) -> bool:
+    """Return whether a document belongs to the validation split.
 
-    Attributes:
-        flat: the ids of all documents one after the other, each with its EOS, int64.
-        lengths: ids of each document, int64 [n].
-        text_bytes: UTF-8 bytes of each document's text, int64 [n].
-        hashes: 64-bit hash of each document, which decides whether it is held out [n].
-        replies: of conversations, rows of REPLY_FIELDS in order of their documents, int64 [replies,
-            5].
+    The hash depends on the document alone: it stays in its split when inputs are added, reordered
+    or shared out differently, and equal documents are in the same split.
+
+    Args:
+        key: bytes that identify the document; for text, its UTF-8.
+        fraction: share of the documents that is held out, in [0, 1).
     """
-
-    flat: I64
-    lengths: I64
-    text_bytes: I64
-    hashes: Sequence[int]
-    replies: I64 | None = None
+    return bool(xxhash.xxh3_64_intdigest(key) / 2**64 < fraction)
 
 
 def write_batch(
-    batch: Encoded, tokenizer: Tokenizer, writers: dict[str, SplitWriter], fraction: float
+    batch: EncodedDocuments,
+    tokenizer: Tokenizer,
+    writers: dict[str, SplitWriter],
+    fraction: float,
 ) -> None:
-    """Append every document to the split that its hash names. Raises UserError for an id that no
-    text may have.
+    """Append every document of a batch to its split.
+
+    Args:
+        batch: documents in order.
+        tokenizer: tokenizer of the corpus.
+        writers: one for each split.
+        fraction: share of the documents that is held out.
+
+    Raises:
+        UserError: the encoder gave an id that no text may have.
     """
-    flat = batch.flat
-    if flat.size and (
-        flat.min() < 0 or flat.max() >= tokenizer.vocab_size or (flat == tokenizer.mask_id).any()
-    ):
-        token_id = int(
-            flat[
-                np.argmax((flat < 0) | (flat >= tokenizer.vocab_size) | (flat == tokenizer.mask_id))
-            ]
-        )
-        raise UserError(
-            f"--tokenizer: {tokenizer.name} gave id {token_id} for text; allowed are"
-            f" 0..{tokenizer.vocab_size - 1} without the mask token {tokenizer.mask_id}"
-        )
-    held_out = np.array([value / 2**64 < fraction for value in batch.hashes])
+    _check_ids(batch.flat_tokens, tokenizer)
+    held_out = np.array([is_held_out(key, fraction) for key in batch.split_keys], dtype=bool)
     if not held_out.any():
-        writers[TRAIN].append(flat, batch.lengths, batch.text_bytes, batch.replies)
+        # The usual case: of a small fraction, most batches have nothing, and nothing is copied.
+        writers[TRAIN].append(batch.flat_tokens, batch.lengths, batch.text_bytes, batch.replies)
         return
-    owner = np.repeat(held_out, batch.lengths)
-    for split, chosen, ids in (
-        (TRAIN, ~held_out, flat[~owner]),
-        (VALIDATION, held_out, flat[owner]),
-    ):
-        if chosen.any():
-            replies = batch.replies
-            if replies is not None:
-                replies = replies[chosen[replies[:, 0]]]
-                replies[:, 0] = (np.cumsum(chosen) - 1)[replies[:, 0]]
-            writers[split].append(ids, batch.lengths[chosen], batch.text_bytes[chosen], replies)
+    _append_selected(batch, ~held_out, writers[TRAIN])
+    _append_selected(batch, held_out, writers[VALIDATION])
+
+
+def _check_ids(flat: I64, tokenizer: Tokenizer) -> None:
+    """Raise UserError for an id outside the tokenizer, and for the mask: text is never the mask."""
+    if not flat.size:
+        return
+    # Two reductions and a search are cheaper than the mask of all three conditions, which is needed
+    # only to name a wrong id.
+    in_range = flat.min() >= 0 and flat.max() < tokenizer.vocab_size
+    if in_range and not (flat == tokenizer.mask_id).any():
+        return
+    wrong = (flat < 0) | (flat >= tokenizer.vocab_size) | (flat == tokenizer.mask_id)
+    raise UserError(
+        f"--tokenizer: {tokenizer.name} gave id {flat[np.argmax(wrong)]} for text; allowed are"
+        f" 0..{tokenizer.vocab_size - 1} without the mask token {tokenizer.mask_id}"
+    )
+
+
+def _append_selected(batch: EncodedDocuments, selected: I64, writer: SplitWriter) -> None:
+    """Append some documents of a batch, in order.
+
+    Args:
+        batch: documents in order.
+        selected: which of them, bool [documents].
+        writer: of their split.
+    """
+    if not selected.any():
+        return
+    replies = batch.replies
+    if replies is not None:
+        # Documents are counted anew. With documents 1 and 3 of four selected, `new_number` is
+        # [-1, 0, 0, 1]: rows of document 3 become rows of document 1.
+        new_number = np.cumsum(selected) - 1
+        replies = replies[selected[replies[:, 0]]]
+        replies[:, 0] = new_number[replies[:, 0]]
+    token_selected = np.repeat(selected, batch.lengths)
+    writer.append(
+        batch.flat_tokens[token_selected],
+        batch.lengths[selected],
+        batch.text_bytes[selected],
+        replies,
+    )
 
 
 def append_shard(
     writer: SplitWriter, shard: ShardReader, entry: ShardEntry, replies: I64 | None
 ) -> None:
-    """Append all documents of a shard, some at a time. The bytes of its text, known as a sum only,
-    go to its first document.
+    """Append all documents of a shard, some at a time so that memory is bounded.
+
+    Args:
+        writer: of the split.
+        shard: the shard, opened.
+        entry: its entry.
+        replies: its reply index; None for text.
     """
     for first, flat, lengths in shard.runs():
-        own = None if replies is None else replies_of(replies, first, first + len(lengths))
-        sizes = np.zeros(len(lengths), dtype=np.int64)
-        sizes[0] = 0 if first else entry.text_bytes
-        writer.append(flat, lengths, sizes, own)
+        own_replies = None
+        if replies is not None:
+            own_replies = replies_of(replies, first, first + len(lengths))
+        # Only the sum of the text bytes is known. It goes to the shard's first document.
+        text_bytes = np.zeros(len(lengths), dtype=np.int64)
+        if first == 0:
+            text_bytes[0] = entry.text_bytes
+        writer.append(flat, lengths, text_bytes, own_replies)
+
+
+def replies_of(replies: I64, first: int, stop: int) -> I64:
+    """Return the rows of documents first..stop-1, the document counted from `first`.
+
+    Args:
+        replies: rows of REPLY_FIELDS sorted by document; may be memory-mapped.
+        first, stop: documents.
+    """
+    documents = replies[:, 0]
+    # bisect reads a few rows; np.searchsorted would copy the column, which is not contiguous.
+    start_row = bisect.bisect_left(documents, first)
+    stop_row = bisect.bisect_left(documents, stop)
+    return replies[start_row:stop_row] - np.array([first, 0, 0, 0, 0])

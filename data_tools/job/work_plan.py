@@ -1,5 +1,4 @@
-"""How a preparation is shared out: units of work, each a run of consecutive documents in the sorted
-list of sources.
+"""How a preparation is cut into units of work, each a run of documents in the order of the sources.
 
 Where units begin and end follows from the sources and `--unit-bytes` alone, never from the number
 of workers or tasks, so every way of running a preparation writes the same files.
@@ -12,23 +11,32 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from data_tools.readers.reading import ReadOptions, Report, measure
-from data_tools.readers.sources import Extent, InputFile, Slice
+from data_tools.documents.base import JsonObject
+from data_tools.readers.input_file import Extent, InputFile, Slice
+from data_tools.readers.options import ReadOptions
+from data_tools.readers.reading import measure
+from data_tools.readers.report import Report
 from llada.errors import UserError
 from llada.files import write_atomically
 
-LARGEST_UNIT, SMALLEST_UNIT = 256 << 20, 4 << 20
-"""Bytes of text of a unit where `--unit-bytes` is not given: a 64th of the whole within these
-bounds.
-"""
-_FEW = 64
 PLAN = "plan.json"
+
+# Without --unit-bytes a unit is a 64th of the text, within these bounds in bytes: enough units to
+# share out, none so large that losing one to an interruption costs much.
+_DEFAULT_UNITS = 64
+MIN_UNIT_BYTES = 4 << 20
+MAX_UNIT_BYTES = 256 << 20
 
 
 class InputRange(NamedTuple):
-    """A slice of the source with this index."""
+    """Positions start..stop-1 of one source.
+
+    Attributes:
+        source: index of the source in the plan.
+        start, stop: as in `Slice`.
+    """
 
     source: int
     start: int
@@ -41,27 +49,27 @@ class InputRange(NamedTuple):
 
 @dataclass(frozen=True)
 class WorkPlan:
-    """What is read, in which units, with which settings.
+    """What is read, in which units, with which settings. Its fields are the keys of plan.json.
 
     Attributes:
-        settings: all that decides what is written, as JSON.
-        sources: in order.
-        units: the pieces of every unit, in order.
-        text_bytes: about how much text every unit has.
-        skipped: files left out while the sources were found, by reason.
-        listed: and which of them could not be read.
+        settings: everything that decides what is written, as JSON values.
+        sources: input files, in order.
+        units: the ranges of every unit, in order.
+        text_bytes: approximate bytes of text in every unit [units].
+        skipped: how many files were left out when the sources were listed, by reason.
+        listed: entries of the list of what is left out, for files that could not be read.
     """
 
-    settings: dict[str, Any]
+    settings: JsonObject
     sources: list[InputFile]
     units: list[list[InputRange]]
     text_bytes: list[int]
     skipped: dict[str, int]
-    listed: list[dict[str, Any]]
+    listed: list[JsonObject]
 
     @property
     def digest(self) -> str:
-        """sha256 over settings and sources."""
+        """Digest of settings and sources; see `digest_of`."""
         return digest_of(self.settings, self.sources)
 
     def save(self, folder: Path) -> None:
@@ -69,13 +77,18 @@ class WorkPlan:
 
     @classmethod
     def load(cls, folder: Path) -> WorkPlan | None:
-        """The plan of an unfinished preparation; None when there is none. Raises UserError for one
-        that is damaged.
+        """Return the plan of an unfinished preparation, or None if there is none.
+
+        Raises:
+            UserError: the plan is damaged or cannot be read.
         """
         try:
             content = json.loads((folder / PLAN).read_bytes())
             content["sources"] = [InputFile(**source) for source in content["sources"]]
-            content["units"] = [[InputRange(*piece) for piece in unit] for unit in content["units"]]
+            units = []
+            for unit in content["units"]:
+                units.append([InputRange(*values) for values in unit])
+            content["units"] = units
             return cls(**content)
         except (FileNotFoundError, NotADirectoryError):
             return None
@@ -88,7 +101,11 @@ class WorkPlan:
             ) from None
 
 
-def digest_of(settings: dict[str, Any], sources: Sequence[InputFile]) -> str:
+def digest_of(settings: JsonObject, sources: Sequence[InputFile]) -> str:
+    """Return the sha256 over settings and sources, by which a preparation recognises its own work.
+
+    Sources carry their size and time of modification, so a changed file changes the digest.
+    """
     content = json.dumps(
         [settings, [asdict(source) for source in sources]], sort_keys=True, allow_nan=False
     )
@@ -96,60 +113,80 @@ def digest_of(settings: dict[str, Any], sources: Sequence[InputFile]) -> str:
 
 
 def make_plan(
-    settings: dict[str, Any],
+    settings: JsonObject,
     sources: Sequence[InputFile],
     options: ReadOptions,
     unit_bytes: int | None,
     report: Report,
 ) -> WorkPlan:
-    """Measure the sources and cut them.
+    """Measure the sources and cut them into units.
 
     Args:
-        settings: recorded.
+        settings: recorded in the plan.
         sources: from `find_sources`.
-        options: how to read.
-        unit_bytes: of text in a unit; None: see LARGEST_UNIT.
-        report: of `find_sources`; goes on.
+        options: how sources are read.
+        unit_bytes: bytes of text in a unit; None for a 64th of the whole, within bounds.
+        report: the one that `find_sources` filled; unreadable sources are added.
 
     Raises:
-        UserError: a source that cannot be read, sources that hold nothing.
+        UserError: a named source cannot be read.
     """
+    # A source that is left out keeps its index, and an empty extent that is in no unit.
     extents = [measure(source, options, report) or Extent(0, 0) for source in sources]
-    total = sum(extent.text_bytes for extent in extents)
-    size = unit_bytes or min(LARGEST_UNIT, max(SMALLEST_UNIT, total // _FEW))
-    units, text_bytes = cut(extents, size)
+    if unit_bytes is None:
+        share = sum(extent.text_bytes for extent in extents) // _DEFAULT_UNITS
+        unit_bytes = min(MAX_UNIT_BYTES, max(MIN_UNIT_BYTES, share))
+    units, text_bytes = cut(extents, unit_bytes)
     return WorkPlan(settings, list(sources), units, text_bytes, dict(report.skipped), report.listed)
 
 
-def cut(extents: Sequence[Extent], size: int) -> tuple[list[list[InputRange]], list[int]]:
-    """Pieces of units of `size` bytes of text, the last one smaller, and the text of each. A unit
-    takes a position that does not fit as a whole, so it may be larger by less than one position.
+def cut(extents: Sequence[Extent], unit_bytes: int) -> tuple[list[list[InputRange]], list[int]]:
+    """Cut sources into units of `unit_bytes` of text; the last unit is smaller.
+
+    Source 0 is plain JSON Lines of 250 bytes (250 positions of a byte each). Source 1 is a table
+    with two row groups of 80 and 120 bytes. In units of 100 bytes:
+
+        unit 0   bytes 0..99 of source 0
+        unit 1   bytes 100..199 of source 0
+        unit 2   bytes 200..249 of source 0, row group 0 of source 1      130 bytes
+        unit 3   row group 1 of source 1                                  120 bytes
+
+    A position is never divided: unit 2 takes row group 0 whole, although it has room for only 50
+    more bytes. So a unit exceeds `unit_bytes` by less than one position.
+
+    Args:
+        extents: what can be cut, one for each source.
+        unit_bytes: bytes of text with which a unit is full.
+
+    Returns:
+        The ranges of each unit, and the bytes of text in each.
     """
     units: list[list[InputRange]] = []
-    filled: list[int] = []
-    for index, extent in enumerate(extents):
+    text_bytes: list[int] = []
+    for source, extent in enumerate(extents):
         position = 0
         while position < extent.length:
-            if not units or filled[-1] >= size:
+            if not units or text_bytes[-1] >= unit_bytes:
                 units.append([])
-                filled.append(0)
-            stop, text = _take(extent, position, size - filled[-1])
-            units[-1].append(InputRange(index, position, stop))
-            filled[-1] += text
+                text_bytes.append(0)
+            stop, taken = _take(extent, position, room=unit_bytes - text_bytes[-1])
+            units[-1].append(InputRange(source, position, stop))
+            text_bytes[-1] += taken
             position = stop
-    return units, filled
+    return units, text_bytes
 
 
-def _take(extent: Extent, position: int, room: int) -> tuple[int, int]:
-    """How far the positions from `position` on fill `room`, and the text that is in them."""
+def _take(extent: Extent, start: int, room: int) -> tuple[int, int]:
+    """Return where a range from `start` ends that fills `room` bytes, and the text in it."""
     if extent.sizes is None:
-        # A position may hold less than a byte only where there is no text at all: then all of them
-        # fit.
-        wanted = -(-room * extent.length // max(extent.text_bytes, 1))
-        stop = min(extent.length, position + wanted)
-        return stop, (stop - position) * extent.text_bytes // extent.length
-    stop, text = position, 0
-    while stop < extent.length and text < room:
-        text += extent.sizes[stop]
+        # All positions hold the same: those that fill the room, rounded up. A position has no text
+        # only where the whole source has none; then all of it is taken.
+        positions = -(-room * extent.length // max(extent.text_bytes, 1))
+        stop = min(extent.length, start + positions)
+        return stop, (stop - start) * extent.text_bytes // extent.length
+    stop = start
+    text_bytes = 0
+    while stop < extent.length and text_bytes < room:
+        text_bytes += extent.sizes[stop]
         stop += 1
-    return stop, text
+    return stop, text_bytes

@@ -1,270 +1,224 @@
-"""What is done for one unit: its document hashes (for `--dedup`), its shards."""
+"""The work on one unit: read its documents, filter them, encode them and write their shards."""
 
 from __future__ import annotations
 
-import functools
-import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Generic
 
 import xxhash
 
 from data_tools.batches import in_batches
-from data_tools.filters.decontamination import Contamination
-from data_tools.filters.dedup import HASHES, Duplicates, hashes_path, write_hashes
-from data_tools.job.pool import Advance, Work
-from data_tools.job.splits import Encoded, write_batch
+from data_tools.documents.base import Document, DocumentEncoder, DocumentType
+from data_tools.filters.decontamination import Contamination, evaluation_texts
+from data_tools.filters.dedup import Duplicates, hashes_path, write_hashes
+from data_tools.job.options import CorpusOptions, DecontaminationOptions
+from data_tools.job.pool import Advance
+from data_tools.job.splits import write_batch
+from data_tools.job.unit_result import PARTS, RangeCount, UnitResult
 from data_tools.job.work_plan import WorkPlan
-from data_tools.readers.reading import ReadOptions, Record, Report, no_document, read_slice
-from data_tools.readers.sources import DATASET, InputFile
-from llada.data.manifest import TRAIN, VALIDATION, ShardEntry
+from data_tools.readers.input_file import DATASET, InputFile
+from data_tools.readers.report import Report, no_document
+from llada.data.manifest import TRAIN, VALIDATION
 from llada.data.shard_format import token_dtype
 from llada.data.shard_writer import SplitWriter
 from llada.errors import UserError
-from llada.files import write_atomically
 from llada.tokenizer import Tokenizer
 
 BATCH_BYTES = 1 << 20
-"""Text that is encoded at a time, of documents that are not longer."""
-ENTRIES, PARTS = "units", "parts"
-"""Folders of an unfinished preparation: what is known of finished units, and their shards."""
-
-
-class Kind(Protocol):
-    """What documents are. Can be sent to other processes."""
-
-    @property
-    def name(self) -> str:
-        """TEXT or CONVERSATIONS of `llada.data.corpus`."""
-        ...
-
-    @property
-    def options(self) -> ReadOptions:
-        """How documents are read."""
-        ...
-
-    def text(self, document: Any) -> str:
-        """All of its text: two documents with the same are duplicates."""
-        ...
-
-    def choose(self, tokenizer: Tokenizer, plan: WorkPlan, wanted: str) -> tuple[str, str]:
-        """The name of the encoder, and why it is not a faster one."""
-        ...
-
-    def open(self, tokenizer: Tokenizer, backend: str) -> Steps:
-        """What is done to documents, for the process that does it."""
-        ...
-
-
-class Steps(NamedTuple):
-    """What a kind does to documents.
-
-    Attributes:
-        record: see `data_tools.readers.reading.read_slice`; None: documents are texts.
-        encode: documents -> ids; what it leaves out of them is counted in the report.
-    """
-
-    record: Record | None
-    encode: Callable[[list[Any], Report], Encoded]
+"""Text that is encoded at a time; a longer document is a batch of its own."""
 
 
 @dataclass(frozen=True)
-class Decontamination:
-    """Documents that share an n-gram of words with an evaluation text.
+class UnitWorker(Generic[Document]):
+    """Does units of a preparation, in any process that sees its folder.
 
     Attributes:
-        files: evaluation texts.
-        ngram: words.
-        drop: leave the documents out; else they are only counted.
-    """
-
-    files: tuple[str, ...]
-    ngram: int
-    drop: bool
-
-
-@dataclass(frozen=True)
-class UnitJob:
-    """The steps of a preparation, for any process that sees its folder.
-
-    Attributes:
-        folder: of the unfinished preparation, with its plan and its tokenizer.
-        kind: of the documents.
-        tokenizer: of the corpus.
+        folder: folder of the unfinished preparation, with its plan.
+        document_type: type of the documents.
+        tokenizer: tokenizer of the corpus.
         backend: name of the encoder.
-        validation_fraction, shard_tokens, dedup, decontamination: see
-        `data_tools.documents.text.prepare`.
+        options: how the corpus is written.
     """
 
     folder: Path
-    kind: Kind
+    document_type: DocumentType[Document]
     tokenizer: Tokenizer
     backend: str
-    validation_fraction: float
-    shard_tokens: int
-    dedup: bool
-    decontamination: Decontamination | None
+    options: CorpusOptions
 
-    def open(self, step: str) -> Work:
-        """`hashes` or `shards`: a function of the number of a unit."""
-        opened = _Opened(self, step)
-        return opened.hash if step == HASHES else opened.tokenize
+    def __getstate__(self) -> dict[str, object]:
+        # The cached properties below stay in their process: encoders cannot be pickled, and the
+        # index of the evaluation texts may be large.
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
-
-class _Opened:
-    """A job in a process that works on it."""
-
-    def __init__(self, job: UnitJob, step: str) -> None:
-        self.job = job
-        plan = WorkPlan.load(job.folder)
+    @cached_property
+    def _plan(self) -> WorkPlan:
+        plan = WorkPlan.load(self.folder)
         if plan is None:
-            raise UserError(f"--output: {job.folder} is gone; start again")
-        self.plan = plan
-        self.tokenizer = job.tokenizer
-        self.steps = job.kind.open(self.tokenizer, job.backend)
-        self.contamination = None if step == HASHES else open_contamination(job.decontamination)
+            raise UserError(f"--output: {self.folder} is gone; start again")
+        return plan
 
-    def hash(self, unit: int, advance: Advance) -> None:
-        """Write the hash of every document of a unit, in order."""
+    @cached_property
+    def _encoder(self) -> DocumentEncoder[Document]:
+        return self.document_type.open(self.tokenizer, self.backend)
+
+    @cached_property
+    def _contamination(self) -> Contamination | None:
+        return open_contamination(self.options.decontamination)
+
+    @cached_property
+    def _ranges_per_source(self) -> Counter[int]:
+        """How many ranges each source is cut into."""
+        return Counter(part.source for unit in self._plan.units for part in unit)
+
+    def hash_unit(self, unit: int, advance: Advance) -> None:
+        """Write the hash of every document of a unit, in order; the first pass of `--dedup`."""
         report = Report()
+        throttled = ThrottledAdvance(advance, report)
         digests: list[bytes] = []
-        seen = Counted(advance, report)
-        for document in self._documents(unit, report, []):
-            data = self.job.kind.text(document).encode("utf-8", "surrogatepass")
-            digests.append(xxhash.xxh3_128_digest(data))
-            seen.add(len(data), 0)
-        seen.flush()
-        write_hashes(hashes_path(self.job.folder, unit), digests)
+        for document in self._read(unit, report, []):
+            text = self.document_type.text(document).encode("utf-8", "surrogatepass")
+            digests.append(xxhash.xxh3_128_digest(text))
+            throttled.add(len(text), 0)
+        throttled.flush()
+        write_hashes(hashes_path(self.folder, unit), digests)
 
-    def tokenize(self, unit: int, advance: Advance) -> None:
-        """Write the shards of a unit, then the entry that says it is done."""
-        report, noted = Report(), Counter[str]()
-        given: list[list[Any]] = []
-        dtype, limit = token_dtype(self.tokenizer.padded_vocab_size), self.job.shard_tokens
-        shards: list[ShardEntry] = []
-        seen = Counted(advance, report)
+    def encode_unit(self, unit: int, advance: Advance) -> None:
+        """Write the shards of a unit, then its result, which marks it as done."""
+        report = Report()
+        noted = Counter[str]()
+        ranges: list[RangeCount] = []
+        throttled = ThrottledAdvance(advance, report)
+        parts = self.folder / PARTS
+        dtype = token_dtype(self.tokenizer.padded_vocab_size)
+        shard_tokens = self.options.shard_tokens
         with (
-            SplitWriter(self.job.folder / PARTS, TRAIN, dtype, limit, unit) as train,
-            SplitWriter(self.job.folder / PARTS, VALIDATION, dtype, limit, unit) as validation,
+            SplitWriter(parts, TRAIN, dtype, shard_tokens, unit) as train,
+            SplitWriter(parts, VALIDATION, dtype, shard_tokens, unit) as validation,
         ):
-            documents = self._unique(unit, self._documents(unit, report, given), report)
-            for batch in in_batches(
-                documents, lambda document: len(self.job.kind.text(document)), BATCH_BYTES
-            ):
-                kept = self._clean(batch, report, noted)
+            writers = {TRAIN: train, VALIDATION: validation}
+            documents = self._drop_duplicates(unit, self._read(unit, report, ranges), report)
+            for batch in in_batches(documents, self._text_length, BATCH_BYTES):
+                kept = self._drop_contaminated(batch, report, noted)
                 if not kept:
                     continue
-                encoded = self.steps.encode(kept, report)
-                write_batch(
-                    encoded,
-                    self.tokenizer,
-                    {TRAIN: train, VALIDATION: validation},
-                    self.job.validation_fraction,
-                )
-                seen.add(int(encoded.text_bytes.sum()), len(encoded.flat))
+                encoded = self._encoder.encode(kept, report)
+                write_batch(encoded, self.tokenizer, writers, self.options.validation_fraction)
+                throttled.add(int(encoded.text_bytes.sum()), len(encoded.flat_tokens))
             shards = train.finish() + validation.finish()
-        seen.flush()
-        entry = {
-            "shards": [asdict(shard) for shard in shards],
-            "given": given,
-            "skipped": dict(report.skipped),
-            "noted": dict(noted),
-            "listed": report.listed,
-            "encoder": self.job.backend,
-        }
-        write_atomically(entry_path(self.job.folder, unit), json.dumps(entry))
+        throttled.flush()
+        # All files of the unit are on the disk before its result is: an interrupted unit has no
+        # result and is done again.
+        result = UnitResult(shards, ranges, report.skipped, noted, report.listed, self.backend)
+        result.save(self.folder, unit)
 
-    def _documents(self, unit: int, report: Report, given: list[list[Any]]) -> Iterator[Any]:
-        """Of every piece in turn; `given` gets [source, documents, what was left out if there are
-        none] of each.
+    def _text_length(self, document: Document) -> int:
+        return len(self.document_type.text(document))
+
+    def _read(self, unit: int, report: Report, ranges: list[RangeCount]) -> Iterator[Document]:
+        """Yield the documents of a unit, and append what each of its ranges gave to `ranges`.
+
+        Raises:
+            UserError: a source has changed since the plan was made, or a named source gives no
+                document.
         """
-        for piece in self.plan.units[unit]:
-            source = self.plan.sources[piece.source]
+        for part in self._plan.units[unit]:
+            source = self._plan.sources[part.source]
             _check_unchanged(source)
-            before, count = report.skipped.copy(), 0
-            for document in read_slice(
-                source, piece.slice, self.job.kind.options, report, self.steps.record
-            ):
+            skipped_before = report.skipped.copy()
+            count = 0
+            for document in self._encoder.read(source, part.slice, report):
                 count += 1
                 yield document
-            reasons = {} if count else dict(report.skipped - before)
-            if source.named and not count and self._num_pieces[piece.source] == 1:
-                raise no_document(source.path, Counter(reasons))
-            given.append([piece.source, count, reasons])
+            left_out = Counter[str]()
+            if not count:
+                left_out = report.skipped - skipped_before
+                # A source in several ranges may have documents in another one. `finish` sees all.
+                if source.named and self._ranges_per_source[part.source] == 1:
+                    raise no_document(source.path, left_out)
+            ranges.append(RangeCount(part.source, count, left_out))
 
-    @functools.cached_property
-    def _num_pieces(self) -> Counter[int]:
-        """Pieces that each source is cut into."""
-        return Counter(piece.source for unit in self.plan.units for piece in unit)
-
-    def _unique(self, unit: int, documents: Iterator[Any], report: Report) -> Iterator[Any]:
-        """Without those that are copies of an earlier one."""
-        if not self.job.dedup:
+    def _drop_duplicates(
+        self, unit: int, documents: Iterator[Document], report: Report
+    ) -> Iterator[Document]:
+        """Yield the documents that repeat no earlier one, if `dedup` is set."""
+        if not self.options.dedup:
             yield from documents
             return
-        copies = Duplicates(self.job.folder).of(unit)
+        repeated = Duplicates(self.folder).of(unit)
         for number, document in enumerate(documents):
-            if number in copies:
+            if number in repeated:
                 report.skipped["documents that repeat an earlier one"] += 1
             else:
                 yield document
 
-    def _clean(self, batch: list[Any], report: Report, noted: Counter[str]) -> list[Any]:
-        """Without those that overlap an evaluation text, if so asked."""
-        rule = self.job.decontamination
-        if self.contamination is None or rule is None:
+    def _drop_contaminated(
+        self, batch: list[Document], report: Report, noted: Counter[str]
+    ) -> list[Document]:
+        """Count documents that overlap an evaluation text, and drop them if that is set."""
+        options = self.options.decontamination
+        if self._contamination is None or options is None:
             return batch
-        overlaps = self.contamination.overlaps([self.job.kind.text(document) for document in batch])
+        texts = [self.document_type.text(document) for document in batch]
+        overlaps = self._contamination.overlaps(texts)
         if not overlaps.any():
             return batch
-        counts = report.skipped if rule.drop else noted
+        counts = noted
+        if options.drop:
+            counts = report.skipped
         counts["documents that overlap an evaluation text"] += int(overlaps.sum())
-        return (
-            [document for document, drop in zip(batch, overlaps, strict=True) if not drop]
-            if rule.drop
-            else batch
-        )
+        if not options.drop:
+            return batch
+        return [document for document, overlap in zip(batch, overlaps, strict=True) if not overlap]
 
 
-class Counted:
-    """Passes on what is done, a few times a second at most."""
+class ThrottledAdvance:
+    """Adds up progress and passes it on once for every `every` bytes of text.
+
+    Args:
+        advance: receives the progress.
+        report: what it counts as left out since the last call is passed on too.
+        every: bytes of text.
+    """
 
     def __init__(self, advance: Advance, report: Report, every: int = BATCH_BYTES) -> None:
-        self._advance, self._report, self._every = advance, report, every
-        self._text = self._tokens = self._left_out = 0
+        self._advance = advance
+        self._report = report
+        self._every = every
+        self._text_bytes = 0
+        self._tokens = 0
+        self._left_out_before = 0
 
-    def add(self, text: int, tokens: int) -> None:
-        self._text += text
+    def add(self, text_bytes: int, tokens: int) -> None:
+        self._text_bytes += text_bytes
         self._tokens += tokens
-        if self._text >= self._every:
+        if self._text_bytes >= self._every:
             self.flush()
 
     def flush(self) -> None:
         left_out = sum(self._report.skipped.values())
-        self._advance(self._text, self._tokens, left_out - self._left_out)
-        self._text, self._tokens, self._left_out = 0, 0, left_out
+        self._advance(self._text_bytes, self._tokens, left_out - self._left_out_before)
+        self._text_bytes = 0
+        self._tokens = 0
+        self._left_out_before = left_out
 
 
-def entry_path(folder: Path, unit: int) -> Path:
-    """The file that says that a unit is done, and with what."""
-    return folder / ENTRIES / f"{unit:05d}.json"
-
-
-def open_contamination(rule: Decontamination | None) -> Contamination | None:
-    """The evaluation texts of a rule."""
-    if rule is None:
+def open_contamination(options: DecontaminationOptions | None) -> Contamination | None:
+    """Return the index of the evaluation texts, or None if none are set."""
+    if options is None:
         return None
-    from data_tools.filters.decontamination import evaluation_texts
-
-    return Contamination(evaluation_texts(rule.files), rule.ngram)
+    return Contamination(evaluation_texts(options.files), options.ngram)
 
 
 def _check_unchanged(source: InputFile) -> None:
-    """Raises UserError if a file is not the one that was planned with."""
+    """Raise UserError if a file is not the one that the plan was made with."""
+    # A dataset is no single file. Its fingerprint is in the plan's digest, which is compared when a
+    # command starts.
     if source.format == DATASET:
         return
     try:
@@ -278,8 +232,3 @@ def _check_unchanged(source: InputFile) -> None:
             f"--input: {source.path} has changed since the preparation began; start over with"
             " --force"
         )
-
-
-def held_out_hash(data: bytes) -> int:
-    """The 64-bit hash that decides on which side a document is."""
-    return xxhash.xxh3_64_intdigest(data)

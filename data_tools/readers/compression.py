@@ -1,4 +1,4 @@
-"""Files as streams of bytes, plain or compressed."""
+"""Open a file as a stream of bytes, whether it is plain or compressed."""
 
 from __future__ import annotations
 
@@ -7,56 +7,71 @@ import io
 from pathlib import Path
 from typing import Any, BinaryIO
 
+_READ_BYTES = 1 << 16
+_BUFFER_BYTES = 1 << 18
+_LARGEST_ZSTD_WINDOW = 1 << 31
+"""zstandard refuses windows over 128 MiB unless told; `zstd --long=31` writes larger ones."""
+
 
 def open_file(path: str) -> BinaryIO:
-    """The bytes of a file, unpacked if its name ends in .gz or .zst."""
+    """Open a file for reading, decompressed if its name ends in .gz or .zst."""
     suffix = Path(path).suffix.lower()
     if suffix == ".gz":
         return gzip.open(path, "rb")  # type: ignore[return-value]
     if suffix == ".zst":
-        return io.BufferedReader(_ZstdFile(Path(path)), 1 << 18)
+        return io.BufferedReader(_ZstdFile(Path(path)), _BUFFER_BYTES)
     return open(path, "rb")
 
 
 class _ZstdFile(io.RawIOBase):
-    """A .zst file of any number of frames. Unlike zstandard's own reader it does not take a file
-    that breaks off for a whole one.
+    """A .zst file of any number of frames.
+
+    zstandard's own reader takes a file that was cut off for a complete one; this one raises
+    EOFError, as gzip does.
     """
 
     def __init__(self, path: Path) -> None:
         import zstandard
 
         self._file: BinaryIO = open(path, "rb")  # noqa: SIM115 (outlives this method; closed by close)
-        self._decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
+        self._decompressor = zstandard.ZstdDecompressor(max_window_size=_LARGEST_ZSTD_WINDOW)
         self._error: type[Exception] = zstandard.ZstdError
-        self._frame: Any = None
-        self._compressed = b""
-        self._ready = memoryview(b"")
+        self._frame: zstandard.ZstdDecompressionObj | None = None
+        self._compressed = b""  # read from the file, not yet decompressed
+        self._ready = memoryview(b"")  # decompressed, not yet handed out
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
+        """Fill `buffer` with up to its length of decompressed bytes; 0 at the end of the file."""
         while not self._ready:
-            self._compressed = self._compressed or self._file.read(1 << 16)
+            self._compressed = self._compressed or self._file.read(_READ_BYTES)
             if not self._compressed:
+                # The end of the file is the end of the stream only between frames.
                 if self._frame is not None:
                     raise EOFError(
                         "Compressed file ended before the end-of-stream marker was reached"
                     )
                 return 0
-            self._frame = self._frame or self._decompressor.decompressobj()
-            try:
-                self._ready = memoryview(self._frame.decompress(self._compressed))
-            except self._error as error:
-                raise OSError(str(error)) from None
-            self._compressed = b""
-            if self._frame.eof:
-                self._compressed, self._frame = self._frame.unused_data, None
-        n = min(len(buffer), len(self._ready))
-        buffer[:n] = self._ready[:n]
-        self._ready = self._ready[n:]
-        return n
+            self._decompress()
+        count = min(len(buffer), len(self._ready))
+        buffer[:count] = self._ready[:count]
+        self._ready = self._ready[count:]
+        return count
+
+    def _decompress(self) -> None:
+        """Decompress what was read; at the end of a frame, keep the rest for the next one."""
+        frame = self._frame or self._decompressor.decompressobj()
+        try:
+            self._ready = memoryview(frame.decompress(self._compressed))
+        except self._error as error:
+            raise OSError(str(error)) from None
+        self._compressed = b""
+        self._frame = frame
+        if frame.eof:
+            self._compressed = frame.unused_data
+            self._frame = None
 
     def close(self) -> None:
         self._file.close()

@@ -1,8 +1,7 @@
 """JSON arrays, read element by element: memory holds one element and a chunk of the file, however
 large the array is.
 
-The scanner finds where elements end; what an element holds is parsed, and checked, by whoever gets
-its bytes.
+The scanner finds where elements end; their bytes are parsed one element at a time.
 """
 
 from __future__ import annotations
@@ -14,27 +13,33 @@ from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
 from data_tools.readers.compression import open_file
+from data_tools.readers.input_file import InputFile
+from data_tools.readers.options import ReadOptions
+from data_tools.readers.records import BadRecord, Record, RecordStream
+from data_tools.readers.report import Report
 
 _CHUNK = 1 << 18
-_SPACE = b" \t\r\n"
-_BETWEEN, _INSIDE = re.compile(rb'[",\[\]{}]'), re.compile(rb'["\[\]{}]')
-"""What says where an element ends: outside of all its brackets, and inside of some."""
-_TEXT = re.compile(rb'[^"\\]*(?:\\.[^"\\]*)*', re.DOTALL)
-"""The rest of a string, as far as the chunk goes; it stops before a backslash that ends the chunk.
-"""
+_WHITE_SPACE = b" \t\r\n"
+
+# The characters at which the scanner has to look. Commas matter only outside all brackets of an
+# element, where they end it.
+_MARK_OUTSIDE = re.compile(rb'[",\[\]{}]')
+_MARK_INSIDE = re.compile(rb'["\[\]{}]')
+# The rest of a string, up to its closing quote or to the end of the chunk. It stops before a
+# backslash that ends the chunk, because the next byte belongs to it.
+_STRING_REST = re.compile(rb'[^"\\]*(?:\\.[^"\\]*)*', re.DOTALL)
 
 
 class BrokenArray(Exception):
-    """The file is no whole JSON array; the text says where it goes wrong."""
+    """The file is not one complete JSON array; the message says where it goes wrong."""
 
 
 class Element(NamedTuple):
     """One element of an array.
 
     Attributes:
-        start: where it begins, in bytes from the start of the (unpacked) file.
-        content: its bytes, white space around them included; None if there are more than the reader
-            takes.
+        start: byte of the (decompressed) file at which it begins.
+        content: its bytes, white space around them included; None: longer than the reader takes.
     """
 
     start: int
@@ -42,27 +47,52 @@ class Element(NamedTuple):
 
 
 def holds_array(path: str) -> bool:
-    """Whether the first character of a file, plain or compressed, that is no white space is `[`.
-    False if it cannot be read.
+    """Return whether the first character of a file that is not white space is `[`.
+
+    The file may be compressed. False if it cannot be read: whoever reads its documents reports why.
     """
     try:
         with open_file(path) as stream:
             start = stream.read(len(codecs.BOM_UTF8)).removeprefix(codecs.BOM_UTF8)
-            while not start.strip(_SPACE):
+            while not start.strip(_WHITE_SPACE):
                 start = stream.read(1 << 10)
                 if not start:
                     return False
-    except (OSError, EOFError, zlib.error):  # whoever reads the documents says so
+    except (OSError, EOFError, zlib.error):
         return False
-    return start.lstrip(_SPACE).startswith(b"[")
+    return start.lstrip(_WHITE_SPACE).startswith(b"[")
+
+
+def read_json_array(source: InputFile, options: ReadOptions, report: Report) -> RecordStream:
+    """Read the elements of an array, numbered from 1. An array cannot be cut."""
+    return RecordStream(_records(source, options, report), lambda: 0)
+
+
+def _records(source: InputFile, options: ReadOptions, report: Report) -> Iterator[Record]:
+    import orjson
+
+    with open_file(source.path) as stream:
+        for number, (start, content) in enumerate(elements(stream, options.max_line), start=1):
+            if content is None:
+                message = f"more than {options.max_line:,} bytes, from byte {start:,} on"
+                report.leave_out(source.path, number, "elements too long to read", message)
+                continue
+            try:
+                yield Record(number, orjson.loads(content))
+            except ValueError as error:
+                problem = BadRecord("elements not JSON", f"not JSON ({error})")
+                yield Record(number, None, problem)
+
+
+# -- the scanner -----------------------------------------------------------------------------------
 
 
 def elements(stream: BinaryIO, longest: int, chunk: int = _CHUNK) -> Iterator[Element]:
-    """The elements of the array that a stream holds.
+    """Yield the elements of the array that a stream holds.
 
     Args:
-        stream: from its start.
-        longest: bytes of the longest element that is read.
+        stream: at its start.
+        longest: bytes of the longest element whose content is kept.
         chunk: bytes read at a time.
 
     Raises:
@@ -70,43 +100,45 @@ def elements(stream: BinaryIO, longest: int, chunk: int = _CHUNK) -> Iterator[El
     """
     scanner = _Scanner(stream, longest, chunk)
     scanner.open()
-    number, closed = 0, False
+    number = 0
+    closed = False
     while not closed:
         number += 1
         element, closed = scanner.element(number)
-        if element.content is None or element.content.strip(_SPACE):
+        if element.content is None or element.content.strip(_WHITE_SPACE):
             yield element
-        elif number > 1 or not closed:  # an array without elements is whole
+        elif number > 1 or not closed:  # only `[]` has an element 1 without content
             raise BrokenArray(f"element {number} is missing before byte {scanner.position - 1:,}")
     scanner.end()
 
 
 class _Scanner:
-    """A stream of bytes, some at a time."""
+    """Walks through a stream of bytes, one chunk at a time, and finds where elements end."""
 
-    def __init__(self, stream: BinaryIO, longest: int, chunk: int) -> None:
-        self._stream, self._longest, self._size = stream, longest, chunk
-        self._chunk, self._next, self._before = (
-            b"",
-            0,
-            0,
-        )  # what is read, up to where it is used, and the bytes before it
+    def __init__(self, stream: BinaryIO, longest: int, chunk_size: int) -> None:
+        self._stream = stream
+        self._longest = longest
+        self._chunk_size = chunk_size
+        self._chunk = b""  # what is in memory
+        self._next = 0  # index into the chunk of the first byte not used yet
+        self._before = 0  # bytes of the stream before the chunk
 
     @property
     def position(self) -> int:
-        """Bytes used so far."""
+        """Bytes of the stream used so far."""
         return self._before + self._next
 
-    def _more(self) -> bool:
-        """Read on, keeping what is not used; False at the end of the stream."""
-        piece = self._stream.read(self._size)
+    def _read_on(self) -> bool:
+        """Read the next chunk, keeping the bytes not used yet; False at the end of the stream."""
+        data = self._stream.read(self._chunk_size)
         self._before += self._next
-        self._chunk, self._next = self._chunk[self._next :] + piece, 0
-        return bool(piece)
+        self._chunk = self._chunk[self._next :] + data
+        self._next = 0
+        return bool(data)
 
     def open(self) -> None:
-        """Go behind the bracket that opens the array."""
-        while len(self._chunk) < len(codecs.BOM_UTF8) and self._more():
+        """Move past the bracket that opens the array."""
+        while len(self._chunk) < len(codecs.BOM_UTF8) and self._read_on():
             pass
         if self._chunk.startswith(codecs.BOM_UTF8):
             self._next = len(codecs.BOM_UTF8)
@@ -114,36 +146,43 @@ class _Scanner:
             raise BrokenArray("the file does not begin with [")
 
     def end(self) -> None:
-        """Raises BrokenArray if anything but white space follows."""
+        """Raise BrokenArray if anything but white space follows."""
         if self._character():
             raise BrokenArray(f"the array ends before byte {self.position - 1:,}, the file goes on")
 
     def _character(self) -> bytes:
-        """The next character that is no white space; none at the end of the stream."""
+        """Return the next character that is not white space; empty at the end of the stream."""
         while True:
-            rest = self._chunk[self._next :].lstrip(_SPACE)
+            rest = self._chunk[self._next :].lstrip(_WHITE_SPACE)
             self._next = len(self._chunk) - len(rest)
             if rest:
                 self._next += 1
                 return rest[:1]
-            if not self._more():
+            if not self._read_on():
                 return b""
 
     def element(self, number: int) -> tuple[Element, bool]:
-        """The bytes up to the comma or bracket that ends an element, and whether that is the
-        array's end.
+        """Read up to the comma or bracket that ends an element.
+
+        Returns:
+            The element, and whether the array ends with it.
         """
-        start, begin = self.position, self._next
-        parts: list[bytes] = []
-        depth, size, in_string = 0, 0, False
+        start = self.position
+        begin = self._next  # where the bytes of the element begin in the chunk
+        parts: list[bytes] = []  # its bytes in earlier chunks
+        size = 0  # bytes of these
+        depth = 0  # brackets that are open
+        in_string = False
         while True:
             mark = self._go_to_mark(in_string, depth)
             if not mark:
+                # The chunk ends inside the element. Of one that is too long nothing is kept.
                 used = self._chunk[begin : self._next]
                 size += len(used)
-                parts = [] if size > self._longest else parts
+                if size > self._longest:
+                    parts = []
                 parts.append(used)
-                if not self._more():
+                if not self._read_on():
                     raise BrokenArray(
                         f"element {number}, which begins at byte {start:,}, does not end"
                     )
@@ -164,19 +203,24 @@ class _Scanner:
                 " opens"
             )
         parts.append(self._chunk[begin : self._next - 1])
-        whole = size + len(parts[-1]) <= self._longest
-        return Element(start, b"".join(parts) if whole else None), mark == b"]"
+        content = None
+        if size + len(parts[-1]) <= self._longest:
+            content = b"".join(parts)
+        return Element(start, content), mark == b"]"
 
     def _go_to_mark(self, in_string: bool, depth: int) -> bytes:
-        """Go to the next character that says where the element ends; none if the chunk
-        ends before.
-        """
+        """Move to the next character that matters; empty if the chunk ends before one."""
         if in_string:
-            text = _TEXT.match(self._chunk, self._next)
-            assert text is not None  # it matches the empty string too
-            self._next = text.end()
-            mark = self._chunk[self._next : self._next + 1]
-            return mark if mark == b'"' else b""
-        found = (_INSIDE if depth else _BETWEEN).search(self._chunk, self._next)
-        self._next = found.start() if found else len(self._chunk)
-        return found[0] if found else b""
+            rest = _STRING_REST.match(self._chunk, self._next)
+            assert rest is not None  # it matches the empty string too
+            self._next = rest.end()
+            character = self._chunk[self._next : self._next + 1]
+            # Anything else is the end of the chunk, or a backslash at its end.
+            return character if character == b'"' else b""
+        marks = _MARK_INSIDE if depth else _MARK_OUTSIDE
+        match = marks.search(self._chunk, self._next)
+        if match is None:
+            self._next = len(self._chunk)
+            return b""
+        self._next = match.start()
+        return match[0]

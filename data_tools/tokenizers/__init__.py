@@ -1,1 +1,1 @@
-"""Encoding text fast, and training tokenizers."""
+"""Encode text fast, and train and describe tokenizers."""

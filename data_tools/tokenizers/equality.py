@@ -1,4 +1,6 @@
-"""Are two encoders the same? Texts on which tokenizers are known to differ, and the comparison."""
+"""Whether two encoders give the same ids: texts on which libraries are known to differ, and the
+comparison.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +12,19 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from data_tools.batches import in_batches
-from data_tools.tokenizers.sentencepiece import symbols
+from data_tools.tokenizers.sentencepiece import special_pieces
 from llada.tokenizer import I64, SPECIAL_TOKENS, Tokenizer
 
 Encode = Callable[[list[str]], tuple[I64, I64]]
 
 _BATCH_CHARACTERS = 1 << 20
-_SHOWN = 40
+_SHOWN_CHARACTERS = 40
 _VOCABULARY_TEXTS = 4096
 _RANDOM_TEXTS = 400
+_RANDOM_SEED = 20250214  # any number; fixed, so that every process checks the same texts
 
+# Libraries split text into words with regular expressions of their own, in which runs of spaces,
+# line ends and Unicode's other spaces are treated specially.
 _SPACES = (
     "",
     " ",
@@ -54,6 +59,10 @@ _ODD_SPACES = (
     "\ufeff",
     "\u180e",
 )
+# Each line is a trap that some library has fallen into: contractions, runs of digits, operators,
+# identifiers, paths, combining characters, emoji sequences, scripts without spaces, right-to-left
+# text, control characters, non-characters, characters that byte-level BPE and SentencePiece use
+# themselves, texts that look like special tokens, and words longer than caches or buffers.
 _WRITING = (
     "don't I'm we've they'll it'd you're DON'T I'M WE'VE 's 't d'être l’eau '''s",
     "0 1 12 123 1234 12345 1234567890 3.14159 1,000,000 1e-9 0xFF ١٢٣ १२३ ½ ² Ⅷ １２３ 0"
@@ -99,7 +108,7 @@ _WRITING = (
     "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08" * 8,
 )
 
-_UNIFORM = (
+_UNIFORM_RANGES = (
     (0x3400, 0x4DC0),
     (0x4E00, 0xA000),
     (0xAC00, 0xD7A4),
@@ -107,25 +116,30 @@ _UNIFORM = (
     (0x17000, 0x18D00),
     (0x20000, 0x323B0),
 )
-"""Ranges of code points that are all alike: ideographs, Hangul, Tangut, private use."""
+"""Ranges of code points that are all alike: ideographs, Hangul, Tangut, private use. Their ends are
+checked in full, every 16th code point between.
+"""
 _LAST_CODE_POINTS = (*range(0xE0000, 0xE01F0), 0xF0000, 0xFFFFD, 0x100000, 0x10FFFD, 0x10FFFF)
 
 
-def difference(candidate: Encode, reference: Encode, texts: Sequence[str]) -> str | None:
-    """The first text to which two encoders give different ids, shortened for people; None when
-    there is none.
+# -- comparison ------------------------------------------------------------------------------------
+
+
+def first_difference(candidate: Encode, reference: Encode, texts: Sequence[str]) -> str | None:
+    """Return the first text to which two encoders give different ids, shortened for a message.
+
+    Returns:
+        A Python literal of the text or of a part that is enough to see it; None: no difference.
     """
     for batch in in_batches(texts, len, _BATCH_CHARACTERS):
         ids, lengths = candidate(batch)
-        right_ids, right_lengths = reference(batch)
-        if np.array_equal(lengths, right_lengths) and np.array_equal(ids, right_ids):
+        reference_ids, reference_lengths = reference(batch)
+        if np.array_equal(lengths, reference_lengths) and np.array_equal(ids, reference_ids):
             continue
-        wrong = next((text for text in batch if _differ(candidate, reference, text)), None)
-        return (
-            "a batch of texts that are right one by one"
-            if wrong is None
-            else _shortened(wrong, candidate, reference)
-        )
+        for text in batch:
+            if _differ(candidate, reference, text):
+                return _shortened(text, candidate, reference)
+        return "a batch of texts that are right one by one"
     return None
 
 
@@ -134,96 +148,97 @@ def _differ(candidate: Encode, reference: Encode, text: str) -> bool:
 
 
 def _shortened(text: str, candidate: Encode, reference: Encode) -> str:
-    """The text, or the first line or half of it to which they give different ids, as a literal."""
-    for part in text.splitlines(keepends=True):
-        if _differ(candidate, reference, part):
-            text = part
+    """Return the first line, or half of it, or half of that, ... that still shows a difference."""
+    for line in text.splitlines(keepends=True):
+        if _differ(candidate, reference, line):
+            text = line
             break
-    while len(text) > _SHOWN:
-        half = len(text) // 2
-        wrong = [part for part in (text[:half], text[half:]) if _differ(candidate, reference, part)]
-        if not wrong:
-            return f"{text[:_SHOWN]!r}... ({len(text):,} characters)"
-        text = wrong[0]
+    while len(text) > _SHOWN_CHARACTERS:
+        middle = len(text) // 2
+        if _differ(candidate, reference, text[:middle]):
+            text = text[:middle]
+        elif _differ(candidate, reference, text[middle:]):
+            text = text[middle:]
+        else:
+            # The difference lies across the middle.
+            return f"{text[:_SHOWN_CHARACTERS]!r}... ({len(text):,} characters)"
     return repr(text)
 
 
+# -- texts -----------------------------------------------------------------------------------------
+
+
 def fixed_texts(tokenizer: Tokenizer) -> list[str]:
-    """The same for every input: spaces, writing systems, nearly every character, the tokenizer's
-    own tokens and special tokens.
+    """Return the texts on which encoders of a tokenizer are compared, whatever the input is.
+
+    They hold spaces, writing systems, nearly every character, and the tokenizer's own tokens and
+    special tokens; about a million characters.
     """
     texts = [*_SPACES, *_ODD_SPACES, *_WRITING]
-    texts += [
-        f"{before}{space}{after}"
-        for space in (*_SPACES, *_ODD_SPACES)
-        for before, after in (("a", ""), ("", "a"), (".", "1"), ("é", "é"))
-    ]
-    texts += [
-        unicodedata.normalize(form, text)
-        for text in _WRITING[:12]
-        for form in ("NFC", "NFD", "NFKC", "NFKD")
-    ]
-    texts += _spelled(tokenizer)
-    texts += _vocabulary(tokenizer)
-    texts += _random_mixtures()
-    texts += _characters()
+    for space in (*_SPACES, *_ODD_SPACES):
+        texts += [f"a{space}", f"{space}a", f".{space}1", f"é{space}é"]
+    for text in _WRITING[:12]:
+        for form in ("NFC", "NFD", "NFKC", "NFKD"):
+            texts.append(unicodedata.normalize(form, text))
+    texts += _special_token_texts(tokenizer)
+    texts += _vocabulary_texts(tokenizer)
+    texts += _random_texts()
+    texts += _character_texts()
     return texts
 
 
-def _spelled(tokenizer: Tokenizer) -> Iterator[str]:
-    """Every special or added token, alone and inside words."""
-    names = {*SPECIAL_TOKENS, *(token for token, _ in tokenizer.special_tokens().values())}
+def _special_token_texts(tokenizer: Tokenizer) -> Iterator[str]:
+    """Yield every special or added token, alone, inside words, and not quite."""
+    names = set(SPECIAL_TOKENS)
+    names.update(token for token, _ in tokenizer.special_tokens().values())
     if isinstance(tokenizer.definition, bytes):
-        names.update(symbols(tokenizer.definition))
+        names.update(special_pieces(tokenizer.definition))
     else:
-        names.update(
-            token["content"] for token in json.loads(tokenizer.definition).get("added_tokens") or []
-        )
+        added_tokens = json.loads(tokenizer.definition).get("added_tokens") or []
+        names.update(token["content"] for token in added_tokens)
     for name in sorted(names):
-        yield from (
-            name,
-            f"{name}{name}",
-            f"a{name}b",
-            f" {name} ",
-            f"x {name} y\n{name}\n",
-            name[:-1],
-            name[1:],
-            name.upper(),
-        )
+        yield name
+        yield f"{name}{name}"
+        yield f"a{name}b"
+        yield f" {name} "
+        yield f"x {name} y\n{name}\n"
+        yield name[:-1]
+        yield name[1:]
+        yield name.upper()
 
 
-def _vocabulary(tokenizer: Tokenizer) -> Iterator[str]:
-    """Tokens from all over the vocabulary, each with the next one."""
+def _vocabulary_texts(tokenizer: Tokenizer) -> Iterator[str]:
+    """Yield tokens from all over the vocabulary, each with the next one."""
     size = tokenizer.vocab_size
     for token_id in range(0, size, max(1, size // _VOCABULARY_TEXTS)):
-        yield tokenizer.decode([token_id, min(token_id + 1, size - 1)], skip_special_tokens=True)
+        pair = [token_id, min(token_id + 1, size - 1)]
+        yield tokenizer.decode(pair, skip_special_tokens=True)
 
 
-def _random_mixtures() -> Iterator[str]:
-    """Pieces of the other texts and characters, in random order, always the same."""
-    generator = random.Random(20250214)
-    pieces = [
-        *_SPACES,
-        *_ODD_SPACES,
-        *(word for text in _WRITING for word in text.split(" ")[:40]),
-        *"'.,;:!?-_(){}<>|/\\\"0123456789aZéßあ",
-    ]
+def _random_texts() -> Iterator[str]:
+    """Yield spaces, words and characters of the other texts in random order."""
+    generator = random.Random(_RANDOM_SEED)
+    parts = [*_SPACES, *_ODD_SPACES]
+    for text in _WRITING:
+        parts += text.split(" ")[:40]
+    parts += list("'.,;:!?-_(){}<>|/\\\"0123456789aZéßあ")
     for _ in range(_RANDOM_TEXTS):
-        yield "".join(generator.choices(pieces, k=generator.randrange(2, 25)))
+        yield "".join(generator.choices(parts, k=generator.randrange(2, 25)))
 
 
-def _characters() -> Iterator[str]:
-    """Every character between letters, before a digit and after a space; of ranges of like
-    characters every 16th. The libraries know different versions of Unicode, so that what is a
-    letter to one may be none to the other.
+def _character_texts() -> Iterator[str]:
+    """Yield every character between letters, before a digit and after a space, 32 in a text.
+
+    Libraries know different versions of Unicode, so a letter to one may be none to another.
     """
-    alike = {
-        point for first, last in _UNIFORM for point in range(first + 32, last - 32) if point % 16
-    }
-    points = [
-        p
-        for p in (*range(0x323B0), *_LAST_CODE_POINTS)
-        if not 0xD800 <= p < 0xE000 and p not in alike
-    ]
+    left_out: set[int] = set()
+    for first, last in _UNIFORM_RANGES:
+        left_out.update(point for point in range(first + 32, last - 32) if point % 16)
+    points = []
+    for point in (*range(0x323B0), *_LAST_CODE_POINTS):
+        is_surrogate = 0xD800 <= point < 0xE000  # no character, and not in UTF-8
+        if not is_surrogate and point not in left_out:
+            points.append(point)
     for start in range(0, len(points), 32):
-        yield "".join(f"a{chr(p)}b {chr(p)}7{chr(p)}\n" for p in points[start : start + 32])
+        characters = map(chr, points[start : start + 32])
+        yield "".join(f"a{character}b {character}7{character}\n" for character in characters)

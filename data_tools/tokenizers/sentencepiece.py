@@ -1,26 +1,37 @@
-"""Inside a SentencePiece model: what kind it is, its symbols, and the same tokenizer as a
+"""Inside a SentencePiece model: what kind it is, its special pieces, and the same tokenizer as a
 tokenizer.json.
 """
 
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, TypeAlias
+
+# The classes of the model's protocol buffers are generated at run time, so they have no types.
+ModelProto: TypeAlias = Any
+
+JsonObject: TypeAlias = dict[str, object]
 
 ESCAPES = (("\uf8ff", "\uf8ffB"), ("\u2581", "\uf8ffA"))
-"""SentencePiece writes a space as U+2581 and reads a U+2581 of the text as a space. Models trained
-here spell that character as two others, and the first of these, from the private use area, too; so
-every text comes back. In the order in which they are applied.
+"""(old, new), in the order in which they are applied.
+
+SentencePiece writes a space as U+2581 and reads a U+2581 of the text as a space. Models trained
+here spell that character as two others. The first of these, U+F8FF from the private use area, is
+spelled as two characters as well, so every text comes back.
 """
 LOSSLESS = "llada_lossless"
-"""Name of a normalizer that does ESCAPES and nothing else."""
+"""Name of a normalizer that applies ESCAPES and nothing else."""
 
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
-_UNIGRAM, _BPE = 1, 2
+# `ModelProto.SentencePiece.Type` and `TrainerSpec.ModelType`.
+_NORMAL = 1
+_UNKNOWN = 2
+_USER_DEFINED = 4
+_UNIGRAM = 1
+_BPE = 2
 
 
-def parse(model: bytes) -> Any:
-    """The model's protocol buffer.
+def parse(model: bytes) -> ModelProto:
+    """Return the model's protocol buffer.
 
     Raises:
         ImportError: protobuf is not installed.
@@ -28,98 +39,113 @@ def parse(model: bytes) -> Any:
     """
     from sentencepiece import sentencepiece_model_pb2
 
-    module: Any = sentencepiece_model_pb2  # generated at run time: its classes are not in its types
+    module: Any = sentencepiece_model_pb2
     proto = module.ModelProto()
     proto.ParseFromString(model)
     return proto
 
 
-def kind(model: bytes) -> str:
-    """What kind of model, for people."""
+def describe_model_type(model: bytes) -> str:
+    """Return what type of model it is, for people."""
     trainer = parse(model).trainer_spec
-    name = {_UNIGRAM: "unigram", _BPE: "BPE"}.get(trainer.model_type, "word or character model")
-    return f"SentencePiece {name}{' with byte fallback' if trainer.byte_fallback else ''}"
+    names = {_UNIGRAM: "unigram", _BPE: "BPE"}
+    name = names.get(trainer.model_type, "word or character model")
+    fallback = " with byte fallback" if trainer.byte_fallback else ""
+    return f"SentencePiece {name}{fallback}"
 
 
-def symbols(model: bytes) -> list[str]:
-    """The pieces that are no ordinary pieces of text: unknown, control, user-defined, bytes."""
+def special_pieces(model: bytes) -> list[str]:
+    """Return the pieces that are not text: unknown, control, user-defined and byte pieces."""
     return [piece.piece for piece in parse(model).pieces if piece.type != _NORMAL]
 
 
 def to_tokenizer_json(model: bytes) -> tuple[str, str]:
-    """A tokenizer.json that is meant to give every text the ids of a model, for libraries that read
-    only that; whoever uses it compares.
+    """Return a tokenizer.json that is meant to give every text the ids of a model, for libraries
+    that read only that. The caller has to compare the ids.
 
-    Control symbols are ordinary pieces in it that no merge reaches, so text cannot spell them.
+    Control pieces are ordinary tokens in it that no merge reaches, so text cannot spell them.
 
     Returns:
-        The definition, and what must be put before every text that is not empty. (A normalizer that
-        does it would put it behind
-        every user-defined symbol, too.)
+        The definition, and what must be put before every text that is not empty. (A normalizer
+        that adds it would also add it behind every user-defined piece.)
 
     Raises:
-        ValueError: a kind of model that a tokenizer.json cannot express.
+        ValueError: a model that a tokenizer.json cannot express.
     """
     proto = parse(model)
     normalizer = proto.normalizer_spec
     if proto.trainer_spec.model_type != _BPE:
-        raise ValueError(f"a {kind(model)} model, not BPE")
+        raise ValueError(f"a {describe_model_type(model)} model, not BPE")
     if not normalizer.escape_whitespaces or proto.trainer_spec.treat_whitespace_as_suffix:
         raise ValueError("a SentencePiece model with its own way of writing spaces")
-    if normalizer.remove_extra_whitespaces or (
-        normalizer.precompiled_charsmap and normalizer.name != LOSSLESS
-    ):
+    is_lossless = normalizer.name == LOSSLESS
+    if normalizer.remove_extra_whitespaces or (normalizer.precompiled_charsmap and not is_lossless):
         raise ValueError("a SentencePiece model that normalises text")
-    steps = [*(ESCAPES if normalizer.name == LOSSLESS else ()), (" ", "▁")]
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    replacements = [(" ", "\u2581")]
+    if is_lossless:
+        # First: a U+2581 of the text must not be taken for a space.
+        replacements = [*ESCAPES, *replacements]
     definition = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [
-            {"id": i, "content": piece.piece, **flags}
-            for i, piece in enumerate(proto.pieces)
-            if piece.type == _USER_DEFINED
-        ],
+        "added_tokens": _added_tokens(proto),
         "normalizer": {
             "type": "Sequence",
-            "normalizers": [_replace(old, new) for old, new in steps],
+            "normalizers": [_replacement(old, new) for old, new in replacements],
         },
         "pre_tokenizer": None,
         "post_processor": None,
         "decoder": None,
-        "model": _bpe(proto),
+        "model": _bpe_model(proto),
     }
-    return json.dumps(definition, ensure_ascii=False), " " if normalizer.add_dummy_prefix else ""
+    prefix = " " if normalizer.add_dummy_prefix else ""
+    return json.dumps(definition, ensure_ascii=False), prefix
 
 
-def _replace(old: str, new: str) -> dict[str, Any]:
+def _added_tokens(proto: ModelProto) -> list[JsonObject]:
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    tokens = []
+    for token_id, piece in enumerate(proto.pieces):
+        if piece.type == _USER_DEFINED:
+            tokens.append({"id": token_id, "content": piece.piece, **flags})
+    return tokens
+
+
+def _replacement(old: str, new: str) -> JsonObject:
     return {"type": "Replace", "pattern": {"String": old}, "content": new}
 
 
-def _bpe(proto: Any) -> dict[str, Any]:
-    """SentencePiece joins the neighbours whose joint piece has the best score: a merge for every
-    way to cut a piece in two.
+def _bpe_model(proto: ModelProto) -> JsonObject:
+    """Return the model with a list of merges in place of scores.
+
+    SentencePiece joins the neighbours whose joint piece has the best score, whatever its parts are.
+    So a piece gets a merge for every way to cut it into two pieces: "abc" with ("a", "bc") and
+    ("ab", "c"), if these exist.
     """
-    ids = {piece.piece: i for i, piece in enumerate(proto.pieces)}
-    parts = {piece.piece for piece in proto.pieces if piece.type == _NORMAL}
-    merges = [
-        (-piece.score, piece.piece[:cut], piece.piece[cut:])
-        for piece in proto.pieces
-        if piece.type == _NORMAL
-        for cut in range(1, len(piece.piece))
-        if piece.piece[:cut] in parts and piece.piece[cut:] in parts
-    ]
-    merges.sort(key=lambda merge: merge[0])
+    unknown = next(piece.piece for piece in proto.pieces if piece.type == _UNKNOWN)
+    normal = {piece.piece for piece in proto.pieces if piece.type == _NORMAL}
+    merges: list[tuple[float, str, str]] = []
+    for piece in proto.pieces:
+        if piece.type != _NORMAL:
+            continue
+        text = piece.piece
+        for cut in range(1, len(text)):
+            left = text[:cut]
+            right = text[cut:]
+            if left in normal and right in normal:
+                merges.append((piece.score, left, right))
+    # The best score first; the sort is stable, so equal scores stay in order of their ids.
+    merges.sort(key=lambda merge: -merge[0])
     return {
         "type": "BPE",
         "dropout": None,
-        "unk_token": next(piece.piece for piece in proto.pieces if piece.type == _UNKNOWN),
+        "unk_token": unknown,
         "continuing_subword_prefix": None,
         "end_of_word_suffix": None,
         "fuse_unk": True,
         "byte_fallback": proto.trainer_spec.byte_fallback,
         "ignore_merges": False,
-        "vocab": ids,
+        "vocab": {piece.piece: token_id for token_id, piece in enumerate(proto.pieces)},
         "merges": [[left, right] for _, left, right in merges],
     }

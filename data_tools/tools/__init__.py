@@ -1,1 +1,1 @@
-"""Commands on prepared corpora: inspect, verify, export, import, merge, split."""
+"""What can be done with prepared corpora: inspect, verify, merge, split, export, import."""

@@ -1,5 +1,6 @@
-"""Whether token ids that another tool wrote are those of a tokenizer: what their text is encoded
-to, and the EOS that ends documents.
+"""Check whether token ids that another tool wrote are those of a tokenizer.
+
+Two observations tell: what the text of the ids is encoded to, and whether documents end with EOS.
 """
 
 from __future__ import annotations
@@ -10,20 +11,24 @@ from llada.data.shard_format import I64
 from llada.errors import UserError
 from llada.tokenizer import Tokenizer
 
-_SAMPLE = 20_000
+_SAMPLE_TOKENS = 20_000
 """Tokens of a dataset whose text is encoded again."""
-_ENOUGH = 200
-"""Tokens from which on a share says something."""
-_RIGHT, _HOPELESS = 0.97, 0.5
-"""Shares of the tokens that come back. The right tokenizer gives all, but for a few where documents
-were encoded in parts. Others gave 73 to 95 % (byte-level BPE of 300 to 8,192 ids and SentencePiece
-of 1,000 ids, trained on Python and on prose).
+_FEWEST_TOKENS = 200
+"""Tokens below which their share of equal ids means nothing."""
+_RIGHT_SHARE = 0.97
+_WRONG_SHARE = 0.5
+"""Shares of the ids that come back when their text is encoded again.
+
+The right tokenizer gives all of them, but for a few where documents were encoded in parts. Others
+gave 73 to 95 % (byte-level BPE of 300 to 8,192 ids and SentencePiece of 1,000 ids, trained on
+Python and on prose). So less than _RIGHT_SHARE is a doubt, and less than _WRONG_SHARE alone is a
+refusal.
 """
 _REMEDY = "--tokenizer must be the one they were made with"
 
 
-class Agreement:
-    """Of a tokenizer with the documents of one dataset.
+class TokenizerAgreement:
+    """How well a tokenizer fits the documents of one dataset.
 
     Args:
         tokenizer: under which the ids are read.
@@ -31,56 +36,65 @@ class Agreement:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._documents = self._with_eos = self._tokens = self._same = 0
-        self._is_text: dict[int, bool] = {}
+        self._num_documents = 0
+        self._num_with_eos = 0
+        self._num_tokens = 0  # in the sample
+        self._num_equal = 0  # of these, ids that came back
+        self._is_text: dict[int, bool] = {}  # by id
 
     def add(self, ids: I64, text: str) -> None:
-        """Look at a document that is not empty.
+        """Observe a document.
 
         Args:
-            ids: as they were read.
-            text: that they stand for.
+            ids: as they were read, not empty.
+            text: what they stand for.
         """
-        self._documents += 1
-        self._with_eos += int(ids[-1]) == self._tokenizer.eos_id
-        if self._tokens < _SAMPLE:
-            given = Counter(filter(self._stands_for_text, ids.tolist()))
-            again = Counter(self._tokenizer.encode(text).tolist())
-            self._tokens += sum(given.values())
-            self._same += sum((given & again).values())
+        self._num_documents += 1
+        self._num_with_eos += int(ids[-1]) == self._tokenizer.eos_id
+        if self._num_tokens < _SAMPLE_TOKENS:
+            # Compared as multisets: where a document was encoded in parts, ids shift.
+            original = Counter(filter(self._stands_for_text, ids.tolist()))
+            encoded_again = Counter(self._tokenizer.encode(text).tolist())
+            self._num_tokens += sum(original.values())
+            self._num_equal += sum((original & encoded_again).values())
 
     def _stands_for_text(self, token_id: int) -> bool:
-        """False for special tokens, which no text is encoded to."""
+        """Return False for special tokens, which no text is encoded to."""
         if token_id not in self._is_text:
-            self._is_text[token_id] = bool(
-                self._tokenizer.decode([token_id], skip_special_tokens=True)
-            )
+            text = self._tokenizer.decode([token_id], skip_special_tokens=True)
+            self._is_text[token_id] = bool(text)
         return self._is_text[token_id]
 
     def doubts(self, path: str) -> list[str]:
-        """What speaks against this tokenizer, one line.
+        """Return what speaks against the tokenizer, in one line; empty if nothing does.
 
         Args:
-            path: of the dataset, for messages.
+            path: path of the dataset, for the message.
 
         Raises:
-            UserError: too much does.
+            UserError: the data was made with another tokenizer.
         """
-        share = self._same / self._tokens if self._tokens >= _ENOUGH else 1.0
-        no_eos = self._documents > 0 and not self._with_eos
-        found = []
-        if share < _RIGHT:
-            found.append(
+        share = 1.0
+        if self._num_tokens >= _FEWEST_TOKENS:
+            share = self._num_equal / self._num_tokens
+        no_eos = self._num_documents > 0 and not self._num_with_eos
+        reasons = []
+        if share < _RIGHT_SHARE:
+            reasons.append(
                 f"encoding the text of its ids gives {share:.1%} of them again, where the right"
                 " tokenizer gives all"
             )
         if no_eos:
-            found.append(
-                f"none of its {self._documents:,} documents ends with this tokenizer's EOS, id"
+            reasons.append(
+                f"none of its {self._num_documents:,} documents ends with this tokenizer's EOS, id"
                 f" {self._tokenizer.eos_id}"
             )
-        if share < (_RIGHT if no_eos else _HOPELESS):
+        if not reasons:
+            return []
+        # Without EOS, a small doubt about the ids is enough.
+        refused_below = _RIGHT_SHARE if no_eos else _WRONG_SHARE
+        if share < refused_below:
             raise UserError(
-                f"import: {path} was made with another tokenizer: {'; '.join(found)}; {_REMEDY}"
+                f"import: {path} was made with another tokenizer: {'; '.join(reasons)}; {_REMEDY}"
             )
-        return [f"{path}: {'; '.join(found)}; {_REMEDY}"] if found else []
+        return [f"{path}: {'; '.join(reasons)}; {_REMEDY}"]

@@ -1,10 +1,14 @@
-"""Megatron's indexed datasets (.bin and .idx), whoever wrote them: any dtype of token ids, any
-number of sequences a document.
+"""Megatron's indexed datasets (.bin and .idx) as any tool may have written them, for import.
+
+`llada.data` reads the same format, but only what our own writer makes of it: two dtypes of ids, one
+sequence a document, EOS at the end, no empty document. It reads a few bytes here and there, on the
+hot path of training. Datasets of other tools may have any integer dtype, several sequences a
+document and documents without tokens; they are read once, from start to end, and every offset is
+checked first, because nothing else vouches for them. So this is a reader of its own.
 """
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,29 +16,30 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from llada.data.shard_format import CHUNK, I64
+from llada.data.shard_format import CHUNK, HEADER, I64, MAGIC
 from llada.errors import UserError
 
-_MAGIC = b"MMIDIDX\x00\x00"
-_HEADER = struct.Struct("<9sQBQQ")
 _DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 _FLOATS = {6: "float64", 7: "float32"}
-_DOCUMENTS = 1 << 16
+_DOCUMENTS_AT_ONCE = 1 << 16
 
 
 class IndexedDataset:
     """One dataset, memory-mapped and checked.
 
     The index: magic, u64 version, u8 dtype code, u64 sequences n, u64 document indices d; then
-    int32 lengths [n], int64 byte offsets [n], and int64 document indices [d]: document k is
-    sequences indices[k] to indices[k + 1] - 1.
+    int32 lengths [n], int64 byte offsets [n], and int64 document indices [d]. Document k is
+    sequences indices[k] to indices[k + 1] - 1: indices [0, 2, 2, 3] are three documents of two, no
+    and one sequence.
 
     Args:
-        path: either file, or both without .bin and .idx.
+        path: either file, or the name of both without .bin and .idx.
 
     Attributes:
-        bin_path, idx_path: its files.
-        num_documents, num_tokens: its size.
+        bin_path: file of token ids.
+        idx_path: file of the index.
+        num_documents: number of documents.
+        num_tokens: number of token ids.
 
     Raises:
         UserError: a missing file; an index of another format, or that contradicts itself or the
@@ -43,90 +48,105 @@ class IndexedDataset:
 
     def __init__(self, path: str | Path) -> None:
         base = str(path)
-        base = base[:-4] if base.endswith((".bin", ".idx")) else base
-        self.bin_path, self.idx_path = Path(f"{base}.bin"), Path(f"{base}.idx")
-        for file, other in ((self.idx_path, self.bin_path), (self.bin_path, self.idx_path)):
-            if not file.is_file():
-                raise UserError(
-                    f"{file}: no such file; a dataset is a .bin and the .idx of the same name"
-                    f" beside it ({other.name})"
-                )
-        index = _mapped(self.idx_path, np.dtype("u1"))
-        if index.size < _HEADER.size or index[:9].tobytes() != _MAGIC:
+        if base.endswith((".bin", ".idx")):
+            base = base[:-4]
+        self.bin_path = Path(f"{base}.bin")
+        self.idx_path = Path(f"{base}.idx")
+        _check_exists(self.idx_path, self.bin_path)
+        _check_exists(self.bin_path, self.idx_path)
+        index = _map_file(self.idx_path, np.dtype("u1"))
+        code, n, d = self._read_header(index)
+        self._dtype = np.dtype(_DTYPES[code])
+        # The header has 34 bytes, so what follows is not aligned.
+        self._lengths = np.frombuffer(index, "<i4", n, HEADER.size)
+        self._pointers = np.frombuffer(index, "<i8", n, HEADER.size + 4 * n)
+        self._indices = np.frombuffer(index, "<i8", d, HEADER.size + 12 * n)
+        self.num_documents = max(0, int(d) - 1)
+        end = self._check_sequences()
+        self._check_documents()
+        data = _map_file(self.bin_path, np.dtype("u1"))
+        if data.size != end:
+            raise UserError(f"{self.bin_path}: {data.size} bytes, its index ends at {end}")
+        self._tokens = data.view(self._dtype)
+        self.num_tokens = int(self._tokens.size)
+
+    def _read_header(self, index: npt.NDArray[np.uint8]) -> tuple[int, int, int]:
+        """Return dtype code, number of sequences and number of document indices."""
+        if index.size < HEADER.size or index[: len(MAGIC)].tobytes() != MAGIC:
             raise UserError(
                 f"{self.idx_path}: not the index of a Megatron dataset (it does not begin with"
-                f" {_MAGIC[:7].decode()})"
+                f" {MAGIC[:7].decode()})"
             )
-        _, version, code, n, d = _HEADER.unpack(index[: _HEADER.size].tobytes())
+        _, version, code, n, d = HEADER.unpack(index[: HEADER.size].tobytes())
         if version != 1:
             raise UserError(
                 f"{self.idx_path}: version {version} of the format; 1 is the one that can be read"
             )
         if code not in _DTYPES:
-            what = f"{_FLOATS[code]}, which are no token ids" if code in _FLOATS else "unknown"
+            meaning = "unknown"
+            if code in _FLOATS:
+                meaning = f"{_FLOATS[code]}, which are no token ids"
             raise UserError(
-                f"{self.idx_path}: dtype code {code} is {what}; allowed are"
+                f"{self.idx_path}: dtype code {code} is {meaning}; allowed are"
                 f" {', '.join(map(str, _DTYPES))}"
             )
-        expected = _HEADER.size + 12 * n + 8 * d
+        expected = HEADER.size + 12 * n + 8 * d
         if index.size != expected:
             raise UserError(
                 f"{self.idx_path}: {index.size} bytes, {n} sequences and {d} document indices need"
                 f" {expected}"
             )
-        self._dtype = np.dtype(_DTYPES[code])
-        self._lengths = np.frombuffer(index, "<i4", n, _HEADER.size)
-        self._pointers = np.frombuffer(index, "<i8", n, _HEADER.size + 4 * n)
-        self._indices = np.frombuffer(index, "<i8", d, _HEADER.size + 12 * n)
-        self.num_documents = max(0, int(d) - 1)
-        end = self._check_sequences()
-        self._check_documents()
-        self._tokens = _mapped(self.bin_path, np.dtype("u1"))
-        if self._tokens.size != end:
-            raise UserError(f"{self.bin_path}: {self._tokens.size} bytes, its index ends at {end}")
-        self._tokens = self._tokens.view(self._dtype)
-        self.num_tokens = int(self._tokens.size)
+        return code, n, d
 
     def runs(self, tokens: int = CHUNK) -> Iterator[tuple[int, I64, I64]]:
-        """All documents in order, some at a time: the first, the ids (int64), and the length of
-        each, which may be 0.
+        """Iterate over all documents in order, some at a time.
 
         Args:
             tokens: at most, in a run of several documents.
+
+        Yields:
+            The first document of a run, the ids of its documents, int64 [tokens], and the length of
+            each, which may be 0, int64 [documents].
         """
-        for first in range(0, self.num_documents, _DOCUMENTS):
-            starts = self._starts(first, min(first + _DOCUMENTS, self.num_documents))
+        for first in range(0, self.num_documents, _DOCUMENTS_AT_ONCE):
+            starts = self._starts(first, min(first + _DOCUMENTS_AT_ONCE, self.num_documents))
             low = 0
             while low < len(starts) - 1:
-                high = max(
-                    int(np.searchsorted(starts, starts[low] + tokens, side="right")) - 1, low + 1
-                )
+                # As many documents as fit into `tokens`, one at least.
+                fit = int(np.searchsorted(starts, starts[low] + tokens, side="right")) - 1
+                high = max(fit, low + 1)
                 flat = self._tokens[starts[low] : starts[high]].astype(np.int64)
                 yield first + low, flat, np.diff(starts[low : high + 1])
                 low = high
 
     def _starts(self, first: int, stop: int) -> I64:
-        """Where documents first..stop-1 begin and the last one ends, in tokens [stop - first
-        + 1].
+        """Return where documents first..stop-1 begin and the last one ends, in tokens
+        [stop - first + 1].
         """
         sequences = self._indices[first : stop + 1].astype(np.int64)
-        low, high = int(sequences[0]), int(sequences[-1])
-        # a slice: numpy copies unaligned arrays whole
+        low = int(sequences[0])
+        high = int(sequences[-1])
+        # A slice of the sequences that are needed: numpy copies unaligned arrays whole.
         pointers = self._pointers[low : high + 1].astype(np.int64) // self._dtype.itemsize
         if high == len(self._pointers):
+            # The last document ends where the file does, which has no pointer.
             pointers = np.append(pointers, self.num_tokens)
         return pointers[sequences - low]
 
     def _check_sequences(self) -> int:
-        """Whether sequences lie one after the other; returns where the last one ends, in bytes."""
+        """Check that each sequence begins where the one before it ends.
+
+        Returns:
+            Where the last one ends, in bytes.
+        """
         end = 0
         for first in range(0, len(self._lengths), CHUNK):
             lengths = self._lengths[first : first + CHUNK].astype(np.int64)
             ends = end + np.cumsum(lengths) * self._dtype.itemsize
-            wrong = (lengths < 0) | (
-                self._pointers[first : first + CHUNK] != np.concatenate([[end], ends[:-1]])
-            )
+            begins = np.concatenate([[end], ends[:-1]])
+            wrong = (lengths < 0) | (self._pointers[first : first + CHUNK] != begins)
             if wrong.any():
+                # A wrong length also moves all that follows; the first one is where it starts.
                 raise UserError(
                     f"{self.idx_path}: sequence {first + int(np.argmax(wrong))} does not begin"
                     " where the one before it ends"
@@ -135,12 +155,14 @@ class IndexedDataset:
         return end
 
     def _check_documents(self) -> None:
-        """Whether documents are runs of sequences, first to last."""
-        previous, n = 0, len(self._lengths)
+        """Check that documents are runs of sequences, from the first to the last."""
+        previous = 0
+        num_sequences = len(self._lengths)
         for first in range(0, len(self._indices), CHUNK):
             indices = self._indices[first : first + CHUNK].astype(np.int64)
             wrong = np.diff(indices, prepend=previous) < 0
             if first == 0:
+                # The first document begins with the first sequence.
                 wrong[0] = indices[0] != 0
             if wrong.any():
                 raise UserError(
@@ -148,18 +170,26 @@ class IndexedDataset:
                     " order"
                 )
             previous = int(indices[-1])
-        if previous != n:
+        if previous != num_sequences:
             raise UserError(
-                f"{self.idx_path}: its documents end at sequence {previous}, it has {n} sequences"
+                f"{self.idx_path}: its documents end at sequence {previous}, it has"
+                f" {num_sequences} sequences"
             )
 
 
-def _mapped(path: Path, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-    try:
-        return (
-            np.asarray(np.memmap(path, dtype, mode="r"))
-            if path.stat().st_size
-            else np.empty(0, dtype)
+def _check_exists(file: Path, other: Path) -> None:
+    if not file.is_file():
+        raise UserError(
+            f"{file}: no such file; a dataset is a .bin and the .idx of the same name beside it"
+            f" ({other.name})"
         )
+
+
+def _map_file(path: Path, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    """Map a file into memory. Raises UserError if it cannot be read."""
+    try:
+        if path.stat().st_size == 0:
+            return np.empty(0, dtype)  # an empty file cannot be mapped
+        return np.asarray(np.memmap(path, dtype, mode="r"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None

@@ -1,4 +1,4 @@
-"""How long the replies of a corpus of conversations are, as text."""
+"""Lengths of the replies of a corpus of conversations, as a table for `llada data inspect`."""
 
 from __future__ import annotations
 
@@ -9,39 +9,40 @@ from llada.data.corpus import Corpus
 from llada.data.manifest import CONVERSATIONS
 
 SEQUENCE_LENGTHS = (512, 1024, 2048, 4096, 8192)
-"""Of which it is said how many replies fit."""
+"""Usual lengths of a row; the report says how many replies fit into each."""
 
 
-def length_statistics(corpus: Corpus) -> list[str]:
-    """A table of the tokens of prompts, responses (their EOS counted) and both, over the replies of
-    both splits, and the share of the replies that fit usual sequence lengths; nothing for a corpus
-    of text.
+def format_reply_lengths(corpus: Corpus) -> list[str]:
+    """Return a table of the replies of both splits, in lines; empty for a corpus of text.
+
+    It has the tokens of prompts, of responses (EOS included) and of both, and the share of the
+    replies that fit usual sequence lengths.
     """
     if corpus.manifest.kind != CONVERSATIONS or not corpus.manifest.shards:
         return []
-    rows = np.concatenate([corpus.replies(entry)[:, 1:] for entry in corpus.manifest.shards])
-    history_end, turn_start, response_start, turn_end = rows.T
-    prompts, responses = history_end + response_start - turn_start, turn_end - response_start
+    offsets = [corpus.replies(entry)[:, 1:] for entry in corpus.manifest.shards]
+    history_end, turn_start, response_start, turn_end = np.concatenate(offsets).T
+    # The prompt of a reply is the history before its turn and the header of the turn.
+    prompts = history_end + response_start - turn_start
+    responses = turn_end - response_start
     totals = prompts + responses
-    shares = [
-        f"{length:,}: {100 * float(np.mean(totals <= length)):.1f} %" for length in SEQUENCE_LENGTHS
-    ]
+    shares = []
+    for length in SEQUENCE_LENGTHS:
+        share = float(np.mean(totals <= length))
+        shares.append(f"{length:,}: {100 * share:.1f} %")
     return [
         "",
-        f"lengths in tokens of {len(rows):,} replies:",
+        f"lengths in tokens of {len(totals):,} replies:",
         f"  {'':<9} {'mean':>9} {'median':>9} {'p90':>9} {'p99':>9} {'max':>9}",
-        *(
-            _row(name, lengths)
-            for name, lengths in (("prompt", prompts), ("response", responses), ("both", totals))
-        ),
+        _format_lengths("prompt", prompts),
+        _format_lengths("response", responses),
+        _format_lengths("both", totals),
         f"replies that fit with their prompt into a row of {', '.join(shares)}",
     ]
 
 
-def _row(name: str, lengths: npt.NDArray[np.int64]) -> str:
-    """Quantiles are lengths that occur: the smallest that at least so many of the replies do not
-    exceed.
-    """
+def _format_lengths(name: str, lengths: npt.NDArray[np.int64]) -> str:
+    # Quantiles are lengths that occur: the smallest that this share of the replies do not exceed.
     quantiles = np.quantile(lengths, (0.5, 0.9, 0.99), method="inverted_cdf")
     values = "".join(f" {value:>9,}" for value in (*quantiles.tolist(), int(lengths.max())))
     return f"  {name:<9} {lengths.mean():>9,.1f}{values}"

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from llada.config import rules
 from llada.config.data_sections import DataSection
+from llada.config.section import Section
 from llada.config.sections import (
     BatchSection,
     CheckpointSection,
@@ -18,7 +19,6 @@ from llada.config.sections import (
     ParallelSection,
     RunSection,
     ScheduleSection,
-    Section,
     SFTSection,
     TrainSection,
     ValidationSection,

@@ -265,10 +265,13 @@ def _sources(inputs: list[str] | None) -> Sources:
 
 
 def _train_tokenizer(sources: Sources, size: int, target: Path) -> None:
+    from data_tools.readers.options import ReadOptions
     from data_tools.readers.reading import sample_texts
+    from data_tools.readers.sources import parse_extensions
     from llada.tokenizer import train_byte_level_bpe
 
-    texts = sample_texts(sources.inputs, sources.extensions, _TOKENIZER_BYTES)
+    options = ReadOptions(extensions=parse_extensions(sources.extensions))
+    texts = sample_texts(sources.inputs, _TOKENIZER_BYTES, options)
     tokenizer = train_byte_level_bpe(texts, size)
     # Under its own name only once it is complete: a stage whose target exists is not run again.
     partial = target.with_name(target.name + ".partial")
@@ -279,28 +282,31 @@ def _train_tokenizer(sources: Sources, size: int, target: Path) -> None:
 
 
 def _prepare_corpus(sources: Sources, tokenizer: Path, target: Path) -> None:
-    from data_tools.documents.text import prepare
+    from data_tools.documents.text import TextType
+    from data_tools.job.build import prepare_corpus
     from data_tools.job.finish import summary
+    from data_tools.job.options import CorpusOptions
+    from data_tools.readers.options import ReadOptions
+    from data_tools.readers.sources import parse_extensions
 
-    report = prepare(
-        sources.inputs,
-        tokenizer,
-        target,
-        extensions=sources.extensions,
-        validation_fraction=0.02,
-    )
-    print(summary(report), flush=True)
+    text = TextType(ReadOptions(extensions=parse_extensions(sources.extensions)))
+    options = CorpusOptions(validation_fraction=0.02)
+    print(summary(prepare_corpus(sources.inputs, tokenizer, target, text, options)), flush=True)
 
 
 def _prepare_conversations(tokenizer: Path, pairs: Path, target: Path) -> None:
     """Prepare questions about the standard library, whatever the pretraining read."""
-    from data_tools.documents.conversations import prepare_sft
+    from data_tools.documents.conversations import ConversationType
+    from data_tools.job.build import prepare_corpus
     from data_tools.job.finish import summary
+    from data_tools.job.options import CorpusOptions
     from llada.demo.pairs import write_pairs
 
     count = write_pairs(_documented_files(), pairs)
     print(f"{count:,} questions and answers in {pairs}", flush=True)
-    print(summary(prepare_sft([pairs], tokenizer, target, validation_fraction=0.03)), flush=True)
+    options = CorpusOptions(validation_fraction=0.03)
+    manifest = prepare_corpus([pairs], tokenizer, target, ConversationType(), options)
+    print(summary(manifest), flush=True)
 
 
 def _export(run: Path, target: Path) -> None:

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from data_tools.documents.text import prepare
 from llada.hf.exporting import to_hf
 from llada.hf.modeling_llada import LLaDAModelLM
 from llada.tokenizer import Tokenizer
+from tests.preparation import prepare
 from tests.workplace import CONFIG, Workplace
 
 pytestmark = pytest.mark.llama_cpp

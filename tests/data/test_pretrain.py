@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_tools.documents.text import prepare
 from llada.config import build_config
 from llada.data.loader import Loader
 from llada.data.manifest import TRAIN
@@ -22,6 +21,7 @@ from llada.errors import UserError
 from llada.noise import mask_uniforms, timesteps
 from llada.objectives import Batch
 from llada.tokenizer import Tokenizer, train_byte_level_bpe
+from tests.preparation import prepare
 
 LENGTH = 48
 WORDS = ["alpha", "beta", "gamma", "delta", "<|mdm_mask|>", "\n"]

@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_tools.documents.conversations import prepare_sft
-from data_tools.documents.text import prepare
 from llada.chat.format import ChatFormat, Message
 from llada.config import build_config
 from llada.data.manifest import TRAIN, VALIDATION
@@ -21,6 +19,7 @@ from llada.errors import UserError
 from llada.evaluation.validation import Validator
 from llada.noise import timesteps
 from llada.tokenizer import Tokenizer, train_byte_level_bpe
+from tests.preparation import prepare, prepare_sft
 
 LENGTH = 40
 WORDS = ["alpha", "beta", "gamma", "delta", "\n", "<|mdm_mask|>"]

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from data_tools.tools.corpus_statistics import corpus_statistics
+from data_tools.tools.statistics_report import format_statistics
 from llada.data.corpus import Corpus
 from llada.data.manifest import FORMAT_VERSION, SPLITS, TEXT, Manifest
 from llada.data.shard_format import token_dtype
@@ -59,11 +61,19 @@ def write_corpus(
 
 def documents_of(folder: Path, split: str) -> list[list[int]]:
     """Every document of a split, EOS included, as the index alone says."""
-    found = []
+    documents = []
     for shard in Corpus.open(folder).shards(split):
         ends = np.cumsum(shard.lengths.astype(np.int64))
-        found += [part.tolist() for part in np.split(shard.tokens(0, shard.num_tokens), ends[:-1])]
-    return found
+        documents += [
+            part.tolist() for part in np.split(shard.tokens(0, shard.num_tokens), ends[:-1])
+        ]
+    return documents
+
+
+def inspection(folder: str | Path, samples: int = 3, sequence_length: int | None = None) -> str:
+    """What `llada data inspect` prints."""
+    corpus = Corpus.open(folder)
+    return format_statistics(corpus_statistics(corpus, samples, sequence_length), corpus)
 
 
 def shard_files(folder: Path) -> dict[str, bytes]:

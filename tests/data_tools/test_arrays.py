@@ -16,13 +16,15 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_tools.documents.conversations import prepare_sft
 from data_tools.readers.json_arrays import BrokenArray, elements, holds_array
-from data_tools.readers.reading import ReadOptions, Report, read
+from data_tools.readers.options import ReadOptions
+from data_tools.readers.reading import read_inputs
+from data_tools.readers.report import Report
 from llada.data.manifest import SPLITS, Manifest
 from llada.errors import UserError
 from llada.tokenizer import train_byte_level_bpe
 from tests.data_tools.corpora import documents_of
+from tests.preparation import prepare_sft
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.text(alphabet='a"\\\\[]{},: \n\u00e9')
 VALUES = st.recursive(
@@ -93,11 +95,11 @@ def test_memory_holds_an_element_and_not_the_array():
     small, large = b'{"text": "%b"}' % (b"a\\n" * 100), b'{"text": "%b"}' % (b"a" * 3_000_000)
     content = b"[" + b",".join([*[small] * 10_000, large, small]) + b"]"
     tracemalloc.start()
-    found = sum(
+    small_and_too_long = sum(
         1 if raw == small else 100_000 * (raw is None)
         for _, raw in elements(io.BytesIO(content), 1000, 1 << 12)
     )
-    assert found == 110_001
+    assert small_and_too_long == 110_001  # 10,001 small elements, one too long
     assert tracemalloc.get_traced_memory()[1] < 200_000
     tracemalloc.stop()
 
@@ -114,7 +116,7 @@ def packed(path: Path, content: bytes) -> Path:
 
 
 def texts(path: Path, report: Report | None = None, **options: Any) -> list[str]:
-    return list(read([path], ReadOptions(**options), report or Report()))
+    return list(read_inputs([path], ReadOptions(**options), report or Report()))
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.JSON", "a.json.gz", "a.json.zst"])

@@ -18,15 +18,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_tools.documents.text import prepare
 from data_tools.filters import dedup
-from data_tools.job import build, pool
-from data_tools.job.build import ExecutionOptions, Unfinished
-from data_tools.tools.inspect import check
+from data_tools.job import build, finish, pool
+from data_tools.job.build import Unfinished
+from data_tools.job.options import ExecutionOptions
+from data_tools.job.worker import UnitWorker
+from data_tools.tools.verify import verify_prepared_corpus
 from llada.data.manifest import Manifest
 from llada.errors import RunError, TryAgain, UserError
 from llada.tokenizer import Tokenizer, train_byte_level_bpe
 from tests import processes
+from tests.preparation import prepare
 
 UNIT = 9000
 """Bytes of text in a unit here: about fifteen units."""
@@ -105,7 +107,7 @@ def make(place: Path, output: Path, **options) -> Manifest:
 def whole(request: pytest.FixtureRequest, place: Path) -> tuple[bool, dict[str, str]]:
     folder = place / f"whole-{request.param}"
     make(place, folder, dedup=request.param)
-    assert check(folder) == []
+    assert verify_prepared_corpus(folder) == []
     return request.param, sums(folder)
 
 
@@ -156,7 +158,7 @@ def documents(path: Path) -> list[list[int]]:
 
 
 def test_two_workers(place: Path, whole: tuple[bool, dict[str, str]], tmp_path: Path):
-    make(place, tmp_path / "corpus", dedup=whole[0], effort=ExecutionOptions(workers=2))
+    make(place, tmp_path / "corpus", dedup=whole[0], execution=ExecutionOptions(workers=2))
     assert sums(tmp_path / "corpus") == whole[1]
 
 
@@ -173,7 +175,7 @@ def test_five_tasks_in_any_order(place: Path, whole: tuple[bool, dict[str, str]]
                 place,
                 tmp_path / "corpus",
                 dedup=whole[0],
-                effort=ExecutionOptions(task=task, tasks=5, wait=0),
+                execution=ExecutionOptions(task=task, tasks=5, wait=0),
             )
         except TryAgain as error:
             assert whole[0] and "are still to come from other tasks" in str(error)
@@ -184,20 +186,20 @@ def test_five_tasks_in_any_order(place: Path, whole: tuple[bool, dict[str, str]]
     assert sums(tmp_path / "corpus") == whole[1]
     # once more: nothing to do
     assert make(
-        place, tmp_path / "corpus", dedup=whole[0], effort=ExecutionOptions(task=2, tasks=5)
+        place, tmp_path / "corpus", dedup=whole[0], execution=ExecutionOptions(task=2, tasks=5)
     ).plan
     assert sums(tmp_path / "corpus") == whole[1]
 
 
 COMMAND = """
 import sys
-from data_tools.build import ExecutionOptions
-from data_tools.prepare import prepare
+from data_tools.job.options import ExecutionOptions
+from tests.preparation import prepare
 if __name__ == "__main__":
     place, output, dedup, workers = sys.argv[1:]
     prepare([place + "/in"], place + "/tokenizer", output, unit_bytes={unit},
             validation_fraction=0.1, shard_tokens=2000, dedup=dedup == "True",
-            effort=ExecutionOptions(workers=int(workers)))
+            execution=ExecutionOptions(workers=int(workers)))
 """
 
 
@@ -262,19 +264,17 @@ def test_units_done_by_two_at_once_are_the_same(
 
 
 def counting(monkeypatch: pytest.MonkeyPatch, fails_at: int, error: BaseException) -> list[int]:
-    """The units that are tokenized; one of them, by its place in the order of work, fails."""
-    from data_tools.job.worker import _Opened
-
+    """Return a list that fills with the units that are encoded; the `fails_at`-th of them fails."""
     units: list[int] = []
-    tokenize = _Opened.tokenize
+    encode_unit = UnitWorker.encode_unit
 
-    def guarded(self: _Opened, unit: int, advance: pool.Advance) -> None:
+    def guarded(self: UnitWorker, unit: int, advance: pool.Advance) -> None:
         units.append(unit)
         if len(units) == fails_at:
             raise error
-        tokenize(self, unit, advance)
+        encode_unit(self, unit, advance)
 
-    monkeypatch.setattr(_Opened, "tokenize", guarded)
+    monkeypatch.setattr(UnitWorker, "encode_unit", guarded)
     return units
 
 
@@ -298,18 +298,16 @@ def test_what_is_finished_is_not_done_again(
 
 
 def test_hashes_are_kept_too(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from data_tools.job.worker import _Opened
-
     hashed: list[int] = []
-    hash_unit = _Opened.hash
+    hash_unit = UnitWorker.hash_unit
 
-    def guarded(self: _Opened, unit: int, advance: pool.Advance) -> None:
+    def guarded(self: UnitWorker, unit: int, advance: pool.Advance) -> None:
         hashed.append(unit)
         if len(hashed) == 4:
             raise KeyboardInterrupt
         hash_unit(self, unit, advance)
 
-    monkeypatch.setattr(_Opened, "hash", guarded)
+    monkeypatch.setattr(UnitWorker, "hash_unit", guarded)
     with pytest.raises(KeyboardInterrupt):
         make(place, tmp_path / "corpus", dedup=True)
     make(place, tmp_path / "corpus", dedup=True)
@@ -396,6 +394,7 @@ def small_disk(tmp_path: Path):
 def test_a_full_disk(
     workers: int, place: Path, whole: tuple[bool, dict[str, str]], small_disk: Path
 ):
+    execution = ExecutionOptions(workers=workers)
     ballast = small_disk / "ballast"
     ballast.write_bytes(bytes(700_000))
     with pytest.raises(
@@ -405,37 +404,30 @@ def test_a_full_disk(
             r" command goes on"
         ),
     ) as caught:
-        make(place, small_disk / "corpus", dedup=whole[0], effort=ExecutionOptions(workers=workers))
+        make(place, small_disk / "corpus", dedup=whole[0], execution=execution)
     assert "\n" not in str(caught.value)
     ballast.unlink()
-    make(place, small_disk / "corpus", dedup=whole[0], effort=ExecutionOptions(workers=workers))
+    make(place, small_disk / "corpus", dedup=whole[0], execution=execution)
     assert sums(small_disk / "corpus") == whole[1]
 
 
 def test_a_worker_that_is_killed(place: Path, tmp_path: Path):
     with pytest.raises(RunError, match=r"a worker ended with exit code -9; .*fewer --workers"):
-        pool.run(_Killed(), "any", range(5), 2, lambda *_: None)
+        pool.run(_killed_at_unit_2, range(5), 2, lambda *_: None)
 
 
-class _Killed:
-    def open(self, step: str) -> pool.Work:
-        def work(unit: int, advance: pool.Advance) -> None:
-            if unit == 2:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        return work
+def _killed_at_unit_2(unit: int, advance: pool.Advance) -> None:
+    if unit == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 class _Failing:
     def __init__(self, error: Exception) -> None:
         self.error = error
 
-    def open(self, step: str) -> pool.Work:
-        def work(unit: int, advance: pool.Advance) -> None:
-            advance(1, 2, 3)
-            raise self.error
-
-        return work
+    def work(self, unit: int, advance: pool.Advance) -> None:
+        advance(1, 2, 3)
+        raise self.error
 
 
 @pytest.mark.parametrize(
@@ -446,7 +438,7 @@ def test_what_a_worker_raises_is_raised(error: Exception):
     with pytest.raises(
         RuntimeError if isinstance(error, ValueError) else type(error), match=str(error.args[0])
     ):
-        pool.run(_Failing(error), "any", range(2), 2, lambda *numbers: seen.append(numbers))
+        pool.run(_Failing(error).work, range(2), 2, lambda *numbers: seen.append(numbers))
     assert (1, 2, 3) in seen
 
 
@@ -459,12 +451,13 @@ def test_duplicates_are_merged_a_range_at_a_time(
     make(place, tmp_path / "whole", dedup=True)
     monkeypatch.setattr(dedup, "ROWS_AT_ONCE", 50)
     seen: list[int] = []
-    merge = dedup.MergeJob._merge
-    monkeypatch.setattr(
-        dedup.MergeJob,
-        "_merge",
-        lambda self, number, advance: (seen.append(number), merge(self, number, advance)),
-    )
+    merge_range = dedup.MergeJob.merge_range
+
+    def recorded(self: dedup.MergeJob, number: int, advance: pool.Advance) -> None:
+        seen.append(number)
+        merge_range(self, number, advance)
+
+    monkeypatch.setattr(dedup.MergeJob, "merge_range", recorded)
     make(place, tmp_path / "corpus", dedup=True)
     assert seen == list(range(len(everything()) // 50 + 1))
     assert sums(tmp_path / "corpus") == sums(tmp_path / "whole")
@@ -497,7 +490,7 @@ def test_the_first_copy_stays(place: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("effort", "message"),
+    ("options", "message"),
     [
         ({"workers": 0}, "--workers: 0 is less than 1"),
         ({"tasks": 0}, "--tasks: 0 is less than 1"),
@@ -511,30 +504,28 @@ def test_the_first_copy_stays(place: Path, tmp_path: Path):
         ({"wait": float("nan")}, "--wait: nan is not a number of seconds"),
     ],
 )
-def test_efforts_that_are_refused(effort: dict[str, float], message: str):
+def test_execution_options_that_are_refused(options: dict[str, float], message: str):
     with pytest.raises(UserError, match=message):
-        ExecutionOptions(**effort)
+        ExecutionOptions(**options)
 
 
 def test_another_task_finished_the_corpus(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Between the last unit of this task and its own attempt to finish."""
-    from data_tools.job import finish
-
     make(place, tmp_path / "whole")
-    put_together = finish._put_together
+    merge_parts = finish._merge_parts
 
     def late(folder: Path, *rest):
-        monkeypatch.setattr(finish, "_put_together", put_together)
-        make(place, tmp_path / "corpus", effort=ExecutionOptions(task=0, tasks=2))
+        monkeypatch.setattr(finish, "_merge_parts", merge_parts)
+        make(place, tmp_path / "corpus", execution=ExecutionOptions(task=0, tasks=2))
         assert not folder.exists()
-        return put_together(folder, *rest)
+        return merge_parts(folder, *rest)
 
     with pytest.raises(Unfinished):
-        make(place, tmp_path / "corpus", effort=ExecutionOptions(task=1, tasks=2))
-    monkeypatch.setattr(finish, "_put_together", late)
-    make(place, tmp_path / "corpus", effort=ExecutionOptions(task=0, tasks=2))
+        make(place, tmp_path / "corpus", execution=ExecutionOptions(task=1, tasks=2))
+    monkeypatch.setattr(finish, "_merge_parts", late)
+    make(place, tmp_path / "corpus", execution=ExecutionOptions(task=0, tasks=2))
     assert sums(tmp_path / "corpus") == sums(tmp_path / "whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "whole"]
 
@@ -578,8 +569,6 @@ def test_another_command_begins_first(
     """Its settings are others: this one neither works in its folder nor, with --force, removes it
     while it is in use.
     """
-    from data_tools.job import finish
-
     refusals: list[str] = []
 
     def refused(force: bool, message: str) -> None:
@@ -593,7 +582,7 @@ def test_another_command_begins_first(
         )
         refused(True, "other processes may be at work in it")
 
-    instead_of(monkeypatch, finish, "_put_together", while_it_works)
+    instead_of(monkeypatch, finish, "_merge_parts", while_it_works)
     make(place, tmp_path / "corpus", dedup=whole[0])
     assert len(refusals) == 2
     assert sums(tmp_path / "corpus") == whole[1]
@@ -619,15 +608,13 @@ def test_another_command_begins_first(
 def test_an_output_that_appears_at_the_end(
     place: Path, whole: tuple[bool, dict[str, str]], tmp_path: Path, monkeypatch
 ):
-    from data_tools.job import finish
-
     output = tmp_path / "corpus"
 
     def taken() -> None:
         output.mkdir()
         (output / "notes").touch()
 
-    instead_of(monkeypatch, finish, "_put_together", taken)
+    instead_of(monkeypatch, finish, "_merge_parts", taken)
     with pytest.raises(
         UserError,
         match=(

@@ -12,29 +12,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner, Result
 
-from data_tools.cli import app
 from llada.data.manifest import Manifest
 from llada.errors import UserError
 from llada.tokenizer import Tokenizer, train_byte_level_bpe
-
-
-def llada_data(*words: object) -> Result:
-    return CliRunner().invoke(app, [str(word) for word in words])
-
-
-def shown(*words: object) -> str:
-    result = llada_data(*words)
-    assert result.exit_code == 0, result.output + repr(result.exception)
-    return result.output
-
-
-def refusal(*words: object) -> str:
-    result = llada_data(*words)
-    assert isinstance(result.exception, UserError), result.output + repr(result.exception)
-    assert "\n" not in str(result.exception)
-    return str(result.exception)
+from tests.data_tools.commands import llada_data, refusal, shown
 
 
 @pytest.fixture(scope="module")

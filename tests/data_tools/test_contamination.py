@@ -104,12 +104,12 @@ def test_overlaps_are_those_of_brute_force(evaluation: list[str], texts: list[st
         with pytest.raises(UserError, match=f"has {n} words or more"):
             Contamination(evaluation, n)
         return
-    found = Contamination(evaluation, n)
-    assert (found.texts, found.too_short) == (len(evaluation), short)
-    assert found.ngrams == len(
+    contamination = Contamination(evaluation, n)
+    assert (contamination.texts, contamination.too_short) == (len(evaluation), short)
+    assert contamination.ngrams == len(
         {tuple(w[i : i + n]) for w in map(plain_words, evaluation) for i in range(len(w) - n + 1)}
     )
-    result = found.overlaps(texts)
+    result = contamination.overlaps(texts)
     assert result.dtype == np.bool_
     assert result.tolist() == plain_overlaps(evaluation, texts, n)
 
@@ -127,8 +127,8 @@ def test_colliding_hashes_change_nothing(evaluation: list[str], texts: list[str]
 
 def test_thirteen_words_by_default_and_none_across_texts():
     words = [f"w{i}" for i in range(20)]
-    found = Contamination([" ".join(words), "too short"])
-    assert (found.ngram, found.too_short, found.ngrams) == (13, 1, 8)
+    contamination = Contamination([" ".join(words), "too short"])
+    assert (contamination.ngram, contamination.too_short, contamination.ngrams) == (13, 1, 8)
     texts = [
         " ".join(words[3:16]),
         " ".join(words[3:15]),
@@ -137,17 +137,17 @@ def test_thirteen_words_by_default_and_none_across_texts():
         "W3, w4;" + "-".join(words[5:16]),
         " ".join(words[:7]),
     ]
-    assert found.overlaps(texts).tolist() == [True, False, False, False, True, False]
-    assert found.overlaps([]).tolist() == []
+    assert contamination.overlaps(texts).tolist() == [True, False, False, False, True, False]
+    assert contamination.overlaps([]).tolist() == []
     across = Contamination([" ".join(words[:10]) + " end", "start " + " ".join(words[10:])], 5)
     assert not across.overlaps([" ".join(words[7:13])])[0]
 
 
 def test_another_process_finds_the_same(tmp_path: Path):
     """Strings hash otherwise there."""
-    found = Contamination(["one two three four", "five six seven"], 3)
+    contamination = Contamination(["one two three four", "five six seven"], 3)
     texts = ["x two three four", "two three five", "five six seven"]
-    (tmp_path / "c.pickle").write_bytes(pickle.dumps((found, texts)))
+    (tmp_path / "c.pickle").write_bytes(pickle.dumps((contamination, texts)))
     code = (
         "import pickle,sys; c, t = pickle.load(open(sys.argv[1], 'rb'));"
         " print(c.overlaps(t).tolist())"
@@ -160,7 +160,11 @@ def test_another_process_finds_the_same(tmp_path: Path):
         text=True,
         check=True,
     )
-    assert process.stdout.strip() == str(found.overlaps(texts).tolist()) == "[True, False, True]"
+    assert (
+        process.stdout.strip()
+        == str(contamination.overlaps(texts).tolist())
+        == "[True, False, True]"
+    )
 
 
 def test_a_megabyte_takes_no_second():
@@ -171,9 +175,9 @@ def test_a_megabyte_takes_no_second():
     evaluation = [
         " ".join(words[generator.permutation(len(words))]) for _ in range(3)
     ]  # every word is known, no n-gram is
-    found = Contamination(evaluation)
+    contamination = Contamination(evaluation)
     started = time.process_time()
-    assert not found.overlaps(texts).any()
+    assert not contamination.overlaps(texts).any()
     assert sum(map(len, texts)) / 1e6 / (time.process_time() - started) > 1
 
 

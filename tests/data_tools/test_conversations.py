@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from data_tools.documents.turns import Fields
-from data_tools.readers.reading import BadRecord
+from data_tools.documents.conversation_records import ConversationFields
+from data_tools.readers.records import BadRecord
 from llada.chat.format import Message
 from llada.errors import UserError
 
@@ -122,10 +122,10 @@ GOOD = [
 def test_a_record_is_these_turns(
     record: Any, options: dict[str, Any], wanted: list[Message]
 ) -> None:
-    fields = pickle.loads(pickle.dumps(Fields(**options)))
-    talk = fields.conversation(record)
-    assert list(talk.messages) == wanted
-    assert talk.notes == ()
+    fields = pickle.loads(pickle.dumps(ConversationFields(**options)))
+    conversation = fields.parse(record)
+    assert list(conversation.messages) == wanted
+    assert conversation.omissions == ()
 
 
 BAD = [
@@ -256,7 +256,7 @@ def test_what_is_no_conversation(
     record: Any, options: dict[str, Any], message: str, reason: str
 ) -> None:
     with pytest.raises(BadRecord) as caught:
-        Fields(**options).conversation(record)
+        ConversationFields(**options).parse(record)
     assert message in str(caught.value)
     assert reason in caught.value.reason
     assert "\n" not in str(caught.value)
@@ -264,9 +264,9 @@ def test_what_is_no_conversation(
 
 def test_turns_after_the_last_reply_are_left_out_when_asked() -> None:
     record = {"messages": turns(("user", "q"), ("assistant", "a"), ("user", "r"), ("system", "s"))}
-    talk = Fields(drop_trailing=True).conversation(record)
-    assert list(talk.messages) == [Q, A]
-    [(reason, message)] = talk.notes
+    conversation = ConversationFields(drop_trailing=True).parse(record)
+    assert list(conversation.messages) == [Q, A]
+    [(reason, message)] = conversation.omissions
     assert "without a reply" in reason
     assert message == "the last 2 of 4 turns have no reply and are left out"
 
@@ -276,7 +276,7 @@ def test_another_form_is_refused() -> None:
         UserError,
         match=r"--format: 'shareGPT' is not allowed \(did you mean 'sharegpt'\?\); one of auto",
     ):
-        Fields(form="shareGPT")
+        ConversationFields(form="shareGPT")
 
 
 def test_the_examples_in_the_documents() -> None:
@@ -287,7 +287,7 @@ def test_the_examples_in_the_documents() -> None:
         for line in block.splitlines()
     ]
     roles = [
-        [message.role for message in Fields().conversation(example).messages]
+        [message.role for message in ConversationFields().parse(example).messages]
         for example in examples
     ]
     assert roles == [

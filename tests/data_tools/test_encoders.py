@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 
 from data_tools.tokenizers import encoders
 from data_tools.tokenizers.encoders import BACKENDS, choose_encoder, open_encoder
-from data_tools.tokenizers.equality import difference, fixed_texts
-from data_tools.tokenizers.training import train_sentencepiece
+from data_tools.tokenizers.equality import first_difference, fixed_texts
+from data_tools.tokenizers.sentencepiece_training import train_sentencepiece
 from llada.errors import RunError, UserError
 from llada.tokenizer import SPECIAL_TOKENS, Tokenizer, train_byte_level_bpe
 
@@ -66,7 +66,7 @@ def _prefix_model(**options: object) -> bytes:
 @pytest.fixture(autouse=True)
 def _nothing_is_open() -> None:
     """What an earlier test opened stays open in the process."""
-    encoders._opened.cache_clear()
+    encoders._open_once.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -214,7 +214,7 @@ def spoil(
     """Make a fast library give other ids, under another version so that no earlier check of it
     counts.
     """
-    real, version = encoders._OPEN[backend], encoders.metadata.version
+    real, version = encoders._OPENERS[backend], encoders.metadata.version
 
     def opened(definition: str) -> Callable[[list[str]], tuple[np.ndarray, np.ndarray]]:
         encode = real(definition)
@@ -225,7 +225,7 @@ def spoil(
 
         return spoiled
 
-    monkeypatch.setitem(encoders._OPEN, backend, opened)
+    monkeypatch.setitem(encoders._OPENERS, backend, opened)
     monkeypatch.setattr(
         encoders.metadata,
         "version",
@@ -286,7 +286,7 @@ def test_without_the_fast_libraries(kinds: dict[str, Tokenizer], monkeypatch: py
     encoder, note = choose_encoder(kinds["bytes"], LIBRARY)
     assert (encoder.name.split(" ")[0], note) == ("gigatoken", "fastokens is not installed")
     monkeypatch.setitem(sys.modules, "awkward", None)
-    encoders._opened.cache_clear()
+    encoders._open_once.cache_clear()
     assert (
         choose_encoder(kinds["bytes"], LIBRARY)[1]
         == "fastokens is not installed; gigatoken lacks awkward"
@@ -333,10 +333,10 @@ def test_difference_names_a_short_text():
         return [len(text) + ("\u1acf" in text)]
 
     texts = ["fine", "x" * 3000, f"{'y ' * 400}\n{'z' * 500}\u1acf{'z' * 500}\nend"]
-    assert difference(encode(length), encode(length), texts) is None
-    found = difference(encode(other), encode(length), texts)
-    assert found is not None and "\\u1acf" in found and len(found) < 60
-    assert difference(encode(other), encode(length), texts[:2]) is None
+    assert first_difference(encode(length), encode(length), texts) is None
+    shown = first_difference(encode(other), encode(length), texts)
+    assert shown is not None and "\\u1acf" in shown and len(shown) < 60
+    assert first_difference(encode(other), encode(length), texts[:2]) is None
 
 
 # -- in worker processes ---------------------------------------------------------------------------
@@ -362,7 +362,7 @@ def test_a_worker_opens_it_by_name_and_uses_one_thread(
     code = """if True:
         import json, os, pickle, sys
         import numpy
-        from data_tools.encoders import open_encoder
+        from data_tools.tokenizers.encoders import open_encoder
         tokenizer, name, texts = pickle.load(open(sys.argv[1], "rb"))
         before = len(os.listdir("/proc/self/task"))
         encoder = open_encoder(tokenizer, name)
@@ -409,7 +409,7 @@ def test_a_worker_with_other_libraries_stops(
     ):
         open_encoder(kinds["bytes"], "sentencepiece 0.2.3")
     name = choose_encoder(kinds["bytes"], [])[0].name
-    encoders._opened.cache_clear()
+    encoders._open_once.cache_clear()
     monkeypatch.setitem(sys.modules, "fastokens", None)
     with pytest.raises(
         RunError,

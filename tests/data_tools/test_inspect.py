@@ -10,14 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_tools.documents.conversations import prepare_sft
-from data_tools.tools.inspect import as_text, check, describe, sampled_lengths, statistics
+from data_tools.tools.corpus_statistics import corpus_statistics, sampled_lengths
+from data_tools.tools.statistics_report import format_statistics
+from data_tools.tools.verify import verify_prepared_corpus
 from llada.data.corpus import Corpus
 from llada.data.verify import verify_corpus
 from llada.errors import UserError
 from llada.tokenizer import Tokenizer, train_byte_level_bpe
-from tests.data_tools.corpora import documents_of, write_corpus
-from tests.data_tools.test_cli import refusal, shown
+from tests.data_tools.commands import refusal, shown
+from tests.data_tools.corpora import documents_of, inspection, write_corpus
+from tests.preparation import prepare_sft
 
 
 @pytest.fixture(scope="module")
@@ -39,11 +41,14 @@ def corpus(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Pa
 
 
 def test_statistics_are_those_of_plain_counting(corpus: Path, tokenizer: Tokenizer):
-    found = json.loads(shown("inspect", corpus, "--json", "--samples", 5, "--sequence-length", 100))
-    assert found["tokenizer"]["eos_id"] == tokenizer.eos_id
-    assert found["skipped"] == {"empty documents": 2}
+    printed = json.loads(
+        shown("inspect", corpus, "--json", "--samples", 5, "--sequence-length", 100)
+    )
+    assert printed["tokenizer"]["eos_id"] == tokenizer.eos_id
+    assert printed["skipped"] == {"empty documents": 2}
     for split in ("train", "validation"):
-        documents, numbers = documents_of(corpus, split), found["splits"][split]
+        documents = documents_of(corpus, split)
+        numbers = printed["splits"][split]
         lengths = sorted(map(len, documents))
         assert (numbers["documents"], numbers["tokens"]) == (len(lengths), sum(lengths))
         text_bytes = sum(len(tokenizer.decode(ids[:-1]).encode()) for ids in documents)
@@ -69,7 +74,7 @@ def test_statistics_are_those_of_plain_counting(corpus: Path, tokenizer: Tokeniz
 
 def test_text_shows_the_same(corpus: Path):
     text = shown("inspect", corpus, "--samples", 1, "--sequence-length", 100)
-    assert text == describe(corpus, 1, 100) + "\n"
+    assert text == inspection(corpus, 1, 100) + "\n"
     numbers = json.loads(shown("inspect", corpus, "--json", "--sequence-length", 100))["splits"][
         "train"
     ]
@@ -96,16 +101,17 @@ def test_large_corpora_are_sampled_and_say_so(tmp_path: Path, tokenizer: Tokeniz
     folder = write_corpus(tmp_path / "c", tokenizer, shards)
     opened = Corpus.open(folder)
     assert sampled_lengths(opened.shards("train"), 30_000).tolist() == lengths
-    everything = statistics(opened, samples=0, exact=8192)
-    found = everything["splits"]["train"]["lengths"]
-    assert 0.8 * 8192 <= found["documents_read"] <= 8192
-    assert f"EOS counted, of {found['documents_read']:,} of the 30,000 documents" in as_text(
-        everything, opened
+    everything = corpus_statistics(opened, samples=0, max_exact=8192)
+    sampled = everything["splits"]["train"]["lengths"]
+    assert 0.8 * 8192 <= sampled["documents_read"] <= 8192
+    assert (
+        f"EOS counted, of {sampled['documents_read']:,} of the 30,000 documents"
+        in format_statistics(everything, opened)
     )
-    assert found["mean"] == pytest.approx(plain.mean(lengths))
+    assert sampled["mean"] == pytest.approx(plain.mean(lengths))
     stretch = 30_000 / 8 / 300  # of which one block is read, in units of length
-    assert found["median"] == pytest.approx(50, abs=stretch / 2)
-    assert found["p90"] == pytest.approx(90, abs=stretch / 2)
+    assert sampled["median"] == pytest.approx(50, abs=stretch / 2)
+    assert sampled["p90"] == pytest.approx(90, abs=stretch / 2)
 
 
 def test_the_picture_is_one(corpus: Path, tmp_path: Path):
@@ -141,7 +147,7 @@ def test_a_flipped_bit_in_any_file_is_named(tmp_path: Path, tokenizer: Tokenizer
     )
     assert {path.suffix for path in files} == {".bin", ".idx", ".replies"}
     assert len(files) >= 9
-    assert check(folder, workers) == []
+    assert verify_prepared_corpus(folder, workers) == []
     for path in [*files, folder / "manifest.json", folder / "tokenizer" / "tokenizer.json"]:
         name = str(path.parent if path.name == "tokenizer.json" else path)
         sound = path.read_bytes()
@@ -150,15 +156,17 @@ def test_a_flipped_bit_in_any_file_is_named(tmp_path: Path, tokenizer: Tokenizer
             changed = bytearray(sound)
             changed[offset] ^= 4
             path.write_bytes(changed)
-            found = check(folder, workers)
-            assert found
-            assert all(name in line for line in found), (path, offset, found)
+            problems = verify_prepared_corpus(folder, workers)
+            assert problems
+            assert all(name in line for line in problems), (path, offset, problems)
         path.unlink()
-        found = check(folder, workers)
-        assert found
-        assert all(str(path.parent if path.suffix == ".json" else path) in line for line in found)
+        problems = verify_prepared_corpus(folder, workers)
+        assert problems
+        assert all(
+            str(path.parent if path.suffix == ".json" else path) in line for line in problems
+        )
         path.write_bytes(sound)
-    assert check(folder, workers) == []
+    assert verify_prepared_corpus(folder, workers) == []
 
 
 def test_verify_on_the_command_line(corpus: Path):
@@ -190,4 +198,4 @@ def test_a_bar_goes_to_stderr(capsys: pytest.CaptureFixture[str]):
 
 def test_unsound_folders_are_one_line(tmp_path: Path):
     with pytest.raises(UserError, match="not a prepared corpus"):
-        describe(tmp_path)
+        inspection(tmp_path)

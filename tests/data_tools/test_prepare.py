@@ -18,16 +18,17 @@ import xxhash
 
 from data_tools.batches import in_batches
 from data_tools.documents import text as module
-from data_tools.documents.text import prepare
 from data_tools.job import worker
-from data_tools.job.build import ExecutionOptions
 from data_tools.job.finish import summary
-from data_tools.tools.inspect import check, describe
+from data_tools.job.options import ExecutionOptions
+from data_tools.tools.verify import verify_prepared_corpus
 from llada.data.corpus import Corpus
 from llada.data.manifest import Manifest
 from llada.data.verify import verify_corpus
 from llada.errors import RunError, UserError
 from llada.tokenizer import Tokenizer, train_byte_level_bpe
+from tests.data_tools.corpora import inspection
+from tests.preparation import prepare
 from tests.stand_ins import like
 
 WORDS = [
@@ -311,7 +312,7 @@ def test_force(tokenizer: Path, source: Path, tmp_path: Path):
         prepare([source], tokenizer, output)
     prepare([source], tokenizer, output, force=True)
     assert not (output / "train-00001.bin").exists()
-    assert check(output) == []
+    assert verify_prepared_corpus(output) == []
 
     (output / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match=r"not a prepared corpus \(it holds 'notes.txt'\)"):
@@ -325,7 +326,7 @@ def test_force(tokenizer: Path, source: Path, tmp_path: Path):
     with pytest.raises(UserError, match="exists; --force"):
         prepare([source], tokenizer, empty)
     prepare([source], tokenizer, empty, force=True)
-    assert check(empty) == []
+    assert verify_prepared_corpus(empty) == []
     with pytest.raises(UserError, match=r"not a prepared corpus \(it has no manifest.json\)"):
         prepare([source], tokenizer, other, force=True)
     with pytest.raises(UserError, match="is not a folder"):
@@ -378,7 +379,7 @@ def test_ids_that_no_text_may_have(
         ),
     ):
         prepare(
-            [source], tokenizer, tmp_path / "corpus", effort=ExecutionOptions(backend="library")
+            [source], tokenizer, tmp_path / "corpus", execution=ExecutionOptions(backend="library")
         )
     assert not (tmp_path / "corpus").exists()
 
@@ -390,7 +391,7 @@ def test_describe(tokenizer: Path, source: Path, tmp_path: Path):
     manifest = prepare(
         [source], tokenizer, tmp_path / "corpus", validation_fraction=0.2, shard_tokens=2000
     )
-    shown = describe(tmp_path / "corpus", samples=10**6).splitlines()  # all of them
+    shown = inspection(tmp_path / "corpus", samples=10**6).splitlines()  # all of them
     assert all(line in shown for line in summary(manifest).splitlines())
     train = [text for text in TEXTS if not held_out(text, 0.2)]
     encoder = Tokenizer.load(tokenizer)
@@ -412,31 +413,33 @@ def test_describe(tokenizer: Path, source: Path, tmp_path: Path):
     ]
     few = [
         line
-        for line in describe(tmp_path / "corpus", samples=2).splitlines()
+        for line in inspection(tmp_path / "corpus", samples=2).splitlines()
         if line.startswith("train document ")
     ]
     assert few == [f"train document {i}: {starts[i]!r}" for i in (0, len(train) - 1)]
     assert not [
         line
-        for line in describe(tmp_path / "corpus", samples=0).splitlines()
+        for line in inspection(tmp_path / "corpus", samples=0).splitlines()
         if " document " in line
     ]
 
 
 def test_check_finds_damage_and_another_tokenizer(tokenizer: Path, source: Path, tmp_path: Path):
     corpus = tmp_path / "corpus"
-    assert "not a prepared corpus" in check(corpus)[0]
+    assert "not a prepared corpus" in verify_prepared_corpus(corpus)[0]
     prepare([source], tokenizer, corpus)
-    assert check(corpus) == []
+    assert verify_prepared_corpus(corpus) == []
     train_byte_level_bpe(iter(["another text"] * 9), 300).save(corpus / "tokenizer")
-    assert ["its fingerprint differs" in line for line in check(corpus)] == [True]
+    assert ["its fingerprint differs" in line for line in verify_prepared_corpus(corpus)] == [True]
     (corpus / "tokenizer" / "tokenizer.json").unlink()
-    assert "no tokenizer in this folder" in check(corpus)[0]
+    assert "no tokenizer in this folder" in verify_prepared_corpus(corpus)[0]
     path = corpus / "train-00000.bin"
     data = bytearray(path.read_bytes())
     data[10] ^= 1
     path.write_bytes(data)
-    assert any("train-00000.bin" in line and "checksum" in line for line in check(corpus))
+    assert any(
+        "train-00000.bin" in line and "checksum" in line for line in verify_prepared_corpus(corpus)
+    )
 
 
 def test_progress_goes_to_its_stream(
@@ -451,7 +454,7 @@ def test_progress_goes_to_its_stream(
 
     shown = Terminal()
     manifest = prepare(
-        [source], tokenizer, tmp_path / "corpus", effort=ExecutionOptions(stream=shown)
+        [source], tokenizer, tmp_path / "corpus", execution=ExecutionOptions(stream=shown)
     )
     assert capsys.readouterr() == ("", "")
     line = " ".join(shown.getvalue().split())
@@ -515,7 +518,7 @@ def test_ids_are_those_of_sentencepiece(source: Path, tmp_path: Path):
         [[*theirs.encode(text), theirs.eos_id()] for text in TEXTS]
     ]
     assert manifest.mask_id >= theirs.get_piece_size()
-    assert check(tmp_path / "corpus") == []
+    assert verify_prepared_corpus(tmp_path / "corpus") == []
 
 
 @pytest.mark.parametrize(("words", "dtype"), [(65401, "uint16"), (65402, "int32")])
@@ -548,4 +551,4 @@ def test_ids_take_four_bytes_from_65500_rows(words: int, dtype: str, tmp_path: P
         65408 if dtype == "uint16" else 65536,
     )
     assert stored(corpus, "train") == [[[1, 2, words, manifest.eos_id]]]
-    assert check(corpus) == []
+    assert verify_prepared_corpus(corpus) == []

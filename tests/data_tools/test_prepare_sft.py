@@ -12,8 +12,10 @@ import pytest
 from typer.testing import CliRunner
 
 from data_tools.cli import app
-from data_tools.documents.conversations import Conversations, Fields, SFTSettings, prepare_sft
-from data_tools.tools.inspect import describe
+from data_tools.documents.conversation_records import ConversationFields
+from data_tools.documents.conversations import ConversationSettings, ConversationType
+from data_tools.readers.records import Origin
+from data_tools.readers.report import Report
 from llada.chat.format import TEMPLATE, ChatFormat, Message
 from llada.chat.template import TemplateFormat
 from llada.data.corpus import Corpus
@@ -21,6 +23,8 @@ from llada.data.manifest import Manifest
 from llada.data.verify import verify_corpus
 from llada.errors import UserError
 from llada.tokenizer import Tokenizer, train_byte_level_bpe
+from tests.data_tools.corpora import inspection
+from tests.preparation import prepare_sft
 
 PAIRS = [{"prompt": f"What is {i} + {i}?", "response": f"It is {2 * i}."} for i in range(120)]
 TALKS = [
@@ -453,7 +457,7 @@ def test_lengths_are_told(tokenizer: Path, tmp_path: Path) -> None:
             for p, r in pairs_of(folder, split)
         ]
     )
-    lines = describe(folder).splitlines()
+    lines = inspection(folder).splitlines()
     start = lines.index(f"lengths in tokens of {len(lengths):,} replies:")
     for column, line in enumerate(lines[start + 2 : start + 5]):
         own = np.sort(lengths[:, column])
@@ -543,36 +547,34 @@ def test_the_command_with_every_option(tokenizer: Path, tmp_path: Path) -> None:
     assert "system: Be kind.<|eot_id|><|start_header_id|>user: q" in shown.output
 
 
-def test_both_steps_in_another_process_are_the_same(tokenizer: Path) -> None:
+def test_parsing_and_encoding_in_another_process_are_the_same(tokenizer: Path) -> None:
     """Settings and tokenizer travel; what is made of them there gives the same tokens."""
-    settings = SFTSettings(Fields(drop_trailing=True), MARKED, 60, True)
+    settings = ConversationSettings(ConversationFields(drop_trailing=True), MARKED, 60, True)
     records = [
         *PAIRS[:5],
         *TALKS[:5],
         {"messages": [message("user"), message("assistant"), message("user")]},
     ]
-    found = []
-    for given, encoder in (
-        (settings, Tokenizer.load(tokenizer)),
-        pickle.loads(pickle.dumps((settings, Tokenizer.load(tokenizer)))),
-    ):
-        steps = Conversations(given, encoder)
-        encoded, left_out = steps.encode(
-            pickle.loads(pickle.dumps([steps.record(record) for record in records]))
-        )
-        assert encoded.replies is not None
-        found.append(
+    results = []
+    here = (ConversationType(settings), Tokenizer.load(tokenizer))
+    for document_type, own_tokenizer in (here, pickle.loads(pickle.dumps(here))):
+        encoder = document_type.open(own_tokenizer, "library")
+        conversations = [
+            encoder.parse(record, Origin("talks.jsonl", number))
+            for number, record in enumerate(records)
+        ]
+        report = Report()
+        encoded = encoder.encode(pickle.loads(pickle.dumps(conversations)), report)
+        results.append(
             (
-                encoded.flat.tolist(),
+                encoded.flat_tokens.tolist(),
                 encoded.lengths.tolist(),
                 encoded.replies.tolist(),
-                encoded.hashes,
-                left_out,
+                encoded.split_keys,
+                report.listed,
             )
         )
-    assert found[0] == found[1]
-    [note] = [note for note in found[0][-1] if "--drop-trailing" in note.reason]
-    assert (note.conversation, note.message) == (
-        10,
-        "the last 1 of 3 turns have no reply and are left out",
-    )
+    assert results[0] == results[1]
+    [entry] = [entry for entry in report.listed if "--drop-trailing" in entry["reason"]]
+    assert entry["line"] == 10
+    assert entry["message"] == "the last 1 of 3 turns have no reply and are left out"

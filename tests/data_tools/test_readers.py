@@ -12,7 +12,9 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_tools.readers.reading import ReadOptions, Report, read, sample_texts
+from data_tools.readers.options import ReadOptions
+from data_tools.readers.reading import read_inputs, sample_texts
+from data_tools.readers.report import Report
 from data_tools.readers.sources import parse_extensions
 from llada.errors import UserError
 from tests.stand_ins import like
@@ -28,7 +30,7 @@ def jsonl(texts: list[str], field: str = "text") -> bytes:
 
 def read_all(*inputs: Path, **options) -> tuple[list[str], Report]:
     report = Report()
-    return list(read(inputs, ReadOptions(**options), report)), report
+    return list(read_inputs(inputs, ReadOptions(**options), report)), report
 
 
 def refusal(*inputs: Path, **options) -> str:
@@ -90,8 +92,8 @@ def test_any_text_comes_back_wherever_frames_end(
     for suffix, compress in (("", bytes), (".gz", gzip.compress), (".zst", zstandard.compress)):
         path = tmp_path / f"a.jsonl{suffix}"
         path.write_bytes(b"".join(compress(part) for part in parts if part))
-        found, report = read_all(path)
-        assert found == [text for text in texts if text]
+        texts_read, report = read_all(path)
+        assert texts_read == [text for text in texts if text]
         assert report.skipped["documents empty"] == texts.count("")
 
 
@@ -182,9 +184,9 @@ def test_a_compressed_file_that_breaks_off(suffix: str, tmp_path: Path):
     path.write_bytes(packed[: len(packed) // 2])
     for place in (path, path.parent):  # never silently, in a folder neither
         assert "breaks off after" in refusal(place)
-    found, report = read_all(path.parent, skip_bad=True)
-    assert 0 < len(found) < len(texts)
-    assert found == texts[: len(found)]
+    texts_read, report = read_all(path.parent, skip_bad=True)
+    assert 0 < len(texts_read) < len(texts)
+    assert texts_read == texts[: len(texts_read)]
     assert report.skipped == {"files that break off": 1}
 
 
@@ -232,10 +234,10 @@ def test_a_folder(tmp_path: Path):
         "c/lines.jsonl": ["eins", "zwei"],
         "c/more.json.gz": ["drei"],
     }
-    assert texts == [text for found in read_in_order.values() for text in found]
+    assert texts == [text for texts_of_file in read_in_order.values() for text in texts_of_file]
     assert report.sources == [
-        {"path": str(root / name), "bytes": len(contents[name]), "documents": len(found)}
-        for name, found in read_in_order.items()
+        {"path": str(root / name), "bytes": len(contents[name]), "documents": len(texts_of_file)}
+        for name, texts_of_file in read_in_order.items()
     ]
     assert report.skipped == {
         "files with another extension": 3,
@@ -330,7 +332,7 @@ def test_named_inputs_that_are_refused(tmp_path: Path):
 
 def test_what_is_missing_is_found_before_anything_is_read(tmp_path: Path):
     (tmp_path / "good.txt").write_text("good")
-    documents = read([tmp_path / "good.txt", tmp_path / "missing"], ReadOptions(), Report())
+    documents = read_inputs([tmp_path / "good.txt", tmp_path / "missing"], ReadOptions(), Report())
     with pytest.raises(UserError, match="no file or folder"):
         next(documents)
 
@@ -345,7 +347,7 @@ def test_extensions():
 def test_a_sample_stops_at_its_limit_and_spreads_over_many_files(tmp_path: Path):
     for i in range(100):
         (tmp_path / f"{i:02d}.txt").write_text(f"{i:02d}" * 50)
-    texts = list(sample_texts([tmp_path], None, 1000))
+    texts = list(sample_texts([tmp_path], 1000, ReadOptions()))
     assert [text[:2] for text in texts] == [f"{i:02d}" for i in range(0, 100, 10)]
     (tmp_path / "one.jsonl").write_bytes(jsonl(["x" * 100] * 50))
-    assert list(sample_texts([tmp_path / "one.jsonl"], None, 1000)) == ["x" * 100] * 10
+    assert list(sample_texts([tmp_path / "one.jsonl"], 1000, ReadOptions())) == ["x" * 100] * 10

@@ -18,13 +18,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from data_tools.documents.text import prepare
 from data_tools.job.work_plan import cut
-from data_tools.readers.reading import ReadOptions, Report, measure, read, read_slice
-from data_tools.readers.sources import Extent, find_sources
+from data_tools.readers.input_file import Extent
+from data_tools.readers.options import ReadOptions
+from data_tools.readers.reading import measure, read_inputs, read_texts
+from data_tools.readers.report import Report
+from data_tools.readers.sources import find_sources
 from llada.data.manifest import LEFT_OUT, Manifest
 from llada.errors import UserError
 from llada.tokenizer import train_byte_level_bpe
+from tests.preparation import prepare
 
 TEXTS = [f"{i} " + "größer 🙂 " * (i * 7 % 11) for i in range(60)]
 
@@ -34,21 +37,22 @@ def sliced(path: Path | str, size: int, **options: Any) -> tuple[list[list[str]]
     settings, report = ReadOptions(**options), Report()
     sources = find_sources([path], settings, report)
     units, _ = cut([measure(source, settings, report) or Extent(0, 0) for source in sources], size)
-    found = []
+    texts_of_units = []
     for unit in units:
-        found.append(
+        texts_of_units.append(
             [
                 text
                 for piece in unit
-                for text in read_slice(sources[piece.source], piece.slice, settings, report)
+                for text in read_texts(sources[piece.source], piece.slice, settings, report)
             ]
         )
-    return found, report
+    return texts_of_units, report
 
 
 # -- cutting ---------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(
     extents=st.lists(
         st.one_of(
@@ -90,15 +94,15 @@ def test_units_tile_the_sources(extents: list[Extent], size: int):
 def test_small_files_are_put_together_and_large_ones_cut(tmp_path: Path):
     for number in range(30):
         (tmp_path / f"{number:02d}.txt").write_text("x" * 100)
-    found, _ = sliced(tmp_path, 1000)
-    assert [len(unit) for unit in found] == [10, 10, 10]
+    units, _ = sliced(tmp_path, 1000)
+    assert [len(unit) for unit in units] == [10, 10, 10]
     (tmp_path / "30.jsonl").write_text(
         "".join(json.dumps({"text": "y" * 89}) + "\n" for _ in range(50))
     )  # 102 bytes each
-    found, _ = sliced(tmp_path, 1000)
-    assert [len(unit) for unit in found[:3]] == [10, 10, 10]
-    assert all(len(unit) in (9, 10) for unit in found[3:-1])
-    assert sum(len(unit) for unit in found) == 80
+    units, _ = sliced(tmp_path, 1000)
+    assert [len(unit) for unit in units[:3]] == [10, 10, 10]
+    assert all(len(unit) in (9, 10) for unit in units[3:-1])
+    assert sum(len(unit) for unit in units) == 80
 
 
 # -- JSON Lines ------------------------------------------------------------------------------------
@@ -123,8 +127,8 @@ def test_lines_wherever_they_are_cut(
     lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
     content = ("\n" * blank + "\n".join(lines) + "\n" * last_newline).encode()
     (tmp_path / "a.jsonl").write_bytes(content)
-    found, report = sliced(tmp_path / "a.jsonl", size)
-    assert [text for unit in found for text in unit] == texts
+    units, report = sliced(tmp_path / "a.jsonl", size)
+    assert [text for unit in units for text in unit] == texts
     assert not report.skipped
 
 
@@ -144,8 +148,10 @@ def test_lengths(tmp_path: Path):
     texts = ["ä" * 5, "b" * 9, "c" * 10, "d" * 20, "e" * 21, "🙂" * 5, "🙂" * 6]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     report = Report()
-    found = list(read([tmp_path / "a.jsonl"], ReadOptions(min_length=10, max_length=20), report))
-    assert found == ["ä" * 5, "c" * 10, "d" * 20, "🙂" * 5]
+    texts_read = list(
+        read_inputs([tmp_path / "a.jsonl"], ReadOptions(min_length=10, max_length=20), report)
+    )
+    assert texts_read == ["ä" * 5, "c" * 10, "d" * 20, "🙂" * 5]
     assert report.skipped == {
         "documents shorter than --min-length": 1,
         "documents longer than --max-length": 2,
@@ -155,7 +161,7 @@ def test_lengths(tmp_path: Path):
         UserError,
         match=r"no document in .*b.txt \(left out: 1 documents longer than --max-length\)",
     ):
-        list(read([tmp_path / "b.txt"], ReadOptions(max_length=20), Report()))
+        list(read_inputs([tmp_path / "b.txt"], ReadOptions(max_length=20), Report()))
     for wrong, message in (
         ({"min_length": 0}, "--min-length: 0"),
         ({"max_length": 5, "min_length": 6}, "--max-length: 5 is less than"),
@@ -176,13 +182,15 @@ def test_a_line_does_not_need_its_length_in_memory(tmp_path: Path):
     (tmp_path / "c.txt").write_bytes(b"y" * 120_000_000)
     script = (
         "import sys, resource, gzip, orjson\n"
-        "from data_tools.readers.reading import ReadOptions, Report, read\n"
+        "from data_tools.readers.options import ReadOptions\n"
+        "from data_tools.readers.reading import read_inputs\n"
+        "from data_tools.readers.report import Report\n"
         "pages = int(open('/proc/self/statm').read().split()[0])\n"
         "limit = pages * resource.getpagesize() + 70_000_000\n"
         "resource.setrlimit(resource.RLIMIT_AS, (limit, limit))\n"
         "report = Report()\n"
-        "found = list(read([sys.argv[1]], ReadOptions(max_length=4 << 20), report))\n"
-        "print(len(found), dict(report.skipped))\n"
+        "texts = list(read_inputs([sys.argv[1]], ReadOptions(max_length=4 << 20), report))\n"
+        "print(len(texts), dict(report.skipped))\n"
     )
     result = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path)],
@@ -220,9 +228,9 @@ ROWS = [{"id": i, "text": text, "other": "z" * 50} for i, text in enumerate(TEXT
 @pytest.mark.parametrize("size", [1, 300, 10**6])
 def test_tables(name: str, size: int, tmp_path: Path):
     write_table(tmp_path / name, ROWS, 7)
-    found, report = sliced(tmp_path / name, size)
-    assert [text for unit in found for text in unit] == TEXTS
-    assert len(found) == (9 if size == 1 else 1 if size == 10**6 else len(found))
+    units, report = sliced(tmp_path / name, size)
+    assert [text for unit in units for text in unit] == TEXTS
+    assert len(units) == (9 if size == 1 else 1 if size == 10**6 else len(units))
     assert not report.skipped
     with pytest.raises(
         UserError,
@@ -240,8 +248,8 @@ def test_tables(name: str, size: int, tmp_path: Path):
     with pytest.raises(UserError, match=rf"--input: .*{name}: cannot be read \("):
         sliced(tmp_path / name, size)
     (tmp_path / "b.txt").write_text("b")
-    found, report = sliced(tmp_path, size)
-    assert found == [["b"]]
+    units, report = sliced(tmp_path, size)
+    assert units == [["b"]]
     assert report.skipped == {"files unreadable": 1}
 
 
@@ -263,8 +271,8 @@ def test_a_row_that_is_not_utf8_is_one_bad_row(named: bool, tmp_path: Path):
     for size in (100, 10**6):
         with pytest.raises(UserError, match=r"a.parquet:21: not UTF-8"):
             sliced(place, size)
-        found, report = sliced(place, size, skip_bad=True)
-        assert [text for unit in found for text in unit] == [*TEXTS[:20], *TEXTS[21:]]
+        units, report = sliced(place, size, skip_bad=True)
+        assert [text for unit in units for text in unit] == [*TEXTS[:20], *TEXTS[21:]]
         assert report.skipped == {"rows not UTF-8": 1}
 
 
@@ -330,10 +338,10 @@ def test_datasets(
         with pytest.raises(UserError, match=r"--input: hf:.*files: cannot be loaded as a dataset"):
             sliced(f"hf:{saved / name}", 200, streaming=True, **options)
         return
-    found, _ = sliced(f"hf:{saved / name}", 200, streaming=streaming, **options)
-    assert [text for unit in found for text in unit] == texts
-    assert len(found) == (3 if streaming and name == "files" else 1 if streaming else len(found))
-    assert len(found) > 1 or streaming or len(texts) < 4
+    units, _ = sliced(f"hf:{saved / name}", 200, streaming=streaming, **options)
+    assert [text for unit in units for text in unit] == texts
+    assert len(units) == (3 if streaming and name == "files" else 1 if streaming else len(units))
+    assert len(units) > 1 or streaming or len(texts) < 4
 
 
 def test_datasets_that_are_refused(saved: Path):
@@ -359,25 +367,28 @@ def test_patterns(tmp_path: Path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
     report = Report()
-    assert list(read([f"{tmp_path}/*/*.txt"], ReadOptions(), report)) == ["a/1.txt", "b/3.txt"]
-    assert list(read([f"{tmp_path}/**/*.txt"], ReadOptions(), report)) == [
+    assert list(read_inputs([f"{tmp_path}/*/*.txt"], ReadOptions(), report)) == [
+        "a/1.txt",
+        "b/3.txt",
+    ]
+    assert list(read_inputs([f"{tmp_path}/**/*.txt"], ReadOptions(), report)) == [
         "a/1.txt",
         "b/3.txt",
         "b/c/4.txt",
     ]
     with pytest.raises(UserError, match=r"no file matches '.*\*.csv'"):
-        list(read([f"{tmp_path}/*.csv"], ReadOptions(), report))
-    assert list(read([tmp_path / "a", f"{tmp_path}/a/*"], ReadOptions(), report)) == [
+        list(read_inputs([f"{tmp_path}/*.csv"], ReadOptions(), report))
+    assert list(read_inputs([tmp_path / "a", f"{tmp_path}/a/*"], ReadOptions(), report)) == [
         "a/1.txt",
         "a/2.md",
     ]
     assert report.skipped == {"files read already under another name": 2}
     with pytest.raises(UserError, match=r"2.md' is read already as .*2.md"):
-        list(read([tmp_path / "a", tmp_path / "a" / "2.md"], ReadOptions(), report))
+        list(read_inputs([tmp_path / "a", tmp_path / "a" / "2.md"], ReadOptions(), report))
 
 
 def test_what_is_left_out_is_listed_and_evaluation_texts_are_kept_out(tmp_path: Path):
-    from data_tools.job.worker import Decontamination
+    from data_tools.job.options import DecontaminationOptions
 
     train_byte_level_bpe(iter(TEXTS), 300).save(tmp_path / "tokenizer")
     question = "what is the capital of the largest country in the whole wide world today"
@@ -393,7 +404,7 @@ def test_what_is_left_out_is_listed_and_evaluation_texts_are_kept_out(tmp_path: 
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     counts = {}
     for drop in (False, True):
-        rule = Decontamination((str(tmp_path / "evaluation.jsonl"),), 13, drop)
+        rule = DecontaminationOptions((str(tmp_path / "evaluation.jsonl"),), 13, drop)
         manifest = prepare(
             [tmp_path / "a.jsonl"],
             tmp_path / "tokenizer",

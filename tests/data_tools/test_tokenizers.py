@@ -16,7 +16,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from data_tools.tokenizers.training import sample_passages, train_sentencepiece, train_tokenizer
+from data_tools.tokenizers.passages import sample_passages
+from data_tools.tokenizers.sentencepiece_training import train_sentencepiece
+from data_tools.tokenizers.training import train_tokenizer
 from llada.errors import UserError
 from llada.tokenizer import SPECIAL_TOKENS, Tokenizer, train_byte_level_bpe
 

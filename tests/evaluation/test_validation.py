@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 
-from data_tools.documents.text import prepare
 from llada.config import build_config
 from llada.data.manifest import VALIDATION
 from llada.data.pretrain import PretrainData
@@ -24,6 +23,7 @@ from llada.evaluation import validation_files
 from llada.evaluation.validation import Validator, unigram_entropy
 from llada.objectives import MaskedDiffusion
 from tests.engine.support import OracleTrainer, canonical
+from tests.preparation import prepare
 from tests.workplace import CONFIG, Workplace
 
 

@@ -17,8 +17,9 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import PretrainedConfig
 
-from data_tools.documents.text import prepare
-from data_tools.readers.reading import ReadOptions, Report, read
+from data_tools.readers.options import ReadOptions
+from data_tools.readers.reading import read_inputs
+from data_tools.readers.report import Report
 from llada.checkpoint.format import read_state, resolve_checkpoint
 from llada.config.sections import ModelSection
 from llada.errors import RunError, UserError
@@ -30,6 +31,7 @@ from llada.tokenizer import MASK, Tokenizer
 from tests.engine.support import OracleTrainer
 from tests.hf.folders import SIZES, llama_folder, published_folder
 from tests.model.oracle import Oracle
+from tests.preparation import prepare
 from tests.stand_ins import like
 from tests.workplace import Workplace
 
@@ -48,7 +50,7 @@ def plain_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     trainer = trainers.BpeTrainer(
         vocab_size=500, initial_alphabet=alphabet, special_tokens=["</s>"], show_progress=False
     )
-    texts = read([Path(sysconfig.get_paths()["stdlib"]) / "json"], ReadOptions(), Report())
+    texts = read_inputs([Path(sysconfig.get_paths()["stdlib"]) / "json"], ReadOptions(), Report())
     fast.train_from_iterator(texts, trainer)
     fast.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(

@@ -12,7 +12,6 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from data_tools.documents.conversations import prepare_sft
 from launch.status import read_status
 from llada import events
 from llada.cli import app
@@ -22,6 +21,7 @@ from llada.planning.summary import checkpoint_volume
 from llada.training.configure import load_config
 from llada.training.loop import train
 from llada.training.signals import StopRequest
+from tests.preparation import prepare_sft
 from tests.stand_ins import like
 from tests.workplace import CONFIG, Workplace
 

@@ -13,9 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from data_tools.documents.text import prepare
-from data_tools.readers.reading import ReadOptions, Report, read
+from data_tools.readers.options import ReadOptions
+from data_tools.readers.reading import read_inputs
+from data_tools.readers.report import Report
 from llada.tokenizer import train_byte_level_bpe
+from tests.preparation import prepare
 from tests.slurm.cluster import Cluster, missing
 from tests.slurm.island import Island, commands_talk_to
 from tests.slurm.scenarios import Scenarios
@@ -55,7 +57,7 @@ def corpus(disk: Path) -> Path:
     folder = disk / "runs"
     folder.mkdir()
     library = Path(sysconfig.get_paths()["stdlib"])
-    tokenizer = train_byte_level_bpe(read([library / "json"], ReadOptions(), Report()), 512)
+    tokenizer = train_byte_level_bpe(read_inputs([library / "json"], ReadOptions(), Report()), 512)
     tokenizer.save(folder / "tokenizer")
     prepare(
         [library / "json", library / "email"],

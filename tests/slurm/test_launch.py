@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import yaml
 
-from data_tools.documents.text import prepare
 from launch import slurm
 from launch.status import latest_submission
 from llada.data.manifest import Manifest
 from llada.errors import UserError
 from llada.training.configure import load_config
+from tests.preparation import prepare
 from tests.slurm.cluster import until
 from tests.slurm.island import STEPS, Island
 from tests.slurm.scenarios import scenario

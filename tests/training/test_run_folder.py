@@ -24,6 +24,7 @@ from llada.training.loop import train
 from llada.training.resume import preview_resume
 from llada.training.run_folder import RunFolder, name_write_errors, refuse_foreign_folder
 from llada.training.signals import StopRequest
+from tests.data_tools.corpora import inspection
 from tests.training.test_lock import forge
 from tests.workplace import CONFIG, Workplace
 
@@ -277,9 +278,10 @@ def test_a_corpus_with_another_tokenizer_is_refused_before_it_is_read(
     workplace: Workplace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A valid tokenizer of the same size, whose ids mean something else."""
-    from data_tools.tools.exchange import export
-    from data_tools.tools.inspect import check, describe
-    from data_tools.tools.rewrite import merge, split
+    from data_tools.tools.export import export
+    from data_tools.tools.merge import merge
+    from data_tools.tools.split import split
+    from data_tools.tools.verify import verify_prepared_corpus
     from llada.data.pretrain import PretrainData
     from llada.training.preview import describe_step
 
@@ -305,7 +307,7 @@ def test_a_corpus_with_another_tokenizer_is_refused_before_it_is_read(
         lambda: preview_resume(config, PretrainData(config), Path("refused/checkpoints"), False),
     ]
     tools: list[Callable[[], object]] = [
-        lambda: describe("exchanged"),
+        lambda: inspection("exchanged"),
         lambda: merge(["other", "exchanged"], "merged"),
         lambda: split("exchanged", 2, "parts"),
         lambda: export("exchanged", "texts.jsonl"),
@@ -314,7 +316,7 @@ def test_a_corpus_with_another_tokenizer_is_refused_before_it_is_read(
         for work in works:
             with pytest.raises(UserError, match=f"^{prefix}{message}"):
                 work()
-    assert [line for line in check("exchanged") if line.startswith(message)]
+    assert [line for line in verify_prepared_corpus("exchanged") if line.startswith(message)]
     assert not any(
         (workplace.folder / name).exists() for name in ("refused", "merged", "parts", "texts.jsonl")
     )

@@ -16,13 +16,13 @@ import pytest
 import torch
 import yaml
 
-from data_tools.documents.conversations import prepare_sft
 from llada.config import build_config
 from llada.data.manifest import TRAIN
 from llada.data.tasks import open_data
 from llada.engine.megatron import MegatronEngine
 from llada.noise import mask_uniforms
 from tests.engine.support import OracleTrainer, canonical
+from tests.preparation import prepare_sft
 from tests.workplace import CONFIG, Workplace
 
 SFT: dict[str, Any] = {

@@ -13,17 +13,17 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_tools.documents.conversations import prepare_sft
-from data_tools.documents.text import prepare
-from data_tools.tools.rewrite import merge, split, token_bytes
+from data_tools.tools.copying import token_bytes
+from data_tools.tools.merge import merge
+from data_tools.tools.split import split
 from llada.data.corpus import Corpus
 from llada.data.manifest import CONVERSATIONS, SPLITS, Manifest
 from llada.data.shard_format import REPLY_FIELDS
 from llada.data.verify import verify_corpus
-from llada.errors import UserError
 from llada.tokenizer import Tokenizer, train_byte_level_bpe
+from tests.data_tools.commands import expect_refusal, refusal, shown
 from tests.data_tools.corpora import documents_of, shard_files, write_corpus
-from tests.data_tools.test_cli import refusal, shown
+from tests.preparation import prepare, prepare_sft
 
 SMALL = settings(
     max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -165,18 +165,19 @@ def test_conversations_keep_their_replies(tmp_path: Path, tokenizer):
 
     def conversations(folder: Path, name: str) -> list[tuple[list[int], list[list[int]]]]:
         """Ids and rows of replies of every document, the rows by a plain search."""
-        corpus, found = Corpus.open(folder), []
+        corpus = Corpus.open(folder)
+        documents = []
         for entry in corpus.manifest.of(name):
             shard, rows = corpus.shard(entry), corpus.replies(entry)
             starts = np.concatenate([[0], np.cumsum(shard.lengths[:])])
             for i in range(shard.num_documents):
-                found.append(
+                documents.append(
                     (
                         shard.tokens(int(starts[i]), int(starts[i + 1])).tolist(),
                         rows[rows[:, 0] == i, 1:].tolist(),
                     )
                 )
-        return found
+        return documents
 
     merged = merge([tmp_path / "a", tmp_path / "b"], tmp_path / "ab", shard_tokens=350)
     assert merged.kind == CONVERSATIONS
@@ -237,15 +238,6 @@ def pair(tmp_path: Path, tokenizer) -> Path:
     write_corpus(tmp_path / "a", tokenizer, ids_of([[3, 4], [5]]), ids_of([[2]], 30))
     write_corpus(tmp_path / "b", tokenizer, ids_of([[6, 1]], 90))
     return tmp_path
-
-
-def expect_refusal(call, *names: str) -> str:
-    with pytest.raises(UserError) as caught:
-        call()
-    message = str(caught.value)
-    assert "\n" not in message
-    assert all(name in message for name in names), message
-    return message
 
 
 def test_merge_refuses_what_does_not_belong_together(pair: Path, tokenizer):

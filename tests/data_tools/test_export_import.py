@@ -20,15 +20,15 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_tools.documents.text import prepare
-from data_tools.tools.exchange import export, import_datasets
+from data_tools.tools.export import export
+from data_tools.tools.import_datasets import ImportOptions, import_datasets
 from data_tools.tools.megatron import IndexedDataset
 from llada.data.manifest import SPLITS, Manifest
 from llada.data.verify import verify_corpus
-from llada.errors import UserError
 from llada.tokenizer import Tokenizer, train_byte_level_bpe
+from tests.data_tools.commands import expect_refusal, refusal, shown
 from tests.data_tools.corpora import documents_of, shard_files
-from tests.data_tools.test_cli import refusal, shown
+from tests.preparation import prepare
 
 WORDS = ["masked", "größer", "🙂", "the", "\n", "0x1F", "\t", "\u2028", "日本語", "model", " "]
 
@@ -48,7 +48,7 @@ TEXTS = texts(150)
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """texts.jsonl, the tokenizer `tok` and the corpus `corpus`, a quarter of it held out."""
-    folder = tmp_path_factory.mktemp("exchange")
+    folder = tmp_path_factory.mktemp("export")
     train_byte_level_bpe(iter(TEXTS), 330).save(folder / "tok")
     (folder / "texts.jsonl").write_text(
         "".join(json.dumps({"text": text}) + "\n" for text in TEXTS)
@@ -66,13 +66,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def tokenizer(place: Path) -> Tokenizer:
     return Tokenizer.load(place / "tok")
-
-
-def expect_refusal(call, *names: str) -> None:
-    with pytest.raises(UserError) as caught:
-        call()
-    assert "\n" not in str(caught.value)
-    assert all(name in str(caught.value) for name in names), str(caught.value)
 
 
 # -- export ----------------------------------------------------------------------------------------
@@ -118,20 +111,20 @@ def test_one_split_is_exported(place: Path, tmp_path: Path):
         split: export(place / "corpus", tmp_path / f"{split}.jsonl", split=split)
         for split in SPLITS
     }
-    found = {
+    exported = {
         split: [json.loads(line)["text"] for line in (tmp_path / f"{split}.jsonl").open("rb")]
         for split in SPLITS
     }
-    assert sorted(chain(*found.values())) == sorted(TEXTS)
+    assert sorted(chain(*exported.values())) == sorted(TEXTS)
     manifest = Manifest.load(place / "corpus")
     for split in SPLITS:
         documents, _, text_bytes = manifest.totals(split)
-        assert len(found[split]) == made[split].documents == documents
+        assert len(exported[split]) == made[split].documents == documents
         assert (
             made[split].text_bytes
             == made[split].prepared_bytes
             == text_bytes
-            == sum(len(t.encode()) for t in found[split])
+            == sum(len(t.encode()) for t in exported[split])
         )
 
 
@@ -194,6 +187,7 @@ def test_a_damaged_shard_is_not_exported(place: Path, tmp_path: Path):
 
 # -- import ----------------------------------------------------------------------------------------
 
+EVERYTHING_TRAINS = ImportOptions(validation_fraction=0)
 DTYPES = [np.uint8, np.int8, np.int16, np.int32, np.int64, np.uint16]
 
 
@@ -227,12 +221,12 @@ def test_datasets_are_read_as_they_were_built(tmp_path_factory, documents, dtype
     dataset = IndexedDataset(path)
     assert dataset.num_documents == len(documents)
     expected = [list(chain.from_iterable(document)) for document in documents]
-    found: list[list[int]] = []
+    documents_read: list[list[int]] = []
     for first, flat, lengths in dataset.runs(limit):
-        assert first == len(found)
+        assert first == len(documents_read)
         assert len(lengths) == 1 or len(flat) <= limit
-        found += [part.tolist() for part in np.split(flat, np.cumsum(lengths)[:-1])]
-    assert found == expected
+        documents_read += [part.tolist() for part in np.split(flat, np.cumsum(lengths)[:-1])]
+    assert documents_read == expected
 
 
 @pytest.mark.parametrize("suffix", ["", ".bin", ".idx"])
@@ -272,7 +266,7 @@ def test_import_gives_what_prepare_gives(
 
 def test_import_of_our_own_shards(place: Path, tmp_path: Path):
     shards = sorted((place / "corpus").glob("*.idx"))
-    made = import_datasets(shards, place / "tok", tmp_path / "out", validation_fraction=0)
+    made = import_datasets(shards, place / "tok", tmp_path / "out", EVERYTHING_TRAINS)
     assert (made.eos_added, made.special_inside) == (0, 0)
     assert documents_of(tmp_path / "out", "train") == [
         ids for split in SPLITS for ids in documents_of(place / "corpus", split)
@@ -289,13 +283,14 @@ def test_special_tokens_that_are_missing_are_added(place: Path, tmp_path: Path):
     data = build(tmp_path / "d", [[[5, 6, own]], [[7, own]]])
     arguments = ([data], tmp_path / "tokenizer.json", tmp_path / "out")
     expect_refusal(lambda: import_datasets(*arguments), "no mask token", "--add-special-tokens")
-    manifest = import_datasets(*arguments, validation_fraction=0, add_special_tokens=True).manifest
+    adding = ImportOptions(validation_fraction=0, add_special_tokens=True)
+    manifest = import_datasets(*arguments, adding).manifest
     assert manifest.vocab_size == own + 6
     assert documents_of(tmp_path / "out", "train") == [[5, 6, own], [7, own]]
     # An id that only the added tokens have is not one of the data's tokenizer.
     more = build(tmp_path / "e", [[[5, own + 1]]])
     expect_refusal(
-        lambda: import_datasets([more], *arguments[1:], add_special_tokens=True, force=True),
+        lambda: import_datasets([more], *arguments[1:], adding, force=True),
         "document 0",
         f"0..{own}",
     )
@@ -303,7 +298,7 @@ def test_special_tokens_that_are_missing_are_added(place: Path, tmp_path: Path):
 
 def test_bos_inside_is_said(place: Path, tmp_path: Path, tokenizer):
     data = build(tmp_path / "d", [[[tokenizer.bos_id, 5, 6]], [[7]], [[8, tokenizer.eos_id, 9]]])
-    made = import_datasets([data], place / "tok", tmp_path / "out", validation_fraction=0)
+    made = import_datasets([data], place / "tok", tmp_path / "out", EVERYTHING_TRAINS)
     assert (made.special_inside, made.eos_added) == (2, 3)
     assert made.manifest.totals("train")[2] == 5  # the letters alone
 
@@ -450,7 +445,10 @@ def test_what_datatrove_tokenized_is_imported(place: Path, tmp_path: Path):
     datasets = sorted((tmp_path / "tokenized").glob("*.idx"))
     assert [path.name for path in datasets] == ["web_00000_tokens.idx", "web_00001_tokens.idx"]
     made = import_datasets(
-        datasets, place / "tok", tmp_path / "out", validation_fraction=0.25, shard_tokens=700
+        datasets,
+        place / "tok",
+        tmp_path / "out",
+        ImportOptions(validation_fraction=0.25, shard_tokens=700),
     )
     assert (made.eos_added, made.special_inside) == (0, 0)
     for split in SPLITS:

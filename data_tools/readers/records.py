@@ -1,0 +1,119 @@
+"""Records: the JSON values that lines, array elements and table rows hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+from data_tools.readers.options import ReadOptions
+from llada.errors import UserError, did_you_mean
+
+_MAX_NAMES = 8
+"""Names of fields or columns that a message shows."""
+
+
+class BadRecord(Exception):
+    """A record that is not what its task reads.
+
+    Args:
+        reason: what it is counted under, a plural: "lines without the field".
+        message: what is wrong with this one.
+    """
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class Origin(NamedTuple):
+    """Where a record was read.
+
+    Attributes:
+        path: file or dataset.
+        line: number of its line, element or row in the whole file, from 1.
+    """
+
+    path: str
+    line: int
+
+
+class Record(NamedTuple):
+    """One line, array element or table row.
+
+    Attributes:
+        number: counted from 1 in the slice that is read.
+        value: the parsed JSON value; a row of a table is a dict.
+        problem: why there is no value; None: there is one.
+    """
+
+    number: int
+    value: object
+    problem: BadRecord | None = None
+
+
+class RecordStream(NamedTuple):
+    """The records of one slice of a source.
+
+    Attributes:
+        records: in order.
+        num_before: returns how many records of the source come before the slice. A function,
+            because counting lines means reading all of the file before the slice, and most slices
+            never need it.
+    """
+
+    records: Iterator[Record]
+    num_before: Callable[[], int]
+
+
+def string_field(record: object, name: str, remedy: str) -> str:
+    """Return the string in a field of a record.
+
+    Args:
+        record: the JSON value of a line.
+        name: name of the field.
+        remedy: what the user can do about a missing field, for messages.
+
+    Raises:
+        BadRecord: not a JSON object, no such field, or not a string.
+    """
+    if not isinstance(record, dict):
+        raise BadRecord(
+            "lines without the field",
+            f"a JSON {type(record).__name__}, not an object with the field '{name}'; {remedy}",
+        )
+    if name not in record:
+        raise BadRecord(
+            "lines without the field",
+            f"field '{name}' is missing, there are: {_shortened(list(record))}"
+            f"{did_you_mean(name, record)}; {remedy}",
+        )
+    text = record[name]
+    if not isinstance(text, str):
+        raise BadRecord(
+            "lines whose field is not a string",
+            f"field '{name}' is not a string but {type(text).__name__}; {remedy}",
+        )
+    return text
+
+
+def columns_to_read(path: str, columns: Sequence[str], options: ReadOptions) -> list[str] | None:
+    """Return the columns of a table that the options ask for; None: all of them.
+
+    Raises:
+        UserError: the table at `path` has no column `options.text_field`.
+    """
+    if options.text_field is None:
+        return None
+    if options.text_field not in columns:
+        raise UserError(
+            f"--text-field: {path} has no column '{options.text_field}', there are:"
+            f" {_shortened(columns)}{did_you_mean(options.text_field, columns)}"
+        )
+    return [options.text_field]
+
+
+def _shortened(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:_MAX_NAMES])
+    if len(names) > _MAX_NAMES:
+        shown += ", ..."
+    return shown

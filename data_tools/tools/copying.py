@@ -1,0 +1,182 @@
+"""Copy documents of prepared corpora into new shards, without tokenizing again.
+
+Merging and splitting share this. The one thing that is not simply copied is the number of bytes of
+text: a manifest knows only the sum over each shard, and a shard's documents may go to several new
+ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from data_tools.job.splits import replies_of
+from llada.data.corpus import Corpus
+from llada.data.manifest import CONVERSATIONS, ShardEntry
+from llada.data.shard_format import I64, damaged
+from llada.data.shard_reader import ShardReader
+from llada.data.shard_writer import SplitWriter
+from llada.tokenizer import Tokenizer
+
+
+class _OpenShard(NamedTuple):
+    """A shard whose files match their checksums.
+
+    Attributes:
+        name: of the shard.
+        shard: its files.
+        replies: rows of REPLY_FIELDS, int64 [replies, 5]; None for a corpus of text.
+        text_bytes: bytes of text of its documents.
+    """
+
+    name: str
+    shard: ShardReader
+    replies: I64 | None
+    text_bytes: TextBytes
+
+
+class DocumentCopier:
+    """Copies documents out of a corpus.
+
+    Every file is compared with its checksum before its first document is used.
+
+    Args:
+        corpus: to copy from.
+    """
+
+    def __init__(self, corpus: Corpus) -> None:
+        self.corpus = corpus
+        self._token_bytes = token_bytes(corpus.tokenizer())
+        # Only the last shard stays open: callers go through them in order.
+        self._open_shard: _OpenShard | None = None
+
+    def copy(
+        self,
+        entry: ShardEntry,
+        first: int,
+        stop: int,
+        writer: SplitWriter,
+        advance: Callable[[int], None],
+    ) -> None:
+        """Append documents first..stop-1 of a shard to a split.
+
+        Args:
+            entry: the shard.
+            first: first document.
+            stop: document after the last one.
+            writer: of the split.
+            advance: called with the number of tokens copied since the last call.
+
+        Raises:
+            UserError: the shard is damaged.
+        """
+        opened = self._opened(entry)
+        for begin, flat, lengths in opened.shard.runs(first, stop):
+            replies = _replies_of_run(opened.replies, begin, lengths)
+            text_bytes = opened.text_bytes.of_run(begin, flat, lengths, replies)
+            writer.append(flat, lengths, text_bytes, replies)
+            advance(len(flat))
+
+    def _opened(self, entry: ShardEntry) -> _OpenShard:
+        if self._open_shard is None or self._open_shard.name != entry.name:
+            for file in self.corpus.files_of(entry):
+                file.check_hash()
+            shard = self.corpus.shard(entry)
+            replies = None
+            if self.corpus.manifest.kind == CONVERSATIONS:
+                replies = self.corpus.replies(entry)
+            text_bytes = TextBytes(self._token_bytes, shard, entry, replies)
+            self._open_shard = _OpenShard(entry.name, shard, replies, text_bytes)
+        return self._open_shard
+
+
+def _replies_of_run(replies: I64 | None, first: int, lengths: I64) -> I64 | None:
+    if replies is None:
+        return None
+    return replies_of(replies, first, first + len(lengths))
+
+
+def token_bytes(tokenizer: Tokenizer) -> I64:
+    """Return the UTF-8 bytes of text that each id stands for, int64 [vocab_size].
+
+    0 for special tokens. Exact for byte-level vocabularies.
+    """
+    sizes = np.zeros(tokenizer.vocab_size, dtype=np.int64)
+    for token_id in range(tokenizer.vocab_size):
+        text = tokenizer.decode([token_id], skip_special_tokens=True)
+        if "\ufffd" in text:
+            # Part of a character, which does not decode. A byte-level vocabulary writes one
+            # character for each byte.
+            sizes[token_id] = len(tokenizer.token(token_id))
+        else:
+            sizes[token_id] = len(text.encode())
+    return sizes
+
+
+class TextBytes:
+    """The bytes of text of each document of a shard, of which the manifest knows only the sum.
+
+    Where the bytes of the tokens add up to that sum, as with byte-level tokenizers, they are exact.
+    Otherwise the tokenizer changes text, and the sum is shared out by tokens.
+
+    Args:
+        token_bytes: of each id, from `token_bytes`.
+        shard: the shard.
+        entry: what the manifest says of it.
+        replies: its rows of REPLY_FIELDS; then only the text of replies counts. None: all text.
+
+    Raises:
+        UserError: an id beyond the vocabulary.
+    """
+
+    def __init__(
+        self, token_bytes: I64, shard: ShardReader, entry: ShardEntry, replies: I64 | None
+    ) -> None:
+        self._token_bytes = token_bytes
+        self._shard = shard
+        self._entry = entry
+        total = 0
+        for first, flat, lengths in shard.runs():
+            if flat.min() < 0 or flat.max() >= len(token_bytes):
+                raise damaged(shard.bin_path, f"an id is not in 0..{len(token_bytes) - 1}")
+            run_replies = _replies_of_run(replies, first, lengths)
+            total += int(self._by_token(flat, lengths, run_replies).sum())
+        self._is_exact = total == entry.text_bytes
+
+    def of_run(self, first: int, flat: I64, lengths: I64, replies: I64 | None) -> I64:
+        """Return the bytes of text of neighbouring documents, int64 [documents].
+
+        Args:
+            first: the first of them, counted in the shard.
+            flat: their ids, int64 [tokens].
+            lengths: tokens of each.
+            replies: their rows of REPLY_FIELDS, documents counted from `first`; None: all text.
+        """
+        if self._is_exact:
+            return self._by_token(flat, lengths, replies)
+        # Every document gets the whole numbers between its ends on a line from 0 to the sum, so
+        # shares add up whatever is asked for. 10 bytes over documents of 1, 1 and 2 tokens: their
+        # ends lie at 2.5, 5 and 10, rounded down 2, 5 and 10, so they get 2, 3 and 5 bytes.
+        start = int(self._shard.pointers[first]) // self._shard.dtype.itemsize
+        ends = start + np.cumsum(np.concatenate([[0], lengths]))
+        shares: I64 = np.floor(ends / self._entry.tokens * self._entry.text_bytes).astype(np.int64)
+        return shares[1:] - shares[:-1]
+
+    def _by_token(self, flat: I64, lengths: I64, replies: I64 | None) -> I64:
+        """Add up the bytes of the tokens of each document, or of its replies."""
+        bytes_before = np.concatenate([[0], np.cumsum(self._token_bytes[flat])])
+        ends = np.cumsum(lengths)
+        starts = ends - lengths
+        if replies is None:
+            return bytes_before[ends] - bytes_before[starts]
+        document, _, _, response_start, turn_end = replies.T
+        response_bytes = (
+            bytes_before[starts[document] + turn_end]
+            - bytes_before[starts[document] + response_start]
+        )
+        sizes = np.zeros(len(lengths), dtype=np.int64)
+        # A document may have several replies. `sizes[document] += ...` would add only the last.
+        np.add.at(sizes, document, response_bytes)
+        return sizes
