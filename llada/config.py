@@ -36,6 +36,8 @@ from llada.strict_yaml import refuse_ambiguous
 Task = Literal["pretrain", "sft"]
 PROVENANCE = "provenance"
 """Section that a run adds to its config.yaml: revision, versions, lineage. Not a setting."""
+_LONGEST_SHOWN = 60
+"""Characters of an override that a message repeats."""
 SHUFFLE_BLOCK = 10_000
 """Samples per block of the data order; a corpus has the same integer quota in every block."""
 
@@ -248,6 +250,7 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
     from omegaconf import OmegaConf
 
     key, equals, text = override.partition("=")
+    override = override if len(override) <= _LONGEST_SHOWN else f"{override[:_LONGEST_SHOWN]}…"  # from here on for messages only
     if not equals or not key:
         raise UserError(f"override '{override}': write key.sub=value, as in train.steps=100")
     try:

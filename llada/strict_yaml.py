@@ -13,6 +13,7 @@ import yaml
 from llada.errors import UserError
 
 _MOST_VALUES = 100_000
+_MOST_DIGITS = 100
 _BINARY = re.compile(r"[-+]?0b[01_]+$")
 _OCTAL = re.compile(r"[-+]?0[0-9_]+$")
 _SEXAGESIMAL = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?$")
@@ -55,6 +56,10 @@ def _check(node: yaml.Node, where: str) -> None:
     if kind == "bool" and value.lower() not in ("true", "false"):
         meaning = "true" if value.lower() in ("yes", "on") else "false"
         raise UserError(f"{line}: {value} is {meaning} to some YAML readers and text to others; write {meaning}, or '{value}' in quotes")
+    if len(value) > _MOST_DIGITS:
+        raise UserError(f"{line}: a number of {len(value):,} characters; no setting takes one of more than {_MOST_DIGITS}")
+    if "_" in value:
+        raise UserError(f"{line}: {value} is a number to some YAML readers and text to others; write it without _, or '{value}' in quotes")
     if _SEXAGESIMAL.match(value):
         raise UserError(f"{line}: {value} is a number to base 60 to some YAML readers; write the number itself, or '{value}' in quotes")
     if kind == "int" and _BINARY.match(value):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -115,7 +116,7 @@ def _choose(there: dict[str, list[int]], paths: Sequence[str], step: str | None)
     if step == LAST:
         return [(path, there[path][-1]) for path in paths]
     if step is not None:
-        if not step.isdigit():
+        if not re.fullmatch("[0-9]{1,18}", step):
             raise UserError(f"--step: '{step}' is neither a number of steps nor '{LAST}'")
         for path in paths:
             if int(step) not in there[path]:

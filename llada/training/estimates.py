@@ -4,8 +4,10 @@ A text (a window or a part of a document in it, or a reply) is read in sweeps: f
 keyed by the text. The mean is a pooled ratio R = sum of losses / sum of lengths. It has two errors:
 
 * `se`: of other text. The items (windows, documents, conversations) are independent, so with e_i = sum over the draws of item i of
-  (loss - R x length), SE = sqrt(k / (k - 1) x sum e_i^2) / total length (Cochran, Sampling Techniques, section 6.4). What is left
-  of the noise of t and masks is in e_i already. Intervals use Student's t with k - 1 degrees of freedom.
+  (loss - R x length) and h_i its share of the total length, SE = sqrt((k - 1) / k x sum (e_i / (1 - h_i))^2) / total length, the
+  jackknife of a ratio (Cochran, Sampling Techniques, section 6.17). For items of equal length that is sqrt(k / (k - 1) x sum e_i^2).
+  What is left of the noise of t and masks is in e_i already. Intervals use Student's t; k items of unequal length have the degrees of
+  freedom of the fewer items of equal length that would weigh as evenly (Kish), less one.
 * `se_noise`: of the same text under other noise, see `noise_error`.
 """
 
@@ -91,7 +93,7 @@ class Sample:
         """Loss per token with its errors."""
         loss, length = self.by_item()
         mean, se = pooled(loss, length)
-        return Estimate(mean, se, noise_error(self), max(1, len(loss) - 1))
+        return Estimate(mean, se, noise_error(self), max(1.0, self.effective_items() - 1))
 
 
 def sums(item: I64, values: npt.NDArray[np.number]) -> F64:
@@ -100,11 +102,17 @@ def sums(item: I64, values: npt.NDArray[np.number]) -> F64:
 
 
 def pooled(loss: F64, length: F64) -> tuple[float, float | None]:
-    """Ratio of the sums of independent items and its standard error, None for a single one."""
+    """Ratio of the sums of independent items and its standard error, None for a single one.
+
+    An item with much of the length draws the ratio to itself and makes its own error small: dividing by what the others have of the
+    length undoes that.
+    """
     total, k = length.sum(), len(loss)
     ratio = loss.sum() / total
-    errors = loss - ratio * length
-    return float(ratio), float(np.sqrt(k / (k - 1) * (errors**2).sum()) / total) if k > 1 else None
+    if k == 1:
+        return float(ratio), None
+    errors = (loss - ratio * length) / (1 - length / total)
+    return float(ratio), float(np.sqrt((k - 1) / k * (errors**2).sum()) / total)
 
 
 def noise_error(sample: Sample) -> float | None:

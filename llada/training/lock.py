@@ -95,6 +95,8 @@ class RunLock:
             what = "a folder"
         elif self._path.is_symlink():
             what = "a link"
+        elif self._path.exists() and not self._path.is_file():
+            what = "a pipe, a socket or a device"
         elif _is_foreign(self._path):
             what = "a file that no run wrote"
         else:
@@ -211,6 +213,8 @@ def _gone(holder: dict[str, Any], own: dict[str, Any]) -> bool:
 
 def _read(path: Path) -> dict[str, Any] | None:
     try:
+        if path.exists() and not path.is_file():  # to open a pipe would wait for its writer
+            return {}
         content = json.loads(path.read_text(encoding="utf-8"))
         return content if isinstance(content, dict) else {}
     except FileNotFoundError:

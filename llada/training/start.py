@@ -139,13 +139,24 @@ def _refuse_lost(root: Path) -> None:
     """
     steps = [line["step"] for line in events.read(root.parent) if line["event"] == "checkpoint" and "step" in line]
     without_marker = checkpoint.unmarked(root)
-    if not steps and not without_marker:
+    if steps:
+        had = f"the checkpoint after step {steps[-1]} was written"
+    elif without_marker:
+        had = f"{without_marker[-1]} lost its {checkpoint.MARKER} file"
+    elif _lost_events(root.parent):
+        had = "metrics.jsonl has steps, events.jsonl is gone"
+    else:
         return
-    had = f"the checkpoint after step {steps[-1]} was written" if steps else f"{without_marker[-1]} lost its {checkpoint.MARKER} file"
     raise UserError(
         f"run.dir: '{root.parent}' has lost its checkpoints: {had}, and {root} holds no complete one; put them back, "
         "choose another run.dir to start over, or move the run folder away"
     )
+
+
+def _lost_events(folder: Path) -> bool:
+    """Whether steps were taken here and the log that would name checkpoints is gone: every run writes to it before its first step."""
+    metrics = folder / "metrics.jsonl"
+    return metrics.is_file() and metrics.stat().st_size > 0 and not events.read(folder)
 
 
 def _damage(config: RunConfig, folder: Path) -> list[str]:

@@ -18,6 +18,7 @@ import json
 import os
 import re
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -116,7 +117,7 @@ def read(run: Path, step: int) -> list[Measured]:
             return [_corpus(c, entry, file) for c, entry in enumerate(about)]
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except (zipfile.BadZipFile, EOFError, ValueError, KeyError, TypeError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"{path}: damaged ({' '.join(str(error).split())}); compare another step") from None
 
 
