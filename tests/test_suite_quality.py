@@ -1,4 +1,6 @@
-"""The tests themselves: they assert, wait for conditions, and leave the standard library alone."""
+"""The tests themselves: every one asserts something, waits for conditions, and leaves the standard
+library as it is.
+"""
 
 from __future__ import annotations
 
@@ -10,21 +12,18 @@ from pathlib import Path
 TESTS = Path(__file__).parent
 HELPER_PREFIXES = ("assert_", "check_", "expect_")
 PYTEST_CHECKS = {"raises", "warns", "fail"}
-PATCHES = {"setattr", "delattr", "patch", "object"}
-"""Functions of pytest's monkeypatch and of unittest.mock that replace an attribute."""
+PATCHES = {"setattr", "delattr", "patch", "object", "multiple"}
+"""Of pytest's monkeypatch and of unittest.mock."""
 
 
 def _last_name(node: ast.expr) -> str:
     """`f` of `f`, `c` of `a.b.c`, else an empty string."""
     if isinstance(node, ast.Name):
         return node.id
-    if isinstance(node, ast.Attribute):
-        return node.attr
-    return ""
+    return node.attr if isinstance(node, ast.Attribute) else ""
 
 
 def _asserts(function: ast.AST) -> bool:
-    """Whether a function contains an assertion, or a call of something that asserts."""
     for node in ast.walk(function):
         if isinstance(node, ast.Assert):
             return True
@@ -81,47 +80,101 @@ def test_every_test_asserts_something():
 
 
 def _fixed_waits(source: str) -> list[tuple[int, str]]:
-    """Line and text of every sleep of a constant time outside of a `while` loop.
+    """Line and text of every sleep of a constant time that is not part of a loop which waits for a
+    condition.
 
     Such a wait is too short on a busy machine and too long on an idle one.
     """
-    waits = []
+    found = []
+    tree = ast.parse(source)
+    names = {"sleep"} | {
+        name for name, origin in _imported(tree).items() if origin.endswith(".sleep")
+    }
 
     def visit(node: ast.AST, polling: bool) -> None:
-        is_sleep = isinstance(node, ast.Call) and _last_name(node.func) == "sleep"
-        if is_sleep and not polling and all(isinstance(part, ast.Constant) for part in node.args):
-            waits.append((node.lineno, ast.unparse(node)))
-        # The body of a loop polls for its condition; that of a function inside it does not.
+        if (
+            isinstance(node, ast.Call)
+            and _last_name(node.func) in names
+            and not polling
+            and all(map(_is_fixed, node.args))
+        ):
+            found.append((node.lineno, ast.unparse(node)))
         if isinstance(node, ast.While | ast.FunctionDef | ast.AsyncFunctionDef):
             polling = isinstance(node, ast.While)
         for child in ast.iter_child_nodes(node):
             visit(child, polling)
 
-    visit(ast.parse(source), False)
-    return waits
+    visit(tree, False)
+    return found
+
+
+def _is_fixed(value: ast.expr) -> bool:
+    """Whether an expression consists of numbers and CONSTANTS alone."""
+    parts = [part for part in ast.walk(value) if isinstance(part, ast.expr)]
+    return all(
+        isinstance(part, ast.Constant | ast.BinOp)
+        or (isinstance(part, ast.Name) and part.id.isupper())
+        for part in parts
+    )
+
+
+def _imported(tree: ast.AST) -> dict[str, str]:
+    """What every imported name of a file stands for, as {"t": "time", "Path": "pathlib.Path"}."""
+    names = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.asname or alias.name: alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {
+                alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names
+            }
+    return names
 
 
 def _patches_of_the_standard_library(source: str) -> list[tuple[int, str]]:
-    """Line and text of every patch of a module of the standard library.
-
-    Such a patch also affects pytest, subprocess and every thread.
+    """Line and text of every replaced attribute of one of its modules, which is replaced for
+    pytest, subprocess and every thread, too.
     """
-    patches = []
-    for node in ast.walk(ast.parse(source)):
-        if not (isinstance(node, ast.Call) and node.args and _last_name(node.func) in PATCHES):
-            continue
-        target = node.args[0]
+    tree = ast.parse(source)
+    imported = _imported(tree)
+    found = []
+    for node in ast.walk(tree):
+        for owner in _patched(node):
+            root, dot, rest = owner.partition(".")
+            origin = imported.get(root, root) + dot + rest
+            # `llada.files.shutil` is the library's own module, and so is everything in
+            # `pathlib.Path`.
+            of_library = origin.partition(".")[0] in sys.stdlib_module_names and root in {
+                *imported,
+                *sys.stdlib_module_names,
+            }
+            if of_library or origin.rpartition(".")[2] in sys.stdlib_module_names:
+                found.append((node.lineno, ast.unparse(node)))
+    return sorted(found)
+
+
+def _patched(node: ast.AST) -> list[str]:
+    """Modules and classes, as spelled, of which a statement or call replaces an attribute."""
+    if isinstance(node, ast.Assign | ast.Delete):
+        owners = [target.value for target in node.targets if isinstance(target, ast.Attribute)]
+        return [
+            ast.unparse(owner) for owner in owners if isinstance(owner, ast.Name | ast.Attribute)
+        ]
+    if not (isinstance(node, ast.Call) and _last_name(node.func) in PATCHES):
+        return []
+    targets = [
+        *node.args[:1],
+        *(keyword.value for keyword in node.keywords if keyword.arg == "target"),
+    ]
+    owners = []
+    for target in targets:
         if isinstance(target, ast.Constant) and isinstance(target.value, str):
-            # Of "llada.outputs.shutil" the owner is a module of ours, of
-            # "llada.outputs.shutil.disk_usage" it is the standard library's.
-            owner = target.value.rpartition(".")[0]
+            owners.append(
+                target.value.rpartition(".")[0]
+            )  # "llada.files.shutil" is a name of ours, "llada.files.shutil.rmtree" is not
         elif _last_name(node.func) != "patch" and isinstance(target, ast.Name | ast.Attribute):
-            owner = ast.unparse(target)
-        else:
-            continue
-        if owner.rpartition(".")[2] in sys.stdlib_module_names:
-            patches.append((node.lineno, ast.unparse(node)))
-    return patches
+            owners.append(ast.unparse(target))
+    return owners
 
 
 def _in_all_tests(check: Callable[[str], list[tuple[int, str]]]) -> list[str]:
@@ -145,29 +198,50 @@ def test_wait():
     while True:
         def late():
             time.sleep(5)
+    from time import sleep as nap
+    nap(1)
+    time.sleep(2 * WAIT)
+    time.sleep(0.1 * attempt)
 """
-    assert [text for _, text in _fixed_waits(source)] == [
+    waits = [
         "time.sleep(0.3)",
         "asyncio.sleep(1)",
         "sleep(2)",
         "time.sleep(5)",
+        "nap(1)",
+        "time.sleep(2 * WAIT)",
     ]
+    assert [text for _, text in _fixed_waits(source)] == waits
 
 
 def test_patches_of_the_standard_library_are_found():
     source = """
 monkeypatch.setattr(time, "sleep", f)
 monkeypatch.setattr(scheduler.time, "sleep", f)
-monkeypatch.setattr("llada.outputs.shutil.disk_usage", f)
+monkeypatch.setattr("llada.files.shutil.disk_usage", f)
 monkeypatch.delattr("builtins.open")
 mock.patch("os.rename", f)
 mock.patch.object(os, "rename", f)
-monkeypatch.setattr("llada.outputs.shutil", like(shutil, disk_usage=f))
+monkeypatch.setattr("llada.files.shutil", like(shutil, disk_usage=f))
 monkeypatch.setattr(scheduler, "shutil", f)
 monkeypatch.setattr(module, "open", f)
 monkeypatch.setenv("PATH", "")
+import time as t
+from pathlib import Path
+monkeypatch.setattr(t, "sleep", f)
+monkeypatch.setattr(target=time, name="sleep", value=f)
+monkeypatch.setattr(os.path, "exists", f)
+monkeypatch.setattr(Path, "read_text", f)
+monkeypatch.setattr("pathlib.Path.read_text", f)
+mock.patch.multiple(os, rename=f)
+time.sleep = f
+self.time = f
+module.sleep = f
 """
-    assert [line for line, _ in _patches_of_the_standard_library(source)] == [2, 3, 4, 5, 6, 7]
+    assert [line for line, _ in _patches_of_the_standard_library(source)] == [
+        *range(2, 8),
+        *range(14, 21),
+    ]
 
 
 def test_no_test_waits_a_fixed_time():

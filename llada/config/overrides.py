@@ -10,6 +10,9 @@ from llada.errors import UserError
 RawConfig = dict[str, Any]
 """A config as parsed from YAML, before validation: any key may be missing or hold any value."""
 
+_MAX_SHOWN = 60
+"""Characters of an override that a message repeats."""
+
 
 def apply_override(raw: RawConfig, override: str) -> None:
     """Set one ``key.sub=value`` in `raw`, in place.
@@ -23,6 +26,8 @@ def apply_override(raw: RawConfig, override: str) -> None:
         UserError: text of another form, a value that is not YAML, or a key that leads nowhere.
     """
     key, equals, text = override.partition("=")
+    if len(override) > _MAX_SHOWN:
+        override = f"{override[:_MAX_SHOWN]}…"  # from here on it is only shown
     if not equals or not key:
         raise UserError(f"override '{override}': write key.sub=value, as in train.steps=100")
     value = _parse_value(text, override)

@@ -13,6 +13,7 @@ import yaml
 from llada.errors import UserError
 
 _MAX_VALUES = 100_000
+_MAX_DIGITS = 100
 _BINARY = re.compile(r"[-+]?0b[01_]+$")
 _OCTAL = re.compile(r"[-+]?0[0-9_]+$")
 _SEXAGESIMAL = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?$")
@@ -77,6 +78,16 @@ def _check_value(node: yaml.Node, where: str) -> None:
         raise UserError(
             f"{where}: {value} is {meaning} to some YAML readers and text to others; write"
             f" {meaning}, or '{value}' in quotes"
+        )
+    if len(value) > _MAX_DIGITS:
+        raise UserError(
+            f"{where}: a number of {len(value):,} characters; no setting takes one of more than"
+            f" {_MAX_DIGITS}"
+        )
+    if "_" in value:
+        raise UserError(
+            f"{where}: {value} is a number to some YAML readers and text to others; write it"
+            f" without _, or '{value}' in quotes"
         )
     # 1:30 may be an int or, as 1:30.5, a float.
     if _SEXAGESIMAL.match(value):

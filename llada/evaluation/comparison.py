@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -132,7 +133,7 @@ def _choose_steps(steps_of: Mapping[str, list[int]], step: str | None) -> dict[s
         return {path: steps[-1] for path, steps in steps_of.items()}
     # The step that the user names.
     if step is not None:
-        if not step.isdigit():
+        if not re.fullmatch("[0-9]{1,18}", step):
             raise UserError(f"--step: '{step}' is neither a number of steps nor '{LAST}'")
         for path, steps in steps_of.items():
             if int(step) not in steps:

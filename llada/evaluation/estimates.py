@@ -8,12 +8,14 @@ spaced t, from an offset that is keyed by the text. The mean is a pooled ratio
 and has two errors:
 
 * `se`, over other text. The items (windows, documents, conversations) are independent. With e_i =
-  sum over the draws of item i of (loss - R x length),
+  sum over the draws of item i of (loss - R x length), and h_i its share of the total length,
 
-      SE = sqrt(k / (k - 1) x sum of e_i^2) / total length
+      SE = sqrt((k - 1) / k x sum of (e_i / (1 - h_i))^2) / total length
 
-  (Cochran, Sampling Techniques, section 6.4). What is left of the noise of t and masks is in e_i
-  already. Intervals use Student's t with k - 1 degrees of freedom.
+  the jackknife of a ratio (Cochran, Sampling Techniques, section 6.17). For items of equal length
+  that is sqrt(k / (k - 1) x sum of e_i^2) / total length. What is left of the noise of t and masks
+  is in e_i already. Intervals use Student's t. Items of unequal length have the degrees of freedom
+  of the fewer items of equal length that would weigh as evenly (Kish), less one.
 * `se_noise`, over other noise on the same text, see `noise_error`.
 """
 
@@ -116,7 +118,7 @@ class Sample:
         """Return the loss per token with its errors."""
         loss, length = self.by_item()
         mean, se = pooled(loss, length)
-        return Estimate(mean, se, noise_error(self), max(1, len(loss) - 1))
+        return Estimate(mean, se, noise_error(self), max(1.0, self.effective_items() - 1))
 
 
 def sums(item: I64, values: npt.NDArray[np.number]) -> F64:
@@ -139,8 +141,10 @@ def pooled(loss: F64, length: F64) -> tuple[float, float | None]:
     ratio = loss.sum() / total
     if k == 1:
         return float(ratio), None
-    errors = loss - ratio * length  # they sum to 0
-    return float(ratio), float(np.sqrt(k / (k - 1) * (errors**2).sum()) / total)
+    # A long item draws the ratio to itself, which makes its own error small. Dividing by the share
+    # of the others undoes that: R minus the ratio without item i is e_i / (1 - h_i) / total.
+    errors = (loss - ratio * length) / (1 - length / total)
+    return float(ratio), float(np.sqrt((k - 1) / k * (errors**2).sum()) / total)
 
 
 def noise_error(sample: Sample) -> float | None:

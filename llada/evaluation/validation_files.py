@@ -23,6 +23,7 @@ import json
 import os
 import re
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,6 +37,16 @@ from llada.files import sync_folder, write_atomically
 
 FOLDER = "validation"
 _NAME = re.compile(r"^step_(\d{8})\.npz$")
+_DAMAGES = (
+    zipfile.BadZipFile,
+    zlib.error,
+    EOFError,
+    ValueError,
+    KeyError,
+    TypeError,
+    RuntimeError,
+)
+"""Errors that reading a damaged file ends with, by what is damaged in it."""
 _Arrays: TypeAlias = Mapping[str, np.ndarray]
 
 
@@ -150,7 +161,7 @@ def read(run: Path, step: int) -> list[Measured]:
             return [_corpus(c, values, arrays) for c, values in enumerate(descriptions)]
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except (zipfile.BadZipFile, EOFError, ValueError, KeyError, TypeError) as error:
+    except _DAMAGES as error:
         raise UserError(
             f"{path}: damaged ({' '.join(str(error).split())}); compare another step"
         ) from None

@@ -127,6 +127,8 @@ class RunLock:
             description = "a folder"
         elif self._path.is_symlink():
             description = "a link"
+        elif self._path.exists() and not self._path.is_file():
+            description = "a pipe, a socket or a device"
         elif _is_foreign(self._path):
             description = "a file that no run wrote"
         else:
@@ -275,6 +277,9 @@ def _has_ended(holder: Holder, own: Holder) -> bool:
 def _read(path: Path) -> Holder | None:
     """Return the content of a lock; empty if it cannot be read, None if there is none."""
     try:
+        # To open a pipe would wait for its writer.
+        if path.exists() and not path.is_file():
+            return {}
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None

@@ -151,6 +151,8 @@ def _refuse_lost(root: Path) -> None:
         evidence = f"the checkpoint after step {steps[-1]} was written"
     elif unmarked:
         evidence = f"{unmarked[-1]} lost its {MARKER} file"
+    elif _has_lost_events(root.parent):
+        evidence = "metrics.jsonl has steps, events.jsonl is gone"
     else:
         return
     raise UserError(
@@ -158,6 +160,15 @@ def _refuse_lost(root: Path) -> None:
         " complete one; put them back, choose another run.dir to start over, or move the run folder"
         " away"
     )
+
+
+def _has_lost_events(folder: Path) -> bool:
+    """Return whether steps were taken here and the log that would name checkpoints is gone.
+
+    Every run writes to the event log before its first step.
+    """
+    metrics = folder / "metrics.jsonl"
+    return metrics.is_file() and metrics.stat().st_size > 0 and not events.read(folder)
 
 
 @dataclass(frozen=True)

@@ -166,7 +166,15 @@ def test_overrides() -> None:
             "data.sequence_length: 1000000000000 is not allowed",
         ),
         ("train.steps=" + "9" * 30, "train.steps: "),
-        ("train.steps=" + "9" * 5000, "not valid YAML"),
+        (
+            "train.steps=" + "9" * 5000,
+            "a number of 5,000 characters; no setting takes one of more than 100",
+        ),
+        (
+            "seed=1_000",
+            "1_000 is a number to some YAML readers and text to others; write it without _, or"
+            " '1_000' in quotes",
+        ),
         ("seed=010", "override 'seed=010': 010 is an octal number to some YAML readers"),
         ("seed=0b11", "0b11 is a binary number to some YAML readers"),
         ("seed=1:30", "1:30 is a number in base 60"),
@@ -208,7 +216,7 @@ def test_unreadable_files(tmp_path: Path) -> None:
         ("seed: 1:30", "1:30 is a number in base 60"),
         ("run: {dir: off}", "off is false to some"),
         ("a: " + "[" * 3000 + "]" * 3000, "nested too deeply"),
-        ("seed: " + "9" * 5000, "not valid YAML"),
+        ("seed: " + "9" * 5000, "a number of 5,000 characters"),
         (
             "a: &a [1,1,1,1,1,1,1,1,1,1]\n"
             + "".join(

@@ -54,7 +54,8 @@ def test_the_error_is_that_of_paired_items(tmp_path: Path) -> None:
     [found] = differences(run(tmp_path, "a", a), run(tmp_path, "b", b))
     loss, length = (b.sample.loss - a.sample.loss).sum(axis=1), 4 * a.sample.length
     mean = loss.sum() / length.sum()
-    error = math.sqrt(ITEMS / (ITEMS - 1) * ((loss - mean * length) ** 2).sum()) / length.sum()
+    without = (loss.sum() - loss) / (length.sum() - length)
+    error = math.sqrt((ITEMS - 1) / ITEMS * ((without - mean) ** 2).sum())
     assert found.corpora["wiki"].mean == pytest.approx(mean) and found.corpora[
         "wiki"
     ].se == pytest.approx(error)
@@ -71,7 +72,9 @@ def test_the_result_as_text_and_as_json(tmp_path: Path) -> None:
         run(tmp_path, "c", measured(0)),
     ]
     a, b, c = paths
-    half = t_quantile(0.95, ITEMS - 1) * differences(a, b)[0].corpora["wiki"].se
+    length = measured(0).sample.length
+    effective_items = length.sum() ** 2 / (length**2).sum()
+    half = t_quantile(0.95, effective_items - 1) * differences(a, b)[0].corpora["wiki"].se
     mean = -differences(a, b)[0].corpora["wiki"].mean
     done = CliRunner().invoke(app, ["compare", *paths])
     lines = done.output.splitlines()
@@ -227,8 +230,10 @@ def test_steps(tmp_path: Path) -> None:
         ),
     ):
         chosen(a, c, step=None)
-    with pytest.raises(UserError, match="--step: 'newest' is neither a number of steps nor 'last'"):
-        chosen(a, b, step="newest")
+    for step in ("newest", "²", "9" * 5000):
+        message = f"--step: '{step}' is neither a number of steps nor 'last'"
+        with pytest.raises(UserError, match=message):
+            chosen(a, b, step=step)
     with pytest.raises(UserError, match="RUN: 1 given; name two runs or more"):
         chosen(a, step=None)
     with pytest.raises(UserError, match=r"RUN: no folder '.*/x{300}'$"):

@@ -141,14 +141,21 @@ def test_a_torn_lock_is_waited_out(content: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("what", "content"), [("a folder", None), ("a file that no run wrote", "key: value")]
+    ("what", "content"),
+    [
+        ("a folder", None),
+        ("a file that no run wrote", "key: value"),
+        ("a pipe, a socket or a device", None),
+    ],
 )
 def test_a_lock_that_no_run_left_is_refused_and_kept(
     what: str, content: str | None, tmp_path: Path
 ) -> None:
     path = tmp_path / lock.NAME
-    if content is None:
+    if what == "a folder":
         path.mkdir()
+    elif content is None:
+        os.mkfifo(path)
     else:
         path.write_text(content)
     with pytest.raises(
@@ -158,7 +165,8 @@ def test_a_lock_that_no_run_left_is_refused_and_kept(
         ),
     ):
         RunLock(tmp_path)
-    assert path.is_dir() if content is None else path.read_text() == content
+    assert not path.is_file() if content is None else path.read_text() == content
+    assert lock.holder(tmp_path) is None
 
 
 def test_a_lock_that_is_a_link_to_nothing_is_refused(tmp_path: Path) -> None:

@@ -178,6 +178,11 @@ def drop_markers_and_events(path: Path) -> None:
     (path / "events.jsonl").unlink()
 
 
+def drop_checkpoints_and_events(path: Path) -> None:
+    shutil.rmtree(path / "checkpoints")
+    (path / "events.jsonl").unlink()
+
+
 @pytest.mark.parametrize(
     ("lose", "message"),
     [
@@ -187,6 +192,7 @@ def drop_markers_and_events(path: Path) -> None:
         ),
         (drop_markers, "the checkpoint after step 12 was written"),
         (drop_markers_and_events, "lost/checkpoints/step_00000012 lost its COMMITTED file"),
+        (drop_checkpoints_and_events, "metrics.jsonl has steps, events.jsonl is gone"),
     ],
 )
 def test_a_run_that_lost_its_checkpoints_does_not_start_over(
