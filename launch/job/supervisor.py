@@ -17,6 +17,7 @@ from typing import Any
 
 from launch import slurm
 from launch.job.attempt import StopState, run_ranks
+from launch.job.bad_nodes import Rules, judge
 from launch.job.failure import Failure
 from launch.job.machines import Machine, OneProcess, RankCommand, SlurmNodes, ThisMachine
 from launch.job.own_job import (
@@ -42,7 +43,6 @@ from launch.job.spec import (
     make_numbered_folder,
     read_submitted,
 )
-from launch.preflight.rules import Rules, judge
 from llada import events
 from llada.errors import RunError
 from llada.events import EventLog, since_submission

@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from launch.job.bad_nodes import FINDING_FILE, Finding, Rules
 from launch.job.rank import RankEnvironment
-from launch.preflight.rules import FINDING_FILE, Finding, Rules
 from llada.files import write_atomically
 
 RULES_VARIABLE = "LLADA_PREFLIGHT"

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
+from launch.job.bad_nodes import FINDING_FILE, Finding, Rules, Verdict, judge
 from launch.job.records import AttemptEnd, RankExit
 from launch.preflight.main import RULES_VARIABLE
-from launch.preflight.rules import FINDING_FILE, Finding, Rules, Verdict, judge
 from tests import processes
 
 RULES = Rules(
