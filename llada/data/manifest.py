@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from llada.data.shard_format import damaged
+from llada.data.shard_format import DTYPES, damaged
 from llada.errors import UserError
 from llada.files import write_atomically
 
@@ -138,6 +138,8 @@ class Manifest:
             content["shards"] = [ShardEntry(**entry) for entry in content["shards"]]
         except TypeError:
             raise damaged(path, "the fields of a shard are wrong") from None
+        if content["dtype"] not in [dtype.name for dtype in DTYPES.values()]:
+            raise damaged(path, f"dtype {content['dtype']!r} is none of token ids")
         return cls(**{names[key]: value for key, value in content.items()})
 
     def of(self, split: str) -> list[ShardEntry]:
