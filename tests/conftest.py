@@ -12,6 +12,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 # Before torch is imported, which reads them. Tests run side by side on few cores: a waiting thread
@@ -23,10 +24,27 @@ from llada import device
 from tests.processes import SERVER, fork_server
 from tests.workplace import workplace  # noqa: F401  (a fixture that tests of several packages use)
 
+# A busy machine is no reason to fail: by default, hypothesis limits how long an example, and making
+# examples, may take.
+hypothesis.settings.register_profile(
+    "busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("busy")
+
 MEMORY = Path("/dev/shm")
 ROOM = 6 << 30
 """Bytes: several times what the whole suite writes."""
-LONGEST = ("distributed", "training", "mutations", "hf", "engine", "data_tools", "sampling")
+LONGEST = (
+    "distributed",
+    "training",
+    "checkpoint",
+    "evaluation",
+    "mutations",
+    "hf",
+    "engine",
+    "data_tools",
+    "sampling",
+)
 """Folders with the longest tests, which start first, so that the workers end together."""
 
 
