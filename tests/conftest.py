@@ -12,6 +12,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 # Read when torch is imported. Tests run side by side on few cores: a thread that waits must not spin, and a run that is to have
@@ -22,6 +23,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 from llada import device
 from tests.processes import SERVER, fork_server
 from tests.workplace import workplace  # noqa: F401  (a fixture of several packages' tests)
+
+# A busy machine is no reason to fail: without this, an example or the making of examples may take only so long.
+hypothesis.settings.register_profile("busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("busy")
 
 MEMORY = Path("/dev/shm")
 ROOM = 6 << 30
