@@ -14,9 +14,9 @@ from llada.errors import UserError
 
 _MOST_VALUES = 100_000
 _MOST_DIGITS = 100
-_BINARY = re.compile(r"[-+]?0b[01_]+$")
-_OCTAL = re.compile(r"[-+]?0[0-9_]+$")
-_SEXAGESIMAL = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?$")
+_BINARY = re.compile(r"[-+]?0b[01]+$")
+_OCTAL = re.compile(r"[-+]?0[0-9]+$")
+_SEXAGESIMAL = re.compile(r"[-+]?[0-9]+(:[0-5]?[0-9])+(\.[0-9]*)?$")
 
 
 def refuse_ambiguous(text: str, where: str) -> None:

@@ -86,14 +86,18 @@ class Sample:
 
     def effective_items(self) -> float:
         """How many items of equal length would weigh as evenly (Kish): a single one that holds most of the text leaves about one."""
-        _, length = self.by_item()
-        return float(length.sum() ** 2 / (length**2).sum())
+        return effective(self.by_item()[1])
 
     def estimate(self) -> Estimate:
         """Loss per token with its errors."""
         loss, length = self.by_item()
         mean, se = pooled(loss, length)
-        return Estimate(mean, se, noise_error(self), max(1.0, self.effective_items() - 1))
+        return Estimate(mean, se, noise_error(self), max(1.0, effective(length) - 1))
+
+
+def effective(length: F64) -> float:
+    """How many items of equal length weigh as evenly as items of these lengths (Kish)."""
+    return float(length.sum() ** 2 / (length**2).sum())
 
 
 def sums(item: I64, values: npt.NDArray[np.number]) -> F64:

@@ -20,7 +20,7 @@ from llada.hf import folder as hf
 from llada.model.attention import kernel_name
 from llada.model.stored import StoredTensors
 from llada.tokenizer import Tokenizer
-from llada.training import checkpoint
+from llada.training import checkpoint, metrics
 from llada.training.folder import refuse_others
 from llada.training.guard import Applied
 from llada.training.schedule import Schedule
@@ -144,7 +144,7 @@ def _refuse_lost(root: Path) -> None:
     elif without_marker:
         had = f"{without_marker[-1]} lost its {checkpoint.MARKER} file"
     elif _lost_events(root.parent):
-        had = "metrics.jsonl has steps, events.jsonl is gone"
+        had = f"{metrics.FILE} has steps, {events.FILE} is gone"
     else:
         return
     raise UserError(
@@ -155,8 +155,8 @@ def _refuse_lost(root: Path) -> None:
 
 def _lost_events(folder: Path) -> bool:
     """Whether steps were taken here and the log that would name checkpoints is gone: every run writes to it before its first step."""
-    metrics = folder / "metrics.jsonl"
-    return metrics.is_file() and metrics.stat().st_size > 0 and not events.read(folder)
+    written = folder / metrics.FILE
+    return written.is_file() and written.stat().st_size > 0 and not events.read(folder)
 
 
 def _damage(config: RunConfig, folder: Path) -> list[str]:
