@@ -31,12 +31,6 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("busy")
 
-# A busy machine is no reason to fail: without this, an example or the making of examples may take only so long.
-hypothesis.settings.register_profile(
-    "busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
-)
-hypothesis.settings.load_profile("busy")
-
 MEMORY = Path("/dev/shm")
 ROOM = 6 << 30
 """Bytes: several times what the whole suite writes."""
