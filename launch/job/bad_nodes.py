@@ -156,11 +156,23 @@ def _read_findings(folder: Path, hosts: list[str], ranks_per_host: int) -> Findi
     return findings
 
 
-def _cut_short_by(end: AttemptEnd) -> RankExit | None:
-    """The rank whose failure ended the tests of slower ones; None: all had their time.
+def _hosts_given_time(hosts: list[str], ranks_per_host: int, end: AttemptEnd) -> set[str]:
+    """The hosts whose ranks had the time for every test.
 
-    Tests that were cut short say nothing about their hosts.
+    The first failure cuts the tests of slower ranks short. What those did not measure says nothing
+    about their hosts.
     """
+    culprit = _cut_short_by(end)
+    if culprit is not None:
+        return {hosts[culprit.rank // ranks_per_host]}
+    # Where ranks could not start, the others are ended soon after, or they waited in vain.
+    if 0 < len(end.absent) < len(hosts):
+        return set(end.absent)
+    return set(hosts)
+
+
+def _cut_short_by(end: AttemptEnd) -> RankExit | None:
+    """The rank whose failure ended the tests of slower ones; None: no rank failed by itself."""
     first = end.first_failure
     if not end.killed or first is None:
         return None
@@ -200,12 +212,10 @@ def _bad_alone(
     findings: Findings, ranks_per_host: int, rules: Rules, end: AttemptEnd
 ) -> dict[str, str]:
     """Hosts that are bad whatever the others are like."""
-    culprit = _cut_short_by(end)
+    given_time = _hosts_given_time(list(findings), ranks_per_host, end)
     bad = {}
-    for index, (host, of_host) in enumerate(findings.items()):
-        # Missing findings count where the tests had their time: everywhere, or on the culprit's
-        # host alone.
-        had_time = culprit is None or culprit.rank // ranks_per_host == index
+    for host, of_host in findings.items():
+        had_time = host in given_time
         why = None
         if had_time and len(of_host) < ranks_per_host:
             why = f"{ranks_per_host - len(of_host)} of {ranks_per_host} ranks did not start"

@@ -161,6 +161,20 @@ def test_slower_nodes_are_not_blamed_when_a_failure_elsewhere_ends_their_tests(
         }
 
 
+def test_slower_nodes_are_not_blamed_when_the_ranks_of_another_cannot_start(
+    tmp_path: Path,
+) -> None:
+    """Both ranks of n2 end before they can write that they started; nobody waits for the others.
+
+    By then those of n3 have written nothing, since they were still importing torch.
+    """
+    killed = [RankExit(rank, f"n{rank // 2}", 20.0, -9, None) for rank in (0, 1, 2, 3, 6, 7)]
+    line = "OSError: [Errno 30] Read-only file system"
+    end = AttemptEnd(killed, 8, HOSTS, absent=["n2"], killed=True, launcher_line=line)
+    outcome = verdict(tmp_path, end, n0={"joined": False}, n2=None, n3=None)
+    assert outcome.bad == {"n2": f"1 of 2 ranks did not start ({line})"}
+
+
 def test_where_all_fail_alike_nobody_is_blamed(tmp_path: Path) -> None:
     """A network interface that no node has is a mistake of the profile's."""
     end = AttemptEnd(
