@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -162,6 +164,18 @@ class Island(Workplace):
         sent = latest_submission(self.folder / name)
         assert sent is not None
         return sent.jobs[0]
+
+    def launch_local(self, name: str) -> subprocess.Popen[str]:
+        """Start a run of two ranks on this machine; its output can be read from the process."""
+        words = ["-W", "ignore", "-m", "llada", "launch", self.write(name)]
+        options = ["--local", "--gpus-per-node", "2"]
+        return subprocess.Popen(
+            [sys.executable, *words, *options],
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
 
     # -- what is seen of a run ---------------------------------------------------------------------
 

@@ -79,22 +79,7 @@ def test_two_nodes_with_two_tasks_train_and_convert(island: Island) -> None:
 @scenario
 def test_the_curve_is_that_of_torchrun_on_one_machine(island: Island) -> None:
     """`--local` gives the same files and numbers, and starts a killed rank again, too."""
-    words = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-m",
-        "llada",
-        "launch",
-        island.write("here"),
-        "--local",
-        "--gpus-per-node",
-        "2",
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    process = subprocess.Popen(
-        words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    process = island.launch_local("here")
     island.wait_step("here", 7)
     assert island.status("here").state == "RUNNING"
     with pytest.raises(UserError, match=r"run.dir: '.*here' is in use by process"):
@@ -113,22 +98,7 @@ def test_the_curve_is_that_of_torchrun_on_one_machine(island: Island) -> None:
 
 @scenario
 def test_local_stops_with_a_checkpoint(island: Island) -> None:
-    words = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-m",
-        "llada",
-        "launch",
-        island.write("halt"),
-        "--local",
-        "--gpus-per-node",
-        "2",
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    process = subprocess.Popen(
-        words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    process = island.launch_local("halt")
     island.wait_step("halt", 6)
     # The command may have to wait for another island's, and the run would finish meanwhile.
     with island.paused("halt"):
