@@ -21,7 +21,7 @@ class EventLog:
     """Appends events of one run.
 
     Args:
-        folder: of the run.
+        folder: the run folder.
         common: fields that every event of this log has.
     """
 

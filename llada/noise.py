@@ -93,7 +93,7 @@ def random_lengths(
     With `probability`, r is uniform on 1..length; otherwise it is `length`, and nothing is cut.
 
     Args:
-        seed: of the run.
+        seed: the run's seed.
         samples: global sample indices [n].
         length: tokens per window.
         probability: share of the windows with a random length (the paper: 0.01).
@@ -130,7 +130,7 @@ def timesteps(
     frac(0.3 + 3.5 / 4) = 0.175.
 
     Args:
-        seed: of the run.
+        seed: the run's seed.
         step: global step.
         shares: share of each segment in the step's loss, in any unit, [n], > 0, in order of the
             global sample index.
@@ -144,8 +144,6 @@ def timesteps(
     bits = stream(seed, f"{purpose}/t-{mode}", step)
     if mode == "iid":
         return uniforms(bits, len(shares))
-    # Segments of 3, 5 and 8 tokens in the keyed order 8, 3, 5 have their midpoints at 4, 9.5 and
-    # 13.5 of 16; with an offset of 0.5 their t are 0.75, 0.09 and 0.34.
     offset = uniforms(bits, 1)[0]
     # Sorting random keys gives a random order; a stable sort gives the same one everywhere.
     order = np.argsort(bits.random_raw(len(shares)), kind="stable")

@@ -77,7 +77,7 @@ class TemplateFormat:
     """Encodes conversations with a chat template; has the methods of ChatFormat.
 
     Args:
-        tokenizer: of the model.
+        tokenizer: the model's tokenizer.
         template: Jinja, as in tokenizer_config.json.
 
     Raises:

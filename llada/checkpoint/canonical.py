@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from llada.checkpoint.reading import MASTERS, StoredTensors
+from llada.checkpoint.reading import MASTER_PREFIX, StoredTensors
 from llada.config.sections import ModelSection
 from llada.errors import UserError
 from llada.model import weights
@@ -70,7 +70,7 @@ class CheckpointWeights:
         self._stored = stored
         self.shapes: Shapes = weights.canonical_shapes(model)
         self._locations: dict[str, list[_Location]] = defaultdict(list)
-        prefix = MASTERS if masters else ""
+        prefix = MASTER_PREFIX if masters else ""
         expected: dict[str, tuple[int, ...]] = {}
         for parameter in weights.parameter_names(model):
             name, layer = stored_name(parameter)
@@ -104,7 +104,7 @@ class CheckpointWeights:
     def _check(self, expected: Shapes, masters: bool) -> None:
         names = self._stored.names()
         if masters:
-            names = [name for name in names if name.startswith(MASTERS)]
+            names = [name for name in names if name.startswith(MASTER_PREFIX)]
         else:
             names = [name for name in names if not name.startswith("optimizer.")]
         problems = shape_differences({name: self._stored.shape(name) for name in names}, expected)

@@ -34,9 +34,9 @@ MARKER = "COMMITTED"
 STATE_FILE = "state.json"
 TOKENIZER_FOLDER = "tokenizer"
 PARTIAL_SUFFIX = ".partial"
-"""Of a checkpoint that is being written."""
+"""Suffix of a checkpoint folder while it is written."""
 DELETED_SUFFIX = ".deleted"
-"""Of a checkpoint that is being deleted."""
+"""Suffix of a checkpoint folder while it is deleted."""
 
 JsonObject = dict[str, Any]
 Checksums = Mapping[str, JsonObject]
@@ -56,7 +56,7 @@ class CheckpointState:
         tokens: training tokens consumed.
         data: fingerprint of the data.
         config: resolved config of the run.
-        versions: of the packages that decide the arithmetic, and the number of threads.
+        versions: versions of the packages that decide the arithmetic, and the number of threads.
         lineage: where the weights came from, oldest first.
         recent: [step, loss, gradient norm] of the last applied steps (0-based), oldest first.
         validation: the last validation line of metrics.jsonl; None before the first validation.
@@ -207,7 +207,7 @@ def commit_checkpoint(
 
     Args:
         partial: from `begin_checkpoint`, with the engine's files in model/.
-        state: of the run.
+        state: the run's state.
         tokenizer: files of the tokenizer, name -> content.
         written: checksums of the files in model/ that are known already; the others are computed
             by reading the files again.
@@ -239,9 +239,12 @@ def seal_checkpoint(
     # Everything is on disk before the marker says so.
     sync_tree(folder)
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    sums = {
-        name: written.get(name.removeprefix("model/")) or checksum(folder / name) for name in names
-    }
+    sums: dict[str, JsonObject] = {}
+    for name in names:
+        known = written.get(name.removeprefix("model/"))
+        if known is None:
+            known = checksum(folder / name)
+        sums[name] = known
     write_atomically(folder / MARKER, json.dumps({"step": state.step, "files": sums}, indent=1))
 
 
@@ -252,7 +255,7 @@ def read_state(folder: Path, setting: str = "checkpoint") -> CheckpointState:
     """Read the state of a checkpoint.
 
     Args:
-        folder: of the checkpoint.
+        folder: the checkpoint.
         setting: what the user calls `folder`, for messages.
 
     Raises:
@@ -275,7 +278,7 @@ def load_tokenizer(folder: Path, setting: str = "checkpoint") -> Tokenizer:
     """Load the tokenizer of a checkpoint.
 
     Args:
-        folder: of the checkpoint.
+        folder: the checkpoint.
         setting: what the user calls `folder`, for messages.
 
     Raises:

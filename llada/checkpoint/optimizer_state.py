@@ -2,7 +2,7 @@
 
 Every rank writes and reads the part that it owns, and the part may be another one on another
 layout. Megatron-Core's own format for this gathers the whole state in the host memory of every rank
-before a save: for 8B parameters 96 GB a rank, and training waits for it.
+before a save: for 8B parameters 96 GB per rank, and training waits for it.
 
 Megatron's distributed optimizer gives each replica a flat range of every parameter's elements. A
 distributed checkpoint can reshard rectangles, so the range is cut at row ends, into at most three.
@@ -23,13 +23,15 @@ import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
+from llada.arithmetic import ceil_div
+
 if TYPE_CHECKING:
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-MASTERS = ("param",)
-WEIGHTS = ("weight",)
+MASTER_STATES = ("param",)
+WEIGHT_STATES = ("weight",)
 """The masters again, read from the weights of a checkpoint that holds no masters."""
-EVERYTHING = ("param", "exp_avg", "exp_avg_sq")
+ALL_STATES = ("param", "exp_avg", "exp_avg_sq")
 
 
 def start_moments(optimizers: Sequence[DistributedOptimizer]) -> None:
@@ -80,7 +82,7 @@ def owned_rectangles(
     Args:
         optimizers: with moments.
         model: the model's sharded state, which says where each parameter lies in the whole model.
-        names: which of EVERYTHING, or WEIGHTS.
+        names: which of ALL_STATES, or WEIGHT_STATES.
     """
     sharded_parameters = {
         value.data: value
@@ -98,7 +100,7 @@ def owned_rectangles(
             owned = optimizer._get_model_param_range_map(parameter)["param"]
             state = optimizer._get_main_param_and_optimizer_states(parameter)
             for name in names:
-                if name in WEIGHTS:
+                if name in WEIGHT_STATES:
                     prefix = ""
                     values = state["param"]
                 else:
@@ -114,7 +116,7 @@ def _cut(
     """Cut a flat range of a parameter's elements into rectangles.
 
     Args:
-        prefix: of the rectangles' names.
+        prefix: prefix of the rectangles' names.
         flat: the values of the range [elements].
         first: number of its first element in the parameter.
         blocks: rectangles of stored tensors that make up the parameter, one below the other.
@@ -133,18 +135,16 @@ def _cut(
                 block_first + rectangle.start - first, block_first + rectangle.stop - first
             )
             data = flat[from_flat].view((1,) * num_leading + rectangle.shape)
-            block_offset = block.global_offset
-            offset = [
-                *block_offset[:num_leading],
-                *(a + b for a, b in zip(block_offset[num_leading:], rectangle.corner, strict=True)),
-            ]
+            leading_offset = block.global_offset[:num_leading]
+            block_offset = block.global_offset[num_leading:]
+            offset = [a + b for a, b in zip(block_offset, rectangle.corner, strict=True)]
             yield ShardedTensor(
                 key=prefix + block.key,
                 data=data,
                 dtype=data.dtype,
                 local_shape=tuple(data.shape),
                 global_shape=tuple(block.global_shape),
-                global_offset=tuple(offset),
+                global_offset=(*leading_offset, *offset),
                 axis_fragmentations=None,  # the rectangles are no regular grid
                 # The last number counts copies on replicas, of which one is saved. Here every
                 # replica owns other elements, so all are saved.
@@ -157,8 +157,8 @@ class Rectangle(NamedTuple):
     """A part of a flat range that is a rectangle of the tensor.
 
     Attributes:
-        start, stop: of its elements, counted over the tensor.
-        shape: of the rectangle.
+        start, stop: range of its elements in the flattened tensor.
+        shape: shape of the rectangle.
         corner: index of its first element in the tensor.
     """
 
@@ -181,7 +181,7 @@ def rectangles_of_range(start: int, stop: int, shape: tuple[int, ...]) -> Iterat
         return
     width = shape[1]
     # The whole rows in the range are elements body to tail; there are none where body >= tail.
-    body = min(stop, -(-start // width) * width)
+    body = min(stop, ceil_div(start, width) * width)
     tail = max(start, stop // width * width)
     if start < body:
         yield Rectangle(start, body, (1, body - start), (start // width, start % width))

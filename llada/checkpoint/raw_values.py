@@ -24,8 +24,8 @@ class _FilePart(io.RawIOBase):
 
     Args:
         file: unbuffered.
-        first: where the part begins, bytes.
-        length: of the part, bytes.
+        first: offset of the part, bytes.
+        length: length of the part, bytes.
     """
 
     def __init__(self, file: io.FileIO, first: int, length: int) -> None:
@@ -67,8 +67,8 @@ def find_values(
 
     Args:
         file: unbuffered.
-        first: where the archive begins in the file, bytes.
-        length: of the archive, bytes.
+        first: offset of the archive in the file, bytes.
+        length: length of the archive, bytes.
         sizes, dtype: what the tensor must be.
 
     Raises:

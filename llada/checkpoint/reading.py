@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch.distributed.checkpoint.filesystem import _StorageInfo
     from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
 
-MASTERS = "optimizer.state.param."
+MASTER_PREFIX = "optimizer.state.param."
 """Prefix of a stored tensor's name: the fp32 master of the weight whose name follows."""
 
 _METADATA_CLASSES = {
@@ -117,7 +117,7 @@ class StoredTensors:
 
         A run's own checkpoints have them, imported ones do not.
         """
-        return any(name.startswith(MASTERS) for name in self._tensors)
+        return any(name.startswith(MASTER_PREFIX) for name in self._tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a whole tensor."""
@@ -135,7 +135,7 @@ class StoredTensors:
         """Read rows `first` to `last` (exclusive) of a tensor, and no other bytes.
 
         Args:
-            name: of the tensor.
+            name: name of the tensor.
             first, last: rows.
             layer: None, or an index along axis 0 of a tensor in which all layers are stacked; the
                 rows are then those of this layer, along axis 1.
@@ -206,8 +206,8 @@ class StoredTensors:
         """Fill a contiguous tensor with the values of a rectangle.
 
         Args:
-            name: of the stored tensor.
-            offsets, sizes: of the rectangle in it.
+            name: name of the stored tensor.
+            offsets, sizes: offset and size of the rectangle along each axis.
             skipped: values of the rectangle before the first one to be read.
             values: to be filled.
         """

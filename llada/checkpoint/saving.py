@@ -13,7 +13,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import NoReturn, Protocol, TypeVar
 
 from llada.checkpoint.format import (
     PARTIAL_SUFFIX,
@@ -73,11 +73,11 @@ class CheckpointSave:
 
     Args:
         root: RUN/checkpoints.
-        state: of the run.
+        state: the run's state.
         tokenizer: files of the tokenizer, name -> content; rank 0 alone needs them.
         size: approximate size of a whole checkpoint in bytes, for messages.
-        engine: whose state is saved.
-        rank: of this process.
+        engine: engine whose state is saved.
+        rank: this process's rank.
 
     Raises:
         RunError: the checkpoint cannot be written; what was written of it is removed, and earlier
@@ -100,16 +100,13 @@ class CheckpointSave:
         self._engine = engine
         self._rank = rank
         self._partial = root / f"{checkpoint_name(state.step)}{PARTIAL_SUFFIX}"
-        self._run_on_main(lambda: begin_checkpoint(root, state.step))
-        self._run_collective(self._start)
+        self._run_on_rank_0(lambda: begin_checkpoint(root, state.step))
+        self._pending = self._run_collective(lambda: engine.start_save(self._partial / "model"))
 
     @property
     def step(self) -> int:
         """Steps done in the state that is saved."""
         return self._state.step
-
-    def _start(self) -> None:
-        self._pending = self._engine.start_save(self._partial / "model")
 
     def done(self) -> bool:
         """Return whether this rank has written its part."""
@@ -121,13 +118,13 @@ class CheckpointSave:
         Returns:
             The checkpoint's folder.
         """
-        self._run_local(self._wait)
+        self._run_on_every_rank(self._wait)
         self._run_collective(self._pending.finish)
         # Rank 0 writes the marker, with the checksums that each rank computed while writing.
         checksums: dict[str, JsonObject] = {}
         for files in self._engine.gather(self._pending.files):
             checksums |= files
-        self._run_on_main(
+        self._run_on_rank_0(
             lambda: commit_checkpoint(self._partial, self._state, self._tokenizer, checksums)
         )
         return self._partial.with_name(checkpoint_name(self._state.step))
@@ -139,11 +136,13 @@ class CheckpointSave:
 
     # -- one failure ends the save on all ranks ----------------------------------------------------
 
-    def _run_on_main(self, work: Callable[[], object]) -> None:
+    def _run_on_rank_0(self, work: Callable[[], object]) -> None:
         """Run work on rank 0; if it fails, all ranks raise."""
-        self._run_local(work if self._rank == 0 else lambda: None)
+        if self._rank != 0:
+            work = _do_nothing
+        self._run_on_every_rank(work)
 
-    def _run_local(self, work: Callable[[], object]) -> None:
+    def _run_on_every_rank(self, work: Callable[[], object]) -> None:
         """Run work without communication on this rank; if it fails on any rank, all raise."""
         # Every rank takes part in the exchange, whether its work failed or not.
         failure: str | None = None
@@ -155,18 +154,18 @@ class CheckpointSave:
             if reason is not None:
                 self._fail(rank, reason)
 
-    def _run_collective(self, work: Callable[[], object]) -> None:
-        """Run work in which the ranks wait for each other.
+    def _run_collective(self, work: Callable[[], T]) -> T:
+        """Run work in which the ranks wait for each other, and return its result.
 
-        A rank that fails raises at once, without a word to the others: its leaving ends their
-        waiting.
+        A rank that fails raises at once and tells the others nothing: they stop waiting when it
+        exits.
         """
         try:
-            work()
+            return work()
         except Exception as error:
             self._fail(self._rank, self._reason(error))
 
-    def _fail(self, rank: int, reason: str) -> None:
+    def _fail(self, rank: int, reason: str) -> NoReturn:
         if self._rank == 0:
             shutil.rmtree(self._partial, ignore_errors=True)
         raise RunError(
@@ -181,7 +180,9 @@ class CheckpointSave:
             return _one_line(error)
         run = self._root.parent
         if not run.is_dir():
-            return f"{run} is gone: it was moved or deleted, or its disk is away"
+            return (
+                f"{run} is gone: it was moved or deleted, or its file system is no longer mounted"
+            )
         reason = cause.strerror or _one_line(cause)
         if cause.errno in DISK_FULL:
             needed = readable_size(self._size)
@@ -217,6 +218,10 @@ def find_system_error(error: BaseException, folder: Path) -> OSError | None:
     finally:
         probe.unlink(missing_ok=True)
     return None
+
+
+def _do_nothing() -> None:
+    return
 
 
 def _one_line(error: Exception) -> str:

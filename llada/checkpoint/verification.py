@@ -13,7 +13,7 @@ def verify_checkpoint(folder: Path, share: int = 0, shares: int = 1) -> list[str
     """Compare the files of a committed checkpoint with its marker.
 
     Args:
-        folder: of the checkpoint.
+        folder: the checkpoint.
         share, shares: check every `shares`-th file, starting with number `share`. So rank r of n
             passes (r, n), and the ranks divide the reading among themselves.
 

@@ -149,7 +149,7 @@ def write_model(
         folder: exists and is empty.
         source: the canonical weights.
         model: their shape.
-        dtype: that they are stored in.
+        dtype: storage dtype.
     """
     writer = _Writer(folder, single_file_per_rank=True, sync_files=True)
     dcp.save({}, storage_writer=writer, planner=_Planner(source, model, dtype), no_dist=True)

@@ -59,7 +59,7 @@ def _train(
 ) -> None:
     from llada.training.signals import StopRequest
 
-    # Before the slow imports: a signal that arrives during them must stop the run in order too.
+    # Before the slow imports: a signal that arrives during them must stop the run cleanly too.
     stop = StopRequest().install()
     from llada.training.configure import load_config
 

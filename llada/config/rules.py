@@ -46,17 +46,17 @@ def refuse_document_mask(data: DataSection) -> None:
 
 
 def refuse_lengths_in_tokens(data: DataSection, schedule: ScheduleSection) -> None:
-    """Conversations have no fixed number of tokens a step, so tokens do not convert to steps."""
+    """Conversations have no fixed number of tokens per step, so tokens do not convert to steps."""
     for i, entry in enumerate(data.mixture):
         if entry.weight_at:
             raise ValueError(
                 f"data.mixture.{i}.weight_at: changes at token counts are for pretraining;"
-                " conversations have no fixed number of tokens a step, leave it out"
+                " conversations have no fixed number of tokens per step, leave it out"
             )
     if any(stage.tokens is not None for stage in schedule.stages):
         raise ValueError(
-            "schedule.stages: tokens: conversations have no fixed number of tokens a step; give the"
-            " lengths as steps"
+            "schedule.stages: tokens: conversations have no fixed number of tokens per step; give"
+            " the lengths as steps"
         )
 
 

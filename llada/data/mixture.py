@@ -36,6 +36,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from llada.arithmetic import ceil_div
 from llada.config import SHUFFLE_BLOCK
 from llada.errors import UserError
 from llada.noise import I64, derive_key, permute, stream
@@ -47,7 +48,7 @@ class MixtureSource:
 
     Attributes:
         name: for messages.
-        fingerprint: of the data; the key of its order.
+        fingerprint: fingerprint of the data, which keys its order.
         num_instances: windows or conversations that it holds.
         weight: share at the start, relative to the other weights; 0: not read.
         max_instances: instances after which it leaves, over all epochs; None: no cap.
@@ -71,8 +72,8 @@ class MixtureSource:
 
     @property
     def first_weight(self) -> float:
-        """First weight that is not 0: what the corpus counts in means over corpora, whenever it is
-        read.
+        """First weight that is not 0: the corpus's weight in averages over corpora, even before it
+        is first read.
         """
         changed = (weight for _, weight in self.changes)
         # The config refuses a corpus that is never read.
@@ -84,7 +85,7 @@ class MixtureStage:
     """Blocks with equal quotas.
 
     Attributes:
-        first_block: where the stage starts.
+        first_block: block at which the stage starts.
         quotas: samples per block of each corpus, int64 [corpora]; they add up to the block, except
             in the last one of a mixture that ends.
         consumed: instances of each corpus consumed before the stage, int64 [corpora].
@@ -100,7 +101,7 @@ class _Block:
     """The samples of one block.
 
     Attributes:
-        stage: in which the block lies.
+        stage: the stage that contains the block.
         corpora: corpus of each sample, int64 [samples].
         ranks: rank of each sample among those of its corpus in the block, int64 [samples].
     """
@@ -161,8 +162,9 @@ class Mixture:
                 )
             if source.max_instances is not None and source.max_instances < 1:
                 raise UserError(
-                    f"data.mixture.{i}.max_epochs: less than one of the {source.num_instances}"
-                    f" windows or conversations of {source.name}; raise it or drop the entry"
+                    f"data.mixture.{i}.max_epochs: allows less than one of the"
+                    f" {source.num_instances} windows or conversations of {source.name}; raise it"
+                    " or drop the entry"
                 )
             # Their orders would have the same keys.
             for other in self.sources[:i]:
@@ -180,7 +182,7 @@ class Mixture:
         blocks: set[int] = set()
         for source in self.sources:
             # The first block that starts at or after the change.
-            blocks.update(-(-samples // self.block) for samples, _ in source.changes)
+            blocks.update(ceil_div(samples, self.block) for samples, _ in source.changes)
         return [
             block for block in sorted(blocks) if self._weights(block) != self._weights(block - 1)
         ]
@@ -235,7 +237,9 @@ class Mixture:
                 quotas = self._last_quotas(active, weights, left)
                 length = 1
             stages.append(MixtureStage(block, quotas, consumed))
-            block, consumed = block + length, consumed + length * quotas
+            block += length
+            # A new array: the stage keeps the old one.
+            consumed = consumed + length * quotas
             # The mixture ends with a block that is not full: what a later change would bring
             # cannot follow half a block.
             if quotas.sum() < self.block:

@@ -25,7 +25,7 @@ class WindowReader:
     is made.
 
     Attributes:
-        corpus: whose split it is.
+        corpus: the corpus.
         num_instances: how many windows there are.
         dropped: tokens in the incomplete last windows.
         first_windows: number of the first window of every shard, int64 [shards + 1].
@@ -93,8 +93,10 @@ class PretrainData(TrainingData):
     readers: Mapping[str, Sequence[WindowReader]]
 
     @property
-    def unit(self) -> str:  # type: ignore[override]  # it follows from a setting
-        return "documents" if self.config.data.document_mask else "windows"
+    def item_name(self) -> str:
+        if self.config.data.document_mask:
+            return "documents"
+        return "windows"
 
     def open_reader(self, corpus: int, split: str) -> WindowReader:
         return WindowReader(self.corpora[corpus], split, self.config.data.sequence_length)
@@ -150,7 +152,7 @@ class PretrainData(TrainingData):
         data.document_mask, the document starts.
 
         Args:
-            split, corpora, windows: of each row [n].
+            split, corpora, windows: split, and corpus and window of each row [n].
             cuts: a random length in 1..sequence_length for each row; sequence_length: not cut [n].
 
         Returns:
@@ -189,7 +191,7 @@ def _assemble(
 
     Args:
         samples, corpora, windows: see StepPlan.
-        rows, positions: of the segment boundaries, sorted.
+        rows, positions: row and position of each segment boundary, sorted.
         draw_t: the lengths of all segments, which are their shares of the loss -> their t.
     """
     # Every boundary but the first of its row ends a segment, which the boundary before it begins.

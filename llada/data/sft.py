@@ -1,9 +1,9 @@
-"""Fine-tuning data (arXiv 2502.09992, section 2.3 and appendix B): one conversation a row, only its
-response is masked.
+"""Fine-tuning data (arXiv 2502.09992, section 2.3 and appendix B): one conversation per row, in
+which only the response is masked.
 
 A row is prompt, response, EOS, then EOS up to the longest of the sample's group of `sft.pad_group`
-consecutive samples: padding is part of the response. What is left of the row is filler, a segment
-of its own that is never masked and in no count.
+consecutive samples: padding is part of the response. What is left of the row is filler: a separate
+segment that is never masked nor counted.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from llada.arithmetic import ceil_div
 from llada.data.corpus import Corpus
 from llada.data.manifest import CONVERSATIONS, TRAIN, VALIDATION
+from llada.data.shard_format import prompt_tokens, shift_documents
 from llada.data.step_plan import DrawT, StepPlan
 from llada.data.training_data import TrainingData, check_tokens
 from llada.errors import UserError
@@ -25,14 +27,13 @@ _MAX_LISTED = 3
 
 
 class ReplyReader:
-    """The conversations of one split of a corpus with a reply that fits the sequence, and those
-    replies.
+    """Reads the conversations of one split of a corpus that have a reply that fits the sequence.
 
-    A reply with its prompt is one training example. Of a conversation with several, one is read at
-    a time.
+    A reply with its prompt is one training example. A conversation with several replies gives one
+    of them at a time.
 
     Attributes:
-        corpus: whose split it is.
+        corpus: the corpus.
         num_instances: conversations with at least one reply that fits.
         replies: rows of REPLY_FIELDS of the replies that fit, documents counted over all shards,
             int64 [replies, 5].
@@ -50,10 +51,10 @@ class ReplyReader:
         tables = [np.empty((0, 5), dtype=np.int64)]
         for shard, entry in enumerate(corpus.manifest.of(split)):
             # Documents are counted over all shards from here on.
-            offset = np.array([self.first_documents[shard], 0, 0, 0, 0])
-            tables.append(corpus.replies(entry) + offset)
+            first_document = int(self.first_documents[shard])
+            tables.append(shift_documents(corpus.replies(entry), first_document))
         self.all_replies: I64 = np.concatenate(tables)
-        self._fits = _totals(self.all_replies) <= length
+        self._fits = _total_tokens(self.all_replies) <= length
         self.replies: I64 = self.all_replies[self._fits]
         # Replies are sorted by document: those of a conversation follow each other.
         _, firsts = np.unique(self.replies[:, 0], return_index=True)
@@ -62,11 +63,11 @@ class ReplyReader:
 
     def total(self, reply: int) -> int:
         """Return the tokens of a reply with its prompt and its EOS."""
-        return int(_totals(self.replies[reply : reply + 1])[0])
+        return int(_total_tokens(self.replies[reply : reply + 1])[0])
 
     def prompt_length(self, reply: int) -> int:
         """Return the tokens of a reply's prompt."""
-        return int(_prompts(self.replies[reply : reply + 1])[0])
+        return int(prompt_tokens(self.replies[reply : reply + 1])[0])
 
     def is_cut(self, reply: int) -> bool:
         """Return whether a reply was cut to a length; it has no EOS then."""
@@ -75,16 +76,16 @@ class ReplyReader:
         last = self._slice(document, turn_end - 1, turn_end)
         return int(last[0]) != self.corpus.manifest.eos_id
 
-    def choose(self, conversation: int, key: int, sample: int) -> int:
-        """Return the reply of a conversation that a sample reads, uniform over those that fit."""
+    def reply_of_sample(self, conversation: int, key: int, sample: int) -> int:
+        """Return the reply that a training sample reads, uniform over those that fit."""
         first, stop = self.first_replies[conversation : conversation + 2].tolist()
         # A remainder of 64 random bits favours no reply by more than a share of 2**-64 each.
         return first + int(hash64(key, sample)) % (stop - first)
 
-    def in_turn(self, conversation: int, key: int, sweep: int) -> int:
-        """Return the reply of a conversation that a sweep of the validation reads.
+    def reply_of_sweep(self, conversation: int, key: int, sweep: int) -> int:
+        """Return the reply that a sweep of the validation reads.
 
-        Sweeps read all replies that fit, one after the other, from a keyed one on.
+        Sweeps read the replies that fit one after the other, starting at a keyed one.
         """
         first, stop = self.first_replies[conversation : conversation + 2].tolist()
         return first + (int(hash64(key, conversation)) + sweep) % (stop - first)
@@ -114,8 +115,8 @@ class ReplyReader:
         of its shortest reply with its prompt, and of that prompt alone.
         """
         lost = self.all_replies[~self._has_reply_that_fits()]
-        totals = _totals(lost)
-        prompts = _prompts(lost)
+        totals = _total_tokens(lost)
+        prompts = prompt_tokens(lost)
         # The shortest reply of every conversation comes first.
         order = np.lexsort((totals, lost[:, 0]))
         _, firsts = np.unique(lost[order, 0], return_index=True)
@@ -158,15 +159,7 @@ def _name_some(lost: list[dict[str, int]], length: int) -> str:
     )
 
 
-def _prompts(rows: I64) -> I64:
-    """Return the tokens of the prompt of rows of REPLY_FIELDS: the history, and the reply's turn
-    before its response.
-    """
-    _, history_end, turn_start, response_start, _ = rows.T
-    return history_end + response_start - turn_start
-
-
-def _totals(rows: I64) -> I64:
+def _total_tokens(rows: I64) -> I64:
     """Return the tokens of prompt, response and EOS of rows of REPLY_FIELDS."""
     _, history_end, turn_start, _, turn_end = rows.T
     return history_end + turn_end - turn_start
@@ -180,8 +173,11 @@ class SFTData(TrainingData):
     """
 
     kind = CONVERSATIONS
-    unit = "conversations"
     readers: Mapping[str, Sequence[ReplyReader]]
+
+    @property
+    def item_name(self) -> str:
+        return "conversations"
 
     def open_reader(self, corpus: int, split: str) -> ReplyReader:
         reader = ReplyReader(self.corpora[corpus], split, self.config.data.sequence_length)
@@ -225,14 +221,14 @@ class SFTData(TrainingData):
         content = self.corpora[corpus].manifest.fingerprint(VALIDATION)
         key = derive_key(0, "validation/reply", content)
         chosen = [
-            reader.in_turn(conversation, key, sweep)
+            reader.reply_of_sweep(conversation, key, sweep)
             for conversation, sweep in zip(instances.tolist(), sweeps.tolist(), strict=True)
         ]
         replies = np.array(chosen, dtype=np.int64)
         ends = np.array([reader.total(reply) for reply in chosen], dtype=np.int64)
         corpora = np.full(len(draws), corpus)
         responses = self._responses(VALIDATION, corpora, replies, ends)
-        # One conversation a row, and one reply is one text.
+        # Each row is one conversation, and each reply is one text.
         t = draw_t(np.arange(len(draws), dtype=np.int64), replies)
         return self._assemble(draws, corpora, replies, responses, t, per_token=True)
 
@@ -272,7 +268,7 @@ class SFTData(TrainingData):
         readers = self.readers[TRAIN]
         # Whole groups are looked up, those of other steps' samples too.
         low = first // group * group
-        high = -(-stop // group) * group
+        high = ceil_div(stop, group) * group
         if self.mixture.num_samples is not None:
             high = min(high, self.mixture.num_samples)
         corpora, replies = self._lookup(np.arange(low, high, dtype=np.int64))
@@ -300,7 +296,7 @@ class SFTData(TrainingData):
         readers = self.readers[TRAIN]
         rows = zip(corpora.tolist(), conversations.tolist(), samples.tolist(), strict=True)
         replies = [
-            readers[corpus].choose(conversation, key, sample)
+            readers[corpus].reply_of_sample(conversation, key, sample)
             for corpus, conversation, sample in rows
         ]
         return corpora, np.array(replies, dtype=np.int64)
@@ -309,8 +305,8 @@ class SFTData(TrainingData):
         """Return first and past-the-last position of every response, int64 [n, 2].
 
         Args:
-            split, corpora, replies: of each row [n].
-            ends: where the response (padding included) of each row ends [n].
+            split, corpora, replies: split, and corpus and reply of each row [n].
+            ends: end of each row's response, padding included [n].
         """
         readers = self.readers[split]
         starts = [
@@ -328,7 +324,7 @@ class SFTData(TrainingData):
         response_t: F64,
         per_token: bool,
     ) -> StepPlan:
-        """Make a plan of one conversation a row.
+        """Make a plan of one conversation per row.
 
         Args:
             samples, corpora, replies: see StepPlan.
@@ -342,7 +338,9 @@ class SFTData(TrainingData):
         # segment of prompt and response with the span 2..6, and one of filler with an empty span.
         bounds = []
         for end in responses[:, 1].tolist():
-            row = [0, end] if end == length else [0, end, length]
+            row = [0, end]
+            if end < length:
+                row.append(length)
             bounds.append(np.array(row, dtype=np.int64))
         first_segments = np.cumsum([0, *(len(row) - 1 for row in bounds)], dtype=np.int64)
         # All segments begin as filler; then the first of every row becomes its conversation.

@@ -36,10 +36,8 @@ class StepPlan:
         t               [0.09, 0.34, 0.75]
         normaliser      16                  tokens of the step
 
-    The t are strata (`llada.noise.timesteps`): the segments are laid end to end in keyed order,
-    here 8, 3 and 5 tokens, and each t is the midpoint of its segment, as a share of all tokens,
-    plus an offset of the step, here 0.5. So every step covers [0, 1) evenly: 4 / 16 + 0.5 = 0.75,
-    9.5 / 16 + 0.5 - 1 = 0.09, and 13.5 / 16 + 0.5 - 1 = 0.34.
+    The t are strata of [0, 1) (`llada.noise.timesteps`), here in the order 8, 3, 5 tokens with an
+    offset of 0.5.
 
     In fine-tuning, a row with a prompt of 2 tokens, a response up to position 6 and 2 tokens of
     filler has the bounds [0, 6, 8], the spans [[2, 6], [8, 8]] and the scales [1 / 4, 0].

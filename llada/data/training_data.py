@@ -10,6 +10,7 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 
+from llada.arithmetic import ceil_div
 from llada.config import RunConfig
 from llada.data.corpus import Corpus
 from llada.data.manifest import CONVERSATIONS, SPLITS, TEXT, TRAIN, Manifest
@@ -31,7 +32,7 @@ class Reader(Protocol):
     """Reads the instances (windows, conversations) of one split of a corpus.
 
     Attributes:
-        corpus: whose split it is.
+        corpus: the corpus.
         num_instances: how many there are.
     """
 
@@ -60,12 +61,12 @@ class TrainingData(ABC):
     Args:
         config: the run.
         verify: compare the size of every file and the tokenizers with the manifests, and check
-            every byte and token of corpora up to `data.verify_bytes`. One rank does; the others
-            meet a damaged file when they read it.
+            every byte and token of corpora up to `data.verify_bytes`. Rank 0 verifies; the other
+            ranks fail when they read a damaged file.
 
     Attributes:
         corpora, names: the corpora and their names in metrics, in the order of data.mixture.
-        readers: by split, one a corpus. Every task declares the type of its own.
+        readers: by split, one per corpus. Each task declares the type of its readers.
         mixture: which instance of which corpus a sample is.
         objective: the run's, keyed by its seed.
 
@@ -76,9 +77,6 @@ class TrainingData(ABC):
 
     kind: ClassVar[str]
     """Kind of the corpora that the task reads."""
-
-    unit: str
-    """What the error of a validation counts, in the plural: windows, documents or conversations."""
 
     readers: Mapping[str, Sequence[Reader]]
 
@@ -101,6 +99,11 @@ class TrainingData(ABC):
 
     # -- what a task decides -----------------------------------------------------------------------
 
+    @property
+    @abstractmethod
+    def item_name(self) -> str:
+        """What validation counts as an item, in the plural: windows, documents or conversations."""
+
     @abstractmethod
     def open_reader(self, corpus: int, split: str) -> Reader:
         """Return a reader of one split of a corpus."""
@@ -117,10 +120,10 @@ class TrainingData(ABC):
 
         Args:
             draws: sample indices, the keys of the masks [n].
-            corpus: whose validation split it is.
-            instances: of that split, one a draw [n].
-            sweeps: which sweep over t of its instance a draw belongs to [n]; a conversation gives
-                another reply in the next one.
+            corpus: index of the corpus.
+            instances: instances of its validation split, one per draw [n].
+            sweeps: which sweep over t of its instance a draw belongs to [n]; each sweep over a
+                conversation reads another of its replies.
             draw_t: gives every segment its t.
         """
 
@@ -178,8 +181,16 @@ class TrainingData(ABC):
     def tokenizer_folder(self) -> Path:
         return self.corpora[0].tokenizer_folder
 
+    def check_tokenizers(self) -> None:
+        """Check the tokenizer of every corpus.
+
+        Raises:
+            UserError: a corpus holds another tokenizer than its manifest names.
+        """
+        self.tokenizer()
+
     def tokenizer(self) -> Tokenizer:
-        """Load the tokenizer, the same in all corpora.
+        """Load the tokenizer, which is the same in all corpora.
 
         Raises:
             UserError: a corpus holds another tokenizer than its manifest names.
@@ -204,8 +215,8 @@ class TrainingData(ABC):
     def fingerprint(self) -> str:
         """Digest of all that decides what is read, in order; compared at resume.
 
-        Such as "0123456789abcdefx0.7+fedcba9876543210x0.3<900@40000x1.0": two corpora of weights
-        0.7 and 0.3, the second capped at 900 instances, with weight 1 after 40,000 samples.
+        For example "0123456789abcdefx0.7+fedcba9876543210x0.3<900@40000x1.0": two corpora of
+        weights 0.7 and 0.3, the second capped at 900 instances, with weight 1 after 40,000 samples.
         """
         parts = []
         for source in self.mixture.sources:
@@ -250,7 +261,7 @@ class TrainingData(ABC):
             )
             end = self.mixture.exhausted_after(i)
             if end is not None and end <= samples:
-                step = -(-end // config.batch.global_)
+                step = ceil_div(end, config.batch.global_)
                 max_epochs = config.data.mixture[i].max_epochs
                 line += f"; its cap (max_epochs {max_epochs:g}) ends it by step {step:,}"
                 # Rows of conversations are filled up: their tokens are not known from the index.
@@ -296,7 +307,7 @@ class TrainingData(ABC):
                 )
 
     def _verify(self) -> None:
-        self.tokenizer()  # raises
+        self.check_tokenizers()
         for corpus in self.corpora:
             # Larger corpora would hold up the start; their files are checked when they are read.
             size = sum(entry.bin_bytes + entry.idx_bytes for entry in corpus.manifest.shards)
@@ -326,7 +337,7 @@ class TrainingData(ABC):
             max_instances = int(entry.max_epochs * num_instances)
         # Changes are set in tokens; the mixture counts samples, rounded up.
         changes = tuple(
-            (-(-change.tokens // self.config.data.sequence_length), change.weight)
+            (ceil_div(change.tokens, self.config.data.sequence_length), change.weight)
             for change in entry.weight_at
         )
         return MixtureSource(
@@ -360,7 +371,9 @@ def short_names(paths: Sequence[str]) -> list[str]:
     numbered = []
     for i, name in enumerate(names):
         before = names[:i].count(name)
-        numbered.append(f"{name}.{before + 1}" if before else name)
+        if before:
+            name = f"{name}.{before + 1}"
+        numbered.append(name)
     return numbered
 
 

@@ -50,7 +50,7 @@ def report(
 
     Args:
         pretrain, sft: the two runs.
-        root: of the demo.
+        root: folder of the demo.
         stages: with the seconds of the other stages.
         num_answers: held-out questions to answer.
     """
@@ -152,8 +152,8 @@ def _fill(
     """Hide some tokens of a window and let the model write them, those it is surest of first.
 
     Args:
-        model: that writes.
-        tokens: of the window [L].
+        model: the model that writes.
+        tokens: token ids of the window [L].
         span: start and end of a line in it, which is returned as text.
         chosen: positions of the hidden tokens.
     """

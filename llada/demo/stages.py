@@ -45,7 +45,7 @@ class Sources:
 
     Attributes:
         inputs: files and folders.
-        extensions: of the files that count in folders; None: all that can be read.
+        extensions: extensions of the files that are read in folders; None for all that can be read.
     """
 
     inputs: list[str]
@@ -67,7 +67,7 @@ def run_demo(
         inputs: files and folders; None: the Python standard library of this machine.
         configs: of the pretraining, whose model.vocab_size is the tokenizer's size, and of the
             fine-tuning.
-        folder: where everything is written.
+        folder: folder that everything is written to.
         smoke: a few steps only.
         fresh: remove `folder` first, which must hold nothing but an earlier demo.
 

@@ -131,8 +131,8 @@ class Engine(Protocol):
         """
         ...
 
-    def any(self, flag: bool) -> bool:
-        """Whether `flag` is set on any rank."""
+    def barrier(self) -> None:
+        """Wait until every rank has called this."""
         ...
 
     def any_of(self, *flags: bool) -> tuple[bool, ...]:

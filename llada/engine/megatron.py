@@ -35,7 +35,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 
 from llada.checkpoint import optimizer_state  # noqa: E402
 from llada.checkpoint.background import BackgroundSave, snapshot, write_in_threads  # noqa: E402
-from llada.checkpoint.reading import MASTERS, StoredTensors  # noqa: E402
+from llada.checkpoint.reading import MASTER_PREFIX, StoredTensors  # noqa: E402
 from llada.engine.megatron_config import (  # noqa: E402
     ddp_config,
     optimizer_config,
@@ -338,7 +338,7 @@ class MegatronEngine:
         self._finish_gather()
         model = self._sharded_state()
         parts = self._optimizers()
-        own = optimizer_state.owned_rectangles(parts, model, optimizer_state.EVERYTHING)
+        own = optimizer_state.owned_rectangles(parts, model, optimizer_state.ALL_STATES)
         optimizer = {"step": optimizer_state.step_count(parts), "pieces": own}
         state = snapshot({**model, "optimizer": optimizer})
         return BackgroundSave(dist_checkpointing.save(state, str(folder), async_sharded_save=True))
@@ -357,10 +357,12 @@ class MegatronEngine:
         # have digits that its weights lack: they must overwrite, and not be overwritten.
         self.load_weights(folder)
         parts = self._optimizers()
-        kinds: tuple[str, ...] = optimizer_state.EVERYTHING
+        kinds: tuple[str, ...] = optimizer_state.ALL_STATES
         if not optimizer:
             has_masters = StoredTensors(folder).has_masters
-            kinds = optimizer_state.MASTERS if has_masters else optimizer_state.WEIGHTS
+            kinds = optimizer_state.WEIGHT_STATES
+            if has_masters:
+                kinds = optimizer_state.MASTER_STATES
         own = optimizer_state.owned_rectangles(parts, self._sharded_state(), kinds)
         views = [piece.data for piece in own]
         state = dist_checkpointing.load({"optimizer": {"pieces": own}}, str(folder))
@@ -417,7 +419,7 @@ class MegatronEngine:
         sharded = self._sharded_state()
         if masters:
             for value in nested_values(sharded):
-                value.key = MASTERS + value.key
+                value.key = MASTER_PREFIX + value.key
         state = dist_checkpointing.load(sharded, str(folder))
         for index, chunk in enumerate(self.chunks):
             # Not strict: Megatron-Core's modules list extra states, which are empty and not saved.
@@ -444,9 +446,10 @@ class MegatronEngine:
 
     # -- the rest of the interface -----------------------------------------------------------------
 
-    def any(self, flag: bool) -> bool:
-        """Whether `flag` is set on any rank."""
-        return self.any_of(flag)[0]
+    def barrier(self) -> None:
+        """Wait until every rank has called this."""
+        # torch's own barrier would use the GPU.
+        self.any_of(False)
 
     def any_of(self, *flags: bool) -> tuple[bool, ...]:
         """For each flag whether it is set on any rank, in one collective."""

@@ -62,12 +62,12 @@ class Difference:
     """One run against the first.
 
     Attributes:
-        run: that is compared.
+        run: the run that is compared.
         corpora: name in the first run -> NELBO of `run` less that of the first, nats per token.
         mean: over the corpora by weight; None: there is a single corpus, or the runs weigh them
             differently.
-        bits_per_byte: of the mean, or of the single corpus; None: the runs weigh the corpora
-            differently.
+        bits_per_byte: the mean, or the single corpus's difference, in bits per byte; None: the runs
+            weigh the corpora differently.
     """
 
     run: ValidatedRun

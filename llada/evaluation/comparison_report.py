@@ -72,7 +72,7 @@ def _verdict(first: str, second: str, estimate: Estimate, where: str) -> str:
     Args:
         first, second: the runs.
         estimate: NELBO of the second less that of the first.
-        where: on which text, with a leading space; empty: there is only one.
+        where: the text's name with a leading space; empty if there is only one.
     """
     if not math.isfinite(estimate.mean):
         return f"{second} and {first} cannot be compared{where}: a loss is not finite"

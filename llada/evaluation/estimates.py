@@ -45,7 +45,7 @@ class Estimate:
     """A mean with its errors.
 
     Attributes:
-        mean: of the draws.
+        mean: mean over the draws.
         se: standard error over other text; None: of one item, which tells nothing of others.
         se_noise: standard error over other noise on the same text; None: of one sweep.
         degrees: degrees of freedom of `se`.
@@ -90,7 +90,7 @@ class Sample:
     """The losses of one corpus in one validation.
 
     Attributes:
-        loss: of every draw, summed over its text, nats; a row for each sweep, t ascending, float64
+        loss: loss of every draw, summed over its text, nats; a row per sweep, t ascending, float64
             [sweeps, 4].
         length: tokens of the text of each sweep, int64 [sweeps].
         item: which item the text belongs to, 0..k-1, int64 [sweeps].
@@ -134,8 +134,8 @@ def pooled(loss: F64, length: F64) -> tuple[float, float | None]:
     """Return the ratio of sums of independent items, and its standard error.
 
     Args:
-        loss: of each item [k].
-        length: of each item [k].
+        loss: summed loss of each item [k].
+        length: summed length of each item [k].
 
     Returns:
         R and SE as in the module's docstring; SE is None for a single item.

@@ -25,6 +25,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
+from llada.arithmetic import ceil_div
 from llada.data.manifest import VALIDATION
 from llada.data.step_plan import StepPlan
 from llada.data.training_data import TrainingData
@@ -99,8 +100,8 @@ class Validator:
     """Measures NELBO per token and bits per byte of every corpus that has validation windows.
 
     Args:
-        data: of the run.
-        place: of this rank; each replica takes every data_size-th micro-batch.
+        data: the run's data.
+        place: this rank's place in the layout; each replica takes every data_size-th micro-batch.
 
     Attributes:
         corpora: numbers of the corpora that are validated.
@@ -179,7 +180,7 @@ class Validator:
         measure = Measure(
             text=manifest.fingerprint(VALIDATION),
             tokenizer=manifest.tokenizer_fingerprint,
-            unit=data.unit,
+            unit=data.item_name,
             sequence_length=config.data.sequence_length,
             document_mask=config.data.document_mask,
             windows=config.validation.windows,
@@ -246,7 +247,7 @@ class Validator:
             # Megatron-Core's interleaved schedule takes micro-batches in groups of the pipeline's
             # size.
             multiple *= parallel.pipeline
-        padded = -(-len(plan.samples) // multiple) * multiple
+        padded = ceil_div(len(plan.samples), multiple) * multiple
         batches = []
         for first in range(self._place.data_rank * micro, padded, rows_at_once):
             batches.append(self._batch(plan, corpus, range(first, first + micro)))
@@ -282,8 +283,8 @@ def _by_decile(sample: Sample, t: F64) -> list[dict[str, float | None] | None]:
     """Return NELBO per token of the draws in each tenth of t, with its standard error over items.
 
     Args:
-        sample: of a corpus.
-        t: of each draw, float64 [sweeps, 4].
+        sample: the items and draws of a corpus.
+        t: diffusion time of each draw, float64 [sweeps, 4].
 
     Returns:
         Ten entries; None for a tenth without draws.

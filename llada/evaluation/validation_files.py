@@ -88,9 +88,9 @@ class Measured:
     """One corpus in one validation.
 
     Attributes:
-        name: of the corpus in the run.
+        name: the corpus's name in the run.
         weight: in means over corpora.
-        tokens_per_byte: of the split.
+        tokens_per_byte: tokens per byte of the split's text.
         measure: what decided the numbers besides the model.
         items: number of each item in its split [k].
         sample: the losses.

@@ -21,6 +21,7 @@ from typing import Protocol
 
 import torch
 
+from llada.arithmetic import ceil_div
 from llada.config.sections import ModelSection
 from llada.noise import stream, uniforms
 
@@ -274,7 +275,7 @@ def initial_values(model: ModelSection, seed: int, rectangle: WeightRectangle) -
     blocks = []
     # Generate every row block that the rectangle touches, and keep its rows and columns. Example:
     # rows 100 to 149 touch blocks 1 (rows 64-127) and 2 (rows 128-191).
-    for block in range(first // INIT_BLOCK_ROWS, -(-last // INIT_BLOCK_ROWS)):
+    for block in range(first // INIT_BLOCK_ROWS, ceil_div(last, INIT_BLOCK_ROWS)):
         key = stream(seed, f"init/{rectangle.name}", block)
         draws = uniforms(key, INIT_BLOCK_ROWS * width).reshape(INIT_BLOCK_ROWS, width)
         block_row = block * INIT_BLOCK_ROWS

@@ -97,7 +97,7 @@ class Objective(Protocol):
 
         Args:
             lengths: number of maskable tokens of each segment [n].
-            t: of each segment [n].
+            t: diffusion time of each segment [n].
         """
         ...
 

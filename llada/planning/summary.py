@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from llada.arithmetic import ceil_div
 from llada.config import RunConfig
 from llada.config.sections import CheckpointSection
 from llada.files import readable_size
@@ -55,7 +56,7 @@ def _num_kept(section: CheckpointSection, steps: int) -> int:
     keep_last = 3 keeps those at 900, 1,000 and 1,050. Of the 8 older ones, keep_every = 400 exempts
     those at 400 and 800: 5 remain.
     """
-    written = -(-steps // section.every)  # rounded up: the last step is always saved
+    written = ceil_div(steps, section.every)  # the last step is always saved
     if section.keep_last is None or written <= section.keep_last:
         return written
     if section.keep_every is None:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
+from llada.arithmetic import ceil_div
 from llada.errors import UserError
 from llada.tokenizer.backends import (
     DEFINITION,
@@ -74,7 +75,7 @@ class Tokenizer:
         self.chat_template = chat_template
         self.vocab_size = backend.size
         # Rounded up: 126,349 ids need 988 x 128 = 126,464 rows.
-        self.padded_vocab_size = -(-backend.size // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE
+        self.padded_vocab_size = ceil_div(backend.size, _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE
 
         ids = {role: backend.id_of(token) for role, token in roles.items()}
         mask_id = ids.get("mask")

@@ -42,7 +42,7 @@ def model_section_of(path: str | Path, setting: str) -> JsonObject:
     """Return the model section of a Hugging Face folder, a checkpoint or a run's latest one.
 
     Args:
-        path: of the model.
+        path: path of the model.
         setting: what the user calls `path`, for messages.
 
     Raises:

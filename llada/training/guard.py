@@ -12,21 +12,22 @@ from typing import NamedTuple
 
 import numpy as np
 
+from llada.arithmetic import ceil_div
 from llada.config.sections import TrainSection
 from llada.engine.base import Limits, StepResult
 from llada.errors import StepError
 
 _LAG = 2
-"""Steps between a step and the last one that its limits come from.
+"""Distance in steps between a step and the latest one that its limits may use.
 
 A GPU reports a step's numbers while it computes the next one. So the limits of a step must not
 depend on the step just before it, or they would depend on when its numbers were read.
 """
 
-# Of a normal distribution: its upper tenth starts this many standard deviations above the median,
 _TAIL_START = 1.2816
-# and the median of that tenth is so many further up.
+"""The 90th percentile of the standard normal distribution: where its upper tenth starts."""
 _TAIL_MEDIAN = 0.3633
+"""The 95th percentile minus the 90th: how far above its start the median of that tenth is."""
 
 
 class Applied(NamedTuple):
@@ -34,7 +35,7 @@ class Applied(NamedTuple):
 
     Attributes:
         step: 0-based.
-        loss, grad_norm: of the step.
+        loss, grad_norm: the step's loss and gradient norm.
     """
 
     step: int
@@ -84,14 +85,16 @@ class Guard:
 
         It skips a step whose numbers are not finite in any case.
         """
-        return self.spike_limits(step) if self._section.skip_spikes else Limits()
+        if not self._section.skip_spikes:
+            return Limits()
+        return self.spike_limits(step)
 
     def check(self, step: int, result: StepResult, samples: range) -> str | None:
         """Take the result of a step; steps come in order.
 
         Args:
             step: 0-based.
-            result: of the step.
+            result: the step's result.
             samples: global sample indices of the step, named in the message.
 
         Returns:
@@ -119,7 +122,9 @@ class Guard:
                 f"{message}; {self._skipped_in_a_row} steps in a row updated nothing"
                 f" (train.max_skipped: {self._section.max_skipped})"
             )
-        return message if result.applied else message + "; the step updated nothing"
+        if not result.applied:
+            message += "; the step updated nothing"
+        return message
 
 
 def upper_limit(values: Sequence[float], sigma: float, factor: float) -> float:
@@ -136,9 +141,9 @@ def upper_limit(values: Sequence[float], sigma: float, factor: float) -> float:
     where it falls.
 
     Args:
-        values: of the applied steps of the window, oldest first.
+        values: losses or norms of the applied steps of the window, oldest first.
         sigma: standard deviations of a normal distribution.
-        factor: of the level; no value below it is a spike.
+        factor: multiple of the level; no value below that is a spike.
     """
     logs = np.log(np.maximum(values, np.finfo(np.float64).tiny))
     half = len(logs) // 2
@@ -151,14 +156,18 @@ def upper_limit(values: Sequence[float], sigma: float, factor: float) -> float:
 
     # The upper tail: where its tenth starts, and the standard deviation that its median implies.
     ordered = np.sort(carried) - level
-    tail = ordered[-len(ordered) // 10 :]
-    start = float(ordered[-len(tail) - 1])
+    tail_size = ceil_div(len(ordered), 10)
+    tail = ordered[-tail_size:]
+    start = float(ordered[-tail_size - 1])
     deviation = float(np.median(tail) - start) / _TAIL_MEDIAN
     height = max(start + (sigma - _TAIL_START) * deviation, math.log(factor))
 
     # A rising trend is continued to the step in question. A falling one is not: the level is taken
-    # from the middle of the newer half, quarter of a window ago.
-    drift = slope * _LAG if slope > 0 else slope * (-half / 2)
+    # from the middle of the newer half, a quarter of a window ago.
+    if slope > 0:
+        drift = slope * _LAG
+    else:
+        drift = slope * (-half / 2)
     return math.exp(min(level + drift + height, 700.0))  # exp(710) overflows
 
 

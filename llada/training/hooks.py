@@ -28,39 +28,33 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import ExitStack
-from typing import Protocol
 
 from llada.engine.base import StepResult
 
 
-class Hook(Protocol):
-    """What happens at the named moments of a run: nothing, until a subclass overrides a method.
+class Hook:
+    """Base class of hooks. Its methods do nothing; a subclass overrides those it needs.
 
     An exception in a hook ends the run, as any other does.
     """
 
     def on_start(self, done: int) -> None:
         """Before the first step of this process; `done` steps were done by earlier ones."""
-        return
 
     def on_step(self, done: int, result: StepResult) -> None:
         """When a step is reported, the run's `done`-th (1-based).
 
         On a GPU the next step is queued by then. Reading a number of `result` waits for the step.
         """
-        return
 
     def on_validation(self, done: int) -> None:
-        """After the validation that follows `done` steps, even where no corpus has one."""
-        return
+        """After the validation that follows `done` steps, even if nothing is held out."""
 
     def on_save(self, done: int) -> None:
         """After the checkpoint of `done` steps is complete on disk."""
-        return
 
     def on_end(self) -> None:
-        """When the run closes, whether it finished, stopped or failed; even before its start."""
-        return
+        """When the run closes: it finished, stopped or failed, perhaps before its first step."""
 
 
 class HookList(Hook):
@@ -86,7 +80,7 @@ class HookList(Hook):
             hook.on_save(done)
 
     def on_end(self) -> None:
-        """End every hook, the last one first, even where another fails."""
+        """End every hook, the last one first, even if another fails."""
         with ExitStack() as last_first:
             for hook in self._hooks:
                 last_first.callback(hook.on_end)

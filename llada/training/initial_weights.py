@@ -28,7 +28,7 @@ def start_from_weights(
     """Start at step 0 from weights that fit: the same shapes, and ids that mean the same tokens.
 
     Args:
-        config, data: of the run.
+        config, data: the run's config and data.
         init_from: a checkpoint, a run or a Hugging Face folder.
         allow_changed: accept other constants of the model; they are recorded in the lineage.
         notes: lines for the console so far.
@@ -52,8 +52,8 @@ def start_from_weights(
     # An import has neither masters nor moments, so there is no optimizer state to take.
     if parts != "weights" and not StoredTensors(source / "model").has_masters:
         raise UserError(
-            f"run.init_what: '{parts}', but {source} is an imported checkpoint, of weights alone;"
-            " use weights"
+            f"run.init_what: '{parts}', but {source} is an imported checkpoint, which contains only"
+            " weights; use weights"
         )
     # Allowed, but rarely meant: the model has seen exactly these samples, in this order.
     notes = list(notes)
@@ -86,8 +86,8 @@ def _start_from_hf(
     """Start from a Hugging Face folder, whose vocabulary must be complete as it is."""
     if config.run.init_what != "weights":
         raise UserError(
-            f"run.init_what: '{config.run.init_what}', but '{source}' is a Hugging Face folder, of"
-            " weights alone; use weights"
+            f"run.init_what: '{config.run.init_what}', but '{source}' is a Hugging Face folder,"
+            " which contains only weights; use weights"
         )
     # The tokenizer first: a vocabulary without a mask token is the most frequent difference.
     tokenizer = Tokenizer.load(source, require_mask=False)
@@ -118,10 +118,10 @@ def _refuse_other_tokenizer(
     """Refuse weights whose tokenizer is not that of the data.
 
     Args:
-        source: of the weights.
-        tokenizer: of the weights.
-        data: of the run.
-        tokenizer_path: where the tokenizer lies, for the message.
+        source: folder of the weights.
+        tokenizer: the tokenizer that the weights were trained with.
+        data: the run's data.
+        tokenizer_path: path of the tokenizer, for the message.
     """
     if tokenizer.mask_id < 0:
         raise UserError(

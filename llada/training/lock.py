@@ -34,7 +34,7 @@ class RunLock:
     `stale` seconds of the file server's clock.
 
     Args:
-        folder: of the run; exists.
+        folder: the run folder, which exists.
         beat: seconds between touches.
         stale: seconds without a touch after which the holder counts as gone.
         stopped: true once this process is asked to stop, which ends the waiting.
@@ -142,8 +142,8 @@ class RunLock:
         """Print, once, what is waited for."""
         if not self._announced:
             print(
-                f"waiting for {self._path}, held by {_describe(holder)}; it counts as left behind"
-                f" after {self._stale:.0f} s without a sign",
+                f"waiting for {self._path}, held by {_describe(holder)}; it is treated as stale"
+                f" after {self._stale:.0f} s without a heartbeat",
                 file=sys.stderr,
                 flush=True,
             )
@@ -193,13 +193,16 @@ class RunLock:
             try:
                 os.utime(self._path)
             except OSError:
-                continue  # a file server that is away for a moment; the next touch tries again
+                # The file server may be unreachable for a moment; the next touch tries again.
+                continue
 
 
 def holder(folder: Path, stale: float = 60.0) -> str | None:
     """Describe who holds a run folder; None: nobody who is known to be alive."""
     alive = _living_holder(folder, stale)
-    return None if alive is None else _describe(alive)
+    if alive is None:
+        return None
+    return _describe(alive)
 
 
 def holding_process(folder: Path, stale: float = 60.0) -> tuple[str, int] | None:
@@ -222,7 +225,9 @@ def _living_holder(folder: Path, stale: float) -> Holder | None:
         age = time.time() - path.stat().st_mtime
     except FileNotFoundError:
         return None
-    return content if age < stale else None
+    if age >= stale:
+        return None
+    return content
 
 
 def _this_process() -> Holder:

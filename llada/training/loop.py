@@ -45,7 +45,10 @@ def train(
     try:
         log_lifecycle(run.reporter, "started")
         code = _loop(run, stop)
-        log_lifecycle(run.reporter, "finished" if code == FINISHED else "stopped")
+        outcome = "stopped"
+        if code == FINISHED:
+            outcome = "finished"
+        log_lifecycle(run.reporter, outcome)
     except BaseException as error:
         # What fails here must not hide the first error, which the user has to see.
         with suppress(Exception):
@@ -60,8 +63,9 @@ def train(
 
 def _loop(run: Run, stop: StopRequest) -> int:
     config = run.config
-    run.hooks.on_start(run.first)
-    if run.starts_from_weights:  # what the training is compared with
+    run.hooks.on_start(run.start_step)
+    if run.starts_from_weights:
+        # The baseline that the training is compared with.
         run.validate(0)
     for step, plan, batches in run.batches():
         result = run.engine.train_step(
@@ -72,9 +76,7 @@ def _loop(run: Run, stop: StopRequest) -> int:
         last = done == config.train.steps
         # All ranks have to agree on both, in one exchange: whether to stop, and whether a
         # checkpoint is still being written somewhere.
-        stopping, writing = run.engine.any_of(
-            bool(stop), run.saving is not None and not run.saving.done()
-        )
+        stopping, writing = run.engine.any_of(bool(stop), run.is_writing())
         if not writing:  # so this does not wait
             run.finish_save()
         if done % config.validation.every == 0 or last:

@@ -19,8 +19,8 @@ def plot_loss_curve(folder: Path, task: Task = "pretrain") -> Path | None:
     one over the tokens of replies. They are different quantities and have axes of their own.
 
     Args:
-        folder: of the run.
-        task: of the run.
+        folder: the run folder.
+        task: the run's task.
 
     Returns:
         The picture; None if there is nothing to draw.
@@ -39,12 +39,14 @@ def plot_loss_curve(folder: Path, task: Task = "pretrain") -> Path | None:
         num_panels, sharex=True, squeeze=False, figsize=(8, 2 + 2.5 * num_panels), dpi=120
     )
     upper = panels[0, 0]
-    lower = panels[-1, 0]  # the same where there is one
+    lower = panels[-1, 0]  # the same one if there is only one
     _draw_losses(upper, losses)
     if validations:
         _draw_validations(lower, validations)
-    upper.set_ylabel("nats per token, padded replies" if separate else "nats per token")
+    upper.set_ylabel("nats per token")
     lower.set_ylabel("nats per token")
+    if separate:
+        upper.set_ylabel("nats per token, padded replies")
     lower.set_xlabel("optimizer step")
     for panel in panels.flat:
         panel.grid(alpha=0.3)

@@ -1,4 +1,4 @@
-"""RUN/metrics.jsonl: one JSON object a line, for every step and every validation."""
+"""RUN/metrics.jsonl: one JSON object per line, for every step and every validation."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ class JsonLines:
     """Appends to metrics.jsonl, in order of the steps.
 
     Args:
-        folder: of the run.
+        folder: the run folder.
     """
 
     def __init__(self, folder: Path) -> None:
         self._file = open(folder / FILE, "a", encoding="utf-8")  # noqa: SIM115  # open for the whole run
 
     def write(self, line: MetricsLine) -> None:
-        # One write and flush a line: a killed process leaves at most one torn line, the last.
+        # Each line is written and flushed at once: a killed process leaves at most one torn line.
         self._file.write(json.dumps(finite(line)) + "\n")
         self._file.flush()
 
@@ -40,6 +40,11 @@ class JsonLines:
     def close(self) -> None:
         self.sync()
         self._file.close()
+
+
+def is_step(line: MetricsLine) -> bool:
+    """Return whether a line is a step's. The other lines are those of validations."""
+    return "loss" in line
 
 
 def finite(value: object) -> object:
@@ -79,7 +84,7 @@ def cut(folder: Path, step: int) -> int:
     is measured again.
 
     Args:
-        folder: of the run.
+        folder: the run folder.
         step: steps done at the start of the run.
 
     Returns:

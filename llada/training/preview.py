@@ -21,7 +21,7 @@ def describe_step(config: RunConfig, step: int, samples: int) -> str:
     """Describe corpora, windows or conversations, segments, t and masks of a training step.
 
     Args:
-        config: of the run.
+        config: the run's config.
         step: 1-based.
         samples: how many of the step's samples are shown in full.
 

@@ -47,10 +47,10 @@ class FinishedStep:
         plan: its samples.
         result: its loss and gradient norm.
         tokens: trained on so far, this step included.
-        learning_rate: of the step.
-        seconds: since the step before was reported.
+        learning_rate: the step's learning rate.
+        seconds: seconds since the previous step was reported.
         memory_gb: largest memory use of this rank so far, GB.
-        blocked_seconds: that training waited for a checkpoint since the step before.
+        blocked_seconds: seconds for which a checkpoint blocked training since the previous step.
     """
 
     step: int
@@ -68,7 +68,7 @@ class Hardware:
     """What a run computes on.
 
     Attributes:
-        device: of this rank.
+        device: this rank's device.
         world_size: number of ranks.
         threads: torch's CPU threads on this rank.
     """
@@ -153,13 +153,16 @@ def log_lifecycle(reporter: Reporter, event: str, **fields: object) -> None:
 
 
 class MainReporter:
-    """The reporter of rank 0. Making one cuts the metrics of an earlier attempt back and opens all.
+    """The reporter of rank 0.
+
+    Creating one truncates metrics.jsonl to the steps of the checkpoint, writes config.yaml, opens
+    every sink, and prints what the run starts from.
 
     Args:
-        config: of the run.
-        data: of the run.
+        config: the run's config.
+        data: the run's data.
         start: what the run starts from.
-        hardware: that it computes on.
+        hardware: the devices and ranks that it uses.
         validated: corpora that have a validation, by number.
     """
 
@@ -261,7 +264,7 @@ class MainReporter:
         if self._start.step >= steps:
             text = (
                 f"nothing to do: {self._folder} is at step {self._start.step}, train.steps is"
-                f" {steps}; a larger one trains on"
+                f" {steps}; raise it to continue"
             )
         if picture:
             text += f", curve {picture}"
@@ -318,7 +321,7 @@ class MainReporter:
         for i, reader in enumerate(self._data.readers[TRAIN]):
             text = f"{self._config.data.mixture[i].path}: {reader.summary()}"
             if i not in validated:
-                text += "; nothing held out that fits: trains without validation"
+                text += "; no held-out text fits: training without validation"
             self.print_main(text)
         for line in (*self._data.weight_changes(), *self._data.corpus_usage()):
             self.print_main(line)

@@ -45,14 +45,14 @@ def resolve_resume(
     That is the latest sound checkpoint of this run, else `run.init_from`, else random weights.
 
     Args:
-        config, data: of the run.
+        config, data: the run's config and data.
         root: RUN/checkpoints.
-        threads: of this rank; None on a machine that will not run it, whose versions are not
-            compared.
+        threads: CPU threads of this rank; None on a machine that only submits the run, whose
+            versions are not compared.
         allow_changed: resume although settings, data or versions changed.
         rewind: the checkpoint after this many steps instead of the latest. A run that was rewound
-            there already, with the same schedule, just goes on: so the command may be repeated
-            after an interruption.
+            there already, with the same schedule, continues: the command may be repeated after an
+            interruption.
 
     Raises:
         UserError: a checkpoint of another run, weights that do not fit, damage where there is
@@ -72,16 +72,19 @@ def resolve_resume(
             return run.rewind_to(target, later, notes)
 
     # Else the latest sound one; damaged ones are named and passed over.
+    reason = ""
     for folder in reversed(checkpoints):
         damage = find_damage(config, folder)
         if not damage:
             return run.resume_from(folder, notes)
-        more = f" (and {len(damage) - 1} more)" if len(damage) > 1 else ""
-        notes.append(f"ignored {folder}: {damage[0]}{more}")
+        reason = f"{folder}: {damage[0]}"
+        if len(damage) > 1:
+            reason += f" (and {len(damage) - 1} more)"
+        notes.append(f"ignored {reason}")
     if checkpoints:
         raise UserError(
-            f"resume: no checkpoint in {root} is sound: {notes[-1].removeprefix('ignored ')}; "
-            "choose another run.dir to start over, or move the run folder away"
+            f"resume: no checkpoint in {root} is sound: {reason}; choose another run.dir to start"
+            " over, or move the run folder away"
         )
 
     # There is none: a new run, or one that has lost what it did.
@@ -118,7 +121,7 @@ def preview_resume(
             checkpoint, or something else than a run, and for a corpus whose tokenizer was replaced.
     """
     refuse_foreign_folder(root.parent)
-    data.tokenizer()  # raises
+    data.check_tokenizers()
     saved = root.parent / "config.yaml"
     if saved.is_file() and not allow_changed:
         difference = first_difference(
@@ -188,8 +191,8 @@ class _Resumption:
         changes = find_changes(self.config, self.data, folder, state, self.threads)
         if changes and not self.allow_changed:
             raise UserError(
-                f"resume from {folder}: {changes[0]} changed since; restore it, use another"
-                " run.dir, or pass --allow-changed"
+                f"resume from {folder}: {changes[0]} has changed since the checkpoint; restore it,"
+                " use another run.dir, or pass --allow-changed"
             )
         lineage = list(state.lineage)
         if changes:

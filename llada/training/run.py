@@ -50,7 +50,7 @@ class Run:
         hooks: called besides the run's own.
 
     Attributes:
-        first: steps done before this start.
+        start_step: steps done before this start.
         starts_from_weights: the run starts at step 0 from weights that are not random.
         tokens: trained on so far.
         validation: the last validation line of metrics.jsonl; None: there is none.
@@ -75,8 +75,7 @@ class Run:
             use_deterministic_algorithms()
         join_world(config.run.hang_timeout)
         self.schedule = Schedule(config.schedule, config.tokens_per_step)
-        if self.schedule.steps is not None and self.schedule.steps < config.train.steps:
-            self.schedule.learning_rate(config.train.steps - 1)  # raises with the setting's name
+        self.schedule.check_covers(config.train.steps)
         self.threads = _set_threads(config, world_size)
         self.data = open_data(config, verify=rank == 0)
         # Read now: the corpus may be gone by the time of a checkpoint.
@@ -115,7 +114,7 @@ class Run:
     def _begin(self, start: Start, hooks: Sequence[Hook]) -> None:
         """Load what the run starts from, and open what it writes to; collective."""
         place = self.engine.parallel_rank
-        self.first = start.step
+        self.start_step = start.step
         self.starts_from_weights = start.folder is not None and start.step == 0
         self.tokens = start.tokens
         self.validation = start.validation
@@ -129,7 +128,7 @@ class Run:
         self._blocked_seconds = 0.0
         if start.superseded:
             # No rank renames a checkpoint before every rank has read it.
-            self.engine.any(False)
+            self.engine.barrier()
         self.reporter: Reporter = SilentReporter()
         if place.is_main:
             with name_write_errors(self.folder):
@@ -152,7 +151,7 @@ class Run:
 
     def batches(self) -> Loader:
         """Return an iterable over (step, plan, micro-batches of this replica) of the steps left."""
-        self._loader = Loader(self.make_batches, self.first, self.config.train.steps)
+        self._loader = Loader(self.make_batches, self.start_step, self.config.train.steps)
         return self._loader
 
     def make_batches(self, step: int) -> Prepared:
@@ -238,7 +237,7 @@ class Run:
         # One save at a time: the one before must be complete.
         self.finish_save()
         self.reporter.sync()
-        if done > self.first:  # else it is the checkpoint that this run started from
+        if done > self.start_step:  # else it is the checkpoint that this run started from
             started = time.perf_counter()
             self.saving = CheckpointSave(
                 self._checkpoints,
@@ -268,6 +267,10 @@ class Run:
             tokenizer=self.data.manifest.tokenizer_fingerprint,
             ranks=self.engine.parallel_rank.world_size,
         )
+
+    def is_writing(self) -> bool:
+        """Return whether this rank is still writing its part of a checkpoint."""
+        return self.saving is not None and not self.saving.done()
 
     def finish_save(self) -> None:
         """Wait for the checkpoint that is being written, if any, and complete it; collective."""

@@ -29,7 +29,7 @@ class RunFolder:
     """A run folder that this process alone writes to, until `release`.
 
     Args:
-        path: of the folder, which is created if it is missing.
+        path: the run folder, which is created if it is missing.
         stopped: true once this process is asked to stop, which ends the waiting for another one.
 
     Raises:
@@ -64,8 +64,8 @@ def hold_run_folder(path: Path, rank: int, stopped: Callable[[], bool]) -> RunFo
     """Hold the run folder on rank 0, while the others wait; collective.
 
     Args:
-        path: of the folder.
-        rank: of this process.
+        path: the run folder.
+        rank: this process's rank.
         stopped: see RunFolder.
 
     Returns:
@@ -119,7 +119,8 @@ def name_write_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if not os.path.isdir(path):
             raise RunError(
-                f"run.dir: '{path}' is gone: it was moved or deleted, or its disk is away"
+                f"run.dir: '{path}' is gone: it was moved or deleted, or its file system is no"
+                " longer mounted"
             ) from error
         reason = error.strerror or str(error)
         if error.errno in _FORBIDDEN:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from llada.arithmetic import ceil_div
 from llada.config.sections import ScheduleSection
 from llada.errors import UserError
 
@@ -25,7 +26,7 @@ class _LRStage:
         shape: one of _SHAPES.
         start, end: learning rates.
         first: its first step, 0-based.
-        steps: its length; None: it goes on without end.
+        steps: its length; None: it has no end.
     """
 
     shape: str
@@ -51,23 +52,35 @@ class Schedule:
         self._rewinds = section.rewinds
         self._stages: list[_LRStage] = []
         first = 0
-        rate = 0.0  # where the stage before ended
+        rate = 0.0  # at the end of the previous stage
         for stage in section.stages:
             steps = stage.steps
             if stage.tokens is not None:
-                steps = -(-stage.tokens // tokens_per_step)
-            start = rate if stage.start is None else stage.start
-            rate = start if stage.end is None else stage.end
+                steps = ceil_div(stage.tokens, tokens_per_step)
+            start = rate
+            if stage.start is not None:
+                start = stage.start
+            rate = start
+            if stage.end is not None:
+                rate = stage.end
             self._stages.append(_LRStage(stage.shape, start, rate, first, steps))
             first += steps or 0
 
     @property
     def steps(self) -> int | None:
-        """Length of the whole schedule in steps; None: the last stage goes on without end."""
+        """Length of the whole schedule in steps; None: its last stage has no end."""
         last = self._stages[-1]
         if last.steps is None or self._rewinds:
             return None
         return last.first + last.steps
+
+    def check_covers(self, steps: int) -> None:
+        """Check that each of the first `steps` steps has a learning rate.
+
+        Raises:
+            UserError: the schedule ends before that.
+        """
+        self.learning_rate(steps - 1)
 
     def learning_rate(self, step: int) -> float:
         """Return the rate of training step `step` (0-based).

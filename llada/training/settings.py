@@ -94,27 +94,28 @@ def find_changes(
     """Return what differs from a checkpoint and would make the run another one.
 
     Args:
-        config, data: of the run.
-        folder, state: of the checkpoint.
-        threads: of this rank; None: on a machine that will not run it, whose versions are not
-            compared.
+        config, data: the run's config and data.
+        folder, state: the checkpoint and its state.
+        threads: CPU threads of this rank; None on a machine that only submits the run, whose
+            versions are not compared.
 
     Raises:
         UserError: this version does not allow a setting of the checkpoint any more.
     """
-    # Settings, as they are written.
+    # Settings. A checkpoint of an older version lacks the newer ones, which then have their
+    # defaults.
+    old = _config_of_checkpoint(state.config, folder)
     changes = []
     allowed: tuple[str, ...] = MAY_CHANGE
     if not config.train.skip_spikes:
         allowed += _SPIKE_SETTINGS
-    difference = first_difference(state.config, dump_config(config), allowed)
+    difference = first_difference(dump_config(old), dump_config(config), allowed)
     if difference is not None:
         changes.append(difference)
-    # Data, wherever it lies by now.
+    # Data, wherever it is stored now.
     if state.data != data.fingerprint:
         changes.append(f"data.mixture: data {state.data} -> {data.fingerprint}")
-    # The learning rates of the steps that are done; later ones may change.
-    old = _config_of_checkpoint(state.config, folder)
+    # The learning rates of the steps that are done. Those of later steps may change.
     changed_rate = _first_changed_rate(old, config, state.step)
     if changed_rate is not None:
         changes.append(changed_rate)
@@ -155,7 +156,7 @@ def _config_of_checkpoint(saved: JsonObject, folder: Path) -> RunConfig:
 
 
 def _threads_matter(config: RunConfig, old: RunConfig, state: CheckpointState) -> bool:
-    """Return whether another number of CPU threads a rank would make another run.
+    """Return whether another number of CPU threads per rank would make another run.
 
     It does where both configs set it. Where the machine decides it, it changes with the number of
     ranks; then the layout has changed too, which is allowed. On the same layout it decides the
@@ -177,7 +178,7 @@ def refuse_other_architecture(subject: str, config: RunConfig, old: JsonObject) 
 
     Args:
         subject: begins the message: what holds the weights.
-        config: of the run.
+        config: the run's config.
         old: model section of the weights.
 
     Raises:
@@ -214,8 +215,8 @@ def changed_constants(
     """Return which constants of the model differ from those that the weights were trained with.
 
     Args:
-        source: of the weights.
-        config: of the run.
+        source: folder of the weights.
+        config: the run's config.
         old: model section of the weights.
         allow_changed: report differences instead of refusing them.
 

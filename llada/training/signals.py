@@ -1,8 +1,8 @@
 """Asking a run to stop: SIGTERM, SIGINT and SIGUSR1 only set a flag.
 
 The loop reads it and stops at a step boundary with a checkpoint. Standard library only, so that the
-handlers are there before the slow imports: a signal during start-up must not kill a run that could
-have ended in order.
+handlers are installed before the slow imports: a signal during start-up must not kill a run that
+could have stopped cleanly.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from llada.config import RunConfig, dump_config
 from llada.config.sections import LoggingSection
 from llada.events import EventLog
 from llada.files import write_atomically
-from llada.training.metrics import MetricsLine, finite
+from llada.training.metrics import MetricsLine, finite, is_step
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -35,8 +35,8 @@ class StepEvents:
     """Steps in events.jsonl: the first of every start, then as often as lines on the console.
 
     Args:
-        log: of the run.
-        total: steps of the run.
+        log: the run's event log.
+        total: number of steps of the run.
         section: how often.
     """
 
@@ -47,9 +47,9 @@ class StepEvents:
         self._is_first = True
 
     def write(self, line: MetricsLine) -> None:
-        if "loss" not in line:  # a validation
+        if not is_step(line):
             return
-        # The first step of every start: whoever watches sees that it computes again.
+        # The first step of every start is logged: it shows that the run computes again.
         step = line["step"]
         if self._is_first or step % self._every == 0 or step == self._total:
             self._log.write(
@@ -94,9 +94,12 @@ class WeightsAndBiases:
         run_id = uuid.uuid4().hex[:8]
         if id_file.exists():
             run_id = id_file.read_text().strip()
-        # Before W&B is told: a process that dies in between goes on with the same run, too.
+        # Written before W&B starts: if this process dies in between, the next one continues the
+        # same run.
         write_atomically(id_file, run_id)
-        default_mode = "online" if wandb.api.api_key else "offline"
+        default_mode = "offline"
+        if wandb.api.api_key:
+            default_mode = "online"
         mode: Any = os.environ.get("WANDB_MODE") or default_mode
         self._run = wandb.init(
             project=config.logging.wandb_project,
@@ -129,8 +132,8 @@ class Console:
     """A live progress line on a terminal, else a line every few steps.
 
     Args:
-        total: steps of the run.
-        done: steps done before.
+        total: number of steps of the run.
+        done: number of steps done before this start.
         section: how often to print where there is no terminal.
     """
 
@@ -163,7 +166,8 @@ class Console:
         self._progress.start()
 
     def write(self, line: MetricsLine) -> None:
-        if "loss" not in line:  # a validation: its NELBO stands in the lines of the next steps
+        if not is_step(line):
+            # The lines of the next steps show the NELBO of a validation.
             if "nelbo_per_token" in line:
                 self._nelbo = f" | NELBO {line['nelbo_per_token']:.3f}"
             return

@@ -22,7 +22,7 @@ class Start:
         lineage: where the weights came from, oldest first.
         notes: lines for the console.
         superseded: later checkpoints that a rewind leaves behind.
-        recent, validation: of the checkpoint, see `CheckpointState`.
+        recent, validation: read from the checkpoint, see `CheckpointState`.
     """
 
     folder: Path | None = None

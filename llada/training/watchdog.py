@@ -39,7 +39,7 @@ class Beat(NamedTuple):
     """What a rank last reported.
 
     Attributes:
-        host: that it runs on.
+        host: host that the rank runs on.
         step: steps it has finished.
         time: when it reported, seconds since 1970.
     """
@@ -53,8 +53,8 @@ class Watchdog(Hook):
     """A thread that watches this rank's progress.
 
     Args:
-        folder: where the ranks' heartbeat files are; shared by all hosts, as checkpoints are.
-        rank, size: of this process and the world.
+        folder: folder of the ranks' heartbeat files; shared by all hosts, as checkpoints are.
+        rank, size: this process's rank and the number of ranks.
         timeout: seconds without a finished step after which the run ends; 0: never.
         leave: called with the message ("" on ranks that do not report) instead of ending the
             process; for tests.

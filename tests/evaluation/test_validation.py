@@ -259,7 +259,7 @@ def test_a_corpus_without_validation_documents_trains_without(workplace: Workpla
         data={"sequence_length": 64, "mixture": [{"path": "other"}]},
     )
     out = workplace.run("pretrain", config).stdout
-    assert "nothing held out that fits: trains without validation" in out
+    assert "no held-out text fits: training without validation" in out
     assert not any("nelbo_per_token" in line for line in workplace.lines("without"))
 
 

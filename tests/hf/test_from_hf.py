@@ -282,7 +282,7 @@ def test_a_diffusion_model_starts_from_a_llama(
         **settings,
     )
     assert (
-        "is an imported checkpoint, of weights alone"
+        "is an imported checkpoint, which contains only weights"
         in workplace.run("pretrain", moments, code=2).stderr
     )
 

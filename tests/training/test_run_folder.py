@@ -159,7 +159,7 @@ def test_fewer_steps_than_done(
     before = (copied(workplace, "shorter") / "config.yaml").read_text()
     assert run(workplace, monkeypatch, "shorter", train={"steps": 2}) == 0
     assert (
-        "nothing to do: shorter is at step 12, train.steps is 2; a larger one trains on"
+        "nothing to do: shorter is at step 12, train.steps is 2; raise it to continue"
         in capsys.readouterr().out
     )
     assert (workplace.folder / "shorter" / "config.yaml").read_text() == before
@@ -248,7 +248,7 @@ def test_a_run_folder_deleted_meanwhile_stays_so(
     path = workplace.folder / "deleted"
     with pytest.raises(
         RunError,
-        match=r"^run.dir: 'deleted' is gone: it was moved or deleted, or its disk is away$",
+        match=r"^run.dir: 'deleted' is gone: .*, or its file system is no longer mounted$",
     ):
         run(
             workplace,
@@ -451,6 +451,7 @@ def test_asked_to_stop_while_waiting(tmp_path: Path, capsys: pytest.CaptureFixtu
     with pytest.raises(TryAgain, match=f"^stopped while {waiting}run the same command again$"):
         RunFolder(tmp_path, lambda: next(looks))
     assert (
-        capsys.readouterr().err == f"{waiting}it counts as left behind after 60 s without a sign\n"
+        capsys.readouterr().err
+        == f"{waiting}it is treated as stale after 60 s without a heartbeat\n"
     )
     assert (tmp_path / lock.NAME).exists()
