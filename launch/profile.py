@@ -12,7 +12,7 @@ from typing import Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from launch import slurm
-from llada.config import apply_override, one_line, read_yaml
+from llada.config import apply_override, first_mistake, read_yaml
 from llada.config.section import Section
 from llada.errors import UserError
 
@@ -251,4 +251,4 @@ def load_profile(path: str | Path, overrides: list[str] | None = None) -> Cluste
     try:
         return ClusterProfile.model_validate(raw)
     except ValidationError as error:
-        raise UserError(f"--cluster {path}: {one_line(error, ClusterProfile)}") from None
+        raise UserError(f"--cluster {path}: {first_mistake(error, ClusterProfile)}") from None

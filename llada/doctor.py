@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from llada import __version__
+from llada.errors import one_line
 
 Level = Literal["ok", "note", "problem"]
 _REQUIRED = (
@@ -124,7 +125,7 @@ def examine(folder: Path | None = None) -> Report:
         try:
             findings += section()
         except ImportError as error:
-            message = " ".join(str(error).split())
+            message = one_line(error)
             findings.append(Finding("broken package", message, "problem", "install it again"))
     return Report(findings)
 

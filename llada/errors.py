@@ -32,6 +32,11 @@ class TryAgain(Exception):
     """
 
 
+def one_line(error: object) -> str:
+    """Return the text of another library's error without its line breaks and indentation."""
+    return " ".join(str(error).split())
+
+
 def did_you_mean(name: str, allowed: Iterable[str]) -> str:
     """Return `` (did you mean 'x'?)`` for the closest of `allowed`, or "" if none is close."""
     near = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.6)

@@ -85,9 +85,7 @@ def derive_key(seed: int, purpose: str, *parts: int | str) -> int:
     return purpose_key(text)
 
 
-def random_lengths(
-    seed: int, samples: npt.ArrayLike, length: int, probability: float, purpose: str = "train"
-) -> I64:
+def random_lengths(seed: int, samples: npt.ArrayLike, length: int, probability: float) -> I64:
     """The position r at which each window is cut in two segments, [0, r) and [r, length).
 
     With `probability`, r is uniform on 1..length; otherwise it is `length`, and nothing is cut.
@@ -97,22 +95,19 @@ def random_lengths(
         samples: global sample indices [n].
         length: tokens per window.
         probability: share of the windows with a random length (the paper: 0.01).
-        purpose: name of the noise, "train" or "validation".
 
     Returns:
         int64 [n]; r = length means one segment.
     """
     samples = np.asarray(samples, dtype=np.uint64)
-    chosen = to_unit(hash64(derive_key(seed, f"{purpose}/length-chosen"), samples)) < probability
-    r = 1 + np.floor(
-        to_unit(hash64(derive_key(seed, f"{purpose}/length"), samples)) * length
-    ).astype(np.int64)
+    chosen = to_unit(hash64(derive_key(seed, "train/length-chosen"), samples)) < probability
+    r = 1 + np.floor(to_unit(hash64(derive_key(seed, "train/length"), samples)) * length).astype(
+        np.int64
+    )
     return np.where(chosen, r, length)
 
 
-def timesteps(
-    seed: int, step: int, shares: npt.ArrayLike, mode: str, purpose: str = "train"
-) -> F64:
+def timesteps(seed: int, step: int, shares: npt.ArrayLike, mode: str) -> F64:
     """The diffusion time t in [0, 1) of every segment of a global step.
 
     "iid" draws independent uniforms. "stratified" lays the segments end to end in keyed order, each
@@ -135,13 +130,12 @@ def timesteps(
         shares: share of each segment in the step's loss, in any unit, [n], > 0, in order of the
             global sample index.
         mode: "stratified" or "iid".
-        purpose: name of the noise, "train" or "validation".
 
     Returns:
         float64 [n].
     """
     shares = np.asarray(shares, dtype=np.float64)
-    bits = stream(seed, f"{purpose}/t-{mode}", step)
+    bits = stream(seed, f"train/t-{mode}", step)
     if mode == "iid":
         return uniforms(bits, len(shares))
     offset = uniforms(bits, 1)[0]
@@ -196,8 +190,6 @@ def permute(index: npt.ArrayLike, n: int, key: int) -> I64:
             # Whatever the hash is, a round can be undone, which makes the network a bijection.
             left, right = right, left ^ (hash64((key + round_) & _MASK64, right) & low)
         out[todo] = (left << shift) | right
-        # What is not below n goes through the rounds again. With n = 5 one key sends 3 to 12, 10,
-        # 9, 11 and then 0. Such a walk follows a cycle of the permutation, so it comes back below
-        # n, and two indices never end at one number.
+        # Cycle walking: what is not below n goes through the rounds again.
         todo[todo] = out[todo] >= n
     return out.astype(np.int64).reshape(np.shape(index))

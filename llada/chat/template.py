@@ -24,7 +24,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from llada.chat.format import TEMPLATE, ChatFormat, Message, Reply
-from llada.errors import UserError
+from llada.errors import UserError, one_line
 from llada.tokenizer import TextBetween, Tokenizer
 
 I64 = npt.NDArray[np.int64]
@@ -297,7 +297,7 @@ class TemplateFormat:
                 add_generation_prompt=add_generation_prompt,
             )
         except Exception as error:  # a template is a program: it may raise anything
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = one_line(error) or type(error).__name__
             raise TemplateError(
                 "conversations that the chat template refuses",
                 f"the chat template refuses it: {reason}",

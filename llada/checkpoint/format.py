@@ -26,7 +26,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from llada.config.sections import ModelSection
-from llada.errors import UserError
+from llada.errors import UserError, one_line
 from llada.files import checksum, sync_folder, sync_tree, write_atomically
 from llada.tokenizer import Tokenizer
 
@@ -107,7 +107,7 @@ def trained_config(state: CheckpointState) -> TrainedConfig:
         lengths += [entry.get("sequence_length", 0) for entry in state.lineage]
         return TrainedConfig(model, state.config["precision"], max(lengths))
     except (KeyError, TypeError, ValidationError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise UserError(
             f"checkpoint: its {STATE_FILE} does not describe a model ({reason})"
         ) from None

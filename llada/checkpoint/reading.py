@@ -104,9 +104,6 @@ class StoredTensors:
         for index, storage in metadata.storage_data.items():
             self._storage[index.fqn, tuple(index.offset or ())] = storage
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._tensors
-
     def names(self) -> list[str]:
         """Return the names of all tensors."""
         return list(self._tensors)
@@ -126,10 +123,6 @@ class StoredTensors:
     def dtype(self, name: str) -> torch.dtype:
         """Return the dtype that a tensor is stored in."""
         return self._tensors[name].properties.dtype
-
-    def read(self, name: str) -> torch.Tensor:
-        """Read a whole tensor."""
-        return self.rows(name, 0, self.shape(name)[0])
 
     def rows(self, name: str, first: int, last: int, layer: int | None = None) -> torch.Tensor:
         """Read rows `first` to `last` (exclusive) of a tensor, and no other bytes.

@@ -23,7 +23,7 @@ from llada.checkpoint.format import (
     checkpoint_name,
     commit_checkpoint,
 )
-from llada.errors import RunError
+from llada.errors import RunError, one_line
 from llada.files import DISK_FULL, readable_size
 
 T = TypeVar("T")
@@ -225,4 +225,4 @@ def _do_nothing() -> None:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    return one_line(error)[:300] or type(error).__name__

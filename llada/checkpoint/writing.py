@@ -35,8 +35,8 @@ from llada.config.sections import ModelSection
 from llada.files import prefetch
 from llada.model import weights
 
-PIECE_ELEMENTS = 1 << 24
-"""Largest number of elements in a piece, the unit in which weights are read and written."""
+BLOCK_ELEMENTS = 1 << 24
+"""Largest number of elements in a block, the unit in which weights are read and written."""
 
 _METADATA_JSON = {
     "sharded_backend": "torch_dist",
@@ -49,7 +49,7 @@ _METADATA_JSON = {
 
 @dataclass(frozen=True)
 class _Rows:
-    """Rows `first` to `last` (exclusive) of a Megatron parameter: one piece of the checkpoint."""
+    """Rows `first` to `last` (exclusive) of a Megatron parameter: one block of the checkpoint."""
 
     parameter: str
     first: int
@@ -57,7 +57,7 @@ class _Rows:
 
 
 class _Planner(SavePlanner):
-    """Plans the pieces of a model, and reads each only when it is about to be written."""
+    """Plans the blocks of a model, and reads each only when it is about to be written."""
 
     def __init__(self, source: weights.Weights, model: ModelSection, dtype: torch.dtype) -> None:
         self._source = source
@@ -77,9 +77,9 @@ class _Planner(SavePlanner):
         items: list[WriteItem] = []
         for name in weights.parameter_names(self._model):
             items += self._plan_parameter(name)
-        # The writer asks for the pieces in the order of the plan, so the next ones can be read
+        # The writer asks for the blocks in the order of the plan, so the next ones can be read
         # while it writes.
-        self._pieces = prefetch(partial(self._read_piece, index) for index in self._rows_of)
+        self._blocks = prefetch(partial(self._read_block, index) for index in self._rows_of)
         return SavePlan(items)
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
@@ -89,12 +89,12 @@ class _Planner(SavePlanner):
         return new_plan
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
-        index, rows = next(self._pieces)
+        index, rows = next(self._blocks)
         requested = MetadataIndex(write_item.index.fqn, write_item.index.offset)
         assert index == requested and write_item.tensor_data is not None
         return rows.view(write_item.tensor_data.chunk.sizes)
 
-    def _read_piece(self, index: MetadataIndex) -> tuple[MetadataIndex, torch.Tensor]:
+    def _read_block(self, index: MetadataIndex) -> tuple[MetadataIndex, torch.Tensor]:
         rows = self._rows_of[index]
         values = weights.parameter_rows(
             self._model, self._source, rows.parameter, rows.first, rows.last
@@ -102,7 +102,7 @@ class _Planner(SavePlanner):
         return index, values.to(self._dtype)
 
     def _plan_parameter(self, parameter: str) -> list[WriteItem]:
-        """Cut a Megatron parameter into pieces of whole rows, and say where each is stored."""
+        """Cut a Megatron parameter into blocks of whole rows, and say where each is stored."""
         name, layer = stored_name(parameter)
         shape = weights.parameter_shape(self._model, parameter)
         # A layer's parameter is stored as one element along axis 0 of a stacked tensor.
@@ -116,7 +116,7 @@ class _Planner(SavePlanner):
         # Pieces are whole rows, so they start at column 0.
         no_columns = (0,) * (len(shape) - 1)
         items = []
-        for first, last in weights.row_blocks(shape, PIECE_ELEMENTS):
+        for first, last in weights.row_blocks(shape, BLOCK_ELEMENTS):
             offsets = torch.Size((*layer_offset, first, *no_columns))
             sizes = torch.Size((*layer_size, last - first, *shape[1:]))
             index = MetadataIndex(name, offsets)

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from llada.config.overrides import RawConfig, apply_override, override_learning_rate
 from llada.config.run import RunConfig, Task
 from llada.config.strict_yaml import refuse_ambiguous
-from llada.errors import UserError, did_you_mean
+from llada.errors import UserError, did_you_mean, one_line
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -88,9 +88,7 @@ def read_yaml(path: Path, setting: str = "config") -> RawConfig:
         refuse_ambiguous(path.read_text(encoding="utf-8"), f"{setting}: {path}")
         raw = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, OSError) as error:
-        raise UserError(
-            f"{setting}: {path} is not valid YAML: {' '.join(str(error).split())}"
-        ) from None
+        raise UserError(f"{setting}: {path} is not valid YAML: {one_line(error)}") from None
     if not isinstance(raw, dict):
         raise UserError(
             f"{setting}: {path} must hold a mapping of settings, not a {type(raw).__name__}"
@@ -126,10 +124,10 @@ def build_config(raw: RawConfig) -> RunConfig:
     try:
         return RunConfig.model_validate(raw)
     except ValidationError as error:
-        raise UserError(one_line(error, RunConfig)) from None
+        raise UserError(first_mistake(error, RunConfig)) from None
 
 
-def one_line(error: ValidationError, root: type[BaseModel]) -> str:
+def first_mistake(error: ValidationError, root: type[BaseModel]) -> str:
     """The most helpful error of a validation as `setting: value, what is allowed (nearest name)`.
 
     Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from llada.config.strict_yaml import refuse_ambiguous
-from llada.errors import UserError
+from llada.errors import UserError, one_line
 
 RawConfig = dict[str, Any]
 """A config as parsed from YAML, before validation: any key may be missing or hold any value."""
@@ -75,7 +75,7 @@ def _parse_value(text: str, override: str) -> object:
         raise
     except Exception as error:  # the parsers raise many types; each of them means a typo
         raise UserError(
-            f"override '{override}': the value is not valid YAML: {' '.join(str(error).split())}"
+            f"override '{override}': the value is not valid YAML: {one_line(error)}"
         ) from None
 
 

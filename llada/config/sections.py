@@ -329,3 +329,6 @@ class LoggingSection(Section):
     """Log to Weights & Biases; offline (RUN/wandb) unless you are logged in."""
     wandb_project: str = "llada"
     """Weights & Biases project."""
+    profile_steps: int = Field(default=0, ge=0)
+    """Steps of rank 0 to trace with torch.profiler, after the first ten of every start; the trace
+    goes to RUN/profile. 0: none."""

@@ -6,7 +6,7 @@ import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -26,9 +26,6 @@ from llada.sampling.loading import MaskPredictor, load
 from llada.tokenizer import Tokenizer
 from llada.training import metrics
 
-if TYPE_CHECKING:
-    from llada.demo.stages import Stages
-
 Report: TypeAlias = dict[str, Any]
 """root/report.json, or a part of it."""
 
@@ -43,24 +40,26 @@ _LINE_TOKENS = range(12, 41)
 _COUNTED_AT_ONCE = 1 << 22
 
 
-def report(
-    pretrain: RunConfig, sft: RunConfig, root: Path, stages: Stages, num_answers: int
-) -> None:
-    """Measure, let the models write, and print it; root/report.json holds the same.
+def make_report(pretrain: RunConfig, sft: RunConfig, root: Path, num_answers: int) -> Report:
+    """Collect the NELBO of both runs, and let their models write.
 
     Args:
         pretrain, sft: the two runs.
         root: folder of the demo.
-        stages: with the seconds of the other stages.
-        num_answers: held-out questions to answer.
+        num_answers: number of held-out questions to answer.
     """
-    with stages.timed("report"):
-        content: Report = {
-            **_measure_nelbo(pretrain, root),
-            **_write_text(pretrain, root),
-            **_answer_questions(sft, root, num_answers),
-        }
-    content["seconds"] = {stage: round(value, 1) for stage, value in stages.seconds.items()}
+    return {
+        **_measure_nelbo(pretrain, root),
+        **_write_text(pretrain, root),
+        **_answer_questions(sft, root, num_answers),
+    }
+
+
+def publish_report(
+    content: Report, seconds: dict[str, float], pretrain: RunConfig, sft: RunConfig, root: Path
+) -> None:
+    """Complete the report with the seconds of each stage, write root/report.json, and print it."""
+    content["seconds"] = {stage: round(value, 1) for stage, value in seconds.items()}
     run = Path(pretrain.run.dir)
     content["paths"] = {
         "tokenizer": str(root / "tokenizer"),

@@ -1,6 +1,6 @@
 """The demo's stages: tokenizer, corpus, pretraining, pairs, fine-tuning, export, report.
 
-A stage whose result exists is not run again, so a demo that was interrupted goes on.
+A stage whose result exists is not run again, so an interrupted demo continues.
 """
 
 from __future__ import annotations
@@ -108,9 +108,14 @@ def run_demo(
     if code:
         return code
 
-    from llada.demo.report import report
+    from llada.demo.report import make_report, publish_report
 
-    report(pretrain, sft, root, stages, num_answers=4 if smoke else 50)
+    num_answers = 50
+    if smoke:
+        num_answers = 4
+    with stages.timed("report"):
+        report = make_report(pretrain, sft, root, num_answers)
+    publish_report(report, stages.seconds, pretrain, sft, root)
     return 0
 
 

@@ -281,8 +281,10 @@ class MegatronEngine:
     def _build_chunks(self, token_loss: TokenLoss) -> list[BidirectionalTransformer]:
         num_virtual = self.config.parallel.virtual_pipeline
         chunks = []
-        for stage in range(num_virtual or 1):
-            vp_stage = stage if num_virtual else None
+        for virtual_stage in range(num_virtual or 1):
+            vp_stage = None
+            if num_virtual:
+                vp_stage = virtual_stage
             where = {"ignore_virtual": num_virtual is None, "vp_stage": vp_stage}
             chunk = BidirectionalTransformer(
                 self.transformer_config,
@@ -321,14 +323,6 @@ class MegatronEngine:
 
     # -- state -------------------------------------------------------------------------------------
 
-    def save(self, folder: Path) -> None:
-        """Write model and optimizer into an existing empty folder; return when it is complete."""
-        pending = self.start_save(folder)
-        pending.wait()
-        if pending.error is not None:
-            raise pending.error
-        pending.finish()
-
     def start_save(self, folder: Path) -> BackgroundSave:
         """Start to write model and optimizer into an existing empty folder; collective.
 
@@ -364,7 +358,7 @@ class MegatronEngine:
             if has_masters:
                 kinds = optimizer_state.MASTER_STATES
         own = optimizer_state.owned_rectangles(parts, self._sharded_state(), kinds)
-        views = [piece.data for piece in own]
+        views = [rectangle.data for rectangle in own]
         state = dist_checkpointing.load({"optimizer": {"pieces": own}}, str(folder))
         for view, value in zip(views, state["optimizer"]["pieces"], strict=True):
             view.copy_(value)

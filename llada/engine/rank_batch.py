@@ -45,8 +45,14 @@ class RankBatch:
     lengths: SegmentLengths | None
 
     def pin_memory(self) -> RankBatch:
-        """A copy in page-locked memory."""
-        return self._map_tensors(lambda tensor: tensor.contiguous().pin_memory())
+        """A copy in page-locked memory, except `segments`, which stay on the host."""
+
+        def pin(tensor: torch.Tensor) -> torch.Tensor:
+            if tensor is self.segments:
+                return tensor
+            return tensor.contiguous().pin_memory()
+
+        return self._map_tensors(pin)
 
     def to(self, device: torch.device) -> RankBatch:
         """A copy on `device`, except `segments`. The copies are queued and not waited for."""

@@ -101,15 +101,15 @@ class Validator:
 
     Args:
         data: the run's data.
-        place: this rank's place in the layout; each replica takes every data_size-th micro-batch.
+        parallel_rank: of this process; each replica takes every data_size-th micro-batch.
 
     Attributes:
         corpora: numbers of the corpora that are validated.
     """
 
-    def __init__(self, data: TrainingData, place: ParallelRank) -> None:
+    def __init__(self, data: TrainingData, parallel_rank: ParallelRank) -> None:
         self._data = data
-        self._place = place
+        self._parallel_rank = parallel_rank
         self.objective = data.make_objective(_SEED)
         self.corpora = [
             i for i, reader in enumerate(data.readers[VALIDATION]) if reader.num_instances > 0
@@ -210,8 +210,8 @@ class Validator:
             between_sweeps = sweep[rows] / draws_per_window
             return (offset + in_sweep + between_sweeps) % 1.0
 
-        items = order[draws // draws_per_window]
-        return data.validation_plan(draws, corpus, items, sweep, draw_t), num_sweeps
+        instances = order[draws // draws_per_window]
+        return data.validation_plan(draws, corpus, instances, sweep, draw_t), num_sweeps
 
     def purpose(self, corpus: int) -> str:
         """Return the name of a corpus's noise, which follows the text and not its path."""
@@ -241,7 +241,7 @@ class Validator:
         """
         micro = self._data.config.batch.micro
         parallel = self._data.config.parallel
-        rows_at_once = micro * self._place.data_size
+        rows_at_once = micro * self._parallel_rank.data_size
         multiple = rows_at_once
         if parallel.virtual_pipeline:
             # Megatron-Core's interleaved schedule takes micro-batches in groups of the pipeline's
@@ -249,7 +249,7 @@ class Validator:
             multiple *= parallel.pipeline
         padded = ceil_div(len(plan.samples), multiple) * multiple
         batches = []
-        for first in range(self._place.data_rank * micro, padded, rows_at_once):
+        for first in range(self._parallel_rank.data_rank * micro, padded, rows_at_once):
             batches.append(self._batch(plan, corpus, range(first, first + micro)))
         return batches
 

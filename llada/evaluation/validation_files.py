@@ -31,7 +31,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from llada.errors import RunError, UserError
+from llada.errors import RunError, UserError, one_line
 from llada.evaluation.estimates import I64, SWEEP, Sample
 from llada.files import sync_folder, write_atomically
 
@@ -162,9 +162,7 @@ def read(run: Path, step: int) -> list[Measured]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
     except _DAMAGES as error:
-        raise UserError(
-            f"{path}: damaged ({' '.join(str(error).split())}); compare another step"
-        ) from None
+        raise UserError(f"{path}: damaged ({one_line(error)}); compare another step") from None
 
 
 def _corpus(c: int, description: dict[str, Any], arrays: _Arrays) -> Measured:

@@ -95,7 +95,7 @@ class ExportOptions:
 
 
 @dataclass(frozen=True)
-class _Source:
+class _OpenedCheckpoints:
     """The checkpoints of an export, opened.
 
     Attributes:
@@ -281,7 +281,9 @@ def model_config(trained: TrainedConfig, tokenizer: Tokenizer, dtype: str) -> Js
     return fields
 
 
-def _open_source(source: str | Path, output: str | Path, options: ExportOptions) -> _Source:
+def _open_source(
+    source: str | Path, output: str | Path, options: ExportOptions
+) -> _OpenedCheckpoints:
     """Open the checkpoints of an export. Raises UserError as `to_hf` does."""
     folder = resolve_checkpoint(source).resolve()
     refuse_inside(output, folder)
@@ -304,7 +306,7 @@ def _open_source(source: str | Path, output: str | Path, options: ExportOptions)
     )
     sources = [CheckpointWeights(tensors, trained.model, masters) for tensors in stored]
     weights = sources[0] if len(sources) == 1 else Mean(sources)
-    return _Source(folders, state, trained, tokenizer, weights, masters, dtype)
+    return _OpenedCheckpoints(folders, state, trained, tokenizer, weights, masters, dtype)
 
 
 def _check_files(folders: list[Path]) -> None:
@@ -316,7 +318,7 @@ def _check_files(folders: list[Path]) -> None:
         raise UserError(f"checkpoint: {problems[0]}{more}; it is damaged, take another one")
 
 
-def _write_configs(folder: Path, source: _Source) -> None:
+def _write_configs(folder: Path, source: _OpenedCheckpoints) -> None:
     """Write config.json and generation_config.json."""
     tokenizer = source.tokenizer
     _write_json(folder / "config.json", model_config(source.trained, tokenizer, source.dtype))
@@ -334,7 +336,7 @@ def _write_configs(folder: Path, source: _Source) -> None:
     )
 
 
-def _write_tokenizer(opened: _Source, target: Path) -> tuple[str, bool]:
+def _write_tokenizer(opened: _OpenedCheckpoints, target: Path) -> tuple[str, bool]:
     """Copy the tokenizer, with its own chat template or LLaDA's.
 
     A tokenizer without a template gets LLaDA's if it has the special tokens for it.

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from llada.checkpoint.raw_values import read_into, write_from
-from llada.errors import RunError, UserError
+from llada.errors import RunError, UserError, one_line
 from llada.files import prefetch
 from llada.model.weights import BLOCK_ELEMENTS, Weights, row_blocks
 
@@ -155,9 +155,7 @@ class _SafetensorsFiles:
                 slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  (no dict)
             offsets = _value_offsets(path)
         except (SafetensorError, OSError) as error:
-            raise UserError(
-                f"{path}: not a sound safetensors file ({' '.join(str(error).split())})"
-            ) from None
+            raise UserError(f"{path}: not a sound safetensors file ({one_line(error)})") from None
         for key, tensor in slices.items():
             code = tensor.get_dtype()
             if code not in _DTYPES:
@@ -219,7 +217,7 @@ class _PickleFiles:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
             raise UserError(
-                f"{path}: cannot be read as weights ({' '.join(str(error).split())[:200]})"
+                f"{path}: cannot be read as weights ({one_line(error)[:200]})"
             ) from None
         if not isinstance(content, dict) or not all(
             isinstance(value, torch.Tensor) for value in content.values()

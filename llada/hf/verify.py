@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from llada.checkpoint.format import load_tokenizer, read_state, trained_config
 from llada.config import RunConfig, build_config
 from llada.config.sections import ModelSection
-from llada.errors import RunError, UserError
+from llada.errors import RunError, UserError, one_line
 from llada.hf.folder import open_folder
 from llada.noise import stream, uniforms
 from llada.objectives import MaskedDiffusion, Window, collate
@@ -204,6 +204,4 @@ def _write_reference(path: str, input_ids: torch.Tensor, logits: torch.Tensor) -
         save_file({"input_ids": input_ids, "logits": logits.contiguous()}, temporary)
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
-        raise RunError(
-            f"--reference: {path} cannot be written ({' '.join(str(error).split())})"
-        ) from None
+        raise RunError(f"--reference: {path} cannot be written ({one_line(error)})") from None

@@ -1,1 +1,1 @@
-"""The training loop and what it keeps: schedule, checkpoints, validation, metrics, signals."""
+"""The training loop and what belongs to a run: schedule, resume, run folder, metrics, signals."""

@@ -1,27 +1,17 @@
 """Hooks: code that runs at named moments of a training run.
 
-The watchdog is one. A hook sees the run and must not change it: no weights, no data, no collective
-operations unless all ranks have the hook. Every rank calls its hooks at the same moments, in the
-order of the list.
+`Watchdog` and `Profiler` are hooks. A hook sees the run and must not change it: no weights, no
+data, no collective operations unless all ranks have the hook. Every rank calls its hooks at the
+same moments, in the order of the list.
 
 To add one, subclass `Hook`, override the moments you need, and pass it to
-`llada.training.loop.train`. A profiler of ten steps:
+`llada.training.loop.train` in a script of your own:
 
-    class Profiler(Hook):
-        def __init__(self, folder: Path) -> None:
-            self._profile = torch.profiler.profile(
-                schedule=torch.profiler.schedule(wait=10, warmup=2, active=10, repeat=1),
-                on_trace_ready=torch.profiler.tensorboard_trace_handler(str(folder)),
-            )
-
-        def on_start(self, done: int) -> None:
-            self._profile.start()
-
+    class PrintLoss(Hook):
         def on_step(self, done: int, result: StepResult) -> None:
-            self._profile.step()
+            print(done, result.loss)
 
-        def on_end(self) -> None:
-            self._profile.stop()
+    train(load_config("pretrain.yaml"), StopRequest().install(), hooks=[PrintLoss()])
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ def _loop(run: Run, stop: StopRequest) -> int:
         last = done == config.train.steps
         # All ranks have to agree on both, in one exchange: whether to stop, and whether a
         # checkpoint is still being written somewhere.
-        stopping, writing = run.engine.any_of(bool(stop), run.is_writing())
+        stopping, writing = run.engine.any_of(bool(stop), run.checkpoints.is_writing())
         if not writing:  # so this does not wait
             run.finish_save()
         if done % config.validation.every == 0 or last:

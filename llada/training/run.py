@@ -11,8 +11,7 @@ from pathlib import Path
 import torch
 
 from llada.checkpoint.format import CheckpointState
-from llada.checkpoint.retention import prune_checkpoints, supersede_checkpoints
-from llada.checkpoint.saving import CheckpointSave
+from llada.checkpoint.retention import supersede_checkpoints
 from llada.config import RunConfig, dump_config
 from llada.data.loader import Loader, Prepared
 from llada.data.step_plan import StepPlan
@@ -23,9 +22,10 @@ from llada.engine.layout import join_world, sample_offsets, world_from_environme
 from llada.engine.megatron import MegatronEngine
 from llada.evaluation.validation import Validator
 from llada.files import read_files
-from llada.planning.summary import checkpoint_volume
+from llada.training.checkpoint_writer import CheckpointWriter
 from llada.training.guard import Guard
 from llada.training.hooks import Hook, HookList
+from llada.training.profiler import Profiler
 from llada.training.reporting import FinishedStep, Hardware, MainReporter, Reporter, SilentReporter
 from llada.training.resume import resolve_resume
 from llada.training.run_folder import hold_run_folder, name_write_errors
@@ -54,7 +54,7 @@ class Run:
         starts_from_weights: the run starts at step 0 from weights that are not random.
         tokens: trained on so far.
         validation: the last validation line of metrics.jsonl; None: there is none.
-        saving: the checkpoint that is being written, if any.
+        checkpoints: writes them.
     """
 
     def __init__(
@@ -67,6 +67,52 @@ class Run:
     ) -> None:
         self.config = config
         self.folder = Path(config.run.dir)
+        rank, world_size = self._join_world()
+        self.schedule = Schedule(config.schedule, config.tokens_per_step)
+        self.schedule.check_covers(config.train.steps)
+        self.threads = _set_threads(config, world_size)
+        self.data = open_data(config, verify=rank == 0)
+        # Read now: the corpus may be gone by the time of a checkpoint.
+        tokenizer_files: dict[str, bytes] = {}
+        if rank == 0:
+            tokenizer_files = read_files(self.data.tokenizer_folder)
+
+        # Closes what was opened, the last first, also if the rest of this method fails.
+        with ExitStack() as opened:
+            held_folder = hold_run_folder(self.folder, rank, lambda: bool(stop))
+            if held_folder is not None:
+                opened.callback(held_folder.release)
+            # Only once the folder is held: the process that held it until a moment ago may have
+            # written checkpoints.
+            start = self._resolve_start(allow_changed, rewind)
+            if torch.cuda.is_available() and rank == 0:
+                with name_write_errors(self.folder):
+                    (self.folder / FLIGHT_RECORDER).mkdir(exist_ok=True)
+            self.engine = MegatronEngine(config, self.data.objective.token_loss)
+            opened.callback(self.engine.close)
+            start.load(self.engine)
+            self.checkpoints = CheckpointWriter(config, self.engine, tokenizer_files)
+            self.validator = Validator(self.data, self.engine.parallel_rank)
+            self.guard = Guard(config.train, start.recent)
+            self.reporter = self._open_reporter(start)
+            opened.callback(self.reporter.close)
+            # Last: what comes before may take longer than the watchdog allows for a step.
+            self.hooks = HookList([*self._own_hooks(), *hooks])
+            opened.callback(self.hooks.on_end)
+            self._opened = opened.pop_all()
+
+        self.start_step = start.step
+        self.starts_from_weights = start.folder is not None and start.step == 0
+        self.tokens = start.tokens
+        self.validation = start.validation
+        self._lineage = start.lineage
+        self._unreported: tuple[int, StepPlan, StepResult] | None = None
+        self._blocked_seconds = 0.0
+        self._reported_at = time.perf_counter()
+
+    def _join_world(self) -> tuple[int, int]:
+        """Meet the other ranks; return this process's rank and the number of ranks."""
+        config = self.config
         rank, world_size, _ = world_from_environment()
         config.check_world(world_size)
         # Before the first process group, which reads what this sets.
@@ -74,85 +120,51 @@ class Run:
         if config.run.deterministic:
             use_deterministic_algorithms()
         join_world(config.run.hang_timeout)
-        self.schedule = Schedule(config.schedule, config.tokens_per_step)
-        self.schedule.check_covers(config.train.steps)
-        self.threads = _set_threads(config, world_size)
-        self.data = open_data(config, verify=rank == 0)
-        # Read now: the corpus may be gone by the time of a checkpoint.
-        self._tokenizer_files: dict[str, bytes] = {}
-        if rank == 0:
-            self._tokenizer_files = read_files(self.data.tokenizer_folder)
-        self._held_folder = hold_run_folder(self.folder, rank, lambda: bool(stop))
-        try:
-            # Only once the folder is held: the process that held it until a moment ago may have
-            # written checkpoints.
-            start = resolve_resume(
-                config, self.data, self._checkpoints, self.threads, allow_changed, rewind
-            )
-            self._build_engine(start, hooks)
-        except BaseException:
-            if self._held_folder is not None:
-                self._held_folder.release()
-            raise
+        return rank, world_size
 
-    @property
-    def _checkpoints(self) -> Path:
-        return self.folder / "checkpoints"
+    def _resolve_start(self, allow_changed: bool, rewind: int | None) -> Start:
+        return resolve_resume(
+            self.config,
+            self.data,
+            self.folder / "checkpoints",
+            self.threads,
+            allow_changed,
+            rewind,
+        )
 
-    def _build_engine(self, start: Start, hooks: Sequence[Hook]) -> None:
-        """Build the engine and everything that needs one; collective."""
-        if torch.cuda.is_available() and self._held_folder is not None:
-            with name_write_errors(self.folder):
-                (self.folder / FLIGHT_RECORDER).mkdir(exist_ok=True)
-        self.engine = MegatronEngine(self.config, self.data.objective.token_loss)
-        try:
-            self._begin(start, hooks)
-        except BaseException:
-            self.engine.close()
-            raise
-
-    def _begin(self, start: Start, hooks: Sequence[Hook]) -> None:
-        """Load what the run starts from, and open what it writes to; collective."""
-        place = self.engine.parallel_rank
-        self.start_step = start.step
-        self.starts_from_weights = start.folder is not None and start.step == 0
-        self.tokens = start.tokens
-        self.validation = start.validation
-        self._lineage = start.lineage
-        start.load(self.engine)
-        self.validator = Validator(self.data, place)
-        self.guard = Guard(self.config.train, start.recent)
-        self.saving: CheckpointSave | None = None
-        self._loader: Loader | None = None
-        self._unreported: tuple[int, StepPlan, StepResult] | None = None
-        self._blocked_seconds = 0.0
+    def _open_reporter(self, start: Start) -> Reporter:
+        parallel_rank = self.engine.parallel_rank
         if start.superseded:
             # No rank renames a checkpoint before every rank has read it.
             self.engine.barrier()
-        self.reporter: Reporter = SilentReporter()
-        if place.is_main:
-            with name_write_errors(self.folder):
-                supersede_checkpoints(start.superseded)
-                self.reporter = MainReporter(
-                    self.config,
-                    self.data,
-                    start,
-                    Hardware(self.engine.device, place.world_size, self.threads),
-                    self.validator.corpora,
-                )
-        # Last: what comes before may take longer than the watchdog allows for a step.
+        if not parallel_rank.is_main:
+            return SilentReporter()
+        hardware = Hardware(self.engine.device, parallel_rank.world_size, self.threads)
+        with name_write_errors(self.folder):
+            supersede_checkpoints(start.superseded)
+            return MainReporter(self.config, self.data, start, hardware, self.validator.corpora)
+
+    def _own_hooks(self) -> list[Hook]:
+        parallel_rank = self.engine.parallel_rank
         watchdog = Watchdog(
-            self.folder / "heartbeats", place.rank, place.world_size, self.config.run.hang_timeout
+            self.folder / "heartbeats",
+            parallel_rank.rank,
+            parallel_rank.world_size,
+            self.config.run.hang_timeout,
         )
-        self.hooks = HookList([watchdog, *hooks])
-        self._reported_at = time.perf_counter()
+        hooks: list[Hook] = [watchdog]
+        profile_steps = self.config.logging.profile_steps
+        if profile_steps and parallel_rank.is_main:
+            hooks.append(Profiler(self.folder / "profile", profile_steps))
+        return hooks
 
     # -- steps -------------------------------------------------------------------------------------
 
     def batches(self) -> Loader:
         """Return an iterable over (step, plan, micro-batches of this replica) of the steps left."""
-        self._loader = Loader(self.make_batches, self.start_step, self.config.train.steps)
-        return self._loader
+        loader = Loader(self.make_batches, self.start_step, self.config.train.steps)
+        self._opened.callback(loader.close)
+        return loader
 
     def make_batches(self, step: int) -> Prepared:
         """Return the plan of a step (0-based) and this rank's part of its micro-batches.
@@ -161,9 +173,9 @@ class Run:
         """
         plan = self.data.plan(step)
         batch = self.config.batch
-        place = self.engine.parallel_rank
+        parallel_rank = self.engine.parallel_rank
         offsets_of_batches = sample_offsets(
-            batch.global_, batch.micro, place.data_rank, place.data_size
+            batch.global_, batch.micro, parallel_rank.data_rank, parallel_rank.data_size
         )
         prepared = [
             self.engine.prepare(self.data.batch(plan, offsets)) for offsets in offsets_of_batches
@@ -239,14 +251,7 @@ class Run:
         self.reporter.sync()
         if done > self.start_step:  # else it is the checkpoint that this run started from
             started = time.perf_counter()
-            self.saving = CheckpointSave(
-                self._checkpoints,
-                self._state(done),
-                self._tokenizer_files,
-                checkpoint_volume(self.config).bytes_each,
-                self.engine,
-                self.engine.parallel_rank.rank,
-            )
+            self.checkpoints.start(self._state(done))
             self._blocked_seconds += time.perf_counter() - started
         if wait or not self.config.checkpoint.asynchronous:
             self.finish_save()
@@ -268,50 +273,32 @@ class Run:
             ranks=self.engine.parallel_rank.world_size,
         )
 
-    def is_writing(self) -> bool:
-        """Return whether this rank is still writing its part of a checkpoint."""
-        return self.saving is not None and not self.saving.done()
-
     def finish_save(self) -> None:
         """Wait for the checkpoint that is being written, if any, and complete it; collective."""
-        if self.saving is None:
-            return
         started = time.perf_counter()
-        saving = self.saving
-        self.saving = None  # whatever happens: a save that failed is not finished again
-        saving.finish()
-        self.reporter.log_event("checkpoint", step=saving.step)
-        self._prune()
-        self.hooks.on_save(saving.step)
+        step = self.checkpoints.finish()
+        if step is None:
+            return
+        self.reporter.log_event("checkpoint", step=step)
+        self.checkpoints.prune()
+        self.hooks.on_save(step)
         self._blocked_seconds += time.perf_counter() - started
-
-    def _prune(self) -> None:
-        if self.engine.parallel_rank.is_main:
-            section = self.config.checkpoint
-            prune_checkpoints(self._checkpoints, section.keep_last, section.keep_every)
 
     # -- end ---------------------------------------------------------------------------------------
 
     def finish(self) -> None:
         """Do what a run does after its last step."""
         # A run that was killed between its last checkpoint and the pruning still has one too many.
-        self._prune()
+        self.checkpoints.prune()
         self.reporter.report_end()
 
     def close(self) -> None:
-        """Stop the loader, close what is open and release the folder.
+        """Stop the loader, end the hooks, close what is open and release the folder.
 
-        Each of them is closed even where another fails.
+        Each of them is closed even if another fails.
         """
-        # Entered last, left first: the hooks, then the loader, and the folder's lock at the end.
-        with name_write_errors(self.folder), ExitStack() as last_first:
-            if self._held_folder is not None:
-                last_first.callback(self._held_folder.release)
-            last_first.callback(self.engine.close)
-            last_first.callback(self.reporter.close)
-            if self._loader is not None:
-                last_first.callback(self._loader.close)
-            last_first.callback(self.hooks.on_end)
+        with name_write_errors(self.folder):
+            self._opened.close()
 
 
 def _set_threads(config: RunConfig, world_size: int) -> int:

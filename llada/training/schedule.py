@@ -50,7 +50,7 @@ class Schedule:
 
     def __init__(self, section: ScheduleSection, tokens_per_step: int) -> None:
         self._rewinds = section.rewinds
-        self._stages: list[_LRStage] = []
+        self._lr_stages: list[_LRStage] = []
         first = 0
         rate = 0.0  # at the end of the previous stage
         for stage in section.stages:
@@ -63,13 +63,13 @@ class Schedule:
             rate = start
             if stage.end is not None:
                 rate = stage.end
-            self._stages.append(_LRStage(stage.shape, start, rate, first, steps))
+            self._lr_stages.append(_LRStage(stage.shape, start, rate, first, steps))
             first += steps or 0
 
     @property
     def steps(self) -> int | None:
         """Length of the whole schedule in steps; None: its last stage has no end."""
-        last = self._stages[-1]
+        last = self._lr_stages[-1]
         if last.steps is None or self._rewinds:
             return None
         return last.first + last.steps
@@ -92,7 +92,7 @@ class Schedule:
         rates = [rewind.lr for rewind in self._rewinds if rewind.step <= step]
         if rates:
             return rates[-1]
-        stage = next(stage for stage in reversed(self._stages) if stage.first <= step)
+        stage = next(stage for stage in reversed(self._lr_stages) if stage.first <= step)
         if stage.steps is None:
             return stage.start
         if step >= stage.first + stage.steps:

@@ -22,11 +22,11 @@ from llada.checkpoint.format import (
     committed_checkpoints,
     read_state,
 )
-from llada.checkpoint.reading import StoredTensors
 from llada.checkpoint.retention import prune_checkpoints
 from llada.checkpoint.verification import verify_checkpoint
 from llada.files import checksum
 from llada.tokenizer import Tokenizer
+from tests.engine.saves import read_tensors
 from tests.stand_ins import like
 from tests.workplace import CONFIG, Workplace
 
@@ -155,8 +155,7 @@ def test_a_run_keeps_what_it_is_told_to(workplace: Workplace) -> None:
         blocked = [line["checkpoint_blocked_seconds"] for line in raw if "loss" in line]
         assert blocked[0] == 0
         assert max(blocked) > 0
-        tensors = StoredTensors(checkpoints / "step_00000006" / "model")
-        stored.append({tensor: tensors.read(tensor) for tensor in tensors.names()})
+        stored.append(read_tensors(checkpoints / "step_00000006" / "model"))
     assert len(stored[0]) > 30
     assert stored[0].keys() == stored[1].keys()
     assert all(torch.equal(value, stored[1][tensor]) for tensor, value in stored[0].items())

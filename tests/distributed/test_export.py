@@ -29,6 +29,7 @@ from llada.tokenizer import Tokenizer, train_byte_level_bpe
 from tests import processes
 from tests.distributed.layouts import LAYOUTS as MATRIX
 from tests.distributed.pool import RankPool
+from tests.engine.saves import save
 from tests.engine.support import small_config, step_batches
 from tests.hf.folders import published_config, published_tensors
 from tests.model.assembly import gather
@@ -54,7 +55,7 @@ def save_on_ranks(
         own_rank = engine.parallel_rank
         every = step_batches(config, 0)
         engine.train_step(every[own_rank.data_rank :: own_rank.data_size], 1e-2)
-        engine.save(folder)
+        save(engine, folder)
         return {
             n: p.detach().clone() for n, p in engine.parameters().items()
         }, *engine._tensor_rank_and_size()
@@ -167,9 +168,9 @@ def pass_through(
     )
     try:
         engine.load_canonical(open_folder(sources[0]).weights)
-        engine.save(outs[0])
+        save(engine, outs[0])
         engine.load(sources[1] / "model", optimizer=False)
-        engine.save(outs[1])
+        save(engine, outs[1])
     finally:
         engine.close()
 

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from llada.checkpoint.reading import StoredTensors
 from llada.engine.layout import sample_offsets
 from llada.engine.megatron import MegatronEngine
 from tests.distributed.pool import RankPool
+from tests.engine import saves
 from tests.engine.support import OracleTrainer, canonical, small_config, step_batches
 
 RATES = [1e-3 * min(1.0, (step + 1) / 10) for step in range(15)]
@@ -61,7 +61,7 @@ def steps_on_ranks(
             for moments in part.optimizer.state.values()
         }
         if save is not None:
-            engine.save(save)
+            saves.save(engine, save)
         return [(result.loss, result.grad_norm) for result in results], counts
     finally:
         engine.close()
@@ -70,11 +70,6 @@ def steps_on_ranks(
 def folder(path: Path) -> Path:
     path.mkdir()
     return path
-
-
-def tensors(path: Path) -> dict[str, torch.Tensor]:
-    stored = StoredTensors(path)
-    return {name: stored.read(name) for name in stored.names()}
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -108,7 +103,7 @@ def test_every_weight_moment_and_count_moves(
     second = folder(tmp_path / "second")
     answers = pool.run(steps_on_ranks, LAYOUTS[target], settings, first, range(3, 3), second)
     assert {count for _, counts in answers for count in counts} == {3.0}
-    before, after = tensors(first), tensors(second)
+    before, after = saves.read_tensors(first), saves.read_tensors(second)
     assert before.keys() == after.keys()
     kinds = {name.split(".")[2] for name in before if name.startswith("optimizer.state.")}
     assert kinds == {"param", "exp_avg", "exp_avg_sq"}
@@ -133,7 +128,7 @@ def weights_on_ranks(load: Path) -> dict[str, torch.Tensor]:
 def test_every_replica_gets_the_masters_of_a_bf16_run(pool: RankPool, tmp_path: Path) -> None:
     first = folder(tmp_path / "first")
     pool.run(steps_on_ranks, LAYOUTS["DP8"], {"precision": "bf16"}, None, range(3), first)
-    stored = tensors(first)
+    stored = saves.read_tensors(first)
     masters = {
         name: value for name, value in stored.items() if name.startswith("optimizer.state.param.")
     }

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from llada.engine.megatron import MegatronEngine
+from tests.engine.saves import save
 from tests.engine.support import OracleTrainer, canonical, small_config, step_batches
 
 OTHER = {"beta1": 0.6, "beta2": 0.7, "eps": 1e-3, "weight_decay": 3.0, "clip": 0.05}
@@ -63,7 +64,7 @@ def test_weights_alone_are_the_fp32_masters_and_the_optimizer_starts_afresh(
     source = MegatronEngine(small_config(precision="bf16"))
     for step in range(3):
         source.train_step(step_batches(source.config, step), 1e-4)
-    source.save(tmp_path)
+    save(source, tmp_path)
     expected = torch.cat([p.flatten() for p in masters(source)])
     source.close()
     engine = MegatronEngine(small_config(precision=precision, optimizer={"beta1": 0.5}, seed=99))
@@ -87,7 +88,7 @@ def test_weights_alone_are_the_fp32_masters_and_the_optimizer_starts_afresh(
 def test_changed_settings_of_the_optimizer_hold_after_a_resume(tmp_path: Path) -> None:
     first = MegatronEngine(small_config())
     first.train_step(step_batches(first.config, 0), 1e-3)
-    first.save(tmp_path)
+    save(first, tmp_path)
     first.close()
     engine = MegatronEngine(small_config(optimizer={"beta2": 0.8, "eps": 1e-6}))
     try:
@@ -118,7 +119,7 @@ def test_closed_engines_leave_no_threads(tmp_path: Path) -> None:
             counts.append(len(os.listdir("/proc/self/task")))
             engine.train_step(step_batches(engine.config, 0), 1e-3)
             (tmp_path / str(number)).mkdir()
-            engine.save(tmp_path / str(number))
+            save(engine, tmp_path / str(number))
             engine.load(tmp_path / str(number))
             engine.close()
             del engine

@@ -496,7 +496,7 @@ def test_no_tensor_is_ever_in_memory_as_a_whole(
     for constant in (
         "llada.model.weights.BLOCK_ELEMENTS",
         "llada.hf.tensor_files.BLOCK_ELEMENTS",
-        "llada.checkpoint.writing.PIECE_ELEMENTS",
+        "llada.checkpoint.writing.BLOCK_ELEMENTS",
     ):
         monkeypatch.setattr(constant, 1000)
     model = ModelSection(**{**SIZES, "num_query_groups": 4})

@@ -156,8 +156,8 @@ def an_error_without_its_degrees_of_freedom(estimates: Any) -> None:
 rewrites(
     "windows that are read again after a change of weights",
     "llada.data.mixture",
-    "block + length, consumed + length * quotas",
-    "block + length, consumed + quotas",
+    "consumed = consumed + length * quotas",
+    "consumed = consumed + quotas",
     "tests/data/test_mixture.py",
 )
 rewrites(
@@ -167,13 +167,14 @@ rewrites(
     "stage.consumed[chosen] + block",
     "tests/data/test_mixture.py",
 )
-rewrites(
-    "a prompt that is masked",
-    "llada.data.sft",
-    "spans[own] = responses",
-    "spans[own] = responses - [1, 0]",
-    SFT,
-)
+
+
+@changes("llada.data.sft", SFT)
+def a_prompt_that_is_masked(sft: Any) -> None:
+    right = sft.SFTData._responses
+    sft.SFTData._responses = lambda self, *rows: right(self, *rows) - [1, 0]
+
+
 rewrites(
     "padding left out of the response",
     "llada.data.sft",
@@ -181,13 +182,13 @@ rewrites(
     "padded = ends",
     SFT,
 )
-rewrites(
-    "EOS taught after a reply that was cut",
-    "llada.data.sft",
-    "np.where(is_cut, ends[own], padded[own])",
-    "padded[own]",
-    SFT,
-)
+
+
+@changes("llada.data.sft", SFT)
+def an_eos_taught_after_a_reply_that_was_cut(sft: Any) -> None:
+    sft.ReplyReader.is_cut = lambda self, reply: False
+
+
 rewrites(
     "a turn's text read as special tokens",
     "llada.chat.template",
@@ -308,7 +309,7 @@ def one_step_count_for_all_parameters_after_loading(optimizer_state: Any) -> Non
 
 
 rewrites(
-    "a piece of the moments that no rank writes",
+    "a rectangle of the moments that no rank writes",
     "llada.checkpoint.optimizer_state",
     "    if max(body, tail) < stop:",
     "    if max(body, tail) < stop and tail < body:",
@@ -365,15 +366,20 @@ def a_run_folder_taken_from_a_living_process(lock: Any) -> None:
     lock._has_ended = lambda holder, own: right(holder, own) or holder.get("host") == own["host"]
 
 
+@changes("launch.job.policy", "tests/launcher/test_policy.py")
+def a_job_that_comes_back_after_scancel(policy: Any) -> None:
+    right = policy.decide
+
+    def decide(end: Any, now: Any, limits: Any) -> Any:
+        if now.state == "cancelled":
+            now = replace(now, state="running")
+        return right(end, now, limits)
+
+    policy.decide = decide
+
+
 rewrites(
-    "a job that comes back after scancel",
-    "launch.job.policy",
-    'if now.state == "cancelled":',
-    "if False:",
-    "tests/launcher/test_policy.py",
-)
-rewrites(
-    "stops in order that use up the restarts",
+    "clean stops that use up the restarts",
     "launch.job.policy",
     'if not ends or ends[-1].get("failure"):',
     "if True:",

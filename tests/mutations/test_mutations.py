@@ -7,6 +7,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib import import_module
+from typing import Any
 
 import pytest
 
@@ -22,12 +24,36 @@ def chosen() -> list[str]:
     return list(MISTAKES)[int(first) :: int(every)]
 
 
-def test_every_text_that_a_mistake_replaces_is_there() -> None:
-    """In every change's time; planting them all takes longer."""
+class DryRun:
+    """A module, or a class in it: what it has can be read, and assigned without effect."""
+
+    def __init__(self, target: object) -> None:
+        object.__setattr__(self, "_target", target)
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._target, name)
+        return DryRun(value) if isinstance(value, type) else value
+
+    def __setattr__(self, name: str, value: object) -> None:
+        getattr(self._target, name)  # raises if there is nothing to replace
+
+
+def test_every_mistake_can_be_planted() -> None:
+    """What a mistake replaces, text or function, is there. Planting all of them takes longer."""
     assert len(MISTAKES) >= 37
     for mistake in MISTAKES.values():
         assert mistake.path.is_file()
         mistake.source()
+        if mistake.change is not None:
+            mistake.change(DryRun(import_module(mistake.module)))
+
+
+def test_a_mistake_whose_function_is_gone_is_noticed() -> None:
+    def renamed(noise: Any) -> None:
+        noise.timestep = lambda *others: 0
+
+    with pytest.raises(AttributeError, match="timestep"):
+        renamed(DryRun(import_module("llada.noise")))
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ import pytest
 from llada.errors import UserError
 from llada.training import lock
 from llada.training.lock import RunLock
+from tests.training.locks import forge_lock
 
 ROOT = Path(__file__).parents[2]
 HOLD = """
@@ -36,14 +37,6 @@ def start_holder(folder: Path, **environment: str) -> subprocess.Popen[str]:
     )
     assert holder.stdout is not None and holder.stdout.readline() == "held\n"
     return holder
-
-
-def forge(folder: Path, **fields: object) -> None:
-    (folder / lock.NAME).write_text(
-        json.dumps(
-            {"host": "elsewhere", "pid": 1, "born": None, "job": None, "attempt": None, **fields}
-        )
-    )
 
 
 def test_a_second_process_is_refused_and_the_holder_named(tmp_path: Path) -> None:
@@ -72,13 +65,13 @@ def test_a_killed_holder_is_replaced_at_once(tmp_path: Path) -> None:
 
 
 def test_another_process_with_the_holders_number_is_not_taken_for_it(tmp_path: Path) -> None:
-    forge(tmp_path, host=os.uname().nodename, pid=os.getppid(), born="another boot:1")
+    forge_lock(tmp_path, host=os.uname().nodename, pid=os.getppid(), born="another boot:1")
     RunLock(tmp_path).release()
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_silent_holder_of_another_host_is_replaced_when_it_is_stale(tmp_path: Path) -> None:
-    forge(tmp_path)
+    forge_lock(tmp_path)
     began = time.monotonic()
     RunLock(tmp_path, beat=0.2, stale=1.0).release()
     assert 0.5 < time.monotonic() - began < 5
@@ -87,7 +80,7 @@ def test_a_silent_holder_of_another_host_is_replaced_when_it_is_stale(tmp_path: 
 def test_an_earlier_attempt_of_the_same_job_is_replaced_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forge(tmp_path, job="12", attempt="1")
+    forge_lock(tmp_path, job="12", attempt="1")
     monkeypatch.setenv("SLURM_JOB_ID", "12")
     monkeypatch.setenv("LLADA_ATTEMPT", "2")
     began = time.monotonic()
@@ -105,7 +98,7 @@ def test_an_earlier_attempt_of_the_same_job_is_replaced_at_once(
 
 
 def test_of_many_that_find_a_stale_lock_one_gets_it(tmp_path: Path) -> None:
-    forge(tmp_path, host=os.uname().nodename, pid=os.getpid() + 10**6)
+    forge_lock(tmp_path, host=os.uname().nodename, pid=os.getpid() + 10**6)
     command = [sys.executable, "-c", HOLD, str(tmp_path)]
     many = [
         subprocess.Popen(
@@ -129,7 +122,7 @@ def test_of_many_that_find_a_stale_lock_one_gets_it(tmp_path: Path) -> None:
 def test_who_lost_the_folder_does_not_go_on(tmp_path: Path) -> None:
     """Frozen for so long that another took over: writing on would mix two runs."""
     holder = start_holder(tmp_path)
-    forge(tmp_path, pid=77, since="now")
+    forge_lock(tmp_path, pid=77, since="now")
     assert holder.wait(10) == 1
 
 

@@ -25,7 +25,7 @@ from llada.training.resume import preview_resume
 from llada.training.run_folder import RunFolder, name_write_errors, refuse_foreign_folder
 from llada.training.signals import StopRequest
 from tests.data_tools.corpora import inspection
-from tests.training.test_lock import forge
+from tests.training.locks import forge_lock
 from tests.workplace import CONFIG, Workplace
 
 
@@ -86,7 +86,7 @@ def test_who_waited_for_the_folder_goes_on_from_what_was_written_meanwhile(
     """The same run started twice: the first ends while the second waits for its lock."""
     path = workplace.folder / "twice"
     path.mkdir()
-    forge(path)
+    forge_lock(path)
 
     def first_ends() -> None:
         shutil.copytree(workplace.folder / "whole", path, dirs_exist_ok=True)
