@@ -1,12 +1,12 @@
-# Every target does its own set-up: a Python 3.11 or later, make and a compiler are enough.
-#   make demo    train a small model on the Python standard library and report
-#   make test    the test suite, without tests of more than a minute
-#   make test-slow   those: fresh processes by the dozen, kills at random moments
-#   make test-clients   exports in the hands of the oldest and the newest transformers, peft, accelerate
-#   make test-slurm   the launcher on a real Slurm: requeue, preemption, lost nodes (root; Debian's packages)
-#   make test-llama-cpp   an export in llama.cpp, which is built first (six minutes on two cores)
-#   make gpu     what this machine's GPU proves in under ten minutes: tests, speed, a table (on the CPU: toy sizes)
-# The first call installs into .venv (a minute or two); later ones find it ready.
+# Every target installs what it needs. You need Python 3.11 or later, make and a C compiler.
+#   make demo    train a small model on the Python standard library and write a report
+#   make test    run the tests, except those of more than a minute
+#   make test-slow   run those: kills at random moments, dozens of fresh processes, mutation tests
+#   make test-clients   test an exported model in the oldest and the newest supported transformers, peft and accelerate
+#   make test-slurm   test the launcher on a real Slurm: requeueing, preemption, lost nodes (as root; installs Debian packages)
+#   make test-llama-cpp   build llama.cpp (six minutes on two cores) and test an exported model in it
+#   make gpu     test and benchmark this machine's GPU in under ten minutes (on a CPU: at toy sizes)
+# The first call installs into .venv (a minute or two); later calls start at once.
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -48,8 +48,8 @@ check_build = [ "$$(cat $(TORCH))" = "$(TORCH_BUILD)" ] \
 
 help:
 	@sed -n 's/^#   //p' Makefile
-	@echo "make setup   only install;  make flash-attn   build it for this machine's GPU;  make wheels WHEELS=DIR   collect for one without a network"
-	@echo "make lint, make types   ruff, mypy;  make clean   remove what is built"
+	@echo "make setup   install only;  make flash-attn   build flash-attn for this machine's GPU;  make wheels WHEELS=DIR   collect packages for a machine without a network"
+	@echo "make lint, make types   run ruff, mypy;  make clean   remove .venv, build results and runs with their checkpoints"
 
 setup: $(READY)
 	@$(check_build)

@@ -37,7 +37,7 @@ from llada.errors import UserError
 if TYPE_CHECKING:
     from data_tools.documents.base import Document, DocumentType
 
-app = typer.Typer(no_args_is_help=True, help="Tokenize, shard, inspect and verify corpora.")
+app = typer.Typer(no_args_is_help=True, help="Prepare, inspect, verify and convert corpora.")
 tokenizer_app = typer.Typer(no_args_is_help=True, help="Train and inspect tokenizers.")
 app.add_typer(tokenizer_app, name="tokenizer")
 
@@ -56,7 +56,7 @@ def prepare(
     execution: ExecutionFlags,
     more: MoreInputs = None,
 ) -> None:
-    """Tokenize text into a folder of shards that training reads."""
+    """Tokenize text into a corpus for pretraining."""
     execution_options = execution.to_options(text.backend)
     document_type = text.document_type()
     corpus_options = corpus.to_options(text.decontamination())
@@ -75,7 +75,7 @@ def prepare_sft(
     execution: ExecutionFlags,
     more: MoreInputs = None,
 ) -> None:
-    """Encode conversations into a folder of shards that fine-tuning reads."""
+    """Encode conversations into a corpus for fine-tuning."""
     execution_options = execution.to_options()
     document_type = conversations.document_type(tokenizer)
     corpus_options = corpus.to_options()
@@ -110,12 +110,12 @@ def _prepare(
 
 @app.command()
 def merge(
-    folders: Annotated[list[str], typer.Argument(help="Folders of prepared corpora, two or more.")],
+    folders: Annotated[list[str], typer.Argument(help="Folders of two or more prepared corpora.")],
     output: OutputFolder,
     shard_tokens: ShardTokens = SHARD_TOKENS,
     force: Force = False,
 ) -> None:
-    """Make one prepared corpus of several of one tokenizer."""
+    """Merge several corpora that have the same tokenizer into one."""
     from data_tools.job.finish import summary
     from data_tools.tools.merge import merge as run
 
@@ -131,10 +131,10 @@ def split(
     parts: Annotated[int, typer.Option(help="Number of parts.")],
     output: OutputFolder,
     force: Annotated[
-        bool, typer.Option("--force", help="Replace a split corpus at --output.")
+        bool, typer.Option("--force", help="Replace an earlier result at --output.")
     ] = False,
 ) -> None:
-    """Cut a prepared corpus into several of about equal tokens."""
+    """Split a corpus into parts with about equal numbers of tokens."""
     from data_tools.tools.split import split as run
 
     manifests = run(folder, parts, output, force=force, progress=sys.stderr.isatty())
@@ -150,14 +150,14 @@ def split(
 @app.command()
 def export(
     folder: CorpusFolder,
-    output: Annotated[str, typer.Option(help="File to make: .jsonl, .jsonl.gz or .jsonl.zst.")],
+    output: Annotated[str, typer.Option(help="File to create: .jsonl, .jsonl.gz or .jsonl.zst.")],
     split: Annotated[
-        str | None, typer.Option(help="train or validation; default: both, train first.")
+        str | None, typer.Option(help="train or validation. Default: both, train first.")
     ] = None,
     text_field: TextField = "text",
     force: Force = False,
 ) -> None:
-    """Decode the documents of a prepared corpus to JSON Lines."""
+    """Decode the documents of a corpus to JSON Lines."""
     from data_tools.tools.export import export as run
 
     exported = run(
@@ -180,7 +180,7 @@ def export(
 def import_(
     shards: Annotated[
         list[str],
-        typer.Argument(help="Megatron datasets: .bin, .idx, or their name without suffix."),
+        typer.Argument(help="Megatron datasets: .bin, .idx, or the name without suffix."),
     ],
     tokenizer: Annotated[
         str,
@@ -194,7 +194,7 @@ def import_(
     shard_tokens: ShardTokens = SHARD_TOKENS,
     force: Force = False,
 ) -> None:
-    """Make a prepared corpus of Megatron datasets that other tools tokenized."""
+    """Import Megatron datasets that another tool tokenized, as a corpus."""
     from data_tools.job.finish import summary
     from data_tools.tools.import_datasets import ImportOptions, import_datasets
 
@@ -222,17 +222,19 @@ def import_(
 @app.command()
 def inspect(
     folder: CorpusFolder,
-    samples: Annotated[int, typer.Option(min=0, help="Documents of each split to show.")] = 3,
+    samples: Annotated[
+        int, typer.Option(min=0, help="Number of documents to show from each split.")
+    ] = 3,
     sequence_length: Annotated[
         int | None,
-        typer.Option(help="Count windows of this many tokens, and the tokens in no window."),
+        typer.Option(help="Also count windows of this many tokens, and the tokens left over."),
     ] = None,
     png: Annotated[
-        str | None, typer.Option(help="Draw the histogram of document lengths into this file.")
+        str | None, typer.Option(help="Plot the histogram of document lengths to this file.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show what a prepared corpus holds."""
+    """Show statistics and samples of a corpus."""
     import json
 
     from data_tools.tools.corpus_statistics import corpus_statistics
@@ -252,9 +254,9 @@ def inspect(
 @app.command()
 def verify(
     folder: CorpusFolder,
-    workers: Annotated[int, typer.Option(help="Shards to check at the same time.")] = 1,
+    workers: Annotated[int, typer.Option(help="Number of shards to check in parallel.")] = 1,
 ) -> None:
-    """Recompute checksums and check every token, document and count of a prepared corpus."""
+    """Check a corpus: checksums, and every token, document and count."""
     from data_tools.job.progress import progress_bar
     from data_tools.tools.verify import verify_prepared_corpus
     from llada.data.manifest import Manifest
@@ -285,12 +287,12 @@ def verify(
 def train(
     input: Inputs,
     vocab_size: Annotated[
-        int, typer.Option(help="Number of ids, LLaDA's 6 special tokens included.")
+        int, typer.Option(help="Number of ids, including LLaDA's 6 special tokens.")
     ],
     output: OutputFolder,
     more: MoreInputs = None,
     kind: Annotated[
-        str, typer.Option(help="byte-bpe, or a SentencePiece model: unigram, bpe.")
+        str, typer.Option(help="byte-bpe, or a SentencePiece model: unigram or bpe.")
     ] = "byte-bpe",
     sample_bytes: Annotated[
         int, typer.Option(help="Bytes of text to train on, sampled from the whole input.")
@@ -300,7 +302,7 @@ def train(
     skip_bad: SkipBad = False,
     force: Force = False,
 ) -> None:
-    """Train a tokenizer that gives every text back; LLaDA's special tokens take the last ids."""
+    """Train a lossless tokenizer; LLaDA's special tokens take the last ids."""
     from data_tools.readers.options import ReadOptions
     from data_tools.readers.sources import parse_extensions
     from data_tools.tokenizers.training import train_tokenizer
@@ -333,13 +335,13 @@ def info(
     ],
     input: Annotated[
         list[str] | None,
-        typer.Option("--input", help="File or folder to measure it on; repeat it."),
+        typer.Option("--input", help="File or folder to measure it on; repeatable."),
     ] = None,
     text_field: TextField = "text",
     ext: Extensions = None,
     skip_bad: SkipBad = False,
 ) -> None:
-    """Show size, kind, special tokens and encoder of a tokenizer, and how it cuts a text."""
+    """Show the size, type, special tokens, encoder and compression of a tokenizer."""
     from data_tools.readers.options import ReadOptions
     from data_tools.readers.sources import parse_extensions
     from data_tools.tokenizers.description import describe_tokenizer

@@ -29,21 +29,21 @@ R = TypeVar("R")
 Inputs = Annotated[
     list[str],
     typer.Option(
-        "--input", help="File, folder, pattern or hf:DATASET; repeat it, or list more after it."
+        "--input", help="File, folder, pattern or hf:DATASET; repeatable, or list more after it."
     ),
 ]
 MoreInputs = Annotated[list[str] | None, typer.Argument(help="Further inputs.")]
 TokenizerPath = Annotated[
     str, typer.Option(help="Hugging Face folder, tokenizer.json or SentencePiece model.")
 ]
-OutputFolder = Annotated[str, typer.Option(help="Folder to make.")]
+OutputFolder = Annotated[str, typer.Option(help="Folder to create.")]
 CorpusFolder = Annotated[str, typer.Argument(help="Folder of a prepared corpus.")]
-TextField = Annotated[str, typer.Option(help="JSONL field with the text.")]
+TextField = Annotated[str, typer.Option(help="Field or column that contains the text.")]
 Extensions = Annotated[
     list[str] | None,
     typer.Option(
         "--ext",
-        help="Extensions to read in folders, as in --ext py,md; default: text and code.",
+        help="Extensions to read in folders, such as py,md. Default: text and code.",
     ),
 ]
 SkipBad = Annotated[
@@ -51,17 +51,17 @@ SkipBad = Annotated[
     typer.Option("--skip-bad", help="Count bad lines, elements and rows instead of stopping."),
 ]
 ValidationFraction = Annotated[
-    float, typer.Option(help="Share of the documents held out, by hash of their text.")
+    float, typer.Option(help="Fraction of the documents to hold out, by hash of their text.")
 ]
 AddSpecialTokens = Annotated[
     bool,
     typer.Option(
         "--add-special-tokens",
-        help="Append the special tokens of LLaDA that the tokenizer lacks.",
+        help="Append the LLaDA special tokens that the tokenizer lacks.",
     ),
 ]
-ShardTokens = Annotated[int, typer.Option(min=1, help="Tokens with which a shard is full.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace what is at --output.")]
+ShardTokens = Annotated[int, typer.Option(min=1, help="Number of tokens at which a shard is full.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an earlier result at --output.")]
 
 
 @dataclass(frozen=True)
@@ -71,32 +71,32 @@ class TextFlags:
     text_field: TextField = "text"
     ext: Extensions = None
     skip_bad: SkipBad = False
-    min_length: Annotated[int, typer.Option(help="Leave out shorter texts, in bytes of UTF-8.")] = 1
+    min_length: Annotated[int, typer.Option(help="Minimum length of a text, in UTF-8 bytes.")] = 1
     max_length: Annotated[
-        int, typer.Option(help="Leave out longer texts, in bytes of UTF-8; bounds memory.")
+        int, typer.Option(help="Maximum length of a text, in UTF-8 bytes; bounds memory.")
     ] = 64 << 20
-    split: Annotated[str, typer.Option(help="Split of hf: inputs, as in train[:1%].")] = "train"
+    split: Annotated[str, typer.Option(help="Split of hf: inputs, such as train[:1%].")] = "train"
     name: Annotated[
-        str | None, typer.Option(help="Configuration of hf: inputs, as in sample-10BT.")
+        str | None, typer.Option(help="Configuration of hf: inputs, such as sample-10BT.")
     ] = None
     revision: Annotated[str | None, typer.Option(help="Commit or tag of hf: inputs.")] = None
     streaming: Annotated[
-        bool, typer.Option("--streaming", help="Read hf: inputs without downloading them whole.")
+        bool, typer.Option("--streaming", help="Read hf: inputs without a complete download.")
     ] = False
     decontaminate: Annotated[
         list[str] | None,
         typer.Option(
             help=(
-                "Leave out documents that overlap the texts of this evaluation file; repeat it for"
-                " more."
+                "Leave out documents that overlap with the texts of this evaluation file;"
+                " repeatable."
             )
         ),
     ] = None
     decontaminate_ngram: Annotated[
-        int, typer.Option(min=1, help="Consecutive words that make an overlap.")
+        int, typer.Option(min=1, help="Consecutive words that count as an overlap.")
     ] = DecontaminationOptions.ngram
     decontaminate_count: Annotated[
-        bool, typer.Option("--decontaminate-count", help="Count such documents and keep them.")
+        bool, typer.Option("--decontaminate-count", help="Count such documents, but keep them.")
     ] = False
     backend: Annotated[
         str, typer.Option(help="Encoder: auto, gigatoken, fastokens or library.")
@@ -134,27 +134,27 @@ class TextFlags:
 class ConversationFlags:
     """Where `prepare-sft` finds conversations in records, and how it encodes them."""
 
-    prompt_field: Annotated[str, typer.Option(help="JSONL field with the prompt.")] = "prompt"
-    response_field: Annotated[str, typer.Option(help="JSONL field with the response.")] = "response"
+    prompt_field: Annotated[str, typer.Option(help="Field with the prompt.")] = "prompt"
+    response_field: Annotated[str, typer.Option(help="Field with the response.")] = "response"
     messages_field: Annotated[
-        str, typer.Option(help="JSONL field with a list of turns, each with role and content.")
+        str, typer.Option(help="Field with a list of turns, each with role and content.")
     ] = "messages"
     conversations_field: Annotated[
-        str, typer.Option(help="JSONL field with a list of turns, each with from and value.")
+        str, typer.Option(help="Field with a list of turns, each with from and value.")
     ] = "conversations"
     system_field: Annotated[
-        str, typer.Option(help="JSONL field with a system prompt, if there is one.")
+        str, typer.Option(help="Field with an optional system prompt.")
     ] = "system"
     context_field: Annotated[
         str | None,
-        typer.Option(help="JSONL field whose text, if any, follows the prompt of a pair."),
+        typer.Option(help="Field whose text, if any, is appended to the prompt of a pair."),
     ] = None
     format: Annotated[
         str,
         typer.Option(
             help=(
-                "auto, prompt-response, messages, sharegpt or alpaca; auto: by the fields of the"
-                " record."
+                "Conversation format: auto (detected from a record's fields), prompt-response,"
+                " messages, sharegpt or alpaca."
             )
         ),
     ] = "auto"
@@ -162,24 +162,24 @@ class ConversationFlags:
         str,
         typer.Option(
             help=(
-                "llada (its own format), tokenizer (the tokenizer's chat template) or a Jinja file."
+                "llada (LLaDA's format), tokenizer (the tokenizer's chat template) or a Jinja file."
             )
         ),
     ] = "llada"
     max_tokens: Annotated[
         int | None,
         typer.Option(
-            help="Longest reply with its prompt and EOS, in tokens; longer ones are left out."
+            help="Maximum tokens of a reply with its prompt and EOS; longer ones are left out."
         ),
     ] = None
     truncate: Annotated[
-        bool, typer.Option("--truncate", help="Cut such replies to --max-tokens, without EOS.")
+        bool, typer.Option("--truncate", help="Cut longer replies to --max-tokens, without EOS.")
     ] = False
     drop_trailing: Annotated[
-        bool, typer.Option("--drop-trailing", help="Leave out turns after the last reply.")
+        bool, typer.Option("--drop-trailing", help="Drop turns after the last reply.")
     ] = False
     join_turns: Annotated[
-        bool, typer.Option("--join-turns", help="Make consecutive turns of one role one turn.")
+        bool, typer.Option("--join-turns", help="Merge consecutive turns of one role.")
     ] = False
     skip_bad: SkipBad = False
 
@@ -216,8 +216,8 @@ class CorpusFlags:
         float,
         typer.Option(
             help=(
-                "Share of the documents held out, by hash of their text, or of the question of a"
-                " conversation."
+                "Fraction of the documents to hold out, by hash of their text (of conversations: of"
+                " the turns before the first reply)."
             )
         ),
     ] = VALIDATION_FRACTION
@@ -230,7 +230,7 @@ class CorpusFlags:
         int | None,
         typer.Option(
             help=(
-                "Bytes of text in a unit of work; default: a 64th of the whole, from 4 MiB to 256"
+                "Bytes of text in a unit of work. Default: a 64th of the whole, from 4 MiB to 256"
                 " MiB."
             )
         ),
@@ -255,16 +255,16 @@ class ExecutionFlags:
 
     workers: Annotated[
         int | None,
-        typer.Option(help="Processes on this machine; default: one for each core it may use."),
+        typer.Option(help="Processes on this machine. Default: one per available core."),
     ] = None
-    task: Annotated[int, typer.Option(help="Number of this task, from 0, among --tasks.")] = 0
+    task: Annotated[int, typer.Option(help="Index of this task, from 0 to --tasks - 1.")] = 0
     tasks: Annotated[
-        int, typer.Option(help="Tasks that share the output folder, like those of a Slurm array.")
+        int, typer.Option(help="Number of tasks that share the output folder (a job array).")
     ] = 1
     wait: Annotated[
         float,
         typer.Option(
-            help="Seconds to wait for other tasks where their results are needed (--dedup)."
+            help="Seconds to wait for other tasks when their results are needed (--dedup)."
         ),
     ] = ExecutionOptions.wait
 

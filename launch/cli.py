@@ -37,28 +37,28 @@ launch_app = typer.Typer(
     cls=_LaunchGroup,
     no_args_is_help=True,
     help=(
-        "Submit a run to Slurm, or start it on this machine: `llada launch CONFIG`, which is short"
-        " for `llada launch run CONFIG`."
+        "Submit a run to Slurm, or start it on this machine. `llada launch CONFIG` is short for"
+        " `llada launch run CONFIG`."
     ),
 )
 
-Cluster = Annotated[str | None, typer.Option(help="Profile of the cluster, a YAML file.")]
+Cluster = Annotated[str | None, typer.Option(help="Cluster profile, a YAML file.")]
 Settings = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", help="key.sub=value of the profile, as in --set time=02:00:00; repeat it."
+        "--set", help="Profile setting to override, such as --set time=02:00:00; repeatable."
     ),
 ]
 DryRun = Annotated[
     bool,
     typer.Option(
-        "--dry-run", help="Check everything, print the plan and the batch script, submit nothing."
+        "--dry-run", help="Check everything and print the plan and the script, but submit nothing."
     ),
 ]
 After = Annotated[
-    str | None, typer.Option(help="Start only when the job with this id has ended well.")
+    str | None, typer.Option(help="Start only after the job with this id has succeeded.")
 ]
-Run = Annotated[str, typer.Argument(help="Folder of the run.")]
+Run = Annotated[str, typer.Argument(help="Run folder.")]
 
 
 @launch_app.command("run")
@@ -66,50 +66,53 @@ def run(
     config: Annotated[
         str,
         typer.Argument(
-            help="YAML file of the run; its task says whether it is pretraining or fine-tuning."
+            help="YAML config of the run; its `task` selects pretraining or fine-tuning."
         ),
     ],
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="key.sub=value, as in train.steps=100.")
+        list[str] | None, typer.Argument(help="Settings to override, such as train.steps=100.")
     ] = None,
     cluster: Cluster = None,
-    nodes: Annotated[int, typer.Option(min=1, help="Nodes.")] = 1,
+    nodes: Annotated[int, typer.Option(min=1, help="Number of nodes.")] = 1,
     gpus_per_node: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="GPUs of a node, each with a rank; on a cluster without GPUs: ranks of a node.",
+            help="GPUs per node, one rank each; on a cluster without GPUs: ranks per node.",
         ),
     ] = None,
     set: Settings = None,
     dry_run: DryRun = False,
     local: Annotated[
-        bool, typer.Option("--local", help="On this machine, in the foreground, without Slurm.")
+        bool, typer.Option("--local", help="Run on this machine, in the foreground, without Slurm.")
     ] = False,
     chain: Annotated[
         int,
         typer.Option(
             min=1,
             help=(
-                "Submit this many jobs that follow each other, for a site where jobs cannot requeue"
-                " themselves."
+                "Submit this many jobs that run one after another, for sites where jobs cannot"
+                " requeue themselves."
             ),
         ),
     ] = 1,
     then: Annotated[
         str | None,
-        typer.Option(help="convert: a job that writes RUN/hf when the run has finished."),
+        typer.Option(help="convert: add a job that writes RUN/hf after the run has finished."),
     ] = None,
     after: After = None,
     allow_changed: Annotated[
         bool,
-        typer.Option("--allow-changed", help="Resume although settings or data changed; recorded."),
+        typer.Option(
+            "--allow-changed",
+            help="Resume even if settings, data or versions have changed; the change is recorded.",
+        ),
     ] = False,
     rewind: Annotated[
-        int | None, typer.Option(min=0, help="Go back to the checkpoint of this step first.")
+        int | None, typer.Option(min=0, help="First go back to the checkpoint of this step.")
     ] = None,
 ) -> None:
-    """Submit the run of CONFIG, or start it on this machine with --local."""
+    """Submit a run, or start it on this machine with --local."""
     from launch.submit.launch import launch_run
     from launch.submit.plan import LaunchOptions
 
@@ -151,7 +154,7 @@ def _launch_data(
     launch_data(command, list(context.args), profile, tasks, dry_run, after)
 
 
-Tasks = Annotated[int, typer.Option(min=1, help="Tasks of the job array.")]
+Tasks = Annotated[int, typer.Option(min=1, help="Number of tasks in the job array.")]
 
 
 @launch_app.command("data-prepare", context_settings=_PASS_OPTIONS_ON)
@@ -163,7 +166,7 @@ def data_prepare(
     dry_run: DryRun = False,
     after: After = None,
 ) -> None:
-    """`llada data prepare` as a job array: all its options, and --tasks."""
+    """Run `llada data prepare` as a job array; takes its options too."""
     _launch_data("prepare", context, tasks, cluster, set, dry_run, after)
 
 
@@ -176,7 +179,7 @@ def data_prepare_sft(
     dry_run: DryRun = False,
     after: After = None,
 ) -> None:
-    """`llada data prepare-sft` as a job array: all its options, and --tasks."""
+    """Run `llada data prepare-sft` as a job array; takes its options too."""
     _launch_data("prepare-sft", context, tasks, cluster, set, dry_run, after)
 
 
@@ -192,9 +195,9 @@ def _load_profile(cluster: str | None, settings: list[str] | None) -> ClusterPro
 
 
 def status(
-    run: Run, as_json: Annotated[bool, typer.Option("--json", help="As one JSON object.")] = False
+    run: Run, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False
 ) -> None:
-    """Show state, progress and last error of a run, and why it is pending."""
+    """Show the state, progress and last error of a run, or why it is pending."""
     from launch.status import find_run_folder, read_status
 
     run_status = read_status(find_run_folder(run))
@@ -206,9 +209,9 @@ def status(
 
 def logs(
     run: Run,
-    rank: Annotated[int, typer.Option(min=0, help="Rank whose log is shown.")] = 0,
+    rank: Annotated[int, typer.Option(min=0, help="Rank whose log to print.")] = 0,
     attempt: Annotated[
-        int | None, typer.Option(min=1, help="Start of the run, from 1; the latest if left out.")
+        int | None, typer.Option(min=1, help="Attempt, counted from 1. Default: the latest.")
     ] = None,
     task: Annotated[int | None, typer.Option(min=0, help="Task of a data preparation.")] = None,
     follow: Annotated[
@@ -235,7 +238,7 @@ def logs(
 
 
 def stop(run: Run) -> None:
-    """End a run with a checkpoint after its step, and cancel its jobs that wait in the queue."""
+    """Stop a run with a checkpoint after its current step, and cancel its pending jobs."""
     from launch.status import find_run_folder
     from launch.stop import stop_run
 
@@ -245,11 +248,11 @@ def stop(run: Run) -> None:
 def runs(
     roots: Annotated[
         list[str] | None,
-        typer.Argument(help="Folders to look in, three levels deep; runs if left out."),
+        typer.Argument(help="Folders to search, three levels deep. Default: runs."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="As a JSON list.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """List the runs below some folders, the latest changed first."""
+    """List the runs in some folders, most recently changed first."""
     from launch.runs import format_table, list_runs
 
     roots = roots or ["runs"]

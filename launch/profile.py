@@ -41,10 +41,10 @@ class Container(Section):
     kind: Literal["pyxis", "apptainer"]
     """pyxis: srun --container-image (pyxis with enroot); apptainer: `apptainer exec --nv`."""
     image: str
-    """Image, as the kind names it (a .sqsh or .sif file, or an address)."""
+    """Image in the form that this kind expects (a .sqsh or .sif file, or a URI)."""
     mounts: list[str] = Field(default_factory=list)
-    """SOURCE:TARGET pairs. The code, the data and the run folder must be seen under the same paths
-    as outside.
+    """SOURCE:TARGET pairs. The code, the data and the run folder must have the same paths inside
+    the container as outside.
     """
 
 
@@ -54,12 +54,13 @@ class Environment(Section):
     modules: list[str] = Field(default_factory=list)
     """Environment modules, loaded in this order."""
     source: list[str] = Field(default_factory=list)
-    """Shell files that are sourced after the modules, as an activate script."""
+    """Shell files to source after the modules are loaded, such as an activate script."""
     variables: dict[str, str | int] = Field(default_factory=dict)
-    """Variables of the ranks; they replace the launcher's own (NCCL, gloo)."""
+    """Environment variables of the ranks; they override those that the launcher sets (NCCL, gloo).
+    """
     python: str | None = None
-    """Interpreter of the ranks; null: the one that runs `llada launch`. In a container, the one
-    inside.
+    """Python interpreter of the ranks; null: the one that runs `llada launch`. In a container, the
+    interpreter inside it.
     """
     container: Container | None = None
     """null: none."""
@@ -69,21 +70,22 @@ class Requeue(Section):
     """How a job starts itself again."""
 
     enabled: bool = True
-    """false: this site does not allow it; use --chain."""
+    """false: jobs cannot requeue themselves at this site; use --chain."""
     limit: int = Field(default=3, ge=0)
-    """Failures in a row without a new checkpoint after which a run is left failed. Stops in order
-    never count.
+    """Consecutive failures without a new checkpoint after which the run is marked FAILED. Clean
+    stops never count.
     """
     backoff: float = Field(default=60.0, ge=0)
-    """Seconds before the next start after a failure; doubled with every further one in a row, an
-    hour at most.
+    """Seconds before the next start after a failure; doubled with every further consecutive
+    failure, up to an hour.
     """
     grace: float = Field(default=120.0, gt=0)
-    """Seconds the other ranks have to end after the first one ended in order; then they are killed.
+    """Seconds that the other ranks have to exit after the first one exits cleanly; then they are
+    killed.
     """
     start_timeout: float = Field(default=600.0, gt=0)
-    """Seconds in which every rank has to start (a container image may have to be fetched); then the
-    missing nodes are excluded.
+    """Seconds within which every rank must start (a container image may have to be fetched); after
+    that, missing nodes are excluded.
     """
 
 
@@ -94,22 +96,22 @@ class Preflight(Section):
     """
 
     enabled: bool = True
-    """false: no tests."""
+    """false: no node tests."""
     seconds: float = Field(default=120.0, gt=0)
-    """For the ranks to meet, and for every all-reduce."""
+    """Time limit, in seconds, for the ranks to connect, and for every all-reduce."""
     gpus: int | None = Field(default=None, ge=0)
-    """GPUs that torch must see on a node; null: as many as ranks; 0: a cluster without."""
+    """GPUs that torch must see on a node; null: as many as ranks; 0: a cluster without GPUs."""
     min_gpu_memory_gb: float = Field(default=0.0, ge=0)
-    """Free memory of every GPU, GB."""
+    """Minimum free memory of every GPU, GB."""
     min_disk_gb: float = Field(default=10.0, ge=0)
-    """Free space where the run writes, GB."""
+    """Minimum free disk space where the run writes, GB."""
     max_clock_skew: float = Field(default=5.0, gt=0)
-    """Seconds that a node's clock may be off the others'."""
+    """Maximum difference between a node's clock and those of the others, seconds."""
     slow_factor: float = Field(default=1.5, gt=1)
     """A node whose matrix product or all-reduce is this many times slower than the median is bad.
     """
     matmul_size: int = Field(default=4096, ge=16)
-    """Rows and columns of the matrices."""
+    """Number of rows and columns of the matrices."""
     allreduce_mb: float = Field(default=256.0, gt=0)
     """Size of the all-reduce, MB."""
 
@@ -135,20 +137,20 @@ class CpuJobs(Section):
     """Jobs without GPUs: data preparation and conversion. What is left out is as for training."""
 
     partition: str | None = None
-    """Partition; null: that of training."""
+    """Partition; null: the same as for training."""
     account: str | None = None
-    """Account; null: that of training."""
+    """Account; null: the same as for training."""
     qos: str | None = None
-    """Quality of service; null: that of training."""
+    """Quality of service; null: the same as for training."""
     time: str | None = None
-    """Time limit; null: that of training."""
+    """Time limit; null: the same as for training."""
     cpus: int = Field(default=8, ge=1)
-    """Cores of a task."""
+    """Cores per task."""
     memory_gb: float | None = Field(default=None, ge=0)
-    """Memory of a task, GB; null: the partition's default."""
+    """Memory per task, GB; null: the partition's default."""
     exclusive: bool = False
-    """Share the nodes with no other job: a whole node for every task, whatever `exclusive` is for
-    training.
+    """Do not share the nodes with other jobs: every task gets a whole node, whatever `exclusive` is
+    for training.
     """
 
     _check_time = field_validator("time", mode="before")(_check_time_limit)
@@ -164,33 +166,33 @@ class ClusterProfile(Section):
     qos: str | None = None
     """Quality of service; null: your default."""
     time: str
-    """Time limit of a job as D-HH:MM:SS, HH:MM:SS or minutes, in quotes. A run that needs longer
-    starts again from its checkpoint.
+    """Time limit of a job as D-HH:MM:SS, HH:MM:SS or minutes, in quotes. A longer run continues
+    from its checkpoint in the next job.
     """
     signal_seconds: int = Field(default=300, ge=1, le=65535)
-    """Seconds before the time limit at which the run stops with a checkpoint; Slurm may be a minute
-    early. More than a step and a save.
+    """Seconds before the time limit at which the run stops with a checkpoint. Must exceed a step
+    and a save; Slurm may be a minute early.
     """
     gpu_request: Literal["gpus-per-node", "gres", "none"] = "gpus-per-node"
-    """How GPUs are asked for: --gpus-per-node=N, --gres=gpu:N, or not at all (a cluster without, or
-    whole nodes).
+    """How GPUs are requested: --gpus-per-node=N, --gres=gpu:N, or not at all (a cluster without
+    GPUs, or whole nodes).
     """
     gpu_type: str | None = None
-    """Type in that request, as h100; null: any."""
+    """GPU type in that request, for example h100; null: any."""
     cpus_per_task: int | None = Field(default=None, ge=1)
-    """Cores of a rank; null: the partition's default."""
+    """Cores per rank; null: the partition's default."""
     memory_per_task_gb: float | None = Field(default=None, ge=0)
-    """Memory of a rank, GB; 0: all of the node's; null: the partition's default."""
+    """Memory per rank, GB; 0: all of the node's; null: the partition's default."""
     constraint: str | None = None
-    """Features that nodes must have."""
+    """Features that nodes must have (--constraint of sbatch)."""
     reservation: str | None = None
     """Reservation to run in."""
     exclusive: bool = False
-    """Share the nodes with no other job."""
+    """Do not share the nodes with other jobs."""
     exclude: list[str] = Field(default_factory=list)
     """Nodes to avoid."""
     network_interface: str | None = None
-    """Interface of NCCL's and gloo's connections, as ib0; null: they choose."""
+    """Network interface for NCCL and gloo connections, for example ib0; null: they choose."""
     numa_binding: bool = True
     """Bind every rank to the cores near its GPU."""
     environment: Environment = Environment()
@@ -198,9 +200,9 @@ class ClusterProfile(Section):
     preflight: Preflight = Preflight()
     cpu_jobs: CpuJobs = CpuJobs()
     sbatch: dict[str, str | int | bool] = Field(default_factory=dict)
-    """Further options of sbatch, as {mail-type: FAIL}; true: an option without a value."""
+    """Further options of sbatch, for example {mail-type: FAIL}; true: an option without a value."""
     srun: list[str] = Field(default_factory=list)
-    """Further words of srun, as [--mpi=none]."""
+    """Further arguments of srun, for example [--mpi=none]."""
 
     _check_time = field_validator("time", mode="before")(_check_time_limit)
 

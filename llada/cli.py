@@ -29,7 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 # `llada --help` lists commands, then groups, each in this order.
-app.add_typer(data_app, name="data", help="Tokenize, shard, inspect and verify corpora.")
+app.add_typer(data_app, name="data", help="Prepare, inspect, verify and convert corpora.")
 convert.add_to(app)
 add_launch_commands(app)
 training.add_to(app)

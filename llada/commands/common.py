@@ -10,9 +10,9 @@ from typing import Annotated
 
 import typer
 
-Config = Annotated[str, typer.Argument(help="YAML file of the run.")]
+Config = Annotated[str, typer.Argument(help="YAML config of the run.")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(help="key.sub=value, as in train.steps=100.")
+    list[str] | None, typer.Argument(help="Settings to override, such as train.steps=100.")
 ]
 
 

@@ -16,25 +16,25 @@ convert_app = typer.Typer(
 @convert_app.command("to-hf")
 def to_hf(
     checkpoint: Annotated[
-        str, typer.Argument(help="Checkpoint folder, or a run: its latest checkpoint.")
+        str, typer.Argument(help="Checkpoint folder, or run folder (its latest checkpoint).")
     ],
     out: Annotated[str, typer.Argument(help="Folder to create.")],
     dtype: Annotated[
         str | None, typer.Option(help="fp32, bf16 or fp16. Default: the precision of the run.")
     ] = None,
     max_shard_size: Annotated[
-        str, typer.Option(help="Size limit of a weight file, as 5GB or 500MiB.")
+        str, typer.Option(help="Maximum size of a weight file, such as 5GB or 500MiB.")
     ] = "5GB",
     average: Annotated[
         int,
-        typer.Option(help="Write the mean of the run's last N checkpoints, up to this one."),
+        typer.Option(help="Average the run's last N checkpoints, up to this one."),
     ] = 1,
     license: Annotated[
-        str, typer.Option(help="License identifier for the model card, as apache-2.0.")
+        str, typer.Option(help="License identifier for the model card, such as apache-2.0.")
     ] = "unknown",
     verify: Annotated[
         bool,
-        typer.Option(help="Compare the folder, loaded by transformers, with the training model."),
+        typer.Option(help="Compare the exported model in transformers with the training model."),
     ] = False,
     reference: Annotated[
         str | None,
@@ -42,11 +42,11 @@ def to_hf(
     ] = None,
     skip_checksums: Annotated[
         bool,
-        typer.Option("--skip-checksums", help="Do not verify the checksums of the checkpoint."),
+        typer.Option("--skip-checksums", help="Do not verify the checkpoint's checksums."),
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing export.")] = False,
 ) -> None:
-    """Write CHECKPOINT as a Hugging Face folder that transformers loads."""
+    """Export CHECKPOINT to a Hugging Face folder that transformers can load."""
     clean_up_on_sigterm()
     with slow_imports():
         from llada.hf.exporting import ExportOptions, export
@@ -65,14 +65,14 @@ def to_hf(
 @convert_app.command("from-hf")
 def from_hf(
     folder: Annotated[
-        str, typer.Argument(help="Published LLaDA folder, or a model of the Llama architecture.")
+        str, typer.Argument(help="Published LLaDA model, or model with the Llama architecture.")
     ],
     out: Annotated[str, typer.Argument(help="Checkpoint folder to create.")],
     dtype: Annotated[
         str | None,
         typer.Option(
             help=(
-                "Precision of the stored weights, fp32 or bf16. Default: bf16 stays bf16, fp16"
+                "Precision of the stored weights, fp32 or bf16. Default: bf16 stays bf16, and fp16"
                 " becomes fp32."
             )
         ),
@@ -80,7 +80,8 @@ def from_hf(
     add_mask_token: Annotated[
         bool,
         typer.Option(
-            "--add-mask-token", help="Add a mask token to the tokenizer, and its row to the model."
+            "--add-mask-token",
+            help="Add a mask token to the tokenizer and a row for it to the model.",
         ),
     ] = False,
     add_special_tokens: Annotated[
@@ -92,19 +93,19 @@ def from_hf(
     ] = False,
     tokenizer: Annotated[
         str | None,
-        typer.Option(help="Folder or file of the tokenizer. Default: the model's own folder."),
+        typer.Option(help="Tokenizer folder or file. Default: the model's folder."),
     ] = None,
     allow_pickle: Annotated[
         bool,
         typer.Option(
-            "--allow-pickle", help="Read pytorch_model.bin; only if you trust its author."
+            "--allow-pickle", help="Also read pytorch_model.bin; use only if you trust its author."
         ),
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing checkpoint.")] = False,
 ) -> None:
-    """Write the model of a Hugging Face FOLDER as a checkpoint.
+    """Convert the model in a Hugging Face FOLDER to a checkpoint.
 
-    A run with any layout can start from it (run.init_from).
+    A run with any parallel layout can start from it (run.init_from).
     """
     with slow_imports():
         from llada.hf.importing import ImportOptions

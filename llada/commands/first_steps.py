@@ -10,26 +10,26 @@ import typer
 def demo(
     input: Annotated[
         list[str] | None,
-        typer.Option(help="Text or code, files or folders. Default: the Python standard library."),
+        typer.Option(help="Text or code: file or folder. Default: the Python standard library."),
     ] = None,
     config: Annotated[
-        str, typer.Option(help="Config of the pretraining.")
+        str, typer.Option(help="Config for pretraining.")
     ] = "configs/demo/pretrain.yaml",
     sft_config: Annotated[
-        str, typer.Option(help="Config of the fine-tuning.")
+        str, typer.Option(help="Config for fine-tuning.")
     ] = "configs/demo/sft.yaml",
     dir: Annotated[
         str | None,
-        typer.Option(help="Output folder. Default: runs/demo, with --smoke runs/demo_smoke."),
+        typer.Option(help="Output folder. Default: runs/demo, or runs/demo_smoke with --smoke."),
     ] = None,
     smoke: Annotated[
-        bool, typer.Option(help="Run a few steps only, to check that every stage works.")
+        bool, typer.Option(help="Run only a few steps, to check that every stage works.")
     ] = False,
     fresh: Annotated[
-        bool, typer.Option(help="Start over instead of continuing what exists.")
+        bool, typer.Option(help="Start over instead of continuing an earlier demo.")
     ] = False,
 ) -> None:
-    """Train a small model from start to end: from text to a model that writes.
+    """Train a small model end to end, from raw text to an exported model.
 
     Trains a tokenizer, prepares a corpus, pretrains, fine-tunes, exports to Hugging Face, and
     writes a report.
@@ -47,11 +47,11 @@ def demo(
 
 
 def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Report what this machine has for training, and how to get what it lacks.
+    """Check this machine for training, and suggest a fix for each problem.
 
-    Exits with 1 if something blocks training.
+    Exits with 1 if a problem blocks training.
     """
     from llada.doctor import examine
 

@@ -10,10 +10,10 @@ import typer
 from llada.commands.common import slow_imports
 
 Model = Annotated[
-    str, typer.Argument(help="Exported folder, checkpoint, or run: its latest checkpoint.")
+    str, typer.Argument(help="Exported folder, checkpoint, or run (its latest checkpoint).")
 ]
 Steps = Annotated[
-    int | None, typer.Option(help="Number of model calls. Default: one per token to write.")
+    int | None, typer.Option(help="Number of model calls. Default: one per generated token.")
 ]
 Temperature = Annotated[
     float, typer.Option(help="0: always the most likely token; higher: more varied.")
@@ -22,11 +22,11 @@ Guidance = Annotated[float, typer.Option(help="Strength of classifier-free guida
 Remasking = Annotated[
     str,
     typer.Option(
-        help="Which tokens a step keeps: low_confidence (the most confident) or random ones."
+        help="Which predictions a step keeps: low_confidence (the most confident) or random."
     ),
 ]
 Seed = Annotated[int, typer.Option(help="Seed of the noise.")]
-Show = Annotated[bool, typer.Option("--show", help="Show the denoising step by step.")]
+Show = Annotated[bool, typer.Option("--show", help="Animate the denoising.")]
 
 
 def sample(
@@ -34,15 +34,17 @@ def sample(
     prompt: Annotated[
         str,
         typer.Argument(
-            help="Text to continue, or with --chat a question; '-' reads it from stdin."
+            help="Text to continue or, with --chat, a question; '-' reads it from stdin."
         ),
     ] = "",
-    chat: Annotated[bool, typer.Option("--chat", help="Answer PROMPT in the chat format.")] = False,
-    length: Annotated[int, typer.Option(help="Number of tokens to write.")] = 64,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Answer PROMPT in the model's chat format.")
+    ] = False,
+    length: Annotated[int, typer.Option(help="Number of tokens to generate.")] = 64,
     steps: Steps = None,
     block_length: Annotated[
         int | None,
-        typer.Option(help="Tokens per block; blocks are written from left to right."),
+        typer.Option(help="Tokens per block; blocks are generated from left to right."),
     ] = None,
     temperature: Temperature = 0.0,
     cfg: Guidance = 0.0,
@@ -50,7 +52,7 @@ def sample(
     seed: Seed = 0,
     show: Show = False,
 ) -> None:
-    """Continue PROMPT, or answer it, with MODEL."""
+    """Continue or answer PROMPT with MODEL."""
     with slow_imports():
         from llada.sampling.commands import sample as run
     from llada.sampling.diffusion import SamplingOptions
@@ -78,7 +80,7 @@ def infill(
     seed: Seed = 0,
     show: Show = False,
 ) -> None:
-    """Fill the gaps in TEXT, from both sides, with MODEL."""
+    """Fill the gaps in TEXT with MODEL, using the context on both sides."""
     with slow_imports():
         from llada.sampling.commands import infill as run
     from llada.sampling.diffusion import SamplingOptions

@@ -30,9 +30,9 @@ def pretrain(
     allow_changed: AllowChanged = False,
     rewind: Rewind = None,
 ) -> None:
-    """Pretrain CONFIG: alone, or as each rank of torchrun or srun.
+    """Pretrain a model, on one process or as a rank of torchrun or srun.
 
-    Continues from the run's latest checkpoint.
+    If the run has checkpoints, continues from the latest one.
     """
     _train("pretrain", config, overrides, allow_changed, rewind)
 
@@ -43,9 +43,9 @@ def sft(
     allow_changed: AllowChanged = False,
     rewind: Rewind = None,
 ) -> None:
-    """Fine-tune CONFIG on conversations: alone, or as each rank of torchrun or srun.
+    """Fine-tune a model on conversations, on one process or as a rank of torchrun or srun.
 
-    Continues from the run's latest checkpoint.
+    If the run has checkpoints, continues from the latest one.
     """
     _train("sft", config, overrides, allow_changed, rewind)
 
@@ -78,10 +78,10 @@ def _train(
 
 
 def show_config(config: Config, overrides: Overrides = None) -> None:
-    """Print the resolved CONFIG, and what the run will need.
+    """Print the resolved config, and what the run will need.
 
-    Every setting, with defaults and overrides applied; then parameters, FLOPs, memory and
-    checkpoints as comments.
+    Prints every setting with defaults and overrides applied, then parameters, FLOPs, memory and
+    checkpoint sizes as comments.
     """
     from llada.config import to_yaml
     from llada.planning.summary import summarize
@@ -95,21 +95,21 @@ def show_config(config: Config, overrides: Overrides = None) -> None:
 
 def compare(
     runs: Annotated[
-        list[str], typer.Argument(help="Run folders; each is compared with the first.")
+        list[str], typer.Argument(help="Run folders; each is compared with the first one.")
     ],
     step: Annotated[
         str | None,
         typer.Option(
             help=(
-                "Validation to compare: a step, or `last` for the last of each run. Default: the"
-                " newest that all runs have."
+                "Validation to compare: a step, or `last` for the last one of each run. Default:"
+                " the newest step that all runs have."
             )
         ),
     ] = None,
     corpus: Annotated[str | None, typer.Option(help="Compare this corpus only.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Compare the validations of RUNS item by item: differences, with their uncertainty."""
+    """Compare the validations of RUNS: paired differences, with confidence intervals."""
     import orjson
 
     from llada.evaluation import comparison, comparison_report
@@ -126,11 +126,11 @@ def compare(
 
 def data_step(
     config: Config,
-    step: Annotated[int, typer.Argument(min=1, help="Training step, from 1.")],
+    step: Annotated[int, typer.Argument(min=1, help="Training step, counted from 1.")],
     overrides: Overrides = None,
     samples: Annotated[int, typer.Option(min=1, help="Number of samples to print.")] = 8,
 ) -> None:
-    """Print the corpora, documents, t and masks of step STEP, without a model."""
+    """Show which documents training step STEP reads, with t and masks; needs no model."""
     from llada.training.configure import load_config
     from llada.training.preview import describe_step
 

@@ -17,7 +17,9 @@ class WeightChange(Section):
     data.sequence_length; ascending.
     """
     weight: float = Field(ge=0)
-    """New weight, relative to those of the other corpora (no unit); 0: no longer read."""
+    """New weight, relative to those of the other corpora (no unit); 0: the corpus is no longer
+    read.
+    """
 
 
 class CorpusEntry(Section):
@@ -30,8 +32,8 @@ class CorpusEntry(Section):
     weight_at.
     """
     max_epochs: float | None = Field(default=None, gt=0)
-    """Passes over the corpus after which it leaves the mixture; the other corpora then share its
-    part by weight. null: no limit.
+    """Passes over the corpus after which it leaves the mixture; its share then goes to the other
+    corpora by weight. null: no limit.
     """
     weight_at: list[WeightChange] = Field(default_factory=list)
     """Changes of the weight at token counts (annealing); pretraining only."""
@@ -77,7 +79,7 @@ class DataSection(Section):
     """The corpora. All must have been prepared with the same tokenizer."""
     document_mask: bool = False
     """true: documents in a window do not attend to each other, and each has its own t. The paper's
-    model was trained without.
+    model was trained without it.
     """
     random_length_probability: float = Field(default=0.01, ge=0, le=1)
     """Share of the windows that are cut at a uniformly random length into two attention segments

@@ -34,9 +34,10 @@ class RunConfig(Section):
     """All settings of a run. A run is a pure function of them, whatever the layout."""
 
     task: Task = "pretrain"
-    """Kind of training; `llada pretrain` refuses a config for `sft`, and the reverse."""
+    """pretrain or sft; `llada pretrain` rejects a config for sft, and `llada sft` one for pretrain.
+    """
     seed: int = Field(default=0, ge=0, lt=2**63)
-    """Key of every random draw: order, t, masks, random lengths, initial weights."""
+    """Seed of every random draw: order, t, masks, random lengths, initial weights."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """fp32: the reference. bf16: parameters and activations in bf16; master weights, moments,
     gradient sums, norms, RoPE and loss in fp32.

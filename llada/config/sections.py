@@ -13,28 +13,28 @@ class RunSection(Section):
     """Where the run lives and how it computes."""
 
     dir: str
-    """Folder of the run: config.yaml, metrics.jsonl, checkpoints/. A run continues from the latest
+    """Run folder: config.yaml, metrics.jsonl, checkpoints/. A run continues from the latest
     committed checkpoint in it.
     """
     threads: int = Field(default=0, ge=0, le=4096)
     """CPU threads of torch per rank; 0: the cores of this process divided by the ranks on the
-    machine. Compared at resume; on another layout only if it was set.
+    machine. Compared on resume; on another layout only if it was set.
     """
     deterministic: bool = False
-    """Use deterministic kernels on GPU, so that a restart repeats the run bit for bit. On CPU it
-    always does.
+    """Use deterministic kernels on GPU, so that a restart repeats the run bit for bit. On CPU this
+    is always the case.
     """
     hang_timeout: float = Field(default=1800.0, ge=0, le=1e9)
-    """Seconds without a finished step, validation or save after which the run names the silent
-    ranks and exits with 75; 0: never.
+    """Seconds without a finished step, validation or save after which the run reports the silent
+    ranks and exits with 75; 0: no limit.
     """
     init_from: str | None = None
     """Run, checkpoint or Hugging Face folder whose weights a new run starts from (not used on
     resume); recorded as lineage.
     """
     init_what: Literal["weights", "weights+optimizer"] = "weights"
-    """What to load from init_from: the weights alone, or the optimizer's moments and step count
-    too.
+    """weights: load only the weights from init_from; weights+optimizer: also the optimizer's
+    moments and step count.
     """
 
 
@@ -42,26 +42,28 @@ class TrainSection(Section):
     """Length of the run, and what it does about bad steps."""
 
     steps: int = Field(ge=1, le=10**9)
-    """Optimizer steps in total. Nothing else derives from it: extending a run never changes what
-    came before.
+    """Total number of optimizer steps. Nothing else is derived from it, so extending a run never
+    changes what came before.
     """
     max_skipped: int = Field(default=3, ge=0)
     """Consecutive steps that may be skipped (loss or gradient not finite, or a spike with
     skip_spikes) before the run stops.
     """
     spike_sigma: float | None = Field(default=6.0, gt=0)
-    """Standard deviations (of the logarithm) above the recent level from which a loss or gradient
-    norm is a spike; a heavier tail raises the limit. null: no spike detection.
+    """Standard deviations (of the logarithm) above the recent level at which a loss or gradient
+    norm counts as a spike; a heavier tail raises the limit. null: no spike detection.
     """
     spike_loss_factor: float = Field(default=1.1, ge=1)
     """A loss below this multiple of its recent level is never a spike."""
     spike_norm_factor: float = Field(default=3.0, ge=1)
     """A gradient norm below this multiple of its recent level is never a spike."""
     spike_window: int = Field(default=200, ge=20, le=100_000)
-    """Applied steps that make up the recent level; before that many, no step is a spike."""
+    """Number of applied steps that define the recent level; no step is a spike before there are
+    that many.
+    """
     skip_spikes: bool = False
-    """true: a spike is skipped; false: it is only reported, with its samples. Compared at resume,
-    and if true the four settings above too.
+    """true: skip spikes; false: only report them, with their samples. Compared on resume; if true,
+    so are the four settings above.
     """
 
 
@@ -140,7 +142,7 @@ class ObjectiveSection(Section):
     name: Literal["masked"] = "masked"
     """masked: LLaDA's masked diffusion (arXiv 2502.09992, Eq. 3)."""
     timesteps: Literal["stratified", "iid"] = "stratified"
-    """How the segments of a step get their t: stratified over the whole global step, or
+    """How t is drawn for the segments of a step: stratified over the whole global step, or
     independently (iid).
     """
     masking: Literal["bernoulli", "fixed_count"] = "bernoulli"
@@ -163,7 +165,7 @@ class OptimizerSection(Section):
     weight_decay: float = Field(default=0.1, ge=0)
     """Decoupled weight decay; multiplied by the learning rate."""
     clip: float = Field(default=1.0, gt=0)
-    """Largest global L2 norm of the gradient; a larger gradient is scaled down to it."""
+    """Maximum global L2 norm of the gradient; a larger gradient is scaled down to it."""
 
 
 class StageEntry(Section):
@@ -173,13 +175,13 @@ class StageEntry(Section):
     """
 
     shape: Literal["constant", "linear", "cosine"]
-    """Form of the stage, from `start` to `end`."""
+    """constant, linear or cosine: how the learning rate goes from `start` to `end`."""
     start: float | None = Field(default=None, ge=0)
-    """Learning rate at the start of the stage; null: that at the end of the stage before (0 for the
-    first).
+    """Learning rate at the start of the stage; null: that at the end of the previous stage (0 for
+    the first).
     """
     end: float | None = Field(default=None, ge=0)
-    """Learning rate at the end of the stage; leave it out for `constant`."""
+    """Learning rate at the end of the stage; omit it for `constant`."""
     steps: int | None = Field(default=None, ge=1, le=10**9)
     """Length in optimizer steps."""
     tokens: int | None = Field(default=None, ge=1, le=10**18)
@@ -205,7 +207,7 @@ class RewindEntry(Section):
     """A change of the learning rate by `llada pretrain --rewind STEP lr=RATE`."""
 
     step: int = Field(ge=0, le=10**9)
-    """Optimizer steps done before the change."""
+    """Number of optimizer steps before the change."""
     lr: float = Field(ge=0)
     """Learning rate of all later steps."""
 
@@ -247,10 +249,11 @@ class ValidationSection(Section):
     """
 
     every: int = Field(default=500, ge=1)
-    """Optimizer steps between validations; the last step is validated too."""
+    """Optimizer steps between validations; the last step is always validated."""
     windows: int = Field(default=1024, ge=8, le=10**7, multiple_of=4)
-    """Windows (conversations in fine-tuning) read per corpus and validation: a quarter as many
-    different ones, each at 4 values of t. A corpus with fewer reads its own at more values of t.
+    """Windows (conversations in fine-tuning) read per corpus and validation. A quarter of them are
+    different, each read at 4 values of t; a corpus with fewer reads all of its own at more values
+    of t.
     """
 
 
@@ -258,12 +261,12 @@ class CheckpointSection(Section):
     """When checkpoints are written, and which are kept."""
 
     every: int = Field(default=500, ge=1)
-    """Optimizer steps between checkpoints; one more at the end of the run, and on SIGTERM, SIGINT
+    """Optimizer steps between checkpoints; a run also writes one at its end, and on SIGTERM, SIGINT
     or SIGUSR1.
     """
     asynchronous: bool = True
-    """Write while training continues; only the copy to host memory blocks (metric
-    checkpoint_blocked_seconds).
+    """Write checkpoints while training continues; only planning the save and the copy to host
+    memory block it (metric checkpoint_blocked_seconds).
     """
     keep_last: int | None = Field(default=None, ge=1)
     """Keep the N newest checkpoints; older ones are deleted once a newer one is complete. null: all
@@ -273,7 +276,7 @@ class CheckpointSection(Section):
     """Never delete checkpoints whose step is a multiple of N; null: no exemption."""
     verify: bool = True
     """Compare size and checksum of every file with the commit marker before loading a checkpoint;
-    the ranks share the files.
+    the ranks share the work.
     """
 
 
@@ -284,11 +287,13 @@ class ParallelSection(Section):
     """
 
     tensor: int = Field(default=1, ge=1)
-    """Ranks that share every matrix (tensor parallelism)."""
+    """Tensor-parallel size: ranks over which every matrix is sharded."""
     sequence: bool = False
-    """Split norms and residuals along the sequence over the tensor-parallel ranks."""
+    """Sequence parallelism: split norms and residuals along the sequence over the tensor-parallel
+    ranks.
+    """
     pipeline: int = Field(default=1, ge=1)
-    """Pipeline stages."""
+    """Pipeline-parallel size: number of pipeline stages."""
     virtual_pipeline: int | None = Field(default=None, ge=2)
     """Model chunks per pipeline stage (interleaved schedule); null: one."""
     layers_per_stage: list[int] | None = Field(default=None, min_length=1)
@@ -296,7 +301,7 @@ class ParallelSection(Section):
     the layers); null: equal shares.
     """
     context: int = Field(default=1, ge=1)
-    """Ranks that share a sequence (context parallelism)."""
+    """Context-parallel size: ranks that share a sequence."""
     overlap_grad_reduce: bool = True
     """Reduce gradients between replicas during the backward pass."""
     overlap_param_gather: bool = True
@@ -304,12 +309,12 @@ class ParallelSection(Section):
     overlap_grad_reduce.
     """
     bucket_size: int | None = Field(default=None, ge=1)
-    """Parameters whose gradients (and updated values) are exchanged together; null: 40 million, or
-    a million per replica if that is more.
+    """Number of parameters whose gradients (and updated values) are exchanged together; null: 40
+    million, or a million per replica if that is more.
     """
     recompute: Literal["none", "selective", "full"] = "none"
-    """What the backward pass recomputes instead of keeping it in memory: nothing, the attention, or
-    whole layers.
+    """What the backward pass recomputes instead of keeping it in memory: none, the attention
+    (selective), or whole layers (full).
     """
 
     @property
@@ -322,7 +327,9 @@ class LoggingSection(Section):
     """Where metrics go besides metrics.jsonl, and how often to the console."""
 
     every: int = Field(default=10, ge=1)
-    """Steps between lines on a console that is not a terminal; metrics.jsonl records every step."""
+    """Steps between console lines if the output is not a terminal; metrics.jsonl records every
+    step.
+    """
     tensorboard: bool = False
     """Write TensorBoard event files to RUN/tensorboard."""
     wandb: bool = False

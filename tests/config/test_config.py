@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import pytest
 import yaml
@@ -32,7 +32,7 @@ def settings(
         subsection = section_in(field)
         if subsection is None:
             yield key, field
-        elif get_args(field.annotation):  # list[Section]
+        elif get_origin(field.annotation) is list:
             yield from settings(subsection, f"{key}.N.")
         else:
             yield from settings(subsection, f"{key}.")
