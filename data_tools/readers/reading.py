@@ -32,6 +32,7 @@ from data_tools.readers.report import Report, no_document
 from data_tools.readers.sources import find_sources
 from data_tools.readers.tables import measure_table, read_table
 from data_tools.readers.text_files import read_text_file
+from llada.arithmetic import ceil_div
 from llada.errors import UserError
 
 D = TypeVar("D")
@@ -83,7 +84,7 @@ def sample_texts(
     # With n times as much data as is wanted, every n-th file holds about enough: of 100 files of
     # 100 bytes, 1,000 characters are those of every 10th. With fewer than two files to choose
     # from, the first files are read instead.
-    stride = max(1, -(-total_bytes // max_characters))
+    stride = max(1, ceil_div(total_bytes, max_characters))
     if len(sources) >= 2 * stride:
         sources = sources[::stride]
     return _first_texts(sources, max_characters, options)
