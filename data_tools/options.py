@@ -1,8 +1,8 @@
 """Options of the `llada data` commands, each declared once.
 
-Types such as `Inputs` are for single parameters. Classes such as `CorpusFlags` are groups: a
-command that takes a group as a parameter gets an option for each of its fields, through
-`expand_groups`. A group also turns its values into the options of the library.
+Types such as `Inputs` declare one option. Classes such as `CorpusFlags` declare a group: a command
+that takes a group as a parameter gets an option per field, through `expand_groups`. A group also
+turns its values into the options of the library.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ TokenizerPath = Annotated[
 ]
 OutputFolder = Annotated[str, typer.Option(help="Folder to create.")]
 CorpusFolder = Annotated[str, typer.Argument(help="Folder of a prepared corpus.")]
-TextField = Annotated[str, typer.Option(help="Field or column that contains the text.")]
+TextField = Annotated[str, typer.Option(help="JSON field or table column that holds the text.")]
 Extensions = Annotated[
     list[str] | None,
     typer.Option(
@@ -107,7 +107,7 @@ class TextFlags:
         from data_tools.readers.options import ReadOptions
         from data_tools.readers.sources import parse_extensions
 
-        reading = ReadOptions(
+        options = ReadOptions(
             text_field=self.text_field,
             extensions=parse_extensions(self.ext),
             skip_bad=self.skip_bad,
@@ -118,7 +118,7 @@ class TextFlags:
             revision=self.revision,
             streaming=self.streaming,
         )
-        return TextType(reading)
+        return TextType(options)
 
     def decontamination(self) -> DecontaminationOptions | None:
         if not self.decontaminate:
@@ -142,9 +142,9 @@ class ConversationFlags:
     conversations_field: Annotated[
         str, typer.Option(help="Field with a list of turns, each with from and value.")
     ] = "conversations"
-    system_field: Annotated[
-        str, typer.Option(help="Field with an optional system prompt.")
-    ] = "system"
+    system_field: Annotated[str, typer.Option(help="Field with an optional system prompt.")] = (
+        "system"
+    )
     context_field: Annotated[
         str | None,
         typer.Option(help="Field whose text, if any, is appended to the prompt of a pair."),
@@ -184,13 +184,14 @@ class ConversationFlags:
     skip_bad: SkipBad = False
 
     def document_type(self, tokenizer: str) -> ConversationType:
-        """Return the type; `tokenizer` is a path, which may have the chat template."""
+        """Return the type; `tokenizer` is the path of one whose chat template may be chosen."""
         from data_tools.documents.conversation_records import ConversationFields
         from data_tools.documents.conversations import (
             ConversationSettings,
             ConversationType,
             read_chat_template,
         )
+        from data_tools.readers.options import ReadOptions
 
         fields = ConversationFields(
             prompt=self.prompt_field,
@@ -205,7 +206,8 @@ class ConversationFlags:
         )
         template = read_chat_template(self.chat_template, tokenizer)
         settings = ConversationSettings(fields, template, self.max_tokens, self.truncate)
-        return ConversationType(settings, self.chat_template, self.skip_bad)
+        options = ReadOptions(text_field=None, skip_bad=self.skip_bad)
+        return ConversationType(settings, self.chat_template, options)
 
 
 @dataclass(frozen=True)
@@ -271,7 +273,7 @@ class ExecutionFlags:
     def to_options(self, backend: str = ExecutionOptions.backend) -> ExecutionOptions:
         workers = self.workers
         if workers is None:
-            # Not os.cpu_count: a Slurm job may use fewer cores than the machine has.
+            # os.cpu_count counts all cores of the machine, of which a Slurm job may use fewer.
             workers = len(os.sched_getaffinity(0))
         return ExecutionOptions(
             workers, self.task, self.tasks, self.wait, backend, stream=sys.stderr
@@ -279,10 +281,10 @@ class ExecutionFlags:
 
 
 def expand_groups(command: Callable[..., R]) -> Callable[..., R]:
-    """Give a command one option for each field of the parameters that are groups of options.
+    """Replace each parameter of a command that is a group of options by the fields of the group.
 
-    typer makes an option of each parameter in a function's signature and knows no groups. So the
-    function it sees has the fields of a group in place of the group:
+    typer makes an option of each parameter in a function's signature and has no groups. So it is
+    given a function with the fields instead of the group:
 
         def prepare(output: str, execution: ExecutionFlags)             as written
         def prepare(*, output: str, workers: ..., task: ..., ...)       as typer sees it
@@ -296,7 +298,7 @@ def expand_groups(command: Callable[..., R]) -> Callable[..., R]:
             groups[parameter.name] = annotation
             parameters += _parameters_of(annotation)
         else:
-            # typer calls with keywords, and of these the ones with defaults may come first.
+            # Keyword-only, so that parameters with defaults may come before others.
             parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
 
     @functools.wraps(command)
@@ -312,7 +314,7 @@ def expand_groups(command: Callable[..., R]) -> Callable[..., R]:
 
 
 def _parameters_of(group: type) -> list[inspect.Parameter]:
-    """Return a keyword parameter for each field of a group."""
+    """Return a keyword-only parameter per field of a group."""
     types = get_type_hints(group, include_extras=True)
     return [
         inspect.Parameter(

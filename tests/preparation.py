@@ -52,7 +52,8 @@ def prepare_sft(
     corpus = take_corpus_options(options)
     template = read_chat_template(chat_template, tokenizer_path)
     settings = ConversationSettings(chat_template=template, **options)
-    document_type = ConversationType(settings, chat_template, skip_bad)
+    reading = ReadOptions(text_field=None, skip_bad=skip_bad)
+    document_type = ConversationType(settings, chat_template, reading)
     return prepare_corpus(inputs, tokenizer_path, output, document_type, corpus, execution)
 
 

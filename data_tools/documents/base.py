@@ -1,7 +1,8 @@
 """The interface between a type of document and the job that prepares a corpus of it.
 
-`DocumentType` is a plain value that travels to worker processes. `DocumentEncoder` is what it
-becomes there, once the tokenizer is loaded. The two types are in `text` and `conversations`.
+`DocumentType` is a plain value that is sent to worker processes. `DocumentEncoder` is what it
+becomes there, once the tokenizer is loaded. The modules `text` and `conversations` define one type
+each.
 """
 
 from __future__ import annotations
@@ -15,12 +16,11 @@ from typing import ClassVar, Generic, Protocol, TypeVar
 from data_tools.readers.input_file import InputFile, Slice
 from data_tools.readers.options import ReadOptions
 from data_tools.readers.report import Report
+from data_tools.types import JsonObject
 from llada.data.shard_format import I64
 from llada.tokenizer import Tokenizer
 
 Document = TypeVar("Document")
-JsonObject = dict[str, object]
-"""An object of a JSON file, with JSON values."""
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,12 @@ class EncodedDocuments:
     """A batch of documents as token ids.
 
     Attributes:
-        flat_tokens: ids of all documents one after the other, each document's EOS included, int64
-            [tokens].
-        lengths: tokens of each document, int64 [documents].
+        flat_tokens: ids of all documents, concatenated, EOS included, int64 [tokens].
+        lengths: tokens of each document, EOS included, int64 [documents].
         text_bytes: UTF-8 bytes of each document's text, int64 [documents].
-        split_keys: for each document, the bytes whose hash decides its split [documents].
-        replies: rows of REPLY_FIELDS sorted by document, the document counted from the first of the
-            batch, int64 [replies, 5]; None for documents without replies.
+        split_keys: bytes whose hash decides each document's split [documents].
+        replies: rows of REPLY_FIELDS sorted by document, with documents counted from the first of
+            the batch, int64 [replies, 5]; None for documents of text.
     """
 
     flat_tokens: I64
@@ -47,14 +46,14 @@ class EncodedDocuments:
 class DocumentEncoder(Protocol[Document]):
     """Reads and encodes documents of one type with one tokenizer."""
 
-    def read(self, source: InputFile, part: Slice, report: Report) -> Iterator[Document]:
-        """Yield the documents in a part of a source; `report` counts what is left out."""
+    def read(self, source: InputFile, slice_: Slice, report: Report) -> Iterator[Document]:
+        """Yield the documents in a slice of a source; `report` counts what is left out."""
         ...
 
     def encode(self, documents: list[Document], report: Report) -> EncodedDocuments:
-        """Encode a batch in order.
+        """Encode a batch in order; `report` counts what is left out.
 
-        A document of which nothing remains is not in the result; `report` counts what is left out.
+        A document of which nothing remains is not in the result.
         """
         ...
 
@@ -65,17 +64,13 @@ class DocumentType(ABC, Generic[Document]):
     Instances are sent to worker processes, so they hold settings only.
 
     Attributes:
-        name: TEXT or CONVERSATIONS of `llada.data.corpus`; recorded in the manifest.
+        name: TEXT or CONVERSATIONS of `llada.data.manifest`; recorded as the manifest's kind.
         read_options: how input files are read.
-        chat_template: Jinja template that is saved with the tokenizer; None keeps the tokenizer's
-            own.
+        chat_template: Jinja template to save with the tokenizer; None keeps the tokenizer's own.
     """
 
     name: ClassVar[str]
-
-    @property
-    @abstractmethod
-    def read_options(self) -> ReadOptions: ...
+    read_options: ReadOptions
 
     @property
     def chat_template(self) -> str | None:
@@ -83,11 +78,11 @@ class DocumentType(ABC, Generic[Document]):
 
     @abstractmethod
     def manifest_options(self) -> JsonObject:
-        """Return the settings of this type for the manifest."""
+        """Return the settings that the manifest records, as JSON values."""
 
     @abstractmethod
     def text(self, document: Document) -> str:
-        """Return all text of a document; two documents with equal text are duplicates."""
+        """Return the whole text of a document; documents with equal text are duplicates."""
 
     @abstractmethod
     def choose_backend(
@@ -97,7 +92,7 @@ class DocumentType(ABC, Generic[Document]):
 
         Args:
             tokenizer: tokenizer of the corpus.
-            sources: input files, of which a sample may be read.
+            sources: input files, from which a sample may be read.
             requested: one of `data_tools.tokenizers.encoders.BACKENDS`.
 
         Returns:
@@ -109,10 +104,10 @@ class DocumentType(ABC, Generic[Document]):
     def open(self, tokenizer: Tokenizer, backend: str) -> DocumentEncoder[Document]:
         """Return an encoder; `backend` is a name from `choose_backend`."""
 
-    def reply_index(self, shard: Path) -> I64 | None:
-        """Return the reply index of a shard, rows of REPLY_FIELDS; None if this type has none.
+    def replies(self, shard: Path) -> I64 | None:
+        """Return the rows of REPLY_FIELDS of a shard; None if documents have no replies.
 
         Args:
-            shard: path of the shard without a suffix.
+            shard: path of the shard, without suffix.
         """
         return None

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from data_tools.documents.base import JsonObject
-from data_tools.readers.records import BadRecord, Origin, string_field
+from data_tools.readers.records import BadRecord, Origin, missing_field, string_field
+from data_tools.types import JsonObject
 from llada.chat.format import ROLES, Message
 from llada.errors import UserError, did_you_mean
 
@@ -27,7 +27,7 @@ ROLE_ALIASES = {
 }
 """Other names of the roles, in lower case; records may use any case."""
 _BLANK_LINE = "\n\n"
-# Alpaca's fields: the task, a text that the task is about (may be empty), the answer, and earlier
+# Alpaca's fields: the task, a text that the task refers to (may be empty), the answer, and earlier
 # pairs of task and answer.
 _INSTRUCTION = "instruction"
 _INPUT = "input"
@@ -41,7 +41,6 @@ _ALPACA_REMEDY = f"--format alpaca reads {_INSTRUCTION}, {_INPUT} and {_OUTPUT}"
 _TURNS_REMEDY = "name the field with --messages-field or --conversations-field"
 _TRAILING = "ends of conversations without a reply (--drop-trailing)"
 
-
 _NO_ORIGIN = Origin(path="", line=0)
 
 
@@ -49,7 +48,7 @@ class Omission(NamedTuple):
     """A part of a conversation that is left out while the rest is kept.
 
     Attributes:
-        reason: what it is counted under, a plural noun.
+        reason: plural under which it is counted.
         message: what was left out of this conversation.
     """
 
@@ -59,11 +58,11 @@ class Omission(NamedTuple):
 
 @dataclass(frozen=True)
 class Conversation:
-    """A conversation as read.
+    """A parsed conversation.
 
     Attributes:
-        messages: its turns; the last one is the assistant's.
-        omissions: what was left out of it.
+        messages: turns of the conversation; the last one is the assistant's.
+        omissions: parts that were left out.
         origin: where its record was read.
     """
 
@@ -79,16 +78,17 @@ class ConversationFields:
     The names are those in a manifest's options.
 
     Attributes:
-        prompt, response: names of the fields of a pair.
-        messages: field with a list of turns; `--format messages` reads it alone.
-        conversations: the same in ShareGPT's spelling, {"from": ..., "value": ...}; a turn in
-            either list may have either spelling.
-        system: field with a system prompt, beside any of the forms; null or empty means none.
+        prompt, response: fields of a pair.
+        messages: field with a list of turns in OpenAI's spelling, {"role": ..., "content": ...}.
+        conversations: field with a list of turns in ShareGPT's spelling, {"from": ..., "value":
+            ...}. A turn in either list may have either spelling.
+        system: field with a system prompt, which any form may have; null or empty means none.
         context: field whose text, if any, follows the prompt of a pair after a blank line; None if
             there is no such field.
-        form: one of FORMS.
-        drop_trailing: leave out turns after the last reply instead of refusing the conversation.
-        join_turns: make consecutive turns of one role one turn, separated by blank lines.
+        form: one of FORMS; "auto" decides by the fields of each record.
+        drop_trailing: whether to leave out turns after the last reply instead of refusing the
+            conversation.
+        join_turns: whether to join consecutive turns of one role, with blank lines between them.
 
     Raises:
         UserError: unknown form.
@@ -115,7 +115,7 @@ class ConversationFields:
         """Return the conversation in a record.
 
         Raises:
-            BadRecord: no conversation, an unknown role, an empty reply, no reply at the end.
+            BadRecord: not a conversation, an unknown role, an empty reply, no reply at the end.
         """
         form = self._form_of(record)
         if form == "prompt-response":
@@ -145,10 +145,10 @@ class ConversationFields:
         return self._end_with_reply(messages)
 
     def _form_of(self, record: object) -> str:
-        """Return the form that is set, else the form that the fields of a record suggest.
+        """Return the form that is set, or the form that the fields of a record suggest.
 
-        A field that is null counts as missing. A record that has the fields of no form is taken for
-        a pair, whose parsing then names what is missing.
+        A field that is null counts as missing. A record without the fields of any form counts as a
+        pair, whose parsing then names what is missing.
         """
         if self.form != "auto":
             return self.form
@@ -159,8 +159,8 @@ class ConversationFields:
             "messages": (self.messages,),
             "sharegpt": (self.conversations,),
         }
-        # Someone who reads pairs from Alpaca's fields (--prompt-field instruction) has decided how
-        # such records are read.
+        # Whoever reads pairs from Alpaca's fields (--prompt-field instruction) does not want them
+        # read as Alpaca's.
         if not {_INSTRUCTION, _OUTPUT} & {self.prompt, self.response}:
             fields_of_form["alpaca"] = (_INSTRUCTION, _OUTPUT)
         matching = [
@@ -171,8 +171,7 @@ class ConversationFields:
         if not matching:
             return "prompt-response"
         if len(matching) > 1:
-            # "'prompt' with 'response' and 'messages'"
-            quoted = ["'" + "' with '".join(fields_of_form[form]) + "'" for form in matching]
+            quoted = [_quote_fields(fields_of_form[form]) for form in matching]
             raise BadRecord(
                 "lines with more than one conversation",
                 f"fields {' and '.join(quoted)} are two conversations; choose with --format",
@@ -210,11 +209,19 @@ class ConversationFields:
         return Conversation(tuple(kept), (Omission(_TRAILING, message),))
 
 
+def _quote_fields(names: Sequence[str]) -> str:
+    """Quote field names for a message: ("prompt", "response") -> 'prompt' with 'response'."""
+    return " with ".join(f"'{name}'" for name in names)
+
+
 def _as_object(record: object, name: str, remedy: str) -> JsonObject:
-    """Return a record that is a JSON object. Raises BadRecord, which names a field, for others."""
+    """Return a record that is a JSON object.
+
+    Raises:
+        BadRecord: it is not; the message asks for the field `name`.
+    """
     if not isinstance(record, dict):
-        string_field(record, name, remedy)  # raises, and names what the record is
-        raise AssertionError("string_field accepts only objects")
+        raise missing_field(record, name, remedy)
     return record
 
 
@@ -230,7 +237,7 @@ def _optional_text(fields: JsonObject, name: str | None) -> str:
             "lines whose field is not a string",
             f"field '{name}' is not a string but {type(text).__name__}",
         )
-    # Blank text is none, but other text is kept with the white space around it.
+    # Blank text counts as missing; other text keeps the white space around it.
     if not text.strip():
         return ""
     return text
@@ -239,7 +246,7 @@ def _optional_text(fields: JsonObject, name: str | None) -> str:
 def _read_pair(
     fields: JsonObject, prompt: str, response: str, context: str | None, remedy: str
 ) -> list[Message]:
-    """Return the two turns of a prompt, with its context if it has any, and its response."""
+    """Return the two turns of a pair: the prompt with its context, if any, and the response."""
     question = string_field(fields, prompt, remedy)
     answer = string_field(fields, response, remedy)
     context_text = _optional_text(fields, context)
@@ -273,7 +280,7 @@ def _is_pair(value: object) -> bool:
 def _read_turns(fields: JsonObject, name: str) -> list[Message]:
     """Return the turns of a list in a field."""
     if name not in fields:
-        string_field(fields, name, _TURNS_REMEDY)  # raises, and names the fields that there are
+        raise missing_field(fields, name, _TURNS_REMEDY)
     turns = fields[name]
     if not isinstance(turns, list) or not turns:
         raise BadRecord(
@@ -285,14 +292,15 @@ def _read_turns(fields: JsonObject, name: str) -> list[Message]:
 
 def _read_turn(turn: object, number: int) -> Message:
     """Return one turn, {"role", "content"} or {"from", "value"}; `number` counts from 1."""
-    # Each turn may have either spelling, in either kind of list: data sets mix them.
+    # Datasets mix the spellings, so a turn may have either, in either kind of list.
     keys = ("role", "content")
     if isinstance(turn, dict) and "from" in turn:
         keys = ("from", "value")
     role_key, content_key = keys
 
     spelt_role = _turn_field(turn, role_key, keys, number)
-    role = ROLE_ALIASES.get(spelt_role.lower(), spelt_role.lower())
+    lower = spelt_role.lower()
+    role = ROLE_ALIASES.get(lower, lower)
     if role not in ROLES:
         suggestion = did_you_mean(spelt_role, [*ROLES, *ROLE_ALIASES])
         raise BadRecord(
@@ -301,7 +309,7 @@ def _read_turn(turn: object, number: int) -> Message:
             f" and for these {', '.join(ROLE_ALIASES)}",
         )
 
-    assert isinstance(turn, dict)  # else it would have no role
+    assert isinstance(turn, dict)  # otherwise `_turn_field` has raised
     if turn.get("tool_calls") or turn.get("function_call"):
         raise BadRecord(
             "conversations with tool calls", f"turn {number}: calls of tools are not trained on"
@@ -337,7 +345,7 @@ def _turn_field(turn: object, name: str, keys: Sequence[str], number: int) -> st
 
 
 def _join_turns(messages: list[Message]) -> list[Message]:
-    """Make consecutive turns of one role one turn."""
+    """Join consecutive turns of one role into one turn."""
     joined = messages[:1]
     for message in messages[1:]:
         previous = joined[-1]

@@ -1,7 +1,8 @@
-"""Documents of conversations, for `llada data prepare-sft`: token ids and a reply index.
+"""Documents of conversations, for `llada data prepare-sft`: token ids and a reply table.
 
-A record of the input becomes a `Conversation` in `conversation_records`. Here its turns become ids
-with a chat format, and every reply gets a row that says where it and its prompt lie.
+`conversation_records` parses a record of the input into a `Conversation`. Here its turns become ids
+in a chat format, and every reply gets a row in the table with the offsets of the reply and its
+prompt.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 
-from data_tools.documents.base import DocumentEncoder, DocumentType, EncodedDocuments, JsonObject
+from data_tools.documents.base import DocumentEncoder, DocumentType, EncodedDocuments
 from data_tools.documents.conversation_records import (
     Conversation,
     ConversationFields,
@@ -28,6 +29,7 @@ from data_tools.readers.reading import read_records
 from data_tools.readers.records import BadRecord, Origin
 from data_tools.readers.report import Report
 from data_tools.tokenizers.encoders import choose_encoder
+from data_tools.types import JsonObject
 from llada.chat.format import TEMPLATE, Reply
 from llada.chat.template import TemplateError, chat_format
 from llada.data.manifest import CONVERSATIONS
@@ -49,7 +51,7 @@ class ConversationSettings:
         fields: how records are parsed.
         chat_template: Jinja source of the chat template; TEMPLATE is LLaDA's own format.
         max_tokens: most tokens of a reply with its prompt and EOS; None for no limit.
-        truncate: cut longer replies to `max_tokens` instead of leaving them out.
+        truncate: whether to cut longer replies to `max_tokens` instead of leaving them out.
 
     Raises:
         UserError: `max_tokens` leaves no room for a response; `truncate` without `max_tokens`.
@@ -73,23 +75,19 @@ class ConversationSettings:
 class ConversationType(DocumentType[Conversation]):
     """Documents that are conversations.
 
-    A conversation is held out by the hash of the turns before its first reply, so one question is
-    never in both splits.
+    The hash of the turns before its first reply decides whether a conversation is held out, so the
+    same question is never in both splits.
 
     Attributes:
         settings: how conversations become token ids.
         template_choice: value of `--chat-template`, recorded in the manifest.
-        skip_bad: count records that are not conversations instead of stopping.
+        read_options: how input files are read; no `text_field`, because a record is a conversation.
     """
 
     name: ClassVar[str] = CONVERSATIONS
     settings: ConversationSettings = field(default_factory=ConversationSettings)
     template_choice: str = "llada"
-    skip_bad: bool = False
-
-    @property
-    def read_options(self) -> ReadOptions:
-        return ReadOptions(text_field=None, skip_bad=self.skip_bad)
+    read_options: ReadOptions = field(default_factory=lambda: ReadOptions(text_field=None))
 
     @property
     def chat_template(self) -> str:
@@ -103,7 +101,7 @@ class ConversationType(DocumentType[Conversation]):
             "chat_template_sha256": hashlib.sha256(template).hexdigest(),
             "max_tokens": self.settings.max_tokens,
             "truncate": self.settings.truncate,
-            "skip_bad": self.skip_bad,
+            "skip_bad": self.read_options.skip_bad,
         }
 
     def text(self, document: Conversation) -> str:
@@ -112,15 +110,15 @@ class ConversationType(DocumentType[Conversation]):
     def choose_backend(
         self, tokenizer: Tokenizer, sources: Sequence[InputFile], requested: str
     ) -> tuple[str, str]:
-        # Conversations are a small part of all text. The chat format encodes them with the
-        # tokenizer itself, so its own library is the only choice.
+        # The chat format encodes with the tokenizer itself, so its own library is the only choice.
+        # A faster one would hardly matter: conversations are a small part of all text.
         encoder, _ = choose_encoder(tokenizer, [], "library")
         return encoder.name, ""
 
     def open(self, tokenizer: Tokenizer, backend: str) -> DocumentEncoder[Conversation]:
         return ConversationEncoder(self.settings, self.read_options, tokenizer)
 
-    def reply_index(self, shard: Path) -> I64:
+    def replies(self, shard: Path) -> I64:
         return map_replies(Path(f"{shard}.replies"))
 
 
@@ -128,8 +126,8 @@ class _CountedReply(NamedTuple):
     """A reply of an encoded conversation.
 
     Attributes:
-        reply: where it and its prompt lie in the tokens.
-        number: which reply of the conversation it is, from 1.
+        reply: offsets of the reply and its prompt in the tokens.
+        number: number of the reply in the conversation, from 1.
         text_bytes: UTF-8 bytes of its text.
     """
 
@@ -169,18 +167,18 @@ class ConversationEncoder:
         self._tokenizer = tokenizer
         self._format = chat_format(tokenizer, settings.chat_template)
 
-    def read(self, source: InputFile, part: Slice, report: Report) -> Iterator[Conversation]:
-        return read_records(source, part, self._read_options, report, self.parse)
+    def read(self, source: InputFile, slice_: Slice, report: Report) -> Iterator[Conversation]:
+        return read_records(source, slice_, self._read_options, report, self.parse)
 
     def parse(self, record: object, origin: Origin) -> Conversation:
         """Make a conversation of a record.
 
         Args:
-            record: JSON value of a line or an element, or a row as a dict.
+            record: JSON value of the record.
             origin: where it was read.
 
         Raises:
-            BadRecord: the record is no conversation that can be trained on.
+            BadRecord: the record is not a conversation that can be trained on.
         """
         conversation = self._settings.fields.parse(record)
         try:
@@ -190,26 +188,27 @@ class ConversationEncoder:
         return replace(conversation, origin=origin)
 
     def encode(self, documents: list[Conversation], report: Report) -> EncodedDocuments:
-        # Lists with one entry for each conversation that is kept ...
+        # One entry per conversation that is kept ...
         token_ids: list[list[int]] = []
         text_bytes: list[int] = []
         split_keys: list[bytes] = []
-        # ... and with one for each of its replies.
+        # ... and one per reply of these.
         reply_rows: list[tuple[int, int, int, int, int]] = []
 
         encoded = self._format.encode([conversation.messages for conversation in documents])
         for conversation, (ids, replies) in zip(documents, encoded, strict=True):
             counted = self._count_bytes(conversation.messages, replies)
             kept, omissions = self._apply_limit(ids, counted)
-            # Reported although the conversation is kept: the counts are of parts, not of documents.
+            # Reported even if the conversation is kept: these count parts of it.
             for omission in (*conversation.omissions, *omissions):
                 report.leave_out(*conversation.origin, omission.reason, omission.message)
             if not kept:
                 continue
-            # Without omissions all tokens are in use, and the ids stay as the format made them.
+            # Without omissions all tokens are used, and the ids stay as the format made them.
             if omissions:
                 ids, kept = _drop_unused_tokens(ids, kept, self._tokenizer.eos_id)
-            reply_rows += [(len(token_ids), *entry.reply) for entry in kept]
+            document = len(token_ids)
+            reply_rows += [(document, *entry.reply) for entry in kept]
             token_ids.append(ids)
             text_bytes.append(sum(entry.text_bytes for entry in kept))
             split_keys.append(_question(conversation.messages))
@@ -226,26 +225,23 @@ class ConversationEncoder:
         )
 
     def _count_bytes(self, messages: Messages, replies: Sequence[Reply]) -> list[_CountedReply]:
-        """Number the replies of a conversation and count the bytes of the text they stand for."""
-        # The format may trim a reply: the text that is trained on counts, not the text of the turn.
-        texts = [
-            self._format.response(message.content)
-            for message in messages
-            if message.role == "assistant"
-        ]
+        """Number the replies of a conversation and count the bytes of their text."""
+        turns = [message.content for message in messages if message.role == "assistant"]
+        counted: list[_CountedReply] = []
         # Numbers are for messages: they do not change when other replies are left out.
-        numbered = enumerate(zip(replies, texts, strict=True), start=1)
-        return [
-            _CountedReply(reply, number, len(text.encode())) for number, (reply, text) in numbered
-        ]
+        for number, (reply, turn) in enumerate(zip(replies, turns, strict=True), start=1):
+            # The format may trim a turn, and only what is trained on counts.
+            text = self._format.response(turn)
+            counted.append(_CountedReply(reply, number, len(text.encode())))
+        return counted
 
     def _apply_limit(
         self, ids: list[int], replies: list[_CountedReply]
     ) -> tuple[list[_CountedReply], list[Omission]]:
         """Leave out or cut the replies that exceed `max_tokens`.
 
-        With max_tokens 10, a prompt of 7 tokens and a response of 5 (EOS included), there is room
-        for 3 response tokens: the reply is left out, or cut to its first 3 tokens, without EOS.
+        With max_tokens 10 and a prompt of 7 tokens, there is room for 3 tokens of a response. A
+        response of 5 (EOS included) is left out, or cut to its first 3 tokens, without EOS.
 
         Returns:
             The replies that are kept, and what was left out of the others.
@@ -285,7 +281,7 @@ class ConversationEncoder:
         """Cut a response to its first `room` tokens."""
         start = entry.reply.response_start
         end = start + room
-        # Tokens may end inside a character: the bytes are those of the decoded text, not a share.
+        # A token may end inside a character, so the bytes of the decoded text are counted.
         text = self._tokenizer.decode(ids[start:end])
         return _CountedReply(entry.reply._replace(turn_end=end), entry.number, len(text.encode()))
 
@@ -298,10 +294,10 @@ def _drop_unused_tokens(
     The tokens of a conversation are its history, then the turn of every reply:
 
         history  | turn 1 | turn 2 | turn 3          reply 2 was left out
-        history' | turn 1 | turn 3                   history' ends where the last prompt needs it to
+        history' | turn 1 | turn 3                   history' is what the remaining prompts use
 
-    The result ends with EOS, as every document does. After a cut reply that EOS belongs to no
-    reply, so it is not learnt.
+    The result ends with EOS, as every document does. An EOS after a cut reply belongs to no reply,
+    so it is not learnt.
     """
     kept_ids = ids[: max(entry.reply.history_end for entry in replies)]
     moved: list[_CountedReply] = []
@@ -323,7 +319,7 @@ def _drop_unused_tokens(
 
 
 def _to_json(messages: Messages) -> str:
-    """Encode turns as JSON, in which no text can be mistaken for another role or turn."""
+    """Encode turns as JSON, so that no text can be mistaken for another role or turn."""
     return json.dumps([(message.role, message.content) for message in messages], ensure_ascii=False)
 
 
@@ -364,5 +360,5 @@ def read_chat_template(choice: str, tokenizer_path: str | Path) -> str:
         ) from None
     except UnicodeDecodeError:
         raise UserError(
-            f"--chat-template: {choice} is not UTF-8; a Jinja template is read"
+            f"--chat-template: {choice} is not UTF-8; expected a Jinja template"
         ) from None

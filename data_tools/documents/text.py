@@ -8,17 +8,18 @@ from typing import ClassVar
 
 import numpy as np
 
-from data_tools.documents.base import DocumentEncoder, DocumentType, EncodedDocuments, JsonObject
+from data_tools.documents.base import DocumentEncoder, DocumentType, EncodedDocuments
 from data_tools.readers.input_file import InputFile, Slice
 from data_tools.readers.options import ReadOptions
 from data_tools.readers.reading import read_texts
 from data_tools.readers.report import Report
 from data_tools.tokenizers.encoders import Encoder, choose_encoder, open_encoder
+from data_tools.types import JsonObject
 from llada.data.manifest import TEXT
 from llada.data.shard_format import I64
 from llada.tokenizer import Tokenizer
 
-# Encoders are compared on a sample of the input. It is small, because the tokenizer's own library,
+# Encoders are compared on a sample of the input. It is small because the tokenizer's own library,
 # which may be slow, has to encode it too.
 _SAMPLE_CHARACTERS = 1 << 20
 _SAMPLE_CHARACTERS_PER_DOCUMENT = 1 << 16
@@ -27,31 +28,31 @@ _SAMPLED_SOURCES = 64
 
 @dataclass(frozen=True)
 class TextType(DocumentType[str]):
-    """Documents that are texts."""
+    """Documents that are texts.
+
+    Attributes:
+        read_options: how input files are read.
+    """
 
     name: ClassVar[str] = TEXT
-    reading: ReadOptions = field(default_factory=ReadOptions)
-
-    @property
-    def read_options(self) -> ReadOptions:
-        return self.reading
+    read_options: ReadOptions = field(default_factory=ReadOptions)
 
     def manifest_options(self) -> JsonObject:
-        reading = self.reading
+        options = self.read_options
         extensions = None
-        if reading.extensions:
-            extensions = sorted(reading.extensions)
+        if options.extensions:
+            extensions = sorted(options.extensions)
         return {
-            "text_field": reading.text_field,
+            "text_field": options.text_field,
             "extensions": extensions,
-            "skip_bad": reading.skip_bad,
-            "min_length": reading.min_length,
-            "max_length": reading.max_length,
+            "skip_bad": options.skip_bad,
+            "min_length": options.min_length,
+            "max_length": options.max_length,
             "dataset": {
-                "split": reading.split,
-                "name": reading.name,
-                "revision": reading.revision,
-                "streaming": reading.streaming,
+                "split": options.split,
+                "name": options.name,
+                "revision": options.revision,
+                "streaming": options.streaming,
             },
         }
 
@@ -65,15 +66,15 @@ class TextType(DocumentType[str]):
         return encoder.name, reason
 
     def _sample(self, sources: Sequence[InputFile]) -> Iterator[str]:
-        """Yield starts of documents from the first part of every n-th source."""
+        """Yield beginnings of the first documents of every n-th source."""
         step = max(1, len(sources) // _SAMPLED_SOURCES)
         remaining = _SAMPLE_CHARACTERS
-        # Every n-th source: neighbours in a sorted list are often alike.
+        # Every n-th, because neighbours in a sorted list are often alike.
         for source in sources[::step]:
-            # A quarter of what remains: the first sources do not use up the sample, and a sample of
-            # few sources still becomes large.
+            # A quarter of what remains, so that the first sources do not use up the sample, and
+            # that a sample of few sources is still large.
             source_share = max(remaining // 4, _SAMPLE_CHARACTERS_PER_DOCUMENT)
-            for document in read_texts(source, None, self.reading, Report()):
+            for document in read_texts(source, None, self.read_options, Report()):
                 text = document[:_SAMPLE_CHARACTERS_PER_DOCUMENT]
                 yield text
                 remaining -= len(text)
@@ -84,25 +85,26 @@ class TextType(DocumentType[str]):
                     break
 
     def open(self, tokenizer: Tokenizer, backend: str) -> DocumentEncoder[str]:
-        return TextEncoder(self.reading, open_encoder(tokenizer, backend), tokenizer.eos_id)
+        encoder = open_encoder(tokenizer, backend)
+        return TextEncoder(self.read_options, encoder, tokenizer.eos_id)
 
 
 class TextEncoder:
     """Encodes texts.
 
     Args:
-        reading: how input files are read.
-        encoder: turns texts into ids, without EOS.
+        read_options: how input files are read.
+        encoder: encoder of texts, which appends no EOS.
         eos_id: id that ends every document.
     """
 
-    def __init__(self, reading: ReadOptions, encoder: Encoder, eos_id: int) -> None:
-        self._reading = reading
+    def __init__(self, read_options: ReadOptions, encoder: Encoder, eos_id: int) -> None:
+        self._read_options = read_options
         self._encoder = encoder
         self._eos_id = eos_id
 
-    def read(self, source: InputFile, part: Slice, report: Report) -> Iterator[str]:
-        return read_texts(source, part, self._reading, report)
+    def read(self, source: InputFile, slice_: Slice, report: Report) -> Iterator[str]:
+        return read_texts(source, slice_, self._read_options, report)
 
     def encode(self, documents: list[str], report: Report) -> EncodedDocuments:
         # The bytes of a text decide its split.
@@ -123,12 +125,12 @@ def _append_eos(flat: I64, lengths: I64, eos_id: int) -> I64:
 
     Args:
         flat: ids of all documents without EOS, int64 [tokens].
-        lengths: ids of each document, int64 [documents].
+        lengths: number of ids of each document, int64 [documents].
 
     Returns:
         int64 [tokens + documents].
     """
-    # [2, 4] in the example: each document has one position more than it has ids.
+    # [2, 4] in the example.
     eos_positions = np.cumsum(lengths + 1) - 1
     with_eos = np.empty(len(flat) + len(lengths), dtype=np.int64)
     is_text = np.ones(len(with_eos), dtype=bool)

@@ -20,6 +20,8 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from llada.arithmetic import ceil_div
+
 U64 = npt.NDArray[np.uint64]
 
 # As in data_tools.job.pool, whose processes merge.
@@ -67,7 +69,7 @@ def num_ranges(folder: Path, units: int) -> int:
     documents = 0
     for unit in range(units):
         documents += _open(hashes_path(folder, unit)).shape[1]
-    return max(1, -(-documents // ROWS_AT_ONCE))
+    return max(1, ceil_div(documents, ROWS_AT_ONCE))
 
 
 def range_path(folder: Path, number: int) -> Path:
@@ -122,7 +124,7 @@ class MergeJob:
 
     def _lower_bound(self, number: int) -> int:
         """Return the upper half of a hash with which a range begins: number / ranges of 2^64."""
-        return min(-(-number * _HASH_RANGE // self.ranges), _HASH_RANGE)
+        return min(ceil_div(number * _HASH_RANGE, self.ranges), _HASH_RANGE)
 
 
 class Duplicates:

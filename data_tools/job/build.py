@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Generic
 
-from data_tools.documents.base import Document, DocumentType, JsonObject
+from data_tools.documents.base import Document, DocumentType
 from data_tools.filters.dedup import MergeJob, hashes_path, num_ranges, range_path
 from data_tools.job import pool
 from data_tools.job.finish import finish
@@ -26,6 +26,7 @@ from data_tools.job.work_plan import WorkPlan, digest_of, make_plan
 from data_tools.job.worker import UnitWorker, open_contamination
 from data_tools.readers.report import Report
 from data_tools.readers.sources import find_sources
+from data_tools.types import JsonObject
 from llada.data.manifest import Manifest
 from llada.errors import RunError, TryAgain, UserError
 from llada.files import checksum

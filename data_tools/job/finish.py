@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import llada
-from data_tools.documents.base import Document, JsonObject
+from data_tools.documents.base import Document
 from data_tools.job.output import OutputFolder
 from data_tools.job.splits import append_shard
 from data_tools.job.unit_result import PARTS, UnitResult
 from data_tools.job.work_plan import WorkPlan
 from data_tools.job.worker import UnitWorker
 from data_tools.readers.report import no_document, reasons_of
+from data_tools.types import JsonObject
 from llada.data.manifest import (
     CONVERSATIONS,
     FORMAT_VERSION,
@@ -191,7 +192,7 @@ def _merge_parts(
     with SplitWriter(folder, VALIDATION, dtype, worker.options.shard_tokens) as writer:
         for part in parts:
             path = folder / PARTS / part.name
-            append_shard(writer, ShardReader(path), part, worker.document_type.reply_index(path))
+            append_shard(writer, ShardReader(path), part, worker.document_type.replies(path))
         return writer.finish()
 
 

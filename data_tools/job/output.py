@@ -17,10 +17,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from data_tools.documents.base import JsonObject
 from data_tools.filters.dedup import DUPLICATES, HASHES
 from data_tools.job.unit_result import PARTS, RESULTS
 from data_tools.job.work_plan import PLAN, WorkPlan
+from data_tools.types import JsonObject
 from llada.data.manifest import CORPUS_FILES, MANIFEST, Manifest
 from llada.errors import RunError, UserError
 from llada.files import sync_folder, sync_tree

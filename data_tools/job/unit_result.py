@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from data_tools.documents.base import JsonObject
+from data_tools.types import JsonObject
 from llada.data.manifest import ShardEntry
 from llada.files import write_atomically
 

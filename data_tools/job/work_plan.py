@@ -13,11 +13,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from data_tools.documents.base import JsonObject
 from data_tools.readers.input_file import Extent, InputFile, Slice
 from data_tools.readers.options import ReadOptions
 from data_tools.readers.reading import measure
 from data_tools.readers.report import Report
+from data_tools.types import JsonObject
+from llada.arithmetic import ceil_div
 from llada.errors import UserError
 from llada.files import write_atomically
 
@@ -181,7 +182,7 @@ def _take(extent: Extent, start: int, room: int) -> tuple[int, int]:
     if extent.sizes is None:
         # All positions hold the same: those that fill the room, rounded up. A position has no text
         # only where the whole source has none; then all of it is taken.
-        positions = -(-room * extent.length // max(extent.text_bytes, 1))
+        positions = ceil_div(room * extent.length, max(extent.text_bytes, 1))
         stop = min(extent.length, start + positions)
         return stop, (stop - start) * extent.text_bytes // extent.length
     stop = start

@@ -21,7 +21,8 @@ from data_tools.job.pool import Advance
 from data_tools.job.splits import write_batch
 from data_tools.job.unit_result import PARTS, RangeCount, UnitResult
 from data_tools.job.work_plan import WorkPlan
-from data_tools.readers.input_file import DATASET, InputFile
+from data_tools.readers.formats import DATASET
+from data_tools.readers.input_file import InputFile
 from data_tools.readers.report import Report, no_document
 from llada.data.manifest import TRAIN, VALIDATION
 from llada.data.shard_format import token_dtype

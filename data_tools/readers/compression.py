@@ -1,4 +1,4 @@
-"""Open a file as a stream of bytes, whether it is plain or compressed."""
+"""Open a file as a stream of bytes, decompressed if necessary."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 _READ_BYTES = 1 << 16
 _BUFFER_BYTES = 1 << 18
 _LARGEST_ZSTD_WINDOW = 1 << 31
-"""zstandard refuses windows over 128 MiB unless told; `zstd --long=31` writes larger ones."""
+"""Allowed window size: zstandard's default is 128 MiB, and `zstd --long=31` writes larger ones."""
 
 
 def open_file(path: str) -> BinaryIO:
@@ -26,8 +26,8 @@ def open_file(path: str) -> BinaryIO:
 class _ZstdFile(io.RawIOBase):
     """A .zst file of any number of frames.
 
-    zstandard's own reader takes a file that was cut off for a complete one; this one raises
-    EOFError, as gzip does.
+    zstandard's own reader reads a truncated file as if it were complete; this one raises EOFError,
+    as gzip does.
     """
 
     def __init__(self, path: Path) -> None:
@@ -37,8 +37,8 @@ class _ZstdFile(io.RawIOBase):
         self._decompressor = zstandard.ZstdDecompressor(max_window_size=_LARGEST_ZSTD_WINDOW)
         self._error: type[Exception] = zstandard.ZstdError
         self._frame: zstandard.ZstdDecompressionObj | None = None
-        self._compressed = b""  # read from the file, not yet decompressed
-        self._ready = memoryview(b"")  # decompressed, not yet handed out
+        self._compressed = b""  # bytes read from the file and not decompressed yet
+        self._ready = memoryview(b"")  # bytes decompressed and not returned yet
 
     def readable(self) -> bool:
         return True
@@ -61,7 +61,7 @@ class _ZstdFile(io.RawIOBase):
         return count
 
     def _decompress(self) -> None:
-        """Decompress what was read; at the end of a frame, keep the rest for the next one."""
+        """Decompress the bytes read; those after the end of a frame stay for the next frame."""
         frame = self._frame or self._decompressor.decompressobj()
         try:
             self._ready = memoryview(frame.decompress(self._compressed))

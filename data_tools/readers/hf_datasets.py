@@ -1,4 +1,4 @@
-"""Hugging Face datasets (`hf:NAME`): a row is a record; cut by rows, a streamed one by files."""
+"""Hugging Face datasets (`hf:NAME`): one record per row, cut by rows, or by files if streamed."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ from typing import Any, TypeAlias
 from data_tools.readers.input_file import HUB, Extent, InputFile, Slice
 from data_tools.readers.options import ReadOptions
 from data_tools.readers.records import Record, RecordStream, columns_to_read
+from data_tools.readers.report import Report
 from llada.errors import UserError, did_you_mean
 
-# `datasets` ships no types that hold: Dataset or IterableDataset.
+# A Dataset or an IterableDataset. `datasets` ships no types that can be relied on.
 AnyDataset: TypeAlias = Any
 
 _UNKNOWN_SIZE = 1 << 62
-"""Bytes taken for a streamed file, whose size is unknown before it is read. They fill any unit of
-work, so every file becomes a unit of its own.
+"""Bytes assumed for a streamed file, whose size is unknown before it is read. They fill any unit of
+work, so each file becomes a unit of its own.
 """
 
 
 def dataset_stamp(path: str, options: ReadOptions) -> str:
-    """Return what changes when a dataset does: its fingerprint, or of a streamed one the number of
-    its files.
+    """Return a value that changes with the dataset: its fingerprint, or the number of its files if
+    it is streamed.
 
     Raises:
         UserError: it cannot be loaded.
@@ -45,22 +46,22 @@ def measure_dataset(source: InputFile, options: ReadOptions) -> Extent:
     return Extent(len(dataset), int(dataset.data.nbytes))
 
 
-def read_dataset(source: InputFile, part: Slice | None, options: ReadOptions) -> RecordStream:
-    """Read the rows of a slice (None: all) as dicts, with the columns to read.
+def read_dataset(
+    source: InputFile, slice_: Slice | None, options: ReadOptions, report: Report
+) -> RecordStream:
+    """Read the rows of a slice (None: all rows) as dicts, with the columns to read.
 
     Raises:
         UserError: the dataset cannot be loaded, or has no such split or column.
     """
     dataset = _with_columns(_load(source.path, options), source, options)
     if options.streaming:
-        # How many rows the files before the slice hold is unknown, so they are numbered from its
-        # start.
-        part = part or Slice(0, dataset.num_shards)
-        return RecordStream(_records(_streamed_rows(dataset, part)), lambda: 0)
-    part = part or Slice(0, len(dataset))
-    first = part.start
-    rows = dataset.select(range(part.start, part.stop))
-    return RecordStream(_records(rows), lambda: first)
+        # How many rows come before the slice is unknown, so rows are numbered from its start.
+        slice_ = slice_ or Slice(0, dataset.num_shards)
+        return RecordStream(_records(_streamed_rows(dataset, slice_)), lambda: 0)
+    start, stop = slice_ or Slice(0, len(dataset))
+    rows = dataset.select(range(start, stop))
+    return RecordStream(_records(rows), lambda: start)
 
 
 def _records(rows: Iterable[object]) -> Iterator[Record]:
@@ -68,13 +69,13 @@ def _records(rows: Iterable[object]) -> Iterator[Record]:
         yield Record(number, row)
 
 
-def _streamed_rows(dataset: AnyDataset, part: Slice) -> Iterator[object]:
-    for i in range(part.start, part.stop):
+def _streamed_rows(dataset: AnyDataset, slice_: Slice) -> Iterator[object]:
+    for i in range(slice_.start, slice_.stop):
         yield from dataset.shard(num_shards=dataset.num_shards, index=i)
 
 
 def _with_columns(dataset: AnyDataset, source: InputFile, options: ReadOptions) -> AnyDataset:
-    """Keep the columns to read. A streamed dataset may not know its columns; then all stay."""
+    """Keep the columns to read. A streamed dataset may not know its columns; then it keeps all."""
     if dataset.column_names is None:
         return dataset
     columns = columns_to_read(source.path, dataset.column_names, options)
@@ -94,7 +95,9 @@ def _load(path: str, options: ReadOptions) -> AnyDataset:
             loaded = datasets.load_from_disk(name)
             if isinstance(loaded, datasets.DatasetDict):
                 loaded = _choose_split(path, loaded, options.split)
-            return loaded.to_iterable_dataset() if options.streaming else loaded
+            if options.streaming:
+                return loaded.to_iterable_dataset()
+            return loaded
         return datasets.load_dataset(
             name,
             name=options.name,

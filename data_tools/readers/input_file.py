@@ -1,4 +1,4 @@
-"""One file or dataset of the input, its format, and the slices it can be cut into."""
+"""One file or dataset of the input, and the slices it can be cut into."""
 
 from __future__ import annotations
 
@@ -6,17 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-TEXT = "text"
-JSONL = "jsonl"
-ARRAY = "json array"
-PARQUET = "parquet"
-ARROW = "arrow"
-DATASET = "dataset"
-"""The last of the formats: a dataset that the `datasets` library loads."""
+from data_tools.readers.options import ReadOptions
 
 HUB = "hf:"
-"""Prefix of an input that is such a dataset."""
+"""Prefix of an input that is a Hugging Face dataset."""
 COMPRESSED = (".gz", ".zst")
+"""Extensions of compressed files."""
+_COMPRESSION_RATIO = 4
+"""Bytes of text assumed per byte of a compressed file, when work is divided."""
 
 
 @dataclass(frozen=True)
@@ -24,12 +21,13 @@ class InputFile:
     """One file, or one split of a dataset.
 
     Attributes:
-        path: as given on the command line or found in a folder; of a dataset, with its prefix.
-        format: one of the formats above.
+        path: path as the command line or the walk through a folder gives it; of a dataset, its
+            name with the prefix.
+        format: name of its format, a key of `formats.FORMATS`.
         named: whether the command line names it. Then a problem with it is the user's mistake;
             otherwise the file is left out and counted.
         bytes: size on disk; 0 for a dataset.
-        stamp: changes when the content changes: modification time in ns, or a dataset's
+        stamp: value that changes with the content: modification time in ns, or a dataset's
             fingerprint.
     """
 
@@ -47,9 +45,9 @@ class InputFile:
 class Slice(NamedTuple):
     """Positions start..stop-1 of a source.
 
-    What a position is depends on the format: a byte of plain JSON Lines, a row group of Parquet, a
-    record batch of Arrow, a row of a dataset or a file of a streamed one. Text files, arrays and
-    compressed files cannot be cut: they have the one position 0.
+    The unit of positions depends on the format: bytes of plain JSON Lines, row groups of Parquet,
+    record batches of Arrow, rows of a dataset, or files of a streamed one. Text files, arrays and
+    compressed files cannot be cut: their only position is 0.
     """
 
     start: int
@@ -61,8 +59,8 @@ class Extent(NamedTuple):
 
     Attributes:
         length: number of its positions.
-        text_bytes: estimated bytes of text it holds.
-        sizes: estimated bytes of text at every position; None: equal for all.
+        text_bytes: estimated bytes of its text.
+        sizes: estimated bytes of text at each position; None if all positions hold the same.
     """
 
     length: int
@@ -70,8 +68,15 @@ class Extent(NamedTuple):
     sizes: list[int] | None = None
 
 
+def measure_whole_file(source: InputFile, options: ReadOptions) -> Extent:
+    """Return the extent of a file that cannot be cut."""
+    if source.is_compressed:
+        return Extent(1, _COMPRESSION_RATIO * source.bytes)
+    return Extent(1, source.bytes)
+
+
 def extension(path: Path) -> str:
-    """Return the lower-case extension below that of the compression: a.TXT.gz -> .txt."""
+    """Return the lower-case extension, without that of a compression: a.TXT.gz -> .txt."""
     if path.suffix.lower() in COMPRESSED:
         path = path.with_suffix("")
     return path.suffix.lower()

@@ -1,7 +1,6 @@
-"""JSON arrays, read element by element: memory holds one element and a chunk of the file, however
-large the array is.
+"""JSON arrays, read element by element: memory holds one element and one chunk of the file.
 
-The scanner finds where elements end; their bytes are parsed one element at a time.
+A scanner finds where each element ends, and its bytes are then parsed by themselves.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
 from data_tools.readers.compression import open_file
-from data_tools.readers.input_file import InputFile
+from data_tools.readers.input_file import InputFile, Slice
 from data_tools.readers.options import ReadOptions
 from data_tools.readers.records import BadRecord, Record, RecordStream
 from data_tools.readers.report import Report
@@ -21,8 +20,7 @@ from data_tools.readers.report import Report
 _CHUNK = 1 << 18
 _WHITE_SPACE = b" \t\r\n"
 
-# The characters at which the scanner has to look. Commas matter only outside all brackets of an
-# element, where they end it.
+# The characters that the scanner looks for. A comma ends an element, but not inside its brackets.
 _MARK_OUTSIDE = re.compile(rb'[",\[\]{}]')
 _MARK_INSIDE = re.compile(rb'["\[\]{}]')
 # The rest of a string, up to its closing quote or to the end of the chunk. It stops before a
@@ -38,8 +36,8 @@ class Element(NamedTuple):
     """One element of an array.
 
     Attributes:
-        start: byte of the (decompressed) file at which it begins.
-        content: its bytes, white space around them included; None: longer than the reader takes.
+        start: position in the (decompressed) file at which it begins, in bytes.
+        content: its bytes, with the white space around them; None if it is too long to read.
     """
 
     start: int
@@ -47,9 +45,9 @@ class Element(NamedTuple):
 
 
 def holds_array(path: str) -> bool:
-    """Return whether the first character of a file that is not white space is `[`.
+    """Return whether the first character of a file is `[`, after white space.
 
-    The file may be compressed. False if it cannot be read: whoever reads its documents reports why.
+    The file may be compressed. False if it cannot be read; reading its documents then reports why.
     """
     try:
         with open_file(path) as stream:
@@ -63,8 +61,10 @@ def holds_array(path: str) -> bool:
     return start.lstrip(_WHITE_SPACE).startswith(b"[")
 
 
-def read_json_array(source: InputFile, options: ReadOptions, report: Report) -> RecordStream:
-    """Read the elements of an array, numbered from 1. An array cannot be cut."""
+def read_json_array(
+    source: InputFile, slice_: Slice | None, options: ReadOptions, report: Report
+) -> RecordStream:
+    """Read all elements of an array, which cannot be cut."""
     return RecordStream(_records(source, options, report), lambda: 0)
 
 
@@ -91,12 +91,12 @@ def elements(stream: BinaryIO, longest: int, chunk: int = _CHUNK) -> Iterator[El
     """Yield the elements of the array that a stream holds.
 
     Args:
-        stream: at its start.
+        stream: stream to read, at its start.
         longest: bytes of the longest element whose content is kept.
         chunk: bytes read at a time.
 
     Raises:
-        BrokenArray: the file ends before the array does, goes on after it, or lacks an element.
+        BrokenArray: the file ends before the array does, continues after it, or lacks an element.
     """
     scanner = _Scanner(stream, longest, chunk)
     scanner.open()
@@ -119,17 +119,17 @@ class _Scanner:
         self._stream = stream
         self._longest = longest
         self._chunk_size = chunk_size
-        self._chunk = b""  # what is in memory
-        self._next = 0  # index into the chunk of the first byte not used yet
+        self._chunk = b""  # the bytes in memory
+        self._next = 0  # index in the chunk of the first unused byte
         self._before = 0  # bytes of the stream before the chunk
 
     @property
     def position(self) -> int:
-        """Bytes of the stream used so far."""
+        """Number of bytes of the stream used so far."""
         return self._before + self._next
 
     def _read_on(self) -> bool:
-        """Read the next chunk, keeping the bytes not used yet; False at the end of the stream."""
+        """Read the next chunk after the unused bytes; return False at the end of the stream."""
         data = self._stream.read(self._chunk_size)
         self._before += self._next
         self._chunk = self._chunk[self._next :] + data
@@ -168,20 +168,20 @@ class _Scanner:
             The element, and whether the array ends with it.
         """
         start = self.position
-        begin = self._next  # where the bytes of the element begin in the chunk
-        parts: list[bytes] = []  # its bytes in earlier chunks
-        size = 0  # bytes of these
-        depth = 0  # brackets that are open
+        begin = self._next  # index in the chunk of the element's first byte there
+        pieces: list[bytes] = []  # the element's bytes in earlier chunks
+        size = 0  # number of these
+        depth = 0  # number of open brackets
         in_string = False
         while True:
             mark = self._go_to_mark(in_string, depth)
             if not mark:
-                # The chunk ends inside the element. Of one that is too long nothing is kept.
+                # The chunk ends inside the element. An element that is too long is not kept.
                 used = self._chunk[begin : self._next]
                 size += len(used)
                 if size > self._longest:
-                    parts = []
-                parts.append(used)
+                    pieces = []
+                pieces.append(used)
                 if not self._read_on():
                     raise BrokenArray(
                         f"element {number}, which begins at byte {start:,}, does not end"
@@ -202,10 +202,10 @@ class _Scanner:
                 f"element {number}, which begins at byte {start:,}, ends with a brace that nothing"
                 " opens"
             )
-        parts.append(self._chunk[begin : self._next - 1])
+        last = self._chunk[begin : self._next - 1]
         content = None
-        if size + len(parts[-1]) <= self._longest:
-            content = b"".join(parts)
+        if size + len(last) <= self._longest:
+            content = b"".join([*pieces, last])
         return Element(start, content), mark == b"]"
 
     def _go_to_mark(self, in_string: bool, depth: int) -> bytes:
@@ -214,9 +214,10 @@ class _Scanner:
             rest = _STRING_REST.match(self._chunk, self._next)
             assert rest is not None  # it matches the empty string too
             self._next = rest.end()
-            character = self._chunk[self._next : self._next + 1]
-            # Anything else is the end of the chunk, or a backslash at its end.
-            return character if character == b'"' else b""
+            if self._chunk.startswith(b'"', self._next):
+                return b'"'
+            # The chunk ends here, or after a backslash.
+            return b""
         marks = _MARK_INSIDE if depth else _MARK_OUTSIDE
         match = marks.search(self._chunk, self._next)
         if match is None:

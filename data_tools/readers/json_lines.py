@@ -1,4 +1,4 @@
-"""JSON Lines: one record a line, cut by ranges of bytes."""
+"""JSON Lines: one record per line, cut by ranges of bytes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 from data_tools.readers.compression import open_file
-from data_tools.readers.input_file import InputFile, Slice
+from data_tools.readers.input_file import Extent, InputFile, Slice, measure_whole_file
 from data_tools.readers.options import ReadOptions
 from data_tools.readers.records import BadRecord, Record, RecordStream
 from data_tools.readers.report import Report
@@ -17,25 +17,32 @@ _CHUNK = 1 << 20
 """Bytes read at a time where lines are only skipped or counted."""
 
 
+def measure_json_lines(source: InputFile, options: ReadOptions) -> Extent:
+    """Return how a file can be cut: at any byte, unless it is compressed."""
+    if source.is_compressed:
+        return measure_whole_file(source, options)
+    return Extent(source.bytes, source.bytes)
+
+
 def read_json_lines(
-    source: InputFile, part: Slice | None, options: ReadOptions, report: Report
+    source: InputFile, slice_: Slice | None, options: ReadOptions, report: Report
 ) -> RecordStream:
-    """Read the lines that start in a range of bytes (None: all lines); blank lines are no records.
+    """Read the lines that start in a range of bytes (None: all lines), without blank ones.
 
     A line belongs to the slice in which it starts, so slices that tile the file yield every line
-    exactly once, wherever the cuts fall. A compressed file is always read whole.
+    exactly once, wherever the cuts are. A compressed file is always read whole.
     """
-    part = part or Slice(0, source.bytes)
-    num_before = functools.cache(functools.partial(_count_lines, source, part.start))
-    return RecordStream(_records(source, part, options, report), num_before)
+    slice_ = slice_ or Slice(0, source.bytes)
+    num_before = functools.cache(functools.partial(_count_lines, source, slice_.start))
+    return RecordStream(_records(source, slice_, options, report), num_before)
 
 
 def _records(
-    source: InputFile, part: Slice, options: ReadOptions, report: Report
+    source: InputFile, slice_: Slice, options: ReadOptions, report: Report
 ) -> Iterator[Record]:
     import orjson
 
-    for number, line in _lines(source, part, options, report):
+    for number, line in _lines(source, slice_, options, report):
         try:
             yield Record(number, orjson.loads(line))
         except ValueError as error:
@@ -47,20 +54,21 @@ def _records(
 
 
 def _lines(
-    source: InputFile, part: Slice, options: ReadOptions, report: Report
+    source: InputFile, slice_: Slice, options: ReadOptions, report: Report
 ) -> Iterator[tuple[int, bytes]]:
-    """Yield the lines of a slice that are not blank, with their number counted from its first."""
+    """Yield the lines of a slice that are not blank, numbered from the slice's first line."""
     with open_file(source.path) as stream:
-        position = part.start
+        position = slice_.start
         number = 0
-        # Bytes of the decompressed stream have nothing to do with those of the slice.
-        stop = None if source.is_compressed else part.stop
-        if part.start:
-            # The line that holds the byte before the slice belongs to the slice before. Starting
-            # one byte early makes no difference inside a line, and at a line's start it skips
-            # nothing but the newline: if bytes 0..4 are b'{"a"\n', a slice from 5 skips byte 4
-            # alone, and a slice from 3 skips bytes 2, 3 and 4.
-            stream.seek(part.start - 1)
+        stop: int | None = slice_.stop
+        if source.is_compressed:
+            # A slice counts bytes of the compressed file, the stream those of the decompressed one.
+            stop = None
+        if slice_.start:
+            # The line that holds the byte before the slice belongs to the slice before, so it is
+            # skipped. If bytes 0..4 are b'{"a"\n', a slice from 3 skips bytes 2, 3 and 4. A slice
+            # from 5, where a line starts, skips byte 4 alone, the newline.
+            stream.seek(slice_.start - 1)
             position += _skip_line(stream) - 1
         while stop is None or position < stop:
             line = stream.readline(options.max_line)
@@ -70,7 +78,10 @@ def _lines(
             size = len(line)
             if size == options.max_line and not line.endswith(b"\n"):
                 size += _skip_line(stream)
-                message = f"{size:,} bytes at byte {position:,}, read are {options.max_line:,}"
+                message = (
+                    f"line of {size:,} bytes at byte {position:,}; the limit is"
+                    f" {options.max_line:,}"
+                )
                 report.leave_out(source.path, None, "lines too long to read", message)
                 line = b""
             elif position == 0:
@@ -81,7 +92,7 @@ def _lines(
 
 
 def _skip_line(stream: BinaryIO) -> int:
-    """Move to the start of the next line; returns the number of bytes skipped."""
+    """Move to the start of the next line; return the number of bytes skipped."""
     size = 0
     while chunk := stream.readline(_CHUNK):
         size += len(chunk)
@@ -95,12 +106,12 @@ def _count_lines(source: InputFile, start: int) -> int:
     if not start:
         return 0
     count = 0
-    left = start
+    remaining = start
     chunk = b""
     with open_file(source.path) as stream:
-        while left and (chunk := stream.read(min(left, _CHUNK))):
+        while remaining and (chunk := stream.read(min(remaining, _CHUNK))):
             count += chunk.count(b"\n")
-            left -= len(chunk)
+            remaining -= len(chunk)
     # A line that goes on past `start` has no newline yet, and the slice skips it.
     if not chunk.endswith(b"\n"):
         count += 1

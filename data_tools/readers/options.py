@@ -1,4 +1,4 @@
-"""How inputs are read: the settings that `llada data prepare` and its kin share."""
+"""How inputs are read: the settings that `llada data prepare` and similar commands share."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from llada.errors import UserError
 
 _LARGEST_MAX_LENGTH = 1 << 40
-_OTHER_FIELDS = 1 << 20
-"""Bytes that a line may have beside its text."""
+_OTHER_FIELDS_BYTES = 1 << 20
+"""Bytes that a line may have in addition to its text."""
 
 
 @dataclass(frozen=True)
@@ -16,19 +16,19 @@ class ReadOptions:
     """How inputs are read.
 
     Attributes:
-        text_field: field or column that holds the text. None: documents are whole records with
-            all their fields, as conversations are; then text files are not read, and `min_length`
-            and `max_length` do not filter.
-        extensions: extensions of the text files to read in folders; None: TEXT_EXTENSIONS. JSON
+        text_field: field or column that holds the text. None if documents are whole records, such
+            as conversations; then text files are not read, and `min_length` and `max_length` do not
+            filter.
+        extensions: extensions of the text files to read in folders; None for TEXT_EXTENSIONS. JSON
             Lines and tables are always read.
-        skip_bad: count bad lines, and compressed files that break off, instead of stopping.
+        skip_bad: whether to count bad lines and truncated files instead of stopping.
         min_length: UTF-8 bytes of the shortest text to keep; shorter ones are counted.
         max_length: UTF-8 bytes of the longest text to keep; longer ones are counted. Bounds
-            memory too: a line longer than `max_line` is skipped without reading it into memory.
-        split: split of `hf:` inputs, as in `datasets.load_dataset`.
+            memory too: a line longer than `max_line` is never in memory as a whole.
+        split: split of `hf:` inputs, as for `datasets.load_dataset`.
         name: configuration of `hf:` inputs.
         revision: commit or tag of `hf:` inputs.
-        streaming: read `hf:` inputs without downloading them first.
+        streaming: whether to read `hf:` inputs without downloading them first.
 
     Raises:
         UserError: lengths that contradict each other or do not fit in memory.
@@ -61,4 +61,4 @@ class ReadOptions:
     def max_line(self) -> int:
         """Bytes of the longest line of JSON that is read."""
         # JSON writes one byte as at most six: "\u0000". So every text of `max_length` bytes fits.
-        return 6 * self.max_length + _OTHER_FIELDS
+        return 6 * self.max_length + _OTHER_FIELDS_BYTES

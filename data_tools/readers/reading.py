@@ -1,7 +1,7 @@
 """Read documents from sources of any format.
 
 A source is read in slices, so that several processes can share a large one. There is one function
-for each type of document: `read_texts` yields strings, `read_records` yields what a function makes
+per type of document: `read_texts` yields strings, and `read_records` yields what a function makes
 of each record.
 """
 
@@ -14,30 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from data_tools.readers.hf_datasets import measure_dataset, read_dataset
-from data_tools.readers.input_file import (
-    ARRAY,
-    DATASET,
-    JSONL,
-    TEXT,
-    Extent,
-    InputFile,
-    Slice,
-)
-from data_tools.readers.json_arrays import BrokenArray, read_json_array
-from data_tools.readers.json_lines import read_json_lines
+from data_tools.readers.formats import FORMATS
+from data_tools.readers.input_file import Extent, InputFile, Slice
+from data_tools.readers.json_arrays import BrokenArray
 from data_tools.readers.options import ReadOptions
 from data_tools.readers.records import BadRecord, Origin, Record, RecordStream, string_field
 from data_tools.readers.report import Report, no_document
 from data_tools.readers.sources import find_sources
-from data_tools.readers.tables import measure_table, read_table
-from data_tools.readers.text_files import read_text_file
+from llada.arithmetic import ceil_div
 from llada.errors import UserError
 
 D = TypeVar("D")
-
-_COMPRESSION_RATIO = 4
-"""Bytes of text assumed for a byte of a compressed file, when work is shared out."""
 
 
 # -- whole inputs ----------------------------------------------------------------------------------
@@ -49,9 +36,9 @@ def read_inputs(
     """Yield the texts of all inputs, none of them empty.
 
     Args:
-        inputs: see `find_sources`, which also defines the order.
-        options: how to read.
-        report: filled while reading.
+        inputs: inputs, as for `find_sources`, which also defines the order.
+        options: how inputs are read.
+        report: counts what is left out.
 
     Raises:
         UserError: a named file that is missing, unreadable, not UTF-8 or without a document; a bad
@@ -76,14 +63,14 @@ def sample_texts(
 ) -> Iterator[str]:
     """Yield texts of the inputs until they have about `max_characters` characters.
 
-    Of many files every n-th is read, of few the first ones.
+    If there are many files, every n-th is read, else the first ones.
     """
     sources = find_sources(inputs, options, Report())
     total_bytes = sum(source.bytes for source in sources)
-    # With n times as much data as is wanted, every n-th file holds about enough: of 100 files of
-    # 100 bytes, 1,000 characters are those of every 10th. With fewer than two files to choose
-    # from, the first files are read instead.
-    stride = max(1, -(-total_bytes // max_characters))
+    # With n times as much data as wanted, every n-th file is about enough: of 100 files of 100
+    # bytes, every 10th gives 1,000 characters. If that would be a single file, the first files are
+    # read instead.
+    stride = max(1, ceil_div(total_bytes, max_characters))
     if len(sources) >= 2 * stride:
         sources = sources[::stride]
     return _first_texts(sources, max_characters, options)
@@ -92,12 +79,12 @@ def sample_texts(
 def _first_texts(
     sources: Sequence[InputFile], max_characters: int, options: ReadOptions
 ) -> Iterator[str]:
-    left = max_characters
+    remaining = max_characters
     for source in sources:
         for text in read_texts(source, None, options, Report()):
-            if left <= 0:
+            if remaining <= 0:
                 return
-            left -= len(text)
+            remaining -= len(text)
             yield text
 
 
@@ -110,38 +97,37 @@ def measure(source: InputFile, options: ReadOptions, report: Report) -> Extent |
     Raises:
         UserError: a named file that cannot be read, a table without the column to read.
     """
-    if source.format in (JSONL, ARRAY, TEXT):
-        if source.is_compressed:
-            return Extent(1, _COMPRESSION_RATIO * source.bytes)
-        if source.format == JSONL:
-            return Extent(source.bytes, source.bytes)
-        return Extent(1, source.bytes)
     try:
-        if source.format == DATASET:
-            return measure_dataset(source, options)
-        return measure_table(source, options)
+        return FORMATS[source.format].measure(source, options)
     except OSError as error:
         _leave_out_file(source, report, "files unreadable", f"cannot be read ({error})")
         return None
 
 
 def read_texts(
-    source: InputFile, part: Slice | None, options: ReadOptions, report: Report
+    source: InputFile, slice_: Slice | None, options: ReadOptions, report: Report
 ) -> Iterator[str]:
     """Yield the texts of a slice of a source, none of them empty.
 
     Args:
-        source: from `find_sources`.
-        part: positions to read; None: all.
-        options: how to read; `text_field` must not be None.
-        report: filled while reading.
+        source: source to read, from `find_sources`.
+        slice_: positions to read; None for all.
+        options: how inputs are read; `text_field` must not be None.
+        report: counts what is left out.
 
     Raises:
-        UserError: a named file that cannot be read or is not UTF-8; a bad line or a file that
-            breaks off, without `skip_bad`.
+        UserError: a named file that cannot be read or is not UTF-8; a bad line or a truncated file,
+            without `skip_bad`.
     """
+    text_field = options.text_field
+    assert text_field is not None
+
+    def text_of(record: Record) -> str:
+        return string_field(record.value, text_field, "choose it with --text-field")
+
     with _reading(source, options, report) as progress:
-        for text in _texts(source, part, options, report):
+        stream = FORMATS[source.format].read(source, slice_, options, report)
+        for text in _converted(stream, text_of, source, options, report):
             if not text:
                 report.skipped["documents empty"] += 1
             elif _length_fits(text, source, options, report):
@@ -151,7 +137,7 @@ def read_texts(
 
 def read_records(
     source: InputFile,
-    part: Slice | None,
+    slice_: Slice | None,
     options: ReadOptions,
     report: Report,
     convert: Callable[[object, Origin], D],
@@ -159,17 +145,17 @@ def read_records(
     """Yield what `convert` makes of each record of a slice of a source.
 
     Args:
-        source: from `find_sources`.
-        part: positions to read; None: all.
-        options: how to read; `text_field` must be None.
-        report: filled while reading.
+        source: source to read, from `find_sources`.
+        slice_: positions to read; None for all.
+        options: how inputs are read; `text_field` must be None.
+        report: counts what is left out.
         convert: makes a document of a JSON value and its origin, or raises BadRecord.
 
     Raises:
         UserError: see `read_texts`.
     """
     with _reading(source, options, report) as progress:
-        stream = _record_stream(source, part, options, report)
+        stream = FORMATS[source.format].read(source, slice_, options, report)
 
         def document_of(record: Record) -> D:
             line = stream.num_before() + record.number
@@ -178,35 +164,6 @@ def read_records(
         for document in _converted(stream, document_of, source, options, report):
             progress.num_documents += 1
             yield document
-
-
-def _texts(
-    source: InputFile, part: Slice | None, options: ReadOptions, report: Report
-) -> Iterator[str]:
-    """Yield the texts of a source whatever their lengths; lazily, so nothing is opened before."""
-    if source.format == TEXT:
-        yield from read_text_file(source, options, report)
-        return
-    text_field = options.text_field
-    assert text_field is not None
-
-    def text_of(record: Record) -> str:
-        return string_field(record.value, text_field, "choose it with --text-field")
-
-    stream = _record_stream(source, part, options, report)
-    yield from _converted(stream, text_of, source, options, report)
-
-
-def _record_stream(
-    source: InputFile, part: Slice | None, options: ReadOptions, report: Report
-) -> RecordStream:
-    if source.format == JSONL:
-        return read_json_lines(source, part, options, report)
-    if source.format == ARRAY:
-        return read_json_array(source, options, report)
-    if source.format == DATASET:
-        return read_dataset(source, part, options)
-    return read_table(source, part, options)
 
 
 def _converted(
@@ -232,18 +189,16 @@ def _converted(
 
 
 def _bad_record(source: InputFile, line: int, problem: BadRecord) -> UserError:
-    if source.format == ARRAY:
-        where = f"{source.path}, element {line}"
-        unit = "elements"
-    else:
-        where = f"{source.path}:{line}"
-        unit = "lines"
-    return UserError(f"{where}: {problem}; --skip-bad counts such {unit} and leaves them out")
+    format = FORMATS[source.format]
+    where = source.path + format.position.format(number=line)
+    return UserError(
+        f"{where}: {problem}; --skip-bad counts such {format.records} and leaves them out"
+    )
 
 
 def _length_fits(text: str, source: InputFile, options: ReadOptions, report: Report) -> bool:
-    """Return whether a text has an allowed length; count it if not."""
-    # A character has 1 to 4 bytes in UTF-8, so most texts need not be encoded to see that they fit.
+    """Return whether the length of a text is allowed; count the text if not."""
+    # A character has 1 to 4 bytes in UTF-8, so most texts fit for certain without being encoded.
     if options.min_length <= len(text) <= options.max_length // 4:
         return True
     size = len(text.encode("utf-8", "surrogatepass"))
@@ -262,17 +217,17 @@ def _length_fits(text: str, source: InputFile, options: ReadOptions, report: Rep
 
 @dataclass
 class _Progress:
-    """How far the reading of a source is."""
+    """Number of documents that a source has given so far."""
 
     num_documents: int = 0
 
 
 @contextmanager
 def _reading(source: InputFile, options: ReadOptions, report: Report) -> Iterator[_Progress]:
-    """Handle what goes wrong while a source is read, and add it to the report at the end.
+    """Handle the errors of a file that cannot be read while the block reads it.
 
-    A file that cannot be read at all is left out, unless the command line names it. One that
-    breaks off after some documents is an error unless `skip_bad` keeps these.
+    A file that cannot be read at all is left out, unless the command line names it. A file that
+    breaks off after some documents is an error, unless `skip_bad` keeps these.
     """
     progress = _Progress()
     try:
@@ -281,10 +236,10 @@ def _reading(source: InputFile, options: ReadOptions, report: Report) -> Iterato
         message = f"byte {error.start} is not UTF-8; text, code and JSON Lines are read"
         _leave_out_file(source, report, "files not UTF-8", message)
     except (OSError, EOFError, zlib.error, BrokenArray) as error:
-        # A table was readable when it was measured, and this may be one slice of many: what fails
-        # now is never left out silently.
-        is_table = source.format not in (TEXT, JSONL, ARRAY)
-        if progress.num_documents == 0 and not is_table:
+        # A file that could be opened when it was measured has changed since, and this may be one
+        # slice of many: it is never left out silently.
+        was_readable = FORMATS[source.format].is_opened_to_measure
+        if progress.num_documents == 0 and not was_readable:
             _leave_out_file(source, report, "files unreadable", f"cannot be read ({error})")
         elif options.skip_bad:
             message = f"after {progress.num_documents:,} documents ({error})"
@@ -294,10 +249,6 @@ def _reading(source: InputFile, options: ReadOptions, report: Report) -> Iterato
                 f"{source.path}: breaks off after {progress.num_documents:,} documents ({error});"
                 " --skip-bad keeps those"
             ) from None
-    if progress.num_documents:
-        report.sources.append(
-            {"path": source.path, "bytes": source.bytes, "documents": progress.num_documents}
-        )
 
 
 def _leave_out_file(source: InputFile, report: Report, reason: str, message: str) -> None:

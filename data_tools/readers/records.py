@@ -9,15 +9,15 @@ from data_tools.readers.options import ReadOptions
 from llada.errors import UserError, did_you_mean
 
 _MAX_NAMES = 8
-"""Names of fields or columns that a message shows."""
+"""Most names of fields or columns that a message shows."""
 
 
 class BadRecord(Exception):
-    """A record that is not what its task reads.
+    """A record that its task cannot use.
 
     Args:
-        reason: what it is counted under, a plural: "lines without the field".
-        message: what is wrong with this one.
+        reason: plural under which it is counted, such as "lines without the field".
+        message: what is wrong with it.
     """
 
     def __init__(self, reason: str, message: str) -> None:
@@ -29,7 +29,7 @@ class Origin(NamedTuple):
     """Where a record was read.
 
     Attributes:
-        path: file or dataset.
+        path: path of the file, or name of the dataset.
         line: number of its line, element or row in the whole file, from 1.
     """
 
@@ -41,9 +41,9 @@ class Record(NamedTuple):
     """One line, array element or table row.
 
     Attributes:
-        number: counted from 1 in the slice that is read.
-        value: the parsed JSON value; a row of a table is a dict.
-        problem: why there is no value; None: there is one.
+        number: number in the slice that is read, from 1.
+        value: parsed JSON value; a dict for a row of a table.
+        problem: why there is no value; None if there is one.
     """
 
     number: int
@@ -55,10 +55,10 @@ class RecordStream(NamedTuple):
     """The records of one slice of a source.
 
     Attributes:
-        records: in order.
-        num_before: returns how many records of the source come before the slice. A function,
-            because counting lines means reading all of the file before the slice, and most slices
-            never need it.
+        records: iterator over the records, in order.
+        num_before: returns the number of records of the source before the slice. It is a function
+            because counting lines means reading the file up to the slice, and most slices never
+            need the number.
     """
 
     records: Iterator[Record]
@@ -69,24 +69,15 @@ def string_field(record: object, name: str, remedy: str) -> str:
     """Return the string in a field of a record.
 
     Args:
-        record: the JSON value of a line.
+        record: JSON value of a record.
         name: name of the field.
         remedy: what the user can do about a missing field, for messages.
 
     Raises:
         BadRecord: not a JSON object, no such field, or not a string.
     """
-    if not isinstance(record, dict):
-        raise BadRecord(
-            "lines without the field",
-            f"a JSON {type(record).__name__}, not an object with the field '{name}'; {remedy}",
-        )
-    if name not in record:
-        raise BadRecord(
-            "lines without the field",
-            f"field '{name}' is missing, there are: {_shortened(list(record))}"
-            f"{did_you_mean(name, record)}; {remedy}",
-        )
+    if not isinstance(record, dict) or name not in record:
+        raise missing_field(record, name, remedy)
     text = record[name]
     if not isinstance(text, str):
         raise BadRecord(
@@ -94,6 +85,18 @@ def string_field(record: object, name: str, remedy: str) -> str:
             f"field '{name}' is not a string but {type(text).__name__}; {remedy}",
         )
     return text
+
+
+def missing_field(record: object, name: str, remedy: str) -> BadRecord:
+    """Return the error for a record that is not an object, or an object without a field."""
+    if isinstance(record, dict):
+        message = (
+            f"field '{name}' is missing, there are: {_shortened(list(record))}"
+            f"{did_you_mean(name, record)}"
+        )
+    else:
+        message = f"a JSON {type(record).__name__}, not an object with the field '{name}'"
+    return BadRecord("lines without the field", f"{message}; {remedy}")
 
 
 def columns_to_read(path: str, columns: Sequence[str], options: ReadOptions) -> list[str] | None:

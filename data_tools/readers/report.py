@@ -1,40 +1,38 @@
-"""What reading reports: the sources that were read, and what was left out of them and why."""
+"""What reading reports: what was left out, and why."""
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
 
+from data_tools.types import JsonObject
 from llada.errors import UserError
 
 _MAX_LISTED = 10_000
-"""Entries that a report lists; what is left out beyond them is only counted."""
+"""Most entries that a report lists; further ones are only counted."""
 
 
 @dataclass
 class Report:
-    """What was read and what was left out.
+    """What was left out.
 
     Attributes:
-        sources: {path, bytes, documents} of every source that yielded a document; bytes are those
-            on disk.
         skipped: number of files, folders, lines and documents left out, by reason.
-        listed: {path, line, reason, message} of the lines and documents left out, the first
-            10,000. For an array, `line` is the number of the element.
+        listed: {path, line, reason, message} of the first 10,000 files, lines and documents left
+            out. `line` is the number of a line, element or row.
     """
 
-    sources: list[dict[str, object]] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)
-    listed: list[dict[str, object]] = field(default_factory=list)
+    listed: list[JsonObject] = field(default_factory=list)
 
     def leave_out(self, path: str, line: int | None, reason: str, message: str) -> None:
-        """Count and list one line or document.
+        """Count and list one file, line or document.
 
         Args:
             path: file or dataset that holds it.
-            line: its number in the file, from 1; None: a whole file, or not known.
-            reason: what it is counted under, a plural: "lines not JSON".
-            message: what is wrong with this one.
+            line: its number in the file, from 1; None for a whole file, or if it is unknown.
+            reason: plural under which it is counted, such as "lines not JSON".
+            message: what is wrong with it.
         """
         self.skipped[reason] += 1
         if len(self.listed) < _MAX_LISTED:
@@ -42,12 +40,12 @@ class Report:
 
 
 def no_document(where: str, skipped: Counter[str]) -> UserError:
-    """Return the error for an input that holds no document."""
+    """Return the error for an input without documents."""
     return UserError(f"--input: no document in {where}{reasons_of(skipped)}")
 
 
 def reasons_of(skipped: Counter[str]) -> str:
-    """Format the counts of what was left out, in brackets; an empty string if nothing was."""
+    """Format the counts of what was left out, in parentheses; "" if nothing was."""
     if not skipped:
         return ""
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(skipped.items()))

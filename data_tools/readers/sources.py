@@ -12,20 +12,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
-from data_tools.readers.hf_datasets import dataset_stamp
-from data_tools.readers.input_file import (
-    ARRAY,
-    ARROW,
-    COMPRESSED,
+from data_tools.readers.formats import (
     DATASET,
-    HUB,
-    JSONL,
-    PARQUET,
-    TEXT,
-    InputFile,
-    extension,
+    FORMATS,
+    NAMES_BY_EXTENSION,
+    format_of,
+    list_extensions,
 )
-from data_tools.readers.json_arrays import holds_array
+from data_tools.readers.hf_datasets import dataset_stamp
+from data_tools.readers.input_file import COMPRESSED, HUB, InputFile, extension
 from data_tools.readers.options import ReadOptions
 from data_tools.readers.report import Report
 from llada.errors import UserError
@@ -37,26 +32,24 @@ _CODE = (
     " .el .scm .vim .f90 .asm .s .m .css"
 )
 TEXT_EXTENSIONS = frozenset(f"{_PROSE} {_CODE}".split())
-"""Extensions of the files in a folder that are read as one document each."""
-_FORMATS = {".jsonl": JSONL, ".json": JSONL, ".parquet": PARQUET, ".arrow": ARROW}
-"""By extension; any other is text. A .json file may turn out to be one array."""
+"""Extensions of the text files that are read in folders."""
 
 Identity: TypeAlias = tuple[int, int] | str
-"""What makes two sources the same: device and inode of a file, the name of a dataset."""
+"""What equal sources share: device and inode of a file, or the name of a dataset."""
 
 
 def parse_extensions(values: Sequence[str] | None) -> frozenset[str] | None:
     """Parse `--ext`: `py`, `.py` or `py,md` -> {".py", ".md"}; None stays None.
 
     Raises:
-        UserError: values that name no extension.
+        UserError: no value names an extension.
     """
     if not values:
         return None
     extensions = set()
     for value in values:
-        for part in value.split(","):
-            name = part.strip().lower().lstrip(".")
+        for item in value.split(","):
+            name = item.strip().lower().lstrip(".")
             if name:
                 extensions.add(extension(Path(f"x.{name}")))
     if not extensions:
@@ -69,12 +62,12 @@ def parse_extensions(values: Sequence[str] | None) -> frozenset[str] | None:
 def find_sources(
     inputs: Sequence[str | Path], options: ReadOptions, report: Report
 ) -> list[InputFile]:
-    """Find every source of the inputs: inputs in the given order, what a folder or a pattern holds
-    sorted by path.
+    """Return the sources of all inputs, in the order of the inputs; those of a folder or a pattern
+    are sorted by path.
 
     Args:
         inputs: files, folders, patterns (`*`, `**`, `?`, `[...]`) and `hf:` names.
-        options: how to read.
+        options: how inputs are read.
         report: counts what is left out.
 
     Raises:
@@ -106,7 +99,12 @@ def _check_names(names: list[str]) -> None:
         raise UserError("--input: give at least one file or folder")
     if "" in names:
         raise UserError("--input: '' names no file or folder")
-    real_paths = [name if name.startswith(HUB) else os.path.realpath(name) for name in names]
+    real_paths = []
+    for name in names:
+        if name.startswith(HUB):
+            real_paths.append(name)
+        else:
+            real_paths.append(os.path.realpath(name))
     counts = Counter(real_paths)
     for name, real_path in zip(names, real_paths, strict=True):
         if counts[real_path] > 1:
@@ -119,7 +117,7 @@ def _sources_of(
     """Yield the sources of one input."""
     if name.startswith(HUB):
         yield InputFile(name, DATASET, True, 0, dataset_stamp(name, options)), name
-    # A file whose name happens to hold `*` or `[` is itself, not a pattern.
+    # A file whose name happens to contain `*` or `[` is not a pattern.
     elif glob.has_magic(name) and not os.path.lexists(name):
         yield from _matching(name, options)
     else:
@@ -161,24 +159,24 @@ def _file_or_folder(
 def _input_file(
     path: Path, status: os.stat_result, options: ReadOptions, named: bool
 ) -> tuple[InputFile, Identity]:
-    """Describe a file. Raises UserError for a format that cannot be read, or not for this task."""
-    format = _FORMATS.get(extension(path), TEXT)
-    if extension(path) == ".json" and holds_array(str(path)):
-        format = ARRAY
-    if format in (PARQUET, ARROW) and path.suffix.lower() in COMPRESSED:
-        raise UserError(f"--input: {path}: unpack it first; {format} files are compressed inside")
-    if options.text_field is None and format == TEXT:
+    """Describe a file. Raises UserError if it cannot be read, or not as records with fields."""
+    name = format_of(path)
+    format = FORMATS[name]
+    is_compressed = path.suffix.lower() in COMPRESSED
+    if is_compressed and not format.may_be_compressed:
+        raise UserError(f"--input: {path}: unpack it first; {name} files are compressed inside")
+    if options.text_field is None and not format.has_fields:
         raise UserError(
-            f"--input: {path} is neither JSON Lines nor a JSON array (.jsonl, .json, also with .gz"
-            " or .zst) nor .parquet nor .arrow, which conversations are read from"
+            f"--input: {path}: conversations are not read from {name} files; allowed extensions:"
+            f" {list_extensions()}"
         )
-    source = InputFile(str(path), format, named, status.st_size, str(status.st_mtime_ns))
+    source = InputFile(str(path), name, named, status.st_size, str(status.st_mtime_ns))
     return source, (status.st_dev, status.st_ino)
 
 
 def _is_read_in_folders(file: Path, options: ReadOptions) -> bool:
     own = extension(file)
-    if own in _FORMATS:
+    if own in NAMES_BY_EXTENSION:
         # A plain .json in a folder is more often a configuration than documents: it is read only
         # where --input or --ext names it.
         is_plain_json = own == ".json" and file.suffix.lower() not in COMPRESSED
@@ -203,7 +201,7 @@ def _walk(folder: Path, report: Report) -> Iterator[Path]:
         report.skipped["folders unreadable"] += 1
 
     for root, folders, files in os.walk(folder, onerror=unreadable):
-        # os.walk goes into the folders that are left in the list.
+        # os.walk descends into the folders that remain in the list.
         folders[:] = [
             name for name in folders if not name.startswith(".") and name != "__pycache__"
         ]
@@ -216,5 +214,5 @@ def _walk(folder: Path, report: Report) -> Iterator[Path]:
             path = Path(root, name)
             if path.is_file():
                 yield path
-            else:  # a dangling link, a pipe, a socket: opening it could block for ever
+            else:  # a dangling link, a pipe or a socket, which could block whoever opens it
                 report.skipped["files unreadable"] += 1

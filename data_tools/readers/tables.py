@@ -1,5 +1,5 @@
-"""Parquet and Arrow files: a row is a record; Parquet is cut by row groups, Arrow by record
-batches.
+"""Parquet and Arrow files: one record per row, cut by row groups (Parquet) or record batches
+(Arrow).
 """
 
 from __future__ import annotations
@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
-from data_tools.readers.input_file import PARQUET, Extent, InputFile, Slice
+from data_tools.readers.input_file import Extent, InputFile, Slice
 from data_tools.readers.options import ReadOptions
 from data_tools.readers.records import BadRecord, Record, RecordStream, columns_to_read
+from data_tools.readers.report import Report
 
 # pyarrow ships no types.
 RecordBatch: TypeAlias = Any
@@ -18,37 +19,59 @@ RowGroup: TypeAlias = Any
 
 _MAX_ROWS = 256
 _MAX_BYTES = 16 << 20
-"""Rows and bytes of Python objects made at a time: bounds memory however large a row group is. One
-row may be larger.
+"""Most rows and bytes that become Python objects at a time: bounds memory, however large a row
+group is. A single row may be larger.
 """
 
 
-def measure_table(source: InputFile, options: ReadOptions) -> Extent:
-    """Return how a table can be cut; its text is that of the columns to read.
+def measure_parquet(source: InputFile, options: ReadOptions) -> Extent:
+    """Return how a Parquet file can be cut; its text is that of the columns to read.
 
     Raises:
         UserError: no column `options.text_field`.
         OSError: the file cannot be read.
     """
     with _arrow_errors():
-        if source.format == PARQUET:
-            sizes = _parquet_sizes(source, options)
-        else:
-            sizes = _arrow_sizes(source, options)
+        sizes = _parquet_sizes(source, options)
     return Extent(len(sizes), sum(sizes), sizes)
 
 
-def read_table(source: InputFile, part: Slice | None, options: ReadOptions) -> RecordStream:
-    """Read the rows of a slice (None: all) as dicts, with the columns to read.
+def measure_arrow(source: InputFile, options: ReadOptions) -> Extent:
+    """Return how an Arrow file can be cut; its text is that of the columns to read.
+
+    Raises:
+        UserError: no column `options.text_field`.
+        OSError: the file cannot be read.
+    """
+    with _arrow_errors():
+        sizes = _arrow_sizes(source, options)
+    return Extent(len(sizes), sum(sizes), sizes)
+
+
+def read_parquet(
+    source: InputFile, slice_: Slice | None, options: ReadOptions, report: Report
+) -> RecordStream:
+    """Read the rows of a slice (None: all rows) as dicts, with the columns to read.
 
     Raises:
         UserError: no column `options.text_field`.
         OSError: the file cannot be read; also while the records are iterated over.
     """
     with _arrow_errors():
-        if source.format == PARQUET:
-            return _read_parquet(source, part, options)
-        return _read_arrow(source, part, options)
+        return _open_parquet(source, slice_, options)
+
+
+def read_arrow(
+    source: InputFile, slice_: Slice | None, options: ReadOptions, report: Report
+) -> RecordStream:
+    """Read the rows of a slice (None: all rows) as dicts, with the columns to read.
+
+    Raises:
+        UserError: no column `options.text_field`.
+        OSError: the file cannot be read; also while the records are iterated over.
+    """
+    with _arrow_errors():
+        return _open_arrow(source, slice_, options)
 
 
 @contextmanager
@@ -67,25 +90,25 @@ def _records(batches: Iterator[RecordBatch]) -> Iterator[Record]:
     number = 0
     with _arrow_errors():
         for batch in batches:
-            step = _rows_at_once(batch.nbytes, batch.num_rows)
+            step = _rows_per_step(batch.nbytes, batch.num_rows)
             for start in range(0, batch.num_rows, step):
                 for row, problem in _rows(batch.slice(start, step)):
                     number += 1
                     yield Record(number, row, problem)
 
 
-def _rows_at_once(num_bytes: int, num_rows: int) -> int:
-    """Return how many rows of `num_bytes` / `num_rows` bytes each are converted at a time."""
+def _rows_per_step(num_bytes: int, num_rows: int) -> int:
+    """Return how many of `num_rows` rows, together of `num_bytes`, are converted at a time."""
     fit = _MAX_BYTES * num_rows // max(num_bytes, 1)
     return max(1, min(_MAX_ROWS, fit))
 
 
 def _rows(batch: RecordBatch) -> Iterator[tuple[object, BadRecord | None]]:
-    """Yield every row as a dict, or what is wrong with it."""
+    """Yield every row as a dict, or None and what is wrong with it."""
     try:
         rows = batch.to_pylist()
     except UnicodeDecodeError as error:
-        # pyarrow does not say which row it is, so the rows are converted one by one.
+        # pyarrow does not say which row is wrong, so the rows are converted one by one.
         if batch.num_rows == 1:
             yield None, BadRecord("rows not UTF-8", f"not UTF-8 ({error.reason})")
             return
@@ -121,18 +144,18 @@ def _group_bytes(group: RowGroup, columns: list[str] | None) -> int:
     return size
 
 
-def _read_parquet(source: InputFile, part: Slice | None, options: ReadOptions) -> RecordStream:
+def _open_parquet(source: InputFile, slice_: Slice | None, options: ReadOptions) -> RecordStream:
     from pyarrow import parquet
 
-    # With a buffer, pages are read as they are needed; without, a row group at a time.
+    # With a buffer, pages are read as they are needed; without one, whole row groups.
     file = parquet.ParquetFile(source.path, buffer_size=1 << 20)
     columns = columns_to_read(source.path, file.schema_arrow.names, options)
-    start, stop = part or Slice(0, file.num_row_groups)
+    start, stop = slice_ or Slice(0, file.num_row_groups)
     num_before = sum(file.metadata.row_group(i).num_rows for i in range(start))
     step = _MAX_ROWS
     for i in range(start, stop):
         group = file.metadata.row_group(i)
-        step = min(step, _rows_at_once(_group_bytes(group, columns), group.num_rows))
+        step = min(step, _rows_per_step(_group_bytes(group, columns), group.num_rows))
 
     def batches() -> Iterator[RecordBatch]:
         with file:
@@ -157,7 +180,7 @@ def _arrow_batches(source: InputFile) -> Iterator[RecordBatch]:
         try:
             file = pa.ipc.open_file(mapped)
         except pa.ArrowInvalid:
-            # Not the file format, so it is the stream format, which `datasets` writes.
+            # Not the file format, so it must be the stream format, which `datasets` writes.
             mapped.seek(0)
             yield from pa.ipc.open_stream(mapped)
         else:
@@ -176,17 +199,19 @@ def _arrow_sizes(source: InputFile, options: ReadOptions) -> list[int]:
     return sizes
 
 
-def _read_arrow(source: InputFile, part: Slice | None, options: ReadOptions) -> RecordStream:
+def _open_arrow(source: InputFile, slice_: Slice | None, options: ReadOptions) -> RecordStream:
     num_before = 0
-    if part is not None:
+    if slice_ is not None:
         for i, batch in enumerate(_arrow_batches(source)):
-            if i < part.start:
+            if i < slice_.start:
                 num_before += batch.num_rows
 
     def batches() -> Iterator[RecordBatch]:
         for i, batch in enumerate(_arrow_batches(source)):
-            if part is None or part.start <= i < part.stop:
+            if slice_ is None or slice_.start <= i < slice_.stop:
                 columns = columns_to_read(source.path, batch.schema.names, options)
-                yield batch if columns is None else batch.select(columns)
+                if columns is not None:
+                    batch = batch.select(columns)
+                yield batch
 
     return RecordStream(_records(batches()), lambda: num_before)

@@ -7,10 +7,10 @@ from __future__ import annotations
 import json
 from typing import Any, TypeAlias
 
+from data_tools.types import JsonObject
+
 # The classes of the model's protocol buffers are generated at run time, so they have no types.
 ModelProto: TypeAlias = Any
-
-JsonObject: TypeAlias = dict[str, object]
 
 ESCAPES = (("\uf8ff", "\uf8ffB"), ("\u2581", "\uf8ffA"))
 """(old, new), in the order in which they are applied.

@@ -7,23 +7,23 @@ import numpy.typing as npt
 
 from llada.data.corpus import Corpus
 from llada.data.manifest import CONVERSATIONS
+from llada.data.shard_format import prompt_tokens
 
 SEQUENCE_LENGTHS = (512, 1024, 2048, 4096, 8192)
-"""Usual lengths of a row; the report says how many replies fit into each."""
+"""Common sequence lengths; the report says how many replies fit into each."""
 
 
 def format_reply_lengths(corpus: Corpus) -> list[str]:
-    """Return a table of the replies of both splits, in lines; empty for a corpus of text.
+    """Return the lines of a table of the replies of both splits; none for a corpus of text.
 
-    It has the tokens of prompts, of responses (EOS included) and of both, and the share of the
-    replies that fit usual sequence lengths.
+    The table shows the lengths of prompts, of responses (EOS included) and of both together, and
+    the share of the replies that fit common sequence lengths.
     """
     if corpus.manifest.kind != CONVERSATIONS or not corpus.manifest.shards:
         return []
-    offsets = [corpus.replies(entry)[:, 1:] for entry in corpus.manifest.shards]
-    history_end, turn_start, response_start, turn_end = np.concatenate(offsets).T
-    # The prompt of a reply is the history before its turn and the header of the turn.
-    prompts = history_end + response_start - turn_start
+    replies = np.concatenate([corpus.replies(entry) for entry in corpus.manifest.shards])
+    _, _, _, response_start, turn_end = replies.T
+    prompts = prompt_tokens(replies)
     responses = turn_end - response_start
     totals = prompts + responses
     shares = []
@@ -42,7 +42,8 @@ def format_reply_lengths(corpus: Corpus) -> list[str]:
 
 
 def _format_lengths(name: str, lengths: npt.NDArray[np.int64]) -> str:
-    # Quantiles are lengths that occur: the smallest that this share of the replies do not exceed.
+    # The quantiles are lengths that occur: the smallest that this share of the replies do not
+    # exceed.
     quantiles = np.quantile(lengths, (0.5, 0.9, 0.99), method="inverted_cdf")
     values = "".join(f" {value:>9,}" for value in (*quantiles.tolist(), int(lengths.max())))
     return f"  {name:<9} {lengths.mean():>9,.1f}{values}"

@@ -12,8 +12,9 @@ import numpy as np
 import xxhash
 
 from llada.data.manifest import CONVERSATIONS, Manifest, ShardEntry
+from llada.data.open_files import OpenFiles
 from llada.data.shard_format import CHUNK, I64, REPLY_FIELDS, TokenDtype, damaged, size_of
-from llada.data.shard_reader import OpenFiles, ShardReader, map_replies
+from llada.data.shard_reader import ShardReader, map_replies
 from llada.errors import UserError
 from llada.tokenizer import Tokenizer
 
@@ -53,9 +54,9 @@ class Corpus:
     """A prepared corpus.
 
     Args:
-        folder: of the corpus.
-        manifest: of that folder.
-        open_files: where its shards stay open; several corpora may share it.
+        folder: folder of the corpus.
+        manifest: manifest in that folder.
+        open_files: cache of its open shards; several corpora may share it.
     """
 
     def __init__(
@@ -72,10 +73,10 @@ class Corpus:
         """Open the corpus of a folder.
 
         Args:
-            folder: of the corpus.
-            check_sizes: compare the size of every file with the manifest. Otherwise no file but the
-                manifest is looked at; each is checked when it is first read.
-            open_files: where its shards stay open.
+            folder: folder of the corpus.
+            check_sizes: whether to compare the size of every file with the manifest now; otherwise
+                each file is checked when it is first read.
+            open_files: cache of its open shards.
 
         Raises:
             UserError: the manifest cannot be used, or a file has another size.
@@ -83,7 +84,7 @@ class Corpus:
         corpus = cls(Path(folder), Manifest.load(folder), open_files)
         if check_sizes:
             with ThreadPoolExecutor(_SIZE_THREADS) as threads:
-                # Going through the results raises the first error.
+                # Iterating over the results raises the first error.
                 for _ in threads.map(CorpusFile.check_size, corpus.files()):
                     pass
         return corpus
@@ -106,16 +107,16 @@ class Corpus:
         return files
 
     def shards(self, split: str) -> list[ShardReader]:
-        """Return a reader of each shard of a split, in order; none is opened before it is read."""
+        """Return a reader of each shard of a split, in order; each opens when it is first read."""
         return [self._reader(entry, self.open_files) for entry in self.manifest.of(split)]
 
     def shard(self, entry: ShardEntry) -> ShardReader:
         """Open and check one shard; its files close with the reader.
 
         Raises:
-            UserError: it is damaged or holds other counts than the manifest says.
+            UserError: it is damaged, or its counts differ from the manifest's.
         """
-        # Its own two files, so that a pass over all shards leaves none of them open.
+        # A cache of its own, so that a pass over all shards leaves none of them open.
         reader = self._reader(entry, OpenFiles(capacity=2))
         reader.check()
         return reader
@@ -137,7 +138,7 @@ class Corpus:
         return self.folder / "tokenizer"
 
     def tokenizer(self) -> Tokenizer:
-        """Load the tokenizer that the token ids are of.
+        """Load the tokenizer of the corpus.
 
         Raises:
             UserError: it cannot be read, or it is not the one that the manifest names.

@@ -16,7 +16,7 @@ from llada.files import write_atomically
 FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
 LEFT_OUT = "left_out.jsonl"
-"""What was left out of a corpus, one object a line; there is none where nothing was."""
+"""List of what was left out of a corpus, one JSON object per line; missing if nothing was."""
 
 TRAIN = "train"
 VALIDATION = "validation"
@@ -28,7 +28,7 @@ CORPUS_FILES = (
     LEFT_OUT,
     *(f"{split}-*.{suffix}" for split in SPLITS for suffix in ("bin", "idx", "replies")),
 )
-"""Patterns of all files of a corpus, for `llada.files.new_folder`."""
+"""Patterns of all files of a corpus, for `llada.outputs.new_folder`."""
 
 TEXT = "text"
 """Kind of the corpora of `llada data prepare`, whose documents are text."""
@@ -44,15 +44,16 @@ class ShardEntry:
     """What the manifest says of one shard.
 
     Attributes:
-        name: of its files, without suffix.
+        name: name of its files, without suffix.
         split: TRAIN or VALIDATION.
-        documents, tokens: how many it holds; EOS is counted.
-        text_bytes: UTF-8 bytes of its text; of the replies, where documents are conversations.
-        max_token_id: the highest id in it.
+        documents: number of documents.
+        tokens: number of tokens, EOS included.
+        text_bytes: UTF-8 bytes of its text; of conversations, of their replies.
+        max_token_id: highest token id.
         bin_bytes, idx_bytes: sizes of its files.
-        bin_xxh3, idx_xxh3: their xxh3_64 checksums in hexadecimal.
-        replies, replies_xxh3: rows of its .replies file and that file's checksum; only
-            conversations have one.
+        bin_xxh3, idx_xxh3: xxh3_64 checksums of its files, in hexadecimal.
+        replies, replies_xxh3: rows and checksum of its .replies file, which only conversations
+            have.
     """
 
     name: str
@@ -78,16 +79,16 @@ class Manifest:
         tool_version: version of that tool.
         kind: TEXT or CONVERSATIONS.
         dtype: name of the dtype of the token ids.
-        vocab_size, mask_id, eos_id, tokenizer_fingerprint: of the tokenizer.
+        vocab_size, mask_id, eos_id, tokenizer_fingerprint: attributes of the tokenizer.
         padded_vocab_size: rows of an embedding for the tokenizer ("rows" in manifest.json).
         options: settings of the preparation.
-        sources: {path, bytes, documents} of each file read.
-        skipped: files, lines and documents left out, by reason.
-        shards: in the order in which they are read.
-        noted: documents that were counted and kept, by reason.
-        encoders: what turned text into ids, and how many units of work it did.
-        plan: digest of inputs and settings, by which a repeated preparation knows its own; empty if
-            there is none.
+        sources: {path, bytes, documents} of each source that gave a document.
+        skipped: number of files, lines and documents left out, by reason.
+        shards: entries of all shards, in the order in which they are read.
+        noted: number of documents that were counted and kept, by reason.
+        encoders: number of units of work that each encoder did, by its name.
+        plan: digest of inputs and settings, by which a repeated preparation recognises its corpus;
+            "" if there is none.
     """
 
     format_version: int
@@ -139,7 +140,7 @@ class Manifest:
         except TypeError:
             raise damaged(path, "the fields of a shard are wrong") from None
         if content["dtype"] not in [dtype.name for dtype in DTYPES.values()]:
-            raise damaged(path, f"dtype {content['dtype']!r} is none of token ids")
+            raise damaged(path, f"dtype {content['dtype']!r} is not a token dtype")
         return cls(**{names[key]: value for key, value in content.items()})
 
     def of(self, split: str) -> list[ShardEntry]:
@@ -189,6 +190,6 @@ def _read(path: Path, folder: str | Path) -> dict[str, Any]:
 
 
 def _checksum(content: Mapping[str, object]) -> str:
-    # Canonical JSON, so that the layout of the file does not count.
+    # Canonical JSON, so that the checksum does not depend on the layout of the file.
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()

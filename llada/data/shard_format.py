@@ -27,22 +27,24 @@ TokenDtype = np.dtype[np.int32 | np.uint16]
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 HEADER = struct.Struct("<9sQBQQ")
-"""MAGIC, VERSION, dtype code, sequences, document indices."""
+"""Header of an index: MAGIC, VERSION, dtype code, sequences, document indices."""
 
-# Megatron knows more dtypes; ids of a vocabulary need no other.
+# Megatron has more dtypes; token ids need only these.
 DTYPES: dict[int, TokenDtype] = {4: np.dtype("<i4"), 8: np.dtype("<u2")}
-"""The dtypes of token ids by Megatron's code."""
+"""Dtypes of token ids by Megatron's code."""
 
 LENGTH_BYTES = 4
+"""Bytes of a document's length in an index."""
 POINTER_BYTES = 8
+"""Bytes of a document's offset, and of a document index."""
 
 REPLY_FIELDS = ("document", "history_end", "turn_start", "response_start", "turn_end")
-"""Of one reply: its document in the shard, and offsets into that document's tokens
-(llada.chat.format.Reply)."""
+"""Columns of the reply table: a reply's document in the shard, and offsets into that document's
+tokens (llada.chat.format.Reply).
+"""
 
 CHUNK = 1 << 22
-"""Tokens or documents handled at a time, and bytes hashed at a time. Bounds the memory of passes
-over a whole shard."""
+"""Tokens, documents or bytes handled at a time: bounds the memory of passes over a whole shard."""
 
 
 def token_dtype(padded_vocab_size: int) -> TokenDtype:
@@ -56,20 +58,36 @@ def token_dtype(padded_vocab_size: int) -> TokenDtype:
 
 
 def index_bytes(num_documents: int) -> int:
-    """Return the size of the index of so many documents, in bytes."""
+    """Return the size in bytes of the index of `num_documents` documents."""
     lengths = LENGTH_BYTES * num_documents
     pointers = POINTER_BYTES * num_documents
     indices = POINTER_BYTES * (num_documents + 1)
     return HEADER.size + lengths + pointers + indices
 
 
+def shift_documents(replies: I64, by: int) -> I64:
+    """Return rows of REPLY_FIELDS with `by` added to their documents."""
+    shifted = replies.copy()
+    shifted[:, 0] += by
+    return shifted
+
+
+def prompt_tokens(replies: I64) -> I64:
+    """Return the number of prompt tokens of each row of REPLY_FIELDS.
+
+    The prompt of a reply is the history, and the part of the reply's turn before its response.
+    """
+    _, history_end, turn_start, response_start, _ = replies.T
+    return history_end + response_start - turn_start
+
+
 def damaged(path: Path, why: str) -> UserError:
-    """Return the error for a file that is not what was written."""
+    """Return the error for a file whose content is not what was written."""
     return UserError(f"{path}: truncated or altered ({why}); prepare the corpus again")
 
 
 def unreadable(path: Path, error: OSError) -> UserError:
-    """Return the error for a file that is missing or that the system cannot read."""
+    """Return the error for a file that is missing or cannot be read."""
     if isinstance(error, FileNotFoundError):
         return UserError(
             f"{path}: missing from the corpus {path.parent}; put it back, or prepare the corpus"

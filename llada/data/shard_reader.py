@@ -1,25 +1,23 @@
 """Reading a shard: token ids, and where documents start (llada/data/shard_format.py).
 
-Training reads a few bytes here and there in thousands of shards, so a ShardReader opens a file when
-it first needs it, reads by position, and shares a bounded set of open files (OpenFiles) with the
-other shards. Passes over a whole shard map its index into memory.
+Training reads a few bytes at a time from thousands of shards, so a ShardReader opens a file when
+it first needs it, reads by position, and shares a bounded set of open files
+(llada/data/open_files.py) with the other shards. Passes over a whole shard map its index into
+memory.
 """
 
 from __future__ import annotations
 
 import bisect
-import os
-import resource
-import weakref
 from collections.abc import Iterator
-from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from llada.data.manifest import ShardEntry
+from llada.data.open_files import Number, OpenFile, OpenFiles
 from llada.data.shard_format import (
     CHUNK,
     DTYPES,
@@ -41,77 +39,6 @@ _POINTERS_PER_READ = 1024
 """Pointers of an index that a search reads at a time: two pages."""
 _GUESSES = 4
 """Guesses by proportion before the search for a document halves the range."""
-_MAX_OPEN_FILES = 32768
-"""Files that stay open at most, whatever the system allows."""
-
-Number = TypeVar("Number", bound=np.generic)
-
-
-class OpenFile:
-    """A file that stays open as long as somebody holds this object.
-
-    It is read by position and not through a memory map: a read lets other threads run while it
-    waits for the disk, a failing disk is an exception and not a signal, and what was read does not
-    count as memory of this process.
-
-    Attributes:
-        path: its name, for messages.
-        size: in bytes, when it was opened.
-
-    Raises:
-        UserError: the file cannot be opened.
-    """
-
-    def __init__(self, path: str) -> None:
-        self.path = Path(path)
-        try:
-            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            weakref.finalize(self, os.close, self._descriptor)
-            self.size = os.fstat(self._descriptor).st_size
-        except OSError as error:
-            raise unreadable(self.path, error) from None
-
-    def read(self, dtype: np.dtype[Number], count: int, offset: int) -> npt.NDArray[Number]:
-        """Read `count` numbers from byte `offset` on into a new array.
-
-        Raises:
-            UserError: the disk fails, or the file ends too early.
-        """
-        out = np.empty(count, dtype)
-        unread = out.view(np.uint8).data
-        # A single read may return less than it was asked for (at most 2 GiB on Linux).
-        while unread:
-            try:
-                num_bytes = os.preadv(self._descriptor, [unread], offset)
-            except OSError as error:
-                raise unreadable(self.path, error) from None
-            if not num_bytes:
-                raise damaged(self.path, f"it ends at byte {offset}")
-            unread = unread[num_bytes:]
-            offset += num_bytes
-        return out
-
-
-class OpenFiles:
-    """Files that stay open so that the next read needs no opening; the least recently used close.
-
-    Threads may share it. A file that a thread is reading stays open until that read is done.
-
-    Args:
-        capacity: files that stay open; None: a quarter of those that this process may have open.
-    """
-
-    def __init__(self, capacity: int | None = None) -> None:
-        self.capacity = capacity or _default_capacity()
-        self.get = lru_cache(maxsize=self.capacity)(OpenFile)
-
-
-def _default_capacity() -> int:
-    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    # RLIM_INFINITY is -1.
-    if limit < 0:
-        return _MAX_OPEN_FILES
-    return min(max(1, limit // 4), _MAX_OPEN_FILES)
 
 
 class _IndexHeader(NamedTuple):
@@ -122,18 +49,19 @@ class _IndexHeader(NamedTuple):
 class ShardReader:
     """Reads one shard.
 
-    With `entry`, nothing is opened before it is read, and each file is compared with the manifest
-    then; so ten thousand readers cost little. Without, both files are opened at once.
+    With `entry`, a file is opened and compared with the manifest when it is first read, so ten
+    thousand readers cost little. Without it, both files are opened at once.
 
     Args:
-        path: of both files, without .bin and .idx.
-        entry: what the manifest says of the shard; None: what the shard itself says.
-        dtype: of the token ids, with `entry`.
-        open_files: where files stay open; several readers may share it.
+        path: path of both files, without .bin and .idx.
+        entry: what the manifest says of the shard; None to believe the shard itself.
+        dtype: dtype of the token ids; required with `entry`.
+        open_files: cache of open files; several readers may share it.
 
     Attributes:
-        num_documents, num_tokens: size of the shard.
-        dtype: of the token ids on disk.
+        num_documents: number of documents in the shard.
+        num_tokens: number of token ids in the shard.
+        dtype: dtype of the token ids on disk.
 
     Raises:
         UserError: in any method that opens or reads a file, when that file is missing, damaged, or
@@ -189,7 +117,7 @@ class ShardReader:
         self._token_bytes = size
         self._is_checked = True
 
-    # -- a few bytes ---------------------------------------------------------------------------
+    # -- single reads --------------------------------------------------------------------------
 
     def tokens(self, start: int, stop: int) -> I64:
         """Return a copy of the token ids at start..stop-1; opens the token file only."""
@@ -216,7 +144,9 @@ class ShardReader:
             )
             blocks.append(block)
             last += len(block)
-        starts = np.concatenate(blocks) if len(blocks) > 1 else blocks[0]
+        starts = blocks[0]
+        if len(blocks) > 1:
+            starts = np.concatenate(blocks)
         return starts[: np.searchsorted(starts, stop_byte)] // self.dtype.itemsize
 
     def document_at(self, position: int) -> int:
@@ -232,12 +162,16 @@ class ShardReader:
         return int(pointer[0]) // self.dtype.itemsize
 
     def _pointers_around(self, file: OpenFile, byte: int) -> tuple[int, I64]:
-        """Return pointers [first, last) of the index such that all before them are <= `byte` and
-        all behind them are > `byte`; first `first`, then those pointers.
+        """Read neighbouring pointers such that all pointers before them are <= `byte`, and all
+        after them are > `byte`.
 
-        Documents of one shard are mostly alike, so a guess by proportion is near and a cold index
-        costs few reads: in a token file of 1,000,000 bytes with 10,000 documents, byte 250,000 is
-        looked for around pointer 2,500. Where the guesses do not help, the range is halved.
+        Documents of one shard have similar lengths, so a guess by proportion is close, and an
+        index that is not in memory costs few reads: in a token file of 1,000,000 bytes with 10,000
+        documents, the search for byte 250,000 begins at pointer 2,500. Where the guesses do not
+        help, the range is halved.
+
+        Returns:
+            The index of the first pointer, and the pointers.
         """
         first = 0
         last = self.num_documents
@@ -287,17 +221,18 @@ class ShardReader:
     def runs(
         self, first: int = 0, stop: int | None = None, tokens: int = CHUNK
     ) -> Iterator[tuple[int, I64, I64]]:
-        """Read whole documents in order, some at a time.
+        """Read whole documents in order, in runs of several.
 
         Memory is bounded by `tokens` and the longest document.
 
         Args:
-            first, stop: documents first..stop-1; None: to the last.
-            tokens: at most, in a run of several documents.
+            first: first document to read.
+            stop: document after the last one to read; None to read to the end.
+            tokens: most tokens in a run of several documents.
 
         Yields:
-            The first document of a run, its token ids (a copy), and the length of each of its
-            documents.
+            The first document of a run, the token ids of the run (a copy), and the length of each
+            of its documents.
         """
         if stop is None:
             stop = self.num_documents
@@ -346,7 +281,7 @@ class ShardReader:
         is_known = magic == MAGIC and version == VERSION and code in DTYPES
         if not is_known or entries != sequences + 1:
             raise damaged(
-                file.path, "its header is not that of an index with one sequence a document"
+                file.path, "its header is not that of an index with one sequence per document"
             )
         expected = index_bytes(sequences)
         if file.size != expected:

@@ -14,19 +14,27 @@ import numpy.typing as npt
 import xxhash
 
 from llada.data.manifest import ShardEntry
-from llada.data.shard_format import CHUNK, DTYPES, HEADER, I64, MAGIC, VERSION
+from llada.data.shard_format import (
+    CHUNK,
+    DTYPES,
+    HEADER,
+    I64,
+    MAGIC,
+    VERSION,
+    shift_documents,
+)
 from llada.files import sync_folder
 
 _CODES: dict[np.dtype[np.generic], int] = {dtype: code for code, dtype in DTYPES.items()}
 
 
 class _HashedFile:
-    """A file under a temporary name whose checksum and size are known when it is complete."""
+    """A file that is written under a temporary name while its size and checksum are computed."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        # The name is unique: another process may be writing the same file, since a unit of work
-        # that two tasks do gives the same bytes twice.
+        # The temporary name is unique: two tasks that do the same unit of work may write the same
+        # file at the same time.
         self.partial = path.with_name(f"{path.name}.partial-{uuid.uuid4().hex[:8]}")
         self.bytes = 0
         self._published = False
@@ -40,7 +48,7 @@ class _HashedFile:
         self.bytes += memoryview(data).nbytes
 
     def finish(self) -> str:
-        """Bring everything to the disk, still under the temporary name; return the checksum."""
+        """Flush everything to the disk, still under the temporary name; return the checksum."""
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
@@ -52,7 +60,10 @@ class _HashedFile:
         self._published = True
 
     def discard(self) -> None:
-        """Remove the file, published or not; a file that had the name before stays."""
+        """Remove the file, whether it is published or not.
+
+        If it is not, an older file of the same name stays.
+        """
         self._file.close()
         self.partial.unlink(missing_ok=True)
         if self._published:
@@ -62,17 +73,18 @@ class _HashedFile:
 class ShardWriter:
     """Writes one shard.
 
-    The files appear under their names when the writer closes; an exception before that leaves
-    nothing.
+    The files get their names when the writer closes; an exception before that leaves none behind.
 
     Args:
         folder: existing folder of the corpus.
-        name: of the shard, unique in the folder.
-        dtype: from `token_dtype`.
-        split: recorded in the entry.
+        name: name of the shard, unique in the folder.
+        dtype: dtype of the token ids, from `token_dtype`.
+        split: split that the manifest's entry names.
 
     Attributes:
-        tokens, documents, replies: written so far.
+        tokens: number of tokens written so far.
+        documents: number of documents written so far.
+        replies: number of replies written so far.
     """
 
     def __init__(self, folder: str | Path, name: str, dtype: npt.DTypeLike, split: str) -> None:
@@ -105,12 +117,11 @@ class ShardWriter:
         """Add documents.
 
         Args:
-            flat_tokens: their token ids one after the other, each document's EOS in place.
+            flat_tokens: token ids of the documents, concatenated, EOS included.
             lengths: tokens of each document, EOS included, all >= 1.
-            text_bytes: UTF-8 bytes of their text (of the replies, where documents are
-                conversations).
-            replies: rows of REPLY_FIELDS, the document counted from the first of this call; None:
-                not conversations.
+            text_bytes: UTF-8 bytes of the documents' text; of conversations, of their replies.
+            replies: rows of REPLY_FIELDS, documents counted from the first of this call; None for
+                documents of text.
 
         Raises:
             ValueError: lengths that do not add up, an id that the dtype cannot hold.
@@ -126,7 +137,7 @@ class ShardWriter:
             if self._replies is None:
                 self._replies = _HashedFile(self.folder / f"{self.name}.replies")
             # From here on documents are counted from the start of the shard.
-            rows = replies + np.array([self.documents, 0, 0, 0, 0])
+            rows = shift_documents(replies, self.documents)
             self._replies.write(rows.astype("<i8").tobytes())
             self.replies += len(replies)
         self.tokens += flat.size
@@ -161,13 +172,13 @@ class ShardWriter:
         try:
             bin_xxh3 = self._bin.finish()
             self._idx = _HashedFile(self.folder / f"{self.name}.idx")
-            for part in self._index():
-                self._idx.write(part)
+            for piece in self._index():
+                self._idx.write(piece)
             idx_xxh3 = self._idx.finish()
             replies_xxh3 = ""
             if self._replies is not None:
                 replies_xxh3 = self._replies.finish()
-            # No file has its name before all are complete on the disk.
+            # No file gets its name before all are complete on the disk.
             for file in self._files():
                 file.publish()
             sync_folder(self.folder)
@@ -200,7 +211,7 @@ class ShardWriter:
         return [file for file in (self._bin, self._idx, self._replies) if file is not None]
 
     def _index(self) -> Iterator[bytes]:
-        """Yield the index in parts: header, lengths, byte offsets, document indices."""
+        """Yield the index piece by piece: header, lengths, byte offsets, document indices."""
         num_indices = self.documents + 1
         yield HEADER.pack(MAGIC, VERSION, _CODES[self.dtype], self.documents, num_indices)
         for lengths in self._lengths:
@@ -238,17 +249,17 @@ def shard_name(split: str, number: int) -> str:
 
 
 class SplitWriter:
-    """Writes the shards of one split and begins a new one when the current one is full.
+    """Writes the shards of one split, and begins a new shard when the current one is full.
 
-    As a context, it gives up what `finish` has not closed.
+    As a context manager, it discards a shard that `finish` has not closed.
 
     Args:
         folder: existing folder of the corpus.
-        split: its name, with which the names of its shards begin.
-        dtype: from `token_dtype`.
-        limit: tokens; a shard ends with the document with which it has this many.
-        unit: the shards are those of this unit of work: train-00042-000, ...; None: they are
-            train-00000, train-00001, ...
+        split: name of the split, with which the names of its shards begin.
+        dtype: dtype of the token ids, from `token_dtype`.
+        limit: number of tokens with which a shard is full; its last document may exceed it.
+        unit: unit of work that the shards belong to, which names them train-00042-000, ...; None
+            names them train-00000, train-00001, ...
     """
 
     def __init__(
@@ -266,10 +277,11 @@ class SplitWriter:
         """Add documents; where shards end does not depend on how documents are grouped into calls.
 
         Args:
-            flat: token ids one after the other, each document's EOS in place.
-            lengths, text_bytes: of each document.
-            replies: rows of REPLY_FIELDS, the document counted from the first of this call; None:
-                not conversations.
+            flat: token ids of the documents, concatenated, EOS included, int64 [tokens].
+            lengths: tokens of each document, int64 [documents].
+            text_bytes: UTF-8 bytes of each document's text, int64 [documents].
+            replies: rows of REPLY_FIELDS, documents counted from the first of this call; None for
+                documents of text.
         """
         ends = np.cumsum(lengths)
         # Documents first..last-1 go to the current shard, their tokens are start..stop-1. With a
@@ -287,7 +299,7 @@ class SplitWriter:
             own_replies = None
             if replies is not None:
                 low, high = np.searchsorted(replies[:, 0], (first, last))
-                own_replies = replies[low:high] - np.array([first, 0, 0, 0, 0])
+                own_replies = shift_documents(replies[low:high], -first)
             self._writer.append(
                 flat[start:stop],
                 lengths[first:last],
@@ -305,12 +317,12 @@ class SplitWriter:
         return f"{shard_name(self._split, self._unit)}-{len(self._entries):03d}"
 
     def finish(self) -> list[ShardEntry]:
-        """Close the last shard and return the manifest's entries of all."""
+        """Close the last shard; return the manifest's entries of all shards."""
         self._close()
         return self._entries
 
     def abort(self) -> None:
-        """Give up an open shard."""
+        """Discard an open shard."""
         if self._writer is not None:
             self._writer.abort()
 

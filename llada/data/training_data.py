@@ -15,7 +15,7 @@ from llada.config import RunConfig
 from llada.data.corpus import Corpus
 from llada.data.manifest import CONVERSATIONS, SPLITS, TEXT, TRAIN, Manifest
 from llada.data.mixture import Mixture, MixtureSource
-from llada.data.shard_reader import OpenFiles
+from llada.data.open_files import OpenFiles
 from llada.data.step_plan import DrawT, StepPlan
 from llada.data.verify import verify_corpus
 from llada.errors import UserError

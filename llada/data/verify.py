@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from llada.data.corpus import Corpus
 from llada.data.manifest import CONVERSATIONS, Manifest, ShardEntry
-from llada.data.shard_format import CHUNK, I64
+from llada.data.shard_format import CHUNK, I64, prompt_tokens
 from llada.data.shard_reader import ShardReader, map_file
 from llada.errors import UserError
 
@@ -27,13 +27,13 @@ def verify_corpus(
     """Return everything that is wrong with a prepared corpus, one line each.
 
     Args:
-        folder: of the corpus.
-        hashes: compare checksums too. Without them, only what contradicts itself is found.
-        workers: shards checked at a time, by threads.
-        progress: called with each shard when it is done.
+        folder: folder of the corpus.
+        hashes: whether to compare checksums too; otherwise only contradictions are noticed.
+        workers: number of threads, each of which checks one shard at a time.
+        progress: called with the entry of each shard when it is done.
 
     Returns:
-        The problems, shards in order; empty when the corpus is sound.
+        The problems in the order of the shards; empty if there are none.
     """
     try:
         corpus = Corpus(Path(folder), Manifest.load(folder))
@@ -48,13 +48,13 @@ def verify_corpus(
     # Threads are enough: hashing and numpy release the interpreter's lock.
     problems: list[str] = []
     with ThreadPoolExecutor(workers) as threads:
-        for of_shard in threads.map(check, corpus.manifest.shards):
-            problems += of_shard
+        for shard_problems in threads.map(check, corpus.manifest.shards):
+            problems += shard_problems
     return problems
 
 
 def _shard_problems(corpus: Corpus, entry: ShardEntry, hashes: bool) -> list[str]:
-    """Return the problems of a shard's files, then of what they hold."""
+    """Return the problems of a shard's files, then those of their content."""
     problems: list[str] = []
     for file in corpus.files_of(entry):
         try:
@@ -67,9 +67,9 @@ def _shard_problems(corpus: Corpus, entry: ShardEntry, hashes: bool) -> list[str
     try:
         shard = corpus.shard(entry)
     except UserError as error:
-        # It would name the damage of the file once more.
+        # Where a file is damaged, this error would only repeat it.
         return problems or [str(error)]
-    # Token ids are looked up by the index, so they are checked only where that is sound.
+    # Token ids are located through the index, so they are checked only if it is sound.
     problems += _index_problems(shard) or _token_problems(shard, corpus.manifest, entry)
     if corpus.manifest.kind == CONVERSATIONS and files_are_sound:
         replies_path = corpus.folder / f"{entry.name}.replies"
@@ -115,21 +115,20 @@ def _reply_problems(shard: ShardReader, replies: I64, path: Path) -> list[str]:
             f"{path}: its replies are not those of documents 0..{shard.num_documents - 1} in order"
         ]
     document_lengths = shard.lengths[owner]
-    prompt = history_end + response_start - turn_start
     offsets_ascend = (
         (history_end >= 0)
         & (history_end <= turn_start)
         & (turn_start <= response_start)
         & (response_start < turn_end)
     )
-    wrong = ~(offsets_ascend & (prompt > 0) & (turn_end <= document_lengths))
+    wrong = ~(offsets_ascend & (prompt_tokens(replies) > 0) & (turn_end <= document_lengths))
     if wrong.any():
         return [f"{path}: reply {int(np.argmax(wrong))} does not lie inside its document"]
     return []
 
 
 class _Tally:
-    """Counts occurrences of one problem through a shard, and remembers the first."""
+    """Counts the occurrences of one problem in a shard, and remembers the first."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -158,7 +157,7 @@ def _token_problems(shard: ShardReader, manifest: Manifest, entry: ShardEntry) -
         highest = max(highest, int(tokens.max()))
         unknown.add((tokens < 0) | (tokens >= manifest.vocab_size), start)
         masks.add(tokens == manifest.mask_id, start)
-    # The last token of every document, which may be few among many: mapped, not read.
+    # The last tokens of documents may be few among many, so they are mapped, not read.
     stored = map_file(shard.bin_path, shard.dtype)
     for first in range(0, shard.num_documents, CHUNK):
         lengths = shard.lengths[first : first + CHUNK].astype(np.int64)

@@ -106,7 +106,7 @@ def test_an_edited_manifest_is_refused(folder: Path, edit, message):
         (lambda content: content.update(format_version=1), "format_version 1 is not 3"),
         (lambda content: content.pop("rows"), "fields are not those"),
         (lambda content: content["shards"][0].pop("tokens"), "fields of a shard"),
-        (lambda content: content.update(dtype="nonsense"), "dtype 'nonsense' is none of token ids"),
+        (lambda content: content.update(dtype="nonsense"), "dtype 'nonsense' is not a token dtype"),
     ],
 )
 def test_a_sealed_manifest_of_other_fields_is_refused(folder: Path, change, message):

@@ -20,8 +20,9 @@ from llada.config import build_config
 from llada.data import shard_reader
 from llada.data.corpus import Corpus
 from llada.data.manifest import FORMAT_VERSION, TEXT, TRAIN, Manifest
+from llada.data.open_files import OpenFiles
 from llada.data.pretrain import PretrainData, WindowReader
-from llada.data.shard_reader import OpenFiles, ShardReader
+from llada.data.shard_reader import ShardReader
 from llada.data.shard_writer import ShardWriter
 from llada.errors import UserError
 

@@ -217,7 +217,13 @@ def test_only_json_lines_are_read(tokenizer: Path, tmp_path: Path) -> None:
     write(tmp_path / "in" / "rows.jsonl", PAIRS)
     manifest = prepare_sft([tmp_path / "in"], tokenizer, tmp_path / "corpus", validation_fraction=0)
     assert manifest.totals("train")[0] == len(PAIRS)
-    with pytest.raises(UserError, match=r"notes.txt is neither JSON Lines"):
+    with pytest.raises(
+        UserError,
+        match=(
+            r"notes.txt: conversations are not read from text files; allowed extensions: .jsonl,"
+            r" .json \(also with .gz or .zst\), .parquet, .arrow$"
+        ),
+    ):
         prepare_sft([tmp_path / "in" / "notes.txt"], tokenizer, tmp_path / "other")
 
 

@@ -17,6 +17,8 @@ from data_tools.readers.reading import read_inputs, sample_texts
 from data_tools.readers.report import Report
 from data_tools.readers.sources import parse_extensions
 from llada.errors import UserError
+from llada.tokenizer import train_byte_level_bpe
+from tests.preparation import prepare
 from tests.stand_ins import like
 
 TEXTS = ["eins", "zwei\nZeilen", "drei é 🙂", " \n"]
@@ -64,9 +66,6 @@ def test_jsonl_in_every_wrapping(name: str, tmp_path: Path):
     path.write_bytes(COMPRESSED[name])
     texts, report = read_all(path)
     assert texts == TEXTS
-    assert report.sources == [
-        {"path": str(path), "bytes": len(COMPRESSED[name]), "documents": len(TEXTS)}
-    ]
     assert not report.skipped
 
 
@@ -148,7 +147,6 @@ def test_a_bad_line_is_refused_or_counted(
     texts, report = read_all(path, skip_bad=True)
     assert texts == ["eins", "zwei"]
     assert report.skipped == {reason or "lines without the field": 1}
-    assert report.sources[0]["documents"] == 2
 
 
 def test_another_field(tmp_path: Path):
@@ -235,15 +233,19 @@ def test_a_folder(tmp_path: Path):
         "c/more.json.gz": ["drei"],
     }
     assert texts == [text for texts_of_file in read_in_order.values() for text in texts_of_file]
-    assert report.sources == [
-        {"path": str(root / name), "bytes": len(contents[name]), "documents": len(texts_of_file)}
-        for name, texts_of_file in read_in_order.items()
-    ]
     assert report.skipped == {
         "files with another extension": 3,
         "documents empty": 1,
         "files not UTF-8": 1,
     }
+
+    train_byte_level_bpe(iter(TEXTS), 300).save(tmp_path / "tokenizer")
+    manifest = prepare([root], tmp_path / "tokenizer", tmp_path / "corpus")
+    assert manifest.sources == [
+        {"path": str(root / name), "bytes": len(contents[name]), "documents": len(texts_of_file)}
+        for name, texts_of_file in read_in_order.items()
+    ]
+    assert manifest.skipped == report.skipped
 
     texts, report = read_all(root, extensions=parse_extensions(["csv", ".MD"]))
     assert texts == ["# y", "eins", "zwei", "drei", "1,2"]
