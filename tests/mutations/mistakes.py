@@ -333,10 +333,8 @@ rewrites(
     "tests/hf/test_from_hf.py::test_a_llama_is_the_same_function_under_a_causal_mask",
 )
 def keys_and_values_of_an_imported_llama_exchanged(folder: Any) -> None:
-    names = next(
-        value for value in vars(folder).values() if isinstance(value, dict) and "k_proj" in value
-    )
-    names["k_proj"], names["v_proj"] = names["v_proj"], names["k_proj"]
+    right = folder._LLAMA_BLOCK
+    folder._LLAMA_BLOCK = {**right, "k_proj": right["v_proj"], "v_proj": right["k_proj"]}
 
 
 @changes(
