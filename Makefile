@@ -44,12 +44,12 @@ fail = { echo "make: $(1)" >&2; exit 1; }
 check_build = [ "$$(cat $(TORCH))" = "$(TORCH_BUILD)" ] \
 	  || $(call fail,$(VENV) has the $$(cat $(TORCH)) build of torch$(comma) and this needs the $(TORCH_BUILD) build; remove it and install again: rm -r $(VENV) && make setup TORCH_BUILD=$(TORCH_BUILD))
 
-.PHONY: help setup wheels flash-attn demo test test-slow test-slurm test-clients test-llama-cpp gpu lint types clean
+.PHONY: help setup wheels flash-attn demo test test-slow test-slurm test-clients test-llama-cpp gpu lint types docs clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
 	@echo "make setup   install only;  make flash-attn   build flash-attn for this machine's GPU;  make wheels WHEELS=DIR   collect packages for a machine without a network"
-	@echo "make lint, make types   run ruff, mypy;  make clean   remove .venv, build results and runs with their checkpoints"
+	@echo "make lint, make types   run ruff, mypy;  make docs   write the tables of settings;  make clean   remove .venv, build results and runs with their checkpoints"
 
 setup: $(READY)
 	@$(check_build)
@@ -83,6 +83,9 @@ lint: $(READY)
 
 types: $(READY)
 	@$(BIN)/python -m mypy
+
+docs: $(READY)
+	@$(BIN)/python -m docs.settings
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

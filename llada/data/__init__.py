@@ -1,19 +1,24 @@
 """Prepared corpora on disk, and what a training step reads of them. Knows no model and no ranks.
 
-The way of a sample from disk to loss, with one file a hop:
+From shards on disk to the loss, a pretraining sample goes through ten files:
 
-1. `data/loader.py` prepares the next steps in a thread (`Run.make_batches` joins the hops below).
-2. `data/pretrain.py`, or `data/sft.py`, makes the StepPlan of a step from its index: which
-   instances its samples are, how each is cut into segments, and the t and weight of each segment.
-3. `data/mixture.py` says which instance of which corpus a sample is.
-4. `data/training_data.py` makes a micro-batch of some samples of the plan, window by window.
-5. `data/shard_reader.py` reads a window's token ids and the document starts in it.
-6. `objectives/masked.py` masks the window, given t and the sample's index as the key of the noise.
-7. `objectives/base.py` stacks the masked windows into a Batch.
-8. `engine/rank_batch.py` cuts out the part of the batch that this rank computes.
-9. `engine/megatron.py` runs the model on it and adds the weighted losses up.
-10. `model/token_losses.py` computes the loss of each predicted token from its logits.
+1. `data/mixture.py`: the sample's index gives its corpus and its instance there.
+2. `data/pretrain.py`: the step's index gives its StepPlan: the instances of its samples, where
+   each is cut into segments, and every segment's t and weight.
+3. `data/training_data.py`: some samples of the plan become the windows of a micro-batch.
+4. `data/shard_reader.py`: a window is read: its token ids and document boundaries.
+5. `objectives/masked.py`: a window is masked, given its t and its sample's index.
+6. `objectives/base.py`: masked windows are stacked into a Batch.
+7. `engine/rank_batch.py`: this rank's part is cut out of the batch.
+8. `engine/megatron.py`: Megatron-Core's schedule runs the model and adds up the weighted losses.
+9. `model/transformer.py`: token ids become logits of the predicted positions.
+10. `model/token_losses.py`: a position's logits and its clean token give a loss.
+
+Read beside them: `noise.py`, where 1, 2 and 5 draw their numbers; `data/step_plan.py`, what 2 hands
+to 3; `model/attention.py`, inside 9. `Run.make_batches` in `training/run.py` calls 2 to 7, in a
+thread of `data/loader.py` that keeps the next steps ready. Fine-tuning has `data/sft.py` as 2.
 
 A corpus is written by the other files: `shard_format.py` and `shard_writer.py` (shards),
-`manifest.py` (what the folder holds), `corpus.py` (both together) and `verify.py` (the full check).
+`manifest.py` (what the folder contains), `corpus.py` (both together) and `verify.py` (the full
+check).
 """

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any
 
 import pytest
-import yaml
-from pydantic import BaseModel
-from pydantic.fields import FieldInfo
 
-from launch.profile import ClusterProfile
-from llada.config import RunConfig, build_config, dump_config, read_yaml, to_yaml
+from docs.settings import PAGES, settings, settings_table, with_table
+from llada.config import build_config, dump_config, read_yaml, to_yaml
+from llada.config.sections import OptimizerSection
 from llada.errors import UserError
 from llada.training.configure import load_config
 from llada.training.schedule import Schedule
@@ -23,47 +20,20 @@ CLUSTERS = sorted((ROOT / "configs" / "clusters").glob("*.yaml"))
 DEMO = ROOT / "configs" / "demo" / "pretrain.yaml"
 
 
-def settings(
-    section: type[BaseModel] = RunConfig, prefix: str = ""
-) -> Iterator[tuple[str, FieldInfo]]:
-    """Every setting with its dotted name; `N` stands for the index of a list's item."""
-    for name, field in section.model_fields.items():
-        key = prefix + (field.alias or name)
-        subsection = section_in(field)
-        if subsection is None:
-            yield key, field
-        elif get_origin(field.annotation) is list:
-            yield from settings(subsection, f"{key}.N.")
-        else:
-            yield from settings(subsection, f"{key}.")
-
-
-def section_in(field: FieldInfo) -> type[BaseModel] | None:
-    """The section that a field holds, alone or as the items of a list."""
-    for annotation in (field.annotation, *get_args(field.annotation)):
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            return annotation
-    return None
-
-
-def settings_table(root: type[BaseModel] = RunConfig) -> str:
-    """The table in docs/configuration.md, and that of cluster profiles in docs/slurm.md."""
-    rows = ["| Setting | Default | Meaning |", "|---|---|---|"]
-    for key, field in settings(root):
-        default = "required"
-        if not field.is_required():
-            value = field.get_default(call_default_factory=True)  # type: ignore[call-arg]
-            default = f"`{yaml.safe_dump(value).splitlines()[0]}`"
-        meaning = " ".join((field.description or "").split()).replace("|", "/")
-        rows.append(f"| `{key}` | {default} | {meaning} |")
-    return "\n".join(rows)
-
-
 def test_every_setting_is_documented() -> None:
-    assert all(field.description for _, field in settings())
-    assert settings_table() in (ROOT / "docs" / "configuration.md").read_text()
-    assert all(field.description for _, field in settings(ClusterProfile))
-    assert settings_table(ClusterProfile) in (ROOT / "docs" / "slurm.md").read_text()
+    """`make docs` writes the tables."""
+    for page, section in PAGES.items():
+        undescribed = [name for name, field in settings(section) if not field.description]
+        assert not undescribed
+        assert settings_table(section) in (ROOT / "docs" / page).read_text()
+
+
+def test_the_tables_are_replaced_and_nothing_else() -> None:
+    page = "before\n\n| Setting | Default | Meaning |\n|---|---|---|\n| `old` | 1 | x |\n\nafter\n"
+    text = with_table(page, OptimizerSection)
+    assert text == f"before\n\n{settings_table(OptimizerSection)}\nafter\n"
+    with pytest.raises(ValueError, match="0 tables"):
+        with_table("no table\n", OptimizerSection)
 
 
 @pytest.mark.parametrize(
@@ -280,7 +250,7 @@ def test_world_size(overrides: list[str], world: int, expected: Any) -> None:
 def test_names_in_messages_are_whole() -> None:
     """Every refusal of a combination starts with the full name of a setting."""
     names = {"parallel"}
-    for key, _ in settings():
+    for key, _ in settings(RunConfig):
         names |= {key, key.partition(".N.")[0]}  # a list is named without its items too
     started_with = []
     for module in ("rules.py", "run.py"):
