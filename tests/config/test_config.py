@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from docs.settings import PAGES, settings, settings_table, with_table
-from llada.config import build_config, dump_config, read_yaml, to_yaml
+from llada.config import RunConfig, build_config, dump_config, read_yaml, to_yaml
 from llada.config.sections import OptimizerSection
 from llada.errors import UserError
 from llada.training.configure import load_config

@@ -212,4 +212,4 @@ def test_a_run_that_leaves_out_spikes_resumes_with_the_same_numbers(workplace: W
         "spikes2.yaml", run={"dir": "spikes2", "threads": 2}, train=other, **rarely
     )
     refused = workplace.run("pretrain", changed, code=2)
-    assert "train.spike_sigma: 0.3 -> 5.0 changed since" in refused.stderr
+    assert "train.spike_sigma: 0.3 -> 5.0 has changed since" in refused.stderr

@@ -67,7 +67,7 @@ def test_back_to_a_checkpoint_with_another_rate(workplace: Workplace) -> None:
         == 1
     )
     refused = workplace.run("pretrain", config, "train.steps=15", code=2).stderr
-    assert "schedule.stages: learning rate of step 9: 0.0002 -> 0.0009 changed since" in refused
+    assert "schedule.stages: learning rate of step 9: 0.0002 -> 0.0009 has changed since" in refused
 
 
 def test_refusals(workplace: Workplace) -> None:

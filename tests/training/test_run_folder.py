@@ -131,7 +131,7 @@ def test_threads_that_nobody_set_count_on_the_same_layout_alone(
     )
     changes = {"run": {"dir": f"threads_{ranks}"}, "checkpoint": {"every": 4, "verify": False}}
     if refused:
-        with pytest.raises(UserError, match=r"run.threads: 97 -> \d+ changed since"):
+        with pytest.raises(UserError, match=r"run.threads: 97 -> \d+ has changed since"):
             run(workplace, monkeypatch, "", **changes)
     else:
         assert run(workplace, monkeypatch, "", **changes) == 0
