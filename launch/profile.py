@@ -1,4 +1,4 @@
-"""The profile of a cluster: the settings of its Slurm, in one YAML file that all runs there share.
+"""The profile of a cluster: settings of its Slurm, in a YAML file that all runs there share.
 
 The docstrings of the settings are the table in docs/slurm.md.
 """
@@ -16,7 +16,7 @@ from llada.config import apply_override, one_line, read_yaml
 from llada.config.section import Section
 from llada.errors import UserError
 
-# Options of sbatch that the launcher sets itself; others may be set under `sbatch`.
+# Options of sbatch that the launcher sets itself. The profile may set others under `sbatch`.
 _RESERVED_OPTIONS = {
     "time",
     "no-requeue",
@@ -36,80 +36,82 @@ _RESERVED_OPTIONS = {
 
 
 class Container(Section):
-    """A container that the ranks run in; the batch script itself stays outside."""
+    """The container that the ranks run in. The batch script itself runs outside."""
 
     kind: Literal["pyxis", "apptainer"]
     """pyxis: srun --container-image (pyxis with enroot); apptainer: `apptainer exec --nv`."""
     image: str
-    """Image, as the kind names it (a .sqsh or .sif file, or an address)."""
+    """Image that this kind of container accepts: a .sqsh or .sif file, or an address."""
     mounts: list[str] = Field(default_factory=list)
-    """SOURCE:TARGET pairs. The code, the data and the run folder must be seen under the same paths
-    as outside.
+    """SOURCE:TARGET pairs. The code, the data and the run folder must have the same paths inside as
+    outside.
     """
 
 
 class Environment(Section):
-    """What the job finds when it starts."""
+    """Software environment of a job."""
 
     modules: list[str] = Field(default_factory=list)
     """Environment modules, loaded in this order."""
     source: list[str] = Field(default_factory=list)
-    """Shell files that are sourced after the modules, as an activate script."""
+    """Shell files that are sourced after the modules, for example the activate script of a venv."""
     variables: dict[str, str | int] = Field(default_factory=dict)
-    """Variables of the ranks; they replace the launcher's own (NCCL, gloo)."""
+    """Environment variables of the ranks; they override those of the launcher (NCCL, gloo)."""
     python: str | None = None
-    """Interpreter of the ranks; null: the one that runs `llada launch`. In a container, the one
-    inside.
+    """Python interpreter of the ranks, in a container the one inside; null: the one that runs
+    `llada launch`.
     """
     container: Container | None = None
-    """null: none."""
+    """null: no container."""
 
 
 class Requeue(Section):
-    """How a job starts itself again."""
+    """How a job restarts itself."""
 
     enabled: bool = True
-    """false: this site does not allow it; use --chain."""
+    """false: the site does not allow jobs to requeue themselves; use --chain."""
     limit: int = Field(default=3, ge=0)
-    """Failures in a row without a new checkpoint after which a run is left failed. Stops in order
-    never count.
+    """Failures in a row without a new checkpoint after which the run has failed. Clean stops never
+    count.
     """
     backoff: float = Field(default=60.0, ge=0)
-    """Seconds before the next start after a failure; doubled with every further one in a row, an
-    hour at most.
+    """Seconds before the restart after a failure; doubled with every further failure in a row, up
+    to an hour.
     """
     grace: float = Field(default=120.0, gt=0)
-    """Seconds the other ranks have to end after the first one ended in order; then they are killed.
+    """Seconds that the other ranks have to exit after the first one exited cleanly; then they are
+    killed.
     """
     start_timeout: float = Field(default=600.0, gt=0)
-    """Seconds in which every rank has to start (a container image may have to be fetched); then the
-    missing nodes are excluded.
+    """Seconds in which every rank has to start (pulling a container image may take minutes); then
+    the nodes with missing ranks are excluded.
     """
 
 
 class Preflight(Section):
     """Tests of the nodes before the first step.
 
-    A bad node is named and excluded, and the job starts again.
+    A bad node is reported and excluded, and the job restarts.
     """
 
     enabled: bool = True
     """false: no tests."""
     seconds: float = Field(default=120.0, gt=0)
-    """For the ranks to meet, and for every all-reduce."""
+    """Time limit for the ranks to connect, and for each all-reduce, seconds."""
     gpus: int | None = Field(default=None, ge=0)
-    """GPUs that torch must see on a node; null: as many as ranks; 0: a cluster without."""
+    """Minimum number of GPUs that torch sees on a node; null: one per rank; 0: the nodes have none.
+    """
     min_gpu_memory_gb: float = Field(default=0.0, ge=0)
-    """Free memory of every GPU, GB."""
+    """Minimum free memory per GPU, GB."""
     min_disk_gb: float = Field(default=10.0, ge=0)
-    """Free space where the run writes, GB."""
+    """Minimum free space on the file system of the run folder, GB."""
     max_clock_skew: float = Field(default=5.0, gt=0)
-    """Seconds that a node's clock may be off the others'."""
+    """Maximum difference between a node's clock and the median, seconds."""
     slow_factor: float = Field(default=1.5, gt=1)
     """A node whose matrix product or all-reduce is this many times slower than the median is bad.
     """
     matmul_size: int = Field(default=4096, ge=16)
-    """Rows and columns of the matrices."""
+    """Number of rows and columns of the matrices."""
     allreduce_mb: float = Field(default=256.0, gt=0)
     """Size of the all-reduce, MB."""
 
@@ -117,7 +119,7 @@ class Preflight(Section):
 def _check_time_limit(value: object) -> object:
     """Validate a time limit before pydantic converts it.
 
-    YAML takes 12:00:00 without quotes for a number in base 60, 43200, which Slurm would take for
+    YAML reads 12:00:00 without quotes as a number in base 60, 43200, which Slurm would read as
     minutes.
     """
     if value is None:
@@ -132,7 +134,7 @@ def _check_time_limit(value: object) -> object:
 
 
 class CpuJobs(Section):
-    """Jobs without GPUs: data preparation and conversion. What is left out is as for training."""
+    """Jobs without GPUs: data preparation and conversion."""
 
     partition: str | None = None
     """Partition; null: that of training."""
@@ -143,13 +145,11 @@ class CpuJobs(Section):
     time: str | None = None
     """Time limit; null: that of training."""
     cpus: int = Field(default=8, ge=1)
-    """Cores of a task."""
+    """Cores per task."""
     memory_gb: float | None = Field(default=None, ge=0)
-    """Memory of a task, GB; null: the partition's default."""
+    """Memory per task, GB; null: the partition's default."""
     exclusive: bool = False
-    """Share the nodes with no other job: a whole node for every task, whatever `exclusive` is for
-    training.
-    """
+    """A whole node per task, shared with no other job. Training has its own `exclusive`."""
 
     _check_time = field_validator("time", mode="before")(_check_time_limit)
 
@@ -165,54 +165,54 @@ class ClusterProfile(Section):
     """Quality of service; null: your default."""
     time: str
     """Time limit of a job as D-HH:MM:SS, HH:MM:SS or minutes, in quotes. A run that needs longer
-    starts again from its checkpoint.
+    restarts from its checkpoint.
     """
     signal_seconds: int = Field(default=300, ge=1, le=65535)
-    """Seconds before the time limit at which the run stops with a checkpoint; Slurm may be a minute
-    early. More than a step and a save.
+    """Seconds before the time limit at which the run stops with a checkpoint; must be longer than a
+    step, a validation and a save. Slurm may be up to a minute early.
     """
     gpu_request: Literal["gpus-per-node", "gres", "none"] = "gpus-per-node"
-    """How GPUs are asked for: --gpus-per-node=N, --gres=gpu:N, or not at all (a cluster without, or
-    whole nodes).
+    """How GPUs are requested: --gpus-per-node=N, --gres=gpu:N, or not at all (the nodes have none,
+    or jobs always get whole nodes).
     """
     gpu_type: str | None = None
-    """Type in that request, as h100; null: any."""
+    """Type of the requested GPUs, for example h100; null: any."""
     cpus_per_task: int | None = Field(default=None, ge=1)
-    """Cores of a rank; null: the partition's default."""
+    """Cores per rank; null: the partition's default."""
     memory_per_task_gb: float | None = Field(default=None, ge=0)
-    """Memory of a rank, GB; 0: all of the node's; null: the partition's default."""
+    """Memory per rank, GB; 0: all memory of the node; null: the partition's default."""
     constraint: str | None = None
-    """Features that nodes must have."""
+    """Features that the nodes must have."""
     reservation: str | None = None
     """Reservation to run in."""
     exclusive: bool = False
     """Share the nodes with no other job."""
     exclude: list[str] = Field(default_factory=list)
-    """Nodes to avoid."""
+    """Nodes to exclude."""
     network_interface: str | None = None
-    """Interface of NCCL's and gloo's connections, as ib0; null: they choose."""
+    """Network interface over which NCCL and gloo connect, for example ib0; null: their choice."""
     numa_binding: bool = True
-    """Bind every rank to the cores near its GPU."""
+    """Bind each rank to the cores near its GPU."""
     environment: Environment = Environment()
     requeue: Requeue = Requeue()
     preflight: Preflight = Preflight()
     cpu_jobs: CpuJobs = CpuJobs()
     sbatch: dict[str, str | int | bool] = Field(default_factory=dict)
-    """Further options of sbatch, as {mail-type: FAIL}; true: an option without a value."""
+    """Further options of sbatch, for example {mail-type: FAIL}; true: an option without a value."""
     srun: list[str] = Field(default_factory=list)
-    """Further words of srun, as [--mpi=none]."""
+    """Further options of srun, for example [--mpi=none]."""
 
     _check_time = field_validator("time", mode="before")(_check_time_limit)
 
     @model_validator(mode="after")
     def _checks(self) -> ClusterProfile:
-        # A run that is told to stop when it starts would never take a step.
+        # A run that is told to stop as soon as it starts would never take a step.
         if self.signal_seconds >= minutes(self.time) * 60:
             raise ValueError(
                 f"signal_seconds: {self.signal_seconds} is not less than time = {self.time}"
             )
         for name in sorted(self.sbatch):
-            # submitit takes both spellings, ntasks_per_node and ntasks-per-node.
+            # submitit accepts both spellings, ntasks_per_node and ntasks-per-node.
             if name.replace("_", "-") in _RESERVED_OPTIONS:
                 raise ValueError(f"sbatch: {name} is set by the launcher; leave it out")
         return self
@@ -239,13 +239,13 @@ def load_profile(path: str | Path, overrides: list[str] | None = None) -> Cluste
     """Read a profile, apply `key.sub=value` overrides and validate the result.
 
     Raises:
-        UserError: anything wrong, in one line that names the setting.
+        UserError: a setting is wrong; one line that names it.
     """
     raw = read_yaml(Path(path), "--cluster")
     for override in overrides or []:
         key, _, value = override.partition("=")
         if key in ("time", "cpu_jobs.time"):
-            # The shell has taken away the quotes that YAML needs around a time.
+            # The shell has removed the quotes that YAML needs around a time.
             override = f'{key}="{value}"'
         apply_override(raw, override)
     try:
