@@ -1,6 +1,6 @@
-"""The commands around a run on a cluster: `llada launch`, `status`, `logs`, `stop`, `runs`.
+"""The commands `llada launch`, `status`, `logs`, `stop` and `runs`.
 
-Thin, and quick to import: each command imports what it needs when it runs.
+This module must be quick to import, so each command imports what it needs when it runs.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ if TYPE_CHECKING:
 
 
 class _LaunchGroup(TyperGroup):
-    """Reads `llada launch CONFIG` as `llada launch run CONFIG`."""
+    """Parses `llada launch CONFIG` as `llada launch run CONFIG`."""
 
     default_command = "run"
 
-    # Typer brings a click of its own, so the type of `ctx` has no public name.
+    # Typer contains its own copy of click, so the type of `ctx` has no public name.
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        # Whatever is not the name of a command is a config.
-        if args and args[0] not in self.commands and args[0] not in ("--help", "-h"):
+        # A first argument that is not the name of a command is a config.
+        known = (*self.commands, "--help", "-h")
+        if args and args[0] not in known:
             args = [self.default_command, *args]
         return list(super().parse_args(ctx, args))
 
@@ -56,7 +57,7 @@ DryRun = Annotated[
     ),
 ]
 After = Annotated[
-    str | None, typer.Option(help="Start only when the job with this id has ended well.")
+    str | None, typer.Option(help="Start only after the job with this id has succeeded.")
 ]
 Run = Annotated[str, typer.Argument(help="Folder of the run.")]
 
@@ -78,13 +79,13 @@ def run(
         int | None,
         typer.Option(
             min=1,
-            help="GPUs of a node, each with a rank; on a cluster without GPUs: ranks of a node.",
+            help="GPUs per node, one rank each; on a cluster without GPUs: ranks per node.",
         ),
     ] = None,
     set: Settings = None,
     dry_run: DryRun = False,
     local: Annotated[
-        bool, typer.Option("--local", help="On this machine, in the foreground, without Slurm.")
+        bool, typer.Option("--local", help="Run on this machine, in the foreground, without Slurm.")
     ] = False,
     chain: Annotated[
         int,
@@ -111,7 +112,7 @@ def run(
 ) -> None:
     """Submit the run of CONFIG, or start it on this machine with --local."""
     from launch.submit.launch import launch_run
-    from launch.submit.plan import LaunchOptions
+    from launch.submit.options import LaunchOptions
 
     options = LaunchOptions(
         nodes=nodes,
@@ -128,12 +129,12 @@ def run(
     if not local:
         profile = _load_profile(cluster, set)
     elif cluster is not None or set:
-        raise UserError("--local: this machine has no profile; leave out --cluster and --set")
+        raise UserError("--local takes no profile; drop --cluster and --set")
     raise typer.Exit(launch_run(config, overrides, profile, options))
 
 
 _PASS_OPTIONS_ON: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True}
-"""Options that are not this command's are those of `llada data`."""
+"""The command passes unknown options on to `llada data`."""
 
 
 def _launch_data(
@@ -163,7 +164,7 @@ def data_prepare(
     dry_run: DryRun = False,
     after: After = None,
 ) -> None:
-    """`llada data prepare` as a job array: all its options, and --tasks."""
+    """Run `llada data prepare` as a job array; takes all its options, and --tasks."""
     _launch_data("prepare", context, tasks, cluster, set, dry_run, after)
 
 
@@ -176,7 +177,7 @@ def data_prepare_sft(
     dry_run: DryRun = False,
     after: After = None,
 ) -> None:
-    """`llada data prepare-sft` as a job array: all its options, and --tasks."""
+    """Run `llada data prepare-sft` as a job array; takes all its options, and --tasks."""
     _launch_data("prepare-sft", context, tasks, cluster, set, dry_run, after)
 
 
@@ -194,7 +195,7 @@ def _load_profile(cluster: str | None, settings: list[str] | None) -> ClusterPro
 def status(
     run: Run, as_json: Annotated[bool, typer.Option("--json", help="As one JSON object.")] = False
 ) -> None:
-    """Show state, progress and last error of a run, and why it is pending."""
+    """Show the state, the progress and the last error of a run, and why it is pending."""
     from launch.status import find_run_folder, read_status
 
     run_status = read_status(find_run_folder(run))
@@ -208,7 +209,7 @@ def logs(
     run: Run,
     rank: Annotated[int, typer.Option(min=0, help="Rank whose log is shown.")] = 0,
     attempt: Annotated[
-        int | None, typer.Option(min=1, help="Start of the run, from 1; the latest if left out.")
+        int | None, typer.Option(min=1, help="Attempt, counted from 1; default: the latest.")
     ] = None,
     task: Annotated[int | None, typer.Option(min=0, help="Task of a data preparation.")] = None,
     follow: Annotated[
@@ -229,13 +230,13 @@ def logs(
         else:
             print_bytes([read_log(choice)])
     except BrokenPipeError:
-        # A reader such as `head` is through. Without this, Python would complain when it flushes
-        # standard output at the end.
+        # The reader, for example `head`, has closed the pipe. Without this, Python would print an
+        # error when it flushes standard output at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def stop(run: Run) -> None:
-    """End a run with a checkpoint after its step, and cancel its jobs that wait in the queue."""
+    """Stop a run with a checkpoint after its current step, and cancel its jobs in the queue."""
     from launch.status import find_run_folder
     from launch.stop import stop_run
 
@@ -245,7 +246,7 @@ def stop(run: Run) -> None:
 def runs(
     roots: Annotated[
         list[str] | None,
-        typer.Argument(help="Folders to look in, three levels deep; runs if left out."),
+        typer.Argument(help="Folders to search, three levels deep; default: runs."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="As a JSON list.")] = False,
 ) -> None:

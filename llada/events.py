@@ -15,6 +15,10 @@ from typing import Any
 FILE = "events.jsonl"
 Event = dict[str, Any]
 """One line: `time` (seconds since 1970), `event` (its name), and the fields of that event."""
+RUN_END_EVENTS = ("finished", "stopped", "cancelled", "failed")
+"""Names of the events that end a run."""
+ATTEMPT_END_EVENTS = ("requeued", *RUN_END_EVENTS)
+"""Names of the events that end an attempt; after `requeued` there is another one."""
 
 
 class EventLog:

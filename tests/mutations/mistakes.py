@@ -373,16 +373,16 @@ rewrites(
     "tests/launcher/test_policy.py",
 )
 rewrites(
-    "stops in order that use up the restarts",
+    "clean stops that use up the restarts",
     "launch.job.policy",
-    'if not ends or ends[-1].get("failure"):',
-    "if True:",
+    'failed = not ends or ends[-1].get("failure", False)',
+    "failed = True",
     "tests/launcher/test_policy.py",
 )
 rewrites(
     "a signal that is lost while Python imports",
     "launch.job.rank",
-    "due = time.monotonic() - last_sent > _REPEAT_SECONDS",
-    "due = last_sent == 0.0",
+    "is_due = time.monotonic() - last_sent > _REPEAT_SECONDS",
+    "is_due = last_sent == 0.0",
     "tests/launcher/test_rank.py",
 )
