@@ -74,8 +74,9 @@ class RunStatus:
     Attributes:
         run: folder of the run.
         task: pretrain, sft, or data for a data preparation.
-        state: RUNNING, PENDING, COMPLETING, FINISHED, STOPPED, CANCELLED, FAILED, LOST (it ended
-            without a record) or IDLE (it is not running, and no event ended it).
+        state: RUNNING, COMPLETING, PENDING or another state of a waiting job; FINISHED, STOPPED,
+            CANCELLED or FAILED; LOST: it ended without a record; IDLE: it is not running, and
+            nothing says that it ended.
         reason: why it is pending, or why it ended.
         jobs: jobs of the latest launch, each "ID STATE".
         nodes: nodes it runs on, in Slurm's short form.

@@ -25,7 +25,7 @@ class EventLog:
     """Appends events of one run.
 
     Args:
-        folder: of the run.
+        folder: folder of the run.
         common: fields that every event of this log has.
     """
 
@@ -55,10 +55,10 @@ def of_this_process(folder: Path) -> EventLog:
 
     Attempt and Slurm job come from the environment that the launcher set.
     """
-    attempt = os.environ.get("LLADA_ATTEMPT")
-    return EventLog(
-        folder, attempt=int(attempt) if attempt else None, job=os.environ.get("SLURM_JOB_ID")
-    )
+    attempt = None
+    if os.environ.get("LLADA_ATTEMPT"):
+        attempt = int(os.environ["LLADA_ATTEMPT"])
+    return EventLog(folder, attempt=attempt, job=os.environ.get("SLURM_JOB_ID"))
 
 
 def read(folder: Path) -> list[Event]:

@@ -163,7 +163,8 @@ class _Watch:
             self._look_for_absent(now)
         self._forward_stop(now)
         if self._records.exits:
-            failed = any(rank.code not in CLEAN_EXITS for rank in self._records.exits)
+            codes = [rank_exit.code for rank_exit in self._records.exits]
+            failed = any(code not in CLEAN_EXITS for code in codes)
             # After a clean exit, the other ranks are finishing the same step.
             wait = self._limits.grace
             if failed:
@@ -181,8 +182,8 @@ class _Watch:
         self._deadline = min(self._deadline, deadline)
 
     def _look_for_absent(self, now: float) -> None:
-        is_late = now - self._started > self._limits.start_timeout
-        if is_late and not self._absent:
+        start_is_overdue = now - self._started > self._limits.start_timeout
+        if start_is_overdue and not self._absent:
             self._absent = self._absent_hosts()
             self._set_deadline(now)
         # A task may have failed before it could write the record of its start.
@@ -219,7 +220,7 @@ class _Watch:
             self._absent = self._absent_hosts()
         exits = [*records.exits, *self._orphans.without_record(records)]
         return AttemptEnd(
-            exits=sorted(exits, key=lambda rank: rank.time),
+            exits=sorted(exits, key=lambda rank_exit: rank_exit.time),
             ranks=self._command.ranks,
             hosts=self._machine.hosts,
             absent=self._absent,
@@ -270,7 +271,7 @@ class _Orphans:
         if last:
             self._suspected = gone
         hosts = {start.rank: start.host for start in records.starts}
-        counted = {rank.rank for rank in [*self.exits, *records.exits]}
+        counted = {rank_exit.rank for rank_exit in [*self.exits, *records.exits]}
         for rank, parent_end in self._suspected.items():
             if rank in hosts and rank not in counted:
                 self.exits.append(
@@ -288,8 +289,8 @@ class _Orphans:
 
     def without_record(self, records: RankRecords) -> list[RankExit]:
         """Return the exits of these ranks, except where a record became visible later."""
-        recorded = {rank.rank for rank in records.exits}
-        return [rank for rank in self.exits if rank.rank not in recorded]
+        recorded = {rank_exit.rank for rank_exit in records.exits}
+        return [rank_exit for rank_exit in self.exits if rank_exit.rank not in recorded]
 
 
 class _Console:

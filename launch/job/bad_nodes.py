@@ -80,7 +80,7 @@ class Finding(NamedTuple):
         joined: whether the rank connected to all other ranks.
         clock: this host's clock, seconds since 1970; all ranks read it within milliseconds.
         local_gbps: bus bandwidth of an all-reduce within the host, GB/s.
-        network_gbps: bus bandwidth of an all-reduce with a neighbouring host, GB/s.
+        network_gbps: bus bandwidth of an all-reduce with the faster neighbouring host, GB/s.
     """
 
     host: str
@@ -192,12 +192,17 @@ def _blame_failures(
     Returns:
         The bad host and why, if the failures are all on one host; otherwise a problem.
     """
-    killed_by_us = [rank for rank in end.exits if end.killed and rank.code == -signal.SIGKILL]
-    failed = [rank for rank in end.exits if rank.code != 0 and rank not in killed_by_us]
-    # When a rank crashes, the others soon fail too because they lost it, so a crash counts first.
-    crashed = [rank for rank in failed if rank.code < 0 and not end.killed]
-    blamed = crashed or failed
-    blamed_hosts = {hosts[rank.rank // ranks_per_host] for rank in blamed}
+    failed = []
+    for rank_exit in end.exits:
+        killed_by_supervisor = end.killed and rank_exit.code == -signal.SIGKILL
+        if rank_exit.code != 0 and not killed_by_supervisor:
+            failed.append(rank_exit)
+    crashed = [rank_exit for rank_exit in failed if rank_exit.code < 0]
+    blamed = failed
+    if crashed and not end.killed:
+        # When a rank crashes, the others soon fail too, because they lost it.
+        blamed = crashed
+    blamed_hosts = {hosts[rank_exit.rank // ranks_per_host] for rank_exit in blamed}
     if len(blamed_hosts) == 1 and len(hosts) > 1:
         return {blamed_hosts.pop(): str(blamed[0])}, None
     if blamed:
@@ -281,20 +286,20 @@ def _bad_among_others(findings: Findings, rules: Rules) -> dict[str, str]:
 
 
 def _unconnected(findings: Findings, rules: Rules) -> dict[str, str]:
-    cut_off = []
-    apart = []
+    not_connected = []
+    not_joined = []
     for host, of_host in findings.items():
         if not all(finding.connected for finding in of_host):
-            cut_off.append(host)
+            not_connected.append(host)
         if not all(finding.joined for finding in of_host):
-            apart.append(host)
+            not_joined.append(host)
     # If all hosts fail alike, none of them is to blame.
-    if 0 < len(cut_off) < len(findings):
+    if 0 < len(not_connected) < len(findings):
         fault = f"did not reach the first node in {rules.join_seconds:g} s"
-        return dict.fromkeys(cut_off, fault)
-    if 0 < len(apart) < len(findings):
+        return dict.fromkeys(not_connected, fault)
+    if 0 < len(not_joined) < len(findings):
         fault = f"did not connect to the other ranks in {rules.join_seconds:g} s"
-        return dict.fromkeys(apart, fault)
+        return dict.fromkeys(not_joined, fault)
     return {}
 
 

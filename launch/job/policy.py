@@ -188,10 +188,11 @@ def _explain_ranks(end: AttemptEnd, first: RankExit | None) -> Failure:
     if first is not None:
         return Failure(first.kind or "exception", str(first))
     # A rank that detects a hang exits with the code of a clean stop.
-    for rank in end.exits:
-        if rank.kind == "hang":
-            return Failure("hang", str(rank))
-    missing = sorted(set(range(end.ranks)) - {rank.rank for rank in end.exits})
+    for rank_exit in end.exits:
+        if rank_exit.kind == "hang":
+            return Failure("hang", str(rank_exit))
+    recorded = {rank_exit.rank for rank_exit in end.exits}
+    missing = [rank for rank in range(end.ranks) if rank not in recorded]
     if not missing:
         return Failure("vanished", "every rank exited for a restart, and none gave a reason")
     names = ", ".join(str(rank) for rank in missing[:_NAMED_RANKS])

@@ -117,7 +117,8 @@ class AttemptEnd:
 
     @property
     def finished(self) -> bool:
-        return len(self.exits) == self.ranks and all(rank.code == 0 for rank in self.exits)
+        all_have_exited = len(self.exits) == self.ranks
+        return all_have_exited and all(rank_exit.code == 0 for rank_exit in self.exits)
 
     @property
     def first_failure(self) -> RankExit | None:
@@ -126,8 +127,8 @@ class AttemptEnd:
         A rank that only lost its connection to another comes after the one that crashed, whatever
         the clocks of their hosts say.
         """
-        failed = [rank for rank in self.exits if rank.code not in CLEAN_EXITS]
-        return min(failed, key=lambda rank: (rank.blames_another, rank.time), default=None)
+        failed = [rank_exit for rank_exit in self.exits if rank_exit.code not in CLEAN_EXITS]
+        return min(failed, key=lambda failure: (failure.blames_another, failure.time), default=None)
 
 
 class RankRecords:
@@ -158,7 +159,7 @@ class RankRecords:
     @property
     def exits(self) -> list[RankExit]:
         """The ranks that ended, the first to end first."""
-        return sorted(self._exits.values(), key=lambda rank: rank.time)
+        return sorted(self._exits.values(), key=lambda rank_exit: rank_exit.time)
 
     def refresh(self, now: bool = False) -> bool:
         """Read new records if a look is due, or at once with `now`; returns whether it looked."""

@@ -16,7 +16,7 @@ JOB_FILE = "job.json"
 SUBMITTED_FILE = "submitted.json"
 """The ids of what was submitted."""
 STOP_FILE = "stop"
-"""Exists once `llada stop` has asked the run to end; it then does not restart."""
+"""Made by `llada stop`: the run is to end, and not to restart."""
 
 JsonObject = dict[str, object]
 

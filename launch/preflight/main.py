@@ -90,8 +90,12 @@ def main() -> int:
     payload = torch.ones(int(rules.allreduce_mb * 1e6) // 4, device=device)
     local_group, neighbour_groups = _make_groups(rank.local_size)
     finding.add(local_gbps=_bandwidth(payload, local_group))
-    rounds = [_bandwidth(payload, group) for group in neighbour_groups]
-    finding.add(network_gbps=max((gbps for gbps in rounds if gbps is not None), default=None))
+    speeds = []
+    for group in neighbour_groups:
+        speed = _bandwidth(payload, group)
+        if speed is not None:
+            speeds.append(speed)
+    finding.add(network_gbps=max(speeds, default=None))
     dist.barrier()
     dist.destroy_process_group()
     return 0
