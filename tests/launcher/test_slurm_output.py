@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from launch import slurm
-from launch.job.next_start import latest_nodes
 from launch.job.own_job import _seconds
 from launch.slurm import Job
 from launch.status import _explain_pending
@@ -67,9 +66,3 @@ def test_a_job_waits_for_an_unreachable_controller(
         "#!/bin/sh\necho 'slurm_requeue error: Job is no longer pending execution' >&2; exit 1\n"
     )
     assert slurm.requeue("12") == "Job is no longer pending execution"
-
-
-def test_no_more_nodes_are_excluded_than_can_be_spared() -> None:
-    assert latest_nodes(["n1", "n2", "n3", "n1"], spare=None) == ["n2", "n3", "n1"]
-    assert latest_nodes(["n1", "n2", "n3", "n1"], spare=2) == ["n3", "n1"]
-    assert latest_nodes(["n1", "n2"], spare=0) == []
