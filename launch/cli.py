@@ -1,6 +1,6 @@
-"""The commands around a run on a cluster: `llada launch`, `status`, `logs`, `stop`, `runs`.
+"""The commands `llada launch`, `status`, `logs`, `stop` and `runs`.
 
-Thin, and quick to import: each command imports what it needs when it runs.
+This module must be quick to import, so each command imports what it needs when it runs.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ if TYPE_CHECKING:
 
 
 class _LaunchGroup(TyperGroup):
-    """Reads `llada launch CONFIG` as `llada launch run CONFIG`."""
+    """Parses `llada launch CONFIG` as `llada launch run CONFIG`."""
 
     default_command = "run"
 
-    # Typer brings a click of its own, so the type of `ctx` has no public name.
+    # Typer contains its own copy of click, so the type of `ctx` has no public name.
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        # Whatever is not the name of a command is a config.
-        if args and args[0] not in self.commands and args[0] not in ("--help", "-h"):
+        # A first argument that is not the name of a command is a config.
+        known = (*self.commands, "--help", "-h")
+        if args and args[0] not in known:
             args = [self.default_command, *args]
         return list(super().parse_args(ctx, args))
 
@@ -114,7 +115,7 @@ def run(
 ) -> None:
     """Submit a run, or start it on this machine with --local."""
     from launch.submit.launch import launch_run
-    from launch.submit.plan import LaunchOptions
+    from launch.submit.options import LaunchOptions
 
     options = LaunchOptions(
         nodes=nodes,
@@ -131,12 +132,12 @@ def run(
     if not local:
         profile = _load_profile(cluster, set)
     elif cluster is not None or set:
-        raise UserError("--local: this machine has no profile; leave out --cluster and --set")
+        raise UserError("--local takes no profile; drop --cluster and --set")
     raise typer.Exit(launch_run(config, overrides, profile, options))
 
 
 _PASS_OPTIONS_ON: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True}
-"""Options that are not this command's are those of `llada data`."""
+"""The command passes unknown options on to `llada data`."""
 
 
 def _launch_data(
@@ -232,8 +233,8 @@ def logs(
         else:
             print_bytes([read_log(choice)])
     except BrokenPipeError:
-        # A reader such as `head` is through. Without this, Python would complain when it flushes
-        # standard output at the end.
+        # The reader, for example `head`, has closed the pipe. Without this, Python would print an
+        # error when it flushes standard output at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

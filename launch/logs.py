@@ -1,4 +1,4 @@
-"""`llada logs`: the log of a rank, followed through restarts until the run ends."""
+"""`llada logs`: the log of a rank. It can be followed through restarts until the run ends."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from llada.training import lock
 
 _POLL_SECONDS = 1.0
 _QUERY_SECONDS = 10.0
-"""Between two questions to Slurm while a log is followed: its controller serves everybody."""
+"""Seconds between two calls of squeue while a log is followed, which load Slurm's controller."""
 
 
 @dataclass(frozen=True)
 class LogChoice:
-    """Which log of a run.
+    """Which log of a run to print.
 
     Attributes:
-        folder: of the run.
-        rank: whose log.
-        attempt: of which attempt; None: the latest that has one.
-        task: of which task of a job array; None: the run is no array.
+        folder: folder of the run.
+        rank: number of the rank.
+        attempt: number of the attempt; None: the latest attempt that has a log of this rank.
+        task: number of the task of a job array; None: the run is no array.
     """
 
     folder: Path
@@ -35,36 +35,37 @@ class LogChoice:
     task: int | None = None
 
     @property
-    def attempts_folder(self) -> Path:
+    def _attempts_folder(self) -> Path:
         logs = self.folder / "logs"
         if self.task is None:
             return logs
         return logs / f"task-{self.task:05d}"
 
     def find(self) -> Path | None:
-        """Return the log, if it is there."""
+        """Return the path of the log; None: there is none yet."""
         pattern = "attempt-*"
         if self.attempt is not None:
             pattern = f"attempt-{self.attempt:04d}"
-        for attempt_folder in sorted(self.attempts_folder.glob(pattern), reverse=True):
+        for attempt_folder in sorted(self._attempts_folder.glob(pattern), reverse=True):
             path = attempt_folder / f"rank_{self.rank:05d}.log"
             if path.is_file():
                 return path
-        if self.attempt is not None or self.rank != 0:
+        is_default_choice = self.attempt is None and self.rank == 0
+        if not is_default_choice:
             return None
-        # Before the first rank starts there is only what the batch script prints.
+        # Before the first rank starts, there is only the log of the batch script.
         job_logs = (self.folder / "logs").glob("job-*.log")
         return max(job_logs, key=lambda path: path.stat().st_mtime, default=None)
 
     def explain_missing(self) -> str:
-        """Say why the log is not there, and which ones are."""
-        names = sorted(path.name for path in self.attempts_folder.glob("attempt-*"))
+        """Say why there is no such log, and which logs there are."""
+        names = sorted(path.name for path in self._attempts_folder.glob("attempt-*"))
         if not names:
-            return f"logs: '{self.attempts_folder}' has none yet"
+            return f"logs: '{self._attempts_folder}' has none yet"
         if self.attempt is not None and f"attempt-{self.attempt:04d}" not in names:
             numbers = [name.removeprefix("attempt-").lstrip("0") for name in names]
             return f"--attempt: {self.attempt} is none of {', '.join(numbers)}"
-        latest = self.attempts_folder / names[-1]
+        latest = self._attempts_folder / names[-1]
         ranks = len(list(latest.glob("rank_*.log")))
         if not ranks:
             return f"logs: '{latest}' has none yet"
@@ -72,7 +73,7 @@ class LogChoice:
 
 
 def read_log(choice: LogChoice) -> bytes:
-    """Return a log as it is now.
+    """Return the present content of a log.
 
     Raises:
         UserError: there is no such log.
@@ -84,9 +85,9 @@ def read_log(choice: LogChoice) -> bytes:
 
 
 def follow_log(choice: LogChoice) -> Iterator[bytes]:
-    """Yield a log and what is added to it, until the run ends.
+    """Yield the content of a log and what is appended to it, until the run ends.
 
-    When the run starts again, its new log goes on where the old one ended.
+    After a restart, the log of the new attempt follows.
 
     Raises:
         UserError: the run ended without such a log.
@@ -108,7 +109,7 @@ def follow_log(choice: LogChoice) -> Iterator[bytes]:
             chunk = _read_from(path, position)
             position += len(chunk)
             yield chunk
-        # Only now: what was written between the last look and the end is shown, too.
+        # Only now, so that lines written just before the end are shown too.
         if ended:
             return
         if time.monotonic() - last_query > _QUERY_SECONDS:
@@ -131,7 +132,7 @@ def _read_from(path: Path, position: int) -> bytes:
 
 
 def print_bytes(chunks: Iterable[bytes]) -> None:
-    """Write log text to standard output as it is, whatever its encoding."""
+    """Write the bytes of a log to standard output unchanged, whatever their encoding."""
     for chunk in chunks:
         sys.stdout.buffer.write(chunk)
         sys.stdout.buffer.flush()

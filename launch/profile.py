@@ -1,4 +1,4 @@
-"""The profile of a cluster: the settings of its Slurm, in one YAML file that all runs there share.
+"""The profile of a cluster: settings of its Slurm, in a YAML file that all runs there share.
 
 The docstrings of the settings are the table in docs/slurm.md.
 """
@@ -16,7 +16,7 @@ from llada.config import apply_override, first_mistake, read_yaml
 from llada.config.section import Section
 from llada.errors import UserError
 
-# Options of sbatch that the launcher sets itself; others may be set under `sbatch`.
+# Options of sbatch that the launcher sets itself. The profile may set others under `sbatch`.
 _RESERVED_OPTIONS = {
     "time",
     "no-requeue",
@@ -36,7 +36,7 @@ _RESERVED_OPTIONS = {
 
 
 class Container(Section):
-    """A container that the ranks run in; the batch script itself stays outside."""
+    """The container that the ranks run in. The batch script itself runs outside."""
 
     kind: Literal["pyxis", "apptainer"]
     """pyxis: srun --container-image (pyxis with enroot); apptainer: `apptainer exec --nv`."""
@@ -49,7 +49,7 @@ class Container(Section):
 
 
 class Environment(Section):
-    """What the job finds when it starts."""
+    """Software environment of a job."""
 
     modules: list[str] = Field(default_factory=list)
     """Environment modules, loaded in this order."""
@@ -63,11 +63,11 @@ class Environment(Section):
     interpreter inside it.
     """
     container: Container | None = None
-    """null: none."""
+    """null: no container."""
 
 
 class Requeue(Section):
-    """How a job starts itself again."""
+    """How a job restarts itself."""
 
     enabled: bool = True
     """false: jobs cannot requeue themselves at this site; use --chain."""
@@ -92,7 +92,7 @@ class Requeue(Section):
 class Preflight(Section):
     """Tests of the nodes before the first step.
 
-    A bad node is named and excluded, and the job starts again.
+    A bad node is reported and excluded, and the job restarts.
     """
 
     enabled: bool = True
@@ -119,7 +119,7 @@ class Preflight(Section):
 def _check_time_limit(value: object) -> object:
     """Validate a time limit before pydantic converts it.
 
-    YAML takes 12:00:00 without quotes for a number in base 60, 43200, which Slurm would take for
+    YAML reads 12:00:00 without quotes as a number in base 60, 43200, which Slurm would read as
     minutes.
     """
     if value is None:
@@ -134,7 +134,7 @@ def _check_time_limit(value: object) -> object:
 
 
 class CpuJobs(Section):
-    """Jobs without GPUs: data preparation and conversion. What is left out is as for training."""
+    """Jobs without GPUs: data preparation and conversion."""
 
     partition: str | None = None
     """Partition; null: the same as for training."""
@@ -190,11 +190,11 @@ class ClusterProfile(Section):
     exclusive: bool = False
     """Do not share the nodes with other jobs."""
     exclude: list[str] = Field(default_factory=list)
-    """Nodes to avoid."""
+    """Nodes to exclude."""
     network_interface: str | None = None
     """Network interface for NCCL and gloo connections, for example ib0; null: they choose."""
     numa_binding: bool = True
-    """Bind every rank to the cores near its GPU."""
+    """Bind each rank to the cores near its GPU."""
     environment: Environment = Environment()
     requeue: Requeue = Requeue()
     preflight: Preflight = Preflight()
@@ -208,13 +208,13 @@ class ClusterProfile(Section):
 
     @model_validator(mode="after")
     def _checks(self) -> ClusterProfile:
-        # A run that is told to stop when it starts would never take a step.
+        # A run that is told to stop as soon as it starts would never take a step.
         if self.signal_seconds >= minutes(self.time) * 60:
             raise ValueError(
                 f"signal_seconds: {self.signal_seconds} is not less than time = {self.time}"
             )
         for name in sorted(self.sbatch):
-            # submitit takes both spellings, ntasks_per_node and ntasks-per-node.
+            # submitit accepts both spellings, ntasks_per_node and ntasks-per-node.
             if name.replace("_", "-") in _RESERVED_OPTIONS:
                 raise ValueError(f"sbatch: {name} is set by the launcher; leave it out")
         return self
@@ -241,13 +241,13 @@ def load_profile(path: str | Path, overrides: list[str] | None = None) -> Cluste
     """Read a profile, apply `key.sub=value` overrides and validate the result.
 
     Raises:
-        UserError: anything wrong, in one line that names the setting.
+        UserError: a setting is wrong; one line that names it.
     """
     raw = read_yaml(Path(path), "--cluster")
     for override in overrides or []:
         key, _, value = override.partition("=")
         if key in ("time", "cpu_jobs.time"):
-            # The shell has taken away the quotes that YAML needs around a time.
+            # The shell has removed the quotes that YAML needs around a time.
             override = f'{key}="{value}"'
         apply_override(raw, override)
     try:

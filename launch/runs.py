@@ -1,4 +1,4 @@
-"""`llada runs`: all runs below some folders, as a table."""
+"""`llada runs`: a table of all runs below some folders."""
 
 from __future__ import annotations
 
@@ -6,19 +6,21 @@ from pathlib import Path
 
 from launch.status import RunStatus, format_duration, format_loss, read_status
 from llada import events
+from llada.training import metrics
 
 
 def list_runs(roots: list[str]) -> list[RunStatus]:
-    """Return the runs below some folders, three levels deep at most, the latest changed first."""
+    """Return the runs at most three levels below some folders, the latest changed first."""
     changed: dict[Path, float] = {}
     for root in roots:
-        for pattern in ("", "*", "*/*", "*/*/*"):
-            folders = Path(root).glob(pattern) if pattern else [Path(root)]
-            for folder in folders:
-                files = [folder / events.FILE, folder / "metrics.jsonl"]
-                times = [file.stat().st_mtime for file in files if file.is_file()]
-                if times:
-                    changed[folder] = max(times)
+        folders = [Path(root)]
+        for pattern in ("*", "*/*", "*/*/*"):
+            folders += Path(root).glob(pattern)
+        for folder in folders:
+            files = [folder / events.FILE, folder / metrics.FILE]
+            times = [file.stat().st_mtime for file in files if file.is_file()]
+            if times:
+                changed[folder] = max(times)
     latest_first = sorted(changed, key=lambda folder: -changed[folder])
     return [read_status(folder, query_ended=False) for folder in latest_first]
 

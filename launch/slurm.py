@@ -1,6 +1,6 @@
-"""Slurm's commands, called without a shell, and what their output means. Standard library only.
+"""Runs Slurm's commands, without a shell, and parses their output. Standard library only.
 
-Everything that this package asks Slurm, or asks of it, goes through here.
+The rest of this package talks to Slurm only through this module, except to submit and start jobs.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ LIVE_STATES = (
     "SIGNALING",
 )
 _COMMAND_TIMEOUT = 60.0
-"""Seconds after which a command counts as not answering."""
+"""Seconds after which a command is given up."""
 _TRIES = 3
-_CONTROLLER_AWAY = re.compile(
+_CONTROLLER_UNREACHABLE = re.compile(
     r"Unable to contact slurm controller|Socket timed out|Connection refused|Zero Bytes were"
     r" transmitted|not responding"
 )
 """What Slurm's commands print while its controller is being restarted."""
 CONTROLLER_PATIENCE = 900.0
-"""Seconds that a job waits for the controller: a run must not end because the controller was away
-when a node failed.
+"""Seconds that a job waits for the controller: a run must not end because the controller was
+unreachable just when a node failed.
 """
 _DURATION = re.compile(
     r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d{1,2}))?(?::(?P<third>\d{1,2}))?"
 )
-# squeue's letters: job id, state, reason, node list.
+# Job id, state, reason, node list.
 _SQUEUE_FORMAT = "%i|%T|%r|%N"
 
 
@@ -51,10 +51,10 @@ class Job(NamedTuple):
     """A job as Slurm sees it.
 
     Attributes:
-        id: as Slurm prints it; 12_3 for task 3 of array 12.
-        state: RUNNING, PENDING, COMPLETED, FAILED, ...; UNKNOWN when Slurm no longer has it.
-        reason: why it is pending, as Slurm names it; "" otherwise.
-        nodes: where it runs, in Slurm's short form.
+        id: id as Slurm prints it; 12_3 for task 3 of array 12.
+        state: RUNNING, PENDING, COMPLETED, FAILED, ...; UNKNOWN if Slurm has forgotten the job.
+        reason: Slurm's name for why the job is pending; "" if it is not pending.
+        nodes: nodes it runs on, in Slurm's short form, for example n[1-2].
     """
 
     id: str
@@ -84,24 +84,24 @@ def require() -> None:
 def duration_seconds(text: str) -> int:
     """Convert one of Slurm's durations to seconds.
 
-    Slurm reads a clock from the right unless days come before it:
-    ``90`` is 90 minutes, ``1:30`` is 90 seconds, ``2:00:00`` is two hours, but ``1-12`` is a day
-    and twelve hours and ``1-12:30`` a day, twelve hours and thirty minutes.
+    Without days, the last number is seconds, unless it is the only one: ``90`` is 90 minutes,
+    ``1:30`` is 90 seconds, ``2:00:00`` is two hours. After days, the first number is hours:
+    ``1-12`` is a day and twelve hours, ``1-12:30`` a day, twelve hours and thirty minutes.
 
     Raises:
-        ValueError: not a duration, as UNLIMITED.
+        ValueError: not a duration, for example UNLIMITED.
     """
     match = _DURATION.fullmatch(text)
     if match is None:
         raise ValueError(f"'{text}' is not a duration")
     clock = [int(part) for part in match.group("first", "second", "third") if part is not None]
     if match["days"] is not None:
-        # After days come hours, minutes, seconds; those on the right may be left out.
+        # Hours, minutes, seconds; numbers on the right may be missing.
         hours, minutes, seconds = [*clock, 0, 0][:3]
         return int(match["days"]) * 86400 + hours * 3600 + minutes * 60 + seconds
     if len(clock) == 1:
         return clock[0] * 60
-    # Without days, those on the left are left out: seconds come last.
+    # Numbers on the left may be missing.
     hours, minutes, seconds = [0, *clock][-3:]
     return hours * 3600 + minutes * 60 + seconds
 
@@ -112,16 +112,16 @@ def duration_seconds(text: str) -> int:
 def run_command(
     *words: str, tries: int = 1, patience: float = 0.0, sleep: Callable[[float], None] = time.sleep
 ) -> subprocess.CompletedProcess[str]:
-    """Run one of Slurm's commands; the signals that end a job do not interrupt it.
+    """Run one of Slurm's commands. The signals that end a job do not interrupt it.
 
     Args:
-        words: of the command.
-        tries: attempts when the command cannot be run or does not answer.
-        patience: seconds in which it is repeated while Slurm's controller is away.
-        sleep: waits between two attempts.
+        words: program and arguments.
+        tries: number of tries if the command cannot be run or does not answer in time.
+        patience: seconds during which the command is repeated if Slurm's controller is unreachable.
+        sleep: function that waits between two tries.
 
     Raises:
-        RunError: it could not be run, or did not answer in time, `tries` times.
+        RunError: the command could not be run or did not answer in time, `tries` times.
     """
     problem = ""
     give_up = time.monotonic() + patience
@@ -130,7 +130,7 @@ def run_command(
             sleep(2.0 * attempt)
         try:
             answer = _run_once(words)
-            while _controller_is_away(answer) and time.monotonic() <= give_up:
+            while _controller_is_unreachable(answer) and time.monotonic() <= give_up:
                 sleep(5.0)
                 answer = _run_once(words)
             return answer
@@ -140,7 +140,7 @@ def run_command(
 
 
 def _run_once(words: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
-    # When a job ends, Slurm signals every process of it. This command has to finish first.
+    # When Slurm ends a job it signals all its processes, but this command has to finish.
     return subprocess.run(
         words,
         capture_output=True,
@@ -150,12 +150,12 @@ def _run_once(words: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
     )
 
 
-def _controller_is_away(answer: subprocess.CompletedProcess[str]) -> bool:
-    return answer.returncode != 0 and _CONTROLLER_AWAY.search(answer.stderr) is not None
+def _controller_is_unreachable(answer: subprocess.CompletedProcess[str]) -> bool:
+    return answer.returncode != 0 and _CONTROLLER_UNREACHABLE.search(answer.stderr) is not None
 
 
 def ignore_stop_signals() -> None:
-    """Ignore the signals that ask a run to stop; runs in a child before its program starts."""
+    """Ignore the signals that ask a run to stop. Called in a child before its program starts."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
@@ -166,8 +166,8 @@ def ignore_stop_signals() -> None:
 def find_jobs(ids: list[str]) -> dict[str, Job]:
     """Look up jobs by id.
 
-    squeue knows the recent ones. The others come from scontrol or, where there is accounting, from
-    sacct; what nobody knows is UNKNOWN.
+    squeue lists recent jobs. Others are looked up with scontrol and, if the cluster has accounting,
+    with sacct. A job that none of them knows is UNKNOWN.
     """
     if not ids:
         return {}
@@ -182,9 +182,9 @@ def find_jobs(ids: list[str]) -> dict[str, Job]:
 
 
 def find_live_jobs(ids: list[str]) -> list[Job]:
-    """Return the jobs that wait, run or are being ended, in the order of `ids`.
+    """Return the jobs that are waiting, running or being ended, in the order of `ids`.
 
-    This is one call of squeue, however many ids there are.
+    Calls squeue once, however many ids there are.
     """
     if not ids:
         return []
@@ -193,8 +193,8 @@ def find_live_jobs(ids: list[str]) -> list[Job]:
 
 
 def _squeue(ids: list[str]) -> list[Job]:
-    # --states=all: a requeued job that is still being cleaned up is listed, too.
-    # Not --jobs: a single id that Slurm no longer has would fail the whole call.
+    # --states=all also lists a requeued job that is still being cleaned up.
+    # Not --jobs: the call would fail if Slurm has forgotten a single one of the ids.
     answer = run_command(
         "squeue",
         "--noheader",
@@ -225,7 +225,7 @@ def _scontrol(job_id: str) -> Job | None:
 
 
 def _sacct(ids: list[str]) -> list[Job]:
-    """Jobs from the accounting database; none where there is no database or no sacct."""
+    """Jobs from the accounting database; none if there is no database or no sacct."""
     if not ids or not shutil.which("sacct"):
         return []
     try:
@@ -242,7 +242,7 @@ def _sacct(ids: list[str]) -> list[Job]:
     jobs = []
     for job_id, state in _rows(answer.stdout, columns=2):
         if job_id in ids:
-            # "CANCELLED by 1000" says more than the state.
+            # The state may be followed by more: "CANCELLED by 1000".
             jobs.append(Job(job_id, state.split(" ")[0]))
     return jobs
 
@@ -250,7 +250,7 @@ def _sacct(ids: list[str]) -> list[Job]:
 def show_job(job_id: str, patience: float = 0.0) -> dict[str, str]:
     """Return the fields that `scontrol show job` prints.
 
-    Empty when Slurm no longer has the job, or does not answer; for `patience` see `run_command`.
+    Empty if Slurm has forgotten the job or does not answer. For `patience` see `run_command`.
     """
     try:
         answer = run_command(
@@ -264,14 +264,15 @@ def show_job(job_id: str, patience: float = 0.0) -> dict[str, str]:
 
 
 def _pending_reason(state: str, reason: str) -> str:
-    """Slurm keeps an old reason while a job runs, and prints None where it has none."""
+    """The reason why a job is pending; "" if it is not, or if there is none."""
+    # Slurm keeps an old reason while a job is running.
     if state != "PENDING" or reason == "None":
         return ""
     return reason
 
 
 def requeue(job_id: str, sleep: Callable[[float], None] = time.sleep) -> str | None:
-    """Put the running job back into the queue; returns None, or Slurm's refusal."""
+    """Put a running job back into the queue; returns None, or Slurm's refusal."""
     answer = run_command(
         "scontrol", "requeue", job_id, tries=_TRIES, patience=CONTROLLER_PATIENCE, sleep=sleep
     )
@@ -279,7 +280,7 @@ def requeue(job_id: str, sleep: Callable[[float], None] = time.sleep) -> str | N
 
 
 def update(job_id: str, *fields: str) -> str | None:
-    """Change fields (Name=value) of a pending job; returns None, or Slurm's refusal."""
+    """Change fields of a pending job, each Name=value; returns None, or Slurm's refusal."""
     answer = run_command(
         "scontrol",
         "update",
@@ -299,7 +300,16 @@ def cancel(*job_ids: str) -> str | None:
 
 
 def send_signal(name: str, target: str, batch: bool = False) -> str | None:
-    """Signal all tasks of a job step (JOB.STEP) or, with `batch`, a job's batch script."""
+    """Send a signal to all tasks of a job step, or to the batch script of a job.
+
+    Args:
+        name: name of the signal, for example USR1.
+        target: id of the step, JOB.STEP, or of the job.
+        batch: whether the target is a job, of which only the batch script gets the signal.
+
+    Returns:
+        None, or Slurm's refusal.
+    """
     options = [f"--signal={name}"]
     if batch:
         options.append("--batch")
@@ -307,9 +317,10 @@ def send_signal(name: str, target: str, batch: bool = False) -> str | None:
 
 
 def own_job_id(array: bool) -> str | None:
-    """Return the id of the job that this process belongs to, as Slurm's commands take it.
+    """Return the id of this process's job for Slurm's commands; None: it is in no job.
 
-    A task of an array is ARRAY_TASK: its bare number may be that of the whole array.
+    The id of an array task is ARRAY_TASK. Slurm also gives each task a number of its own, but one
+    of these numbers is that of the whole array.
     """
     if array:
         return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
@@ -329,20 +340,22 @@ def expand_hostnames(nodes: str) -> list[str]:
 
 
 def unreachable_nodes(names: list[str]) -> list[str]:
-    """Return those of the nodes that Slurm counts as down or not answering."""
+    """Return the nodes that are down or do not answer, out of `names`."""
     answer = run_command(
         "sinfo", "--noheader", "--Node", "--format=%N|%T", f"--nodes={','.join(names)}"
     )
     unreachable = set()
     for name, state in _rows(answer.stdout, columns=2):
         # An asterisk after the state means that the node does not answer.
-        if state.endswith("*") or state.startswith(("down", "fail")):
+        does_not_answer = state.endswith("*")
+        is_down = state.startswith(("down", "fail"))
+        if does_not_answer or is_down:
             unreachable.add(name)
     return sorted(unreachable & set(names))
 
 
 def partitions() -> dict[str, str]:
-    """Return partitions with their time limits as Slurm prints them ("infinite": none)."""
+    """Return partition -> time limit, as Slurm prints it; "infinite": no limit."""
     answer = run_command("sinfo", "--all", "--noheader", "--format=%R|%l", tries=_TRIES)
     if answer.returncode:
         raise UserError(f"launch: Slurm does not answer ({_last_line(answer.stderr)})")
@@ -350,7 +363,7 @@ def partitions() -> dict[str, str]:
 
 
 def count_partition_nodes(partition: str) -> int:
-    """Return how many nodes a partition has, whatever their state; 0 when Slurm does not say."""
+    """Return how many nodes a partition has, whatever their state; 0: Slurm does not say."""
     try:
         answer = run_command(
             "sinfo",
@@ -369,7 +382,7 @@ def count_partition_nodes(partition: str) -> int:
 
 
 def _rows(output: str, columns: int) -> list[list[str]]:
-    """Lines of `columns` fields between bars; other lines, such as warnings, are left out."""
+    """Lines with `columns` fields between bars. Other lines, such as warnings, are skipped."""
     rows = [line.split("|") for line in output.splitlines()]
     return [row for row in rows if len(row) == columns]
 
@@ -381,7 +394,7 @@ def _refusal(answer: subprocess.CompletedProcess[str]) -> str | None:
 
 
 def _last_line(text: str) -> str:
-    """The last line of an error output, without the command's name before it."""
+    """The last line of an error output, without the name of the command."""
     lines = [line for line in text.strip().splitlines() if line.strip()]
     if not lines:
         return "no reason given"

@@ -1,4 +1,4 @@
-"""What a run looks like from outside: from its files, its events, and what Slurm says."""
+"""`llada status`: the state of a run, from its files, its events and Slurm."""
 
 from __future__ import annotations
 
@@ -17,16 +17,15 @@ from launch.job.spec import Submitted, latest_checkpoint, launch_folders, read_s
 from launch.slurm import Job
 from llada import events
 from llada.errors import UserError
-from llada.training import lock
-
-Event = dict[str, Any]
-"""A line of events.jsonl."""
+from llada.events import RUN_END_EVENTS, Event
+from llada.training import lock, metrics
 
 _METRICS_TAIL_BYTES = 1 << 18
 _RECENT_STEPS = 20
-"""Steps whose median gives the speed."""
-_END_EVENTS = ("finished", "failed", "stopped", "cancelled")
-_ATTEMPT_EVENTS = ("submitted", "started", "requeued")
+"""Number of steps whose median time gives the speed."""
+_SHOWN_JOBS = 8
+_STATE_EVENTS = ("submitted", "started", "requeued", *RUN_END_EVENTS)
+"""Names of the events that change the state of a run."""
 _FAILED_JOB_STATES = (
     "FAILED",
     "TIMEOUT",
@@ -41,7 +40,7 @@ _REASONS = {
     "Priority": "other jobs come first",
     "BeginTime": "waits for its start time (after a failure: the back-off)",
     "Dependency": "waits for another job",
-    "DependencyNeverSatisfied": ("waits for a job that can no longer succeed; cancel this one"),
+    "DependencyNeverSatisfied": "waits for a job that can no longer succeed; cancel this one",
     "PartitionTimeLimit": (
         "requests more time than the partition allows, so it will never start; lower `time` in the"
         " profile"
@@ -65,27 +64,32 @@ _REASONS = {
     "Cleaning": "its earlier attempt is being cleaned up",
     "Licenses": "waits for a licence",
 }
-"""What Slurm's reasons for a pending job mean."""
+"""Meaning of Slurm's reasons for a pending job."""
 
 
 @dataclass(frozen=True)
 class RunStatus:
-    """A run from outside, as `llada status --json` prints it; what is not known is None.
+    """The state of a run. The fields are the keys of `llada status --json`; None: not known.
 
     Attributes:
-        run: its folder.
-        task: pretrain, sft, or "data".
-        state: RUNNING, PENDING, COMPLETING, FINISHED, STOPPED, CANCELLED, FAILED, LOST, or IDLE:
-            nothing runs, and nothing ended it.
+        run: folder of the run.
+        task: pretrain, sft, or data for a data preparation.
+        state: RUNNING, COMPLETING, PENDING or another state of a waiting job; FINISHED, STOPPED,
+            CANCELLED or FAILED; LOST: it ended without a record; IDLE: it is not running, and
+            nothing says that it ended.
         reason: why it is pending, or why it ended.
-        jobs: the jobs of its latest launch, as "id state".
-        nodes: where it runs.
-        step, steps: done, and in all.
-        loss, tokens_per_second: of the last step.
-        eta_seconds: until the last step, at the present speed.
-        checkpoint: step of the latest complete one.
-        attempt, restarts, last_error: of the latest launch.
-        then: the job that waits for the run to finish, as "id state: reason".
+        jobs: jobs of the latest launch, each "ID STATE".
+        nodes: nodes it runs on, in Slurm's short form.
+        step: number of finished steps.
+        steps: number of all steps.
+        loss: loss of the last step.
+        tokens_per_second: speed of the last step.
+        eta_seconds: time until the run finishes, at the speed of the last steps, seconds.
+        checkpoint: step of the latest complete checkpoint; 0: no checkpoint.
+        attempt: number of the latest attempt of the latest launch.
+        restarts: number of restarts of the latest launch.
+        last_error: reason of the latest failure of the latest launch.
+        then: job that waits for the run to finish, "ID STATE: REASON".
     """
 
     run: str
@@ -135,16 +139,16 @@ class RunStatus:
         return asdict(self)
 
 
-# -- what is known of a run ------------------------------------------------------------------------
+# -- reading a run ---------------------------------------------------------------------------------
 
 
 def find_run_folder(path: str) -> Path:
-    """Return the folder with a run's events.
+    """Return the folder with the events of a run or of a data preparation.
 
-    That is the run's own folder; for a corpus in preparation it is CORPUS.launch beside the corpus.
+    For a run it is the run folder, for a data preparation CORPUS.launch beside the corpus.
 
     Raises:
-        UserError: there is none.
+        UserError: the path is neither.
     """
     folder = Path(path)
     for candidate in (folder, folder.with_name(f"{folder.name}.launch")):
@@ -156,27 +160,30 @@ def find_run_folder(path: str) -> Path:
 
 
 def read_status(folder: Path, query_ended: bool = True) -> RunStatus:
-    """Collect what is known of a run.
+    """Collect what is known about a run.
 
     Args:
-        folder: of the run.
-        query_ended: ask Slurm about the jobs of a run that itself wrote how it ended, too.
+        folder: folder of the run.
+        query_ended: whether Slurm is asked even about a run whose events say how it ended.
     """
     lines = events.read(folder)
     submitted = latest_submission(folder) or Submitted([])
-    ended = bool(lines) and lines[-1]["event"] in _END_EVENTS
+    ended = bool(lines) and lines[-1]["event"] in RUN_END_EVENTS
+    ask_slurm = bool(submitted.jobs) and (query_ended or not ended) and slurm.installed()
     known: dict[str, Job] = {}
-    if submitted.jobs and (query_ended or not ended) and slurm.installed():
+    if ask_slurm:
         known = slurm.find_jobs(submitted.all_jobs)
     jobs = [known[job_id] for job_id in submitted.jobs if job_id in known]
     then = None
     if submitted.then in known:
-        waiting = known[submitted.then]
-        then = f"{waiting.id} {waiting.state}{_colon_reason(waiting)}"
+        then = _describe_job(known[submitted.then])
 
     config = _read_config(folder)
+    task = "data"
+    if config:
+        task = config.get("task", "pretrain")
     steps = (config.get("train") or {}).get("steps")
-    recent = _last_steps(folder / "metrics.jsonl")
+    recent = _last_steps(folder / metrics.FILE)
     last: dict[str, Any] = {}
     eta_seconds = None
     if recent:
@@ -188,8 +195,7 @@ def read_status(folder: Path, query_ended: bool = True) -> RunStatus:
     state, reason = _state(folder, lines, jobs, last.get("step"), steps)
     return RunStatus(
         run=str(folder),
-        # Data preparation has no config.
-        task=config.get("task", "pretrain") if config else "data",
+        task=task,
         state=state,
         reason=reason,
         jobs=[f"{job.id} {job.state}" for job in jobs] or None,
@@ -206,9 +212,9 @@ def read_status(folder: Path, query_ended: bool = True) -> RunStatus:
 
 
 def latest_submission(folder: Path) -> Submitted | None:
-    """Return what the latest launch of a run submitted; None: nothing yet."""
+    """Return what the latest launch of a run submitted; None: nothing was submitted."""
     for launch_folder in reversed(launch_folders(folder)):
-        # A launch may have been interrupted before it submitted.
+        # A launch may have been interrupted before it submitted anything.
         submitted = read_submitted(launch_folder)
         if submitted is not None:
             return submitted
@@ -216,7 +222,7 @@ def latest_submission(folder: Path) -> Submitted | None:
 
 
 def live_jobs(folder: Path) -> list[Job]:
-    """Return the jobs of a run that Slurm still has, of all its launches; oldest first."""
+    """Return the waiting and running jobs of all launches of a run, oldest first."""
     ids: list[str] = []
     for launch_folder in launch_folders(folder):
         submitted = read_submitted(launch_folder)
@@ -228,51 +234,53 @@ def live_jobs(folder: Path) -> list[Job]:
 
 
 def local_supervisor(lines: list[Event]) -> str | None:
-    """Describe the supervisor of a run on this machine; None: there is none that is alive.
+    """Describe the process that supervises a run on this machine; None: no such process runs.
 
-    Of a supervisor in a job, Slurm knows more.
+    The supervisor of a Slurm job does not count: ask Slurm about that job.
     """
-    last = _last_event(lines, (*_ATTEMPT_EVENTS, *_END_EVENTS))
-    if last is None or last["event"] in _END_EVENTS or "job" in last or "pid" not in last:
+    last = _last_state_event(lines)
+    if last is None or last["event"] in RUN_END_EVENTS:
         return None
-    if last.get("host") != os.uname().nodename:
+    is_without_slurm = "pid" in last and "job" not in last
+    is_of_this_host = last.get("host") == os.uname().nodename
+    if not is_without_slurm or not is_of_this_host:
         return None
     with suppress(OSError):
-        # Another process may have its number by now.
+        # By now, another process may have this number.
         if b"launch" in Path(f"/proc/{last['pid']}/cmdline").read_bytes():
             return f"process {last['pid']} on host {last['host']}"
     return None
 
 
-def _last_event(lines: list[Event], names: tuple[str, ...]) -> Event | None:
+def _last_state_event(lines: list[Event]) -> Event | None:
     for line in reversed(lines):
-        if line["event"] in names:
+        if line["event"] in _STATE_EVENTS:
             return line
     return None
 
 
-# -- its state -------------------------------------------------------------------------------------
+# -- the state of a run ----------------------------------------------------------------------------
 
 
 def _state(
     folder: Path, lines: list[Event], jobs: list[Job], step: int | None, steps: int | None
 ) -> tuple[str, str | None]:
-    """State and reason: from Slurm while a job lives, then from the run's own files."""
+    """State and reason: from Slurm while it has a live job, otherwise from the run's own files."""
     live = [job for job in jobs if job.live]
     live_states = [job.state for job in live]
     for state in ("RUNNING", "COMPLETING"):
         if state in live_states:
             return state, None
     if live:
-        return live[0].state, _colon_reason(live[0]).removeprefix(": ") or None
+        return live[0].state, _explain_pending(live[0])
     holder = lock.holder(folder) or local_supervisor(lines)
     if holder is not None:
         return "RUNNING", holder
     array_state = _array_state(lines)
     if array_state is not None:
         return array_state
-    last = _last_event(lines, (*_ATTEMPT_EVENTS, *_END_EVENTS))
-    if last is not None and last["event"] in _END_EVENTS:
+    last = _last_state_event(lines)
+    if last is not None and last["event"] in RUN_END_EVENTS:
         return last["event"].upper(), last.get("reason")
     if jobs:
         return _state_of_ended_job(jobs[-1])
@@ -284,7 +292,7 @@ def _state(
 
 
 def _state_of_ended_job(job: Job) -> tuple[str, str]:
-    """State of a run that wrote no end itself."""
+    """State of a run whose job ended without writing an event."""
     said = f"Slurm says {job.state} of job {job.id}"
     if job.state == "CANCELLED":
         return "CANCELLED", said
@@ -297,13 +305,13 @@ def _state_of_ended_job(job: Job) -> tuple[str, str]:
 
 
 def _array_state(lines: list[Event]) -> tuple[str, str | None] | None:
-    """State of a job array: the worst of its tasks.
+    """State of a job array: that of its worst task, or FINISHED when all tasks have finished.
 
-    None: it is no array, or none of its tasks has ended badly and not all have ended.
+    None: it is no array, or some tasks still have to finish and none has ended badly.
     """
     last: dict[int, Event] = {}
     for line in events.since_submission(lines):
-        if "task" in line and line["event"] in ("started", "requeued", *_END_EVENTS):
+        if "task" in line and line["event"] in _STATE_EVENTS:
             last[line["task"]] = line
     for name in ("failed", "cancelled", "stopped"):
         for task, line in sorted(last.items()):
@@ -314,19 +322,26 @@ def _array_state(lines: list[Event]) -> tuple[str, str | None] | None:
     return None
 
 
-def _colon_reason(job: Job) -> str:
-    """Return ": Reason (what it means)" for a pending job, otherwise an empty string."""
+def _describe_job(job: Job) -> str:
+    reason = _explain_pending(job)
+    if reason is None:
+        return f"{job.id} {job.state}"
+    return f"{job.id} {job.state}: {reason}"
+
+
+def _explain_pending(job: Job) -> str | None:
+    """Slurm's reason why a job is pending, and what it means; None: it is not pending."""
     if not job.reason:
-        return ""
+        return None
     # "(ReqNodeNotAvail, UnavailableNodes:n1)" -> "ReqNodeNotAvail"
-    meaning = _REASONS.get(job.reason.strip("()").split(",")[0])
-    if meaning is None:
-        return f": {job.reason}"
-    return f": {job.reason} ({meaning})"
+    name = job.reason.strip("()").split(",")[0]
+    if name not in _REASONS:
+        return job.reason
+    return f"{job.reason} ({_REASONS[name]})"
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    """The run's resolved config, from the run or from its latest launch; {} without one."""
+    """The resolved config of a run, or else of its latest launch; {} if neither has one."""
     launches = reversed(launch_folders(folder))
     for parent in [folder, *launches]:
         try:
@@ -339,7 +354,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _last_steps(path: Path) -> list[dict[str, Any]]:
-    """The last training steps of a metrics.jsonl, oldest first; the file is not read whole."""
+    """The last training steps in metrics.jsonl, oldest first. Reads only the end of the file."""
     try:
         with open(path, "rb") as file:
             size = file.seek(0, os.SEEK_END)
@@ -348,7 +363,7 @@ def _last_steps(path: Path) -> list[dict[str, Any]]:
     except OSError:
         return []
     if size > _METRICS_TAIL_BYTES:
-        # The first line is cut.
+        # The first line is incomplete.
         raw_lines = raw_lines[1:]
     steps: list[dict[str, Any]] = []
     for raw in reversed(raw_lines):
@@ -356,8 +371,7 @@ def _last_steps(path: Path) -> list[dict[str, Any]]:
             line = json.loads(raw)
         except ValueError:
             continue
-        # Other lines are validations.
-        if "loss" in line:
+        if metrics.is_step(line):
             steps.append(line)
         if len(steps) == _RECENT_STEPS:
             break
@@ -368,15 +382,15 @@ def _last_steps(path: Path) -> list[dict[str, Any]]:
 
 
 def format_loss(loss: float | str) -> str:
-    # metrics.jsonl holds a loss that is not finite as a string.
+    # metrics.jsonl has a string for a loss that is not finite.
     if isinstance(loss, float):
         return f"{loss:.4f}"
     return str(loss)
 
 
 def _format_jobs(jobs: list[str], nodes: str | None) -> str:
-    shown = ", ".join(jobs[:8])
-    if len(jobs) > 8:
+    shown = ", ".join(jobs[:_SHOWN_JOBS])
+    if len(jobs) > _SHOWN_JOBS:
         shown += ", ..."
     if nodes:
         shown += f" on {nodes}"
@@ -384,7 +398,7 @@ def _format_jobs(jobs: list[str], nodes: str | None) -> str:
 
 
 def format_duration(seconds: float | None) -> str:
-    """Format seconds as "2 d 03:04:05"; "?" where they are not known."""
+    """Format seconds, for example as "2 d 03:04:05"; None as "?"."""
     if seconds is None:
         return "?"
     days, rest = divmod(int(seconds), 86400)

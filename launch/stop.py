@@ -1,4 +1,4 @@
-"""`llada stop`: ends a run with a checkpoint, wherever it runs."""
+"""`llada stop`: ends a run with a checkpoint, in Slurm jobs or on this machine."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def stop_run(folder: Path) -> str:
     """Ask a run to end with a checkpoint, and cancel its jobs that wait in the queue.
 
     Returns:
-        What was done, for the console.
+        A line for the console that says what was done.
 
     Raises:
-        UserError: it runs on another machine, out of reach.
+        UserError: the run is on another machine, without Slurm.
         RunError: Slurm does not send the signal.
     """
-    # First the files: a job that is just starting, or comes back, reads them.
+    # First the files: a job that is starting or being requeued looks for them.
     for launch_folder in launch_folders(folder):
         (launch_folder / STOP_FILE).touch()
     jobs = live_jobs(folder)
@@ -57,9 +57,7 @@ def _stop_on_this_machine(folder: Path) -> str:
     process = lock.holding_process(folder)
     if process is None:
         if local_supervisor(events.read(folder)) is not None:
-            return (
-                f"{folder}: it is starting or waiting to restart, and stops before its next attempt"
-            )
+            return f"{folder}: starting or waiting to restart; it will stop before the next attempt"
         return f"{folder}: nothing runs, so there is nothing to stop"
     host, pid = process
     if host != os.uname().nodename:

@@ -15,6 +15,10 @@ from typing import Any
 FILE = "events.jsonl"
 Event = dict[str, Any]
 """One line: `time` (seconds since 1970), `event` (its name), and the fields of that event."""
+RUN_END_EVENTS = ("finished", "stopped", "cancelled", "failed")
+"""Names of the events that end a run."""
+ATTEMPT_END_EVENTS = ("requeued", *RUN_END_EVENTS)
+"""Names of the events that end an attempt; after `requeued` there is another one."""
 
 
 class EventLog:
@@ -51,10 +55,10 @@ def of_this_process(folder: Path) -> EventLog:
 
     Attempt and Slurm job come from the environment that the launcher set.
     """
-    attempt = os.environ.get("LLADA_ATTEMPT")
-    return EventLog(
-        folder, attempt=int(attempt) if attempt else None, job=os.environ.get("SLURM_JOB_ID")
-    )
+    attempt = None
+    if os.environ.get("LLADA_ATTEMPT"):
+        attempt = int(os.environ["LLADA_ATTEMPT"])
+    return EventLog(folder, attempt=attempt, job=os.environ.get("SLURM_JOB_ID"))
 
 
 def read(folder: Path) -> list[Event]:

@@ -1,4 +1,4 @@
-"""Binds a rank to the cores near its GPU, or without GPUs to its share of the NUMA nodes."""
+"""Binds a rank to the cores near its GPU, or without GPUs to the cores of a NUMA node."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ _PCI_DEVICES = Path("/sys/bus/pci/devices")
 
 
 def bind(local_rank: int, local_size: int) -> set[int]:
-    """Narrow this process to the cores that are near, and return the cores it may then use.
+    """Restrict this process to the cores near it, and return the cores it may then use.
 
-    Nothing changes where no near core is known, or where Slurm bound the process to other cores.
+    Nothing changes if these cores are unknown, or if Slurm bound the process to other cores.
     """
     near = cpus_near_gpu(local_rank) or cpus_of_numa_node(local_rank, local_size)
     allowed = os.sched_getaffinity(0)
@@ -26,9 +26,9 @@ def bind(local_rank: int, local_size: int) -> set[int]:
 
 
 def cpus_near_gpu(local_rank: int, devices: Path = _PCI_DEVICES) -> set[int]:
-    """Return the cores next to the GPU that a rank uses; empty when they are not known."""
+    """Return the cores next to the GPU that a rank uses; empty if they are unknown."""
     command = ["nvidia-smi", "--query-gpu=pci.bus_id", "--format=csv,noheader"]
-    # Indices or identifiers of the GPUs that the rank sees, in its own order.
+    # Indices or UUIDs of the GPUs that the rank sees, in the rank's own order.
     visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     if visible:
         command += ["-i", visible[local_rank % len(visible)]]
@@ -39,7 +39,7 @@ def cpus_near_gpu(local_rank: int, devices: Path = _PCI_DEVICES) -> set[int]:
     bus_ids = output.stdout.split()
     if not bus_ids:
         return set()
-    # nvidia-smi prints 00000000:1B:00.0 for what is 0000:1b:00.0 in /sys.
+    # nvidia-smi prints 00000000:1B:00.0; /sys calls this device 0000:1b:00.0.
     device = bus_ids[local_rank % len(bus_ids)].lower()[-12:]
     try:
         return parse_cpu_list((devices / device / "local_cpulist").read_text())
@@ -48,9 +48,10 @@ def cpus_near_gpu(local_rank: int, devices: Path = _PCI_DEVICES) -> set[int]:
 
 
 def cpus_of_numa_node(local_rank: int, local_size: int, nodes: Path = _NUMA_NODES) -> set[int]:
-    """Return the cores of the NUMA node that a rank belongs to; empty on a machine with one.
+    """Return the cores of the NUMA node that a rank belongs to; empty on a machine with only one.
 
-    Ranks fill the NUMA nodes in order: of 4 ranks on 2 nodes, ranks 0 and 1 get the first.
+    Ranks fill the NUMA nodes one after the other: of 4 ranks on 2 NUMA nodes, ranks 0 and 1 get the
+    first.
     """
     try:
         paths = sorted(

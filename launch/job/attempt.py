@@ -1,7 +1,7 @@
-"""One attempt: a start of all ranks, watched to its end.
+"""One attempt: starts all ranks and watches them until the last one has ended.
 
-It learns which ranks started and how each ended, and nobody waits for ever for one that is gone.
-Standard library only.
+It notes which ranks start and how each of them ends. When one is gone, it ends the others, which
+would wait for it forever. Standard library only.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ from llada.training.signals import StopRequest
 _POLL_SECONDS = 0.25
 _REPEAT_SIGNAL_SECONDS = 10.0
 _LAST_WORDS_SECONDS = 15.0
-"""After a failure, for the messages of the other ranks."""
+"""Seconds that the other ranks have after a failure, to write their own messages."""
 _NEVER = float("inf")
 
 
 class StopState:
-    """Whether the run is asked to end: by a signal, or by the file that `llada stop` makes.
+    """Whether the run is asked to stop: by a signal, or by the file that `llada stop` makes.
 
     Args:
-        stop: signals of this process.
-        path: of the file.
+        stop: stop signals of this process.
+        path: path of the file.
     """
 
     def __init__(self, stop: StopRequest, path: Path) -> None:
@@ -54,30 +54,39 @@ class StopState:
 
     @property
     def signal(self) -> str | None:
-        """The last signal of this process."""
+        """The last stop signal of this process."""
         return self._stop.signal
 
-    @property
-    def by_user(self) -> bool:
-        """Whether the user wants an end, not another start; some seconds old."""
-        if not self._file_seen and time.monotonic() - self._last_look > LOOK_SECONDS:
-            self._last_look = time.monotonic()
-            self._file_seen = self._path.exists()
+    def requested(self) -> bool:
+        """Return whether the run is asked to stop, even if only to restart."""
+        return bool(self._stop) or self.requested_by_user()
+
+    def requested_by_user(self, fresh: bool = False) -> bool:
+        """Look for the file of `llada stop`: the user wants the run to end, not to restart.
+
+        Args:
+            fresh: look now; otherwise the last look may be `LOOK_SECONDS` old.
+        """
+        if self._file_seen:
+            return True
+        is_due = time.monotonic() - self._last_look > LOOK_SECONDS
+        if not fresh and not is_due:
+            return False
+        if fresh:
+            self._forget_absence()
+        self._last_look = time.monotonic()
+        self._file_seen = self._path.exists()
         return self._file_seen
 
-    def by_user_now(self) -> bool:
-        """The same at this moment, for a decision that depends on it."""
-        # An NFS client remembers for a while that a name was absent. Making a new name beside it
-        # makes the client ask its server again.
+    def _forget_absence(self) -> None:
+        """Make an NFS client ask its server whether the file exists.
+
+        The client remembers for a while that a name was absent, until a name is made beside it.
+        """
         with suppress(OSError):
             probe = self._path.with_name(f"{self._path.name}.{os.getpid()}.probe")
             probe.touch()
             probe.unlink()
-        self._file_seen = self._file_seen or self._path.exists()
-        return self._file_seen
-
-    def __bool__(self) -> bool:
-        return bool(self._stop) or self.by_user
 
 
 def run_ranks(
@@ -91,20 +100,20 @@ def run_ranks(
     """Start a command on every rank and watch the ranks until all have ended.
 
     Args:
-        machine: where.
-        command: what every rank runs.
-        stop: true when the ranks are to stop.
-        limits: of time.
-        end_by: seconds since 1970 at which the ranks are killed, whatever they do: before Slurm
-            ends this process with them.
-        on_sigterm: called once when this process gets SIGTERM, before anything is waited for.
+        machine: where the ranks run.
+        command: command of every rank.
+        stop: whether the ranks are to stop.
+        limits: time limits.
+        end_by: time at which the ranks are killed, seconds since 1970: before Slurm kills this
+            process with them.
+        on_sigterm: called once when this process gets SIGTERM, before the ranks are signalled.
     """
     watch = _Watch(machine, command, stop, limits, end_by, on_sigterm)
     return watch.run()
 
 
 class _Watch:
-    """Watches the ranks of one attempt; for the arguments see `run_ranks`."""
+    """Watches the ranks of one attempt. The arguments are those of `run_ranks`."""
 
     def __init__(
         self,
@@ -144,7 +153,7 @@ class _Watch:
         return self._end(process)
 
     def _look(self) -> None:
-        """Take note of what changed, and bring the deadline forward where something failed."""
+        """Look for changes, and set an earlier deadline if something failed."""
         now = time.monotonic()
         if self._records.refresh() and not self._killed:
             self._orphans.look(self._records)
@@ -154,9 +163,12 @@ class _Watch:
             self._look_for_absent(now)
         self._forward_stop(now)
         if self._records.exits:
-            failed = any(rank.code not in CLEAN_EXITS for rank in self._records.exits)
-            # After an end in order, the others are finishing the same step.
-            wait = self._last_words_seconds if failed else self._limits.grace
+            codes = [rank_exit.code for rank_exit in self._records.exits]
+            failed = any(code not in CLEAN_EXITS for code in codes)
+            # After a clean exit, the other ranks are finishing the same step.
+            wait = self._limits.grace
+            if failed:
+                wait = self._last_words_seconds
             self._set_deadline(now + wait)
         if time.time() > self._end_by:
             self._set_deadline(now)
@@ -166,15 +178,15 @@ class _Watch:
         return min(_LAST_WORDS_SECONDS, self._limits.grace)
 
     def _set_deadline(self, deadline: float) -> None:
-        # Only ever earlier: what is seen again at every look does not put it off.
+        # Never later: a failure is seen again at every look.
         self._deadline = min(self._deadline, deadline)
 
     def _look_for_absent(self, now: float) -> None:
-        late = now - self._started > self._limits.start_timeout
-        if late and not self._absent:
+        start_is_overdue = now - self._started > self._limits.start_timeout
+        if start_is_overdue and not self._absent:
             self._absent = self._absent_hosts()
             self._set_deadline(now)
-        # srun saw a task end that could not even write down that it started.
+        # A task may have failed before it could write the record of its start.
         if reports_ended_task(read_log(self._launcher_log)):
             self._set_deadline(now + self._last_words_seconds)
 
@@ -182,14 +194,14 @@ class _Watch:
         if self._stop.signal == "SIGTERM" and self._on_sigterm is not None:
             self._on_sigterm()
             self._on_sigterm = None
-        due = now - self._signalled > _REPEAT_SIGNAL_SECONDS
-        if self._stop and self._records.starts and due:
+        is_due = now - self._signalled > _REPEAT_SIGNAL_SECONDS
+        if is_due and self._records.starts and self._stop.requested():
             self._machine.signal_ranks("USR1", self._records.starts)
             self._signalled = now
 
     def _kill(self, process: subprocess.Popen[bytes]) -> None:
         self._killed = True
-        # Before the kill, which would make every parent one that is gone.
+        # Before the kill, after which every parent is gone.
         self._orphans.look(self._records, last=True)
         self._machine.kill(process, self._records.starts)
 
@@ -198,15 +210,17 @@ class _Watch:
         records.refresh(now=True)
         if not self._killed:
             self._orphans.look(records, last=True)
-            # Ranks outlive a torchrun that was killed, and would hold the run folder against the
-            # next attempt.
-            if process.returncode < 0 and len(records.exits) < len(records.starts):
+            # Ranks outlive a torchrun that was killed. They would keep the lock of the run folder,
+            # which the next attempt needs.
+            launcher_was_killed = process.returncode < 0
+            ranks_are_left = len(records.exits) < len(records.starts)
+            if launcher_was_killed and ranks_are_left:
                 self._machine.kill(process, records.starts)
         if not self._absent and not records.all_started:
             self._absent = self._absent_hosts()
         exits = [*records.exits, *self._orphans.without_record(records)]
         return AttemptEnd(
-            exits=sorted(exits, key=lambda rank: rank.time),
+            exits=sorted(exits, key=lambda rank_exit: rank_exit.time),
             ranks=self._command.ranks,
             hosts=self._machine.hosts,
             absent=self._absent,
@@ -222,7 +236,7 @@ class _Watch:
 def absent_hosts(hosts: list[str], ranks: int, starts: list[RankStart]) -> list[str]:
     """Return the hosts on which not every rank started.
 
-    Ranks fill the hosts in order: of 4 ranks on n0 and n1, rank 2 is the first of n1.
+    Ranks fill the hosts one after the other: of 4 ranks on n0 and n1, rank 2 is the first on n1.
     """
     per_host = max(1, ranks // len(hosts))
     started = {start.rank for start in starts}
@@ -234,11 +248,11 @@ def absent_hosts(hosts: list[str], ranks: int, starts: list[RankStart]) -> list[
 
 
 class _Orphans:
-    """Ranks whose parent was killed with them: nobody is left to write down how they ended.
+    """Ranks whose parent was killed too, so that no record says how they ended.
 
     Args:
-        machine: knows which parents are gone.
-        launcher_log: of srun or torchrun.
+        machine: where the ranks run; it knows which parents are gone.
+        launcher_log: log of srun or torchrun.
     """
 
     def __init__(self, machine: Machine, launcher_log: Path) -> None:
@@ -248,18 +262,17 @@ class _Orphans:
         self.exits: list[RankExit] = []
 
     def look(self, records: RankRecords, last: bool = False) -> None:
-        """Take note of the parents that are gone.
+        """Look for parents that are gone, and add the ranks that have no record.
 
-        A parent that ended in order wrote its record just before, and that may not be visible yet:
-        a rank counts only when its record is still missing at the second look. With `last` there
-        is no second look, and a rank counts at once.
+        A parent that exited cleanly has just written a record, which may not be visible yet. So a
+        rank is added only if its record is still missing at the next look, or at once with `last`.
         """
         gone = self._machine.dead_parents(records.starts, read_log(self._launcher_log))
         if last:
             self._suspected = gone
         hosts = {start.rank: start.host for start in records.starts}
-        counted = {rank.rank for rank in [*self.exits, *records.exits]}
-        for rank, how in self._suspected.items():
+        counted = {rank_exit.rank for rank_exit in [*self.exits, *records.exits]}
+        for rank, parent_end in self._suspected.items():
             if rank in hosts and rank not in counted:
                 self.exits.append(
                     RankExit(
@@ -268,16 +281,16 @@ class _Orphans:
                         time=time.time(),
                         code=-signal.SIGKILL,
                         message=None,
-                        parent_end=how,
+                        parent_end=parent_end,
                         kind="killed",
                     )
                 )
         self._suspected = gone
 
     def without_record(self, records: RankRecords) -> list[RankExit]:
-        """Return their ends; where a record came late, the record counts."""
-        recorded = {rank.rank for rank in records.exits}
-        return [rank for rank in self.exits if rank.rank not in recorded]
+        """Return the exits of these ranks, except where a record became visible later."""
+        recorded = {rank_exit.rank for rank_exit in records.exits}
+        return [rank_exit for rank_exit in self.exits if rank_exit.rank not in recorded]
 
 
 class _Console:
@@ -298,7 +311,7 @@ class _Console:
     def _follow(self) -> None:
         ended = False
         while not ended:
-            # Read once more after the end: the last lines come just before it.
+            # Copy once more after the end: the last lines were written just before it.
             ended = self._ended.wait(_POLL_SECONDS)
             if self._path.exists():
                 self._copy()

@@ -1,4 +1,4 @@
-"""Which nodes a run does without, judged from what the tests measured. Standard library only."""
+"""Finds the bad nodes in the results of the node tests. Standard library only."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ class Rules:
     """What the nodes are tested for; see `launch.profile.Preflight` for the settings.
 
     Attributes:
-        join_seconds: for every rank to start and reach the first node.
-        seconds: for the ranks to connect, and for every all-reduce.
-        gpus: that torch must see on a node.
-        min_gpu_memory_gb: free on every GPU.
-        min_disk_gb: free where the run writes.
-        max_clock_skew: seconds.
-        slow_factor: how many times slower than the median a node may be.
-        matmul_size: rows and columns of the matrices.
-        allreduce_mb: size of the all-reduce.
+        join_seconds: time limit for every rank to start and reach the first node.
+        seconds: time limit for the ranks to connect, and for each all-reduce.
+        gpus: minimum number of GPUs that torch sees on a node.
+        min_gpu_memory_gb: minimum free memory per GPU, GB.
+        min_disk_gb: minimum free space on the file system of the run folder, GB.
+        max_clock_skew: maximum difference between a node's clock and the median, seconds.
+        slow_factor: maximum ratio of a node's time to the median time.
+        matmul_size: number of rows and columns of the matrices.
+        allreduce_mb: size of the all-reduce, MB.
     """
 
     join_seconds: float
@@ -66,20 +66,21 @@ class Rules:
 
 
 class Finding(NamedTuple):
-    """What one rank measured; None: the test did not end.
+    """What one rank measured. A number is None if the test did not finish.
 
     Attributes:
-        host, rank: where.
-        disk_free_gb: of the run's file system.
-        disk_error: why a file could not be written and read there.
-        gpus: that torch sees.
-        gpu_memory_gb: free on this rank's GPU.
-        matmul_seconds: of a matrix product.
-        connected: reached the first node.
-        joined: met all the other ranks.
-        clock: seconds since 1970, read by all ranks within milliseconds of each other.
-        local_gbps, network_gbps: bus bandwidth of an all-reduce within the host, and with its
-            neighbours.
+        host: host of the rank.
+        rank: number of the rank.
+        disk_free_gb: free space on the file system of the run folder, GB.
+        disk_error: why a file could not be written and read there; None: no error.
+        gpus: number of GPUs that torch sees.
+        gpu_memory_gb: free memory of this rank's GPU, GB; None without a GPU.
+        matmul_seconds: time of a matrix product, seconds.
+        connected: whether the rank reached the first node.
+        joined: whether the rank connected to all other ranks.
+        clock: this host's clock, seconds since 1970; all ranks read it within milliseconds.
+        local_gbps: bus bandwidth of an all-reduce within the host, GB/s.
+        network_gbps: bus bandwidth of an all-reduce with the faster neighbouring host, GB/s.
     """
 
     host: str
@@ -97,13 +98,13 @@ class Finding(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What becomes of the nodes.
+    """Result of the node tests.
 
     Attributes:
         bad: host -> what is wrong with it.
-        problem: why the tests failed where no host is known to be at fault; None: they did not.
-        measured: host -> figures.
-        lines: for the console.
+        problem: why the tests failed although no host is known to be bad; None: they did not.
+        measured: host -> its figures.
+        lines: lines for the console.
     """
 
     bad: dict[str, str]
@@ -122,15 +123,15 @@ def judge(
     """Decide which nodes are bad.
 
     Args:
-        folder: with the findings.
-        hosts: of the job, in the order of the ranks.
-        ranks_per_host: on every host.
+        folder: folder with the findings.
+        hosts: hosts of the job, in the order of the ranks.
+        ranks_per_host: number of ranks per host.
         rules: what the nodes are tested for.
-        end: how the ranks of the test ended.
+        end: how the ranks of the tests ended.
     """
     findings = _read_findings(folder, hosts, ranks_per_host)
     bad = _bad_alone(findings, ranks_per_host, rules, end)
-    # A host is compared with the others only when all had the time for every test.
+    # Hosts are compared only if all of them had time for every test.
     if not bad and _cut_short_by(end) is None:
         bad = _bad_among_others(findings, rules)
     problem = None
@@ -157,15 +158,15 @@ def _read_findings(folder: Path, hosts: list[str], ranks_per_host: int) -> Findi
 
 
 def _hosts_given_time(hosts: list[str], ranks_per_host: int, end: AttemptEnd) -> set[str]:
-    """The hosts whose ranks had the time for every test.
+    """The hosts whose ranks had time for every test.
 
-    The first failure cuts the tests of slower ranks short. What those did not measure says nothing
-    about their hosts.
+    The first failure cuts the tests of slower ranks short. What these ranks did not measure says
+    nothing about their hosts.
     """
     culprit = _cut_short_by(end)
     if culprit is not None:
         return {hosts[culprit.rank // ranks_per_host]}
-    # Where ranks could not start, the others are ended soon after, or they waited in vain.
+    # Some hosts have ranks that did not start. The others were ended soon after, or waited in vain.
     if 0 < len(end.absent) < len(hosts):
         return set(end.absent)
     return set(hosts)
@@ -176,7 +177,7 @@ def _cut_short_by(end: AttemptEnd) -> RankExit | None:
     first = end.first_failure
     if not end.killed or first is None:
         return None
-    # When the time was over and no rank failed, all of them were made to end.
+    # If no rank failed before the time limit, all of them were ended by the supervisor.
     was_ended = first.blames_another or first.code == -signal.SIGKILL
     if was_ended:
         return None
@@ -186,18 +187,22 @@ def _cut_short_by(end: AttemptEnd) -> RankExit | None:
 def _blame_failures(
     hosts: list[str], ranks_per_host: int, end: AttemptEnd
 ) -> tuple[dict[str, str], str | None]:
-    """Explain tests that failed without a finding that says why.
+    """Explain tests that failed although no finding says why.
 
     Returns:
-        The host at fault, if it is a single one; otherwise what was printed, as a problem.
+        The bad host and why, if the failures are all on one host; otherwise a problem.
     """
-    killed_by_us = [rank for rank in end.exits if end.killed and rank.code == -signal.SIGKILL]
-    failed = [rank for rank in end.exits if rank.code != 0 and rank not in killed_by_us]
-    # When a rank crashes, all others soon fail for want of it: the crash counts, or a host that
-    # failed alone.
-    crashed = [rank for rank in failed if rank.code < 0 and not end.killed]
-    blamed = crashed or failed
-    blamed_hosts = {hosts[rank.rank // ranks_per_host] for rank in blamed}
+    failed = []
+    for rank_exit in end.exits:
+        killed_by_supervisor = end.killed and rank_exit.code == -signal.SIGKILL
+        if rank_exit.code != 0 and not killed_by_supervisor:
+            failed.append(rank_exit)
+    crashed = [rank_exit for rank_exit in failed if rank_exit.code < 0]
+    blamed = failed
+    if crashed and not end.killed:
+        # When a rank crashes, the others soon fail too, because they lost it.
+        blamed = crashed
+    blamed_hosts = {hosts[rank_exit.rank // ranks_per_host] for rank_exit in blamed}
     if len(blamed_hosts) == 1 and len(hosts) > 1:
         return {blamed_hosts.pop(): str(blamed[0])}, None
     if blamed:
@@ -215,22 +220,31 @@ def _bad_alone(
     given_time = _hosts_given_time(list(findings), ranks_per_host, end)
     bad = {}
     for host, of_host in findings.items():
-        had_time = host in given_time
-        why = None
-        if had_time and len(of_host) < ranks_per_host:
-            why = f"{ranks_per_host - len(of_host)} of {ranks_per_host} ranks did not start"
-        for finding in of_host:
-            why = why or _fault(finding, rules, had_time)
-        if why is None:
+        fault = _fault_of_host(of_host, ranks_per_host, rules, had_time=host in given_time)
+        if fault is None:
             continue
         if host in end.absent and end.launcher_line:
-            why = f"{why} ({end.launcher_line})"
-        bad[host] = why
+            fault = f"{fault} ({end.launcher_line})"
+        bad[host] = fault
     return bad
 
 
+def _fault_of_host(
+    findings: list[Finding], ranks_per_host: int, rules: Rules, had_time: bool
+) -> str | None:
+    """The first thing that is wrong with a host, from its own findings alone."""
+    missing = ranks_per_host - len(findings)
+    if had_time and missing:
+        return f"{missing} of {ranks_per_host} ranks did not start"
+    for finding in findings:
+        fault = _fault(finding, rules, had_time)
+        if fault is not None:
+            return fault
+    return None
+
+
 def _fault(finding: Finding, rules: Rules, had_time: bool) -> str | None:
-    """What is wrong with a rank's host, from its own finding alone."""
+    """The first thing that is wrong with a rank's host, from the finding of this rank alone."""
     if finding.disk_error is not None:
         return f"the run folder cannot be written ({finding.disk_error})"
     if finding.disk_free_gb is not None and finding.disk_free_gb < rules.min_disk_gb:
@@ -256,38 +270,41 @@ def _fault(finding: Finding, rules: Rules, had_time: bool) -> str | None:
 def _bad_among_others(findings: Findings, rules: Rules) -> dict[str, str]:
     """Hosts that differ from the others: connections, clock, speed, bandwidth.
 
-    The measure is the median of the hosts, which one bad host does not move.
+    They are compared with the median of the hosts, which a single bad host does not move.
     """
-    # Without a connection, nothing after it was tested.
     unconnected = _unconnected(findings, rules)
     if unconnected:
+        # Without a connection, the later tests did not run.
         return unconnected
-    # Where a host is bad in several ways, the last one is named.
+    # For a host that is bad in several ways, the last one counts.
     return {
         **_off_clocks(findings, rules),
         **_slow_products(findings, rules),
-        **_slow_links(findings, "local_gbps", "within the node", rules),
-        **_slow_links(findings, "network_gbps", "with other nodes", rules),
+        **_slow_links(findings, _LOCAL_GBPS, "within the node", rules),
+        **_slow_links(findings, _NETWORK_GBPS, "with other nodes", rules),
     }
 
 
 def _unconnected(findings: Findings, rules: Rules) -> dict[str, str]:
-    for name, failed in (
-        ("connected", "did not reach the first node"),
-        ("joined", "did not connect to the other ranks"),
-    ):
-        hosts = []
-        for host, of_host in findings.items():
-            if not all(getattr(finding, name) for finding in of_host):
-                hosts.append(host)
-        # Where all hosts fail alike, none of them is to blame.
-        if hosts and len(hosts) < len(findings):
-            return {host: f"{failed} in {rules.join_seconds:g} s" for host in hosts}
+    not_connected = []
+    not_joined = []
+    for host, of_host in findings.items():
+        if not all(finding.connected for finding in of_host):
+            not_connected.append(host)
+        if not all(finding.joined for finding in of_host):
+            not_joined.append(host)
+    # If all hosts fail alike, none of them is to blame.
+    if 0 < len(not_connected) < len(findings):
+        fault = f"did not reach the first node in {rules.join_seconds:g} s"
+        return dict.fromkeys(not_connected, fault)
+    if 0 < len(not_joined) < len(findings):
+        fault = f"did not connect to the other ranks in {rules.join_seconds:g} s"
+        return dict.fromkeys(not_joined, fault)
     return {}
 
 
 def _off_clocks(findings: Findings, rules: Rules) -> dict[str, str]:
-    clocks = _by_host(findings, "clock", statistics.median)
+    clocks = _by_host(findings, _CLOCK)
     if not clocks:
         return {}
     median = statistics.median_low(clocks.values())
@@ -302,11 +319,10 @@ def _off_clocks(findings: Findings, rules: Rules) -> dict[str, str]:
 
 
 def _slow_products(findings: Findings, rules: Rules) -> dict[str, str]:
-    # A run waits for its slowest rank.
-    times = _by_host(findings, "matmul_seconds", max)
+    times = _by_host(findings, _MATMUL_SECONDS)
     if not times:
         return {}
-    # median_low: of two hosts, the faster one is the measure.
+    # Of two hosts, median_low takes the faster one.
     median = statistics.median_low(times.values())
     bad = {}
     for host, seconds in times.items():
@@ -318,10 +334,11 @@ def _slow_products(findings: Findings, rules: Rules) -> dict[str, str]:
     return bad
 
 
-def _slow_links(findings: Findings, name: str, where: str, rules: Rules) -> dict[str, str]:
-    speeds = _by_host(findings, name, min)
+def _slow_links(findings: Findings, bandwidth: Measure, where: str, rules: Rules) -> dict[str, str]:
+    speeds = _by_host(findings, bandwidth)
     if not speeds:
         return {}
+    # Of two hosts, median_high takes the faster one.
     median = statistics.median_high(speeds.values())
     bad = {}
     for host, speed in speeds.items():
@@ -332,36 +349,61 @@ def _slow_links(findings: Findings, name: str, where: str, rules: Rules) -> dict
     return bad
 
 
-Aggregate = Callable[[list[float]], float]
+# -- one number per host ---------------------------------------------------------------------------
 
 
-def _by_host(findings: Findings, name: str, aggregate: Aggregate) -> dict[str, float]:
-    """One number for each host that measured something, from the numbers of its ranks."""
+class Measure(NamedTuple):
+    """A number that every rank measures.
+
+    Attributes:
+        name: name of the number in events and on the console.
+        of_rank: the number of one rank; None: it was not measured.
+        of_host: the number of a host, from those of its ranks.
+    """
+
+    name: str
+    of_rank: Callable[[Finding], float | None]
+    of_host: Callable[[list[float]], float]
+
+
+_CLOCK = Measure("clock", lambda finding: finding.clock, statistics.median)
+# A run waits for its slowest rank, so the worst rank stands for its host.
+_MATMUL_SECONDS = Measure("matmul_seconds", lambda finding: finding.matmul_seconds, max)
+_LOCAL_GBPS = Measure("local_gbps", lambda finding: finding.local_gbps, min)
+_NETWORK_GBPS = Measure("network_gbps", lambda finding: finding.network_gbps, min)
+_DISK_FREE_GB = Measure("disk_free_gb", lambda finding: finding.disk_free_gb, min)
+_GPU_MEMORY_GB = Measure("gpu_memory_gb", lambda finding: finding.gpu_memory_gb, min)
+_FIGURES = (_MATMUL_SECONDS, _LOCAL_GBPS, _NETWORK_GBPS, _DISK_FREE_GB, _GPU_MEMORY_GB)
+"""What the event and the console show of a host."""
+
+
+def _number_of_host(findings: list[Finding], measure: Measure) -> float | None:
+    """The number of a host; None: none of its ranks measured it."""
+    values = []
+    for finding in findings:
+        value = measure.of_rank(finding)
+        if value is not None:
+            values.append(value)
+    if not values:
+        return None
+    return measure.of_host(values)
+
+
+def _by_host(findings: Findings, measure: Measure) -> dict[str, float]:
+    """The numbers of all hosts that have one."""
     numbers = {}
     for host, of_host in findings.items():
-        values = _values(of_host, name)
-        if values:
-            numbers[host] = aggregate(values)
+        number = _number_of_host(of_host, measure)
+        if number is not None:
+            numbers[host] = number
     return numbers
 
 
-def _values(findings: list[Finding], name: str) -> list[float]:
-    values = [getattr(finding, name) for finding in findings]
-    return [value for value in values if value is not None]
-
-
 def _figures(findings: list[Finding]) -> dict[str, float]:
-    """The figures of a host for the event and the console: those of its worst rank."""
-    worst: dict[str, Aggregate] = {
-        "matmul_seconds": max,
-        "local_gbps": min,
-        "network_gbps": min,
-        "disk_free_gb": min,
-        "gpu_memory_gb": min,
-    }
+    """The figures of a host for the event and the console."""
     figures = {}
-    for name, aggregate in worst.items():
-        values = _values(findings, name)
-        if values:
-            figures[name] = round(aggregate(values), 6)
+    for measure in _FIGURES:
+        number = _number_of_host(findings, measure)
+        if number is not None:
+            figures[measure.name] = round(number, 6)
     return figures

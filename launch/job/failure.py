@@ -1,4 +1,4 @@
-"""Why ranks failed: the kind, by which restarts are decided, and the words that people read.
+"""Why ranks failed: the kind, which decides about a restart, and the reason that people read.
 
 Standard library only.
 """
@@ -12,9 +12,9 @@ from llada.failures import FailureKind
 
 EXIT_USER_ERROR = 2
 EXIT_RESTART = 75
-"""Exit code of a rank or job that stopped in order: the same command continues."""
+"""Exit code of a rank or job that stopped cleanly: the same command continues."""
 CLEAN_EXITS = (0, EXIT_RESTART)
-"""Exit codes of a rank that ended because all of them agreed to."""
+"""Exit codes of a rank that exited because all ranks agreed to."""
 
 _LOST_PEER = re.compile(
     r"connection (was )?(reset|closed|refused|aborted)|broken pipe|remote process"
@@ -23,8 +23,8 @@ _LOST_PEER = re.compile(
     r" has timed out",
     re.IGNORECASE,
 )
-"""What gloo, NCCL and torch's store print in a rank whose peer is gone. They have no error codes,
-so this is the one place where a kind is told from words.
+"""What gloo, NCCL and torch's store print in a rank whose peer is gone. None of them has error
+codes, so only this kind has to be recognized by its message.
 """
 _STEP_FAILED = re.compile(r"failed: step \d+: ")
 _HANG = re.compile(r"failed: hang: ")
@@ -34,8 +34,8 @@ class Failure(NamedTuple):
     """Why an attempt failed.
 
     Attributes:
-        kind: for decisions.
-        reason: for people, in one line.
+        kind: kind of the failure, for decisions.
+        reason: human-readable reason, one line.
     """
 
     kind: FailureKind
@@ -45,12 +45,12 @@ class Failure(NamedTuple):
 def classify(
     code: int, message: str | None, reported: FailureKind | None = None
 ) -> FailureKind | None:
-    """Return the kind of a rank's failure; None: it ended in order.
+    """Return the kind of a rank's failure; None: the rank exited cleanly.
 
     Args:
         code: exit code, or minus the signal.
-        message: the last line of its log that says why.
-        reported: the kind that the rank itself reported.
+        message: last line of the rank's log that says why it ended; None: no line does.
+        reported: kind that the rank itself reported; None: it reported nothing.
     """
     message = message or ""
     # A broken connection is a symptom, whatever ended the rank after it.
@@ -60,7 +60,7 @@ def classify(
         return "killed"
     if reported is not None:
         return reported
-    # A snapshot of older code reports nothing.
+    # A rank of older code reports nothing.
     if _HANG.match(message):
         return "hang"
     if code in CLEAN_EXITS:

@@ -23,12 +23,13 @@ from llada.errors import RunError
 
 LAUNCHER_LOG = "launcher.log"
 _PORTS = range(20000, 30000)
-"""Below the range from which systems take ports for outgoing connections."""
+"""Ports below the range that systems use for outgoing connections."""
 _IGNORE_SIGNALS = ["/bin/sh", "-c", "trap '' TERM INT USR1; exec \"$@\"", "sh"]
-"""Prefix of a rank's command: a signal that comes before Python handles it is ignored (and sent
-again), where it would end the rank.
+"""Prefix of a rank's command. A stop signal would end Python before it has installed its handlers;
+with this prefix it is ignored until then. It is sent again later.
 """
 _KILL_SECONDS = 120.0
+"""Seconds that srun or torchrun has to exit after its ranks were killed."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,10 @@ class RankCommand:
     """A command that every rank runs.
 
     Attributes:
-        words: of the command.
-        ranks: how many.
-        folder: for the ranks' logs and records; exists.
-        environment: further variables of the ranks.
+        words: program and arguments.
+        ranks: number of ranks.
+        folder: existing folder for the ranks' logs and records.
+        environment: further environment variables of the ranks.
     """
 
     words: Sequence[str]
@@ -54,18 +55,18 @@ class Machine(Protocol):
     hosts: list[str]
 
     def start(self, command: RankCommand) -> subprocess.Popen[bytes]:
-        """Start every rank; the process ends when they have."""
+        """Start every rank; returns srun or torchrun, which exits after the last rank."""
 
     def signal_ranks(self, name: str, starts: list[RankStart]) -> None:
-        """Send a signal, such as USR1, to every rank."""
+        """Send a signal, for example USR1, to every rank."""
 
     def kill(self, process: subprocess.Popen[bytes], starts: list[RankStart]) -> None:
-        """End every rank at once."""
+        """Kill every rank."""
 
     def dead_parents(self, starts: list[RankStart], launcher_log: str) -> dict[int, str]:
-        """Return the ranks whose parent process is gone, with what is known of its end.
+        """Return the ranks whose parent process is gone, each with how that process ended.
 
-        Such a parent may not have been able to write down how its rank ended.
+        The parent may have been killed before it could record how its rank ended.
         """
 
 
@@ -74,18 +75,18 @@ class SlurmNodes:
 
     def __init__(self, spec: JobSpec) -> None:
         self._spec = spec
-        # Job steps are named by the number that each task of an array has of its own.
+        # This number names the job steps. Every task of an array has a number of its own.
         self.job_number = os.environ["SLURM_JOB_ID"]
         self.hosts = slurm.expand_hostnames(os.environ["SLURM_JOB_NODELIST"])
 
     def start(self, command: RankCommand) -> subprocess.Popen[bytes]:
         """Start srun.
 
-        The first node of the list is the master: rank 0 runs there, and so does this process, which
-        picks the port.
+        The first node of the list is the master: rank 0 runs there. So does this process, which can
+        therefore choose a free port.
         """
         spec = self._spec
-        # The batch script's own binding is not meant for this step.
+        # The CPU binding of the batch script does not apply to the ranks.
         inherited = {
             name: value
             for name, value in os.environ.items()
@@ -100,10 +101,10 @@ class SlurmNodes:
             f"--nodes={spec.nodes}",
             f"--ntasks={command.ranks}",
             f"--ntasks-per-node={spec.tasks_per_node}",
-            # Ranks of a node follow each other: tensor-parallel ranks communicate most.
+            # Consecutive ranks share a node: tensor-parallel ranks communicate most.
             "--distribution=block",
-            # srun leaves the other ranks alone when one fails: they have their own messages to
-            # write, and the supervisor ends them.
+            # When a rank fails, srun leaves the others alone: they still write their own messages,
+            # and the supervisor ends them.
             "--kill-on-bad-exit=0",
             "--wait=0",
             "--unbuffered",
@@ -119,19 +120,18 @@ class SlurmNodes:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                # This process forwards the signals of the job's end; srun must not end before its
-                # ranks.
+                # srun must not exit before its ranks. This process forwards the signals to them.
                 preexec_fn=slurm.ignore_stop_signals,
             )
 
     def signal_ranks(self, name: str, starts: list[RankStart]) -> None:
         """Signal every task of the job step."""
-        # The caller repeats it while the ranks live.
+        # The caller repeats the signal as long as ranks are running.
         with suppress(RunError):
             slurm.send_signal(name, self._step(starts))
 
     def kill(self, process: subprocess.Popen[bytes], starts: list[RankStart]) -> None:
-        """End the job step; without a single rank there is only srun to end."""
+        """Kill the job step; if no rank has started, only srun."""
         if not starts:
             process.kill()
             return
@@ -139,7 +139,7 @@ class SlurmNodes:
         end_process(process)
 
     def dead_parents(self, starts: list[RankStart], launcher_log: str) -> dict[int, str]:
-        """Return what srun prints, which notices at once that a task ended."""
+        """Return the tasks that failed according to srun, which reports them at once."""
         return ended_tasks(launcher_log)
 
     def _step(self, starts: list[RankStart]) -> str:
@@ -147,14 +147,14 @@ class SlurmNodes:
 
 
 class ThisMachine:
-    """Ranks of this machine, started by torchrun."""
+    """This machine, on which torchrun starts the ranks."""
 
     def __init__(self, spec: JobSpec) -> None:
         self._spec = spec
         self.hosts = [socket.gethostname()]
 
     def start(self, command: RankCommand) -> subprocess.Popen[bytes]:
-        """Start torchrun in a session of its own: this process gets Ctrl-C, and forwards it."""
+        """Start torchrun in a session of its own, so that only this process gets Ctrl-C."""
         spec = self._spec
         words = [
             spec.python,
@@ -162,10 +162,10 @@ class ThisMachine:
             "torch.distributed.run",
             "--nnodes=1",
             f"--nproc-per-node={command.ranks}",
-            # Restarts are the supervisor's.
+            # The supervisor restarts the ranks.
             "--max-restarts=0",
             "--rdzv-backend=c10d",
-            # Port 0: a free one.
+            # Port 0: any free port.
             "--rdzv-endpoint=localhost:0",
             f"--rdzv-id={os.getpid()}",
             "--no-python",
@@ -183,23 +183,23 @@ class ThisMachine:
             )
 
     def signal_ranks(self, name: str, starts: list[RankStart]) -> None:
-        """Signal every rank's parent, which forwards it."""
+        """Signal the parent of every rank, which forwards the signal."""
         _signal_parents(starts, signal.Signals[f"SIG{name}"])
 
     def kill(self, process: subprocess.Popen[bytes], starts: list[RankStart]) -> None:
-        """End the ranks, then torchrun."""
+        """Kill the ranks; torchrun then exits."""
         _signal_parents(starts, signal.SIGKILL)
         end_process(process)
 
     def dead_parents(self, starts: list[RankStart], launcher_log: str) -> dict[int, str]:
-        """Return the parents that no longer run on this machine."""
+        """Return the parents that no longer run."""
         return _missing_processes(starts)
 
 
 class OneProcess:
-    """A command of one process beside the batch script.
+    """A command of one process on the node of the batch script.
 
-    In a container of pyxis it is a job step of its own.
+    In a pyxis container, the command is a job step of its own.
     """
 
     def __init__(self, spec: JobSpec) -> None:
@@ -217,7 +217,7 @@ class OneProcess:
             **os.environ,
             **command.environment,
             **alone.variables(),
-            # Slurm's variables are those of the batch script.
+            # Do not read the rank from Slurm's variables, which are those of the batch script.
             "LLADA_LOCAL": "1",
         }
         with open(command.folder / LAUNCHER_LOG, "ab") as log:
@@ -232,21 +232,21 @@ class OneProcess:
             )
 
     def signal_ranks(self, name: str, starts: list[RankStart]) -> None:
-        """Send SIGTERM, whatever was asked for: the command keeps what is done when it ends."""
+        """Send SIGTERM, whatever `name` says: the command then exits and keeps finished work."""
         _signal_parents(starts, signal.SIGTERM)
 
     def kill(self, process: subprocess.Popen[bytes], starts: list[RankStart]) -> None:
-        """End the command at once; it does not outlive its parent."""
+        """Kill the command's parent, which the command does not outlive."""
         _signal_parents(starts, signal.SIGKILL)
         process.kill()
 
     def dead_parents(self, starts: list[RankStart], launcher_log: str) -> dict[int, str]:
-        """Return the parent if it no longer runs on this machine."""
+        """Return the parent if it no longer runs."""
         return _missing_processes(starts)
 
 
 def rank_words(spec: JobSpec, command: RankCommand, bind: bool) -> list[str]:
-    """Return the words that start a rank: into the container, to the parent of its command."""
+    """Return the command that starts a rank's parent process, in the container if there is one."""
     words = [
         *_IGNORE_SIGNALS,
         *spec.container,
@@ -260,8 +260,8 @@ def rank_words(spec: JobSpec, command: RankCommand, bind: bool) -> list[str]:
     ]
     if bind:
         words.append("--bind")
-    if not spec.quiet:
-        words.append("--default-signals")
+    if spec.ignore_early_signals:
+        words.append("--ignore-early-signals")
     return [*words, "--", *command.words]
 
 
@@ -283,7 +283,7 @@ def _missing_processes(starts: list[RankStart]) -> dict[int, str]:
 
 
 def end_process(process: subprocess.Popen[bytes]) -> None:
-    """Wait for a launcher whose ranks were killed, and kill it if it does not end."""
+    """Wait for srun or torchrun after its ranks were killed, and kill it if it does not exit."""
     try:
         process.wait(_KILL_SECONDS)
     except subprocess.TimeoutExpired:
@@ -292,10 +292,10 @@ def end_process(process: subprocess.Popen[bytes]) -> None:
 
 
 def free_port(seed: int, host: str = "") -> int:
-    """Return a port that nobody listens on now.
+    """Return a port that no process listens on now.
 
-    The search starts at a place that depends on `seed`, the job's number, so that two jobs that
-    share a node do not meet.
+    The first port that is tried depends on `seed`, the job's number, so that two jobs on the same
+    node do not choose the same one.
     """
     for offset in range(len(_PORTS)):
         port = _PORTS[(seed * 7 + offset) % len(_PORTS)]

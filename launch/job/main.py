@@ -1,7 +1,7 @@
 """`python -m launch.job.main RUN/launch/NNNN [--local]`: the batch script of a job.
 
-Runs in the folder of the code. Its signal handlers are installed before anything else is imported,
-since on a slow file system that takes seconds.
+It runs in the folder of the code snapshot. The signal handlers are installed before the other
+imports, which take seconds on a slow file system.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ def main() -> int:
     launch_folder, *options = sys.argv[1:]
     local = "--local" in options
     if local:
-        # Its terminal was closed.
+        # Closing the terminal stops the run, too.
         signal.signal(signal.SIGHUP, stop.handle)
-    # The batch script sets this when a signal came before this process could handle it.
+    # The batch script sets this if a signal came before this process could handle it.
     if os.environ.pop("LLADA_SIGNALLED", None):
         stop.signal = "SIGUSR1"
     from pathlib import Path

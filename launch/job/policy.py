@@ -1,7 +1,7 @@
-"""What becomes of a run when its ranks have ended.
+"""Decides how a run continues after its ranks have ended.
 
-Pure decisions: nothing here asks anyone or changes anything. They depend on exit codes, signals and
-kinds of failures; the words are for people. Standard library only.
+Pure functions, without I/O. Decisions depend on exit codes, signals and kinds of failures, never on
+the wording of a message. Standard library only.
 """
 
 from __future__ import annotations
@@ -13,23 +13,24 @@ from typing import Any, Literal
 from launch.job.failure import EXIT_RESTART, EXIT_USER_ERROR, Failure
 from launch.job.records import AttemptEnd, RankExit
 from launch.job.spec import Restarts
-from llada.events import since_submission
+from llada.events import ATTEMPT_END_EVENTS, since_submission
 from llada.failures import FailureKind
 
 _LONGEST_BACKOFF = 3600.0
+"""Seconds."""
 _STOP_EXITS = (-signal.SIGINT, -signal.SIGKILL, -signal.SIGUSR1, -signal.SIGTERM)
-"""Ends of a rank that a stop explains."""
+"""Exit codes of a rank that the request to stop explains."""
 _REPEATABLE: tuple[FailureKind, ...] = ("step", "preflight")
-"""Failures that come back exactly as they were when nothing has changed."""
+"""Failures that recur with the same reason as long as nothing changes."""
 _NAMED_RANKS = 8
+"""Number of ranks that a reason names."""
 
 DecisionEvent = Literal["finished", "requeued", "stopped", "cancelled", "failed"]
-_END_EVENTS = ("finished", "requeued", "stopped", "cancelled", "failed")
-"""Events that end an attempt."""
+"""One of `llada.events.ATTEMPT_END_EVENTS`."""
 
 JobState = Literal["running", "cancelled", "lost", "requeued", "unknown"]
-"""What Slurm is doing with the job at the end of its ranks; "running" without Slurm. A "lost" job
-is being ended since one of its nodes is gone.
+"""What Slurm is doing with the job when its ranks have ended; "running" without Slurm. A "lost" job
+is being ended because one of its nodes is gone.
 """
 
 
@@ -38,13 +39,13 @@ class Situation:
     """What a decision depends on besides how the ranks ended.
 
     Attributes:
-        signal: by which the job was asked to stop; None: it was not.
-        stopped_by_user: the user asked for an end, not for a restart.
+        signal: signal that asked the job to stop; None: no signal did.
+        stopped_by_user: whether the user asked the run to end, not to restart.
         state: what Slurm is doing with the job.
-        progress: this attempt left a new checkpoint.
-        failures: attempts in a row before this one that failed without a new checkpoint.
-        last_reason: why the attempt before failed.
-        unreachable: nodes of the job that Slurm counts as gone.
+        progress: whether this attempt left a new checkpoint.
+        failures: number of attempts just before this one that failed without a new checkpoint.
+        last_reason: reason of the latest of these failures; None: no failures.
+        unreachable: nodes of the job that Slurm cannot reach.
     """
 
     signal: str | None = None
@@ -58,16 +59,16 @@ class Situation:
 
 @dataclass(frozen=True)
 class Decision:
-    """What to do.
+    """How the run continues.
 
     Attributes:
-        event: name of the event.
-        reason: for people.
-        kind: of the failure; None: the attempt ended in order.
+        event: name of the event that ends the attempt.
+        reason: human-readable reason.
+        kind: kind of the failure; None: the attempt is no failure.
         delay: seconds before the next start.
         exclude: nodes that the next start avoids.
         code: exit code of the job.
-        by_slurm: Slurm starts the job again; nothing is left to do.
+        by_slurm: whether Slurm is requeueing the job already, so that nothing is left to do.
     """
 
     event: DecisionEvent
@@ -85,10 +86,10 @@ class Decision:
 
 
 def decide(end: AttemptEnd, now: Situation, limits: Restarts) -> Decision:
-    """Decide what becomes of a run whose ranks ended like this."""
+    """Decide how the run continues."""
     if end.finished:
         return Decision("finished", "", code=0)
-    # Slurm's own decisions come first: nothing can be done against them.
+    # What Slurm has decided comes first: it cannot be undone.
     if now.state == "cancelled":
         return Decision("cancelled", "cancelled with scancel, which is final", code=1)
     if now.state == "requeued":
@@ -96,27 +97,29 @@ def decide(end: AttemptEnd, now: Situation, limits: Restarts) -> Decision:
     first = end.first_failure
     if first is not None and first.code == EXIT_USER_ERROR:
         return Decision("failed", str(first), kind="user_error", code=EXIT_USER_ERROR)
-    in_order = first is None or first.code in _STOP_EXITS
-    if in_order and now.stopped_by_user:
+    no_rank_crashed = first is None or first.code in _STOP_EXITS
+    if no_rank_crashed and now.stopped_by_user:
         return Decision("stopped", "requested with `llada stop`")
-    if in_order and now.signal:
+    if no_rank_crashed and now.signal:
         if end.killed and not now.progress:
             late = (
                 f"{now.signal}: the ranks did not stop in time and were killed; signal_seconds of"
                 " the profile may be too short"
             )
             return restart(Failure("late_stop", late), [], now, limits)
-        # A node that is lost, or a host without ranks, is a failure although the rest stopped.
+        # A lost node, or a host without ranks, is a failure even if the other ranks stopped.
         if now.state != "lost" and not end.absent:
-            how = "stopped with a checkpoint" if now.progress else "stopped"
-            return Decision("requeued", f"{now.signal}: {how}")
+            outcome = "stopped"
+            if now.progress:
+                outcome = "stopped with a checkpoint"
+            return Decision("requeued", f"{now.signal}: {outcome}")
     failure = explain(end, now.unreachable)
     if now.stopped_by_user:
         reason = f"requested with `llada stop`, after a failure: {failure.reason}"
         return Decision("stopped", reason, kind=failure.kind)
     exclude = end.absent
     if len(end.absent) == len(end.hosts):
-        # Where no node has a rank, the nodes are not to blame.
+        # If no rank started on any node, the nodes are not to blame.
         exclude = []
     return restart(failure, exclude, now, limits)
 
@@ -146,17 +149,17 @@ def restart(failure: Failure, exclude: list[str], now: Situation, limits: Restar
                 f" {limits.limit}; the last: {reason}"
             )
         return Decision("failed", reason, failure.kind, exclude=exclude, code=1)
-    # The reasons name the step and its samples, or the nodes and what is wrong with them: equal
+    # The reasons name the step and its samples, or the nodes and what is wrong with them, so equal
     # reasons mean the same failure.
-    repeated = failure.kind in _REPEATABLE and now.last_reason == failure.reason
-    if repeated and not now.progress and not exclude:
+    is_repeated = failure.kind in _REPEATABLE and now.last_reason == failure.reason
+    if is_repeated and not now.progress and not exclude:
         reason = (
             f"the same failure twice in a row, so another attempt would not help: {failure.reason}"
         )
         return Decision("failed", reason, failure.kind, code=1)
     delay = min(limits.backoff * 2 ** (failures - 1), _LONGEST_BACKOFF)
     if exclude:
-        # A node that is avoided from now on needs no time to recover.
+        # The bad nodes are excluded, so there is nothing to wait for.
         delay = 0.0
     return Decision("requeued", failure.reason, failure.kind, delay=delay, exclude=exclude)
 
@@ -173,7 +176,7 @@ def explain(end: AttemptEnd, unreachable: list[str]) -> Failure:
         lost_nodes = f"Slurm cannot reach {', '.join(unreachable)}"
     first = end.first_failure
     if first is not None and first.blames_another and lost_nodes:
-        # No rank of the lost node could say anything.
+        # The ranks of the lost node could not leave a record.
         return Failure("lost_node", f"{lost_nodes}; {first}")
     failure = _explain_ranks(end, first)
     if lost_nodes:
@@ -184,11 +187,12 @@ def explain(end: AttemptEnd, unreachable: list[str]) -> Failure:
 def _explain_ranks(end: AttemptEnd, first: RankExit | None) -> Failure:
     if first is not None:
         return Failure(first.kind or "exception", str(first))
-    # A rank that notices a hang leaves with the code of an end in order.
-    for rank in end.exits:
-        if rank.kind == "hang":
-            return Failure("hang", str(rank))
-    missing = sorted(set(range(end.ranks)) - {rank.rank for rank in end.exits})
+    # A rank that detects a hang exits with the code of a clean stop.
+    for rank_exit in end.exits:
+        if rank_exit.kind == "hang":
+            return Failure("hang", str(rank_exit))
+    recorded = {rank_exit.rank for rank_exit in end.exits}
+    missing = [rank for rank in range(end.ranks) if rank not in recorded]
     if not missing:
         return Failure("vanished", "every rank exited for a restart, and none gave a reason")
     names = ", ".join(str(rank) for rank in missing[:_NAMED_RANKS])
@@ -209,31 +213,40 @@ def failures_in_a_row(
 ) -> tuple[int, str | None]:
     """Count the attempts of the latest launch that failed in a row before `attempt`.
 
-    An attempt that left a new checkpoint begins the row: what failed before it does not count. An
-    attempt that ended without a record (its node was lost) failed. One that was stopped or requeued
-    in order did not, and does not end the row.
+    The count goes back to the latest attempt that left a new checkpoint: earlier failures do not
+    matter. An attempt that ended without a record (its node was lost) has failed. An attempt that
+    was stopped or requeued cleanly has not, and it does not interrupt the row.
 
     Args:
-        events: of the run.
+        events: events of the run.
         attempt: number of the attempt that is about to start.
         task: number of the array task, whose own attempts count; None: the job is no array.
 
     Returns:
-        The count, and why the last of them failed; None: none did.
+        The count, and the reason of the latest failure; None: no failures.
     """
-    own = [line for line in since_submission(events) if line.get("task") == task]
+    own_events = [line for line in since_submission(events) if line.get("task") == task]
     count = 0
     last_reason = None
     for number in range(attempt - 1, 0, -1):
-        lines = [line for line in own if line.get("attempt") == number]
-        ends = [line for line in lines if line["event"] in _END_EVENTS]
-        if not lines or (ends and ends[-1]["event"] != "requeued"):
-            # This attempt is of an earlier launch, or the user launched the run anew after it.
+        lines = [line for line in own_events if line.get("attempt") == number]
+        ends = [line for line in lines if line["event"] in ATTEMPT_END_EVENTS]
+        is_of_this_launch = bool(lines)
+        # The user then started the run again.
+        ended_the_run = bool(ends) and ends[-1]["event"] != "requeued"
+        if not is_of_this_launch or ended_the_run:
             break
-        if not ends or ends[-1].get("failure"):
+        failed = not ends or ends[-1].get("failure", False)
+        if failed:
             count += 1
-            reason = ends[-1]["reason"] if ends else "ended without a record"
-            last_reason = last_reason or reason
-        if any(line["event"] == "checkpoint" for line in lines):
+            last_reason = last_reason or _failure_reason(ends)
+        left_checkpoint = any(line["event"] == "checkpoint" for line in lines)
+        if left_checkpoint:
             break
     return count, last_reason
+
+
+def _failure_reason(ends: list[dict[str, Any]]) -> str:
+    if not ends:
+        return "ended without a record"
+    return str(ends[-1]["reason"])

@@ -1,8 +1,8 @@
-"""What srun or torchrun starts for every rank: the parent process of the rank's command.
+"""The parent process of a rank, which srun or torchrun starts.
 
-It prepares the environment, runs the command as a child and records how that ended. A parent of its
-own can record every end, SIGKILL and a crash of the interpreter included, and can hold back signals
-until the child handles them. Standard library only.
+It prepares the environment, runs the rank's command as a child and records how the child ended. A
+separate process can record every end, even by SIGKILL or a crash of the interpreter, and can repeat
+signals until the child handles them. Standard library only.
 """
 
 from __future__ import annotations
@@ -30,31 +30,32 @@ from llada.files import write_atomically
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _REPEAT_SECONDS = 2.0
 _LOG_TAIL_BYTES = 1 << 16
+_LONGEST_MESSAGE = 500
 _PR_SET_PDEATHSIG = 1
 """prctl option: the signal that a process gets when its parent ends."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one rank; returns 0 for an end in order, else 1.
+    """Run one rank; returns 0 if it exited cleanly, otherwise 1.
 
-    The records are rank_NNNNN.start.json and rank_NNNNN.exit.json.
+    Writes the records rank_NNNNN.start.json and rank_NNNNN.exit.json.
     """
     parser = argparse.ArgumentParser()
     parser.add_argument("--folder", required=True, type=Path)
     parser.add_argument("--directory", required=True)
     parser.add_argument("--bind", action="store_true")
-    parser.add_argument("--default-signals", action="store_true")
+    parser.add_argument("--ignore-early-signals", action="store_true")
     parser.add_argument("command", nargs="+")
     options = parser.parse_args(arguments)
 
-    # Before anything that takes time: a signal must find its handler.
+    # Before anything that takes time: a signal may come at any moment.
     forwarder = _SignalForwarder()
     rank = RankEnvironment.of_this_process()
     record_path = options.folder / f"rank_{rank.rank:05d}"
     report = record_path.with_suffix(".failure")
     environment = {**os.environ, **rank.variables(), REPORT_VARIABLE: str(report)}
     if options.bind:
-        # Counted before binding narrows the cores of this process.
+        # Count the cores before binding reduces them.
         environment["LLADA_THREADS"] = str(_cores_per_rank(rank.local_size))
         affinity.bind(rank.local_rank, rank.local_size)
     _write_record(
@@ -70,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            preexec_fn=lambda: _prepare_child(ignore_signals=not options.default_signals),
+            preexec_fn=lambda: _prepare_child(options.ignore_early_signals),
         )
     code = forwarder.wait(child)
     message = last_message(log_path)
@@ -78,12 +79,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _write_record(
         record_path.with_suffix(".exit.json"), {"code": code, "message": message, "kind": kind}
     )
-    # torchrun takes any other code for a failure and kills the other ranks.
-    return int(code not in CLEAN_EXITS)
+    if code in CLEAN_EXITS:
+        # torchrun takes any other code for a failure and kills the other ranks.
+        return 0
+    return 1
 
 
 def _cores_per_rank(local_size: int) -> int:
-    """Cores that a rank has to itself: those Slurm gave it, or its share of the machine's."""
+    """Number of cores for each rank: what Slurm granted it, or its share of the machine."""
     cores = len(os.sched_getaffinity(0))
     granted = os.environ.get("SLURM_CPUS_PER_TASK", "")
     if granted.isdigit() and int(granted) > 0:
@@ -92,10 +95,16 @@ def _cores_per_rank(local_size: int) -> int:
 
 
 class RankEnvironment(NamedTuple):
-    """Which rank a process is, as the launcher's own processes see it.
+    """Rank and world size of a process, for the launcher's own processes.
 
-    Training reads its rank in `llada.engine.layout.world_from_environment`, which also serves ranks
-    that were started without the launcher and explains what is wrong with their variables.
+    Training reads them in `llada.engine.layout.world_from_environment`, which also works without
+    the launcher and explains what is wrong with the variables.
+
+    Attributes:
+        rank: number of the rank.
+        size: number of ranks.
+        local_rank: number of the rank on its node.
+        local_size: number of ranks on the node.
     """
 
     rank: int
@@ -107,8 +116,7 @@ class RankEnvironment(NamedTuple):
     def of_this_process(cls) -> RankEnvironment:
         """Read Slurm's variables in a job step, torchrun's otherwise."""
         env = os.environ
-        # Slurm's come first: torchrun's may be left over in the environment that the job was
-        # submitted from.
+        # Slurm's come first: torchrun's may be left over from the shell that submitted the job.
         if "SLURM_STEP_ID" in env and "LLADA_LOCAL" not in env:
             size = int(env["SLURM_NTASKS"])
             nodes = int(env["SLURM_STEP_NUM_NODES"])
@@ -126,7 +134,7 @@ class RankEnvironment(NamedTuple):
         )
 
     def variables(self) -> dict[str, str]:
-        """Return the environment variables of torchrun, whoever started the rank."""
+        """Return the environment variables that torchrun would set."""
         return {
             "RANK": str(self.rank),
             "WORLD_SIZE": str(self.size),
@@ -136,9 +144,9 @@ class RankEnvironment(NamedTuple):
 
 
 class _SignalForwarder:
-    """Keeps the last stop signal and sends it to the child, again and again.
+    """Forwards the last stop signal to the child, again and again.
 
-    A signal that comes before the child handles it is ignored there, so once is not enough.
+    Sending it once is not enough: the child ignores it until it has installed its handlers.
     """
 
     def __init__(self) -> None:
@@ -156,18 +164,21 @@ class _SignalForwarder:
             try:
                 return child.wait(timeout=0.2)
             except subprocess.TimeoutExpired:
-                due = time.monotonic() - last_sent > _REPEAT_SECONDS
-                if self._last_signal is not None and due:
+                is_due = time.monotonic() - last_sent > _REPEAT_SECONDS
+                if self._last_signal is not None and is_due:
                     child.send_signal(self._last_signal)
                     last_sent = time.monotonic()
 
 
-def _prepare_child(ignore_signals: bool) -> None:
-    """Set up the child: it ends with this process.
+def _prepare_child(ignore_early_signals: bool) -> None:
+    """Set up the child, before its command starts: it is killed when this process ends.
 
-    With `ignore_signals`, stop signals are ignored until the child installs its own handlers.
+    Args:
+        ignore_early_signals: ignore stop signals until the command installs its own handlers.
     """
-    action = signal.SIG_IGN if ignore_signals else signal.SIG_DFL
+    action = signal.SIG_DFL
+    if ignore_early_signals:
+        action = signal.SIG_IGN
     for number in FORWARDED:
         signal.signal(number, action)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -182,11 +193,11 @@ def last_message(log: Path) -> str | None:
             lines = file.read().decode("utf-8", errors="replace").splitlines()
     except OSError:
         return None
-    # How the last line of every `llada` command begins that did not finish.
+    # The last line of a `llada` command that did not finish begins like this.
     beginnings = ("failed: ", "error: ", "not finished: ", "interrupted")
     for line in reversed(lines):
         if line.startswith(beginnings):
-            return line[:500]
+            return line[:_LONGEST_MESSAGE]
     return None
 
 
@@ -206,7 +217,7 @@ def _take_report(path: Path) -> FailureKind | None:
 
 
 def _write_record(path: Path, fields: dict[str, object]) -> None:
-    """Write a small JSON file with host and time."""
+    """Write a small JSON file, with the host and the time added."""
     record = {"host": socket.gethostname(), "time": time.time(), **fields}
     write_atomically(path, json.dumps(record))
 

@@ -1,4 +1,4 @@
-"""What is known of an attempt's ranks: the records that their parents wrote, and srun's output.
+"""What is known about an attempt's ranks: the records that their parents wrote, and srun's output.
 
 Standard library only.
 """
@@ -16,16 +16,20 @@ from launch.job.failure import CLEAN_EXITS, classify
 from launch.job.spec import read_record
 from llada.failures import FailureKind
 
-_OFTEN_SECONDS = 0.5
-LOOK_SECONDS = 3.0
-"""Between two looks at a shared folder, whose file server has to answer for weeks."""
 _STARTUP_SECONDS = 120.0
-"""After the start of an attempt, in which the records are looked for more often."""
+"""Seconds after the start of an attempt during which the folder is read more often."""
+_STARTUP_LOOK_SECONDS = 0.5
+"""Seconds between two looks at the folder during that time."""
+LOOK_SECONDS = 3.0
+"""Seconds between two looks at a shared folder. A run lasts weeks, so the file server must not be
+asked more often.
+"""
 _TASK_ENDED = re.compile(r"srun: error: \S+: tasks? (?P<tasks>[\d,-]+): (?P<how>.*)")
-"""srun's line about tasks that did not end well."""
+"""srun's line about tasks that failed."""
+_LONGEST_LINE = 500
 _ENDED_BY_OTHERS = (-signal.SIGABRT, -signal.SIGTERM, -signal.SIGINT, -signal.SIGUSR1)
-"""NCCL aborts a process whose peer is gone; torchrun sends SIGTERM to the other ranks when one has
-failed.
+"""Exit codes of a rank that was ended from outside: NCCL aborts a process whose peer is gone, and
+torchrun sends SIGTERM to the other ranks when one has failed.
 """
 
 
@@ -34,9 +38,10 @@ class RankStart:
     """A rank that started.
 
     Attributes:
-        rank, host: which and where.
-        pid: of its parent process, on that host.
-        step: number of Slurm's job step; None without Slurm.
+        rank: number of the rank.
+        host: host it runs on.
+        pid: id of its parent process on that host.
+        step: number of the Slurm job step; None without Slurm.
     """
 
     rank: int
@@ -50,13 +55,14 @@ class RankExit:
     """How a rank ended.
 
     Attributes:
-        rank, host: which and where.
-        time: of the end, seconds since 1970.
+        rank: number of the rank.
+        host: host it ran on.
+        time: time of the end, seconds since 1970.
         code: exit code, or minus the signal.
-        message: the last line of its log that says why.
-        parent_end: what is known of the end of its parent process, where that ended too and left no
-            record; None: the parent wrote the record.
-        kind: of its failure; None: it ended in order.
+        message: last line of its log that says why it ended; None: no line does.
+        parent_end: how its parent process ended, if it ended without writing a record; None: the
+            parent wrote the record.
+        kind: kind of its failure; None: it exited cleanly.
     """
 
     rank: int
@@ -69,7 +75,7 @@ class RankExit:
 
     @property
     def blames_another(self) -> bool:
-        """Whether it ended because another rank was gone, or was made to end."""
+        """Whether it lost its connection to another rank, or was ended from outside."""
         return self.code in _ENDED_BY_OTHERS or self.kind == "lost_peer"
 
     def __str__(self) -> str:
@@ -80,8 +86,10 @@ class RankExit:
             )
         elif self.code < 0:
             how = f"killed by {signal.Signals(-self.code).name}"
+        elif self.message:
+            how = self.message.removeprefix("failed: ")
         else:
-            how = (self.message or f"exit code {self.code}").removeprefix("failed: ")
+            how = f"exit code {self.code}"
         return f"rank {self.rank} on {self.host}: {how}"
 
 
@@ -90,13 +98,13 @@ class AttemptEnd:
     """How an attempt, one start of all ranks, ended.
 
     Attributes:
-        exits: of the ranks that ended by themselves or by a signal, in the order of their ends.
-        ranks: how many there should have been.
-        hosts: where they should have been.
-        absent: those of `hosts` on which not every rank started.
-        killed: ranks were killed because they did not end by themselves.
+        exits: how the ranks ended, the first to end first.
+        ranks: number of ranks that were to start.
+        hosts: hosts on which they were to start.
+        absent: hosts on which not every rank started.
+        killed: whether the supervisor killed ranks that did not end by themselves.
         launcher_code: exit code of srun or torchrun, or minus the signal.
-        launcher_line: its last line.
+        launcher_line: last line that srun or torchrun printed.
     """
 
     exits: list[RankExit]
@@ -109,25 +117,26 @@ class AttemptEnd:
 
     @property
     def finished(self) -> bool:
-        return len(self.exits) == self.ranks and all(rank.code == 0 for rank in self.exits)
+        all_have_exited = len(self.exits) == self.ranks
+        return all_have_exited and all(rank_exit.code == 0 for rank_exit in self.exits)
 
     @property
     def first_failure(self) -> RankExit | None:
-        """The first rank that did not end in order.
+        """The first rank that did not exit cleanly.
 
-        A rank that only noticed that another was gone comes after that one, whatever the clocks of
-        their hosts say.
+        A rank that only lost its connection to another comes after the one that crashed, whatever
+        the clocks of their hosts say.
         """
-        failed = [rank for rank in self.exits if rank.code not in CLEAN_EXITS]
-        return min(failed, key=lambda rank: (rank.blames_another, rank.time), default=None)
+        failed = [rank_exit for rank_exit in self.exits if rank_exit.code not in CLEAN_EXITS]
+        return min(failed, key=lambda failure: (failure.blames_another, failure.time), default=None)
 
 
 class RankRecords:
     """The records in an attempt's folder. Each file is read once.
 
     Args:
-        folder: of the attempt.
-        ranks: how many there should be.
+        folder: folder of the attempt.
+        ranks: number of ranks that were to start.
     """
 
     def __init__(self, folder: Path, ranks: int) -> None:
@@ -144,29 +153,29 @@ class RankRecords:
 
     @property
     def starts(self) -> list[RankStart]:
-        """The ranks that started, in their order."""
+        """The ranks that started, by number."""
         return [self._starts[rank] for rank in sorted(self._starts)]
 
     @property
     def exits(self) -> list[RankExit]:
-        """The ranks that ended, the first one first."""
-        return sorted(self._exits.values(), key=lambda rank: rank.time)
+        """The ranks that ended, the first to end first."""
+        return sorted(self._exits.values(), key=lambda rank_exit: rank_exit.time)
 
     def refresh(self, now: bool = False) -> bool:
-        """Read new records if it is time to look, or at once with `now`; returns whether it did."""
+        """Read new records if a look is due, or at once with `now`; returns whether it looked."""
         clock = time.monotonic()
         if clock < self._next_look and not now:
             return False
         pause = LOOK_SECONDS
         if clock - self._created < _STARTUP_SECONDS:
-            pause = _OFTEN_SECONDS
+            pause = _STARTUP_LOOK_SECONDS
         self._next_look = clock + pause
         for path in self._folder.glob("rank_*.json"):
             self._read(path)
         return True
 
     def _read(self, path: Path) -> None:
-        # rank_00003.start.json or rank_00003.exit.json; the node tests write others, too.
+        # rank_00003.start.json or rank_00003.exit.json; the node tests write further files.
         name, event = path.name.split(".")[:2]
         rank = int(name.removeprefix("rank_"))
         if event == "start" and rank not in self._starts:
@@ -186,8 +195,11 @@ def _rank_start(rank: int, record: dict[str, Any]) -> RankStart:
 def _rank_exit(rank: int, record: dict[str, Any]) -> RankExit:
     code: int = record["code"]
     message: str | None = record["message"]
-    # Records of older code have no kind.
-    kind = record["kind"] if "kind" in record else classify(code, message)
+    if "kind" in record:
+        kind: FailureKind | None = record["kind"]
+    else:
+        # A record of older code.
+        kind = classify(code, message)
     return RankExit(rank, record["host"], record["time"], code, message, kind=kind)
 
 
@@ -195,7 +207,7 @@ def _rank_exit(rank: int, record: dict[str, Any]) -> RankExit:
 
 
 def ended_tasks(launcher_log: str) -> dict[int, str]:
-    """Return the tasks that srun says ended badly, with its words.
+    """Return the tasks that failed according to srun, with its explanation.
 
     "srun: error: n2: tasks 2,4-5: Killed" gives {2: "srun: Killed", 4: ..., 5: ...}.
     """
@@ -210,24 +222,25 @@ def ended_tasks(launcher_log: str) -> dict[int, str]:
 
 
 def reports_ended_task(launcher_log: str) -> bool:
-    """Return whether srun says that a task ended badly."""
+    """Return whether srun printed that a task failed."""
     return _TASK_ENDED.search(launcher_log) is not None
 
 
 def last_launcher_line(log: str) -> str:
     """Return the last line of srun or torchrun that says more than that a task ended."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
-    for line in reversed(lines):
-        ruler = not line.strip("=-*")
-        if not ruler and not _TASK_ENDED.search(line) and "Terminated StepId" not in line:
-            return line[:500]
     if not lines:
         return ""
-    return lines[-1][:500]
+    for line in reversed(lines):
+        is_ruler = not line.strip("=-*")
+        is_task_end = _TASK_ENDED.search(line) is not None or "Terminated StepId" in line
+        if not is_ruler and not is_task_end:
+            return line[:_LONGEST_LINE]
+    return lines[-1][:_LONGEST_LINE]
 
 
 def read_log(path: Path) -> str:
-    """Return the text of a log; empty when it cannot be read."""
+    """Return the text of a log; empty if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:

@@ -1,4 +1,4 @@
-"""The files in RUN/launch/NNNN: what the launcher tells the job, and what it submitted.
+"""The files in RUN/launch/NNNN: the job's description, and the ids of what was submitted.
 
 Standard library only, like everything that the batch job imports.
 """
@@ -16,24 +16,24 @@ JOB_FILE = "job.json"
 SUBMITTED_FILE = "submitted.json"
 """The ids of what was submitted."""
 STOP_FILE = "stop"
-"""Exists once the user wants the run to end, not to restart."""
+"""Made by `llada stop`: the run is to end, and not to restart."""
 
 JsonObject = dict[str, object]
 
 
 @dataclass(frozen=True)
 class Restarts:
-    """When a job starts itself again.
+    """When a job restarts itself.
 
     Attributes:
-        requeue: whether it may; otherwise the run ends with the job, or the next job of a chain
-            continues it.
-        limit: failures in a row without a new checkpoint after which the run is left failed.
-        backoff: seconds before the start after a first failure; doubled with every further one, an
-            hour at most.
-        grace: seconds that the other ranks have to end after the first one ended in order.
+        requeue: whether the job may requeue itself; if not, the run ends with the job, or the next
+            job of a chain continues it.
+        limit: failures in a row without a new checkpoint after which the run has failed.
+        backoff: seconds before the restart after a first failure; doubled with every further one,
+            up to an hour.
+        grace: seconds that the other ranks have to exit after the first one exited cleanly.
         start_timeout: seconds in which every rank has to start.
-        reserve: seconds before the time limit at which ranks that have not stopped are ended, so
+        reserve: seconds before the time limit at which ranks that are still running are killed, so
             that the job can still be requeued.
     """
 
@@ -47,46 +47,49 @@ class Restarts:
 
 @dataclass(frozen=True)
 class JobSpec:
-    """A job of a run, as job.json holds it: the fields are the file's keys.
+    """A job of a run. The fields are the keys of job.json.
+
+    The launch that writes the file also takes the snapshot of the code that reads it.
 
     Attributes:
-        kind: "train": ranks over all nodes; "task": one command, of a job array or a conversion.
-        state: folder with events, logs and launch/ (the run's own).
-        directory: where the user started it; relative paths of the config refer to it.
+        kind: "train": ranks on all nodes; "task": a single command, for a task of a job array or a
+            conversion.
+        run_folder: folder with the events, the logs and launch/.
+        directory: folder where the user launched the run; relative paths of the config start here.
         code: snapshot of the code.
-        command: words of the llada command; {task} stands for the number of the array task.
-        python: the interpreter.
-        container: words that lead into the container that the ranks run in, if any.
-        first: further words of the command until a first step is done, since going back to an
-            earlier checkpoint happens once.
+        command: arguments of `llada`; {task} stands for the number of the array task.
+        python: Python interpreter of the ranks.
+        container: command that runs the ranks in a container; empty without one.
+        first_start_arguments: further arguments of `llada` until the first step is done. Going back
+            to an earlier checkpoint is one: it must happen only once.
         nodes, tasks_per_node: size of a "train" job.
-        environment: variables of every rank.
-        srun: further words of srun.
-        bind: bind ranks to the cores near their GPU.
-        quiet: the ranks ignore stop signals until they handle them; otherwise the signals end
-            them.
-        preflight: settings of the node tests, with the numbers of `launch.profile.Preflight`;
-            None: no tests.
+        environment: environment variables of every rank.
+        srun: further options of srun.
+        bind: whether ranks are bound to the cores near their GPU.
+        ignore_early_signals: whether ranks ignore stop signals until they handle them; if not, an
+            early signal ends them.
+        preflight: settings of the node tests, named as in `launch.profile.Preflight`; None: no
+            tests.
         exclude: nodes that the user excluded.
-        array: the job is one task of a job array.
+        array: whether the job is a task of a job array.
         chain: number of jobs that were submitted to follow each other.
-        restarts: when the job starts itself again.
+        restarts: when the job restarts itself.
     """
 
     kind: Literal["train", "task"]
-    state: str
+    run_folder: str
     directory: str
     code: str
     command: list[str]
     python: str
     container: list[str] = field(default_factory=list)
-    first: list[str] = field(default_factory=list)
+    first_start_arguments: list[str] = field(default_factory=list)
     nodes: int = 1
     tasks_per_node: int = 1
     environment: dict[str, str] = field(default_factory=dict)
     srun: list[str] = field(default_factory=list)
     bind: bool = True
-    quiet: bool = True
+    ignore_early_signals: bool = True
     preflight: dict[str, float] | None = None
     exclude: list[str] = field(default_factory=list)
     array: bool = False
@@ -109,11 +112,11 @@ class JobSpec:
 
 @dataclass(frozen=True)
 class Submitted:
-    """What `llada launch` started, as submitted.json holds it.
+    """What `llada launch` submitted. The fields are the keys of submitted.json.
 
     Attributes:
-        jobs: ids of Slurm; one for each task of an array; empty for a run on this machine.
-        then: id of the job that waits for the run to finish; None: there is none.
+        jobs: ids of the Slurm jobs, one per task of an array; empty for a run on this machine.
+        then: id of the job that waits for the run to finish; None: no such job.
     """
 
     jobs: list[str]
@@ -129,13 +132,13 @@ class Submitted:
         return json.dumps(asdict(self))
 
 
-def launch_folders(state: Path) -> list[Path]:
+def launch_folders(run_folder: Path) -> list[Path]:
     """Return RUN/launch/NNNN of every launch of a run, oldest first."""
-    return sorted(path for path in (state / LAUNCH_FOLDER).glob("[0-9]*") if path.is_dir())
+    return sorted(path for path in (run_folder / LAUNCH_FOLDER).glob("[0-9]*") if path.is_dir())
 
 
 def read_submitted(launch_folder: Path) -> Submitted | None:
-    """Return what a launch submitted; None when it was interrupted before that."""
+    """Return what a launch submitted; None if it was interrupted before it submitted anything."""
     try:
         content = json.loads((launch_folder / SUBMITTED_FILE).read_text(encoding="utf-8"))
         return Submitted(**content)
@@ -144,7 +147,7 @@ def read_submitted(launch_folder: Path) -> Submitted | None:
 
 
 def make_numbered_folder(parent: Path, pattern: str = "{:04d}") -> tuple[int, Path]:
-    """Make the folder with the next number, counting from 1; returns the number and the folder."""
+    """Make the folder with the next number, from 1; returns the number and the folder."""
     parent.mkdir(parents=True, exist_ok=True)
     # "attempt-0012" -> "0012". Other names, such as "job-17.log", end in no number.
     suffixes = [path.name.rpartition("-")[2] for path in parent.iterdir()]
@@ -155,20 +158,20 @@ def make_numbered_folder(parent: Path, pattern: str = "{:04d}") -> tuple[int, Pa
             folder.mkdir()
             return number, folder
         except FileExistsError:
-            # Another process was faster.
+            # Another process has just made it.
             number += 1
 
 
-def latest_checkpoint(state: Path) -> int:
-    """Return the step of the latest complete checkpoint of a run; 0: there is none."""
-    markers = (state / "checkpoints").glob("step_*/COMMITTED")
+def latest_checkpoint(run_folder: Path) -> int:
+    """Return the step of the latest complete checkpoint of a run; 0: no checkpoint."""
+    markers = (run_folder / "checkpoints").glob("step_*/COMMITTED")
     # "step_00000020.rewound-1" was set aside and does not count.
     suffixes = [marker.parent.name.removeprefix("step_") for marker in markers]
     return max((int(suffix) for suffix in suffixes if suffix.isdigit()), default=0)
 
 
 def read_record(path: Path) -> JsonObject | None:
-    """Read a small JSON file; None when it is missing, torn or not an object."""
+    """Read a small JSON file; None if it is missing, torn or not an object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,7 +1,6 @@
-"""The batch script of a job, in Python.
+"""The supervisor of a job: what the batch script runs on the first node.
 
-It starts the ranks, forwards signals, writes events and starts the job again. `launch.job.main`
-runs it. Standard library only.
+It starts the ranks, forwards signals, writes events and requeues the job. Standard library only.
 """
 
 from __future__ import annotations
@@ -17,23 +16,12 @@ from typing import Any
 
 from launch import slurm
 from launch.job.attempt import StopState, run_ranks
-from launch.job.bad_nodes import Rules, judge
+from launch.job.bad_nodes import Rules, Verdict, judge
 from launch.job.failure import Failure
 from launch.job.machines import Machine, OneProcess, RankCommand, SlurmNodes, ThisMachine
-from launch.job.own_job import (
-    configure_start,
-    count_nodes_of_partition,
-    job_state,
-    latest_nodes,
-    seconds_left,
-)
-from launch.job.policy import (
-    Decision,
-    Situation,
-    decide,
-    failures_in_a_row,
-    restart,
-)
+from launch.job.next_start import NextStart
+from launch.job.own_job import job_state, seconds_left
+from launch.job.policy import Decision, Situation, decide, failures_in_a_row, restart
 from launch.job.records import AttemptEnd
 from launch.job.spec import (
     STOP_FILE,
@@ -41,25 +29,26 @@ from launch.job.spec import (
     Restarts,
     latest_checkpoint,
     make_numbered_folder,
-    read_submitted,
 )
 from llada import events
 from llada.errors import RunError
 from llada.events import EventLog, since_submission
 from llada.training.signals import StopRequest
 
-_EXCLUDED_SECONDS = 86400.0
-"""A bad node is avoided for a day; until then somebody may have repaired it."""
+_REQUEUE_SECONDS = 30.0
+"""Seconds that Slurm has to end this process after a requeue."""
+_EVENT_PAUSES = (0.0, 1.0, 5.0, 15.0)
+"""Seconds before each try to write an event."""
 _NEVER = float("inf")
 
 
 class Supervisor:
-    """Runs one launch of a run: one attempt in a Slurm job, as many as it takes on this machine.
+    """Runs a launch: a single attempt in a Slurm job, as many as it takes on this machine.
 
     Args:
         launch_folder: RUN/launch/NNNN.
-        stop: true when this process is asked to stop.
-        local: on this machine instead of in a Slurm job.
+        stop: stop signals of this process.
+        local: whether the run is on this machine instead of in a Slurm job.
     """
 
     def __init__(self, launch_folder: Path, stop: StopRequest, local: bool) -> None:
@@ -67,7 +56,7 @@ class Supervisor:
         self.stop = stop
         self.local = local
         self.spec = JobSpec.read(launch_folder)
-        self.state = Path(self.spec.state)
+        self.run_folder = Path(self.spec.run_folder)
         self.task: int | None = None
         if self.spec.array and "SLURM_ARRAY_TASK_ID" in os.environ:
             self.task = int(os.environ["SLURM_ARRAY_TASK_ID"])
@@ -75,7 +64,7 @@ class Supervisor:
         if not local:
             self.job = slurm.own_job_id(self.spec.array)
         self.stop_state = StopState(stop, launch_folder / STOP_FILE)
-        self.log = EventLog(self.state)
+        self.log = EventLog(self.run_folder)
         self.attempt = 0
         self._end_by = _NEVER
 
@@ -92,11 +81,12 @@ class Supervisor:
             if not self.local:
                 return self._requeue(decision)
             self._sleep(decision.delay)
-            if self.stop or self.stop_state.by_user_now():
-                self._log_event("stopped", reason="as requested, before the next start")
+            if self.stop or self.stop_state.requested_by_user(fresh=True):
+                self._log_stop()
                 return decision.code
 
     def _report(self, decision: Decision) -> None:
+        """Write how the attempt ended to the events and to the console."""
         fields: dict[str, Any] = {
             "reason": decision.reason or None,
             "failure": decision.failure or None,
@@ -105,9 +95,9 @@ class Supervisor:
             "delay": decision.delay or None,
         }
         if self.spec.kind == "train":
-            fields["step"] = latest_checkpoint(self.state)
+            fields["step"] = latest_checkpoint(self.run_folder)
         if self.local:
-            # `llada status` looks for this process between two attempts.
+            # Between two attempts, `llada status` looks for this process.
             fields["host"] = socket.gethostname()
             fields["pid"] = os.getpid()
         self._log_event(decision.event, **fields)
@@ -119,9 +109,10 @@ class Supervisor:
     # -- one attempt -------------------------------------------------------------------------------
 
     def _guarded_attempt(self) -> Decision:
-        """Run an attempt in which an error of this process counts as a failure like a rank's.
+        """Run an attempt; an error of this process counts as a failure, like that of a rank.
 
-        The error may be temporary, as a file server that is away: the run must not end for it.
+        The error may be temporary, for example a file server that does not answer. It must not end
+        the run.
         """
         try:
             return self._attempt()
@@ -132,7 +123,7 @@ class Supervisor:
             return restart(Failure("supervisor", reason), [], situation, self.spec.restarts)
 
     def _attempt(self) -> Decision:
-        parent = self.state / "logs"
+        parent = self.run_folder / "logs"
         if self.task is not None:
             parent = parent / f"task-{self.task:05d}"
         self.attempt, logs = make_numbered_folder(parent, "attempt-{:04d}")
@@ -148,14 +139,15 @@ class Supervisor:
         )
         limits = self.spec.restarts
         if situation.failures > limits.limit:
-            # The attempts before ended without a record, so none of them could end the run.
+            # Earlier attempts died without a record, so none of them could end the run.
             return restart(Failure("vanished", situation.last_reason or ""), [], situation, limits)
         self._end_by = self._end_of_job()
-        if self.spec.kind == "train" and self.spec.preflight is not None and not self.stop_state:
-            refusal = self._preflight(self.spec.preflight, logs, situation)
+        has_preflight = self.spec.kind == "train" and self.spec.preflight is not None
+        if has_preflight and not self.stop_state.requested():
+            refusal = self._preflight(logs, situation)
             if refusal is not None:
                 return refusal
-        if self.stop_state:
+        if self.stop_state.requested():
             end = AttemptEnd([], self.spec.ranks, machine.hosts)
         elif self.spec.kind == "task":
             end = self._run_task(logs)
@@ -170,13 +162,14 @@ class Supervisor:
 
     def _run_training(self, machine: Machine, logs: Path) -> AttemptEnd:
         words = [self.spec.python, self.spec.code, *self.spec.command]
-        lines = since_submission(events.read(self.state))
-        if not any(line["event"] == "step" for line in lines):
-            words += self.spec.first
+        lines = since_submission(events.read(self.run_folder))
+        has_taken_a_step = any(line["event"] == "step" for line in lines)
+        if not has_taken_a_step:
+            words += self.spec.first_start_arguments
         return self._run(machine, words, self.spec.ranks, logs)
 
     def _run_task(self, logs: Path) -> AttemptEnd:
-        """Run the command of a single process: a task of a job array, or the conversion."""
+        """Run a command of a single process: a task of a job array, or a conversion."""
         arguments = [word.replace("{task}", str(self.task or 0)) for word in self.spec.command]
         words = [self.spec.python, self.spec.code, *arguments]
         return self._run(OneProcess(self.spec), words, 1, logs)
@@ -192,8 +185,8 @@ class Supervisor:
         )
 
     def _environment(self) -> dict[str, str]:
-        """Variables of every rank."""
-        # The snapshot of the code comes before what the user's own PYTHONPATH names.
+        """Environment variables of every rank."""
+        # The snapshot of the code comes before the user's own PYTHONPATH.
         path = self.spec.code
         if os.environ.get("PYTHONPATH"):
             path = os.pathsep.join([path, os.environ["PYTHONPATH"]])
@@ -204,21 +197,46 @@ class Supervisor:
             "LLADA_ATTEMPT": str(self.attempt),
         }
 
-    # -- the tests of the nodes --------------------------------------------------------------------
+    # -- node tests --------------------------------------------------------------------------------
 
-    def _preflight(
-        self, settings: dict[str, float], logs: Path, situation: Situation
-    ) -> Decision | None:
-        """Test the nodes; returns None when all is well."""
-        limits = self.spec.restarts
-        # The folder where the user started the run may be a checkout, whose packages `python -m`
-        # would prefer to those of the snapshot. The tests handle no signals.
-        machine = self._machine(replace(self.spec, directory=self.spec.code, quiet=False))
-        rules = Rules.of_settings(settings, join_seconds=limits.start_timeout)
+    def _preflight(self, logs: Path, situation: Situation) -> Decision | None:
+        """Test the nodes; returns None if the run can start on them."""
+        verdict, hosts = self._test_nodes(logs)
+        passed = not verdict.bad and verdict.problem is None
+        if passed or self.stop_state.requested():
+            return None
+        exclude: list[str] = []
+        if verdict.problem is not None:
+            reason = verdict.problem
+        else:
+            reason = "; ".join(f"{host}: {why}" for host, why in verdict.bad.items())
+            most_are_bad = len(hosts) > 1 and len(verdict.bad) * 2 > len(hosts)
+            if most_are_bad:
+                # The profile may ask for something that the nodes do not have.
+                reason = f"{reason}; that is most of the nodes, so none is excluded"
+            else:
+                exclude = list(verdict.bad)
+        failure = Failure("preflight", f"preflight: {reason}")
+        return restart(failure, exclude, situation, self.spec.restarts)
+
+    def _test_nodes(self, logs: Path) -> tuple[Verdict, list[str]]:
+        """Run the tests on every rank; returns what is wrong with the nodes, and the nodes."""
+        assert self.spec.preflight is not None
+        start_timeout = self.spec.restarts.start_timeout
+        test_spec = replace(
+            self.spec,
+            # The folder where the user launched the run may be a checkout of the code, and
+            # `python -m` would prefer its packages to those of the snapshot.
+            directory=self.spec.code,
+            # The tests have no signal handlers.
+            ignore_early_signals=False,
+        )
+        machine = self._machine(test_spec)
+        rules = Rules.of_settings(self.spec.preflight, join_seconds=start_timeout)
         folder = logs / "preflight"
         folder.mkdir()
         command = RankCommand(
-            [self.spec.python, "-m", "launch.preflight.main", str(folder), str(self.state)],
+            [self.spec.python, "-m", "launch.preflight.main", str(folder), str(self.run_folder)],
             self.spec.ranks,
             folder,
             {**self._environment(), "LLADA_PREFLIGHT": rules.to_json()},
@@ -228,7 +246,7 @@ class Supervisor:
             machine,
             command,
             self.stop_state,
-            Restarts(start_timeout=limits.start_timeout, grace=rules.seconds),
+            Restarts(start_timeout=start_timeout, grace=rules.seconds),
             self._end_by,
         )
         verdict = judge(folder, machine.hosts, self.spec.tasks_per_node, rules, end)
@@ -240,61 +258,50 @@ class Supervisor:
         )
         for line in verdict.lines:
             print(f"llada: preflight: {line}", flush=True)
+        return verdict, machine.hosts
 
-        if self.stop_state or (not verdict.bad and verdict.problem is None):
-            return None
-        exclude: list[str] = []
-        if verdict.problem is not None:
-            reason = verdict.problem
-        else:
-            reason = "; ".join(f"{host}: {why}" for host, why in verdict.bad.items())
-            if len(machine.hosts) > 1 and len(verdict.bad) * 2 > len(machine.hosts):
-                # Most nodes alike are no accident of one: the profile may ask for what the machines
-                # do not have.
-                reason = f"{reason}; that is most of the nodes, so none is excluded"
-            else:
-                exclude = list(verdict.bad)
-        return restart(Failure("preflight", f"preflight: {reason}"), exclude, situation, limits)
-
-    # -- what Slurm and the user want --------------------------------------------------------------
+    # -- what Slurm and the user ask for -----------------------------------------------------------
 
     def _situation_at_start(self) -> Situation:
-        failures, last_reason = failures_in_a_row(events.read(self.state), self.attempt, self.task)
+        lines = events.read(self.run_folder)
+        failures, last_reason = failures_in_a_row(lines, self.attempt, self.task)
         return Situation(
             failures=failures,
             last_reason=last_reason,
-            stopped_by_user=self.stop_state.by_user_now(),
+            stopped_by_user=self.stop_state.requested_by_user(fresh=True),
         )
 
     def _situation(self, start: Situation, machine: Machine) -> Situation:
-        """The situation at the end of the ranks."""
+        """The situation after the ranks have ended."""
         signal = self.stop.signal or self._signal_of_ranks()
-        # Slurm is asked first: a job that is being ended has half a minute.
+        # Ask Slurm first: half a minute after it begins to end a job, it kills this process.
         state = job_state(self.job)
         unreachable: list[str] = []
         if not self.local:
             with suppress(RunError):
                 unreachable = slurm.unreachable_nodes(machine.hosts)
         if state == "cancelled" and unreachable:
-            # Slurm shows both as COMPLETING.
+            # Slurm shows COMPLETING for a cancelled job and for one that has lost a node.
             state = "lost"
-        # Ctrl-C of a run on this machine is the user's, too.
+        # On this machine, a signal is the user's Ctrl-C.
         interrupted = self.local and self.stop.signal is not None
+        # The ranks may have stopped because the user asked for it a moment ago.
+        requested = self.stop_state.requested_by_user(fresh=True)
+        left_checkpoint = any(line["event"] == "checkpoint" for line in self._own_events())
         return Situation(
             signal=signal,
-            # Read now: the ranks may have stopped because the user asked for it a moment ago.
-            stopped_by_user=self.stop_state.by_user_now() or interrupted,
+            stopped_by_user=requested or interrupted,
             state=state,
-            progress=any(line["event"] == "checkpoint" for line in self._own_events()),
+            progress=left_checkpoint,
             failures=start.failures,
             last_reason=start.last_reason,
             unreachable=unreachable,
         )
 
     def _signal_of_ranks(self) -> str | None:
-        """The signal at which the ranks agreed to stop.
+        """The signal at which the ranks agreed to stop; None: they did not.
 
-        Before a preemption, Slurm may send it to the ranks alone.
+        Before a preemption, Slurm may signal the ranks and not this process.
         """
         for line in reversed(self._own_events()):
             if line["event"] == "signal":
@@ -302,17 +309,17 @@ class Supervisor:
         return None
 
     def _own_events(self) -> list[dict[str, Any]]:
-        """The events of this attempt, in the order they were written."""
+        """The events of this attempt, oldest first."""
         return [
             line
-            for line in events.read(self.state)
+            for line in events.read(self.run_folder)
             if line.get("attempt") == self.attempt and line.get("task") == self.task
         ]
 
     def _end_of_job(self) -> float:
-        """Return when the ranks have to be gone, seconds since 1970.
+        """Return the time at which the ranks are killed, seconds since 1970.
 
-        After that, this process still has the time to put the job back into the queue.
+        It leaves this process enough time to requeue the job.
         """
         if self.local or self.job is None:
             return _NEVER
@@ -322,9 +329,9 @@ class Supervisor:
         return time.time() + left - self.spec.restarts.reserve
 
     def _on_sigterm(self) -> None:
-        """Cancel the rest of a chain when the job is cancelled: scancel is final.
+        """Cancel the rest of a chain if this job was cancelled: scancel is final.
 
-        This comes before anything is waited for, since Slurm soon ends this process, too.
+        Called as soon as SIGTERM arrives, because Slurm soon ends this process too.
         """
         if self.spec.chain > 1 and job_state(self.job) == "cancelled":
             machine = self._machine(self.spec)
@@ -334,16 +341,17 @@ class Supervisor:
     # -- the next start ----------------------------------------------------------------------------
 
     def _requeue(self, decision: Decision) -> int:
-        """Put this job back into the queue. Slurm then ends this process."""
+        """Requeue this job or leave the run to the next one; returns this job's exit code."""
         assert self.job is not None
-        if self.stop_state.by_user_now():
-            self._log_event("stopped", reason="as requested, before the next start")
+        if self.stop_state.requested_by_user(fresh=True):
+            self._log_stop()
             return decision.code
+        next_start = NextStart(self.job, self.spec, self.launch_folder)
         if not self.spec.restarts.requeue:
-            return self._leave_to_chain(decision)
-        # From here on, a signal is Slurm's, for the requeue.
+            return self._leave_to_chain(next_start, decision)
+        # Slurm signals this process when it requeues the job. Earlier signals have been dealt with.
         self.stop.signal = None
-        refusal = slurm.requeue(self.job)
+        refusal = next_start.requeue(decision)
         if refusal is not None:
             reason = (
                 f"Slurm does not put the job back into the queue ({refusal}); submit the run again,"
@@ -352,89 +360,63 @@ class Supervisor:
             self._log_event("failed", reason=reason, failure=True)
             print(f"llada: failed: {reason}", flush=True)
             return 1
-        self._configure_next_starts([self.job], decision)
-        # Slurm ends this process, so that the job's end is the requeue and not an exit code.
-        self._sleep(30)
+        # Slurm ends this process, so that the job ends with the requeue, not with an exit code.
+        self._sleep(_REQUEUE_SECONDS)
         return decision.code
 
-    def _leave_to_chain(self, decision: Decision) -> int:
-        """Let the next job of the chain continue; without one, the run ends."""
-        submitted = read_submitted(self.launch_folder)
-        later: list[str] = []
-        if submitted is not None and self.job in submitted.jobs:
-            later = submitted.jobs[submitted.jobs.index(self.job) + 1 :]
-        if later:
-            # Excluded nodes hold for all jobs that are left, the back-off for the next alone.
-            affected = later if decision.exclude else later[:1]
-            self._configure_next_starts(affected, decision)
-            print(f"llada: job {later[0]} continues", flush=True)
+    def _leave_to_chain(self, next_start: NextStart, decision: Decision) -> int:
+        """Let the next job of the chain continue; if there is none, the run ends."""
+        next_job = next_start.leave_to_chain(decision)
+        if next_job is not None:
+            print(f"llada: job {next_job} continues", flush=True)
             return decision.code
+        event = "stopped"
+        if decision.failure:
+            event = "failed"
         reason = (
             f"{decision.reason}; no job is left to continue (requeue.enabled is false): submit the"
             " run again"
         )
         self._log_event(
-            "failed" if decision.failure else "stopped",
+            event,
             reason=reason,
             failure=decision.failure or None,
             failure_kind=decision.kind,
         )
         return decision.code
 
-    def _configure_next_starts(self, jobs: list[str], decision: Decision) -> None:
-        """Tell Slurm when and where the next jobs may start."""
-        exclude = None
-        if decision.exclude:
-            exclude = [*self.spec.exclude, *self._nodes_to_exclude(decision)]
-        for job in jobs:
-            configure_start(job, decision.delay, exclude)
-
-    def _nodes_to_exclude(self, decision: Decision) -> list[str]:
-        """Return the bad nodes of the last day, no more than the partition can spare."""
-        since = time.time() - _EXCLUDED_SECONDS
-        bad: list[str] = []
-        for line in since_submission(events.read(self.state)):
-            if line["time"] > since:
-                bad += line.get("excluded", [])
-        bad += decision.exclude
-        nodes = count_nodes_of_partition(str(self.job))
-        # Where Slurm does not say how many there are, all bad ones are avoided.
-        spare = None
-        if nodes:
-            spare = nodes - self.spec.nodes - len(self.spec.exclude)
-        return latest_nodes(bad, spare)
-
     def _end_chain(self, decision: Decision) -> None:
-        """Cancel the other jobs of a chain; the conversion then waits for the one that finished."""
-        submitted = read_submitted(self.launch_folder)
-        if self.local or self.spec.kind != "train" or submitted is None:
-            return
-        if len(submitted.jobs) < 2:
-            return
-        with suppress(RunError):
-            if submitted.then is not None and decision.event == "finished":
-                slurm.update(submitted.then, f"Dependency=afterok:{self.job}")
-            slurm.cancel(*(job for job in submitted.jobs if job != self.job))
+        """Cancel the other jobs of the chain, if there are any."""
+        if self.job is not None:
+            next_start = NextStart(self.job, self.spec, self.launch_folder)
+            next_start.end_chain(finished=decision.event == "finished")
+
+    # -- waiting and events ------------------------------------------------------------------------
 
     def _sleep(self, seconds: float) -> None:
+        """Wait; a signal ends the wait, and on this machine `llada stop` does too."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            stopped = self.stop.signal is not None or (self.local and bool(self.stop_state))
-            if stopped:
+            if self.stop or (self.local and self.stop_state.requested()):
                 return
             time.sleep(0.2)
+
+    def _log_stop(self) -> None:
+        self._log_event("stopped", reason="as requested, before the next start")
 
     def _log_event(self, event: str, **fields: Any) -> None:
         """Write an event.
 
-        The run can do without the line, so a file server that is away for a while must not end it.
+        A file server that does not answer for a while must not end the run, which can do without
+        the event.
         """
-        for pause in (1.0, 5.0, 15.0, 0.0):
+        problem: OSError | None = None
+        for pause in _EVENT_PAUSES:
+            time.sleep(pause)
             try:
                 self.log.write(event, attempt=self.attempt, job=self.job, task=self.task, **fields)
                 return
             except OSError as error:
                 problem = error
-                time.sleep(pause)
         with suppress(OSError):
             print(f"llada: the event {event} was not written ({problem})", flush=True)

@@ -1,7 +1,8 @@
-"""Tests of the nodes before a run's first step, on every rank.
+"""The node tests, which every rank runs before the first step of a run.
 
-They find out what a rank sees, how fast it is, and whether the others hear it. Every finding is
-written before the next test, so that a rank that hangs or dies in one is known by what is missing.
+They find out which GPUs and disk space a rank has, how fast it is, and whether it can communicate
+with the others. Each result is written before the next test starts, so that missing results show in
+which test a rank hung or died.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ _REPEATS = 3
 
 
 class _FindingFile:
-    """A rank's finding, written again with every value that is added.
+    """The file with a rank's finding, which is written again whenever a value is added.
 
     Args:
-        folder: of the findings.
-        rank: whose they are.
+        folder: folder of the findings.
+        rank: rank that writes the file.
     """
 
     def __init__(self, folder: Path, rank: int) -> None:
@@ -51,7 +52,7 @@ class _FindingFile:
 def main() -> int:
     """Run `python -m launch.preflight.main FOLDER RUN` as one of the ranks.
 
-    The rules are in LLADA_PREFLIGHT.
+    The environment variable LLADA_PREFLIGHT has the rules, as JSON.
     """
     folder = Path(sys.argv[1])
     run_folder = Path(sys.argv[2])
@@ -65,7 +66,7 @@ def main() -> int:
         torch.cuda.set_device(device)
     finding = _FindingFile(folder, rank.rank)
 
-    # What this rank can find out alone.
+    # Tests of this rank alone.
     finding.add(
         disk_free_gb=shutil.disk_usage(run_folder).free / 1e9,
         disk_error=_disk_error(folder, rank.rank),
@@ -76,12 +77,12 @@ def main() -> int:
     finding.add(gpus=gpus, gpu_memory_gb=gpu_memory_gb)
     finding.add(matmul_seconds=_matmul_seconds(device, rules.matmul_size))
 
-    # Meeting the others.
+    # Connections to the other ranks.
     store = _connect(rank, rules)
     finding.add(connected=True)
     _join(rank, device, store, rules)
     finding.add(joined=True)
-    # All ranks leave a barrier at nearly the same moment, at which they read their clocks.
+    # All ranks leave the barrier at nearly the same moment, so their clocks can be compared.
     dist.barrier()
     finding.add(clock=time.time())
 
@@ -89,15 +90,19 @@ def main() -> int:
     payload = torch.ones(int(rules.allreduce_mb * 1e6) // 4, device=device)
     local_group, neighbour_groups = _make_groups(rank.local_size)
     finding.add(local_gbps=_bandwidth(payload, local_group))
-    rounds = [_bandwidth(payload, group) for group in neighbour_groups]
-    finding.add(network_gbps=max((gbps for gbps in rounds if gbps is not None), default=None))
+    speeds = []
+    for group in neighbour_groups:
+        speed = _bandwidth(payload, group)
+        if speed is not None:
+            speeds.append(speed)
+    finding.add(network_gbps=max(speeds, default=None))
     dist.barrier()
     dist.destroy_process_group()
     return 0
 
 
 def _connect(rank: RankEnvironment, rules: Rules) -> dist.Store:
-    """Reach the store of the first node; the ranks that cannot are known by that."""
+    """Connect to the store on the first node."""
     return dist.TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
@@ -109,9 +114,9 @@ def _connect(rank: RankEnvironment, rules: Rules) -> dist.Store:
 
 
 def _join(rank: RankEnvironment, device: torch.device, store: dist.Store, rules: Rules) -> None:
-    """Meet the other ranks: first by name, then by connections.
+    """Wait until every rank has started, then connect to all of them.
 
-    The names have the time that the slowest start may take; the connections then have less.
+    Starting may take long. Once all ranks have started, connecting must be quick.
     """
     store.set(f"here/{rank.rank}", "1")
     names = [f"here/{other}" for other in range(rank.size)]
@@ -152,25 +157,25 @@ def _matmul_seconds(device: torch.device, size: int) -> float:
     dtype = torch.float32
     if device.type == "cuda":
         dtype = torch.bfloat16
-    # Random numbers: products of ones draw less power and run faster than real ones.
+    # Random numbers, because products of ones draw less power and run faster.
     matrix = torch.randn(size, size, device=device, dtype=dtype)
     return _best_seconds(lambda: torch.matmul(matrix, matrix), device)
 
 
 Group = dist.ProcessGroup | None
-"""None: this rank is in no such group."""
+"""None: this rank is in none of the groups of a round."""
 
 
 def _make_groups(local_size: int) -> tuple[Group, list[Group]]:
-    """Make the groups of all ranks, on every rank in the same order.
+    """Make the process groups of the all-reduces, on every rank in the same order.
 
     Each host is paired with both of its neighbours in a ring, in rounds in which no host is in two
-    pairs. A slow link shows in both pairs of its host; a healthy host has at least one fast pair.
-    On hosts 0 to 3 the rounds are (0, 1) (2, 3) and (1, 2) (0, 3); on hosts 0 to 2 they are (0, 1)
-    and (1, 2) and (0, 2).
+    pairs. A slow link slows down both pairs of its host, while a healthy host has at least one fast
+    pair. With hosts 0 to 3 the rounds are (0, 1) (2, 3) and (1, 2) (0, 3); with hosts 0 to 2 they
+    are (0, 1) and (1, 2) and (0, 2).
 
     Returns:
-        The ranks of this host, and this host with its neighbour of each round.
+        The group of this host's ranks, and for each round the group of this host and its neighbour.
     """
     ranks = dist.get_world_size()
     own_host = dist.get_rank() // local_size
@@ -188,11 +193,12 @@ def _make_groups(local_size: int) -> tuple[Group, list[Group]]:
 
 
 def _ring_rounds(hosts: int) -> list[list[tuple[int, ...]]]:
+    """The pairs of neighbouring hosts in a ring, in rounds."""
     if hosts < 2:
         return []
     even: list[tuple[int, ...]] = [(host, host + 1) for host in range(0, hosts - 1, 2)]
     odd: list[tuple[int, ...]] = [(host, host + 1) for host in range(1, hosts - 1, 2)]
-    # The pair that closes the ring. With an odd number of hosts it takes a round of its own.
+    # The pair that closes the ring. With an odd number of hosts it needs a round of its own.
     closing: list[tuple[int, ...]] = []
     if hosts > 2:
         closing = [(0, hosts - 1)]
@@ -202,7 +208,7 @@ def _ring_rounds(hosts: int) -> list[list[tuple[int, ...]]]:
 
 
 def _make_round(host_sets: list[tuple[int, ...]], members: list[list[int]], own_host: int) -> Group:
-    """Make a group of the ranks of each set of hosts; returns the one with this rank's host."""
+    """Make a group for each set of hosts; returns the group that contains this rank's host."""
     own_group = None
     for hosts in host_sets:
         ranks = [rank for host in hosts for rank in members[host]]
@@ -214,7 +220,7 @@ def _make_round(host_sets: list[tuple[int, ...]], members: list[list[int]], own_
 
 def _bandwidth(payload: torch.Tensor, group: Group) -> float | None:
     """Bus bandwidth of an all-reduce, GB/s: bytes x 2 (n - 1) / n / seconds, as in nccl-tests."""
-    # One round after the other, or they would share the links.
+    # Rounds must not overlap, or they would share the links.
     dist.barrier()
     if group is None:
         return None
@@ -232,7 +238,7 @@ def _best_seconds(work: Callable[[], object], device: torch.device) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - started)
-    # The first repetition also makes connections and loads kernels.
+    # The first repetition also sets up connections and loads kernels.
     return min(times[1:])
 
 

@@ -1,4 +1,4 @@
-"""Checks before a job waits in a queue: everything that can be known to be wrong is refused now."""
+"""Checks before a job is submitted: what would fail after hours in the queue fails now."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class RunPreview:
     """What the checks found out about a run.
 
     Attributes:
-        data_parallel: replicas.
-        start_step: from which the run continues; 0: it starts anew.
-        steps: of the run.
-        checkpoints: their size and number.
+        data_parallel: number of replicas.
+        start_step: step from which the run continues; 0: a new run.
+        steps: number of steps of the run.
+        checkpoints: size and number of the checkpoints.
         notes: lines for the user.
     """
 
@@ -41,11 +41,12 @@ class CheckOptions:
     """How strictly a run is checked.
 
     Attributes:
-        allow_changed: resume although settings or data changed.
-        rewind: step to go back to first; None: the latest checkpoint.
-        data_may_be_missing: another job makes it before this one starts, so that the job itself
-            checks it.
-        elsewhere: the run will not be on this machine, so that too small a disk is only a note.
+        allow_changed: whether the run may resume although settings or data changed.
+        rewind: step of the checkpoint to go back to; None: the latest checkpoint.
+        data_may_be_missing: whether the data may be missing because another job makes it first; the
+            run itself then checks it.
+        elsewhere: whether the run will be on another machine, so that a disk that is too small is
+            only a note.
     """
 
     allow_changed: bool = False
@@ -58,12 +59,12 @@ def check_run(config: RunConfig, ranks: int, options: CheckOptions) -> RunPrevie
     """Check that a run can start: data, run folder, layout, disk.
 
     Args:
-        config: of the run.
+        config: config of the run.
         ranks: world size.
-        options: see there.
+        options: how strictly the run is checked.
 
     Raises:
-        UserError: it could not start, in one line.
+        UserError: the run could not start; one line that says why.
     """
     data_parallel = config.check_world(ranks)
     folder = Path(config.run.dir)
@@ -73,26 +74,25 @@ def check_run(config: RunConfig, ranks: int, options: CheckOptions) -> RunPrevie
             f"run.dir: '{folder}' is in use by {holder}; stop that first with `llada stop"
             f" {folder}`, or choose another run.dir"
         )
-    # Stages that end too early show at the last step.
+    # Raises an error if the stages of the schedule end before the last step.
     schedule = Schedule(config.schedule, config.tokens_per_step)
     schedule.learning_rate(config.train.steps - 1)
     start_step, notes = _preview_start(config, options)
     checkpoints = checkpoint_volume(config)
     try:
-        # Two: the new one is complete before an old one is deleted.
+        # Two checkpoints: an old one is deleted only after the new one is complete.
         require_space(folder, 2 * checkpoints.bytes_each, "run.dir")
     except UserError as error:
         if not options.elsewhere:
             raise
         notes.append(
-            f"{error}; on this machine, so that the cluster's disk is compared when the run is"
-            " launched there"
+            f"{error}; checked on this machine only; the cluster's disk is checked at launch there"
         )
     return RunPreview(data_parallel, start_step, config.train.steps, checkpoints, notes)
 
 
 def _preview_start(config: RunConfig, options: CheckOptions) -> tuple[int, list[str]]:
-    """The step from which the run continues, and lines for the user."""
+    """The step from which the run continues, and notes for the user."""
     if options.data_may_be_missing:
         for entry in config.data.mixture:
             if not Path(entry.path).exists():
@@ -115,7 +115,7 @@ def check_profile(profile: ClusterProfile) -> None:
     """Compare a profile's partitions and time limits with those of the cluster.
 
     Raises:
-        UserError: no such partition, or a time limit over the partition's.
+        UserError: there is no such partition, or its time limit is lower.
     """
     _check_partition("", profile.partition, profile.time, profile.qos)
     cpu_jobs = profile.cpu_jobs
@@ -123,11 +123,11 @@ def check_profile(profile: ClusterProfile) -> None:
 
 
 def _check_partition(prefix: str, partition: str | None, time: str, qos: str | None) -> None:
-    """Check one partition; `prefix` is that of the settings, for messages."""
+    """Check a partition and a time limit; messages put `prefix` before the names of settings."""
     if partition is None:
         return
     limits = slurm.partitions()
-    # A job may name several; Slurm takes the first that is free.
+    # A job may name several partitions, separated by commas; it must fit all of them here.
     for name in partition.split(","):
         if name not in limits:
             raise UserError(

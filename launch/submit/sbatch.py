@@ -1,6 +1,6 @@
-"""From a config and a profile to a job: its description and its batch script.
+"""Makes the description and the batch script of a job from a config and a profile.
 
-Nothing here is written or submitted; that is `launch.submit.submission`.
+Writes and submits nothing; `launch.submit.submission` does.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from launch.submit.environment import rank_environment
 from llada.config import RunConfig
 
 Parameters = dict[str, Any]
-"""Keyword arguments of submitit, which makes the lines of the batch script from them."""
+"""Keyword arguments of submitit, which turns them into the lines of the batch script."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class PreparedJob:
 
     Attributes:
         folder: RUN/launch/NNNN.
-        spec: what the job reads.
-        parameters: of submitit.
-        command: the last lines of the batch script.
+        spec: description that the job reads.
+        parameters: parameters of submitit.
+        command: last lines of the batch script.
     """
 
     folder: Path
@@ -53,9 +53,9 @@ class TrainingRequest:
 
     Attributes:
         nodes, ranks_per_node: size of the job.
-        arguments: further words of the training command.
+        arguments: further arguments of the training command.
         chain: number of jobs that follow each other.
-        rewind: step to go back to first; None: the latest checkpoint.
+        rewind: step of the checkpoint to go back to; None: the latest checkpoint.
     """
 
     nodes: int = 1
@@ -71,33 +71,38 @@ def training_job(
     """Prepare the job of a run.
 
     Args:
-        config: of the run.
-        profile: of the cluster; None: this machine.
-        request: size and options.
+        config: config of the run.
+        profile: profile of the cluster; None: this machine.
+        request: size of the job and options of the launch.
         folder: RUN/launch/NNNN, which need not exist yet.
     """
-    state = Path(config.run.dir).absolute()
+    run_folder = Path(config.run.dir).absolute()
     code = folder / "code"
-    # The first start goes back; a restart after a failure must not.
-    first = []
+    # The first start goes back to an earlier checkpoint; a restart after a failure must not.
+    first_start_arguments = []
     if request.rewind is not None:
-        first = ["--rewind", str(request.rewind)]
+        first_start_arguments = ["--rewind", str(request.rewind)]
+    bind = True
+    exclude = []
+    if profile is not None:
+        bind = profile.numa_binding
+        exclude = profile.exclude
     spec = JobSpec(
         kind="train",
-        state=str(state),
+        run_folder=str(run_folder),
         directory=os.getcwd(),
         code=str(code),
         command=[config.task, str(folder / "config.yaml"), *request.arguments],
         python=_python(profile),
         container=_apptainer_words(profile, code),
-        first=first,
+        first_start_arguments=first_start_arguments,
         nodes=request.nodes,
         tasks_per_node=request.ranks_per_node,
         environment=rank_environment(profile, config),
         srun=_srun_options(profile, code),
-        bind=profile is None or profile.numa_binding,
+        bind=bind,
         preflight=_preflight_settings(profile, request.ranks_per_node),
-        exclude=[] if profile is None else profile.exclude,
+        exclude=exclude,
         chain=request.chain,
         restarts=_restarts(profile, request.chain),
     )
@@ -118,11 +123,11 @@ def _training_parameters(profile: ClusterProfile, spec: JobSpec) -> Parameters:
         "nodes": spec.nodes,
         "ntasks_per_node": ranks,
         "cpus_per_task": profile.cpus_per_task,
-        # None leaves the option out; submitit would write --exclusive=False.
+        # None omits the option; submitit would turn False into --exclusive=False.
         "exclusive": profile.exclusive or None,
     }
     if profile.memory_per_task_gb == 0:
-        # All of the node's.
+        # For Slurm, 0 is all memory of the node.
         parameters["mem"] = "0"
     elif profile.memory_per_task_gb is not None:
         parameters["mem"] = f"{int(profile.memory_per_task_gb * ranks * 1024)}M"
@@ -133,14 +138,14 @@ def _training_parameters(profile: ClusterProfile, spec: JobSpec) -> Parameters:
         parameters["gpus_per_node"] = gpus
     elif profile.gpu_request == "gres":
         parameters["gres"] = f"gpu:{gpus}"
-    # B: to the batch script alone, which forwards it to the ranks.
+    # B: only the batch script gets the signal. The supervisor forwards it to the ranks.
     parameters["additional_parameters"]["signal"] = f"B:USR1@{profile.signal_seconds}"
     return parameters
 
 
 def single_job(
     profile: ClusterProfile,
-    state: Path,
+    run_folder: Path,
     folder: Path,
     code: Path,
     command: list[str],
@@ -149,16 +154,16 @@ def single_job(
     """Prepare a job without GPUs: a task of data preparation, or a conversion.
 
     Args:
-        profile: of the cluster.
-        state: folder for events and logs.
-        folder: for the description, which need not exist yet.
+        profile: profile of the cluster.
+        run_folder: folder for events and logs.
+        folder: folder for the description, which need not exist yet.
         code: snapshot of the code.
-        command: words of the llada command; {task} stands for the number of the array task.
-        tasks: of the array; None: no array.
+        command: arguments of `llada`; {task} stands for the number of the array task.
+        tasks: number of tasks of the job array; None: no array.
     """
     spec = JobSpec(
         kind="task",
-        state=str(state),
+        run_folder=str(run_folder),
         directory=os.getcwd(),
         code=str(code),
         command=command,
@@ -188,22 +193,22 @@ def single_job(
         "mem": memory,
     }
     options = parameters["additional_parameters"]
-    # The work that is done is kept, so that shortly before the limit is early enough.
+    # Such a job keeps finished work, so it can be stopped shortly before its time limit.
     warning_seconds = min(60, time_limit * 60 // 4)
     options["signal"] = f"B:USR1@{warning_seconds}"
     if tasks is not None:
         options["array"] = f"0-{tasks - 1}"
-        options["output"] = str(state / "logs" / "job-%A_%a.log")
+        options["output"] = str(run_folder / "logs" / "job-%A_%a.log")
     return PreparedJob(folder, spec, parameters, _script_command(folder, spec))
 
 
-def job_name(state: Path) -> str:
+def job_name(run_folder: Path) -> str:
     """Return the name of a run's jobs.
 
-    No other run has it: the jobs of a chain wait for each other by their name.
+    It must be unique: Slurm runs the jobs of a chain one after another because they share it.
     """
-    name = re.sub(r"[^A-Za-z0-9._-]", "_", state.name)
-    digest = sha256(str(state).encode()).hexdigest()
+    name = re.sub(r"[^A-Za-z0-9._-]", "_", run_folder.name)
+    digest = sha256(str(run_folder).encode()).hexdigest()
     return f"llada-{name}-{digest[:8]}"
 
 
@@ -215,8 +220,8 @@ def _script_command(folder: Path, spec: JobSpec) -> str:
     python = shlex.quote(sys.executable)
     lines = (
         f"cd {code} || exit 1",
-        # From here on the supervisor has to handle the signals. exec keeps them ignored until it
-        # does; they would end it otherwise.
+        # exec keeps these signals ignored until the supervisor handles them. They would end it
+        # otherwise.
         "trap '' USR1 TERM",
         f"PYTHONPATH={code} exec {python} -m launch.job.main {shlex.quote(str(folder))}",
     )
@@ -225,17 +230,19 @@ def _script_command(folder: Path, spec: JobSpec) -> str:
 
 def _common_parameters(profile: ClusterProfile, spec: JobSpec) -> Parameters:
     """Parameters of submitit that all jobs share."""
-    state = Path(spec.state)
-    requeue = "requeue" if spec.restarts.requeue else "no-requeue"
+    run_folder = Path(spec.run_folder)
+    requeue_option = "no-requeue"
+    if spec.restarts.requeue:
+        requeue_option = "requeue"
     options: dict[str, str | int | bool] = {
-        "output": str(state / "logs" / "job-%j.log"),
+        "output": str(run_folder / "logs" / "job-%j.log"),
         "chdir": spec.directory,
-        requeue: True,
+        requeue_option: True,
     }
     if profile.reservation:
         options["reservation"] = profile.reservation
     return {
-        "job_name": job_name(state),
+        "job_name": job_name(run_folder),
         "constraint": profile.constraint,
         "exclude": ",".join(profile.exclude) or None,
         "setup": _setup_lines(profile),
@@ -250,10 +257,10 @@ def _common_parameters(profile: ClusterProfile, spec: JobSpec) -> Parameters:
 def _setup_lines(profile: ClusterProfile) -> list[str]:
     """Shell lines before the supervisor: modules and files to source."""
     environment = profile.environment
-    # Modules may take a minute to load. A signal that comes meanwhile is kept for the supervisor.
+    # Loading modules may take a minute. This remembers a signal until the supervisor starts.
     lines = ["trap 'export LLADA_SIGNALLED=1' USR1 TERM"]
     if environment.modules:
-        # Batch shells are no login shells: where `module` is a function, it has to be read in.
+        # Where `module` is a shell function, only login shells define it.
         lines.append("command -v module >/dev/null || . /etc/profile")
     lines += [f"module load {shlex.quote(module)} || exit 1" for module in environment.modules]
     lines += [f". {shlex.quote(path)} || exit 1" for path in environment.source]
@@ -297,7 +304,7 @@ def _python(profile: ClusterProfile | None) -> str:
 
 
 def _apptainer_words(profile: ClusterProfile | None, code: Path) -> list[str]:
-    """Words before the command of a rank that lead into an Apptainer container."""
+    """The command that runs a rank in an Apptainer container; empty without one."""
     if profile is None:
         return []
     container = profile.environment.container
@@ -314,13 +321,13 @@ def _srun_options(profile: ClusterProfile | None, code: Path) -> list[str]:
         return []
     options = []
     if profile.cpus_per_task is not None:
-        # Since Slurm 22.05, srun no longer takes this from the job.
+        # Since Slurm 22.05, srun does not inherit this option from the job.
         options.append(f"--cpus-per-task={profile.cpus_per_task}")
     return [*options, *_pyxis_options(profile.environment.container, code), *profile.srun]
 
 
 def _pyxis_options(container: Container | None, code: Path) -> list[str]:
-    """Options of srun that pyxis, its container plugin, reads."""
+    """Options of srun for its container plugin, pyxis; empty without such a container."""
     if container is None or container.kind != "pyxis":
         return []
     options = [f"--container-image={container.image}", f"--container-workdir={code}"]

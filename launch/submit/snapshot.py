@@ -1,6 +1,6 @@
-"""The code of a run, kept with it.
+"""Copies the code of a run into its folder.
 
-What a job runs next week is what was submitted today, whatever happens to the checkout.
+The job runs the copy, so later changes of the checkout do not affect it.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ def take_snapshot(target: Path) -> Path:
     target.mkdir(parents=True)
     for package in PACKAGES:
         folder = Path(str(package.__file__)).parent
-        # Bytecode is copied, too, or every rank of the run would compile the package. It stays
-        # valid because copytree keeps the time of each source file. What another process is just
-        # writing comes and goes under a name like cli.cpython-311.pyc.1400.
+        # Bytecode is copied too, or every rank would compile the package. It stays valid because
+        # copytree keeps the modification times of the source files. Files with a name like
+        # cli.cpython-311.pyc.1400 are just being written by another process, and disappear.
         in_progress = shutil.ignore_patterns("*.pyc.*")
         shutil.copytree(folder, target / folder.name, ignore=in_progress)
     shutil.copyfile(target / "llada" / "__main__.py", target / "__main__.py")

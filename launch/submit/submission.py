@@ -1,4 +1,4 @@
-"""Writes the folder of a launch, and submits its job (through submitit) or runs it here."""
+"""Writes the folder of a launch, and submits its job with submitit or runs it on this machine."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ from llada.files import write_atomically
 def write_launch_folder(job: PreparedJob, config: RunConfig | None = None) -> None:
     """Write the snapshot of the code, the resolved config and the job's description.
 
-    A job that shares the snapshot of another does not write it again.
+    A job that uses the snapshot of another does not write it again.
     """
     job.folder.mkdir(parents=True, exist_ok=True)
     code = Path(job.spec.code)
     if not code.exists():
         take_snapshot(code)
-    (Path(job.spec.state) / "logs").mkdir(parents=True, exist_ok=True)
+    (Path(job.spec.run_folder) / "logs").mkdir(parents=True, exist_ok=True)
     if config is not None:
         write_atomically(job.folder / "config.yaml", to_yaml(config))
     write_atomically(job.folder / JOB_FILE, job.spec.to_json())
 
 
 def submit(job: PreparedJob, dependency: str | None = None) -> str:
-    """Submit a job whose folder is written; returns its id.
+    """Submit a job whose folder is written; returns the job's id.
 
     Args:
-        job: to be submitted.
-        dependency: as sbatch takes it, such as afterok:17; None: none.
+        job: job to submit.
+        dependency: dependency in sbatch's notation, for example afterok:17; None: no dependency.
 
     Raises:
-        UserError: Slurm refuses it; its own reason is shown.
+        UserError: Slurm refuses the job; the message has Slurm's reason.
     """
     folder = job.folder / "submitit"
     folder.mkdir(exist_ok=True)
@@ -60,10 +60,10 @@ def submit(job: PreparedJob, dependency: str | None = None) -> str:
 
 
 def check_with_slurm(job: PreparedJob) -> str:
-    """Let Slurm judge a batch script without submitting it; returns its estimate of the start.
+    """Let Slurm check a batch script without submitting it; returns its estimate of the start.
 
     Raises:
-        UserError: Slurm refuses it; its own reason is shown.
+        UserError: Slurm refuses the job; the message has Slurm's reason.
     """
     with _clean_environment():
         answer = subprocess.run(
@@ -81,13 +81,14 @@ def check_with_slurm(job: PreparedJob) -> str:
 
 @contextmanager
 def _clean_environment() -> Iterator[None]:
-    """Hide the variables that would change a job behind the profile's back.
+    """Hide the environment variables that would change a job without the profile saying so.
 
-    These are defaults of sbatch and srun, and the variables of a job that this process runs in.
+    Some set defaults of sbatch and srun; others belong to a job that this process may run in.
     """
     hidden = {}
     for name, value in os.environ.items():
-        if name.startswith(("SBATCH_", "SLURM_", "SRUN_")) and name != "SLURM_CONF":
+        is_of_slurm = name.startswith(("SBATCH_", "SLURM_", "SRUN_"))
+        if is_of_slurm and name != "SLURM_CONF":
             hidden[name] = value
     for name in hidden:
         del os.environ[name]
@@ -98,13 +99,13 @@ def _clean_environment() -> Iterator[None]:
 
 
 def record_submission(job: PreparedJob, submitted: Submitted, ranks: int | None = None) -> None:
-    """Write down what was submitted, for status, stop and the jobs themselves."""
+    """Record what was submitted, for `llada status`, `llada stop` and the jobs themselves."""
     write_atomically(job.folder / SUBMITTED_FILE, submitted.to_json())
     supervisor: dict[str, str | int] = {}
     if not submitted.jobs:
-        # On this machine the supervisor replaces this process, and keeps its number.
+        # On this machine, the supervisor replaces this process and keeps its process id.
         supervisor = {"host": socket.gethostname(), "pid": os.getpid()}
-    EventLog(Path(job.spec.state)).write(
+    EventLog(Path(job.spec.run_folder)).write(
         "submitted",
         jobs=submitted.jobs or None,
         then=submitted.then,
@@ -115,16 +116,16 @@ def record_submission(job: PreparedJob, submitted: Submitted, ranks: int | None 
 
 
 def run_locally(job: PreparedJob) -> int:
-    """Replace this process by the supervisor of the run, whose exit code is then the command's."""
+    """Replace this process by the supervisor of the run, whose exit code becomes the command's."""
     words = [sys.executable, "-m", "launch.job.main", str(job.folder), "--local"]
-    # Python finds the packages of the snapshot before those of the checkout.
+    # With `-m`, Python prefers packages in the current folder: those of the snapshot.
     os.chdir(job.spec.code)
     sys.stdout.flush()
     os.execve(sys.executable, words, {**os.environ, "PYTHONPATH": job.spec.code})
 
 
 def _telling_line(output: str) -> str:
-    """Return the line of sbatch's output that says why, or when the job would start."""
+    """Return the line of sbatch's output with its reason, or with the estimated start."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     telling = [line for line in lines if re.search(r"error|failure|unrecognized|start at", line)]
     candidates = telling or lines or ["no reason given"]

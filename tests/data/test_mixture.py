@@ -144,7 +144,10 @@ def test_the_order_follows_the_data_not_its_path() -> None:
             r"data.mixture.1.weight: 1e-06 gives b no sample",
         ),
         ([source("a", 0)], r"data.mixture.0.path: a holds no full window"),
-        ([source("a", 9, cap=0)], r"data.mixture.0.max_epochs: allows less than one of the 9 windows"),
+        (
+            [source("a", 9, cap=0)],
+            r"data.mixture.0.max_epochs: allows less than one of the 9 windows",
+        ),
         (
             [MixtureSource("a", "f", 9, 1.0), MixtureSource("b", "f", 9, 1.0)],
             r"data.mixture.1.path: b holds the same data as a",

@@ -180,7 +180,7 @@ def test_a_stop_of_the_last_moment_is_seen_by_the_decision(tmp_path: Path) -> No
     (tmp_path / "job.json").write_text(spec.to_json())
     supervisor = Supervisor(tmp_path, StopRequest(), local=True)
     deadline = time.monotonic() + 60
-    assert not supervisor.stop_state.by_user
+    assert not supervisor.stop_state.requested_by_user()
     (tmp_path / STOP_FILE).touch()
     situation = supervisor._situation(Situation(), ThisMachine(spec))
     assert situation.stopped_by_user and time.monotonic() < deadline
@@ -191,7 +191,7 @@ def test_a_stop_between_the_decision_and_the_requeue_is_seen(tmp_path: Path) -> 
     (tmp_path / "job.json").write_text(spec.to_json())
     supervisor = Supervisor(tmp_path, StopRequest(), local=True)
     supervisor.job = "12"
-    assert not supervisor.stop_state.by_user
+    assert not supervisor.stop_state.requested_by_user()
     (tmp_path / STOP_FILE).touch()
     # Otherwise it would ask Slurm, which is not here.
     supervisor._requeue(Decision("requeued", "SIGUSR1: stopped with a checkpoint"))

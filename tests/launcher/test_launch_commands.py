@@ -108,9 +108,9 @@ def test_fine_tuning_is_launched_alike(here: Path) -> None:
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--cluster", "cluster.yaml"], "--gpus-per-node: missing"),
+        (["--cluster", "cluster.yaml"], "--gpus-per-node is required: one rank per GPU"),
         (["--gpus-per-node", "2"], "--cluster: missing"),
-        (["--local", "--cluster", "cluster.yaml"], "--local: this machine has no profile"),
+        (["--local", "--cluster", "cluster.yaml"], "--local takes no profile"),
         (["--local", "--nodes", "2"], "--nodes: 2 is for a cluster"),
         (["--local", "--chain", "2"], "--chain: 2 is for a cluster"),
         (
@@ -150,8 +150,8 @@ def test_too_little_disk_for_two_checkpoints(here: Path, monkeypatch: pytest.Mon
     # A machine without Slurm is not the one that the run will be on.
     out = llada("launch", config(here, "big"), "--cluster", "cluster.yaml", *SIZE, "--dry-run")
     assert (
-        "MB left; on this machine, so that the cluster's disk is compared when the run is launched"
-        " there" in out
+        "MB left; checked on this machine only; the cluster's disk is checked at launch there"
+        in out
     )
 
 

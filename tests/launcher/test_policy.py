@@ -42,7 +42,7 @@ def test_finished_only_when_every_rank_is() -> None:
     assert decide(ends(0, ranks=2), Situation(), LIMITS).event == "requeued"
 
 
-def test_a_stop_in_order_is_no_failure_and_never_counts() -> None:
+def test_a_clean_stop_is_no_failure_and_never_counts() -> None:
     decision = decide(ends(75, 75), Situation(signal="SIGUSR1", progress=True, failures=99), LIMITS)
     assert (decision.event, decision.failure, decision.delay, decision.code) == (
         "requeued",

@@ -135,7 +135,7 @@ def test_a_signal_is_repeated_until_the_rank_handles_it(tmp_path: Path) -> None:
         slow + "signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75)); open('ready', 'w');"
         " time.sleep(20)"
     )
-    rank = start_rank(tmp_path, code)
+    rank = start_rank(tmp_path, code, "--ignore-early-signals")
     while not (tmp_path / "rank_00003.start.json").exists():
         time.sleep(0.02)
     rank.send_signal(signal.SIGUSR1)  # the child ignores it: it still "imports"
@@ -145,9 +145,7 @@ def test_a_signal_is_repeated_until_the_rank_handles_it(tmp_path: Path) -> None:
 
 
 def test_a_task_that_handles_no_signal_ends_by_it(tmp_path: Path) -> None:
-    rank = start_rank(
-        tmp_path, "import time; open('ready', 'w'); time.sleep(60)", "--default-signals"
-    )
+    rank = start_rank(tmp_path, "import time; open('ready', 'w'); time.sleep(60)")
     while not (tmp_path / "ready").exists():
         time.sleep(0.02)
     rank.send_signal(signal.SIGTERM)

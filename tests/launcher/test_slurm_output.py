@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from launch import slurm
-from launch.job.own_job import _seconds, latest_nodes
+from launch.job.own_job import _seconds
 from launch.slurm import Job
-from launch.status import _colon_reason
+from launch.status import _explain_pending
 from llada.errors import UserError
 
 
@@ -21,14 +21,14 @@ def test_durations_of_a_job() -> None:
 
 
 def test_the_reason_of_a_pending_job_is_explained() -> None:
-    assert _colon_reason(Job("1", "PENDING", "PartitionTimeLimit")).startswith(
-        ": PartitionTimeLimit (requests more time than the partition"
+    too_long = _explain_pending(Job("1", "PENDING", "PartitionTimeLimit"))
+    assert too_long is not None
+    assert too_long.startswith("PartitionTimeLimit (requests more time than the partition")
+    assert _explain_pending(Job("1", "PENDING", "ReqNodeNotAvail, UnavailableNodes:n1")) == (
+        "ReqNodeNotAvail, UnavailableNodes:n1 (a node it needs is down, drained or reserved)"
     )
-    assert _colon_reason(Job("1", "PENDING", "ReqNodeNotAvail, UnavailableNodes:n1")).endswith(
-        "(a node it needs is down, drained or reserved)"
-    )
-    assert _colon_reason(Job("1", "PENDING", "SomethingNew")) == ": SomethingNew"
-    assert _colon_reason(Job("1", "RUNNING")) == ""
+    assert _explain_pending(Job("1", "PENDING", "SomethingNew")) == "SomethingNew"
+    assert _explain_pending(Job("1", "RUNNING")) is None
 
 
 def test_no_slurm_on_the_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -39,7 +39,7 @@ def test_no_slurm_on_the_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         slurm.require()
 
 
-def test_a_job_waits_for_a_controller_that_is_away(
+def test_a_job_waits_for_an_unreachable_controller(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A run must not end because slurmctld was being restarted when it requeued itself.
@@ -47,10 +47,10 @@ def test_a_job_waits_for_a_controller_that_is_away(
     The clock is a list.
     """
     script = tmp_path / "scontrol"
-    away = "slurm_requeue error: Unable to contact slurm controller (connect failure)"
+    unreachable = "slurm_requeue error: Unable to contact slurm controller (connect failure)"
     script.write_text(
         f"#!/bin/sh\necho x >>{tmp_path}/calls\n[ $(wc -l <{tmp_path}/calls) -gt 3 ] || {{ echo"
-        f' "{away}" >&2; exit 1; }}\n'
+        f' "{unreachable}" >&2; exit 1; }}\n'
     )
     script.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
@@ -66,9 +66,3 @@ def test_a_job_waits_for_a_controller_that_is_away(
         "#!/bin/sh\necho 'slurm_requeue error: Job is no longer pending execution' >&2; exit 1\n"
     )
     assert slurm.requeue("12") == "Job is no longer pending execution"
-
-
-def test_no_more_nodes_are_excluded_than_can_be_spared() -> None:
-    assert latest_nodes(["n1", "n2", "n3", "n1"], spare=None) == ["n2", "n3", "n1"]
-    assert latest_nodes(["n1", "n2", "n3", "n1"], spare=2) == ["n3", "n1"]
-    assert latest_nodes(["n1", "n2"], spare=0) == []

@@ -379,14 +379,14 @@ def a_job_that_comes_back_after_scancel(policy: Any) -> None:
 rewrites(
     "clean stops that use up the restarts",
     "launch.job.policy",
-    'if not ends or ends[-1].get("failure"):',
-    "if True:",
+    'failed = not ends or ends[-1].get("failure", False)',
+    "failed = True",
     "tests/launcher/test_policy.py",
 )
 rewrites(
     "a signal that is lost while Python imports",
     "launch.job.rank",
-    "due = time.monotonic() - last_sent > _REPEAT_SECONDS",
-    "due = last_sent == 0.0",
+    "is_due = time.monotonic() - last_sent > _REPEAT_SECONDS",
+    "is_due = last_sent == 0.0",
     "tests/launcher/test_rank.py",
 )

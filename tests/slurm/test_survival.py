@@ -16,7 +16,7 @@ from tests.slurm.scenarios import scenario
 
 @scenario
 def test_time_limit_saves_requeues_and_goes_on_also_when_a_rank_hangs(island: Island) -> None:
-    """One run stops in order; of the other, a rank never does.
+    """One run stops cleanly; of the other, a rank never does.
 
     Without the launcher's own limit, Slurm would end that supervisor with the ranks, and nobody
     would requeue the job. Both run at once, since the minutes have to pass.
@@ -101,7 +101,7 @@ def test_plain_scontrol_requeue(island: Island) -> None:
     island.cluster.run("scontrol", "requeue", job)
     requeued = island.wait_event("administered", "requeued")
     assert "failure" not in requeued and requeued["reason"] == "Slurm requeues the job"
-    assert requeued["step"] >= 6  # stopped in order, although nobody asked the run itself
+    assert requeued["step"] >= 6  # stopped cleanly, although nobody asked the run itself
     island.wait_state("administered", "FINISHED")
     assert island.status("administered").restarts == 1
     assert island.lines("administered") == island.uninterrupted.result()

@@ -61,7 +61,10 @@ def test_the_terminal_shows_one_line_and_exit_2(workplace: Workplace) -> None:
             "schedule.stages: end after 3 steps",
         ),
         (["data.sequence_length=10000000"], "data.mixture.0.path: corpus holds no full window"),
-        (["data.mixture.0.max_epochs=0.0001"], "data.mixture.0.max_epochs: allows less than one of the"),
+        (
+            ["data.mixture.0.max_epochs=0.0001"],
+            "data.mixture.0.max_epochs: allows less than one of the",
+        ),
         (
             ["data.mixture.0.max_epochs=0.03"],
             r"train.steps: 12 steps need 96 samples, the capped mixture holds \d\d;",

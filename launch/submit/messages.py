@@ -1,4 +1,4 @@
-"""What `llada launch` prints: the plan of a run, and what to do once it is submitted."""
+"""What `llada launch` prints: the plan of a run, and the commands to use once it is submitted."""
 
 from __future__ import annotations
 
@@ -6,27 +6,12 @@ import os
 import shlex
 import sys
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 from launch.job.spec import Submitted
 from launch.submit.checks import RunPreview
+from launch.submit.options import LaunchOptions
 from llada.config import RunConfig
-
-
-@dataclass(frozen=True)
-class LaunchOptions:
-    """Options of `llada launch CONFIG`; see the command's help."""
-
-    nodes: int = 1
-    gpus_per_node: int | None = None
-    dry_run: bool = False
-    local: bool = False
-    chain: int = 1
-    then: str | None = None
-    after: str | None = None
-    allow_changed: bool = False
-    rewind: int | None = None
 
 
 def print_plan(
@@ -39,11 +24,11 @@ def print_plan(
     """Print what a launch is about to do.
 
     Args:
-        config: of the run.
-        preview: what the checks found out.
-        options: of the launch.
-        ranks_per_node: on every node.
-        slurm_estimate: when Slurm expects the job to start; "" without Slurm.
+        config: config of the run.
+        preview: result of the checks.
+        options: options of the command.
+        ranks_per_node: number of ranks per node.
+        slurm_estimate: line in which Slurm says when the job would start; "" without Slurm.
     """
     parallel = config.parallel
     batch = config.batch
@@ -58,8 +43,8 @@ def print_plan(
     print(f"{config.task} in {config.run.dir}: {machines} = {ranks} ranks, {layout}")
     micro_batches = batch.global_ // (batch.micro * preview.data_parallel)
     print(
-        f"a step: {batch.global_} sequences of {config.data.sequence_length} tokens,"
-        f" {micro_batches} micro-batches of {batch.micro} a replica"
+        f"per step: {batch.global_} sequences of {config.data.sequence_length} tokens,"
+        f" {micro_batches} micro-batches of {batch.micro} per replica"
     )
     print(f"checkpoints: {preview.checkpoints} (every {config.checkpoint.every:,} steps)")
     start = "starts at step 0"
@@ -82,24 +67,40 @@ def print_plan(
     sys.stdout.flush()
 
 
-def print_next_steps(state: Path, submitted: Submitted) -> None:
+def print_next_steps(run_folder: Path, submitted: Submitted) -> None:
     """Print how to watch, stop and resume a run that was submitted."""
-    run = shell_path(state)
+    run = shell_path(run_folder)
     jobs = ", ".join(submitted.jobs)
     if submitted.then:
         jobs = f"{jobs}, then job {submitted.then}"
     print(f"\nsubmitted job {jobs}")
-    print(f"  job's log   {state}/logs/job-{submitted.jobs[0]}.log")
-    print(f"  ranks' logs {state}/logs/attempt-NNNN/rank_NNNNN.log")
+    print(f"  job's log   {run_folder}/logs/job-{submitted.jobs[0]}.log")
+    print(f"  ranks' logs {run_folder}/logs/attempt-NNNN/rank_NNNNN.log")
     print(f"  watch       llada status {run};  llada logs {run} -f")
     print(f"  stop        llada stop {run}")
     print("  resume      the same `llada launch` again, from the latest checkpoint")
 
 
-def print_next_data_steps(output: Path, state: Path, job: str) -> None:
+def print_data_plan(
+    command: str, arguments: list[str], tasks: int, cores: int, run_folder: Path
+) -> None:
+    """Print what the launch of a data preparation is about to do.
+
+    Args:
+        command: "prepare" or "prepare-sft".
+        arguments: options of that command.
+        tasks: number of tasks of the job array.
+        cores: number of cores per task.
+        run_folder: folder of the events and logs.
+    """
+    print(f"llada data {command} {shlex.join(arguments)}")
+    print(f"{tasks} tasks of {cores} cores; events and logs in {run_folder}")
+
+
+def print_next_data_steps(output: Path, run_folder: Path, job: str) -> None:
     """Print how to watch and stop a data preparation that was submitted."""
     corpus = shell_path(output)
-    print(f"\nsubmitted job {job}: logs {state}/logs/job-{job}_*.log")
+    print(f"\nsubmitted job {job}: logs {run_folder}/logs/job-{job}_*.log")
     print(f"  llada status {corpus}")
     print(f"  llada logs {corpus} --task 0 -f")
     print(f"  llada stop {corpus}")
@@ -107,8 +108,7 @@ def print_next_data_steps(output: Path, state: Path, job: str) -> None:
 
 
 def shell_path(path: Path) -> str:
-    """Return a path as the user would type it here."""
-    # A path outside the current folder stays absolute.
+    """Return a path as the user would type it: relative to the current folder if it is inside."""
     with suppress(ValueError):
         path = path.relative_to(os.getcwd())
     return shlex.quote(str(path))
