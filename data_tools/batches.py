@@ -11,9 +11,14 @@ T = TypeVar("T")
 def in_batches(
     documents: Iterable[T], size_of: Callable[[T], int], limit: int
 ) -> Iterator[list[T]]:
-    """Yield lists of documents, each just large enough that its sizes add up to `limit`.
+    """Yield lists of documents; a batch ends with the document that brings its size to `limit`.
 
-    A batch is larger than `limit` by less than its last document; the last batch may be smaller.
+    So a batch exceeds `limit` by less than its last document. The final batch may be smaller.
+
+    Args:
+        documents: documents in order.
+        size_of: returns the size of a document.
+        limit: size with which a batch is full.
     """
     batch: list[T] = []
     size = 0

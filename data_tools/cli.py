@@ -1,7 +1,7 @@
 """The `llada data` commands.
 
-Each command turns its options into arguments of one function of the library and prints what it
-returns. Everything heavy is imported inside the command that needs it, so `--help` answers at once.
+Each command turns its options into arguments of one function of the library, and prints what it
+returns. Slow imports are inside the commands that need them, so that `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def _prepare(
     corpus_options: CorpusOptions,
     execution_options: ExecutionOptions,
 ) -> None:
-    """Prepare a corpus and print what was made, or what is left to other tasks."""
+    """Prepare a corpus, and print a summary, or what other tasks still have to do."""
     from data_tools.job.build import Unfinished, prepare_corpus
     from data_tools.job.finish import summary
 
@@ -172,7 +172,7 @@ def export(
     if exported.text_bytes != exported.prepared_bytes:
         typer.echo(
             f"not the text as it was prepared, which has {exported.prepared_bytes:,} bytes: the"
-            " tokenizer gives some texts back changed"
+            " tokenizer does not decode every text unchanged"
         )
 
 
@@ -264,10 +264,10 @@ def verify(
     try:
         total = sum(entry.tokens for entry in Manifest.load(folder).shards)
     except UserError:
-        total = 0  # the verification reports what is wrong
+        total = 0  # the verification reports the problem
     with progress_bar(sys.stderr.isatty(), "verifying", total) as advance:
         problems = verify_prepared_corpus(folder, workers, lambda entry: advance(entry.tokens))
-    # The last line of a failed command is its error. One problem is printed there alone.
+    # The last line of a failed command is its error, which is enough for a single problem.
     if len(problems) == 1:
         raise UserError(problems[0])
     for problem in problems:
@@ -319,7 +319,7 @@ def train(
     tokenizer = trained.tokenizer
     num_ids = f"{tokenizer.vocab_size:,} ids"
     if tokenizer.vocab_size < vocab_size:
-        num_ids += f" (the text has pairs for no more than that, {vocab_size:,} were asked for)"
+        num_ids += f" (requested {vocab_size:,}; the text has too few distinct pairs)"
     typer.echo(
         f"{output}: {num_ids}, {tokenizer.padded_vocab_size:,} rows, mask {tokenizer.mask_id},"
         f" EOS {tokenizer.eos_id}"
@@ -346,5 +346,5 @@ def info(
     from data_tools.readers.sources import parse_extensions
     from data_tools.tokenizers.description import describe_tokenizer
 
-    reading = ReadOptions(text_field, parse_extensions(ext), skip_bad)
-    typer.echo(describe_tokenizer(path, input or [], reading))
+    options = ReadOptions(text_field, parse_extensions(ext), skip_bad)
+    typer.echo(describe_tokenizer(path, input or [], options))

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 SHARD_TOKENS = 2**28
-"""Tokens of a full shard."""
+"""Number of tokens with which a shard is full."""
 VALIDATION_FRACTION = 0.005
-"""Share of the documents that are held out for validation."""
+"""Share of the documents that is held out for validation."""

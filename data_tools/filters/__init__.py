@@ -1,1 +1,1 @@
-"""Find duplicates, and documents that repeat evaluation texts."""
+"""Find duplicate documents, and documents that overlap evaluation texts."""

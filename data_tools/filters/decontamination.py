@@ -1,4 +1,4 @@
-"""Find documents that repeat evaluation texts: those that share a run of n words with one."""
+"""Find documents that overlap evaluation texts: that share an n-gram of words with one."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ I64 = npt.NDArray[np.int64]
 I32 = npt.NDArray[np.int32]
 Bools = npt.NDArray[np.bool_]
 
-# Blocks of scripts without spaces between words: ideographs, kana, hangul syllables. A character of
-# these blocks that \w does not match is no word.
+# Blocks of scripts without spaces between words: ideographs, kana, hangul syllables. Each of their
+# characters that \w matches is a word.
 _SINGLE_CHARACTER_WORDS = (
     "\u3005-\u3007\u3040-\u30ff\u3192-\u3195\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff"
     "\uac00-\ud7a3\uf900-\ufaff\uff66-\uff9f"
@@ -38,7 +38,7 @@ _MULTIPLIER = 0x9E3779B97F4A7C15
 """2^64 divided by the golden ratio, odd: spreads small numbers over all bits."""
 _MAX_FILTER_BITS = 24
 _UNKNOWN = 0
-"""Number of every word that no evaluation text has; it is in no n-gram."""
+"""Number of all words that are in no evaluation text, and so in no n-gram."""
 _JSON_EXTENSIONS = (".jsonl", ".json")
 
 
@@ -55,23 +55,23 @@ def words_of(text: str) -> list[str]:
 class Contamination:
     """Finds documents that share at least one n-gram of words with an evaluation text.
 
-    The words of the evaluation are numbered, all others are 0. An n-gram of a document is looked up
-    by a hash of its n numbers, and then compared, so the result is exact. An instance can be sent
-    to other processes.
+    The words of the evaluation texts are numbered from 1; all other words have the number 0. An
+    n-gram of a document is looked up by a hash of its n numbers, and then compared, so the result
+    is exact. An instance can be sent to other processes.
 
-    Memory: 20 bytes for a word of the evaluation, its vocabulary, and at most 16 MiB.
+    Memory: 20 bytes per word of the evaluation texts, their vocabulary, and at most 16 MiB.
 
     Args:
-        evaluation_texts: read once.
-        ngram: n, in words.
+        evaluation_texts: texts to look for; iterated over once.
+        ngram: number of words in an n-gram.
 
     Attributes:
         texts: number of evaluation texts, those too short included.
-        too_short: number of texts of fewer than n words, which cannot be found.
-        ngrams: number of different n-grams that are looked for.
+        too_short: number of texts of fewer than n words, which no document can overlap.
+        ngrams: number of distinct n-grams.
 
     Raises:
-        UserError: n less than 1; no text of n words or more.
+        UserError: n is less than 1, or no text has n words.
     """
 
     def __init__(self, evaluation_texts: Iterable[str], ngram: int = 13) -> None:
@@ -84,8 +84,8 @@ class Contamination:
         self._words = self._number_words(evaluation_texts)
         self._starts, self._hashes = self._index()
         self.ngrams = len(self._starts)
-        # Which first bits occur among the hashes: with 16 times as many bits as hashes, most
-        # n-grams of a document need no search.
+        # A filter of the first bits that occur among the hashes. With 16 times as many entries as
+        # hashes, most n-grams of a document need no search.
         bits = min(_MAX_FILTER_BITS, (16 * self.ngrams).bit_length())
         self._shift = np.uint64(64 - bits)
         self._filter = np.zeros(1 << bits, dtype=np.bool_)
@@ -95,25 +95,28 @@ class Contamination:
         """Return the numbers of the words of all texts that are long enough, with _UNKNOWN after
         each text so that no n-gram crosses from one to the next.
         """
-        parts: list[I32] = []
+        numbers_of_texts: list[I32] = []
         for text in evaluation_texts:
             words = words_of(text)
             self.texts += 1
             if len(words) < self.ngram:
                 self.too_short += 1
                 continue
-            numbers = (self._numbers.setdefault(word, len(self._numbers) + 1) for word in words)
-            with_end = chain(numbers, (_UNKNOWN,))
-            parts.append(np.fromiter(with_end, dtype=np.int32, count=len(words) + 1))
-        if not parts:
+            numbers: list[int] = []
+            for word in words:
+                new_number = len(self._numbers) + 1
+                numbers.append(self._numbers.setdefault(word, new_number))
+            numbers.append(_UNKNOWN)
+            numbers_of_texts.append(np.array(numbers, dtype=np.int32))
+        if not numbers_of_texts:
             raise UserError(
                 f"--decontaminate: none of the {self.texts} evaluation texts has {self.ngram} words"
                 " or more"
             )
-        return np.concatenate(parts)
+        return np.concatenate(numbers_of_texts)
 
     def _index(self) -> tuple[I64, U64]:
-        """Return where each different n-gram starts in the words of the evaluation, sorted by
+        """Return where each distinct n-gram starts in the words of the evaluation texts, sorted by
         hash, and the hashes.
         """
         starts = _starts_of_known_ngrams(self._words, self.ngram)
@@ -121,8 +124,8 @@ class Contamination:
         order = np.argsort(hashes, kind="stable")
         starts = starts[order]
         hashes = hashes[order]
-        # Equal n-grams have equal hashes, so they are neighbours now. Where different n-grams share
-        # a hash, equal ones may not all be: then one is in the index twice, which does no harm.
+        # Equal n-grams have equal hashes, so they are neighbours now. If different n-grams share a
+        # hash, equal ones may be apart, and one is in the index twice, which does no harm.
         repeats = np.zeros(len(starts), dtype=np.bool_)
         repeats[1:] = hashes[1:] == hashes[:-1]
         for offset in range(self.ngram):
@@ -130,7 +133,7 @@ class Contamination:
         return starts[~repeats], hashes[~repeats]
 
     def summary(self) -> str:
-        """Say what is looked for, and what cannot be found."""
+        """Describe the evaluation texts in a line."""
         summary = f"{self.ngrams:,} runs of {self.ngram} words of {self.texts:,} evaluation texts"
         if self.too_short:
             summary += (
@@ -150,7 +153,7 @@ class Contamination:
         passes_filter = self._filter[hashes >> self._shift]
         starts = starts[passes_filter]
         hashes = hashes[passes_filter]
-        # n-grams of the evaluation with the same hash: low..high-1 of the index.
+        # The n-grams of the index with the same hash are low..high-1.
         low = np.searchsorted(self._hashes, hashes, side="left")
         high = np.searchsorted(self._hashes, hashes, side="right")
         text_of = np.searchsorted(np.cumsum(lengths), starts, side="right")
@@ -178,16 +181,16 @@ class Contamination:
 
 
 def _starts_of_known_ngrams(words: I32, ngram: int) -> I64:
-    """Return where n words start none of which is unknown."""
+    """Return the positions at which n known words in a row start."""
     if len(words) < ngram:
         return np.empty(0, dtype=np.int64)
-    # An n-gram has no unknown word if as many come before its end as before its start.
+    # An n-gram has no unknown word if there are as many before its end as before its start.
     unknown_before = np.concatenate([[0], np.cumsum(words == _UNKNOWN)])
     return np.flatnonzero(unknown_before[ngram:] == unknown_before[:-ngram])
 
 
 def _hash_ngrams(words: I32, starts: I64, ngram: int) -> U64:
-    """Hash the n words from each start: a polynomial modulo 2^64, which uint64 wraps to."""
+    """Hash the n words from each start, with a polynomial modulo 2^64: uint64 wraps around."""
     result = np.zeros(len(starts), dtype=np.uint64)
     for offset in range(ngram):
         result = (result + words[starts + offset].astype(np.uint64)) * np.uint64(_MULTIPLIER)
@@ -200,15 +203,15 @@ def _hash_ngrams(words: I32, starts: I64, ngram: int) -> U64:
 def evaluation_texts(
     paths: Sequence[str | Path], setting: str = "--decontaminate"
 ) -> Iterator[str]:
-    """Yield the texts of files: every string in a record of JSON Lines or of a JSON array (.jsonl
-    and .json, also .gz and .zst), nested ones included; any other file as a whole.
+    """Yield the texts of files. Of JSON Lines and JSON arrays (.jsonl and .json, also with .gz or
+    .zst), these are all strings in the records, nested ones included; any other file is one text.
 
     Args:
-        paths: files.
+        paths: files of evaluation texts.
         setting: option that names them, for messages.
 
     Raises:
-        UserError: a file that is missing, cannot be read, is not UTF-8 or not JSON, or has no text.
+        UserError: a file is missing, cannot be read, is not UTF-8 or not JSON, or has no text.
     """
     for path in map(Path, paths):
         if not path.is_file():
@@ -233,17 +236,17 @@ def _texts_of(path: Path, setting: str) -> Iterator[str]:
         if extension(path) not in _JSON_EXTENSIONS:
             yield file.read().decode("utf-8-sig")
             return
-        for where, raw in _json_records(path, file):
+        for position, raw in _json_records(path, file):
             try:
                 record = orjson.loads(raw)
             except ValueError as error:
-                raise UserError(f"{setting}: {path}{where}: not JSON ({error})") from None
+                raise UserError(f"{setting}: {path}{position}: not JSON ({error})") from None
             yield from _strings(record)
 
 
 def _json_records(path: Path, file: BinaryIO) -> Iterator[tuple[str, bytes]]:
-    """Yield the elements of an array, or the lines that are not blank, each with the words that say
-    in a message which one it is.
+    """Yield the elements of an array, or the lines that are not blank, each with its position for
+    messages.
     """
     if holds_array(str(path)):
         for number, element in enumerate(elements(file, sys.maxsize), start=1):
@@ -256,12 +259,12 @@ def _json_records(path: Path, file: BinaryIO) -> Iterator[tuple[str, bytes]]:
 
 
 def _strings(value: object) -> Iterator[str]:
-    """Yield every string in a JSON value; names of fields are not among them."""
+    """Yield every string in a JSON value, without names of fields."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
-        for part in value.values():
-            yield from _strings(part)
+        for item in value.values():
+            yield from _strings(item)
     elif isinstance(value, list):
-        for part in value:
-            yield from _strings(part)
+        for item in value:
+            yield from _strings(item)

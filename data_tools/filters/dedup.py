@@ -1,8 +1,8 @@
-"""Exact duplicates over a whole corpus with bounded memory: the first copy in input order stays.
+"""Exact duplicates in a whole corpus, with bounded memory: the first copy in input order is kept.
 
-Every unit of work writes the 128-bit hashes of its documents, sorted. Then the hashes of all units
-are merged one range at a time, each small enough for memory, which gives the documents of the range
-that repeat an earlier one. When units are tokenized they leave those out.
+Every unit of work writes the sorted 128-bit hashes of its documents. Then the hashes of all units
+are merged range by range, each small enough for memory. This gives the documents of the range that
+repeat an earlier one, and the units leave them out when they are tokenized.
 
 With 128 bits, ten billion documents have a chance of 1e-19 that two different ones share a hash.
 """
@@ -12,28 +12,26 @@ from __future__ import annotations
 import bisect
 import os
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from data_tools.types import Advance
 from llada.arithmetic import ceil_div
 
 U64 = npt.NDArray[np.uint64]
 
-# As in data_tools.job.pool, whose processes merge.
-Advance: TypeAlias = Callable[[int, int, int], None]
-
 HASHES = "hashes"
+"""Folder of the hashes of units, in an unfinished preparation."""
 DUPLICATES = "duplicates"
-"""Folders of an unfinished preparation: hashes of units, and what the merges found."""
+"""Folder of the duplicates that the merges wrote."""
 ROWS_AT_ONCE = 1 << 24
-"""Hashes merged at a time: 400 MB, and as much again while they are sorted."""
-_HASH_RANGE = 1 << 64
-"""Ranges are cut by the upper half of a hash."""
+"""Most hashes merged at a time: 400 MB, and as much again while they are sorted."""
+_NUM_UPPER_HALVES = 1 << 64
+"""Number of values of the upper half of a hash, by which ranges are cut."""
 _NPY_HEADER_BYTES = 128
 
 
@@ -52,11 +50,11 @@ def write_hashes(path: Path, digests: Sequence[bytes]) -> None:
     and the number of the document in the unit.
 
     Args:
-        path: from `hashes_path`.
-        digests: 16 bytes for each document, in order.
+        path: path from `hashes_path`.
+        digests: hash of each document, of 16 bytes, in order.
     """
     halves = np.frombuffer(b"".join(digests), dtype=">u8").astype(np.uint64).reshape(-1, 2)
-    # Sorts by the last key first, and is stable: equal hashes stay in order of their documents.
+    # The last key is the primary one. The sort is stable: equal hashes stay in document order.
     order = np.lexsort((halves[:, 1], halves[:, 0]))
     _save(path, np.stack([halves[order, 0], halves[order, 1], order.astype(np.uint64)]))
 
@@ -73,13 +71,13 @@ def num_ranges(folder: Path, units: int) -> int:
 
 
 def range_path(folder: Path, number: int) -> Path:
-    """Return the file with the duplicates that the merge of a range found."""
+    """Return the file with the duplicates of a range."""
     return folder / DUPLICATES / f"{number:05d}.npy"
 
 
 @dataclass(frozen=True)
 class MergeJob:
-    """Merges ranges of hashes. It is sent to worker processes, each of which does some ranges.
+    """Merges ranges of hashes, in any process that sees its folder.
 
     Attributes:
         folder: folder of the unfinished preparation.
@@ -93,20 +91,24 @@ class MergeJob:
 
     def merge_range(self, number: int, advance: Advance) -> None:
         """Write the duplicates of a range: two rows of uint64, unit and document [2, duplicates],
-        sorted. `advance` gets their number last, as documents left out.
+        sorted. They are reported as documents left out.
         """
-        rows = self._read_range(number)
-        order = np.lexsort((rows[1], rows[0]))
-        # Rows come in input order and the sort is stable, so of equal hashes the first is the
-        # earliest document. Every row that equals the one before it is a copy.
-        is_copy = (np.diff(rows[0, order]) == 0) & (np.diff(rows[1, order]) == 0)
-        copies = rows[2:, order[1:][is_copy]]
-        by_document = np.lexsort((copies[1], copies[0]))
-        _save(range_path(self.folder, number), copies[:, by_document])
-        advance(0, 0, copies.shape[1])
+        upper, lower, units, documents = self._read_range(number)
+        by_hash = np.lexsort((lower, upper))
+        # Equal hashes come in input order, and the sort is stable: the first of them is the
+        # earliest document, and every hash that equals the one before it is that of a copy.
+        same_upper = np.diff(upper[by_hash]) == 0
+        same_lower = np.diff(lower[by_hash]) == 0
+        copies = by_hash[1:][same_upper & same_lower]
+        copied_units = units[copies]
+        copied_documents = documents[copies]
+        by_document = np.lexsort((copied_documents, copied_units))
+        found = np.stack([copied_units[by_document], copied_documents[by_document]])
+        _save(range_path(self.folder, number), found)
+        advance(0, 0, len(copies))
 
     def _read_range(self, number: int) -> U64:
-        """Return the hashes of a range of all units in order: upper half, lower half, unit and
+        """Return the hashes of a range, in the order of units: upper half, lower half, unit and
         document [4, hashes].
         """
         low = self._lower_bound(number)
@@ -123,12 +125,12 @@ class MergeJob:
         return np.concatenate(parts, axis=1)
 
     def _lower_bound(self, number: int) -> int:
-        """Return the upper half of a hash with which a range begins: number / ranges of 2^64."""
-        return min(ceil_div(number * _HASH_RANGE, self.ranges), _HASH_RANGE)
+        """Return the first upper half of a hash in a range, which is number / ranges of 2^64."""
+        return ceil_div(number * _NUM_UPPER_HALVES, self.ranges)
 
 
 class Duplicates:
-    """The documents that repeat an earlier one, read from what the merges wrote.
+    """The documents that repeat an earlier one, as the merges wrote them.
 
     Args:
         folder: folder of the unfinished preparation.
@@ -154,8 +156,8 @@ class Duplicates:
 def _first_at_least(ordered: U64, value: int) -> int:
     """Return the index of the first element that is not less than `value`.
 
-    numpy would compare a uint64 with a Python int of 2^64 as floats, so elements become Python
-    ints; of a memory-mapped array only the pages that the search touches are read.
+    Elements are compared as Python ints: numpy would compare a uint64 with 2^64 as floats. Of a
+    memory-mapped array, only the pages that the search touches are read.
     """
     return bisect.bisect_left(ordered, value, key=int)
 
@@ -168,7 +170,7 @@ def _open(path: Path) -> U64:
 
 
 def _save(path: Path, array: U64) -> None:
-    """Write a file that appears complete or not at all, whoever else writes it at the same time."""
+    """Write a file that appears complete or not at all, even if several tasks write it at once."""
     partial = path.with_name(f"{path.name}.partial-{uuid.uuid4().hex[:8]}")
     with open(partial, "wb") as file:
         np.save(file, array, allow_pickle=False)

@@ -1,6 +1,6 @@
-"""A preparation as a job: units of work over processes and tasks, and the folder they fill.
+"""Preparing a corpus: units of work, divided among processes and tasks, and the output folder.
 
-`build` is the whole, from inputs to a corpus. It uses the other modules in this order: `output`
-(where it is written), `work_plan` (which units), `pool` (which process does a unit), `worker` (what
-is done with it), `finish` (the corpus that the units become).
+`build` runs the whole preparation. It uses the other modules in this order: `output` (the output
+folder), `work_plan` (the units), `pool` (worker processes), `worker` (the work on one unit),
+`finish` (making the corpus of the finished units).
 """

@@ -1,8 +1,8 @@
 """The whole preparation: from inputs to the folder of a corpus.
 
-The work is cut into units (`work_plan`) that any number of processes, on any number of machines
-that see the output folder, do in any order. Everything is written to OUTPUT.partial, where each
-finished unit stays. The folder is renamed to OUTPUT when the last unit is done.
+The work is cut into units (`work_plan`). Any number of processes, on any number of machines that
+see the output folder, do them in any order. Everything is written to OUTPUT.partial, where finished
+units are kept. When the last unit is done, the folder is renamed to OUTPUT.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _FINISH_RETRY_SECONDS = 0.1
 
 
 class Unfinished(Exception):
-    """This task has done its share of the work, and other tasks have not."""
+    """This task has done its share of the work, but other tasks have not."""
 
 
 def prepare_corpus(
@@ -52,8 +52,8 @@ def prepare_corpus(
 ) -> Manifest:
     """Tokenize documents into the folder of a corpus: shards of both splits, tokenizer, manifest.
 
-    The same inputs, tokenizer and options give the same bytes, however the work is executed. Work
-    that was interrupted is continued, and a corpus that is there already is returned.
+    The same inputs, tokenizer and options give the same bytes, however the work is executed.
+    Interrupted work is continued, and a corpus that exists already is returned.
 
     Args:
         inputs: files, folders, patterns and `hf:` datasets; see `find_sources`.
@@ -61,13 +61,13 @@ def prepare_corpus(
         output: folder to make.
         document_type: how inputs are read and documents are encoded.
         options: how the corpus is written.
-        execution: what is done here, and how; None does everything in this process.
+        execution: who does the work; None to do all of it in this process.
 
     Raises:
         UserError: something is wrong with inputs, tokenizer, options or output.
         RunError: the output cannot be written, or a worker was killed. Finished units are kept.
         TryAgain: other tasks have to do their share before this one can continue.
-        Unfinished: this task has done its share, and other tasks have not.
+        Unfinished: this task has done its share, but other tasks have not.
     """
     options = options or CorpusOptions()
     execution = execution or ExecutionOptions()
@@ -86,7 +86,7 @@ def prepare_corpus(
     if existing is not None:
         return existing
 
-    # Interrupted work goes on with its plan.
+    # Interrupted work continues with its plan.
     plan = folder.find_unfinished(digest, settings)
     if plan is None:
         plan = make_plan(settings, sources, document_type.read_options, options.unit_bytes, report)
@@ -95,7 +95,7 @@ def prepare_corpus(
     try:
         return _do_units(folder, plan, worker, execution, reason)
     except (RunError, UserError, Unfinished):
-        # Another process that finished the corpus may have removed the work folders under this one.
+        # Another process that finished the corpus may have removed folders that this one needed.
         finished = _finished_meanwhile(folder, digest)
         if finished is not None:
             return finished
@@ -105,9 +105,9 @@ def prepare_corpus(
 def _settings(
     document_type: DocumentType[Document], options: CorpusOptions, tokenizer: Tokenizer
 ) -> JsonObject:
-    """Return all settings that decide, together with the sources, every byte of the corpus.
+    """Return all settings that, together with the sources, decide every byte of the corpus.
 
-    A preparation recognises finished and unfinished work of its own by their digest.
+    A preparation recognises its finished and unfinished work by their digest.
     """
     settings: JsonObject = {
         **options.manifest_options(),
@@ -123,11 +123,11 @@ def _settings(
 def _existing_corpus(
     folder: OutputFolder, digest: str, settings: JsonObject, execution: ExecutionOptions
 ) -> Manifest | None:
-    """Return the corpus if it is there already; rename it if only that is missing."""
+    """Return the corpus if it exists already; rename it if only that remains."""
     finished = folder.find_finished(digest, settings)
     if finished is not None:
         Progress(execution.stream).log(
-            f"{folder.output} is there already, made of the same inputs with the same settings"
+            f"{folder.output} exists already, made of the same inputs with the same settings"
         )
         return finished
     if folder.is_written(digest):
@@ -148,16 +148,15 @@ def _do_units(
             _announce(plan, worker, backend_reason, progress)
             _Passes(worker, plan, execution, progress).run()
             return finish(folder, plan, worker)
-    except KeyboardInterrupt as interrupt:
-        # Its argument says what is kept; see OutputFolder.working.
-        Progress(execution.stream).log(f"interrupted{interrupt}")
+    except KeyboardInterrupt:
+        Progress(execution.stream).log(f"interrupted{folder.describe_kept(plan)}")
         raise
 
 
 def _announce(
     plan: WorkPlan, worker: UnitWorker[Document], backend_reason: str, progress: Progress
 ) -> None:
-    """Log the number of units, the encoder, why no faster one was chosen, and evaluation texts."""
+    """Log the number of units, the encoder and why it is no faster one, and evaluation texts."""
     line = f"{len(plan.units):,} units; {worker.backend}"
     if backend_reason:
         line += f" ({backend_reason})"
@@ -170,7 +169,7 @@ def _announce(
 def _load_tokenizer(
     path: str | Path, options: CorpusOptions, chat_template: str | None
 ) -> Tokenizer:
-    """Load the tokenizer of a corpus, with the special tokens and chat template it shall have."""
+    """Load a tokenizer, and give it the special tokens and the chat template of the corpus."""
     tokenizer = Tokenizer.load(path, require_mask=not options.add_special_tokens)
     if options.add_special_tokens:
         tokenizer = tokenizer.with_special_tokens()
@@ -180,12 +179,12 @@ def _load_tokenizer(
 
 
 def _evaluation_checksums(options: DecontaminationOptions) -> list[str]:
-    """Return a checksum of every evaluation file, so that a changed one changes the digest."""
+    """Return a checksum of every evaluation file, so that the digest changes with their content."""
     return [checksum(Path(file))["xxh3"] for file in options.files if Path(file).is_file()]
 
 
 def _finished_meanwhile(folder: OutputFolder, digest: str) -> Manifest | None:
-    """Return the corpus if another process finished it; rename it if only that is missing."""
+    """Return the corpus if another process finished it; rename it if only that remains."""
     for _ in range(_FINISH_ATTEMPTS):
         finished = folder.finished_by_another(digest)
         if finished is not None:
@@ -199,15 +198,15 @@ def _finished_meanwhile(folder: OutputFolder, digest: str) -> Manifest | None:
 
 
 class _Passes(Generic[Document]):
-    """The passes over the units of a plan, as far as they are this task's and not done yet.
+    """The passes over the units of this task that are not done yet.
 
     With `dedup` there are three: hash the documents of every unit, merge the hashes to find
-    repeated documents, encode. Each needs the results of the one before from all tasks.
+    repeated documents, encode. Each pass needs the results of all tasks from the pass before.
 
     Args:
-        worker: does one unit.
-        plan: of the preparation.
-        execution: which units are this task's.
+        worker: worker that does a unit.
+        plan: plan of the preparation.
+        execution: options that say which units are this task's.
         progress: shows what is done.
     """
 
@@ -229,7 +228,7 @@ class _Passes(Generic[Document]):
 
         Raises:
             TryAgain: other tasks took longer than `wait` for a pass.
-            Unfinished: all of this task's units are done, and not all of the others'.
+            Unfinished: all of this task's units are done, but not all of the other tasks'.
         """
         num_units = len(self._plan.units)
         if self._worker.options.dedup:
@@ -254,8 +253,8 @@ class _Passes(Generic[Document]):
         self._do(self._worker.hash_unit, own_units)
         self._wait_for("hashes", num_units, self._hashes_path)
 
-        # The merge is shared out by ranges of the hash, not by units. How many there are follows
-        # from the number of documents, which is known only now.
+        # The merge is divided by ranges of the hash, not by units. The number of ranges depends on
+        # the number of documents, which is known only now.
         merge = MergeJob(self._folder, num_units, num_ranges(self._folder, num_units))
         own_ranges = self._unfinished(merge.ranges, self._range_path)
         self._progress.begin_pass("merging", 0)
@@ -274,7 +273,7 @@ class _Passes(Generic[Document]):
     def _unfinished(self, count: int, path_of: Callable[[int], Path]) -> list[int]:
         """Return the numbers below `count` that are this task's and whose file is missing.
 
-        Task 1 of 3 has the numbers 1, 4, 7, ...
+        The numbers of task 1 of 3 are 1, 4, 7, ...
         """
         own = range(self._execution.task, count, self._execution.tasks)
         return [number for number in own if not path_of(number).exists()]
@@ -291,8 +290,8 @@ class _Passes(Generic[Document]):
 
         Args:
             results: what the files hold, for messages.
-            count: of files.
-            path_of: path of a number's file.
+            count: number of files.
+            path_of: returns the path of the file with a number.
 
         Raises:
             TryAgain: files are still missing after `wait` seconds.
@@ -307,7 +306,7 @@ class _Passes(Generic[Document]):
                 raise TryAgain(
                     f"{num_missing:,} of {count:,} {results} are still to come from other tasks"
                     f" after --wait {self._execution.wait:g} seconds; what is done is kept: run"
-                    " this task again when the others have got there"
+                    " this task again when the others have finished"
                 )
             if not announced:
                 self._progress.log(f"waiting for {num_missing:,} {results} of other tasks")

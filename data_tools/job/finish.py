@@ -1,4 +1,4 @@
-"""The end of a preparation: the units become a corpus with a manifest, described in a summary."""
+"""The end of a preparation: a corpus with a manifest is made of the units, and summed up."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import llada
 from data_tools.documents.base import Document
 from data_tools.job.output import OutputFolder
 from data_tools.job.splits import append_shard
-from data_tools.job.unit_result import PARTS, UnitResult
+from data_tools.job.unit_result import UNIT_SHARDS, UnitResult
 from data_tools.job.work_plan import WorkPlan
 from data_tools.job.worker import UnitWorker
 from data_tools.readers.report import no_document, reasons_of
@@ -39,38 +39,44 @@ from llada.tokenizer import Tokenizer
 
 
 def finish(output: OutputFolder, plan: WorkPlan, worker: UnitWorker[Document]) -> Manifest:
-    """Make the corpus of the units, all of which are done, and publish it.
+    """Make the corpus from the finished units, and publish it.
 
     Any number of tasks may do this at the same time: they write the same bytes.
 
     Args:
-        output: where the units are.
-        plan: of the preparation.
-        worker: has done the units.
+        output: folder that holds the units.
+        plan: plan of the preparation.
+        worker: worker that has done units of the plan.
 
     Raises:
-        UserError: there is no document, in one of the named sources or in all.
+        UserError: one of the named sources has no document, or all sources together have none.
     """
     folder = output.partial
     results = [UnitResult.load(folder, unit) for unit in range(len(plan.units))]
     skipped = _sum_counts([plan.skipped, *(result.skipped for result in results)])
     documents_per_source = _count_documents(plan, results, skipped)
-    parts: list[ShardEntry] = []
+    unit_shards: list[ShardEntry] = []
     listed = list(plan.listed)
     for result in results:
-        parts += result.shards
+        unit_shards += result.shards
         listed += result.listed
-    if not parts:
+    if not unit_shards:
         raise UserError(
             f"--input: of {sum(documents_per_source):,} documents none is"
             f" left{reasons_of(Counter(skipped))}"
         )
 
-    # Training shards of the units become shards of the corpus as they are. Each unit has held out
-    # only a few documents, so these are put together: windows do not cross shards, and the end of a
-    # shard that fills no window is not read.
-    training = _rename_parts(folder, [part for part in parts if part.split == TRAIN])
-    held_out = _merge_parts(folder, [part for part in parts if part.split == VALIDATION], worker)
+    # Training shards of the units become shards of the corpus as they are. Validation shards are
+    # merged, because each unit holds out only a few documents: windows do not cross shards, and
+    # what fills no window at the end of a shard is never read.
+    training = _rename_training_shards(
+        folder, [unit_shard for unit_shard in unit_shards if unit_shard.split == TRAIN]
+    )
+    validation = _merge_validation_shards(
+        folder,
+        [unit_shard for unit_shard in unit_shards if unit_shard.split == VALIDATION],
+        worker,
+    )
 
     if listed:
         lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in listed]
@@ -87,22 +93,22 @@ def finish(output: OutputFolder, plan: WorkPlan, worker: UnitWorker[Document]) -
         noted=_sum_counts(result.noted for result in results),
         encoders=_sum_counts({result.encoder: 1} for result in results),
         plan=plan.digest,
-        shards=[*training, *held_out],
+        shards=[*training, *validation],
     )
     manifest.save(folder)
     return output.publish()
 
 
 def _sum_counts(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
-    """Add counts up by reason or name, which are sorted: the manifest is the same every time."""
+    """Add counts up, sorted by name, so that the manifest is the same every time."""
     total = Counter[str]()
-    for own in counts:
-        total.update(own)
+    for count in counts:
+        total.update(count)
     return dict(sorted(total.items()))
 
 
 def _list_sources(plan: WorkPlan, documents_per_source: list[int]) -> list[JsonObject]:
-    """Return the manifest's entries of the sources that gave a document."""
+    """Return the manifest's entries for the sources that gave a document."""
     entries: list[JsonObject] = []
     for source, documents in zip(plan.sources, documents_per_source, strict=True):
         if documents:
@@ -114,8 +120,8 @@ def new_manifest(tokenizer: Tokenizer, **content: Any) -> Manifest:
     """Return a manifest of this version of the tool.
 
     Args:
-        tokenizer: of the corpus; gives the fields that describe it.
-        content: the other fields of Manifest.
+        tokenizer: tokenizer of the corpus, which some fields describe.
+        content: all other fields of Manifest.
     """
     return Manifest(
         format_version=FORMAT_VERSION,
@@ -133,18 +139,18 @@ def new_manifest(tokenizer: Tokenizer, **content: Any) -> Manifest:
 def _count_documents(
     plan: WorkPlan, results: list[UnitResult], skipped: dict[str, int]
 ) -> list[int]:
-    """Return how many documents each source gave, over all units.
+    """Return the number of documents that each source gave in all units.
 
     Raises:
-        UserError: a named source gave none, or all together gave none; the message has the reasons
-            for which things were left out.
+        UserError: one of the named sources gave none, or all sources together gave none; the
+            message counts what was left out.
     """
     counts = [0] * len(plan.sources)
     reasons = [Counter[str]() for _ in plan.sources]
     for result in results:
-        for part in result.ranges:
-            counts[part.source] += part.documents
-            reasons[part.source].update(part.left_out)
+        for range_count in result.given:
+            counts[range_count.source] += range_count.documents
+            reasons[range_count.source].update(range_count.left_out)
     for source, count, left_out in zip(plan.sources, counts, reasons, strict=True):
         if source.named and not count:
             raise no_document(source.path, left_out)
@@ -154,24 +160,25 @@ def _count_documents(
     return counts
 
 
-def _rename_parts(folder: Path, parts: list[ShardEntry]) -> list[ShardEntry]:
-    """Make the training shards of all units the shards train-00000, train-00001, ... of the corpus.
+def _rename_training_shards(folder: Path, unit_shards: list[ShardEntry]) -> list[ShardEntry]:
+    """Move the training shards of all units into the corpus, as train-00000, train-00001, ...
 
     Returns:
         Their entries with the new names.
 
     Raises:
-        RunError: a file is not as large as its unit wrote it.
+        RunError: the size of a file differs from its entry.
     """
     shards: list[ShardEntry] = []
-    for number, part in enumerate(parts):
-        shard = replace(part, name=shard_name(TRAIN, number))
+    for number, unit_shard in enumerate(unit_shards):
+        shard = replace(unit_shard, name=shard_name(TRAIN, number))
         for suffix in ("bin", "idx", "replies"):
-            # Missing: moved by an attempt that was interrupted, or by another task; and text has no
-            # replies.
+            # A file may be missing: an interrupted attempt or another task has moved it, or it is
+            # the .replies file of a shard of text.
             with suppress(FileNotFoundError):
                 os.rename(
-                    folder / PARTS / f"{part.name}.{suffix}", folder / f"{shard.name}.{suffix}"
+                    folder / UNIT_SHARDS / f"{unit_shard.name}.{suffix}",
+                    folder / f"{shard.name}.{suffix}",
                 )
         sizes = [size_of(folder / f"{shard.name}.{suffix}") for suffix in ("bin", "idx")]
         written = [shard.bin_bytes, shard.idx_bytes]
@@ -184,15 +191,16 @@ def _rename_parts(folder: Path, parts: list[ShardEntry]) -> list[ShardEntry]:
     return shards
 
 
-def _merge_parts(
-    folder: Path, parts: list[ShardEntry], worker: UnitWorker[Document]
+def _merge_validation_shards(
+    folder: Path, unit_shards: list[ShardEntry], worker: UnitWorker[Document]
 ) -> list[ShardEntry]:
-    """Copy the validation shards of all units, in order, into few shards of the corpus."""
+    """Copy the validation shards of all units, in order, into a few shards of the corpus."""
     dtype = token_dtype(worker.tokenizer.padded_vocab_size)
     with SplitWriter(folder, VALIDATION, dtype, worker.options.shard_tokens) as writer:
-        for part in parts:
-            path = folder / PARTS / part.name
-            append_shard(writer, ShardReader(path), part, worker.document_type.replies(path))
+        for unit_shard in unit_shards:
+            path = folder / UNIT_SHARDS / unit_shard.name
+            replies = worker.document_type.replies(path)
+            append_shard(writer, ShardReader(path), unit_shard, replies)
         return writer.finish()
 
 

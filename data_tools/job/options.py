@@ -18,13 +18,13 @@ class ExecutionOptions:
     """Who does the work and how progress is shown. Nothing here changes what is written.
 
     Attributes:
-        workers: processes on this machine.
-        task, tasks: this process is task `task`, counted from 0, of `tasks` that share the output
-            folder, like those of a Slurm array.
-        wait: seconds to wait for other tasks where their results are needed (`dedup`).
-        backend: encoder, one of `data_tools.tokenizers.encoders.BACKENDS`.
-        stream: where progress is shown: a bar on a terminal, else a line every half minute; None
-            shows nothing.
+        workers: number of processes on this machine.
+        task: number of this task, from 0.
+        tasks: number of tasks that share the output folder, like those of a Slurm array.
+        wait: seconds to wait for the results of other tasks (with `dedup`).
+        backend: encoder to use, one of `data_tools.tokenizers.encoders.BACKENDS`.
+        stream: stream on which progress is shown, as a bar on a terminal, else as a line every
+            half minute; None shows nothing.
 
     Raises:
         UserError: a value out of range.
@@ -40,7 +40,7 @@ class ExecutionOptions:
     def __post_init__(self) -> None:
         check_count("--workers", self.workers, MAX_WORKERS)
         check_count("--tasks", self.tasks, MAX_TASKS)
-        if not self.wait >= 0:  # so that nan is refused too
+        if not self.wait >= 0:  # refuses nan too
             raise UserError(f"--wait: {self.wait} is not a number of seconds, 0 or more")
         if not 0 <= self.task < self.tasks:
             raise UserError(
@@ -50,7 +50,7 @@ class ExecutionOptions:
 
 
 def check_count(setting: str, value: int, maximum: int) -> None:
-    """Raise UserError unless `value` is in 1..maximum; `setting` is its name for the message."""
+    """Raise UserError unless `value` is in 1..maximum; messages call it `setting`."""
     if value < 1:
         raise UserError(f"{setting}: {value} is less than 1")
     if value > maximum:
@@ -63,8 +63,8 @@ class DecontaminationOptions:
 
     Attributes:
         files: files of evaluation texts.
-        ngram: words in an n-gram.
-        drop: leave such documents out; False counts them and keeps them.
+        ngram: number of words in an n-gram.
+        drop: whether to leave such documents out; otherwise they are counted and kept.
     """
 
     files: tuple[str, ...]
@@ -77,18 +77,18 @@ class CorpusOptions:
     """How a corpus is written.
 
     Attributes:
-        validation_fraction: share of the documents that goes to the validation split, chosen by a
-            hash of each document.
-        add_special_tokens: append those of LLaDA's special tokens that the tokenizer lacks; the
-            result is saved with the corpus.
-        shard_tokens: a shard ends with the document with which it has this many tokens.
+        validation_fraction: share of the documents in the validation split, chosen by a hash of
+            each document.
+        add_special_tokens: whether to append LLaDA's special tokens that the tokenizer lacks, and
+            save the result with the corpus.
+        shard_tokens: number of tokens with which a shard is full; its last document may exceed it.
         unit_bytes: bytes of text in a unit of work; None for a 64th of the whole, from 4 MiB to
             256 MiB.
-        dedup: leave out documents with the text of an earlier one.
-        decontamination: what is done with documents that overlap evaluation texts; None to look
-            for none.
-        force: replace a prepared corpus at the output, or discard an unfinished one of other
-            inputs or settings.
+        dedup: whether to leave out documents with the text of an earlier one.
+        decontamination: what is done with documents that overlap evaluation texts; None to not
+            look for any.
+        force: whether to replace a prepared corpus at the output, or discard an unfinished one of
+            other inputs or settings.
 
     Raises:
         UserError: a value out of range.
@@ -111,9 +111,9 @@ class CorpusOptions:
             raise UserError(f"--unit-bytes: {self.unit_bytes} is less than 1")
 
     def manifest_options(self) -> dict[str, object]:
-        """Return what the manifest records of these options, as JSON values.
+        """Return the options that the manifest records, as JSON values.
 
-        `force` is left out: it decides whether the corpus is written, not what is in it.
+        `force` is not recorded: it does not change what is in the corpus.
         """
         decontaminate = None
         if self.decontamination is not None:

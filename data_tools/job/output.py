@@ -1,14 +1,12 @@
-"""The folder of a corpus while it is made: OUTPUT.partial, which keeps finished units until it is
-renamed to OUTPUT.
+"""The output folder of a preparation: OUTPUT.partial keeps finished units, and becomes OUTPUT.
 
-Any number of processes with the same inputs and settings may work in it. Others are kept out: the
-folder appears with its plan in it, by one rename, and every process compares that plan with its
-own.
+Any number of processes with the same inputs and settings may work in OUTPUT.partial. Others are
+kept out: the folder appears by one rename with its plan inside, and every process compares that
+plan with its own.
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import uuid
@@ -18,7 +16,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from data_tools.filters.dedup import DUPLICATES, HASHES
-from data_tools.job.unit_result import PARTS, RESULTS
+from data_tools.job.locks import is_locked, is_only_holder, lock_shared
+from data_tools.job.unit_result import RESULTS, UNIT_SHARDS
 from data_tools.job.work_plan import PLAN, WorkPlan
 from data_tools.types import JsonObject
 from llada.data.manifest import CORPUS_FILES, MANIFEST, Manifest
@@ -34,8 +33,8 @@ from llada.outputs import (
 from llada.tokenizer import Tokenizer
 
 _REMOVE_ATTEMPTS = 100
-_WORK_FOLDERS = (RESULTS, PARTS, HASHES, DUPLICATES)
-"""Folders that only the work needs; they are not in the finished corpus."""
+_WORK_FOLDERS = (RESULTS, UNIT_SHARDS, HASHES, DUPLICATES)
+"""Folders that only the work needs, and that are not in the finished corpus."""
 
 
 class OutputFolder:
@@ -43,13 +42,14 @@ class OutputFolder:
 
     Args:
         output: folder to make, as the user wrote it.
-        force: replace a prepared corpus there, or discard another unfinished preparation.
-        shared: other tasks work on the same corpus.
+        force: whether to replace a prepared corpus there, or to discard another unfinished
+            preparation.
+        shared: whether other tasks work on the same corpus.
 
     Attributes:
-        output: as given, for messages.
-        final: where the corpus will be.
-        partial: where it is made.
+        output: folder to make, as the user wrote it, for messages.
+        final: path of the finished corpus.
+        partial: path of the corpus while it is made.
 
     Raises:
         UserError: a folder cannot have this name.
@@ -64,7 +64,7 @@ class OutputFolder:
         self._replaces = False
         self._plan_lock: BinaryIO | None = None
 
-    # -- what is there already ---------------------------------------------------------------------
+    # -- earlier work ------------------------------------------------------------------------------
 
     def find_finished(self, digest: str, settings: JsonObject) -> Manifest | None:
         """Return the manifest of a finished corpus made of the same inputs with the same settings.
@@ -73,11 +73,11 @@ class OutputFolder:
         them may just have finished it.
 
         Args:
-            digest: of inputs and settings.
-            settings: for the message about another corpus.
+            digest: digest of inputs and settings.
+            settings: settings of this preparation, for the message about another corpus.
 
         Raises:
-            UserError: something else is there that may not be replaced.
+            UserError: the output exists and may not be replaced.
         """
         if not os.path.lexists(self.output):
             return None
@@ -109,25 +109,25 @@ class OutputFolder:
     def find_unfinished(self, digest: str, settings: JsonObject) -> WorkPlan | None:
         """Return the plan of an interrupted preparation of the same inputs and settings.
 
-        With `force`, one of other inputs or settings is removed.
+        With `force`, a preparation of other inputs or settings is removed.
 
         Args:
-            digest: of inputs and settings.
-            settings: for the message about another preparation.
+            digest: digest of inputs and settings.
+            settings: settings of this preparation, for the message about another one.
 
         Raises:
-            UserError: another preparation or something else is there and is not removed.
+            UserError: the folder exists, is something else, and is not removed.
         """
         if not self.partial.exists():
             return None
         plan = WorkPlan.load(self.partial)
         if plan is None:
-            # An empty folder is no obstacle: a rename replaces it.
+            # An empty folder does not matter: a rename replaces it.
             if self.partial.is_dir() and not any(self.partial.iterdir()):
                 return None
             raise UserError(
-                f"--output: '{self.partial}' is in the way: it is no unfinished preparation; move"
-                " it away"
+                f"--output: '{self.partial}' exists and is not an unfinished preparation; move it"
+                " or choose another output"
             )
         if plan.digest == digest:
             return plan
@@ -136,8 +136,8 @@ class OutputFolder:
                 f"--output: '{self.partial}' holds an unfinished preparation"
                 f" {_difference(plan.settings, settings)}; --force discards it and starts over"
             )
-        # With several tasks, each with --force, one would remove what another has just begun.
-        if self._shared or _is_locked(self.partial / PLAN):
+        # If several tasks have --force, one would remove what another has just begun.
+        if self._shared or is_locked(self.partial / PLAN):
             raise UserError(
                 f"--force: '{self.partial}' is of other inputs or settings, and other processes may"
                 " be at work in it; end them and remove it first"
@@ -146,7 +146,7 @@ class OutputFolder:
         return None
 
     def finished_by_another(self, digest: str) -> Manifest | None:
-        """Return the manifest if another process finished the corpus this one also worked on."""
+        """Return the manifest if another process has finished the same corpus."""
         if self.partial.exists():
             return None
         manifest = _load_manifest(self.final)
@@ -157,7 +157,7 @@ class OutputFolder:
         return manifest
 
     def is_written(self, digest: str) -> bool:
-        """Return whether everything is written and only the rename is missing."""
+        """Return whether the corpus is complete except for its final name."""
         manifest = _load_manifest(self.partial)
         return manifest is not None and manifest.plan == digest
 
@@ -167,26 +167,26 @@ class OutputFolder:
     def working(self, plan: WorkPlan, tokenizer: Tokenizer) -> Iterator[Path]:
         """Make or join OUTPUT.partial, and hold a lock on its plan while the block runs.
 
-        After an error the folder stays if a unit is finished in it. Errors then say so.
+        After an error the folder stays if it holds finished work. The messages of errors then say
+        so; after an interrupt, `describe_kept` does.
 
         Args:
-            plan: of the preparation.
-            tokenizer: saved with the corpus.
+            plan: plan of the preparation.
+            tokenizer: tokenizer to save with the corpus.
 
         Raises:
-            UserError: the folder cannot be made, or another preparation holds it.
+            UserError: the folder cannot be made, or another preparation uses it.
             RunError: the operating system refused to write.
         """
         created_parents = self._make(plan, tokenizer)
         try:
-            yield self.partial
+            with self._cleaned_up(created_parents):
+                yield self.partial
         except OSError as error:
-            self._clean_up(created_parents)
             raise RunError(
-                f"{self.output}: cannot be written ({error}){self._kept_work(plan)}"
+                f"{self.output}: cannot be written ({error}){self.describe_kept(plan)}"
             ) from error
         except UserError as error:
-            self._clean_up(created_parents)
             kept = ""
             finished = self._count_finished()
             if finished:
@@ -195,10 +195,12 @@ class OutputFolder:
                     " --force discards them"
                 )
             raise UserError(f"{error}{kept}") from None
-        except KeyboardInterrupt as interrupt:
-            self._clean_up(created_parents)
-            interrupt.args = (self._kept_work(plan),)
-            raise
+
+    @contextmanager
+    def _cleaned_up(self, created_parents: list[Path]) -> Iterator[None]:
+        """Release the lock after the block, and clean the folder up if the block raised."""
+        try:
+            yield
         except BaseException:
             self._clean_up(created_parents)
             raise
@@ -206,19 +208,19 @@ class OutputFolder:
             self._unlock()
 
     def _make(self, plan: WorkPlan, tokenizer: Tokenizer) -> list[Path]:
-        """Begin the folder or join the processes in it; return the parents that were made."""
+        """Make the folder or join the processes in it; return the parents that were made."""
         created_parents = [folder for folder in self.partial.parents if not folder.exists()]
         began = False
         try:
             if not (self.partial / PLAN).exists():
                 began = self._begin(plan, tokenizer)
-            self._plan_lock = _lock_shared(self.partial / PLAN)
+            self._plan_lock = lock_shared(self.partial / PLAN)
         except OSError as error:
             _remove_empty(created_parents)
             raise UserError(
                 f"--output: '{self.output}' cannot be made ({error.strerror})"
             ) from None
-        # Read under the lock: from here on no process with --force removes the folder.
+        # Under the lock, the plan stays what it is: no process with --force removes the folder.
         other = WorkPlan.load(self.partial)
         if other is None or other.digest != plan.digest:
             self._unlock()
@@ -229,8 +231,8 @@ class OutputFolder:
                 f"--output: '{self.output}': another command is preparing {prepared}; choose"
                 " another folder"
             )
-        # Another command may have finished a corpus after `find_finished` looked and before this
-        # folder kept others out.
+        # Another command may have finished a corpus after `find_finished` and before this folder
+        # kept others out.
         if os.path.lexists(self.output) and not self._replaces:
             self._unlock()
             if began:
@@ -239,10 +241,10 @@ class OutputFolder:
         return created_parents
 
     def _begin(self, plan: WorkPlan, tokenizer: Tokenizer) -> bool:
-        """Make the folder with everything in it under another name, then rename it.
+        """Make the folder and its content under another name, then rename it.
 
         Returns:
-            False if another process was faster.
+            Whether this process made it; False if another one was faster.
         """
         own = self.partial.with_name(f".{self.partial.name}-{uuid.uuid4().hex[:8]}")
         try:
@@ -264,36 +266,40 @@ class OutputFolder:
         """Release the lock on the plan; return whether no other process is known to hold one."""
         if self._plan_lock is None:
             return True
-        alone = _is_only_holder(self._plan_lock)
+        is_alone = is_only_holder(self._plan_lock)
         self._plan_lock.close()
         self._plan_lock = None
-        return alone
+        return is_alone
 
-    def _kept_work(self, plan: WorkPlan) -> str:
-        """Return the end of a message: what is kept, and that the same command continues."""
+    def describe_kept(self, plan: WorkPlan) -> str:
+        """Return the end of a message: what is kept, and how to continue; "" if nothing is kept."""
         if (self.partial / MANIFEST).exists():
-            return f"; all is written and kept in '{self.partial}': the same command ends it"
+            return (
+                f"; everything is written and kept in '{self.partial}': run the same command to"
+                " finish"
+            )
         finished = self._count_finished()
         if not finished:
             return ""
         return (
             f"; {finished:,} of {len(plan.units):,} units are finished and kept in"
-            f" '{self.partial}': the same command goes on"
+            f" '{self.partial}': run the same command to continue"
         )
 
     def _count_finished(self) -> int:
+        """Count the results of units."""
         folder = self.partial / RESULTS
         if not folder.is_dir():
             return 0
         return sum(path.suffix == ".json" for path in folder.iterdir())
 
     def _clean_up(self, created_parents: list[Path]) -> None:
-        """Remove the folder after an error if nothing in it is worth keeping or in use."""
+        """Remove the folder after an error, unless it is in use or holds finished work."""
         if not self._unlock() or self._shared or (self.partial / MANIFEST).exists():
             return
         for name in (RESULTS, HASHES, DUPLICATES):
             for path in (self.partial / name).glob("[0-9]*"):
-                # Results of units, and hashes and merged hashes; not their temporary files.
+                # Results, hashes or duplicates, and not their temporary files.
                 if path.suffix in (".json", ".npy"):
                     return
         shutil.rmtree(self.partial, ignore_errors=True)
@@ -302,10 +308,10 @@ class OutputFolder:
     # -- the finished corpus -----------------------------------------------------------------------
 
     def publish(self) -> Manifest:
-        """Remove what only the work needed and rename the folder to OUTPUT.
+        """Remove what only the work needed, and rename the folder to OUTPUT.
 
         Raises:
-            UserError: something else is there by now; the corpus stays in OUTPUT.partial.
+            UserError: OUTPUT exists by now; the corpus stays in OUTPUT.partial.
         """
         for name in _WORK_FOLDERS:
             _remove_used_folder(self.partial / name)
@@ -316,7 +322,7 @@ class OutputFolder:
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
-        # The plan keeps commands with other settings out, so it goes last.
+        # The plan keeps out commands with other settings, so it is removed last.
         (self.partial / PLAN).unlink(missing_ok=True)
         sync_folder(self.partial)
         if self._replaces:
@@ -331,37 +337,9 @@ class OutputFolder:
             name_new_folder(self.partial, self.output, self.final, "--output")
         except UserError as taken:
             raise UserError(
-                f"{taken}; this corpus is whole in '{self.partial}': move one away and run the same"
-                " command again"
+                f"{taken}; this corpus is complete in '{self.partial}': move either of them and run"
+                " the same command again"
             ) from None
-
-
-def _lock_shared(path: Path) -> BinaryIO:
-    """Open a file with a lock that any number of processes may hold while they keep it open.
-
-    On file systems without locks the file is opened all the same.
-    """
-    # For writing, which locks on network file systems need.
-    file = open(path, "r+b")  # noqa: SIM115 (it stays open while this process works)
-    with suppress(OSError):
-        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    return file
-
-
-def _is_only_holder(file: BinaryIO) -> bool:
-    """Return whether no other process holds a lock on an open file, as far as can be known."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # this file system has no locks
-        return True
-    return True
-
-
-def _is_locked(path: Path) -> bool:
-    with open(path, "r+b") as file:
-        return not _is_only_holder(file)
 
 
 def _remove_empty(folders: list[Path]) -> None:
@@ -372,10 +350,10 @@ def _remove_empty(folders: list[Path]) -> None:
 
 
 def _remove_used_folder(folder: Path) -> None:
-    """Remove a folder although other processes may still add files; once it is gone, they cannot.
+    """Remove a folder to which other processes may still add files.
 
     Raises:
-        RunError: it is still there after many attempts.
+        RunError: it still exists after many attempts.
     """
     for _ in range(_REMOVE_ATTEMPTS):
         shutil.rmtree(folder, ignore_errors=True)
@@ -385,7 +363,7 @@ def _remove_used_folder(folder: Path) -> None:
 
 
 def _remove_temporary_files(folder: Path) -> None:
-    """Remove files that killed workers have left half-written."""
+    """Remove unfinished files that killed workers have left."""
     for path in folder.glob("*.partial-*"):
         path.unlink(missing_ok=True)
 
@@ -401,9 +379,9 @@ def _difference(theirs: JsonObject, ours: JsonObject) -> str:
     """Describe how another preparation differs from this one."""
     changed: list[str] = []
     for key in sorted({*theirs, *ours}):
-        # "evaluation" holds checksums of files, which would tell a reader nothing.
+        # "evaluation" holds checksums of files, which tell a reader nothing.
         if key != "evaluation" and theirs.get(key) != ours.get(key):
             changed.append(f"{key} {theirs.get(key)!r}, now {ours.get(key)!r}")
     if changed:
         return f"with other settings ({'; '.join(changed)})"
-    return "of other inputs, or ones that have changed since"
+    return "of other inputs, or of inputs that have changed since"

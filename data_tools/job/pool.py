@@ -1,4 +1,4 @@
-"""Worker processes on this machine: each asks for a unit, reports its progress and asks again."""
+"""Worker processes on this machine: each asks for a unit, reports its progress, and asks again."""
 
 from __future__ import annotations
 
@@ -10,22 +10,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
+from typing import TypeAlias
 
+from data_tools.types import Advance
 from llada.errors import RunError, UserError
 
-Advance = Callable[[int, int, int], None]
-"""Called with bytes of text, tokens, and the number of things left out, since the last call."""
-Work = Callable[[int, Advance], None]
-"""Does the unit with this number. It is pickled, so it opens what it needs in the worker process.
-"""
+Work: TypeAlias = Callable[[int, Advance], None]
+"""Does the unit with a number. It is pickled, so it opens what it needs in the worker process."""
 
 
-# Messages from a worker to the process that started it.
+# -- messages from a worker to the process that started it -----------------------------------------
 
 
 @dataclass(frozen=True)
 class _Ready:
-    """The worker asks for a unit; the answer is its number, or None when there is none left."""
+    """A request for a unit. The answer is the unit's number, or None if no unit is left."""
 
 
 @dataclass(frozen=True)
@@ -37,33 +36,36 @@ class _Progress:
 
 @dataclass(frozen=True)
 class _Failed:
-    """An error that the user can understand; it is raised again as it is."""
+    """An error that is meant for the user; it is raised again as it is."""
 
     error: Exception
 
 
 @dataclass(frozen=True)
 class _Crashed:
-    """Any other exception. Its traceback travels as text: not every exception can be pickled."""
+    """Any other exception. Its traceback is sent as text: not every exception can be pickled."""
 
     trace: str
+
+
+# -- processes -------------------------------------------------------------------------------------
 
 
 def run(work: Work, units: Sequence[int], workers: int, advance: Advance) -> None:
     """Do some units, in this process or in worker processes.
 
-    Workers end when this function does, also by an exception, and when this process is killed.
+    Workers end when this function returns or raises, and when this process is killed.
 
     Args:
-        work: does one unit.
+        work: function that does one unit.
         units: numbers of the units, in the order in which they are handed out.
-        workers: processes; with fewer than two, or fewer than two units, no process is started.
+        workers: number of processes; with one worker, or one unit, no process is started.
         advance: called in this process with the progress of all units.
 
     Raises:
         RunError: a worker was killed.
         RuntimeError: a worker crashed; the message is its traceback.
-        Exception: whatever error for users `work` raises.
+        UserError, RunError, OSError: as `work` raised them.
     """
     num_processes = min(workers, len(units))
     if num_processes < 2:
@@ -78,7 +80,7 @@ def run(work: Work, units: Sequence[int], workers: int, advance: Advance) -> Non
             our_end, worker_end = context.Pipe()
             process = context.Process(target=_serve, args=(work, worker_end), daemon=True)
             process.start()
-            # Only the worker holds its end now, so its death is seen as end of file.
+            # Now only the worker has its end open, so reading ours fails when the worker dies.
             worker_end.close()
             processes[our_end] = process
         _hand_out(processes, units, advance)
@@ -92,7 +94,7 @@ def run(work: Work, units: Sequence[int], workers: int, advance: Advance) -> Non
 def _hand_out(
     processes: dict[Connection, SpawnProcess], units: Sequence[int], advance: Advance
 ) -> None:
-    """Answer workers until every one was told that no unit is left."""
+    """Answer the workers until each of them knows that no unit is left."""
     remaining = list(reversed(units))  # popped from the end, so the first unit goes out first
     busy = set(processes)
     while busy:
@@ -108,22 +110,25 @@ def _hand_out(
                 ) from None
             if isinstance(message, _Progress):
                 advance(message.text_bytes, message.tokens, message.left_out)
+            elif isinstance(message, _Ready):
+                if remaining:
+                    pipe.send(remaining.pop())
+                else:
+                    pipe.send(None)
+                    busy.remove(pipe)
             elif isinstance(message, _Failed):
                 raise message.error
             elif isinstance(message, _Crashed):
                 raise RuntimeError(message.trace)
-            elif remaining:
-                pipe.send(remaining.pop())
             else:
-                pipe.send(None)
-                busy.remove(pipe)
+                raise AssertionError(f"unknown message {message!r}")
 
 
 def _serve(work: Work, pipe: Connection) -> None:
     """Run a worker process until no unit is left or the other end of its pipe is gone."""
-    # Ctrl-C reaches all processes of the terminal. Only the first one acts on it, and ends these.
+    # Ctrl-C reaches all processes of the terminal. The process that started the workers ends them.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # The processes share the cores; threads of each would only compete.
+    # There is a process per core, so threads would only compete for the cores.
     os.environ.update(RAYON_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
 
     def advance(text_bytes: int, tokens: int, left_out: int) -> None:
@@ -141,7 +146,7 @@ def _serve(work: Work, pipe: Connection) -> None:
 
 
 def _next_unit(pipe: Connection) -> int | None:
-    """Ask for a unit; None if there is none left or nobody answers."""
+    """Ask for a unit; return None if no unit is left or nobody answers."""
     try:
         pipe.send(_Ready())
         answer = pipe.recv()

@@ -1,4 +1,4 @@
-"""Progress on a stream: a bar on a terminal; for a preparation, else a line every half minute."""
+"""Progress of a command: a bar on a terminal, or, for a preparation, a line every half minute."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Progress:
     """Counts bytes of text, tokens and things left out, and shows them.
 
     Args:
-        stream: where progress is shown; None shows nothing.
+        stream: stream on which progress is shown; None shows nothing.
     """
 
     def __init__(self, stream: TextIO | None) -> None:
@@ -36,7 +36,7 @@ class Progress:
         self._bar_task: TaskID | None = None
 
     def begin_pass(self, name: str, text_bytes: int) -> None:
-        """Begin a pass over about `text_bytes` of text; what it reads is counted on top."""
+        """Begin a pass over about `text_bytes` more bytes of text."""
         self._pass_name = name
         self._total_bytes = self._text_bytes + text_bytes
 
@@ -74,7 +74,7 @@ class Progress:
                 self._bar_task,
                 description=self._line(),
                 total=self._total_bytes or None,
-                # Units hold only about as much text as planned.
+                # The sizes of units are estimates, so they may exceed the total.
                 completed=min(self._text_bytes, self._total_bytes),
             )
         elif self._stream is not None:
@@ -90,7 +90,7 @@ class Progress:
             from rich.progress import Progress as Bar
             from rich.table import Column
 
-            # The line of numbers is long: the bar stays short and the text is folded.
+            # The line of numbers is long, so the bar is short and the text may wrap.
             text_column = Column(overflow="fold", ratio=1)
             self._bar = Bar(
                 BarColumn(10),
@@ -122,12 +122,12 @@ def progress_bar(shown: bool, description: str, total: int) -> Iterator[Callable
     """Show a bar on stderr while the block runs.
 
     Args:
-        shown: False shows nothing.
-        description: what is done, in one word.
-        total: tokens in all.
+        shown: whether to show it.
+        description: verb that says what is being done, such as "merging".
+        total: number of tokens in all.
 
     Yields:
-        A function to call with the tokens that were done since its last call.
+        A function to call with the number of tokens done since the last call.
     """
     if not shown:
         yield lambda tokens: None

@@ -1,7 +1,7 @@
 """What a finished unit leaves in the folder of an unfinished preparation.
 
-units/00042.json            its result; the unit is done when this file exists
-parts/train-00042-000.bin   its shards, which become shards of the corpus at the end
+units/00042.json            result of the unit, which is done when this file exists
+parts/train-00042-000.bin   shards of the unit, which become shards of the corpus in the end
 """
 
 from __future__ import annotations
@@ -17,16 +17,18 @@ from llada.data.manifest import ShardEntry
 from llada.files import write_atomically
 
 RESULTS = "units"
-PARTS = "parts"
+"""Folder of the results of units."""
+UNIT_SHARDS = "parts"
+"""Folder of the shards of units."""
 
 
 class RangeCount(NamedTuple):
-    """What a range of a source gave.
+    """The number of documents that an input range gave.
 
     Attributes:
         source: index of the source in the plan.
-        documents: how many documents it gave.
-        left_out: what was left out of it, by reason; empty unless it gave no document.
+        documents: number of documents.
+        left_out: number of things left out, by reason; only if the range gave no document.
     """
 
     source: int
@@ -39,16 +41,16 @@ class UnitResult:
     """The outcome of one unit.
 
     Attributes:
-        shards: its shards, in the order they were written.
-        ranges: one entry for each of its input ranges, in order.
-        skipped: documents and lines left out, by reason.
-        noted: documents counted and kept, by reason.
+        shards: entries of its shards, in the order in which they were written.
+        given: documents that each of its input ranges gave, in order.
+        skipped: number of documents and lines left out, by reason.
+        noted: number of documents counted and kept, by reason.
         listed: entries of the list of what is left out.
         encoder: name of the encoder.
     """
 
     shards: list[ShardEntry]
-    ranges: list[RangeCount]
+    given: list[RangeCount]
     skipped: Mapping[str, int]
     noted: Mapping[str, int]
     listed: list[JsonObject]
@@ -58,7 +60,7 @@ class UnitResult:
         """Write the result, which marks the unit as done."""
         content = {
             "shards": [asdict(shard) for shard in self.shards],
-            "given": self.ranges,
+            "given": self.given,
             "skipped": self.skipped,
             "noted": self.noted,
             "listed": self.listed,
@@ -71,7 +73,7 @@ class UnitResult:
         content = json.loads(result_path(folder, unit).read_bytes())
         return cls(
             shards=[ShardEntry(**shard) for shard in content["shards"]],
-            ranges=[RangeCount(*values) for values in content["given"]],
+            given=[RangeCount(*values) for values in content["given"]],
             skipped=content["skipped"],
             noted=content["noted"],
             listed=content["listed"],

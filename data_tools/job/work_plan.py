@@ -1,7 +1,7 @@
-"""How a preparation is cut into units of work, each a run of documents in the order of the sources.
+"""The plan of a preparation: its units of work, which are runs of documents in input order.
 
-Where units begin and end follows from the sources and `--unit-bytes` alone, never from the number
-of workers or tasks, so every way of running a preparation writes the same files.
+Where units begin and end depends on the sources and `--unit-bytes` alone, and not on the number of
+workers or tasks, so every way of running a preparation writes the same files.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from llada.files import write_atomically
 
 PLAN = "plan.json"
 
-# Without --unit-bytes a unit is a 64th of the text, within these bounds in bytes: enough units to
-# share out, none so large that losing one to an interruption costs much.
+# Without --unit-bytes a unit is a 64th of the text, within these bounds in bytes: there are enough
+# units for all workers, and an interruption loses little work.
 _DEFAULT_UNITS = 64
 MIN_UNIT_BYTES = 4 << 20
 MAX_UNIT_BYTES = 256 << 20
@@ -36,7 +36,7 @@ class InputRange(NamedTuple):
 
     Attributes:
         source: index of the source in the plan.
-        start, stop: as in `Slice`.
+        start, stop: start and stop of the `Slice`.
     """
 
     source: int
@@ -53,11 +53,11 @@ class WorkPlan:
     """What is read, in which units, with which settings. Its fields are the keys of plan.json.
 
     Attributes:
-        settings: everything that decides what is written, as JSON values.
+        settings: all settings that decide what is written, as JSON values.
         sources: input files, in order.
-        units: the ranges of every unit, in order.
-        text_bytes: approximate bytes of text in every unit [units].
-        skipped: how many files were left out when the sources were listed, by reason.
+        units: input ranges of each unit, in order.
+        text_bytes: estimated bytes of text in each unit [units].
+        skipped: number of files left out when the sources were listed, by reason.
         listed: entries of the list of what is left out, for files that could not be read.
     """
 
@@ -123,20 +123,21 @@ def make_plan(
     """Measure the sources and cut them into units.
 
     Args:
-        settings: recorded in the plan.
-        sources: from `find_sources`.
+        settings: settings that the plan records.
+        sources: sources from `find_sources`.
         options: how sources are read.
         unit_bytes: bytes of text in a unit; None for a 64th of the whole, within bounds.
-        report: the one that `find_sources` filled; unreadable sources are added.
+        report: report that `find_sources` has filled; sources that cannot be read are added.
 
     Raises:
         UserError: a named source cannot be read.
     """
-    # A source that is left out keeps its index, and an empty extent that is in no unit.
+    # A source that is left out keeps its index. Its extent is empty, so it is in no unit.
     extents = [measure(source, options, report) or Extent(0, 0) for source in sources]
     if unit_bytes is None:
-        share = sum(extent.text_bytes for extent in extents) // _DEFAULT_UNITS
-        unit_bytes = min(MAX_UNIT_BYTES, max(MIN_UNIT_BYTES, share))
+        total_bytes = sum(extent.text_bytes for extent in extents)
+        unit_bytes = max(MIN_UNIT_BYTES, total_bytes // _DEFAULT_UNITS)
+        unit_bytes = min(MAX_UNIT_BYTES, unit_bytes)
     units, text_bytes = cut(extents, unit_bytes)
     return WorkPlan(settings, list(sources), units, text_bytes, dict(report.skipped), report.listed)
 
@@ -152,15 +153,15 @@ def cut(extents: Sequence[Extent], unit_bytes: int) -> tuple[list[list[InputRang
         unit 2   bytes 200..249 of source 0, row group 0 of source 1      130 bytes
         unit 3   row group 1 of source 1                                  120 bytes
 
-    A position is never divided: unit 2 takes row group 0 whole, although it has room for only 50
-    more bytes. So a unit exceeds `unit_bytes` by less than one position.
+    A position is never divided: unit 2 takes the whole of row group 0, although it has room for
+    only 50 more bytes. So a unit exceeds `unit_bytes` by less than one position.
 
     Args:
-        extents: what can be cut, one for each source.
+        extents: extents of the sources.
         unit_bytes: bytes of text with which a unit is full.
 
     Returns:
-        The ranges of each unit, and the bytes of text in each.
+        The input ranges of each unit, and the bytes of text in each unit.
     """
     units: list[list[InputRange]] = []
     text_bytes: list[int] = []
@@ -178,10 +179,10 @@ def cut(extents: Sequence[Extent], unit_bytes: int) -> tuple[list[list[InputRang
 
 
 def _take(extent: Extent, start: int, room: int) -> tuple[int, int]:
-    """Return where a range from `start` ends that fills `room` bytes, and the text in it."""
+    """Return where a range from `start` that fills `room` bytes ends, and the bytes in it."""
     if extent.sizes is None:
-        # All positions hold the same: those that fill the room, rounded up. A position has no text
-        # only where the whole source has none; then all of it is taken.
+        # All positions hold the same number of bytes: take as many as fill the room, rounded up. In
+        # a source without text, that is all of them.
         positions = ceil_div(room * extent.length, max(extent.text_bytes, 1))
         stop = min(extent.length, start + positions)
         return stop, (stop - start) * extent.text_bytes // extent.length

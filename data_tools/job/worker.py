@@ -17,13 +17,13 @@ from data_tools.documents.base import Document, DocumentEncoder, DocumentType
 from data_tools.filters.decontamination import Contamination, evaluation_texts
 from data_tools.filters.dedup import Duplicates, hashes_path, write_hashes
 from data_tools.job.options import CorpusOptions, DecontaminationOptions
-from data_tools.job.pool import Advance
 from data_tools.job.splits import write_batch
-from data_tools.job.unit_result import PARTS, RangeCount, UnitResult
+from data_tools.job.unit_result import UNIT_SHARDS, RangeCount, UnitResult
 from data_tools.job.work_plan import WorkPlan
 from data_tools.readers.formats import DATASET
 from data_tools.readers.input_file import InputFile
 from data_tools.readers.report import Report, no_document
+from data_tools.types import Advance
 from llada.data.manifest import TRAIN, VALIDATION
 from llada.data.shard_format import token_dtype
 from llada.data.shard_writer import SplitWriter
@@ -31,7 +31,7 @@ from llada.errors import UserError
 from llada.tokenizer import Tokenizer
 
 BATCH_BYTES = 1 << 20
-"""Text that is encoded at a time; a longer document is a batch of its own."""
+"""Bytes of text that are encoded at a time; a longer document is a batch of its own."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ class UnitWorker(Generic[Document]):
     options: CorpusOptions
 
     def __getstate__(self) -> dict[str, object]:
-        # The cached properties below stay in their process: encoders cannot be pickled, and the
-        # index of the evaluation texts may be large.
+        # The cached properties below are not sent to other processes: encoders cannot be pickled,
+        # and the index of the evaluation texts may be large.
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @cached_property
@@ -74,8 +74,11 @@ class UnitWorker(Generic[Document]):
 
     @cached_property
     def _ranges_per_source(self) -> Counter[int]:
-        """How many ranges each source is cut into."""
-        return Counter(part.source for unit in self._plan.units for part in unit)
+        """Number of input ranges that each source is cut into."""
+        counts = Counter[int]()
+        for input_ranges in self._plan.units:
+            counts.update(input_range.source for input_range in input_ranges)
+        return counts
 
     def hash_unit(self, unit: int, advance: Advance) -> None:
         """Write the hash of every document of a unit, in order; the first pass of `--dedup`."""
@@ -93,17 +96,17 @@ class UnitWorker(Generic[Document]):
         """Write the shards of a unit, then its result, which marks it as done."""
         report = Report()
         noted = Counter[str]()
-        ranges: list[RangeCount] = []
+        given: list[RangeCount] = []
         throttled = ThrottledAdvance(advance, report)
-        parts = self.folder / PARTS
+        shards_folder = self.folder / UNIT_SHARDS
         dtype = token_dtype(self.tokenizer.padded_vocab_size)
         shard_tokens = self.options.shard_tokens
         with (
-            SplitWriter(parts, TRAIN, dtype, shard_tokens, unit) as train,
-            SplitWriter(parts, VALIDATION, dtype, shard_tokens, unit) as validation,
+            SplitWriter(shards_folder, TRAIN, dtype, shard_tokens, unit) as train,
+            SplitWriter(shards_folder, VALIDATION, dtype, shard_tokens, unit) as validation,
         ):
             writers = {TRAIN: train, VALIDATION: validation}
-            documents = self._drop_duplicates(unit, self._read(unit, report, ranges), report)
+            documents = self._drop_duplicates(unit, self._read(unit, report, given), report)
             for batch in in_batches(documents, self._text_length, BATCH_BYTES):
                 kept = self._drop_contaminated(batch, report, noted)
                 if not kept:
@@ -113,41 +116,43 @@ class UnitWorker(Generic[Document]):
                 throttled.add(int(encoded.text_bytes.sum()), len(encoded.flat_tokens))
             shards = train.finish() + validation.finish()
         throttled.flush()
-        # All files of the unit are on the disk before its result is: an interrupted unit has no
-        # result and is done again.
-        result = UnitResult(shards, ranges, report.skipped, noted, report.listed, self.backend)
+        # The result is written after all other files of the unit are on the disk, so an interrupted
+        # unit has no result and is done again.
+        result = UnitResult(shards, given, report.skipped, noted, report.listed, self.backend)
         result.save(self.folder, unit)
 
     def _text_length(self, document: Document) -> int:
         return len(self.document_type.text(document))
 
-    def _read(self, unit: int, report: Report, ranges: list[RangeCount]) -> Iterator[Document]:
-        """Yield the documents of a unit, and append what each of its ranges gave to `ranges`.
+    def _read(self, unit: int, report: Report, given: list[RangeCount]) -> Iterator[Document]:
+        """Yield the documents of a unit, and append what each of its input ranges gave to `given`.
 
         Raises:
             UserError: a source has changed since the plan was made, or a named source gives no
                 document.
         """
-        for part in self._plan.units[unit]:
-            source = self._plan.sources[part.source]
+        for input_range in self._plan.units[unit]:
+            source = self._plan.sources[input_range.source]
             _check_unchanged(source)
             skipped_before = report.skipped.copy()
             count = 0
-            for document in self._encoder.read(source, part.slice, report):
+            for document in self._encoder.read(source, input_range.slice, report):
                 count += 1
                 yield document
             left_out = Counter[str]()
             if not count:
                 left_out = report.skipped - skipped_before
-                # A source in several ranges may have documents in another one. `finish` sees all.
-                if source.named and self._ranges_per_source[part.source] == 1:
+                # If there are several ranges of the source, another may have a document; `finish`
+                # checks their sum.
+                is_whole_source = self._ranges_per_source[input_range.source] == 1
+                if source.named and is_whole_source:
                     raise no_document(source.path, left_out)
-            ranges.append(RangeCount(part.source, count, left_out))
+            given.append(RangeCount(input_range.source, count, left_out))
 
     def _drop_duplicates(
         self, unit: int, documents: Iterator[Document], report: Report
     ) -> Iterator[Document]:
-        """Yield the documents that repeat no earlier one, if `dedup` is set."""
+        """Yield the documents, with `dedup` only those that repeat no earlier one."""
         if not self.options.dedup:
             yield from documents
             return
@@ -161,7 +166,7 @@ class UnitWorker(Generic[Document]):
     def _drop_contaminated(
         self, batch: list[Document], report: Report, noted: Counter[str]
     ) -> list[Document]:
-        """Count documents that overlap an evaluation text, and drop them if that is set."""
+        """Return the documents to keep; those that overlap an evaluation text are counted."""
         options = self.options.decontamination
         if self._contamination is None or options is None:
             return batch
@@ -179,12 +184,12 @@ class UnitWorker(Generic[Document]):
 
 
 class ThrottledAdvance:
-    """Adds up progress and passes it on once for every `every` bytes of text.
+    """Adds up progress, and passes it on after every `every` bytes of text.
 
     Args:
-        advance: receives the progress.
-        report: what it counts as left out since the last call is passed on too.
-        every: bytes of text.
+        advance: function that receives the progress.
+        report: report whose number of things left out is passed on too.
+        every: bytes of text between two calls.
     """
 
     def __init__(self, advance: Advance, report: Report, every: int = BATCH_BYTES) -> None:
@@ -217,9 +222,9 @@ def open_contamination(options: DecontaminationOptions | None) -> Contamination 
 
 
 def _check_unchanged(source: InputFile) -> None:
-    """Raise UserError if a file is not the one that the plan was made with."""
-    # A dataset is no single file. Its fingerprint is in the plan's digest, which is compared when a
-    # command starts.
+    """Raise UserError if a file has changed since the plan was made."""
+    # A dataset is not a single file. Its fingerprint is part of the plan's digest, which is
+    # compared when a command starts.
     if source.format == DATASET:
         return
     try:

@@ -1,4 +1,4 @@
-"""`llada data tokenizer info`: say what a tokenizer is, and how it cuts a text."""
+"""`llada data tokenizer info`: describe a tokenizer, and how it cuts a text."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from llada.errors import UserError
 from llada.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 _MAX_NAMES = 8
-"""Names of special tokens that are listed."""
+"""Most names of special tokens that are listed."""
 
 
 def describe_tokenizer(
     path: str | Path, inputs: Sequence[str | Path] = (), options: ReadOptions | None = None
 ) -> str:
-    """Say what a tokenizer is, in a few lines; with inputs, also how it cuts a sample of them.
+    """Describe a tokenizer in a few lines; with inputs, also how it cuts a sample of them.
 
     Args:
-        path: Hugging Face folder, tokenizer.json or SentencePiece model; it needs no mask or EOS.
-        inputs: files and folders.
-        options: how to read them.
+        path: Hugging Face folder, tokenizer.json or SentencePiece model; need not have mask or EOS.
+        inputs: files and folders to take a sample from.
+        options: how inputs are read.
 
     Raises:
         UserError: no such tokenizer or input.
@@ -44,15 +44,17 @@ def describe_tokenizer(
     if inputs:
         texts = _sample(inputs, options or ReadOptions())
     encoder, reason = choose_encoder(tokenizer, texts)
-    reason_in_brackets = f" ({reason})" if reason else ""
-    lines.append(f"encoder: {encoder.name}{reason_in_brackets}")
+    if reason:
+        lines.append(f"encoder: {encoder.name} ({reason})")
+    else:
+        lines.append(f"encoder: {encoder.name}")
     if texts:
         lines.append(f"{measure_fit(tokenizer, texts)}, a sample of the input")
     return "\n".join(lines)
 
 
 def _special_token_lines(tokenizer: Tokenizer) -> list[str]:
-    """List the tokens by role, those without a role, and LLaDA's that are missing."""
+    """List the special tokens by role, those without a role, and LLaDA's that are missing."""
     lines = []
     roles = tokenizer.special_tokens()
     for role in ("bos", "eos", "pad", "mask"):
@@ -76,7 +78,7 @@ def _special_token_lines(tokenizer: Tokenizer) -> list[str]:
 
 
 def _sample(inputs: Sequence[str | Path], options: ReadOptions) -> list[str]:
-    # A single document may be much longer than the sample.
+    # A single document may be much longer than the sample should be.
     texts = [text[:MEASURED_BYTES] for text in sample_texts(inputs, MEASURED_BYTES, options)]
     if not texts:
         raise UserError(f"--input: no text in {', '.join(map(str, inputs))}")

@@ -1,8 +1,8 @@
 """Text to token ids with the fastest library that gives the tokenizer's own ids, on one thread.
 
-The libraries that define the ids are tokenizers and sentencepiece. Two others encode 10 to 100
-times faster: fastokens and gigatoken. One of these is used only after it gave the same ids for
-every text of `data_tools.tokenizers.equality` and for a sample of the input.
+The libraries tokenizers and sentencepiece define the ids. Two others, fastokens and gigatoken,
+encode 10 to 100 times faster. One of these is used only if it gives the same ids for every text of
+`data_tools.tokenizers.equality` and for a sample of the input.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from llada.errors import RunError, UserError, did_you_mean
 from llada.tokenizer import I64, Tokenizer
 
 BACKENDS = ("auto", "gigatoken", "fastokens", "library")
-"""What a user can request. `library` is the one that defines the ids."""
+"""Encoders that a user can request. `library` is the one that defines the ids."""
 _FAST = ("fastokens", "gigatoken")
-"""In the order in which `auto` tries them. Neither is always the faster; fastokens knows a newer
-Unicode and needs no other package.
+"""Fast libraries in the order in which `auto` tries them. Neither is always faster; fastokens
+implements a newer Unicode and needs no other package.
 """
 
 UnsignedInts: TypeAlias = npt.NDArray[np.unsignedinteger]
 EncodeFlat: TypeAlias = Callable[[list[str]], tuple[UnsignedInts, UnsignedInts]]
-"""Texts -> the ids of all of them one after the other, and where the ids of each text start; the
-last start is the end of the ids.
+"""Texts -> the ids of all texts, concatenated, and the offset at which the ids of each text start,
+followed by the end of the ids.
 """
 
 
@@ -42,17 +42,17 @@ class Encoder(Protocol):
     """Turns text into token ids.
 
     Attributes:
-        name: library and version, as in "fastokens 0.3.5".
+        name: library and version, such as "fastokens 0.3.5".
     """
 
     name: str
 
     def encode(self, texts: list[str]) -> tuple[I64, I64]:
-        """Encode texts. No token is added, and none is read from text.
+        """Encode texts. No special token is added, and none is recognised in text.
 
         Returns:
-            The ids of all texts one after the other, int64 [tokens], and the number of ids of each
-            text, int64 [texts].
+            The ids of all texts, concatenated, int64 [tokens], and the number of ids of each text,
+            int64 [texts].
         """
         ...
 
@@ -63,9 +63,9 @@ def choose_encoder(
     """Return the fastest encoder that gives the tokenizer's own ids.
 
     Args:
-        tokenizer: defines the ids.
-        sample: texts of the input, on which the ids are compared. Comparing a megabyte takes as
-            long as the tokenizer's own library needs for it.
+        tokenizer: tokenizer that defines the ids.
+        sample: texts of the input on which ids are compared. The comparison takes as long as the
+            tokenizer's own library needs for them.
         requested: one of BACKENDS.
 
     Returns:
@@ -105,7 +105,7 @@ def open_encoder(tokenizer: Tokenizer, name: str) -> Encoder:
     """Open an encoder by name in a worker process; nothing is compared again.
 
     Args:
-        tokenizer: the one for which it was chosen.
+        tokenizer: tokenizer for which the encoder was chosen.
         name: `Encoder.name` of the encoder that `choose_encoder` returned.
 
     Raises:
@@ -121,15 +121,30 @@ def open_encoder(tokenizer: Tokenizer, name: str) -> Encoder:
             available = _open_fast(tokenizer, backend)
         except _Unusable as problem:
             raise RunError(
-                f"--backend: '{name}' was chosen and cannot be used here: {problem}"
+                f"--backend: expected {name}, which cannot be used on this machine: {problem}"
             ) from None
     if available.name != name:
-        raise RunError(f"--backend: '{name}' was chosen and here is {available.name}")
+        raise RunError(f"--backend: expected {name}, found {available.name} on this machine")
     return available
 
 
+class EncoderFailed(RunError):
+    """A fast library failed on a text.
+
+    Args:
+        reason: what happened, for messages.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.reason}; the encoder 'library' avoids it"
+
+
 class _Unusable(Exception):
-    """Why a fast library is not used."""
+    """The reason for which a fast library is not used."""
 
 
 # -- the encoders ----------------------------------------------------------------------------------
@@ -152,8 +167,8 @@ class _FastEncoder:
 
     Args:
         name: library and version.
-        encode_flat: of the library.
-        prefix: put before every text that is not empty.
+        encode_flat: function of the library.
+        prefix: text put before every text that is not empty.
     """
 
     def __init__(self, name: str, encode_flat: EncodeFlat, prefix: str) -> None:
@@ -164,19 +179,25 @@ class _FastEncoder:
     def encode(self, texts: list[str]) -> tuple[I64, I64]:
         if not texts:
             return np.empty(0, np.int64), np.empty(0, np.int64)
-        if self._prefix:
-            texts = [text and self._prefix + text for text in texts]
+        texts = self._with_prefix(texts)
         try:
             ids, starts = self._encode_flat(texts)
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # a panic in Rust is not an Exception
-            raise RunError(
-                f"{self.name} failed on a text: {_first_line(error)}; the encoder 'library'"
-                " avoids it"
-            ) from error
+            raise EncoderFailed(f"{self.name} failed on a text: {_first_line(error)}") from error
         offsets = starts.astype(np.int64)
         return ids.astype(np.int64), offsets[1:] - offsets[:-1]
+
+    def _with_prefix(self, texts: list[str]) -> list[str]:
+        if not self._prefix:
+            return texts
+        prefixed: list[str] = []
+        for text in texts:
+            if text:
+                text = self._prefix + text
+            prefixed.append(text)
+        return prefixed
 
 
 def _open_fast(tokenizer: Tokenizer, backend: str) -> _FastEncoder:
@@ -197,27 +218,26 @@ def _open_fast(tokenizer: Tokenizer, backend: str) -> _FastEncoder:
 
 @lru_cache(maxsize=2)
 def _open_once(opener: Callable[[str], EncodeFlat], definition: str) -> EncodeFlat:
-    """Open a library once in a process: a large vocabulary takes half a second."""
+    """Open a library, once per process: a large vocabulary takes half a second."""
     return opener(definition)
 
 
 @contextmanager
 def _unusable_on_failure(backend: str) -> Iterator[None]:
-    """Turn whatever goes wrong inside a fast library, except that it is missing, into _Unusable."""
+    """Turn the errors of a fast library into _Unusable, unless it cannot be imported."""
     try:
         yield
     except (_Unusable, ImportError, KeyboardInterrupt, SystemExit):
         raise
-    except RunError as error:
-        # Without the advice at the end, which is for somebody who has chosen this library.
-        raise _Unusable(str(error).split(";")[0]) from None
+    except EncoderFailed as error:
+        raise _Unusable(error.reason) from None
     except BaseException as error:  # a panic in Rust is not an Exception
         raise _Unusable(f"{backend} cannot read it: {_first_line(error)}") from None
 
 
 def _definition_without_specials(tokenizer: Tokenizer) -> tuple[str, str]:
-    """Return a tokenizer.json that knows no special token, so that none is read from text, and what
-    to put before every text.
+    """Return a tokenizer.json without special tokens, so that none is recognised in text, and the
+    prefix to put before every text.
     """
     if isinstance(tokenizer.definition, bytes):
         return to_tokenizer_json(tokenizer.definition)
@@ -229,7 +249,7 @@ def _definition_without_specials(tokenizer: Tokenizer) -> tuple[str, str]:
 
 
 def _open_fastokens(definition: str) -> EncodeFlat:
-    os.environ["FASTOKENS_BPE_THREADS"] = "1"  # read when it encodes for the first time
+    os.environ["FASTOKENS_BPE_THREADS"] = "1"  # read at the first call that encodes
     import fastokens
 
     encoder = fastokens.Tokenizer.from_json_str(definition)
@@ -242,8 +262,8 @@ def _open_fastokens(definition: str) -> EncodeFlat:
 
 
 def _open_gigatoken(definition: str) -> EncodeFlat:
-    # The ids come as an awkward array, and awkward is imported only when they do: import it now, so
-    # that its absence is noticed before anything is encoded.
+    # gigatoken returns an awkward array, and imports awkward only then. Importing it now notices
+    # its absence before anything is encoded.
     import awkward  # noqa: F401
     import gigatoken
 
@@ -269,7 +289,7 @@ def _first_line(error: BaseException) -> str:
 
 @dataclass(frozen=True)
 class _CheckedPair:
-    """An encoder and its tokenizer; equal to every pair of the same library, version and ids."""
+    """An encoder and its tokenizer; pairs with the same library, version and ids are equal."""
 
     name: str
     fingerprint: str
@@ -279,9 +299,7 @@ class _CheckedPair:
 
 @lru_cache(maxsize=8)
 def _difference_on_fixed_texts(pair: _CheckedPair) -> str | None:
-    """Compare on the fixed texts, which takes a second: once in a process that prepares many
-    corpora.
-    """
+    """Compare on the fixed texts, once per process, because it takes a second."""
     library = _LibraryEncoder(pair.tokenizer)
     return first_difference(pair.encoder.encode, library.encode, fixed_texts(pair.tokenizer))
 

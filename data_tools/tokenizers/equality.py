@@ -1,6 +1,4 @@
-"""Whether two encoders give the same ids: texts on which libraries are known to differ, and the
-comparison.
-"""
+"""Do two encoders give the same ids? The comparison, and texts on which libraries may differ."""
 
 from __future__ import annotations
 
@@ -23,8 +21,8 @@ _VOCABULARY_TEXTS = 4096
 _RANDOM_TEXTS = 400
 _RANDOM_SEED = 20250214  # any number; fixed, so that every process checks the same texts
 
-# Libraries split text into words with regular expressions of their own, in which runs of spaces,
-# line ends and Unicode's other spaces are treated specially.
+# Libraries split text into words with their own regular expressions, which treat runs of spaces,
+# line ends and Unicode's other spaces specially.
 _SPACES = (
     "",
     " ",
@@ -59,10 +57,10 @@ _ODD_SPACES = (
     "\ufeff",
     "\u180e",
 )
-# Each line is a trap that some library has fallen into: contractions, runs of digits, operators,
-# identifiers, paths, combining characters, emoji sequences, scripts without spaces, right-to-left
-# text, control characters, non-characters, characters that byte-level BPE and SentencePiece use
-# themselves, texts that look like special tokens, and words longer than caches or buffers.
+# Texts that some library has encoded wrongly: contractions, runs of digits, operators, identifiers,
+# paths, combining characters, emoji sequences, scripts without spaces, right-to-left text, control
+# characters, non-characters, characters that byte-level BPE and SentencePiece use themselves, texts
+# that look like special tokens, and words longer than caches or buffers.
 _WRITING = (
     "don't I'm we've they'll it'd you're DON'T I'M WE'VE 's 't d'être l’eau '''s",
     "0 1 12 123 1234 12345 1234567890 3.14159 1,000,000 1e-9 0xFF ١٢٣ १२३ ½ ² Ⅷ １２３ 0"
@@ -116,8 +114,8 @@ _UNIFORM_RANGES = (
     (0x17000, 0x18D00),
     (0x20000, 0x323B0),
 )
-"""Ranges of code points that are all alike: ideographs, Hangul, Tangut, private use. Their ends are
-checked in full, every 16th code point between.
+"""Ranges of code points that libraries treat alike: ideographs, Hangul, Tangut, private use. Their
+ends are checked in full, and every 16th code point between them.
 """
 _LAST_CODE_POINTS = (*range(0xE0000, 0xE01F0), 0xF0000, 0xFFFFD, 0x100000, 0x10FFFD, 0x10FFFF)
 
@@ -129,7 +127,7 @@ def first_difference(candidate: Encode, reference: Encode, texts: Sequence[str])
     """Return the first text to which two encoders give different ids, shortened for a message.
 
     Returns:
-        A Python literal of the text or of a part that is enough to see it; None: no difference.
+        A Python literal of the text, or of a part that shows the difference; None if there is none.
     """
     for batch in in_batches(texts, len, _BATCH_CHARACTERS):
         ids, lengths = candidate(batch)
@@ -160,7 +158,7 @@ def _shortened(text: str, candidate: Encode, reference: Encode) -> str:
         elif _differ(candidate, reference, text[middle:]):
             text = text[middle:]
         else:
-            # The difference lies across the middle.
+            # The difference spans the middle.
             return f"{text[:_SHOWN_CHARACTERS]!r}... ({len(text):,} characters)"
     return repr(text)
 
@@ -171,8 +169,8 @@ def _shortened(text: str, candidate: Encode, reference: Encode) -> str:
 def fixed_texts(tokenizer: Tokenizer) -> list[str]:
     """Return the texts on which encoders of a tokenizer are compared, whatever the input is.
 
-    They hold spaces, writing systems, nearly every character, and the tokenizer's own tokens and
-    special tokens; about a million characters.
+    They are about a million characters: spaces, scripts, nearly every code point, and the
+    tokenizer's tokens and special tokens.
     """
     texts = [*_SPACES, *_ODD_SPACES, *_WRITING]
     for space in (*_SPACES, *_ODD_SPACES):
@@ -188,7 +186,7 @@ def fixed_texts(tokenizer: Tokenizer) -> list[str]:
 
 
 def _special_token_texts(tokenizer: Tokenizer) -> Iterator[str]:
-    """Yield every special or added token, alone, inside words, and not quite."""
+    """Yield every special or added token: alone, inside words, and misspelt."""
     names = set(SPECIAL_TOKENS)
     names.update(token for token, _ in tokenizer.special_tokens().values())
     if isinstance(tokenizer.definition, bytes):
@@ -208,7 +206,7 @@ def _special_token_texts(tokenizer: Tokenizer) -> Iterator[str]:
 
 
 def _vocabulary_texts(tokenizer: Tokenizer) -> Iterator[str]:
-    """Yield tokens from all over the vocabulary, each with the next one."""
+    """Yield evenly spaced tokens of the vocabulary, each with the next one."""
     size = tokenizer.vocab_size
     for token_id in range(0, size, max(1, size // _VOCABULARY_TEXTS)):
         pair = [token_id, min(token_id + 1, size - 1)]
@@ -227,9 +225,9 @@ def _random_texts() -> Iterator[str]:
 
 
 def _character_texts() -> Iterator[str]:
-    """Yield every character between letters, before a digit and after a space, 32 in a text.
+    """Yield every character between letters, before a digit and after a space, 32 per text.
 
-    Libraries know different versions of Unicode, so a letter to one may be none to another.
+    Libraries implement different versions of Unicode, which may disagree on what is a letter.
     """
     left_out: set[int] = set()
     for first, last in _UNIFORM_RANGES:

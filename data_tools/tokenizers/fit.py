@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from llada.tokenizer import Tokenizer
 
 MEASURED_BYTES = 1 << 20
-"""About how much text is measured."""
+"""Approximate bytes of text to measure."""
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Fit:
 
     Attributes:
         text_bytes: UTF-8 bytes of the text.
-        words: number of words, which are what stands between spaces and line ends.
+        words: number of words, separated by white space.
         tokens: number of tokens, without EOS.
     """
 
@@ -36,7 +36,7 @@ class Fit:
 
 
 def measure_fit(tokenizer: Tokenizer, texts: Sequence[str]) -> Fit:
-    """Count what a tokenizer makes of texts."""
+    """Count the tokens, bytes and words of texts."""
     ids, _ = tokenizer.encode_batch(list(texts))
     return Fit(
         text_bytes=sum(len(text.encode()) for text in texts),

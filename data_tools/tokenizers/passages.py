@@ -1,4 +1,4 @@
-"""Passages of text, and a sample of them from all over the input to train a tokenizer on."""
+"""Passages of text, and a sample of the passages of the whole input to train a tokenizer on."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Sample:
     """A sample of texts.
 
     Attributes:
-        passages: in the order of the input.
+        passages: passages of the sample, in the order of the input.
         text_bytes: UTF-8 bytes of all texts.
         kept_bytes: UTF-8 bytes of the passages.
     """
@@ -30,19 +30,19 @@ class Sample:
 
 
 def sample_passages(texts: Iterable[str], limit: int) -> Sample:
-    """Choose passages from all over the texts, no more than `limit` bytes of them.
+    """Choose a sample of at most `limit` bytes from the passages of all texts.
 
-    Each passage gets a hash, keyed by its number in the input, and those with the smallest hashes
-    stay. That takes one pass, and memory for the sample alone. The same texts give the same sample,
-    and equal passages do not all share one fate.
+    Each passage gets a hash, seeded with its number in the input, and the smallest hashes stay.
+    This takes one pass, and memory for the sample alone. The same texts give the same sample, and
+    equal passages are chosen independently.
 
     Raises:
         UserError: a limit with no room for a single passage.
     """
-    # (-hash, number, UTF-8): a heap has its smallest entry first, here the greatest hash.
+    # (-hash, number, UTF-8). The smallest entry of a heap comes first, here the greatest hash.
     heap: list[tuple[int, int, bytes]] = []
-    # Once a passage is dropped, none with a greater hash can come in: the sample stays that of the
-    # smallest hashes, even where a short passage would still fit.
+    # Once a passage is dropped, no greater hash is added, even if a short passage would still fit:
+    # the sample always has the smallest hashes.
     limit_hash = 1 << 64
     text_bytes = 0
     kept_bytes = 0
@@ -71,9 +71,9 @@ def sample_passages(texts: Iterable[str], limit: int) -> Sample:
 
 
 def cut_passages(text: str) -> Iterator[str]:
-    """Cut a long text at ends of lines, or before spaces, or anywhere; a short one stays whole.
+    """Cut a text into passages, at ends of lines if possible, else before spaces, else anywhere.
 
-    The passages joined are the text.
+    The passages concatenated are the text.
     """
     start = 0
     while len(text) - start > PASSAGE_CHARACTERS:

@@ -1,4 +1,4 @@
-"""Inside a SentencePiece model: what kind it is, its special pieces, and the same tokenizer as a
+"""What is in a SentencePiece model: its type, its special pieces, and its conversion to a
 tokenizer.json.
 """
 
@@ -13,11 +13,11 @@ from data_tools.types import JsonObject
 ModelProto: TypeAlias = Any
 
 ESCAPES = (("\uf8ff", "\uf8ffB"), ("\u2581", "\uf8ffA"))
-"""(old, new), in the order in which they are applied.
+"""Replacements (old, new) that make a model lossless, in the order in which they are applied.
 
-SentencePiece writes a space as U+2581 and reads a U+2581 of the text as a space. Models trained
-here spell that character as two others. The first of these, U+F8FF from the private use area, is
-spelled as two characters as well, so every text comes back.
+SentencePiece writes a space as U+2581, and decodes a U+2581 of the text as a space. Models trained
+here write that character as two others. The first of these, U+F8FF from the private use area, is
+written as two characters as well, so that every text is decoded as it was.
 """
 LOSSLESS = "llada_lossless"
 """Name of a normalizer that applies ESCAPES and nothing else."""
@@ -46,12 +46,13 @@ def parse(model: bytes) -> ModelProto:
 
 
 def describe_model_type(model: bytes) -> str:
-    """Return what type of model it is, for people."""
+    """Describe the type of a model for people."""
     trainer = parse(model).trainer_spec
     names = {_UNIGRAM: "unigram", _BPE: "BPE"}
     name = names.get(trainer.model_type, "word or character model")
-    fallback = " with byte fallback" if trainer.byte_fallback else ""
-    return f"SentencePiece {name}{fallback}"
+    if trainer.byte_fallback:
+        name += " with byte fallback"
+    return f"SentencePiece {name}"
 
 
 def special_pieces(model: bytes) -> list[str]:
@@ -60,17 +61,17 @@ def special_pieces(model: bytes) -> list[str]:
 
 
 def to_tokenizer_json(model: bytes) -> tuple[str, str]:
-    """Return a tokenizer.json that is meant to give every text the ids of a model, for libraries
-    that read only that. The caller has to compare the ids.
+    """Convert a model to a tokenizer.json that should give the same ids, for libraries that read
+    only this format. The caller has to compare the ids.
 
-    Control pieces are ordinary tokens in it that no merge reaches, so text cannot spell them.
+    Control pieces become ordinary tokens that no merge produces, so no text is encoded to them.
 
     Returns:
-        The definition, and what must be put before every text that is not empty. (A normalizer
-        that adds it would also add it behind every user-defined piece.)
+        The definition, and the prefix to put before every text that is not empty. (A normalizer
+        that adds the prefix would also add it after every user-defined piece.)
 
     Raises:
-        ValueError: a model that a tokenizer.json cannot express.
+        ValueError: a tokenizer.json cannot express the model.
     """
     proto = parse(model)
     normalizer = proto.normalizer_spec
@@ -117,11 +118,11 @@ def _replacement(old: str, new: str) -> JsonObject:
 
 
 def _bpe_model(proto: ModelProto) -> JsonObject:
-    """Return the model with a list of merges in place of scores.
+    """Return the model with merges instead of scores.
 
-    SentencePiece joins the neighbours whose joint piece has the best score, whatever its parts are.
-    So a piece gets a merge for every way to cut it into two pieces: "abc" with ("a", "bc") and
-    ("ab", "c"), if these exist.
+    SentencePiece joins the two neighbours that form the piece with the best score. So a piece gets
+    a merge for every way to cut it into two pieces: "abc" gets ("a", "bc") and ("ab", "c"), if
+    these pieces exist.
     """
     unknown = next(piece.piece for piece in proto.pieces if piece.type == _UNKNOWN)
     normal = {piece.piece for piece in proto.pieces if piece.type == _NORMAL}
@@ -135,7 +136,7 @@ def _bpe_model(proto: ModelProto) -> JsonObject:
             right = text[cut:]
             if left in normal and right in normal:
                 merges.append((piece.score, left, right))
-    # The best score first; the sort is stable, so equal scores stay in order of their ids.
+    # The best score comes first. The sort is stable: equal scores stay in the order of ids.
     merges.sort(key=lambda merge: -merge[0])
     return {
         "type": "BPE",

@@ -1,4 +1,4 @@
-"""Train SentencePiece models that give every text back as it was."""
+"""Train SentencePiece models that decode every text as it was."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from llada.errors import UserError
 from llada.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 _NUM_THREADS = 8
-"""Fixed, because the sums of unigram training depend on it: every machine trains the same model."""
+"""Threads of the trainer. The number is fixed because the sums of unigram training depend on it:
+every machine trains the same model.
+"""
 _LARGE_CORPUS = 1 << 30
-"""Characters from which SentencePiece needs 64-bit positions."""
+"""Number of characters from which SentencePiece needs 64-bit positions."""
 _NUM_BYTES = 256
 _SPACE = "\u2581"
 """How SentencePiece writes a space."""
@@ -25,17 +27,16 @@ _SPACE = "\u2581"
 def train_sentencepiece(passages: Sequence[str], vocab_size: int, kind: str) -> Tokenizer:
     """Train a SentencePiece model, with LLaDA's special tokens after its last id.
 
-    Spaces are kept, as many as there are and without one in front; every digit is a token; what has
-    no piece of its own becomes UTF-8 bytes.
+    All spaces are kept, and none is added in front. Every digit is a token, and characters without
+    a piece become UTF-8 bytes.
 
     Args:
-        passages: text. The model is trained on its lines.
-        vocab_size: number of ids: a token for the unknown, 256 bytes, 6 special tokens, the rest
-            pieces.
+        passages: texts, on whose lines the model is trained.
+        vocab_size: number of ids: the unknown token, 256 bytes, 6 special tokens, and pieces.
         kind: "unigram" or "bpe".
 
     Raises:
-        UserError: a vocabulary that the text cannot fill, or that has no room for its characters.
+        UserError: the text cannot fill the vocabulary, or has more characters than fit into it.
     """
     # The unknown token, the bytes, the space and the special tokens.
     smallest = 1 + _NUM_BYTES + 1 + len(SPECIAL_TOKENS)
@@ -80,7 +81,7 @@ def _train_model(passages: Sequence[str], vocab_size: int, kind: str) -> bytes:
                 bos_id=-1,
                 eos_id=-1,
                 pad_id=-1,
-                # In bytes. A character has at most 4, so no line is too long.
+                # In bytes, of which a character has at most 4, so no line is too long.
                 max_sentence_length=8 * PASSAGE_CHARACTERS,
                 train_extremely_large_corpus=sum(map(len, passages)) >= _LARGE_CORPUS,
                 num_threads=_NUM_THREADS,
@@ -106,13 +107,13 @@ def _sentences(passages: Iterable[str]) -> Iterator[str]:
         for passage in cut_passages(text):
             for line in passage.split("\n"):
                 if line and not line.isspace():
-                    # SentencePiece takes a NUL for the end of a line, and leaves out lines with
-                    # U+2585, its own sign for the unknown.
+                    # SentencePiece ends a line at a NUL, and skips lines with U+2585, which it uses
+                    # for the unknown token.
                     yield line.replace("\0", " ").replace("\u2585", " ")
 
 
 def _without_temporary_names(model: bytes) -> bytes:
-    """Replace the names of temporary files in a model, which would make every training differ."""
+    """Remove the names of temporary files from a model, so that it is the same every time."""
     proto = parse(model)
     for spec in (proto.normalizer_spec, proto.denormalizer_spec):
         spec.name = LOSSLESS
@@ -121,7 +122,7 @@ def _without_temporary_names(model: bytes) -> bytes:
 
 
 def _training_error(vocab_size: int, message: str) -> str:
-    """Say what is wrong in our words; the numbers of SentencePiece count no special tokens."""
+    """Explain an error of SentencePiece, whose numbers do not count special tokens."""
     num_special = len(SPECIAL_TOKENS)
     too_high = re.search(r"Vocabulary size too high.*<= (\d+)", message, re.DOTALL)
     if too_high:

@@ -17,7 +17,7 @@ from llada.outputs import new_folder
 from llada.tokenizer import Tokenizer, train_byte_level_bpe
 
 KINDS = ("byte-bpe", "unigram", "bpe")
-"""The last two are SentencePiece models."""
+"""Kinds of tokenizers; the last two are SentencePiece models."""
 SAMPLE_BYTES = 100_000_000
 MAX_VOCAB_SIZE = 10_000_000
 """The trainers allocate memory for every id."""
@@ -35,10 +35,10 @@ class TrainingResult:
     """A trained tokenizer and what it was trained on.
 
     Attributes:
-        tokenizer: as it was saved.
-        fit: how it cuts up to a megabyte of the sample.
-        text_bytes: UTF-8 bytes read.
-        sample_bytes: of these, bytes it was trained on.
+        tokenizer: trained tokenizer.
+        fit: how it cuts about a megabyte of the sample.
+        text_bytes: UTF-8 bytes of all texts.
+        sample_bytes: UTF-8 bytes of the sample it was trained on.
     """
 
     tokenizer: Tokenizer
@@ -63,16 +63,16 @@ def train_tokenizer(
 
     Args:
         inputs: files and folders.
-        vocab_size: number of ids, LLaDA's six special tokens included, which take the last ones.
+        vocab_size: number of ids, of which LLaDA's six special tokens take the last ones.
         output: folder to make.
         kind: one of KINDS.
-        sample_bytes: train on no more text than this, chosen over all documents. Memory grows with
-            it, not with the input.
-        options: how to read the inputs.
-        force: replace a tokenizer at `output`.
+        sample_bytes: most bytes of text to train on, chosen from all documents. Memory grows with
+            the sample, not with the input.
+        options: how inputs are read.
+        force: whether to replace a tokenizer at `output`.
 
     Raises:
-        UserError: anything wrong with inputs, options or output; nothing is left behind.
+        UserError: something is wrong with inputs, options or output; nothing is left behind.
     """
     if kind not in KINDS:
         raise UserError(
@@ -92,7 +92,7 @@ def train_tokenizer(
         else:
             tokenizer = train_sentencepiece(sample.passages, vocab_size, kind)
         tokenizer.save(folder)
-    # Every n-th passage, so that about MEASURED_BYTES of the sample are measured.
+    # Every n-th passage, which together have about MEASURED_BYTES.
     stride = max(1, sample.kept_bytes // MEASURED_BYTES)
     fit = measure_fit(tokenizer, sample.passages[::stride])
     return TrainingResult(tokenizer, fit, sample.text_bytes, sample.kept_bytes)

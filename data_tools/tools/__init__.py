@@ -1,1 +1,1 @@
-"""What can be done with prepared corpora: inspect, verify, merge, split, export, import."""
+"""Commands on prepared corpora: inspect, verify, merge, split, export, import."""

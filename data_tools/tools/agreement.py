@@ -1,6 +1,7 @@
 """Check whether token ids that another tool wrote are those of a tokenizer.
 
-Two observations tell: what the text of the ids is encoded to, and whether documents end with EOS.
+Two observations tell: whether encoding the text of the ids gives them again, and whether documents
+end with EOS.
 """
 
 from __future__ import annotations
@@ -12,18 +13,17 @@ from llada.errors import UserError
 from llada.tokenizer import Tokenizer
 
 _SAMPLE_TOKENS = 20_000
-"""Tokens of a dataset whose text is encoded again."""
+"""Number of tokens of a dataset whose text is encoded again."""
 _FEWEST_TOKENS = 200
-"""Tokens below which their share of equal ids means nothing."""
-_RIGHT_SHARE = 0.97
-_WRONG_SHARE = 0.5
-"""Shares of the ids that come back when their text is encoded again.
+"""Number of tokens below which the share of equal ids means nothing."""
 
-The right tokenizer gives all of them, but for a few where documents were encoded in parts. Others
-gave 73 to 95 % (byte-level BPE of 300 to 8,192 ids and SentencePiece of 1,000 ids, trained on
-Python and on prose). So less than _RIGHT_SHARE is a doubt, and less than _WRONG_SHARE alone is a
-refusal.
-"""
+# Shares of the ids that encoding their text gives again. The right tokenizer gives all of them,
+# except for a few if documents were encoded in pieces. Others gave 73 to 95 % (byte-level BPE of
+# 300 to 8,192 ids and SentencePiece of 1,000 ids, trained on Python and on prose).
+_RIGHT_SHARE = 0.97
+"""Share below which there is doubt about the tokenizer."""
+_WRONG_SHARE = 0.5
+"""Share below which the tokenizer is refused, even if documents end with its EOS."""
 _REMEDY = "--tokenizer must be the one they were made with"
 
 
@@ -31,42 +31,42 @@ class TokenizerAgreement:
     """How well a tokenizer fits the documents of one dataset.
 
     Args:
-        tokenizer: under which the ids are read.
+        tokenizer: tokenizer that is said to have made the ids.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._num_documents = 0
         self._num_with_eos = 0
-        self._num_tokens = 0  # in the sample
-        self._num_equal = 0  # of these, ids that came back
+        self._num_tokens = 0  # of the sample
+        self._num_equal = 0  # tokens of the sample that encoding its text gives again
         self._is_text: dict[int, bool] = {}  # by id
 
     def add(self, ids: I64, text: str) -> None:
         """Observe a document.
 
         Args:
-            ids: as they were read, not empty.
-            text: what they stand for.
+            ids: ids of the document, not empty.
+            text: text that the ids decode to.
         """
         self._num_documents += 1
         self._num_with_eos += int(ids[-1]) == self._tokenizer.eos_id
         if self._num_tokens < _SAMPLE_TOKENS:
-            # Compared as multisets: where a document was encoded in parts, ids shift.
+            # Compared as multisets, because ids shift if a document was encoded in pieces.
             original = Counter(filter(self._stands_for_text, ids.tolist()))
             encoded_again = Counter(self._tokenizer.encode(text).tolist())
             self._num_tokens += sum(original.values())
             self._num_equal += sum((original & encoded_again).values())
 
     def _stands_for_text(self, token_id: int) -> bool:
-        """Return False for special tokens, which no text is encoded to."""
+        """Return whether an id is not that of a special token, to which no text is encoded."""
         if token_id not in self._is_text:
             text = self._tokenizer.decode([token_id], skip_special_tokens=True)
             self._is_text[token_id] = bool(text)
         return self._is_text[token_id]
 
     def doubts(self, path: str) -> list[str]:
-        """Return what speaks against the tokenizer, in one line; empty if nothing does.
+        """Return a line that says why the tokenizer may be a wrong one; empty if nothing does.
 
         Args:
             path: path of the dataset, for the message.

@@ -1,8 +1,7 @@
 """Copy documents of prepared corpora into new shards, without tokenizing again.
 
-Merging and splitting share this. The one thing that is not simply copied is the number of bytes of
-text: a manifest knows only the sum over each shard, and a shard's documents may go to several new
-ones.
+Merging and splitting share this. Only the bytes of text cannot simply be copied: a manifest holds
+their sum over each shard, and the documents of a shard may go to several new ones.
 """
 
 from __future__ import annotations
@@ -25,14 +24,14 @@ class _OpenShard(NamedTuple):
     """A shard whose files match their checksums.
 
     Attributes:
-        name: of the shard.
-        shard: its files.
+        name: name of the shard.
+        reader: reader of the shard.
         replies: rows of REPLY_FIELDS, int64 [replies, 5]; None for a corpus of text.
         text_bytes: bytes of text of its documents.
     """
 
     name: str
-    shard: ShardReader
+    reader: ShardReader
     replies: I64 | None
     text_bytes: TextBytes
 
@@ -40,16 +39,16 @@ class _OpenShard(NamedTuple):
 class DocumentCopier:
     """Copies documents out of a corpus.
 
-    Every file is compared with its checksum before its first document is used.
+    Every file is compared with its checksum before its first document is copied.
 
     Args:
-        corpus: to copy from.
+        corpus: corpus to copy from.
     """
 
     def __init__(self, corpus: Corpus) -> None:
         self.corpus = corpus
         self._token_bytes = token_bytes(corpus.tokenizer())
-        # Only the last shard stays open: callers go through them in order.
+        # Only the last shard stays open, because callers copy the shards in order.
         self._open_shard: _OpenShard | None = None
 
     def copy(
@@ -63,17 +62,17 @@ class DocumentCopier:
         """Append documents first..stop-1 of a shard to a split.
 
         Args:
-            entry: the shard.
+            entry: entry of the shard.
             first: first document.
             stop: document after the last one.
-            writer: of the split.
+            writer: writer of the split.
             advance: called with the number of tokens copied since the last call.
 
         Raises:
             UserError: the shard is damaged.
         """
         opened = self._opened(entry)
-        for begin, flat, lengths in opened.shard.runs(first, stop):
+        for begin, flat, lengths in opened.reader.runs(first, stop):
             replies = _replies_of_run(opened.replies, begin, lengths)
             text_bytes = opened.text_bytes.of_run(begin, flat, lengths, replies)
             writer.append(flat, lengths, text_bytes, replies)
@@ -83,12 +82,12 @@ class DocumentCopier:
         if self._open_shard is None or self._open_shard.name != entry.name:
             for file in self.corpus.files_of(entry):
                 file.check_hash()
-            shard = self.corpus.shard(entry)
+            reader = self.corpus.shard(entry)
             replies = None
             if self.corpus.manifest.kind == CONVERSATIONS:
                 replies = self.corpus.replies(entry)
-            text_bytes = TextBytes(self._token_bytes, shard, entry, replies)
-            self._open_shard = _OpenShard(entry.name, shard, replies, text_bytes)
+            text_bytes = TextBytes(self._token_bytes, reader, entry, replies)
+            self._open_shard = _OpenShard(entry.name, reader, replies, text_bytes)
         return self._open_shard
 
 
@@ -99,16 +98,16 @@ def _replies_of_run(replies: I64 | None, first: int, lengths: I64) -> I64 | None
 
 
 def token_bytes(tokenizer: Tokenizer) -> I64:
-    """Return the UTF-8 bytes of text that each id stands for, int64 [vocab_size].
+    """Return the UTF-8 bytes of the text of each id, int64 [vocab_size].
 
-    0 for special tokens. Exact for byte-level vocabularies.
+    They are 0 for special tokens, and exact for byte-level vocabularies.
     """
     sizes = np.zeros(tokenizer.vocab_size, dtype=np.int64)
     for token_id in range(tokenizer.vocab_size):
         text = tokenizer.decode([token_id], skip_special_tokens=True)
         if "\ufffd" in text:
-            # Part of a character, which does not decode. A byte-level vocabulary writes one
-            # character for each byte.
+            # Part of a character, which cannot be decoded. A byte-level vocabulary writes one
+            # character per byte.
             sizes[token_id] = len(tokenizer.token(token_id))
         else:
             sizes[token_id] = len(text.encode())
@@ -116,19 +115,21 @@ def token_bytes(tokenizer: Tokenizer) -> I64:
 
 
 class TextBytes:
-    """The bytes of text of each document of a shard, of which the manifest knows only the sum.
+    """The bytes of text of each document of a shard, of which the manifest holds only the sum.
 
-    Where the bytes of the tokens add up to that sum, as with byte-level tokenizers, they are exact.
-    Otherwise the tokenizer changes text, and the sum is shared out by tokens.
+    If the bytes of the tokens add up to this sum, as with byte-level tokenizers, those of each
+    document are exact. Otherwise the tokenizer changes text, and the sum is divided in proportion
+    to the tokens.
 
     Args:
-        token_bytes: of each id, from `token_bytes`.
-        shard: the shard.
-        entry: what the manifest says of it.
-        replies: its rows of REPLY_FIELDS; then only the text of replies counts. None: all text.
+        token_bytes: bytes of each id, from `token_bytes`.
+        shard: reader of the shard.
+        entry: entry of the shard.
+        replies: rows of REPLY_FIELDS of the shard, if only the text of replies counts; None if all
+            text does.
 
     Raises:
-        UserError: an id beyond the vocabulary.
+        UserError: an id is outside the vocabulary.
     """
 
     def __init__(
@@ -149,16 +150,17 @@ class TextBytes:
         """Return the bytes of text of neighbouring documents, int64 [documents].
 
         Args:
-            first: the first of them, counted in the shard.
-            flat: their ids, int64 [tokens].
-            lengths: tokens of each.
-            replies: their rows of REPLY_FIELDS, documents counted from `first`; None: all text.
+            first: first of the documents, counted in the shard.
+            flat: ids of the documents, concatenated, int64 [tokens].
+            lengths: tokens of each document, int64 [documents].
+            replies: rows of REPLY_FIELDS, with documents counted from `first`; None if all text
+                counts.
         """
         if self._is_exact:
             return self._by_token(flat, lengths, replies)
-        # Every document gets the whole numbers between its ends on a line from 0 to the sum, so
-        # shares add up whatever is asked for. 10 bytes over documents of 1, 1 and 2 tokens: their
-        # ends lie at 2.5, 5 and 10, rounded down 2, 5 and 10, so they get 2, 3 and 5 bytes.
+        # The ends of documents are scaled from tokens to bytes and rounded down, so that the shares
+        # add up, whatever run is requested. With 10 bytes for documents of 1, 1 and 2 tokens, the
+        # ends are at 2.5, 5 and 10, or rounded 2, 5 and 10, so the shares are 2, 3 and 5 bytes.
         start = int(self._shard.pointers[first]) // self._shard.dtype.itemsize
         ends = start + np.cumsum(np.concatenate([[0], lengths]))
         shares: I64 = np.floor(ends / self._entry.tokens * self._entry.text_bytes).astype(np.int64)

@@ -1,5 +1,5 @@
-"""Numbers of a prepared corpus for `llada data inspect`, ready for JSON; `statistics_report` shows
-them.
+"""Statistics of a prepared corpus for `llada data inspect`, as JSON values; `statistics_report`
+formats them.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ I64 = npt.NDArray[np.int64]
 
 _SHOWN_TOKENS = 40
 _MAX_EXACT_DOCUMENTS = 1 << 22
-"""Documents of a split up to which the length of every one is read."""
+"""Most documents of a split whose lengths are all read."""
 _BLOCK = 1 << 10
-"""Neighbouring documents whose lengths are read at once, where not all are."""
+"""Neighbouring documents whose lengths are read at once, if not all are."""
 
 
 class TokenizerNumbers(TypedDict):
@@ -38,7 +38,7 @@ HistogramBar = TypedDict("HistogramBar", {"from": int, "to": int, "documents": i
 
 
 class LengthStatistics(TypedDict):
-    """Lengths of documents in tokens, EOS included; quantiles are lengths that occur."""
+    """Lengths of documents in tokens, EOS included; the quantiles are lengths that occur."""
 
     documents_read: int
     mean: float
@@ -50,7 +50,7 @@ class LengthStatistics(TypedDict):
 
 
 class WindowStatistics(TypedDict):
-    """Windows of `sequence_length` tokens; `tail_tokens` lie behind the last window of a shard."""
+    """Windows of `sequence_length` tokens; `tail_tokens` are those after a shard's last window."""
 
     sequence_length: int
     windows: int
@@ -64,7 +64,7 @@ class DocumentSample(TypedDict):
 
 
 class SplitStatistics(TypedDict):
-    """Numbers of one split, in the order in which they are printed."""
+    """Statistics of one split, in the order in which they are printed."""
 
     shards: int
     documents: int
@@ -96,15 +96,15 @@ def corpus_statistics(
     sequence_length: int | None = None,
     max_exact: int = _MAX_EXACT_DOCUMENTS,
 ) -> CorpusStatistics:
-    """Return the numbers of every split that has documents.
+    """Return the statistics of every split that has documents.
 
     Args:
-        corpus: opened.
-        samples: number of documents of each split whose start is decoded.
-        sequence_length: L; then windows of L tokens and the tokens outside of them are counted too.
-        max_exact: documents of a split up to which the length of every one is read. Of more,
-            lengths are those of about as many, in blocks at even distances. Counts, tokens, bytes
-            and means are always exact.
+        corpus: corpus to describe.
+        samples: number of documents of each split whose beginning is decoded.
+        sequence_length: tokens of the windows to count; None to count no windows.
+        max_exact: most documents of a split whose lengths are all read. Of a larger split, about as
+            many lengths are read, in evenly spaced blocks. Counts, tokens, bytes and means are
+            always exact.
 
     Raises:
         UserError: a damaged corpus, a sequence length less than 1.
@@ -117,7 +117,7 @@ def corpus_statistics(
     for split in SPLITS:
         if manifest.of(split):
             statistics = _split_statistics(corpus, split, sequence_length, max_exact)
-            # Behind the windows, so that the JSON keeps this order.
+            # Added after the windows, which are optional, to keep the order of SplitStatistics.
             statistics["samples"] = _samples(corpus.shards(split), samples, tokenizer)
             splits[split] = statistics
     return {
@@ -145,7 +145,7 @@ def _tokenizer_numbers(manifest: Manifest) -> TokenizerNumbers:
 def _split_statistics(
     corpus: Corpus, split: str, sequence_length: int | None, max_exact: int
 ) -> SplitStatistics:
-    """Return the numbers of a split, without samples."""
+    """Return the statistics of a split, without samples."""
     documents, tokens, text_bytes = corpus.manifest.totals(split)
     entries = corpus.manifest.of(split)
     lengths = sampled_lengths(corpus.shards(split), max_exact)
@@ -177,7 +177,7 @@ def _quantile(lengths: I32, percent: int) -> int:
 
 
 def _histogram(lengths: I32) -> list[HistogramBar]:
-    """Count lengths between powers of two: 1, 2 to 3, 4 to 7, ... from the shortest on."""
+    """Count lengths between powers of two: 1, 2 to 3, 4 to 7, ..., beginning with the shortest."""
     counts = np.bincount(np.floor(np.log2(lengths)).astype(np.int64))
     first = int(np.argmax(counts > 0))
     bars: list[HistogramBar] = []
@@ -200,7 +200,7 @@ def _window_statistics(
 
 
 def sampled_lengths(shards: list[ShardReader], max_exact: int) -> I32:
-    """Return the lengths of all documents, or of about `max_exact` in blocks at even distances
+    """Return the lengths of all documents, or of about `max_exact` in evenly spaced blocks
     [documents read].
     """
     first_documents = np.cumsum([0, *(shard.num_documents for shard in shards)])
@@ -210,10 +210,10 @@ def sampled_lengths(shards: list[ShardReader], max_exact: int) -> I32:
     blocks = []
     num_blocks = max(1, max_exact // _BLOCK)
     for number in range(num_blocks):
-        # A block in the middle of each of `num_blocks` equal stretches: of two blocks and 100
-        # documents, they lie around documents 25 and 75.
+        # The documents are divided into `num_blocks` equal stretches, and a block is the middle of
+        # a stretch: two blocks of 100 documents are around documents 25 and 75.
         start = (2 * number + 1) * total // (2 * num_blocks) - _BLOCK // 2
-        # A block ends with its shard at the latest, so it may be shorter.
+        # A block does not go beyond its shard, so it may be shorter.
         i = int(np.searchsorted(first_documents, start, side="right")) - 1
         begin = start - first_documents[i]
         blocks.append(shards[i].lengths[begin : begin + _BLOCK])
@@ -221,7 +221,7 @@ def sampled_lengths(shards: list[ShardReader], max_exact: int) -> I32:
 
 
 def _samples(shards: list[ShardReader], count: int, tokenizer: Tokenizer) -> list[DocumentSample]:
-    """Return the start of `count` documents at even distances."""
+    """Return the beginnings of `count` evenly spaced documents."""
     total = sum(shard.num_documents for shard in shards)
     numbers = np.linspace(0, total - 1, num=min(count, total)).astype(np.int64).tolist()
     return [

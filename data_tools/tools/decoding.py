@@ -14,8 +14,8 @@ def decode_documents(tokenizer: Tokenizer, flat: I64, lengths: I64) -> Iterator[
     """Yield the text of each document; special tokens, EOS among them, are not text.
 
     Args:
-        tokenizer: of the ids.
-        flat: ids of all documents one after the other, int64 [tokens].
+        tokenizer: tokenizer of the ids.
+        flat: ids of all documents, concatenated, int64 [tokens].
         lengths: tokens of each document, int64 [documents].
     """
     ends = np.cumsum(lengths)

@@ -26,8 +26,8 @@ class ExportResult:
     Attributes:
         documents: number of lines.
         text_bytes: UTF-8 bytes of their text.
-        prepared_bytes: UTF-8 bytes of the text that was prepared, from the manifest. Differs from
-            text_bytes if the tokenizer does not give text back unchanged.
+        prepared_bytes: UTF-8 bytes of the text that was prepared, from the manifest. They differ
+            from `text_bytes` if the tokenizer does not decode every text unchanged.
     """
 
     documents: int
@@ -44,15 +44,15 @@ def export(
     force: bool = False,
     progress: bool = False,
 ) -> ExportResult:
-    """Decode the documents of a corpus to JSON Lines, in order: an object with one field for each.
+    """Decode the documents of a corpus to JSON Lines, in order: one object with one field per line.
 
     Args:
-        folder: a prepared corpus of text.
-        output: file to make; compressed if it ends in .gz or .zst.
-        split: train or validation; None: both, in this order.
+        folder: folder of a prepared corpus of text.
+        output: file to make; compressed if its name ends in .gz or .zst.
+        split: train or validation; None for both, in this order.
         text_field: name of the field.
-        force: replace a file at `output`.
-        progress: show a bar on stderr.
+        force: whether to replace a file at `output`.
+        progress: whether to show a bar on stderr.
 
     Raises:
         UserError: a damaged corpus, conversations, an unknown split, an output that may not be
@@ -84,7 +84,7 @@ def export(
         progress_bar(progress, "exporting", sum(entry.tokens for entry in entries)) as advance,
     ):
         for entry in entries:
-            # A damaged shard would become text that looks right.
+            # The text of a damaged shard might look right.
             for shard_file in corpus.files_of(entry):
                 shard_file.check_hash()
             for _, flat, lengths in corpus.shard(entry).runs():
@@ -111,9 +111,9 @@ class _Writer(Protocol):
 
 @contextmanager
 def _compressor(file: BinaryIO, suffix: str) -> Iterator[_Writer]:
-    """Yield a writer that compresses into `file` as the suffix says; complete when the block ends.
+    """Yield a writer that compresses into `file` by suffix, and is complete when the block ends.
 
-    Equal texts give equal bytes: a gzip header has no name and no time.
+    Equal texts give equal bytes: the gzip header has no name and no time.
     """
     if suffix == ".gz":
         with gzip.GzipFile(

@@ -32,13 +32,13 @@ class ImportOptions:
     """How datasets are imported.
 
     Attributes:
-        validation_fraction: share of the documents to hold out, chosen by the hash of their text as
-            in `llada data prepare`.
-        add_special_tokens: append LLaDA's special tokens that the tokenizer lacks.
-        shard_tokens: a shard ends with the document with which it has this many tokens.
+        validation_fraction: share of the documents to hold out, chosen by a hash of their text, as
+            by `llada data prepare`.
+        add_special_tokens: whether to append LLaDA's special tokens that the tokenizer lacks.
+        shard_tokens: number of tokens with which a shard is full; its last document may exceed it.
 
     Raises:
-        UserError: a fraction that is not in [0, 1).
+        UserError: the fraction is not in [0, 1).
     """
 
     validation_fraction: float = VALIDATION_FRACTION
@@ -59,7 +59,7 @@ class ImportResult:
         eos_added: number of documents that did not end with EOS.
         special_inside: number of documents with BOS or EOS before their end, which are kept as
             they are.
-        doubts: what suggests that the data was made with another tokenizer, one sentence each.
+        doubts: signs that the data was made with another tokenizer, one line per dataset.
     """
 
     manifest: Manifest
@@ -91,18 +91,17 @@ def import_datasets(
     bytes of the text.
 
     Args:
-        shards: .bin, .idx, or the name of both without suffix.
-        tokenizer_path: the tokenizer that made the data: Hugging Face folder, tokenizer.json or
+        shards: paths of datasets: .bin, .idx, or the name of both without suffix.
+        tokenizer_path: tokenizer that made the data: Hugging Face folder, tokenizer.json or
             SentencePiece model.
         output: folder to make.
-        options: how.
-        force: replace a prepared corpus at `output`.
-        progress: show a bar on stderr.
+        options: how datasets are imported.
+        force: whether to replace a prepared corpus at `output`.
+        progress: whether to show a bar on stderr.
 
     Raises:
-        UserError: anything wrong with shards, tokenizer, options or output, an id that the
-            tokenizer does not give, ids that are clearly another tokenizer's; nothing is left
-            behind.
+        UserError: something is wrong with shards, tokenizer, options or output, an id is not one of
+            the tokenizer's, or the ids are clearly another tokenizer's; nothing is left behind.
         RunError: the output cannot be written; nothing is left behind.
     """
     options = options or ImportOptions()
@@ -167,7 +166,7 @@ def _open_datasets(shards: Sequence[str | Path]) -> list[IndexedDataset]:
         real_path = os.path.realpath(dataset.bin_path)
         if real_path in seen:
             raise UserError(
-                f"import: {dataset.bin_path} is given twice; its documents would be there twice"
+                f"import: {dataset.bin_path} is given twice; its documents would be included twice"
             )
         seen.add(real_path)
     return datasets
@@ -178,8 +177,8 @@ class _Importer:
 
     Args:
         tokenizer: tokenizer of the corpus.
-        num_data_ids: ids of the tokenizer before special tokens were added to it; the data can
-            hold no others.
+        num_data_ids: number of ids of the tokenizer before special tokens were added, to which the
+            ids of the data must belong.
         validation_fraction: share of the documents to hold out.
         writers: writer of each split.
 
@@ -212,7 +211,7 @@ class _Importer:
         """Write the documents of a dataset.
 
         Args:
-            dataset: to read.
+            dataset: dataset to read.
             advance: called with the number of tokens read since the last call.
 
         Raises:
@@ -224,7 +223,7 @@ class _Importer:
             self._check_ids(dataset, first, flat, lengths)
             self._add_run(flat, lengths, agreement)
             advance(len(flat))
-        # Only now: a sample of the whole dataset says more than its first documents.
+        # At the end, because all documents say more than the first ones.
         self.doubts += agreement.doubts(str(dataset.bin_path))
         return {
             "path": str(dataset.bin_path),
@@ -233,7 +232,7 @@ class _Importer:
         }
 
     def _add_run(self, flat: I64, lengths: I64, agreement: TokenizerAgreement) -> None:
-        """Write neighbouring documents: ids [tokens], and the number of ids of each."""
+        """Write neighbouring documents; `lengths` are their numbers of ids in `flat`."""
         # Ids and bytes of text of each document, by split.
         documents: dict[str, list[tuple[I64, int]]] = {split: [] for split in SPLITS}
         ends = np.cumsum(lengths)
@@ -246,10 +245,10 @@ class _Importer:
                 continue
             ids = flat[start:end]
             agreement.add(ids, text)
-            held_out = is_held_out(raw, self._validation_fraction)
-            split = VALIDATION if held_out else TRAIN
+            split = TRAIN
+            if is_held_out(raw, self._validation_fraction):
+                split = VALIDATION
             documents[split].append((self._with_eos(ids), len(raw)))
-        # One call for each split: a writer's result does not depend on how documents are grouped.
         for split, in_split in documents.items():
             if in_split:
                 self._writers[split].append(
@@ -260,7 +259,7 @@ class _Importer:
             self.num_documents += len(in_split)
 
     def _with_eos(self, ids: I64) -> I64:
-        """Append EOS if it is missing; count what is unusual."""
+        """Append EOS if it is missing, and count documents that are unusual."""
         eos = self._tokenizer.eos_id
         bos = self._tokenizer.bos_id
         if ids[-1] != eos:

@@ -1,10 +1,10 @@
 """Megatron's indexed datasets (.bin and .idx) as any tool may have written them, for import.
 
-`llada.data` reads the same format, but only what our own writer makes of it: two dtypes of ids, one
-sequence a document, EOS at the end, no empty document. It reads a few bytes here and there, on the
-hot path of training. Datasets of other tools may have any integer dtype, several sequences a
-document and documents without tokens; they are read once, from start to end, and every offset is
-checked first, because nothing else vouches for them. So this is a reader of its own.
+`llada.data.shard_reader` reads the same format, but is made for training, which reads a few bytes
+at a time of files that our writer made: two dtypes, one sequence per document, EOS at the end, no
+empty documents. Datasets of other tools may have any integer dtype, several sequences per document,
+and documents without tokens. They are read once, from start to end, and every offset is checked
+first, because there is no manifest with checksums. So this is a separate reader.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ class IndexedDataset:
     and one sequence.
 
     Args:
-        path: either file, or the name of both without .bin and .idx.
+        path: path of either file, or of both without .bin and .idx.
 
     Attributes:
-        bin_path: file of token ids.
-        idx_path: file of the index.
+        bin_path: path of the token ids.
+        idx_path: path of the index.
         num_documents: number of documents.
         num_tokens: number of token ids.
 
@@ -57,7 +57,7 @@ class IndexedDataset:
         index = _map_file(self.idx_path, np.dtype("u1"))
         code, n, d = self._read_header(index)
         self._dtype = np.dtype(_DTYPES[code])
-        # The header has 34 bytes, so what follows is not aligned.
+        # The header has 34 bytes, so these arrays are not aligned.
         self._lengths = np.frombuffer(index, "<i4", n, HEADER.size)
         self._pointers = np.frombuffer(index, "<i8", n, HEADER.size + 4 * n)
         self._indices = np.frombuffer(index, "<i8", d, HEADER.size + 12 * n)
@@ -99,20 +99,20 @@ class IndexedDataset:
         return code, n, d
 
     def runs(self, tokens: int = CHUNK) -> Iterator[tuple[int, I64, I64]]:
-        """Iterate over all documents in order, some at a time.
+        """Read all documents in order, in runs of several.
 
         Args:
-            tokens: at most, in a run of several documents.
+            tokens: most tokens in a run of several documents.
 
         Yields:
             The first document of a run, the ids of its documents, int64 [tokens], and the length of
-            each, which may be 0, int64 [documents].
+            each document, which may be 0, int64 [documents].
         """
         for first in range(0, self.num_documents, _DOCUMENTS_AT_ONCE):
             starts = self._starts(first, min(first + _DOCUMENTS_AT_ONCE, self.num_documents))
             low = 0
             while low < len(starts) - 1:
-                # As many documents as fit into `tokens`, one at least.
+                # As many documents as fit into `tokens`, but at least one.
                 fit = int(np.searchsorted(starts, starts[low] + tokens, side="right")) - 1
                 high = max(fit, low + 1)
                 flat = self._tokens[starts[low] : starts[high]].astype(np.int64)
@@ -126,10 +126,10 @@ class IndexedDataset:
         sequences = self._indices[first : stop + 1].astype(np.int64)
         low = int(sequences[0])
         high = int(sequences[-1])
-        # A slice of the sequences that are needed: numpy copies unaligned arrays whole.
+        # Only the sequences that are needed: numpy copies an unaligned array as a whole.
         pointers = self._pointers[low : high + 1].astype(np.int64) // self._dtype.itemsize
         if high == len(self._pointers):
-            # The last document ends where the file does, which has no pointer.
+            # The last document ends with the file, for which there is no pointer.
             pointers = np.append(pointers, self.num_tokens)
         return pointers[sequences - low]
 
@@ -146,7 +146,7 @@ class IndexedDataset:
             begins = np.concatenate([[end], ends[:-1]])
             wrong = (lengths < 0) | (self._pointers[first : first + CHUNK] != begins)
             if wrong.any():
-                # A wrong length also moves all that follows; the first one is where it starts.
+                # A wrong length shifts all sequences after it, so the first one is named.
                 raise UserError(
                     f"{self.idx_path}: sequence {first + int(np.argmax(wrong))} does not begin"
                     " where the one before it ends"

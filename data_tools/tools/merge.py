@@ -15,7 +15,7 @@ import llada
 from data_tools.defaults import SHARD_TOKENS
 from data_tools.job.progress import progress_bar
 from data_tools.tools.copying import DocumentCopier
-from data_tools.tools.lineage import MERGED, identities, may_overlap
+from data_tools.tools.identity import MERGED, identities, may_overlap
 from llada.data.corpus import Corpus
 from llada.data.manifest import CORPUS_FILES, SPLITS, Manifest, ShardEntry
 from llada.data.shard_format import token_dtype
@@ -32,18 +32,18 @@ def merge(
     force: bool = False,
     progress: bool = False,
 ) -> Manifest:
-    """Merge corpora: their documents in the order given, split by split, in new shards.
+    """Merge corpora: each split has their documents, in the order of the corpora, in new shards.
 
     Args:
         folders: prepared corpora of one tokenizer and kind.
         output: folder to make.
-        shard_tokens: a shard ends with the document with which it has this many tokens.
-        force: replace a prepared corpus at `output`.
-        progress: show a bar on stderr.
+        shard_tokens: number of tokens with which a shard is full; its last document may exceed it.
+        force: whether to replace a prepared corpus at `output`.
+        progress: whether to show a bar on stderr.
 
     Raises:
-        UserError: fewer than two corpora, one that is damaged or of another tokenizer or kind, the
-            same data twice; nothing is left behind.
+        UserError: fewer than two corpora, a damaged corpus, different tokenizers or kinds, the same
+            data twice; nothing is left behind.
         RunError: the output cannot be written; nothing is left behind.
     """
     if len(folders) < 2:
@@ -63,7 +63,7 @@ def merge(
 
 
 def _check_mergeable(corpora: list[Corpus]) -> None:
-    """Raise UserError unless corpora have one tokenizer and kind, and no document in common."""
+    """Raise UserError unless the corpora have one tokenizer and kind, and no document in common."""
     first = corpora[0]
     seen: list[tuple[str, Path]] = []  # identity of data, and the corpus that holds it
     for corpus in corpora:
@@ -79,7 +79,7 @@ def _check_mergeable(corpora: list[Corpus]) -> None:
                 if may_overlap(own, other):
                     raise UserError(
                         f"merge: {folder} and {corpus.folder} hold the same data; its documents"
-                        " would be there twice"
+                        " would be included twice"
                     )
         seen += [(own, corpus.folder) for own in own_identities]
 
@@ -114,7 +114,7 @@ def _merged_manifest(
     corpora: list[Corpus], shard_tokens: int, entries: list[ShardEntry]
 ) -> Manifest:
     manifests = [corpus.manifest for corpus in corpora]
-    # Options on which all agree are those of the merged corpus; each corpus's own are kept, too.
+    # The merged corpus has the options on which all agree, and keeps those of each corpus as well.
     fractions = [manifest.options.get("validation_fraction", 0.0) for manifest in manifests]
     options = {
         **_shared_options(manifests),
@@ -153,7 +153,7 @@ def _shared_options(manifests: list[Manifest]) -> dict[str, Any]:
 
 
 def _unique_sources(manifests: list[Manifest]) -> list[dict[str, Any]]:
-    """Return the source files of all corpora, each once: parts of a corpus name the same files."""
+    """Return the source files of all corpora, each once: parts of a corpus list the same files."""
     unique = {}
     for manifest in manifests:
         for source in manifest.sources:

@@ -1,4 +1,4 @@
-"""`llada data split`: cut a prepared corpus into several, document by document, without tokenizing
+"""`llada data split`: split a prepared corpus into parts, document by document, without tokenizing
 again.
 """
 
@@ -16,7 +16,7 @@ import llada
 from data_tools.defaults import SHARD_TOKENS
 from data_tools.job.progress import progress_bar
 from data_tools.tools.copying import DocumentCopier
-from data_tools.tools.lineage import MERGED, PART_OF, part_identity
+from data_tools.tools.identity import MERGED, PART_OF, part_identity
 from llada.data.corpus import Corpus
 from llada.data.manifest import SPLITS, TRAIN, Manifest, ShardEntry
 from llada.data.shard_format import token_dtype
@@ -33,17 +33,17 @@ def split(
     force: bool = False,
     progress: bool = False,
 ) -> list[Manifest]:
-    """Cut a corpus into `parts` corpora of about equal tokens: output/part-00000, part-00001, ...
+    """Split a corpus into parts of about equal numbers of tokens: output/part-00000, ...
 
-    A part is a run of neighbouring documents of each split, so merging the parts in order gives the
-    documents in their old order. Shards are as large as the corpus's own.
+    A part is a run of neighbouring documents of each split, so merging the parts in order restores
+    the order of the documents. Shards are as large as those of the corpus.
 
     Args:
-        folder: a prepared corpus.
-        parts: number of parts, at most that of the training documents.
+        folder: folder of a prepared corpus.
+        parts: number of parts, at most the number of training documents.
         output: folder to make.
-        force: replace parts at `output`.
-        progress: show a bar on stderr.
+        force: whether to replace parts at `output`.
+        progress: whether to show a bar on stderr.
 
     Raises:
         UserError: a damaged corpus, more parts than training documents; nothing is left behind.
@@ -58,7 +58,7 @@ def split(
         )
     refuse_inside(output, corpus.folder, "--output")
     names = [f"part-{number:05d}" for number in range(parts)]
-    # Every part gets a training document; validation documents may be fewer than parts.
+    # Every part gets a training document. There may be fewer validation documents than parts.
     bounds = {
         name: _part_bounds(corpus, name, parts, at_least=int(name == TRAIN)) for name in SPLITS
     }
@@ -83,19 +83,18 @@ def split(
 def _part_bounds(corpus: Corpus, split_name: str, parts: int, at_least: int) -> list[int]:
     """Return where parts of a split begin and end: part k is documents bounds[k]..bounds[k+1]-1.
 
-    Part k begins with the first document that starts at or after its share of the tokens. Documents
-    of 4, 1, 3 and 2 tokens in two parts: the second share begins at token 5 of 10, where document 2
-    starts, so bounds are [0, 2, 4].
+    A part begins with the first document that starts at or after the part's share of the tokens. Of
+    two parts of documents of 4, 1, 3 and 2 tokens, the second begins at token 5 of 10, where
+    document 2 starts, so the bounds are [0, 2, 4].
 
     Args:
-        corpus: to split.
+        corpus: corpus to split.
         split_name: train or validation.
         parts: number of parts.
-        at_least: documents that every part gets at least, even beside one that fills several
-            shares.
+        at_least: fewest documents of a part, even if a single document is longer than its share.
 
     Returns:
-        Documents counted over all shards of the split [parts + 1].
+        Numbers of documents, counted over all shards of the split [parts + 1].
     """
     entries = corpus.manifest.of(split_name)
     shards = corpus.shards(split_name)
@@ -105,13 +104,13 @@ def _part_bounds(corpus: Corpus, split_name: str, parts: int, at_least: int) -> 
     bounds = [0]
     for part in range(1, parts):
         target = part * tokens // parts
-        i = int(np.searchsorted(first_token, target, side="right")) - 1  # the shard it lies in
+        i = int(np.searchsorted(first_token, target, side="right")) - 1  # the shard of `target`
         begin = documents
         if i < len(shards):
             shard = shards[i]
             offset = (target - int(first_token[i])) * shard.dtype.itemsize
             begin = int(first_document[i]) + bisect.bisect_left(shard.pointers, offset)
-        # Leave documents for the parts before and behind.
+        # Leave enough documents for the parts before and after this bound.
         earliest = bounds[-1] + at_least
         latest = documents - at_least * (parts - part)
         bounds.append(min(max(begin, earliest), latest))
@@ -125,11 +124,11 @@ def _write_part(
     folder: Path,
     advance: Callable[[int], None],
 ) -> list[ShardEntry]:
-    """Write the shards of a part of a split; `documents` are counted over all shards."""
+    """Write documents of a split, counted over all its shards, as the shards of a part."""
     manifest = copier.corpus.manifest
     dtype = token_dtype(manifest.padded_vocab_size)
     shard_tokens = manifest.options.get("shard_tokens", SHARD_TOKENS)
-    first = 0  # document of the split with which the shard begins
+    first = 0  # first document of the shard, counted over all shards
     with SplitWriter(folder, split_name, dtype, shard_tokens) as writer:
         for entry in manifest.of(split_name):
             low = max(documents.start - first, 0)
@@ -146,5 +145,5 @@ def _part_manifest(whole: Manifest, number: int, parts: int, entries: list[Shard
     part = replace(whole, tool_version=llada.__version__, options=options, plan="", shards=entries)
     if number == 0:
         return part
-    # Counts go to the first part alone, so that merging the parts gives those of the whole.
+    # Only the first part gets the counts, so that merging the parts gives those of the whole.
     return replace(part, skipped={}, noted={}, encoders={})

@@ -16,7 +16,7 @@ _BAR_WIDTH = 40
 
 
 def format_statistics(statistics: CorpusStatistics, corpus: Corpus) -> str:
-    """Return statistics in lines of text, with the summary of the corpus."""
+    """Format statistics as text, with the summary of the corpus."""
     ids = statistics["tokenizer"]
     lines = [
         (
@@ -68,17 +68,17 @@ def _format_histogram(histogram: list[HistogramBar]) -> list[str]:
         count = bar["documents"]
         width = round(_BAR_WIDTH * count / highest)
         if count:
-            width = max(1, width)  # few documents are not none
+            width = max(1, width)  # a bar for even a single document
         line = f"  {bar['from']:>9,} to {bar['to']:<9,} {count:>11,} {'#' * width}"
         lines.append(line.rstrip())
     return lines
 
 
 def draw_lengths(statistics: CorpusStatistics, path: str | Path) -> None:
-    """Draw the histograms of document lengths into a PNG file, which may exist.
+    """Draw the histograms of document lengths into a PNG file, which is replaced if it exists.
 
     Raises:
-        UserError: another suffix, or no such folder.
+        UserError: the path has another suffix, or its folder does not exist.
     """
     if Path(path).suffix.lower() != ".png":
         raise UserError(f"--png: '{path}' does not end with .png")
@@ -87,7 +87,7 @@ def draw_lengths(statistics: CorpusStatistics, path: str | Path) -> None:
 
     splits = statistics["splits"]
     figure = Figure(figsize=(8, 3.2 * len(splits)), layout="constrained")
-    # A canvas of its own: pyplot would ask for a display.
+    # Not pyplot, which might need a display.
     FigureCanvasAgg(figure)
     all_axes = figure.subplots(len(splits), squeeze=False)[:, 0]
     for axes, (split, numbers) in zip(all_axes, splits.items(), strict=True):

@@ -18,20 +18,20 @@ def verify_prepared_corpus(
     """Return everything that is wrong with a prepared corpus, one line each; empty if it is sound.
 
     Args:
-        folder: the corpus.
-        workers: number of shards that are checked at a time.
-        progress: called with each shard when it is done.
+        folder: folder of the corpus.
+        workers: number of shards that are checked at the same time.
+        progress: called with the entry of each shard when it is done.
 
     Raises:
-        UserError: a number of workers that is not allowed.
+        UserError: the number of workers is not allowed.
     """
     check_count("--workers", workers, MAX_WORKERS)
     problems = verify_corpus(folder, workers=workers, progress=progress)
     try:
         manifest = Manifest.load(folder)
     except UserError:
-        return problems  # verify_corpus has reported it
-    # Not Corpus.open, which stops at the first file of a wrong size.
+        return problems  # `verify_corpus` has reported it
+    # Corpus.open would stop at the first file of a wrong size.
     try:
         Corpus(Path(folder), manifest).tokenizer()
     except UserError as error:

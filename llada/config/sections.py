@@ -90,8 +90,8 @@ class ModelSection(Section):
     ffn_hidden_size: int = Field(ge=1, le=10**7)
     """Inner width of the SwiGLU."""
     vocab_size: int = Field(ge=2, le=10**8)
-    """Rows of the embedding and the head. Use the `padded_vocab_size` of the corpora's tokenizer; no
-    less than its number of ids.
+    """Rows of the embedding and the head. Use the `padded_vocab_size` of the corpora's tokenizer;
+    the minimum is its number of ids.
     """
     rope_theta: float = Field(default=500000.0, gt=0)
     """Base of the rotary embedding."""

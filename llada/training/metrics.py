@@ -66,11 +66,6 @@ def read(path: Path) -> Iterator[MetricsLine]:
             yield line
 
 
-def is_step(line: MetricsLine) -> bool:
-    """Whether a line is that of a training step; the other lines are those of validations."""
-    return "loss" in line
-
-
 def _parse(text: str) -> MetricsLine | None:
     try:
         line = json.loads(text)

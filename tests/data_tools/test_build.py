@@ -6,9 +6,11 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import time
@@ -282,13 +284,19 @@ def test_what_is_finished_is_not_done_again(
     place: Path, whole: tuple[bool, dict[str, str]], tmp_path: Path, monkeypatch
 ):
     units = counting(monkeypatch, 6, KeyboardInterrupt())
-    with pytest.raises(
-        KeyboardInterrupt,
-        match=(
-            r"5 of \d+ units are finished and kept in '.*corpus.partial': the same command goes on"
-        ),
-    ):
-        make(place, tmp_path / "corpus", dedup=whole[0])
+    shown = io.StringIO()
+    with pytest.raises(KeyboardInterrupt):
+        make(
+            place,
+            tmp_path / "corpus",
+            dedup=whole[0],
+            execution=ExecutionOptions(stream=shown),
+        )
+    assert re.fullmatch(
+        r"interrupted; 5 of \d+ units are finished and kept in '.*corpus.partial': run the same"
+        r" command to continue",
+        shown.getvalue().splitlines()[-1],
+    )
     assert not (tmp_path / "corpus").exists()
     with pytest.raises(UserError, match=r"no manifest.json"):
         Manifest.load(tmp_path / "corpus.partial")
@@ -347,7 +355,9 @@ def test_an_unfinished_preparation_of_something_else_is_refused(
     )
     (tmp_path / "mine.partial").mkdir()
     (tmp_path / "mine.partial" / "notes").touch()
-    with pytest.raises(UserError, match=r"mine.partial' is in the way"):
+    with pytest.raises(
+        UserError, match=r"mine.partial' exists and is not an unfinished preparation"
+    ):
         make(place, tmp_path / "mine")
     (tmp_path / "mine.partial" / "plan.json").write_text('{"sources": []}')
     with pytest.raises(
@@ -370,7 +380,7 @@ def test_inputs_that_change_meanwhile(place: Path, tmp_path: Path, monkeypatch: 
         write_lines(path, DOCUMENTS["a.jsonl"][1:])
         return made
 
-    with pytest.raises(UserError, match="of other inputs, or ones that have changed since"):
+    with pytest.raises(UserError, match="of other inputs, or of inputs that have changed since"):
         os.utime(path, (1, 1))
         prepare([path], place / "tokenizer", tmp_path / "corpus", unit_bytes=UNIT)
     monkeypatch.setattr(build, "make_plan", changed)
@@ -514,17 +524,17 @@ def test_another_task_finished_the_corpus(
 ):
     """Between the last unit of this task and its own attempt to finish."""
     make(place, tmp_path / "whole")
-    merge_parts = finish._merge_parts
+    merge_shards = finish._merge_validation_shards
 
     def late(folder: Path, *rest):
-        monkeypatch.setattr(finish, "_merge_parts", merge_parts)
+        monkeypatch.setattr(finish, "_merge_validation_shards", merge_shards)
         make(place, tmp_path / "corpus", execution=ExecutionOptions(task=0, tasks=2))
         assert not folder.exists()
-        return merge_parts(folder, *rest)
+        return merge_shards(folder, *rest)
 
     with pytest.raises(Unfinished):
         make(place, tmp_path / "corpus", execution=ExecutionOptions(task=1, tasks=2))
-    monkeypatch.setattr(finish, "_merge_parts", late)
+    monkeypatch.setattr(finish, "_merge_validation_shards", late)
     make(place, tmp_path / "corpus", execution=ExecutionOptions(task=0, tasks=2))
     assert sums(tmp_path / "corpus") == sums(tmp_path / "whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "whole"]
@@ -582,7 +592,7 @@ def test_another_command_begins_first(
         )
         refused(True, "other processes may be at work in it")
 
-    instead_of(monkeypatch, finish, "_merge_parts", while_it_works)
+    instead_of(monkeypatch, finish, "_merge_validation_shards", while_it_works)
     make(place, tmp_path / "corpus", dedup=whole[0])
     assert len(refusals) == 2
     assert sums(tmp_path / "corpus") == whole[1]
@@ -614,12 +624,12 @@ def test_an_output_that_appears_at_the_end(
         output.mkdir()
         (output / "notes").touch()
 
-    instead_of(monkeypatch, finish, "_merge_parts", taken)
+    instead_of(monkeypatch, finish, "_merge_validation_shards", taken)
     with pytest.raises(
         UserError,
         match=(
-            r"was made by another command .* this corpus is whole in '.*corpus.partial': move one"
-            r" away"
+            r"was made by another command .* this corpus is complete in '.*corpus.partial': move"
+            r" either of them"
         ),
     ):
         make(place, output, dedup=whole[0])

@@ -344,7 +344,7 @@ def test_tokenizer_train(place: Path, tmp_path: Path):
         "--output",
         tmp_path / "many",
     )
-    assert "(the text has pairs for no more than that, 5,000 were asked for)" in many
+    assert "(requested 5,000; the text has too few distinct pairs)" in many
 
 
 def test_tokenizer_info(place: Path, tmp_path: Path):

@@ -1,4 +1,4 @@
-"""Which data a corpus holds: recorded when corpora are merged or split, so that no document can be
+"""The identity of a corpus's data. Merging and splitting record it, so that no document can be
 merged in twice.
 
 The identity of a corpus is made of the fingerprints of its splits. The identity of a part is that
@@ -11,9 +11,9 @@ from __future__ import annotations
 from llada.data.manifest import SPLITS, Manifest
 
 MERGED = "merged"
-"""Option of a manifest: the corpora that this one was merged from."""
+"""Option in a manifest that lists the corpora from which this one was merged."""
 PART_OF = "part_of"
-"""Option of a manifest: the identity of this corpus, if it is a part of another one."""
+"""Option in a manifest that holds the identity of this corpus, if it is a part of another one."""
 
 
 def identity(manifest: Manifest) -> str:
@@ -30,7 +30,7 @@ def part_identity(whole: Manifest, number: int, num_parts: int) -> str:
 
 
 def identities(manifest: Manifest) -> list[str]:
-    """Return the identity of a corpus and those of all corpora that it was merged from."""
+    """Return the identity of a corpus, and those of all corpora from which it was merged."""
     result = [identity(manifest)]
     for merged in manifest.options.get(MERGED, []):
         result += merged["data"]
@@ -40,14 +40,17 @@ def identities(manifest: Manifest) -> list[str]:
 def may_overlap(one: str, other: str) -> bool:
     """Return whether corpora with these identities may have a document in common.
 
-    That is the case for a whole and its part ("x" and "x#0/2"), and for parts of one whole that was
+    That is the case for a whole and its part ("x" and "x#0/2"), and for parts of a whole that was
     split in two ways ("x#0/2" and "x#1/3"). Different parts of one split ("x#0/2" and "x#1/2")
     have no document in common.
     """
-    # Compare from the whole to the part of a part, as far as both go.
-    for own, others in zip(one.split("#"), other.split("#"), strict=False):
-        if own != others:
-            # Different wholes, or parts "number/of": these overlap if the whole was cut otherwise.
-            is_part = "/" in own
-            return is_part and own.split("/")[1] != others.split("/")[1]
+    # Compare level by level: the wholes, then their parts, then the parts of these parts.
+    for level, other_level in zip(one.split("#"), other.split("#"), strict=False):
+        if level == other_level:
+            continue
+        if "/" not in level:  # different wholes
+            return False
+        num_parts = level.split("/")[1]
+        other_num_parts = other_level.split("/")[1]
+        return num_parts != other_num_parts
     return True
