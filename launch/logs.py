@@ -120,7 +120,7 @@ def follow_log(choice: LogChoice) -> Iterator[bytes]:
 
 
 def _is_alive(folder: Path) -> bool:
-    if lock.holder(folder) or local_supervisor(events.read(folder)):
+    if lock.describe_holder(folder) or local_supervisor(events.read(folder)):
         return True
     return bool(live_jobs(folder))
 

@@ -273,7 +273,7 @@ def _state(
             return state, None
     if live:
         return live[0].state, _explain_pending(live[0])
-    holder = lock.holder(folder) or local_supervisor(lines)
+    holder = lock.describe_holder(folder) or local_supervisor(lines)
     if holder is not None:
         return "RUNNING", holder
     array_state = _array_state(lines)

@@ -17,7 +17,7 @@ import typer
 
 from data_tools.cli import app as data_app
 from launch.cli import add_to as add_launch_commands
-from llada import failures
+from llada import exits, failures
 from llada.commands import convert, first_steps, sampling, training
 from llada.errors import RunError, StepError, TryAgain, UserError
 from llada.torchrun import explain_exit
@@ -75,19 +75,19 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except UserError as error:
-        _exit(f"error: {error}", 2)
+        _exit(f"error: {error}", exits.USER_ERROR)
     except RunError as error:
         if isinstance(error, StepError):
             failures.report("step")
-        _exit(f"failed: {error}", 1)
+        _exit(f"failed: {error}", exits.FAILED)
     except TryAgain as error:
-        _exit(f"not finished: {error}", 75)
-    except KeyboardInterrupt as interrupt:
-        _exit(f"interrupted{interrupt}", 130)
+        _exit(f"not finished: {error}", exits.RESTART)
+    except KeyboardInterrupt:
+        _exit("interrupted", exits.INTERRUPTED)
     except Exception as error:
         # A bug: the traceback is for developers, the last line for everyone.
         traceback.print_exc()
-        _exit(f"failed: {type(error).__name__}: {error}", 1)
+        _exit(f"failed: {type(error).__name__}: {error}", exits.FAILED)
 
 
 def _exit(message: str, code: int) -> NoReturn:
@@ -97,7 +97,7 @@ def _exit(message: str, code: int) -> NoReturn:
     print(line, file=sys.stderr, flush=True)
     # torchrun shows the message of the first rank that ended. Of a failure that rank is not always
     # the cause, so only ends that all ranks share are explained.
-    if code in (2, 75):
+    if code in (exits.USER_ERROR, exits.RESTART):
         explain_exit(line)
     # Not sys.exit: a thread of this rank may wait in a collective for the other ranks, and would
     # keep the process alive.

@@ -18,9 +18,7 @@ import hashlib
 import numpy as np
 import numpy.typing as npt
 
-U64 = npt.NDArray[np.uint64]
-F64 = npt.NDArray[np.float64]
-I64 = npt.NDArray[np.int64]
+from llada.arrays import F64, I64, U64
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 """SplitMix64's increment: 2**64 divided by the golden ratio, rounded to an odd number."""

@@ -30,13 +30,16 @@ LAYERS = (
     },
     {
         "llada.arithmetic",
+        "llada.arrays",
         "llada.errors",
         "llada.events",
+        "llada.exits",
         "llada.failures",
         "llada.files",
         "llada.noise",
         "llada.revision",
         "llada.torchrun",
+        "llada.types",
     },
 )
 """Packages and single modules, the highest first; each imports from its own layer and lower ones.

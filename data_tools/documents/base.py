@@ -17,7 +17,7 @@ from data_tools.readers.input_file import InputFile, Slice
 from data_tools.readers.options import ReadOptions
 from data_tools.readers.report import Report
 from data_tools.types import JsonObject
-from llada.data.shard_format import I64
+from llada.arrays import I64
 from llada.tokenizer import Tokenizer
 
 Document = TypeVar("Document")

@@ -30,10 +30,10 @@ from data_tools.readers.records import BadRecord, Origin
 from data_tools.readers.report import Report
 from data_tools.tokenizers.encoders import choose_encoder
 from data_tools.types import JsonObject
+from llada.arrays import I64
 from llada.chat.format import TEMPLATE, Reply
 from llada.chat.template import TemplateError, chat_format
 from llada.data.manifest import CONVERSATIONS
-from llada.data.shard_format import I64
 from llada.data.shard_reader import map_replies
 from llada.errors import UserError, did_you_mean
 from llada.tokenizer import Tokenizer

@@ -17,10 +17,9 @@ import numpy.typing as npt
 from data_tools.readers.compression import open_file
 from data_tools.readers.input_file import extension
 from data_tools.readers.json_arrays import BrokenArray, elements, holds_array
+from llada.arrays import I64, U64
 from llada.errors import UserError
 
-U64 = npt.NDArray[np.uint64]
-I64 = npt.NDArray[np.int64]
 I32 = npt.NDArray[np.int32]
 Bools = npt.NDArray[np.bool_]
 

@@ -17,12 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from data_tools.types import Advance
 from llada.arithmetic import ceil_div
-
-U64 = npt.NDArray[np.uint64]
+from llada.arrays import U64
 
 HASHES = "hashes"
 """Folder of the hashes of units, in an unfinished preparation."""

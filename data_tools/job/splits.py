@@ -9,8 +9,9 @@ import numpy.typing as npt
 import xxhash
 
 from data_tools.documents.base import EncodedDocuments
+from llada.arrays import I64
 from llada.data.manifest import TRAIN, VALIDATION, ShardEntry
-from llada.data.shard_format import I64, shift_documents
+from llada.data.shard_format import shift_documents
 from llada.data.shard_reader import ShardReader
 from llada.data.shard_writer import SplitWriter
 from llada.errors import UserError

@@ -21,8 +21,9 @@ import numpy.typing as npt
 
 from data_tools.tokenizers.equality import first_difference, fixed_texts
 from data_tools.tokenizers.sentencepiece import to_tokenizer_json
+from llada.arrays import I64
 from llada.errors import RunError, UserError, did_you_mean
-from llada.tokenizer import I64, Tokenizer
+from llada.tokenizer import Tokenizer
 
 BACKENDS = ("auto", "gigatoken", "fastokens", "library")
 """Encoders that a user can request. `library` is the one that defines the ids."""

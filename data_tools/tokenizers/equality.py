@@ -11,7 +11,8 @@ import numpy as np
 
 from data_tools.batches import in_batches
 from data_tools.tokenizers.sentencepiece import special_pieces
-from llada.tokenizer import I64, SPECIAL_TOKENS, Tokenizer
+from llada.arrays import I64
+from llada.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 Encode = Callable[[list[str]], tuple[I64, I64]]
 

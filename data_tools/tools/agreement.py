@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from llada.data.shard_format import I64
+from llada.arrays import I64
 from llada.errors import UserError
 from llada.tokenizer import Tokenizer
 

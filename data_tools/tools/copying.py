@@ -12,9 +12,10 @@ from typing import NamedTuple
 import numpy as np
 
 from data_tools.job.splits import replies_of
+from llada.arrays import I64
 from llada.data.corpus import Corpus
 from llada.data.manifest import CONVERSATIONS, ShardEntry
-from llada.data.shard_format import I64, damaged
+from llada.data.shard_format import damaged
 from llada.data.shard_reader import ShardReader
 from llada.data.shard_writer import SplitWriter
 from llada.tokenizer import Tokenizer

@@ -9,6 +9,7 @@ from typing import NotRequired, TypedDict
 import numpy as np
 import numpy.typing as npt
 
+from llada.arrays import I64
 from llada.data.corpus import Corpus
 from llada.data.manifest import SPLITS, Manifest, ShardEntry
 from llada.data.shard_reader import ShardReader
@@ -16,7 +17,6 @@ from llada.errors import UserError
 from llada.tokenizer import Tokenizer
 
 I32 = npt.NDArray[np.int32]
-I64 = npt.NDArray[np.int64]
 
 _SHOWN_TOKENS = 40
 _MAX_EXACT_DOCUMENTS = 1 << 22

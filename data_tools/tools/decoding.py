@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from llada.data.shard_format import I64
+from llada.arrays import I64
 from llada.tokenizer import Tokenizer
 
 

@@ -19,8 +19,9 @@ from data_tools.job.splits import is_held_out
 from data_tools.tools.agreement import TokenizerAgreement
 from data_tools.tools.decoding import decode_documents
 from data_tools.tools.megatron import IndexedDataset
+from llada.arrays import I64
 from llada.data.manifest import CORPUS_FILES, SPLITS, TEXT, TRAIN, VALIDATION, Manifest, ShardEntry
-from llada.data.shard_format import I64, token_dtype
+from llada.data.shard_format import token_dtype
 from llada.data.shard_writer import SplitWriter
 from llada.errors import UserError
 from llada.outputs import new_folder

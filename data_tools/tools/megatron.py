@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from llada.data.shard_format import CHUNK, HEADER, I64, MAGIC
+from llada.arrays import I64
+from llada.data.shard_format import CHUNK, HEADER, MAGIC
 from llada.errors import UserError
 
 _DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}

@@ -8,12 +8,10 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
+from llada import exits
 from llada.failures import FailureKind
 
-EXIT_USER_ERROR = 2
-EXIT_RESTART = 75
-"""Exit code of a rank or job that stopped cleanly: the same command continues."""
-CLEAN_EXITS = (0, EXIT_RESTART)
+CLEAN_EXITS = (exits.FINISHED, exits.RESTART)
 """Exit codes of a rank that exited because all ranks agreed to."""
 
 _LOST_PEER = re.compile(
@@ -65,7 +63,7 @@ def classify(
         return "hang"
     if code in CLEAN_EXITS:
         return None
-    if code == EXIT_USER_ERROR:
+    if code == exits.USER_ERROR:
         return "user_error"
     if _STEP_FAILED.match(message):
         return "step"

@@ -10,9 +10,10 @@ import signal
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from launch.job.failure import EXIT_RESTART, EXIT_USER_ERROR, Failure
+from launch.job.failure import Failure
 from launch.job.records import AttemptEnd, RankExit
 from launch.job.spec import Restarts
+from llada import exits
 from llada.events import ATTEMPT_END_EVENTS, since_submission
 from llada.failures import FailureKind
 
@@ -76,7 +77,7 @@ class Decision:
     kind: FailureKind | None = None
     delay: float = 0.0
     exclude: list[str] = field(default_factory=list)
-    code: int = EXIT_RESTART
+    code: int = exits.RESTART
     by_slurm: bool = False
 
     @property
@@ -95,8 +96,8 @@ def decide(end: AttemptEnd, now: Situation, limits: Restarts) -> Decision:
     if now.state == "requeued":
         return _requeued_by_slurm(now)
     first = end.first_failure
-    if first is not None and first.code == EXIT_USER_ERROR:
-        return Decision("failed", str(first), kind="user_error", code=EXIT_USER_ERROR)
+    if first is not None and first.code == exits.USER_ERROR:
+        return Decision("failed", str(first), kind="user_error", code=exits.USER_ERROR)
     no_rank_crashed = first is None or first.code in _STOP_EXITS
     if no_rank_crashed and now.stopped_by_user:
         return Decision("stopped", "requested with `llada stop`")

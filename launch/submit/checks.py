@@ -68,15 +68,13 @@ def check_run(config: RunConfig, ranks: int, options: CheckOptions) -> RunPrevie
     """
     data_parallel = config.check_world(ranks)
     folder = Path(config.run.dir)
-    holder = lock.holder(folder)
+    holder = lock.describe_holder(folder)
     if holder is not None:
         raise UserError(
             f"run.dir: '{folder}' is in use by {holder}; stop that first with `llada stop"
             f" {folder}`, or choose another run.dir"
         )
-    # Raises an error if the stages of the schedule end before the last step.
-    schedule = Schedule(config.schedule, config.tokens_per_step)
-    schedule.learning_rate(config.train.steps - 1)
+    Schedule(config.schedule, config.tokens_per_step).check_covers(config.train.steps)
     start_step, notes = _preview_start(config, options)
     checkpoints = checkpoint_volume(config)
     try:

@@ -23,12 +23,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
+from llada.arrays import I64
 from llada.errors import UserError
 from llada.tokenizer import Tokenizer
-
-I64 = npt.NDArray[np.int64]
 
 ROLES = ("system", "user", "assistant")
 TEMPLATE = (

@@ -17,17 +17,16 @@ from typing import NamedTuple
 
 import jinja2
 import numpy as np
-import numpy.typing as npt
 from jinja2 import meta, nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from llada.arrays import I64
 from llada.chat.format import TEMPLATE, ChatFormat, Message, Reply
 from llada.errors import UserError, one_line
 from llada.tokenizer import TextBetween, Tokenizer
 
-I64 = npt.NDArray[np.int64]
 Prompt = tuple[int | str, ...]
 """A rendered prompt: ids of special tokens and the texts between them, never two texts in a row."""
 

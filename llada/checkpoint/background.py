@@ -19,8 +19,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 
-from llada.checkpoint.format import JsonObject
 from llada.files import checksum
+from llada.types import JsonObject
 
 ShardedState: TypeAlias = dict[str, Any]
 """Megatron-Core's sharded state dict: nested dicts and lists with sharded tensors as leaves."""

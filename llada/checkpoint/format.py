@@ -21,7 +21,6 @@ import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 
@@ -29,6 +28,7 @@ from llada.config.sections import ModelSection
 from llada.errors import UserError, one_line
 from llada.files import checksum, sync_folder, sync_tree, write_atomically
 from llada.tokenizer import Tokenizer
+from llada.types import JsonObject
 
 MARKER = "COMMITTED"
 STATE_FILE = "state.json"
@@ -38,7 +38,6 @@ PARTIAL_SUFFIX = ".partial"
 DELETED_SUFFIX = ".deleted"
 """Suffix of a checkpoint folder while it is deleted."""
 
-JsonObject = dict[str, Any]
 Checksums = Mapping[str, JsonObject]
 """File name -> {"bytes": size, "xxh3": checksum}, see `llada.files.checksum`."""
 

@@ -18,13 +18,13 @@ from typing import NoReturn, Protocol, TypeVar
 from llada.checkpoint.format import (
     PARTIAL_SUFFIX,
     CheckpointState,
-    JsonObject,
     begin_checkpoint,
     checkpoint_name,
     commit_checkpoint,
 )
 from llada.errors import RunError, one_line
 from llada.files import DISK_FULL, readable_size
+from llada.types import JsonObject
 
 T = TypeVar("T")
 

@@ -11,9 +11,10 @@ from typing import NamedTuple
 import numpy as np
 import xxhash
 
+from llada.arrays import I64
 from llada.data.manifest import CONVERSATIONS, Manifest, ShardEntry
 from llada.data.open_files import OpenFiles
-from llada.data.shard_format import CHUNK, I64, REPLY_FIELDS, TokenDtype, damaged, size_of
+from llada.data.shard_format import CHUNK, REPLY_FIELDS, TokenDtype, damaged, size_of
 from llada.data.shard_reader import ShardReader, map_replies
 from llada.errors import UserError
 from llada.tokenizer import Tokenizer

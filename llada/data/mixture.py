@@ -37,9 +37,10 @@ from functools import lru_cache
 import numpy as np
 
 from llada.arithmetic import ceil_div
+from llada.arrays import I64
 from llada.config import SHUFFLE_BLOCK
 from llada.errors import UserError
-from llada.noise import I64, derive_key, permute, stream
+from llada.noise import derive_key, permute, stream
 
 
 @dataclass(frozen=True)

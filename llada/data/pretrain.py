@@ -9,11 +9,12 @@ from itertools import pairwise
 
 import numpy as np
 
+from llada.arrays import F64, I64
 from llada.data.corpus import Corpus
 from llada.data.manifest import TEXT, TRAIN, VALIDATION
 from llada.data.step_plan import DrawT, StepPlan
 from llada.data.training_data import TrainingData, check_tokens
-from llada.noise import F64, I64, random_lengths, timesteps
+from llada.noise import random_lengths, timesteps
 
 
 class WindowReader:

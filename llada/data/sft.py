@@ -14,13 +14,14 @@ import numpy as np
 import numpy.typing as npt
 
 from llada.arithmetic import ceil_div
+from llada.arrays import F64, I64
 from llada.data.corpus import Corpus
 from llada.data.manifest import CONVERSATIONS, TRAIN, VALIDATION
 from llada.data.shard_format import prompt_tokens, shift_documents
 from llada.data.step_plan import DrawT, StepPlan
 from llada.data.training_data import TrainingData, check_tokens
 from llada.errors import UserError
-from llada.noise import F64, I64, derive_key, hash64, timesteps
+from llada.noise import derive_key, hash64, timesteps
 
 _MAX_LISTED = 3
 """Conversations that are too long and named one by one in a message."""

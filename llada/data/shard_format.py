@@ -17,11 +17,10 @@ import struct
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
+from llada.arrays import I64
 from llada.errors import UserError
 
-I64 = npt.NDArray[np.int64]
 TokenDtype = np.dtype[np.int32 | np.uint16]
 
 MAGIC = b"MMIDIDX\x00\x00"

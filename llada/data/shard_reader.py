@@ -16,13 +16,13 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from llada.arrays import I64
 from llada.data.manifest import ShardEntry
 from llada.data.open_files import Number, OpenFile, OpenFiles
 from llada.data.shard_format import (
     CHUNK,
     DTYPES,
     HEADER,
-    I64,
     LENGTH_BYTES,
     MAGIC,
     POINTER_BYTES,

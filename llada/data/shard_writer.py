@@ -13,16 +13,9 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from llada.arrays import I64
 from llada.data.manifest import ShardEntry
-from llada.data.shard_format import (
-    CHUNK,
-    DTYPES,
-    HEADER,
-    I64,
-    MAGIC,
-    VERSION,
-    shift_documents,
-)
+from llada.data.shard_format import CHUNK, DTYPES, HEADER, MAGIC, VERSION, shift_documents
 from llada.files import sync_folder
 
 _CODES: dict[np.dtype[np.generic], int] = {dtype: code for code, dtype in DTYPES.items()}

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llada.noise import F64, I64
+from llada.arrays import F64, I64
 
 DrawT = Callable[[I64, I64], F64]
 """(row of each segment in the plan, a number that segments of the same text share) -> t of each."""

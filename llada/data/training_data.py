@@ -11,6 +11,7 @@ from typing import ClassVar, Protocol
 import numpy as np
 
 from llada.arithmetic import ceil_div
+from llada.arrays import I64
 from llada.config import RunConfig
 from llada.data.corpus import Corpus
 from llada.data.manifest import CONVERSATIONS, SPLITS, TEXT, TRAIN, Manifest
@@ -20,7 +21,6 @@ from llada.data.step_plan import DrawT, StepPlan
 from llada.data.verify import verify_corpus
 from llada.errors import UserError
 from llada.files import read_files
-from llada.noise import I64
 from llada.objectives import Batch, MaskedDiffusion, Objective, Window, collate
 from llada.tokenizer import Tokenizer
 

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from llada.arrays import I64
 from llada.data.corpus import Corpus
 from llada.data.manifest import CONVERSATIONS, Manifest, ShardEntry
-from llada.data.shard_format import CHUNK, I64, prompt_tokens
+from llada.data.shard_format import CHUNK, prompt_tokens
 from llada.data.shard_reader import ShardReader, map_file
 from llada.errors import UserError
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any, TypeAlias
 
 from llada.evaluation.comparison import Difference, ValidatedRun
 from llada.evaluation.estimates import FEW, Estimate, format_estimate
 from llada.evaluation.validation_files import Measured
-
-JsonObject: TypeAlias = dict[str, Any]
+from llada.types import JsonObject
 
 
 def as_text(runs: Sequence[ValidatedRun], differences: Sequence[Difference]) -> str:

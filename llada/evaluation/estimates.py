@@ -28,8 +28,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-I64 = npt.NDArray[np.int64]
-F64 = npt.NDArray[np.float64]
+from llada.arrays import F64, I64
 
 SWEEP = 4
 """Draws of a sweep."""

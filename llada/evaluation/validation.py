@@ -26,6 +26,7 @@ import numpy as np
 import torch
 
 from llada.arithmetic import ceil_div
+from llada.arrays import F64, I64
 from llada.data.manifest import VALIDATION
 from llada.data.step_plan import StepPlan
 from llada.data.training_data import TrainingData
@@ -41,7 +42,7 @@ from llada.evaluation.estimates import (
     with_error,
 )
 from llada.evaluation.validation_files import Measure, Measured
-from llada.noise import F64, I64, derive_key, hash64, permute, to_unit
+from llada.noise import derive_key, hash64, permute, to_unit
 from llada.objectives import Batch, collate
 
 _SEED = 0  # the noise is part of the measure, not of the run

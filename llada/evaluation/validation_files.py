@@ -31,8 +31,9 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from llada.arrays import I64
 from llada.errors import RunError, UserError, one_line
-from llada.evaluation.estimates import I64, SWEEP, Sample
+from llada.evaluation.estimates import SWEEP, Sample
 from llada.files import sync_folder, write_atomically
 
 FOLDER = "validation"

@@ -9,8 +9,8 @@ import llada
 from llada.checkpoint.format import CheckpointState, TrainedConfig
 from llada.errors import UserError
 from llada.evaluation.estimates import with_error
-from llada.hf.config_mapping import JsonObject
 from llada.model.weights import num_parameters
+from llada.types import JsonObject
 
 _HEAD = """---
 license: {license}

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from pydantic import ValidationError
 
 from llada.config.sections import ModelSection
+from llada.types import JsonObject
 
 LLADA = "LLaDAModelLM"
 
-JsonObject = dict[str, Any]
 
 # Fields of a published config.json that do not affect the computation.
 _METADATA_FIELDS = (

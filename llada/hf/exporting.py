@@ -29,12 +29,12 @@ from llada.checkpoint.verification import verify_checkpoint
 from llada.errors import UserError
 from llada.files import flush_in_background
 from llada.hf.card import check_license, model_card
-from llada.hf.config_mapping import JsonObject
 from llada.hf.sources import Mean
 from llada.hf.tensor_files import total_bytes, write_safetensors
 from llada.model.weights import Weights, num_parameters
 from llada.outputs import new_folder, refuse_inside, require_space, require_writable
 from llada.tokenizer import Tokenizer
+from llada.types import JsonObject
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SHARD_SIZE = "5GB"

@@ -17,17 +17,12 @@ import torch
 from llada.checkpoint.canonical import shape_differences
 from llada.config.sections import ModelSection
 from llada.errors import UserError, did_you_mean
-from llada.hf.config_mapping import (
-    LLADA,
-    READERS,
-    JsonObject,
-    UnsupportedConfig,
-    check_common_fields,
-)
+from llada.hf.config_mapping import LLADA, READERS, UnsupportedConfig, check_common_fields
 from llada.hf.sources import Renamed, equal
 from llada.hf.tensor_files import TensorFiles, open_tensors
 from llada.model.weights import BLOCK, EMBEDDING, FINAL_NORM, HEAD, Weights, canonical_shapes
 from llada.tokenizer import Tokenizer
+from llada.types import JsonObject
 
 # Llama's names of the tensors of a block, by ours.
 _LLAMA_BLOCK = {

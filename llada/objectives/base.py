@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-I64 = npt.NDArray[np.int64]
-F64 = npt.NDArray[np.float64]
+from llada.arrays import F64, I64
 
 
 @dataclass(frozen=True)

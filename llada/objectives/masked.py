@@ -20,8 +20,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from llada.arrays import F64, I64
 from llada.noise import mask_uniforms
-from llada.objectives.base import F64, I64, Corrupted, Window
+from llada.objectives.base import Corrupted, Window
 
 Masked = npt.NDArray[np.bool_]
 

@@ -13,15 +13,14 @@ from functools import cached_property
 from pathlib import Path
 
 from llada.arithmetic import ceil_div
+from llada.arrays import I64
 from llada.errors import UserError
 from llada.tokenizer.backends import (
     DEFINITION,
-    I64,
     MODEL,
     SIDECAR,
     Backend,
     HuggingFace,
-    JsonObject,
     Roles,
     SentencePiece,
     TextBetween,
@@ -30,6 +29,7 @@ from llada.tokenizer.backends import (
     read_json,
     write_text,
 )
+from llada.types import JsonObject
 
 BOS = "<|startoftext|>"
 EOS = "<|endoftext|>"

@@ -10,19 +10,18 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
+from llada.arrays import I64
 from llada.errors import UserError
+from llada.types import JsonObject
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
     from tokenizers import Tokenizer as Fast
 
-I64 = npt.NDArray[np.int64]
-JsonObject = dict[str, Any]
 Roles = dict[str, str]
 """Role (bos, eos, pad, mask) -> token. A role without a token is left out."""
 

@@ -8,13 +8,11 @@ whole section may be left out.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, TypeAlias
 
 from llada.config import RunConfig, Task, build_config, read_config, read_yaml
 from llada.config.sections import ModelSection
 from llada.errors import UserError
-
-JsonObject: TypeAlias = dict[str, Any]
+from llada.types import JsonObject
 
 FROM = "from"
 """Key of the model section that names a folder to take it from; its settings replace the key."""

@@ -4,13 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llada.checkpoint.format import (
-    TOKENIZER_FOLDER,
-    JsonObject,
-    load_tokenizer,
-    read_state,
-    resolve_checkpoint,
-)
+from llada.checkpoint.format import TOKENIZER_FOLDER, load_tokenizer, read_state, resolve_checkpoint
 from llada.checkpoint.reading import StoredTensors
 from llada.config import RunConfig
 from llada.data.training_data import TrainingData
@@ -20,6 +14,7 @@ from llada.tokenizer import Tokenizer
 from llada.training.damage import find_damage
 from llada.training.settings import changed_constants, refuse_other_architecture
 from llada.training.start import Start
+from llada.types import JsonObject
 
 
 def start_from_weights(

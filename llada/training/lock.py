@@ -197,7 +197,7 @@ class RunLock:
                 continue
 
 
-def holder(folder: Path, stale: float = 60.0) -> str | None:
+def describe_holder(folder: Path, stale: float = 60.0) -> str | None:
     """Describe who holds a run folder; None: nobody who is known to be alive."""
     alive = _living_holder(folder, stale)
     if alive is None:

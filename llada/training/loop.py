@@ -5,16 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 
+from llada import exits
 from llada.config import RunConfig
 from llada.training.hooks import Hook
 from llada.training.reporting import log_lifecycle
 from llada.training.run import Run
 from llada.training.signals import StopRequest
-
-FINISHED = 0
-"""Exit code: all steps are done."""
-STOPPED = 75
-"""Exit code: checkpoint written, run me again."""
 
 
 def train(
@@ -34,7 +30,7 @@ def train(
         hooks: called at named moments of the run, see `llada.training.hooks`.
 
     Returns:
-        FINISHED, or STOPPED after a signal.
+        The exit code: FINISHED, or RESTART after a signal.
 
     Raises:
         UserError: the config, the data or the checkpoint cannot be used.
@@ -46,7 +42,7 @@ def train(
         log_lifecycle(run.reporter, "started")
         code = _loop(run, stop)
         outcome = "stopped"
-        if code == FINISHED:
+        if code == exits.FINISHED:
             outcome = "finished"
         log_lifecycle(run.reporter, outcome)
     except BaseException as error:
@@ -89,6 +85,6 @@ def _loop(run: Run, stop: StopRequest) -> int:
                 f"{stop.signal or 'another rank'}: stopped after step {done} with a checkpoint; run"
                 " the same command again to continue"
             )
-            return STOPPED
+            return exits.RESTART
     run.finish()
-    return FINISHED
+    return exits.FINISHED

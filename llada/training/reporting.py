@@ -18,7 +18,6 @@ import yaml
 
 import llada
 from llada import events, revision
-from llada.checkpoint.format import JsonObject
 from llada.config import PROVENANCE, RunConfig, dump_config
 from llada.data.manifest import TRAIN
 from llada.data.sft import ReplyReader
@@ -36,6 +35,7 @@ from llada.training.run_folder import name_write_errors
 from llada.training.settings import arithmetic_versions
 from llada.training.sinks import Console, Sink, StepEvents, TensorBoard, WeightsAndBiases
 from llada.training.start import Start
+from llada.types import JsonObject
 
 
 @dataclass(frozen=True)

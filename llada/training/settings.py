@@ -8,13 +8,14 @@ from pathlib import Path
 
 import torch
 
-from llada.checkpoint.format import CheckpointState, JsonObject
+from llada.checkpoint.format import CheckpointState
 from llada.config import RunConfig, build_config, dump_config
 from llada.data.training_data import TrainingData
 from llada.engine.layout import world_from_environment
 from llada.errors import UserError
 from llada.model.attention import kernel_name
 from llada.training.schedule import Schedule
+from llada.types import JsonObject
 
 MAY_CHANGE = (
     "run",

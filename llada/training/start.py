@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llada.checkpoint.format import JsonObject
 from llada.engine.base import Engine
 from llada.hf.folder import is_folder, open_folder
 from llada.training.guard import Applied
+from llada.types import JsonObject
 
 
 @dataclass(frozen=True)

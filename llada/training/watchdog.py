@@ -23,12 +23,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from llada import failures
+from llada import exits, failures
 from llada.engine.base import StepResult
 from llada.training.hooks import Hook
 
-RESTART = 75
-"""Exit code: run the same command again."""
 _BEATS_PER_TIMEOUT = 10
 _DUMP_SECONDS = 30.0
 _MOST_NAMED = 8
@@ -209,4 +207,4 @@ def _leave(message: str) -> None:
             file=sys.stderr,
             flush=True,
         )
-    os._exit(RESTART)
+    os._exit(exits.RESTART)

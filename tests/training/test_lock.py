@@ -58,7 +58,7 @@ def test_a_killed_holder_is_replaced_at_once(tmp_path: Path) -> None:
     holder = start_holder(tmp_path)
     holder.kill()
     holder.wait()
-    assert lock.holder(tmp_path) is None
+    assert lock.describe_holder(tmp_path) is None
     began = time.monotonic()
     RunLock(tmp_path).release()
     assert time.monotonic() - began < 2 and list(tmp_path.iterdir()) == []
@@ -159,7 +159,7 @@ def test_a_lock_that_no_run_left_is_refused_and_kept(
     ):
         RunLock(tmp_path)
     assert not path.is_file() if content is None else path.read_text() == content
-    assert lock.holder(tmp_path) is None
+    assert lock.describe_holder(tmp_path) is None
 
 
 def test_a_lock_that_is_a_link_to_nothing_is_refused(tmp_path: Path) -> None:

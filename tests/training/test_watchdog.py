@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from llada.training.watchdog import RESTART, Watchdog, record_collectives
+from llada import exits
+from llada.training.watchdog import Watchdog, record_collectives
 from tests import processes
 from tests.stand_ins import like
 from tests.workplace import Workplace
@@ -134,7 +135,7 @@ def test_a_stopped_rank_ends_the_run_for_a_restart(workplace: Workplace) -> None
     finally:
         ranks[1].kill()
         ranks[1].communicate()
-    assert ranks[0].returncode == RESTART
+    assert ranks[0].returncode == exits.RESTART
     last = error.strip().splitlines()[-1]
     assert last.startswith(
         "failed: hang: no step finished for 6 s (run.hang_timeout): rank 1 on host"
