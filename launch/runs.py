@@ -6,7 +6,7 @@ from pathlib import Path
 
 from launch.status import RunStatus, format_duration, format_loss, read_status
 from llada import events
-from llada.training import metrics
+from llada.training.reporting import metrics
 
 
 def list_runs(roots: list[str]) -> list[RunStatus]:

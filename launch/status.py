@@ -18,7 +18,8 @@ from launch.slurm import Job
 from llada import events
 from llada.errors import UserError
 from llada.events import RUN_END_EVENTS, Event
-from llada.training import lock, metrics
+from llada.training import lock
+from llada.training.reporting import metrics
 
 _METRICS_TAIL_BYTES = 1 << 18
 _RECENT_STEPS = 20

@@ -13,8 +13,8 @@ from llada.errors import UserError, did_you_mean
 from llada.outputs import require_space
 from llada.planning.summary import CheckpointVolume, checkpoint_volume
 from llada.training import lock
-from llada.training.resume import preview_resume
 from llada.training.schedule import Schedule
+from llada.training.starting.resume import preview_resume
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from llada.sampling import SamplingOptions, generate, infill
 from llada.sampling.diffusion import cut_at_end
 from llada.sampling.loading import MaskPredictor, load
 from llada.tokenizer import Tokenizer
-from llada.training import metrics
+from llada.training.reporting import metrics
 
 Report: TypeAlias = dict[str, Any]
 """root/report.json, or a part of it."""

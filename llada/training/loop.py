@@ -8,7 +8,7 @@ from contextlib import suppress
 from llada import exits
 from llada.config import RunConfig
 from llada.training.hooks import Hook
-from llada.training.reporting import log_lifecycle
+from llada.training.reporting.reporter import log_lifecycle
 from llada.training.run import Run
 from llada.training.signals import StopRequest
 

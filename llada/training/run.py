@@ -26,13 +26,19 @@ from llada.training.checkpoint_writer import CheckpointWriter
 from llada.training.guard import Guard
 from llada.training.hooks import Hook, HookList
 from llada.training.profiler import Profiler
-from llada.training.reporting import FinishedStep, Hardware, MainReporter, Reporter, SilentReporter
-from llada.training.resume import resolve_resume
+from llada.training.reporting.reporter import (
+    FinishedStep,
+    Hardware,
+    MainReporter,
+    Reporter,
+    SilentReporter,
+)
 from llada.training.run_folder import hold_run_folder, name_write_errors
 from llada.training.schedule import Schedule
-from llada.training.settings import arithmetic_versions
 from llada.training.signals import StopRequest
-from llada.training.start import Start
+from llada.training.starting.resume import resolve_resume
+from llada.training.starting.settings import arithmetic_versions
+from llada.training.starting.start import Start
 from llada.training.watchdog import Watchdog, record_collectives
 
 FLIGHT_RECORDER = "flight_recorder"

@@ -21,9 +21,9 @@ from llada.errors import RunError, TryAgain, UserError
 from llada.files import read_files
 from llada.training import lock
 from llada.training.loop import train
-from llada.training.resume import preview_resume
 from llada.training.run_folder import RunFolder, name_write_errors, refuse_foreign_folder
 from llada.training.signals import StopRequest
+from llada.training.starting.resume import preview_resume
 from tests.data_tools.corpora import inspection
 from tests.training.locks import forge_lock
 from tests.workplace import CONFIG, Workplace

@@ -10,7 +10,7 @@ import pytest
 
 from llada.checkpoint.format import CheckpointState
 from llada.config import build_config, dump_config
-from llada.training.settings import find_changes
+from llada.training.starting.settings import find_changes
 from tests.workplace import CONFIG
 
 DATA: Any = SimpleNamespace(fingerprint="the data")

@@ -17,7 +17,7 @@ from llada.config import RunConfig, dump_config
 from llada.config.sections import LoggingSection
 from llada.events import EventLog
 from llada.files import write_atomically
-from llada.training.metrics import MetricsLine, finite, is_step
+from llada.training.reporting.metrics import MetricsLine, finite, is_step
 
 if TYPE_CHECKING:
     from rich.progress import Progress

@@ -29,12 +29,12 @@ from llada.evaluation import validation_files
 from llada.evaluation.validation import Validation, describe_validation
 from llada.files import write_atomically
 from llada.model.flops import Peak, step_flops
-from llada.training import metrics
-from llada.training.loss_curve import plot_loss_curve
+from llada.training.reporting import metrics
+from llada.training.reporting.loss_curve import plot_loss_curve
+from llada.training.reporting.sinks import Console, Sink, StepEvents, TensorBoard, WeightsAndBiases
 from llada.training.run_folder import name_write_errors
-from llada.training.settings import arithmetic_versions
-from llada.training.sinks import Console, Sink, StepEvents, TensorBoard, WeightsAndBiases
-from llada.training.start import Start
+from llada.training.starting.settings import arithmetic_versions
+from llada.training.starting.start import Start
 from llada.types import JsonObject
 
 

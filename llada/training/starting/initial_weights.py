@@ -11,9 +11,9 @@ from llada.data.training_data import TrainingData
 from llada.errors import UserError
 from llada.hf.folder import check_mask, is_folder, open_folder
 from llada.tokenizer import Tokenizer
-from llada.training.damage import find_damage
-from llada.training.settings import changed_constants, refuse_other_architecture
-from llada.training.start import Start
+from llada.training.starting.damage import find_damage
+from llada.training.starting.settings import changed_constants, refuse_other_architecture
+from llada.training.starting.start import Start
 from llada.types import JsonObject
 
 

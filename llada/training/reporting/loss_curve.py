@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llada.config import Task
-from llada.training import metrics
+from llada.training.reporting import metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

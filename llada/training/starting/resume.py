@@ -19,17 +19,17 @@ from llada.config import RunConfig, dump_config
 from llada.data.training_data import TrainingData
 from llada.errors import UserError
 from llada.training.configure import load_config
-from llada.training.damage import find_damage
 from llada.training.guard import Applied
-from llada.training.initial_weights import start_from_weights
 from llada.training.run_folder import refuse_foreign_folder
-from llada.training.settings import (
+from llada.training.starting.damage import find_damage
+from llada.training.starting.initial_weights import start_from_weights
+from llada.training.starting.settings import (
     MAY_CHANGE,
     find_changes,
     first_difference,
     refuse_other_architecture,
 )
-from llada.training.start import Start
+from llada.training.starting.start import Start
 
 
 def resolve_resume(

@@ -1,0 +1,1 @@
+"""What a run tells about itself: the reporter, and where its metrics go."""

@@ -1,0 +1,1 @@
+"""Where a run starts: its latest sound checkpoint, other weights, or random ones."""
