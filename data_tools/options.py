@@ -253,7 +253,7 @@ class CorpusFlags:
 
 @dataclass(frozen=True)
 class ExecutionFlags:
-    """How `prepare` and `prepare-sft` share out their work."""
+    """How `prepare` and `prepare-sft` divide their work."""
 
     workers: Annotated[
         int | None,

@@ -79,9 +79,9 @@ class ConversationFields:
 
     Attributes:
         prompt, response: fields of a pair.
-        messages: field with a list of turns in OpenAI's spelling, {"role": ..., "content": ...}.
-        conversations: field with a list of turns in ShareGPT's spelling, {"from": ..., "value":
-            ...}. A turn in either list may have either spelling.
+        messages: field with a list of turns in OpenAI's spelling, with `role` and `content`.
+        conversations: field with a list of turns in ShareGPT's spelling, with `from` and `value`. A
+            turn in either list may have either spelling.
         system: field with a system prompt, which any form may have; null or empty means none.
         context: field whose text, if any, follows the prompt of a pair after a blank line; None if
             there is no such field.

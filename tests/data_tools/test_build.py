@@ -410,8 +410,8 @@ def test_a_full_disk(
     with pytest.raises(
         RunError,
         match=(
-            r"No space left on device\); \d+ of \d+ units are finished and kept .*: the same"
-            r" command goes on"
+            r"No space left on device\); \d+ of \d+ units are finished and kept .*: run the"
+            r" same command to continue"
         ),
     ) as caught:
         make(place, small_disk / "corpus", dedup=whole[0], execution=execution)

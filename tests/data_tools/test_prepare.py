@@ -283,7 +283,7 @@ def test_a_failed_replacement_keeps_what_was_there(
 
     monkeypatch.setattr("llada.outputs.os", like(os, rename=no_second_rename))
     with pytest.raises(
-        RunError, match=r"Input/output error.*all is written and kept in .*corpus.partial"
+        RunError, match=r"Input/output error.*everything is written and kept in .*corpus.partial"
     ):
         prepare([source], tokenizer, output, force=True, validation_fraction=0.5)
     assert contents(output) == before

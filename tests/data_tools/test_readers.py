@@ -12,8 +12,9 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from data_tools.readers.input_file import InputFile
 from data_tools.readers.options import ReadOptions
-from data_tools.readers.reading import read_inputs, sample_texts
+from data_tools.readers.reading import measure, read_inputs, read_texts, sample_texts
 from data_tools.readers.report import Report
 from data_tools.readers.sources import parse_extensions
 from llada.errors import UserError
@@ -337,6 +338,14 @@ def test_what_is_missing_is_found_before_anything_is_read(tmp_path: Path):
     documents = read_inputs([tmp_path / "good.txt", tmp_path / "missing"], ReadOptions(), Report())
     with pytest.raises(UserError, match="no file or folder"):
         next(documents)
+
+
+def test_a_format_that_is_not_registered_is_not_read_as_another():
+    source = InputFile("a.csv", "csv", named=True, bytes=1, stamp="")
+    with pytest.raises(KeyError, match="csv"):
+        measure(source, ReadOptions(), Report())
+    with pytest.raises(KeyError, match="csv"):
+        list(read_texts(source, None, ReadOptions(), Report()))
 
 
 def test_extensions():
