@@ -19,7 +19,6 @@ to 3; `model/attention.py`, inside 9. `Run.make_batches` in `training/run.py` ca
 thread of `data/loader.py` that keeps the next steps ready. Fine-tuning has `data/sft.py` as 2.
 
 A corpus is written by the other files: `shard_format.py` and `shard_writer.py` (shards),
-`manifest.py` (what the folder contains), `corpus.py` (both together), `open_files.py` (a limit on open
-files) and `verify.py` (the full
-check).
+`manifest.py` (what the folder contains), `corpus.py` (both together), `open_files.py` (a limit on
+open files) and `verify.py` (the full check).
 """
