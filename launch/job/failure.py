@@ -24,8 +24,6 @@ _LOST_PEER = re.compile(
 """What gloo, NCCL and torch's store print in a rank whose peer is gone. None of them has error
 codes, so only this kind has to be recognized by its message.
 """
-_STEP_FAILED = re.compile(r"failed: step \d+: ")
-_HANG = re.compile(r"failed: hang: ")
 
 
 class Failure(NamedTuple):
@@ -58,13 +56,8 @@ def classify(
         return "killed"
     if reported is not None:
         return reported
-    # A rank of older code reports nothing.
-    if _HANG.match(message):
-        return "hang"
     if code in CLEAN_EXITS:
         return None
     if code == exits.USER_ERROR:
         return "user_error"
-    if _STEP_FAILED.match(message):
-        return "step"
     return "exception"

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launch.job.failure import CLEAN_EXITS, classify
+from launch.job.failure import CLEAN_EXITS
 from launch.job.spec import read_record
 from llada.failures import FailureKind
 
@@ -195,12 +195,7 @@ def _rank_start(rank: int, record: dict[str, Any]) -> RankStart:
 def _rank_exit(rank: int, record: dict[str, Any]) -> RankExit:
     code: int = record["code"]
     message: str | None = record["message"]
-    if "kind" in record:
-        kind: FailureKind | None = record["kind"]
-    else:
-        # A record of older code.
-        kind = classify(code, message)
-    return RankExit(rank, record["host"], record["time"], code, message, kind=kind)
+    return RankExit(rank, record["host"], record["time"], code, message, kind=record["kind"])
 
 
 # -- what srun prints ------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from launch.job.spec import (
     latest_checkpoint,
     make_numbered_folder,
 )
-from llada import events
+from llada import events, exits
 from llada.errors import RunError
 from llada.events import EventLog, since_submission
 from llada.training.signals import StopRequest
@@ -357,9 +357,10 @@ class Supervisor:
                 f"Slurm does not put the job back into the queue ({refusal}); submit the run again,"
                 " or use --chain"
             )
-            self._log_event("failed", reason=reason, failure=True)
+            kind = decision.kind or "supervisor"
+            self._log_event("failed", reason=reason, failure=True, failure_kind=kind)
             print(f"llada: failed: {reason}", flush=True)
-            return 1
+            return exits.FAILED
         # Slurm ends this process, so that the job ends with the requeue, not with an exit code.
         self._sleep(_REQUEUE_SECONDS)
         return decision.code

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from launch.job.attempt import StopState, run_ranks
+from launch.job.failure import classify
 from launch.job.machines import OneProcess, RankCommand, ThisMachine
 from launch.job.policy import Decision, Situation, decide
 from launch.job.records import AttemptEnd, RankStart, ended_tasks
@@ -72,11 +73,14 @@ def started(rank: int) -> dict[str, str]:
 
 
 def ended(rank: int, code: int, message: str | None = None) -> dict[str, str]:
-    return {
-        f"rank_{rank:05d}.exit.json": json.dumps(
-            {"host": f"n{rank}", "time": 2.0, "code": code, "message": message}
-        )
+    record = {
+        "host": f"n{rank}",
+        "time": 2.0,
+        "code": code,
+        "message": message,
+        "kind": classify(code, message),
     }
+    return {f"rank_{rank:05d}.exit.json": json.dumps(record)}
 
 
 def run(machine: FakeMachine, folder: Path) -> AttemptEnd:

@@ -17,9 +17,16 @@ from llada.failures import FailureKind
 LIMITS = Restarts(limit=2, backoff=60.0)
 
 
-def rank_exit(rank: int, host: str, time: float, code: int, message: str | None) -> RankExit:
-    """The end of a rank that reported no kind of failure itself."""
-    return RankExit(rank, host, time, code, message, kind=classify(code, message))
+def rank_exit(
+    rank: int,
+    host: str,
+    time: float,
+    code: int,
+    message: str | None,
+    reported: FailureKind | None = None,
+) -> RankExit:
+    """The end of a rank that reported this kind of failure."""
+    return RankExit(rank, host, time, code, message, kind=classify(code, message, reported))
 
 
 def ends(*codes: int, message: str | None = None, **fields: Any) -> AttemptEnd:
@@ -162,7 +169,7 @@ def test_a_hang_is_told_by_the_rank_that_noticed_it() -> None:
         "failed: hang: no step finished for 10 s (run.hang_timeout): rank 1 never answered; run the"
         " same command again"
     )
-    end = AttemptEnd([rank_exit(0, "n0", 1.0, 75, message)], 2, killed=True)
+    end = AttemptEnd([rank_exit(0, "n0", 1.0, 75, message, "hang")], 2, killed=True)
     assert decide(end, Situation(), LIMITS).reason.startswith(
         "rank 0 on n0: hang: no step finished for 10 s"
     )
@@ -214,7 +221,8 @@ def test_the_back_off_doubles_up_to_an_hour_and_the_limit_ends_it() -> None:
 
 
 def test_the_same_step_failing_twice_is_no_accident() -> None:
-    end = ends(1, message="failed: step 812: the loss is not finite; samples 6488 to 6495")
+    message = "failed: step 812: the loss is not finite; samples 6488 to 6495"
+    end = AttemptEnd([rank_exit(0, "n0", 1.0, 1, message, "step")], 1)
     first = decide(end, Situation(), LIMITS)
     assert first.event == "requeued"
     second = decide(end, Situation(failures=1, last_reason=first.reason), LIMITS)
@@ -249,11 +257,11 @@ def test_the_same_step_failing_twice_is_no_accident() -> None:
         (0, None, None, None),
         (75, "not finished: stopped with a checkpoint", None, None),
         (2, "error: data.mixture.0.path: gone", None, "user_error"),
-        (1, "failed: step 812: the loss is not finite", None, "step"),
+        (1, "failed: step 812: the loss is not finite", None, "exception"),
         (1, "failed: step 812: the loss is not finite", "step", "step"),
         (1, "worded differently", "step", "step"),
         (75, "worded differently", "hang", "hang"),
-        (75, "failed: hang: no step finished for 10 s", None, "hang"),
+        (75, "failed: hang: no step finished for 10 s", None, None),
         (75, "not finished: the settings change between attempts", None, None),
         (1, "failed: ValueError: step 3 of the recipe", None, "exception"),
         (-9, "failed: step 812: the loss is not finite", "step", "killed"),
@@ -265,7 +273,7 @@ def test_the_same_step_failing_twice_is_no_accident() -> None:
 def test_a_rank_that_ended_has_a_kind_of_failure(
     code: int, message: str | None, reported: FailureKind | None, kind: FailureKind | None
 ) -> None:
-    """What the rank reported counts; messages are read only where it could report nothing."""
+    """What the rank reported counts. Only a broken connection is recognized by its message."""
     assert classify(code, message, reported) == kind
 
 
