@@ -16,7 +16,8 @@ import numpy.typing as npt
 
 from data_tools.readers.compression import open_file
 from data_tools.readers.input_file import extension
-from data_tools.readers.json_arrays import BrokenArray, elements, holds_array
+from data_tools.readers.json_arrays import elements, holds_array
+from data_tools.readers.records import BrokenFile
 from llada.arrays import I64, U64
 from llada.errors import UserError
 
@@ -222,7 +223,7 @@ def evaluation_texts(
                 yield text
         except UnicodeDecodeError as error:
             raise UserError(f"{setting}: {path} is not UTF-8 ({error})") from None
-        except (OSError, EOFError, zlib.error, BrokenArray) as error:
+        except (OSError, EOFError, zlib.error, BrokenFile) as error:
             raise UserError(f"{setting}: {path}: cannot be read ({error})") from None
         if not has_text:
             raise UserError(f"{setting}: no text in {path}")

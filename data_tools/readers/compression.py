@@ -14,7 +14,11 @@ _LARGEST_ZSTD_WINDOW = 1 << 31
 
 
 def open_file(path: str) -> BinaryIO:
-    """Open a file for reading, decompressed if its name ends in .gz or .zst."""
+    """Open a file for reading, decompressed if its name ends in .gz or .zst.
+
+    The stream can only be read forward, since a .zst file cannot seek. A byte order mark is still
+    there.
+    """
     suffix = Path(path).suffix.lower()
     if suffix == ".gz":
         return gzip.open(path, "rb")  # type: ignore[return-value]

@@ -38,7 +38,9 @@ class Format:
 
     Attributes:
         measure: returns how a source can be cut. Raises OSError for a file that cannot be read.
-        read: reads the records of a slice of a source; without a slice, of the whole source.
+        read: reads the records of a slice of a source; without a slice, of the whole source. A
+            problem of one record goes into the record. Raises OSError, EOFError, zlib.error,
+            BrokenFile or UnicodeDecodeError for a file that cannot be read, or breaks off.
         extensions: lower-case extensions of its files, without that of a compression.
         has_fields: whether its records have fields of their own. A text file is one record, whose
             only field is its text.

@@ -14,7 +14,7 @@ from typing import BinaryIO, NamedTuple
 from data_tools.readers.compression import open_file
 from data_tools.readers.input_file import InputFile, Slice
 from data_tools.readers.options import ReadOptions
-from data_tools.readers.records import BadRecord, Record, RecordStream
+from data_tools.readers.records import BadRecord, BrokenFile, Record, RecordStream
 from data_tools.readers.report import Report
 
 _CHUNK = 1 << 18
@@ -26,10 +26,6 @@ _MARK_INSIDE = re.compile(rb'["\[\]{}]')
 # The rest of a string, up to its closing quote or to the end of the chunk. It stops before a
 # backslash that ends the chunk, because the next byte belongs to it.
 _STRING_REST = re.compile(rb'[^"\\]*(?:\\.[^"\\]*)*', re.DOTALL)
-
-
-class BrokenArray(Exception):
-    """The file is not one complete JSON array; the message says where it goes wrong."""
 
 
 class Element(NamedTuple):
@@ -96,7 +92,7 @@ def elements(stream: BinaryIO, longest: int, chunk: int = _CHUNK) -> Iterator[El
         chunk: bytes read at a time.
 
     Raises:
-        BrokenArray: the file ends before the array does, continues after it, or lacks an element.
+        BrokenFile: the file ends before the array does, continues after it, or lacks an element.
     """
     scanner = _Scanner(stream, longest, chunk)
     scanner.open()
@@ -108,7 +104,7 @@ def elements(stream: BinaryIO, longest: int, chunk: int = _CHUNK) -> Iterator[El
         if element.content is None or element.content.strip(_WHITE_SPACE):
             yield element
         elif number > 1 or not closed:  # only `[]` has an element 1 without content
-            raise BrokenArray(f"element {number} is missing before byte {scanner.position - 1:,}")
+            raise BrokenFile(f"element {number} is missing before byte {scanner.position - 1:,}")
     scanner.end()
 
 
@@ -143,12 +139,12 @@ class _Scanner:
         if self._chunk.startswith(codecs.BOM_UTF8):
             self._next = len(codecs.BOM_UTF8)
         if self._character() != b"[":
-            raise BrokenArray("the file does not begin with [")
+            raise BrokenFile("the file does not begin with [")
 
     def end(self) -> None:
-        """Raise BrokenArray if anything but white space follows."""
+        """Raise BrokenFile if anything but white space follows."""
         if self._character():
-            raise BrokenArray(f"the array ends before byte {self.position - 1:,}, the file goes on")
+            raise BrokenFile(f"the array ends before byte {self.position - 1:,}, the file goes on")
 
     def _character(self) -> bytes:
         """Return the next character that is not white space; empty at the end of the stream."""
@@ -183,7 +179,7 @@ class _Scanner:
                     pieces = []
                 pieces.append(used)
                 if not self._read_on():
-                    raise BrokenArray(
+                    raise BrokenFile(
                         f"element {number}, which begins at byte {start:,}, does not end"
                     )
                 begin = self._next
@@ -198,7 +194,7 @@ class _Scanner:
             else:
                 break
         if mark == b"}":
-            raise BrokenArray(
+            raise BrokenFile(
                 f"element {number}, which begins at byte {start:,}, ends with a brace that nothing"
                 " opens"
             )

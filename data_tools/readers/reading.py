@@ -16,9 +16,15 @@ from typing import TypeVar
 
 from data_tools.readers.formats import FORMATS
 from data_tools.readers.input_file import Extent, InputFile, Slice
-from data_tools.readers.json_arrays import BrokenArray
 from data_tools.readers.options import ReadOptions
-from data_tools.readers.records import BadRecord, Origin, Record, RecordStream, string_field
+from data_tools.readers.records import (
+    BadRecord,
+    BrokenFile,
+    Origin,
+    Record,
+    RecordStream,
+    string_field,
+)
 from data_tools.readers.report import Report, no_document
 from data_tools.readers.sources import find_sources
 from llada.arithmetic import ceil_div
@@ -232,10 +238,11 @@ def _reading(source: InputFile, options: ReadOptions, report: Report) -> Iterato
     progress = _Progress()
     try:
         yield progress
-    except UnicodeDecodeError as error:
-        message = f"byte {error.start} is not UTF-8; text, code and JSON Lines are read"
-        _leave_out_file(source, report, "files not UTF-8", message)
-    except (OSError, EOFError, zlib.error, BrokenArray) as error:
+    except (UnicodeDecodeError, OSError, EOFError, zlib.error, BrokenFile) as error:
+        if isinstance(error, UnicodeDecodeError) and progress.num_documents == 0:
+            message = f"byte {error.start} is not UTF-8; text, code and JSON Lines are read"
+            _leave_out_file(source, report, "files not UTF-8", message)
+            return
         # A file that could be opened when it was measured has changed since, and this may be one
         # slice of many: it is never left out silently.
         was_readable = FORMATS[source.format].is_opened_to_measure

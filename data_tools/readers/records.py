@@ -25,6 +25,10 @@ class BadRecord(Exception):
         self.reason = reason
 
 
+class BrokenFile(Exception):
+    """A file whose content breaks off, or is not of its format from some place on."""
+
+
 class Origin(NamedTuple):
     """Where a record was read.
 

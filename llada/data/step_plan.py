@@ -49,8 +49,8 @@ class StepPlan:
         bounds: segment boundaries of each sample's row.
         first_segments: id of each sample's first segment [n + 1]; segments are numbered through the
             step.
-        spans: first and past-the-last position of every segment that may be masked [segments, 2];
-            empty for filler.
+        spans: first and past-the-last position of every segment's noise group, the tokens that may
+            be masked and share its t [segments, 2]; empty for filler.
         scales: factor on the weights of every segment [segments].
         t: diffusion time of every segment [segments].
         normaliser: divides the step's summed loss: its tokens in pretraining, its conversations in

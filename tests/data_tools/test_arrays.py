@@ -16,9 +16,10 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_tools.readers.json_arrays import BrokenArray, elements, holds_array
+from data_tools.readers.json_arrays import elements, holds_array
 from data_tools.readers.options import ReadOptions
 from data_tools.readers.reading import read_inputs
+from data_tools.readers.records import BrokenFile
 from data_tools.readers.report import Report
 from llada.data.manifest import SPLITS, Manifest
 from llada.errors import UserError
@@ -63,7 +64,7 @@ def test_every_element_in_chunks_of_any_size(array, chunk, indent, ascii):
 @given(array=st.lists(VALUES, min_size=1, max_size=4), data=st.data())
 def test_an_array_that_is_cut_off_is_never_whole(array, data):
     content = json.dumps(array).encode()
-    with pytest.raises(BrokenArray):
+    with pytest.raises(BrokenFile):
         parsed(
             content[: data.draw(st.integers(0, len(content) - 1))],
             chunk=data.draw(st.integers(1, 9)),
@@ -86,7 +87,7 @@ def test_an_array_that_is_cut_off_is_never_whole(array, data):
 )
 def test_damage_is_named(content: bytes, message: str):
     for chunk in (1, 100):
-        with pytest.raises(BrokenArray) as caught:
+        with pytest.raises(BrokenFile) as caught:
             parsed(content, chunk=chunk)
         assert message in str(caught.value)
 

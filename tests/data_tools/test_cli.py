@@ -86,7 +86,7 @@ def test_every_option_arrives(place: Path, tmp_path: Path):
     folder = tmp_path / "in"
     folder.mkdir()
     (folder / "a.jsonl").write_text('{"body": "one two"}\n{"body": "three"}\noops\n')
-    (folder / "b.csv").write_text("1,2,3")
+    (folder / "b.xyz").write_text("1,2,3")
     (folder / "c.txt").write_text("not read")
     words = [
         "prepare",
@@ -99,7 +99,7 @@ def test_every_option_arrives(place: Path, tmp_path: Path):
         "--text-field",
         "body",
         "--ext",
-        "csv",
+        "xyz",
     ]
     words += ["--shard-tokens", 2, "--validation-fraction", 0.25, "--add-special-tokens"]
     assert f"{folder}/a.jsonl:3: not JSON" in refusal(*words)
@@ -116,7 +116,7 @@ def test_every_option_arrives(place: Path, tmp_path: Path):
         "validation_fraction": 0.25,
         "add_special_tokens": True,
         "text_field": "body",
-        "extensions": [".csv"],
+        "extensions": [".xyz"],
         "skip_bad": True,
         "shard_tokens": 2,
     }

@@ -193,7 +193,7 @@ def test_what_is_left_out_is_counted(tokenizer: Path, tmp_path: Path):
     folder = tmp_path / "in"
     folder.mkdir()
     (folder / "a.jsonl").write_text('{"text": "eins"}\noops\n{"text": 1}\n{"text": ""}\n')
-    (folder / "b.csv").write_text("1")
+    (folder / "b.xyz").write_text("1")
     manifest = prepare(
         [folder], tokenizer, tmp_path / "corpus", skip_bad=True, validation_fraction=0.0
     )

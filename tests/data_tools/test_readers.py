@@ -12,9 +12,11 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_tools.readers.input_file import InputFile
+from data_tools.readers.formats import FORMATS, TEXT, Format
+from data_tools.readers.input_file import InputFile, measure_whole_file
 from data_tools.readers.options import ReadOptions
 from data_tools.readers.reading import measure, read_inputs, read_texts, sample_texts
+from data_tools.readers.records import Record, RecordStream
 from data_tools.readers.report import Report
 from data_tools.readers.sources import parse_extensions
 from llada.errors import UserError
@@ -211,7 +213,7 @@ def test_a_folder(tmp_path: Path):
         "a.txt.gz": gzip.compress(b"packed"),
         "c/lines.jsonl": jsonl(["eins", "zwei"]),
         "c/more.json.gz": gzip.compress(jsonl(["drei"])),
-        "c/table.csv": b"1,2",
+        "c/table.xyz": b"1,2",
         "c/package.json": b"{}",
         "c/Makefile": b"all:",
         "c/empty.txt": b"",
@@ -248,7 +250,7 @@ def test_a_folder(tmp_path: Path):
     ]
     assert manifest.skipped == report.skipped
 
-    texts, report = read_all(root, extensions=parse_extensions(["csv", ".MD"]))
+    texts, report = read_all(root, extensions=parse_extensions(["xyz", ".MD"]))
     assert texts == ["# y", "eins", "zwei", "drei", "1,2"]
     assert report.skipped == {"files with another extension": 7}
 
@@ -309,7 +311,7 @@ def test_named_inputs_that_are_refused(tmp_path: Path):
     (tmp_path / "bad.jsonl").write_text("oops\n")
     (tmp_path / "good.txt").write_text("good")
     (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / "a.csv").write_text("1")
+    (tmp_path / "folder" / "a.xyz").write_text("1")
     os.mkfifo(tmp_path / "pipe")
     good = tmp_path / "good.txt"
     for name, message in {
@@ -341,11 +343,32 @@ def test_what_is_missing_is_found_before_anything_is_read(tmp_path: Path):
 
 
 def test_a_format_that_is_not_registered_is_not_read_as_another():
-    source = InputFile("a.csv", "csv", named=True, bytes=1, stamp="")
-    with pytest.raises(KeyError, match="csv"):
+    source = InputFile("a.xyz", "xyz", named=True, bytes=1, stamp="")
+    with pytest.raises(KeyError, match="xyz"):
         measure(source, ReadOptions(), Report())
-    with pytest.raises(KeyError, match="csv"):
+    with pytest.raises(KeyError, match="xyz"):
         list(read_texts(source, None, ReadOptions(), Report()))
+
+
+def test_a_file_that_is_not_utf8_from_some_place_on_breaks_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A reader that decodes line by line must not lose the rest of a file without a word."""
+
+    def read_lines(source, slice_, options, report):
+        lines = Path(source.path).read_bytes().splitlines()
+        records = (Record(i, {"text": line.decode()}) for i, line in enumerate(lines, 1))
+        return RecordStream(records, lambda: 0)
+
+    monkeypatch.setitem(FORMATS, TEXT, Format(measure_whole_file, read_lines))
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").write_bytes(b"eins\nzwei\n\xff\n")
+    message = r"a.txt: breaks off after 2 documents \('utf-8' codec .*; --skip-bad keeps those"
+    with pytest.raises(UserError, match=message):
+        read_all(tmp_path / "in")
+    texts, report = read_all(tmp_path / "in", skip_bad=True)
+    assert texts == ["eins", "zwei"]
+    assert report.skipped == {"files that break off": 1}
 
 
 def test_extensions():
