@@ -40,7 +40,7 @@ import torch
 from llada.config import RunConfig, build_config
 from llada.data.manifest import FORMAT_VERSION, TEXT, TRAIN, Manifest, ShardEntry
 from llada.data.pretrain import PretrainData
-from llada.data.shard_format import HEADER, MAGIC
+from llada.data.shard_format import HEADER, MAGIC, VERSION
 from llada.data.shard_writer import ShardWriter
 from llada.engine.layout import sample_offsets
 from llada.tokenizer import train_byte_level_bpe
@@ -276,7 +276,7 @@ def write_many_shards(corpus: Path, args: argparse.Namespace) -> None:
     # Megatron-Core's index: a header, then the length and the byte offset of each document, then
     # the boundaries of documents, each of one sequence.
     with open(index, "wb") as file:
-        file.write(HEADER.pack(MAGIC, 1, 4, num_documents, num_documents + 1))
+        file.write(HEADER.pack(MAGIC, VERSION, 4, num_documents, num_documents + 1))
         file.write(lengths.astype("<i4").tobytes())
         file.write((4 * (np.cumsum(lengths) - lengths)).astype("<i8").tobytes())
         file.write(np.arange(num_documents + 1, dtype="<i8").tobytes())

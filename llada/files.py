@@ -6,6 +6,7 @@ llada.outputs builds on this: the files and folders that a user names as a comma
 from __future__ import annotations
 
 import errno
+import json
 import os
 import threading
 import uuid
@@ -47,18 +48,6 @@ def checksum(path: Path) -> dict[str, Any]:
     return {"bytes": size, "xxh3": digest.hexdigest()}
 
 
-def readable_size(count: float) -> str:
-    """A number of bytes with three digits and a decimal unit: 870 bytes, 1.05 MB, 14.2 GB."""
-    size = count
-    unit = "bytes"
-    for larger in ("kB", "MB", "GB", "TB", "PB"):
-        if size < 999.5:  # what prints as 1000 is 1 of the next unit
-            break
-        size /= 1000
-        unit = larger
-    return f"{size:.3g} {unit}"
-
-
 # -- writing ---------------------------------------------------------------------------------------
 
 
@@ -82,6 +71,11 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)  # the rename itself is an entry of the folder
+
+
+def write_json(path: Path, content: object, indent: int | None = None) -> None:
+    """Write a small JSON file that readers see either complete or not at all."""
+    write_atomically(path, json.dumps(content, indent=indent))
 
 
 def sync_folder(path: Path) -> None:

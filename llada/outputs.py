@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from llada.errors import RunError, UserError
-from llada.files import readable_size, sync_folder, sync_tree
+from llada.files import sync_folder, sync_tree
+from llada.formatting import readable_size
 
 # -- checks before anything is written -------------------------------------------------------------
 

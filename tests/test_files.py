@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llada.files import readable_size
+from llada.formatting import readable_size
 
 
 def test_readable_sizes() -> None:

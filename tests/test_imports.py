@@ -36,6 +36,7 @@ LAYERS = (
         "llada.exits",
         "llada.failures",
         "llada.files",
+        "llada.formatting",
         "llada.noise",
         "llada.revision",
         "llada.torchrun",

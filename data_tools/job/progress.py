@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
+from llada.formatting import clock_time
+
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
     from rich.progress import TaskID
@@ -60,7 +62,7 @@ class Progress:
         remaining = max(self._total_bytes - self._text_bytes, 0)
         to_go = ""
         if remaining and bytes_per_second:
-            to_go = f"{_clock(remaining / bytes_per_second)} to go, "
+            to_go = f"{clock_time(remaining / bytes_per_second)} to go, "
         return (
             f"{self._pass_name}: {to_go}{self._text_bytes / 1e6:,.0f} MB,"
             f" {bytes_per_second / 1e6:,.1f} MB/s, {self._left_out:,} left out,"
@@ -109,12 +111,6 @@ class Progress:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
-
-
-def _clock(seconds: float) -> str:
-    """Format seconds as hours:minutes:seconds."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
 @contextmanager

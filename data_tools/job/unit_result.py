@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from data_tools.types import JsonObject
 from llada.data.manifest import ShardEntry
-from llada.files import write_atomically
+from llada.files import write_json
 
 RESULTS = "units"
 """Folder of the results of units."""
@@ -66,7 +66,7 @@ class UnitResult:
             "listed": self.listed,
             "encoder": self.encoder,
         }
-        write_atomically(result_path(folder, unit), json.dumps(content))
+        write_json(result_path(folder, unit), content)
 
     @classmethod
     def load(cls, folder: Path, unit: int) -> UnitResult:

@@ -20,7 +20,7 @@ from data_tools.readers.report import Report
 from data_tools.types import JsonObject
 from llada.arithmetic import ceil_div
 from llada.errors import UserError
-from llada.files import write_atomically
+from llada.files import write_json
 
 PLAN = "plan.json"
 
@@ -74,7 +74,7 @@ class WorkPlan:
         return digest_of(self.settings, self.sources)
 
     def save(self, folder: Path) -> None:
-        write_atomically(folder / PLAN, json.dumps(asdict(self)))
+        write_json(folder / PLAN, asdict(self))
 
     @classmethod
     def load(cls, folder: Path) -> WorkPlan | None:

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llada.arrays import I64
-from llada.data.shard_format import CHUNK, HEADER, MAGIC
+from llada.data.shard_format import CHUNK, HEADER, MAGIC, VERSION, index_parts
 from llada.errors import UserError
 
 _DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
@@ -59,9 +59,10 @@ class IndexedDataset:
         code, n, d = self._read_header(index)
         self._dtype = np.dtype(_DTYPES[code])
         # The header has 34 bytes, so these arrays are not aligned.
-        self._lengths = np.frombuffer(index, "<i4", n, HEADER.size)
-        self._pointers = np.frombuffer(index, "<i8", n, HEADER.size + 4 * n)
-        self._indices = np.frombuffer(index, "<i8", d, HEADER.size + 12 * n)
+        parts = index_parts(n, d)
+        self._lengths = np.frombuffer(index, "<i4", n, parts.lengths)
+        self._pointers = np.frombuffer(index, "<i8", n, parts.pointers)
+        self._indices = np.frombuffer(index, "<i8", d, parts.indices)
         self.num_documents = max(0, int(d) - 1)
         end = self._check_sequences()
         self._check_documents()
@@ -79,9 +80,10 @@ class IndexedDataset:
                 f" {MAGIC[:7].decode()})"
             )
         _, version, code, n, d = HEADER.unpack(index[: HEADER.size].tobytes())
-        if version != 1:
+        if version != VERSION:
             raise UserError(
-                f"{self.idx_path}: version {version} of the format; 1 is the one that can be read"
+                f"{self.idx_path}: version {version} of the format; {VERSION} is the one that can"
+                " be read"
             )
         if code not in _DTYPES:
             meaning = "unknown"
@@ -91,7 +93,7 @@ class IndexedDataset:
                 f"{self.idx_path}: dtype code {code} is {meaning}; allowed are"
                 f" {', '.join(map(str, _DTYPES))}"
             )
-        expected = HEADER.size + 12 * n + 8 * d
+        expected = index_parts(n, d).end
         if index.size != expected:
             raise UserError(
                 f"{self.idx_path}: {index.size} bytes, {n} sequences and {d} document indices need"

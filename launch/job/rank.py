@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import json
 import os
 import signal
 import socket
@@ -25,7 +24,7 @@ from typing import NamedTuple, get_args
 from launch.job import affinity
 from launch.job.failure import CLEAN_EXITS, classify
 from llada.failures import REPORT_VARIABLE, FailureKind
-from llada.files import write_atomically
+from llada.files import write_json
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _REPEAT_SECONDS = 2.0
@@ -219,7 +218,7 @@ def _take_report(path: Path) -> FailureKind | None:
 def _write_record(path: Path, fields: dict[str, object]) -> None:
     """Write a small JSON file, with the host and the time added."""
     record = {"host": socket.gethostname(), "time": time.time(), **fields}
-    write_atomically(path, json.dumps(record))
+    write_json(path, record)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ which test a rank hung or died.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import socket
@@ -23,7 +22,7 @@ import torch.distributed as dist
 
 from launch.job.bad_nodes import FINDING_FILE, Finding, Rules
 from launch.job.rank import RankEnvironment
-from llada.files import write_atomically
+from llada.files import write_json
 
 RULES_VARIABLE = "LLADA_PREFLIGHT"
 _REPEATS = 3
@@ -46,7 +45,7 @@ class _FindingFile:
 
     def add(self, **values: float | str | bool | None) -> None:
         self._values |= values
-        write_atomically(self._path, json.dumps(self._values))
+        write_json(self._path, self._values)
 
 
 def main() -> int:

@@ -26,7 +26,7 @@ from pydantic import ValidationError
 
 from llada.config.sections import ModelSection
 from llada.errors import UserError, one_line
-from llada.files import checksum, sync_folder, sync_tree, write_atomically
+from llada.files import checksum, sync_folder, sync_tree, write_json
 from llada.tokenizer import Tokenizer
 from llada.types import JsonObject
 
@@ -234,7 +234,7 @@ def seal_checkpoint(
     (folder / TOKENIZER_FOLDER).mkdir()
     for name, content in tokenizer.items():
         (folder / TOKENIZER_FOLDER / name).write_bytes(content)
-    write_atomically(folder / STATE_FILE, json.dumps(asdict(state), indent=1))
+    write_json(folder / STATE_FILE, asdict(state), indent=1)
     # Everything is on disk before the marker says so.
     sync_tree(folder)
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
@@ -244,7 +244,7 @@ def seal_checkpoint(
         if known is None:
             known = checksum(folder / name)
         sums[name] = known
-    write_atomically(folder / MARKER, json.dumps({"step": state.step, "files": sums}, indent=1))
+    write_json(folder / MARKER, {"step": state.step, "files": sums}, indent=1)
 
 
 # -- reading ---------------------------------------------------------------------------------------

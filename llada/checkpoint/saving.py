@@ -23,7 +23,8 @@ from llada.checkpoint.format import (
     commit_checkpoint,
 )
 from llada.errors import RunError, one_line
-from llada.files import DISK_FULL, readable_size
+from llada.files import DISK_FULL
+from llada.formatting import readable_size
 from llada.types import JsonObject
 
 T = TypeVar("T")

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import struct
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -56,12 +57,34 @@ def token_dtype(padded_vocab_size: int) -> TokenDtype:
     return DTYPES[4]
 
 
-def index_bytes(num_documents: int) -> int:
-    """Return the size in bytes of the index of `num_documents` documents."""
-    lengths = LENGTH_BYTES * num_documents
-    pointers = POINTER_BYTES * num_documents
-    indices = POINTER_BYTES * (num_documents + 1)
-    return HEADER.size + lengths + pointers + indices
+class IndexParts(NamedTuple):
+    """Where the parts of an index begin, in bytes from the start of its file.
+
+    Attributes:
+        lengths: tokens of every sequence, int32.
+        pointers: offset of every sequence in the token file in bytes, int64.
+        indices: document indices: the first sequence of every document, and the number of
+            sequences, int64.
+        end: size of the file.
+    """
+
+    lengths: int
+    pointers: int
+    indices: int
+    end: int
+
+
+def index_parts(num_sequences: int, num_indices: int) -> IndexParts:
+    """Return the parts of an index.
+
+    Args:
+        num_sequences: number of sequences. A corpus of this project has one per document.
+        num_indices: number of document indices, one more than there are documents.
+    """
+    lengths = HEADER.size
+    pointers = lengths + LENGTH_BYTES * num_sequences
+    indices = pointers + POINTER_BYTES * num_sequences
+    return IndexParts(lengths, pointers, indices, indices + POINTER_BYTES * num_indices)
 
 
 def shift_documents(replies: I64, by: int) -> I64:

@@ -28,9 +28,10 @@ from llada.data.shard_format import (
     POINTER_BYTES,
     REPLY_FIELDS,
     VERSION,
+    IndexParts,
     TokenDtype,
     damaged,
-    index_bytes,
+    index_parts,
     size_of,
     unreadable,
 )
@@ -204,19 +205,21 @@ class ShardReader:
     @property
     def lengths(self) -> npt.NDArray[np.int32]:
         """Tokens of every document, memory-mapped [num_documents]."""
-        return np.frombuffer(self._map_index(), "<i4", self.num_documents, HEADER.size)
+        return np.frombuffer(self._map_index(), "<i4", self.num_documents, self._parts.lengths)
 
     @property
     def pointers(self) -> I64:
         """Offset of every document in bytes, memory-mapped [num_documents]."""
-        offset = HEADER.size + LENGTH_BYTES * self.num_documents
-        return np.frombuffer(self._map_index(), "<i8", self.num_documents, offset)
+        return np.frombuffer(self._map_index(), "<i8", self.num_documents, self._parts.pointers)
 
     @property
     def indices(self) -> I64:
         """Megatron's document indices, here 0, 1, 2, ..., memory-mapped [num_documents + 1]."""
-        offset = HEADER.size + (LENGTH_BYTES + POINTER_BYTES) * self.num_documents
-        return np.frombuffer(self._map_index(), "<i8", self.num_documents + 1, offset)
+        return np.frombuffer(self._map_index(), "<i8", self.num_documents + 1, self._parts.indices)
+
+    @property
+    def _parts(self) -> IndexParts:
+        return index_parts(self.num_documents, self.num_documents + 1)
 
     def runs(
         self, first: int = 0, stop: int | None = None, tokens: int = CHUNK
@@ -283,7 +286,7 @@ class ShardReader:
             raise damaged(
                 file.path, "its header is not that of an index with one sequence per document"
             )
-        expected = index_bytes(sequences)
+        expected = index_parts(sequences, entries).end
         if file.size != expected:
             raise damaged(file.path, f"{file.size} bytes, {sequences} documents need {expected}")
         return _IndexHeader(DTYPES[code], int(sequences))
@@ -294,13 +297,13 @@ class ShardReader:
             return 0
         file = self._open_files.get(f"{self._path}.idx")
         last = num_documents - 1
-        length = file.read(np.dtype("<i4"), 1, HEADER.size + LENGTH_BYTES * last)
-        offset = HEADER.size + LENGTH_BYTES * num_documents + POINTER_BYTES * last
-        pointer = file.read(np.dtype("<i8"), 1, offset)
+        parts = index_parts(num_documents, num_documents + 1)
+        length = file.read(np.dtype("<i4"), 1, parts.lengths + LENGTH_BYTES * last)
+        pointer = file.read(np.dtype("<i8"), 1, parts.pointers + POINTER_BYTES * last)
         return int(pointer[0]) + int(length[0]) * dtype.itemsize
 
     def _read_pointers(self, file: OpenFile, first: int, last: int) -> I64:
-        offset = HEADER.size + LENGTH_BYTES * self.num_documents + POINTER_BYTES * first
+        offset = self._parts.pointers + POINTER_BYTES * first
         return file.read(np.dtype("<i8"), last - first, offset)
 
     def _map_index(self) -> npt.NDArray[np.uint8]:

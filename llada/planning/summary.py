@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from llada.arithmetic import ceil_div
 from llada.config import RunConfig
 from llada.config.sections import CheckpointSection
-from llada.files import readable_size
+from llada.formatting import readable_size
 from llada.model.flops import step_flops
 from llada.model.weights import num_parameters
 

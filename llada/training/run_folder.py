@@ -13,7 +13,8 @@ from llada.checkpoint.format import MARKER
 from llada.data.manifest import MANIFEST
 from llada.engine.layout import gather_world
 from llada.errors import RunError, TryAgain, UserError
-from llada.files import DISK_FULL, readable_size, sync_folder
+from llada.files import DISK_FULL, sync_folder
+from llada.formatting import readable_size
 from llada.training.lock import RunLock
 
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)

@@ -117,6 +117,7 @@ class Watchdog(Hook):
         try:
             # Not the run folder itself: one that was deleted must stay deleted.
             path.parent.mkdir(exist_ok=True)
+            # Not flushed to disk: a beat counts for seconds, and no crash makes an old one new.
             temporary.write_text(json.dumps(Beat(self._host, self._step, time.time())._asdict()))
             os.replace(temporary, path)
         except OSError:

@@ -10,9 +10,10 @@ import pytest
 
 from llada.config import Task
 from llada.config.sections import LoggingSection
+from llada.formatting import clock_time
 from llada.training.reporting import metrics
 from llada.training.reporting.loss_curve import plot_loss_curve
-from llada.training.reporting.sinks import Console, clock_time
+from llada.training.reporting.sinks import Console
 from tests.workplace import Workplace
 
 

@@ -17,6 +17,7 @@ from llada.config import RunConfig, dump_config
 from llada.config.sections import LoggingSection
 from llada.events import EventLog
 from llada.files import write_atomically
+from llada.formatting import clock_time
 from llada.training.reporting.metrics import MetricsLine, finite, is_step
 
 if TYPE_CHECKING:
@@ -193,9 +194,3 @@ class Console:
     def close(self) -> None:
         if self._progress is not None:
             self._progress.stop()
-
-
-def clock_time(seconds: float) -> str:
-    """Format a duration as h:mm:ss."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
