@@ -91,7 +91,8 @@ def start_rank(folder: Path, code: str, *options: str) -> subprocess.Popen[bytes
         "LOCAL_RANK": "1",
         "LOCAL_WORLD_SIZE": "2",
         "LLADA_LOCAL": "1",
-        "PYTHONPATH": str(ROOT),
+        # What is there stays: a planted mistake must reach these processes.
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
     }
     return subprocess.Popen(words, cwd=ROOT, env={**os.environ, **variables})
 

@@ -311,8 +311,8 @@ def one_step_count_for_all_parameters_after_loading(optimizer_state: Any) -> Non
 rewrites(
     "a rectangle of the moments that no rank writes",
     "llada.checkpoint.optimizer_state",
-    "    if max(body, tail) < stop:",
-    "    if max(body, tail) < stop and tail < body:",
+    "if max(body, tail) < stop:",
+    "if max(body, tail) < stop and tail < body:",
     "tests/checkpoint/test_optimizer_state.py",
 )
 rewrites(
