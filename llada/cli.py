@@ -19,7 +19,7 @@ from data_tools.cli import app as data_app
 from launch.cli import add_to as add_launch_commands
 from llada import exits, failures
 from llada.commands import convert, first_steps, sampling, training
-from llada.errors import RunError, StepError, TryAgain, UserError
+from llada.errors import RunError, StepError, TryAgain, UserError, one_line
 from llada.torchrun import explain_exit
 
 app = typer.Typer(
@@ -93,7 +93,7 @@ def main() -> None:
 def _exit(message: str, code: int) -> NoReturn:
     """Print `message` as one line on stderr and end the process."""
     sys.stdout.flush()
-    line = " ".join(message.split())
+    line = one_line(message)
     print(line, file=sys.stderr, flush=True)
     # torchrun shows the message of the first rank that ended. Of a failure that rank is not always
     # the cause, so only ends that all ranks share are explained.

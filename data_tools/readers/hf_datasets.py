@@ -10,7 +10,7 @@ from data_tools.readers.input_file import HUB, Extent, InputFile, Slice
 from data_tools.readers.options import ReadOptions
 from data_tools.readers.records import Record, RecordStream, columns_to_read
 from data_tools.readers.report import Report
-from llada.errors import UserError, did_you_mean
+from llada.errors import UserError, did_you_mean, one_line
 
 # A Dataset or an IterableDataset. `datasets` ships no types that can be relied on.
 AnyDataset: TypeAlias = Any
@@ -110,7 +110,7 @@ def _load(path: str, options: ReadOptions) -> AnyDataset:
     except Exception as error:  # the library and the hub raise dozens of types
         raise UserError(
             f"--input: {path}: cannot be loaded as a dataset ({type(error).__name__}:"
-            f" {' '.join(str(error).split())})"
+            f" {one_line(error)})"
         ) from None
 
 

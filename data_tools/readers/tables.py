@@ -12,6 +12,7 @@ from data_tools.readers.input_file import Extent, InputFile, Slice
 from data_tools.readers.options import ReadOptions
 from data_tools.readers.records import BadRecord, Record, RecordStream, columns_to_read
 from data_tools.readers.report import Report
+from llada.errors import one_line
 
 # pyarrow ships no types.
 RecordBatch: TypeAlias = Any
@@ -82,7 +83,7 @@ def _arrow_errors() -> Iterator[None]:
     try:
         yield
     except ArrowException as error:
-        raise OSError(" ".join(str(error).split())) from None
+        raise OSError(one_line(error)) from None
 
 
 def _records(batches: Iterator[RecordBatch]) -> Iterator[Record]:

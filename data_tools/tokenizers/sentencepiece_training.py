@@ -10,7 +10,7 @@ from pathlib import Path
 
 from data_tools.tokenizers.passages import PASSAGE_CHARACTERS, cut_passages
 from data_tools.tokenizers.sentencepiece import ESCAPES, LOSSLESS, parse
-from llada.errors import UserError
+from llada.errors import UserError, one_line
 from llada.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 _NUM_THREADS = 8
@@ -140,5 +140,5 @@ def _training_error(vocab_size: int, message: str) -> str:
         )
     if "sentences_.empty()" in message:
         return "--input: no text to train on, only spaces and line ends"
-    reason = " ".join(message.split())
+    reason = one_line(message)
     return f"vocab_size: {vocab_size}: SentencePiece cannot train on this text ({reason[-200:]})"
