@@ -34,7 +34,7 @@ from llada.outputs import refuse_inside
 from llada.tokenizer import Tokenizer
 
 _POLL_SECONDS = 1.0
-_FINISH_ATTEMPTS = 10
+_FINISH_ATTEMPTS = 100
 _FINISH_RETRY_SECONDS = 0.1
 
 
@@ -186,10 +186,12 @@ def _evaluation_checksums(options: DecontaminationOptions) -> list[str]:
 def _finished_meanwhile(folder: OutputFolder, digest: str) -> Manifest | None:
     """Return the corpus if another process finished it; rename it if only that remains."""
     for _ in range(_FINISH_ATTEMPTS):
+        # In this order: a rename between the two must not hide the corpus from both.
+        is_written = folder.is_written(digest)
         finished = folder.finished_by_another(digest)
         if finished is not None:
             return finished
-        if not folder.is_written(digest):
+        if not is_written:
             return None
         with suppress(OSError, RunError):
             return folder.publish()

@@ -262,6 +262,25 @@ def test_units_done_by_two_at_once_are_the_same(
     assert sums(tmp_path / "corpus") == whole[1]
 
 
+def test_a_corpus_that_is_renamed_while_it_is_looked_for_is_seen():
+    class Folder:
+        """Another process renames the folder right after the first look at it."""
+
+        renamed = False
+
+        def is_written(self, digest: str) -> bool:
+            was_here = not self.renamed
+            self.renamed = True
+            return was_here
+
+        def finished_by_another(self, digest: str) -> str | None:
+            was_renamed = self.renamed
+            self.renamed = True
+            return "the corpus" if was_renamed else None
+
+    assert build._finished_meanwhile(Folder(), "digest") == "the corpus"
+
+
 # -- interruptions ---------------------------------------------------------------------------------
 
 
