@@ -38,6 +38,7 @@ LAYERS = (
         "llada.files",
         "llada.formatting",
         "llada.noise",
+        "llada.process_rank",
         "llada.revision",
         "llada.torchrun",
         "llada.types",

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Protocol
 
 from launch import slurm
-from launch.job.rank import RankEnvironment
 from launch.job.records import RankStart, ended_tasks
 from launch.job.spec import JobSpec
 from llada.errors import RunError
+from llada.process_rank import ALONE, LOCAL_LAUNCH_VARIABLE
 
 LAUNCHER_LOG = "launcher.log"
 _PORTS = range(20000, 30000)
@@ -175,7 +175,7 @@ class ThisMachine:
             return subprocess.Popen(
                 words,
                 cwd=spec.code,
-                env={**os.environ, **command.environment, "LLADA_LOCAL": "1"},
+                env={**os.environ, **command.environment, LOCAL_LAUNCH_VARIABLE: "1"},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -212,13 +212,12 @@ class OneProcess:
         step = []
         if spec.srun:
             step = ["srun", "--nodes=1", "--ntasks=1", "--kill-on-bad-exit=0", "--export=ALL"]
-        alone = RankEnvironment(rank=0, size=1, local_rank=0, local_size=1)
         environment = {
             **os.environ,
             **command.environment,
-            **alone.variables(),
+            **ALONE.variables(),
             # Do not read the rank from Slurm's variables, which are those of the batch script.
-            "LLADA_LOCAL": "1",
+            LOCAL_LAUNCH_VARIABLE: "1",
         }
         with open(command.folder / LAUNCHER_LOG, "ab") as log:
             return subprocess.Popen(

@@ -19,12 +19,13 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
-from typing import NamedTuple, get_args
+from typing import get_args
 
 from launch.job import affinity
 from launch.job.failure import CLEAN_EXITS, classify
 from llada.failures import REPORT_VARIABLE, FailureKind
 from llada.files import write_json
+from llada.process_rank import launched_rank
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _REPEAT_SECONDS = 2.0
@@ -49,14 +50,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     # Before anything that takes time: a signal may come at any moment.
     forwarder = _SignalForwarder()
-    rank = RankEnvironment.of_this_process()
+    rank = launched_rank()
     record_path = options.folder / f"rank_{rank.rank:05d}"
     report = record_path.with_suffix(".failure")
     environment = {**os.environ, **rank.variables(), REPORT_VARIABLE: str(report)}
     if options.bind:
         # Count the cores before binding reduces them.
-        environment["LLADA_THREADS"] = str(_cores_per_rank(rank.local_size))
-        affinity.bind(rank.local_rank, rank.local_size)
+        environment["LLADA_THREADS"] = str(_cores_per_rank(rank.local_world_size))
+        affinity.bind(rank.local_rank, rank.local_world_size)
     _write_record(
         record_path.with_suffix(".start.json"),
         {"pid": os.getpid(), "step": os.environ.get("SLURM_STEP_ID")},
@@ -91,55 +92,6 @@ def _cores_per_rank(local_size: int) -> int:
     if granted.isdigit() and int(granted) > 0:
         return min(int(granted), cores)
     return max(1, cores // local_size)
-
-
-class RankEnvironment(NamedTuple):
-    """Rank and world size of a process, for the launcher's own processes.
-
-    Training reads them in `llada.engine.layout.world_from_environment`, which also works without
-    the launcher and explains what is wrong with the variables.
-
-    Attributes:
-        rank: number of the rank.
-        size: number of ranks.
-        local_rank: number of the rank on its node.
-        local_size: number of ranks on the node.
-    """
-
-    rank: int
-    size: int
-    local_rank: int
-    local_size: int
-
-    @classmethod
-    def of_this_process(cls) -> RankEnvironment:
-        """Read Slurm's variables in a job step, torchrun's otherwise."""
-        env = os.environ
-        # Slurm's come first: torchrun's may be left over from the shell that submitted the job.
-        if "SLURM_STEP_ID" in env and "LLADA_LOCAL" not in env:
-            size = int(env["SLURM_NTASKS"])
-            nodes = int(env["SLURM_STEP_NUM_NODES"])
-            return cls(
-                rank=int(env["SLURM_PROCID"]),
-                size=size,
-                local_rank=int(env["SLURM_LOCALID"]),
-                local_size=size // nodes,
-            )
-        return cls(
-            rank=int(env["RANK"]),
-            size=int(env["WORLD_SIZE"]),
-            local_rank=int(env["LOCAL_RANK"]),
-            local_size=int(env["LOCAL_WORLD_SIZE"]),
-        )
-
-    def variables(self) -> dict[str, str]:
-        """Return the environment variables that torchrun would set."""
-        return {
-            "RANK": str(self.rank),
-            "WORLD_SIZE": str(self.size),
-            "LOCAL_RANK": str(self.local_rank),
-            "LOCAL_WORLD_SIZE": str(self.local_size),
-        }
 
 
 class _SignalForwarder:

@@ -21,8 +21,8 @@ import torch
 import torch.distributed as dist
 
 from launch.job.bad_nodes import FINDING_FILE, Finding, Rules
-from launch.job.rank import RankEnvironment
 from llada.files import write_json
+from llada.process_rank import ProcessRank, launched_rank
 
 RULES_VARIABLE = "LLADA_PREFLIGHT"
 _REPEATS = 3
@@ -56,7 +56,7 @@ def main() -> int:
     folder = Path(sys.argv[1])
     run_folder = Path(sys.argv[2])
     rules = Rules.from_json(os.environ[RULES_VARIABLE])
-    rank = RankEnvironment.of_this_process()
+    rank = launched_rank()
     device = torch.device("cpu")
     gpus = 0
     if torch.cuda.is_available():
@@ -87,7 +87,7 @@ def main() -> int:
 
     # Bandwidth.
     payload = torch.ones(int(rules.allreduce_mb * 1e6) // 4, device=device)
-    local_group, neighbour_groups = _make_groups(rank.local_size)
+    local_group, neighbour_groups = _make_groups(rank.local_world_size)
     finding.add(local_gbps=_bandwidth(payload, local_group))
     speeds = []
     for group in neighbour_groups:
@@ -100,25 +100,25 @@ def main() -> int:
     return 0
 
 
-def _connect(rank: RankEnvironment, rules: Rules) -> dist.Store:
+def _connect(rank: ProcessRank, rules: Rules) -> dist.Store:
     """Connect to the store on the first node."""
     return dist.TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
-        rank.size,
+        rank.world_size,
         rank.rank == 0,
         timedelta(seconds=rules.join_seconds),
         wait_for_workers=False,
     )
 
 
-def _join(rank: RankEnvironment, device: torch.device, store: dist.Store, rules: Rules) -> None:
+def _join(rank: ProcessRank, device: torch.device, store: dist.Store, rules: Rules) -> None:
     """Wait until every rank has started, then connect to all of them.
 
     Starting may take long. Once all ranks have started, connecting must be quick.
     """
     store.set(f"here/{rank.rank}", "1")
-    names = [f"here/{other}" for other in range(rank.size)]
+    names = [f"here/{other}" for other in range(rank.world_size)]
     store.wait(names, timedelta(seconds=rules.join_seconds))
     backend = "gloo"
     if device.type == "cuda":
@@ -127,7 +127,7 @@ def _join(rank: RankEnvironment, device: torch.device, store: dist.Store, rules:
         backend,
         store=dist.PrefixStore("group", store),
         rank=rank.rank,
-        world_size=rank.size,
+        world_size=rank.world_size,
         timeout=timedelta(seconds=rules.seconds),
     )
 

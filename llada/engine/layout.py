@@ -7,7 +7,7 @@ import math
 import os
 import socket
 from datetime import timedelta
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,81 +16,12 @@ from llada.config.sections import ParallelSection
 from llada.device import VARIABLE, gpu_available
 from llada.engine.base import ParallelRank
 from llada.errors import UserError
+from llada.process_rank import world_from_environment
 
 T = TypeVar("T")
 
 _DEFAULT_TIMEOUT_S = 1800.0
 """Seconds that a collective may take if no hang timeout is set."""
-
-
-class ProcessRank(NamedTuple):
-    """This process among all processes, as the environment says.
-
-    Attributes:
-        rank: Among all processes.
-        world_size: Number of processes.
-        local_rank: Among the processes of this machine.
-    """
-
-    rank: int
-    world_size: int
-    local_rank: int
-
-
-def world_from_environment() -> ProcessRank:
-    """Read the rank that torchrun or srun set; (0, 1, 0) if this process was started alone.
-
-    Raises:
-        UserError: Variables are missing or contradict each other, or srun started several tasks
-            that cannot find each other.
-    """
-    env = os.environ
-    if "RANK" in env and "WORLD_SIZE" not in env:
-        raise UserError(
-            f"environment: RANK={env['RANK']} is set and WORLD_SIZE is not; set both, as torchrun"
-            " does, or neither to train alone"
-        )
-    if "WORLD_SIZE" in env:
-        return _read_process_rank(("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    if "MASTER_ADDR" in env:
-        return _read_process_rank(("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"))
-    tasks = env.get("SLURM_STEP_NUM_TASKS", "1")
-    if tasks != "1":
-        raise UserError(
-            f"environment: srun started {tasks} tasks, but MASTER_ADDR (the first node's name) and"
-            " MASTER_PORT (a free port) are not set; export both before srun, or every task would"
-            " train alone"
-        )
-    return ProcessRank(0, 1, 0)
-
-
-def _read_process_rank(names: tuple[str, str, str]) -> ProcessRank:
-    """Read the rank from the variables of these names: rank, world size, local rank."""
-    env = os.environ
-    rank_name, size_name, local_name = names
-    try:
-        rank = int(env[rank_name])
-        size = int(env[size_name])
-        local_rank = int(env.get(local_name, rank))
-    except (KeyError, ValueError) as error:
-        reason = str(error)
-        if isinstance(error, KeyError):
-            reason = f"{error.args[0]} is not set"
-        raise UserError(
-            f"environment: {'/'.join(names)} must be integers, set by torchrun or srun; {reason}"
-        ) from None
-    if not 0 <= rank < size:
-        raise UserError(
-            f"environment: {rank_name}={rank} is outside the world of {size_name}={size}"
-        )
-    if size > 1:
-        for name in ("MASTER_ADDR", "MASTER_PORT"):
-            if not env.get(name):
-                raise UserError(
-                    f"environment: {size_name}={size}, but {name} is not set; torchrun sets it, for"
-                    " srun export it first"
-                )
-    return ProcessRank(rank, size, local_rank)
 
 
 def start_process_group(
@@ -138,15 +69,16 @@ def join_world(hang_timeout_s: float = 0) -> torch.device:
         UserError: Ranks of one machine would share a GPU.
     """
     if not dist.is_initialized():
-        rank, size, local_rank = world_from_environment()
+        process = world_from_environment()
         on_gpu = gpu_available()
         if on_gpu:
             # With one hardware queue kernels start in the order in which they were launched, so
             # communication overlaps with the kernels that follow it.
             os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-            torch.cuda.set_device(_own_gpu(local_rank, torch.cuda.device_count()))
-        start_process_group(rank, size, _device(), 2 * hang_timeout_s or _DEFAULT_TIMEOUT_S)
-        if on_gpu and size > 1:
+            torch.cuda.set_device(_own_gpu(process.local_rank, torch.cuda.device_count()))
+        timeout_s = 2 * hang_timeout_s or _DEFAULT_TIMEOUT_S
+        start_process_group(process.rank, process.world_size, _device(), timeout_s)
+        if on_gpu and process.world_size > 1:
             _refuse_shared_gpus()
     return _device()
 

@@ -18,10 +18,11 @@ from llada.data.step_plan import StepPlan
 from llada.data.tasks import open_data
 from llada.engine.base import StepResult
 from llada.engine.determinism import use_deterministic_algorithms
-from llada.engine.layout import join_world, sample_offsets, world_from_environment
+from llada.engine.layout import join_world, sample_offsets
 from llada.engine.megatron import MegatronEngine
 from llada.evaluation.validation import Validator
 from llada.files import read_files
+from llada.process_rank import ProcessRank, world_from_environment
 from llada.training.checkpoint_writer import CheckpointWriter
 from llada.training.guard import Guard
 from llada.training.hooks import Hook, HookList
@@ -73,10 +74,11 @@ class Run:
     ) -> None:
         self.config = config
         self.folder = Path(config.run.dir)
-        rank, world_size = self._join_world()
+        process = self._join_world()
+        rank = process.rank
         self.schedule = Schedule(config.schedule, config.tokens_per_step)
         self.schedule.check_covers(config.train.steps)
-        self.threads = _set_threads(config, world_size)
+        self.threads = _set_threads(config, process.local_world_size)
         self.data = open_data(config, verify=rank == 0)
         # Read now: the corpus may be gone by the time of a checkpoint.
         tokenizer_files: dict[str, bytes] = {}
@@ -116,17 +118,17 @@ class Run:
         self._blocked_seconds = 0.0
         self._reported_at = time.perf_counter()
 
-    def _join_world(self) -> tuple[int, int]:
-        """Meet the other ranks; return this process's rank and the number of ranks."""
+    def _join_world(self) -> ProcessRank:
+        """Meet the other ranks and return which of them this process is."""
         config = self.config
-        rank, world_size, _ = world_from_environment()
-        config.check_world(world_size)
+        process = world_from_environment()
+        config.check_world(process.world_size)
         # Before the first process group, which reads what this sets.
         record_collectives(self.folder / FLIGHT_RECORDER)
         if config.run.deterministic:
             use_deterministic_algorithms()
         join_world(config.run.hang_timeout)
-        return rank, world_size
+        return process
 
     def _resolve_start(self, allow_changed: bool, rewind: int | None) -> Start:
         return resolve_resume(
@@ -307,15 +309,12 @@ class Run:
             self._opened.close()
 
 
-def _set_threads(config: RunConfig, world_size: int) -> int:
+def _set_threads(config: RunConfig, ranks_on_machine: int) -> int:
     """Fix the number of torch's CPU threads, which decides the order of sums, and return it."""
     # LLADA_THREADS comes from the launcher. It may narrow the cores of a rank to those near its
     # GPU, so it knows better than a division of this machine's cores.
     threads = config.run.threads or int(os.environ.get("LLADA_THREADS", "0"))
     if not threads:
-        # torchrun and srun say how many ranks share this machine; else all are taken to be here.
-        default = os.environ.get("SLURM_NTASKS_PER_NODE", str(world_size))
-        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", default))
-        threads = max(1, len(os.sched_getaffinity(0)) // local_ranks)
+        threads = max(1, len(os.sched_getaffinity(0)) // ranks_on_machine)
     torch.set_num_threads(threads)
     return threads

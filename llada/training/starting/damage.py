@@ -6,7 +6,8 @@ from pathlib import Path
 
 from llada.checkpoint.verification import verify_checkpoint
 from llada.config import RunConfig
-from llada.engine.layout import gather_world, world_from_environment
+from llada.engine.layout import gather_world
+from llada.process_rank import world_from_environment
 
 
 def find_damage(config: RunConfig, folder: Path) -> list[str]:
@@ -16,8 +17,8 @@ def find_damage(config: RunConfig, folder: Path) -> list[str]:
     """
     if not config.checkpoint.verify:
         return []
-    rank, world_size, _ = world_from_environment()
+    process = world_from_environment()
     problems = []
-    for share in gather_world(verify_checkpoint(folder, rank, world_size)):
+    for share in gather_world(verify_checkpoint(folder, process.rank, process.world_size)):
         problems += share
     return problems

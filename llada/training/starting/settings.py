@@ -11,9 +11,9 @@ import torch
 from llada.checkpoint.format import CheckpointState
 from llada.config import RunConfig, build_config, dump_config
 from llada.data.training_data import TrainingData
-from llada.engine.layout import world_from_environment
 from llada.errors import UserError
 from llada.model.attention import kernel_name
+from llada.process_rank import world_from_environment
 from llada.training.schedule import Schedule
 from llada.types import JsonObject
 
@@ -165,7 +165,7 @@ def _threads_matter(config: RunConfig, old: RunConfig, state: CheckpointState) -
     """
     if config.run.threads and old.run.threads:
         return True
-    _, world_size, _ = world_from_environment()
+    world_size = world_from_environment().world_size
     # 0: a version that did not record it wrote the checkpoint.
     same_layout = state.ranks in (0, world_size) and config.parallel == old.parallel
     return same_layout and not torch.cuda.is_available()

@@ -1,11 +1,11 @@
-"""What the environment says of the world: all of it, or nothing."""
+"""The rank in the environment: complete, or refused in one line."""
 
 from __future__ import annotations
 
 import pytest
 
-from llada.engine.layout import world_from_environment
 from llada.errors import UserError
+from llada.process_rank import ProcessRank, world_from_environment
 
 TORCHRUN = {
     "RANK": "1",
@@ -26,11 +26,11 @@ SRUN = {
 
 @pytest.fixture(autouse=True)
 def _no_world(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (*TORCHRUN, *SRUN):
+    for name in (*TORCHRUN, *SRUN, "LOCAL_WORLD_SIZE", "SLURM_STEP_NUM_NODES"):
         monkeypatch.delenv(name, raising=False)
 
 
-def world(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> tuple[int, int, int]:
+def world(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> ProcessRank:
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     return world_from_environment()
@@ -39,17 +39,19 @@ def world(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> tuple[i
 @pytest.mark.parametrize(
     ("variables", "expected"),
     [
-        ({}, (0, 1, 0)),
-        (TORCHRUN, (1, 2, 1)),
-        (SRUN, (3, 4, 1)),
-        ({"RANK": "0", "WORLD_SIZE": "1"}, (0, 1, 0)),
+        ({}, (0, 1, 0, 1)),
+        (TORCHRUN | {"LOCAL_WORLD_SIZE": "1"}, (1, 2, 1, 1)),
+        (TORCHRUN, (1, 2, 1, 2)),
+        (SRUN, (3, 4, 1, 4)),
+        (SRUN | {"SLURM_STEP_NUM_NODES": "2"}, (3, 4, 1, 2)),
+        ({"RANK": "0", "WORLD_SIZE": "1", "SLURM_STEP_NUM_NODES": "2"}, (0, 1, 0, 1)),
     ],
-    ids=["alone", "torchrun", "srun", "a world of one"],
+    ids=["alone", "torchrun", "one machine", "srun", "two nodes", "a world of one"],
 )
-def test_a_whole_environment(
-    variables: dict[str, str], expected: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+def test_a_complete_environment(
+    variables: dict[str, str], expected: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert world(monkeypatch, variables) == expected
+    assert world(monkeypatch, variables) == ProcessRank(*expected)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +69,7 @@ def test_a_whole_environment(
         (SRUN, "MASTER_ADDR", "srun started 4 tasks, but MASTER_ADDR"),
     ],
 )
-def test_half_an_environment(
+def test_an_incomplete_environment(
     variables: dict[str, str], without: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(UserError, match=f"^environment: {message}"):
