@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from llada.config import RunConfig
 from llada.engine.megatron import DTYPES
-from llada.objectives import Batch
+from llada.objectives import TOKENS, Batch
 
 
 class PlainModel(torch.nn.Module):
@@ -126,16 +126,17 @@ class PlainLoop:
 
     def loss(self, batch: Batch) -> torch.Tensor:
         hidden = self.model(batch.inputs.to(self.device))
+        terms = batch.terms[TOKENS]
         if self.every_position:
             # Positions that are not predicted have a weight of 0.
-            predicted = (batch.rows, batch.columns)
-            targets = batch.inputs.index_put(predicted, batch.targets).flatten()
-            weights = torch.zeros(batch.inputs.shape).index_put(predicted, batch.weights).flatten()
+            predicted = (terms.rows, terms.columns)
+            targets = batch.inputs.index_put(predicted, terms.targets).flatten()
+            weights = torch.zeros(batch.inputs.shape).index_put(predicted, terms.weights).flatten()
             hidden = hidden.flatten(0, 1)
         else:
-            targets = batch.targets
-            weights = batch.weights
-            hidden = hidden[batch.rows, batch.columns]
+            targets = terms.targets
+            weights = terms.weights
+            hidden = hidden[terms.rows, terms.columns]
         logits = self.model.head(hidden).float()
         losses = F.cross_entropy(logits, targets.to(self.device), reduction="none")
         return (losses * weights.to(self.device)).sum()

@@ -42,7 +42,16 @@ from llada.engine.rank_batch import RankBatch
 from llada.errors import UserError
 from llada.model.flops import Peak, StepFlops, measured_matmul, step_flops
 from llada.noise import random_lengths, timesteps
-from llada.objectives import Batch, MaskedDiffusion, Window, collate
+from llada.objectives import (
+    TOKENS,
+    Batch,
+    Key,
+    MaskedDiffusion,
+    NoiseGroups,
+    Row,
+    Work,
+    collate,
+)
 
 PLAIN_LOOPS = {"every_position": True, "same_arithmetic": False}
 """Name of a plain loop, and whether it computes the logits of every position."""
@@ -108,25 +117,30 @@ def make_batches(config: RunConfig, step: int, whole_rows: bool) -> tuple[list[B
         cuts = random_lengths(0, samples, length, config.data.random_length_probability)
     # Boundaries of the segments of each row: [0, length], or with a cut [0, cut, length]
     bounds = [np.unique([0, cut, length]) for cut in cuts]
-    # Segments are numbered over the whole step; row i has those from firsts[i] to firsts[i + 1].
-    firsts = np.concatenate([[0], np.cumsum([len(row) - 1 for row in bounds])])
-    lengths = np.concatenate([np.diff(row) for row in bounds])
+    # Each segment is a noise group. Groups are numbered over the whole step; row i has those from
+    # firsts[i] to firsts[i + 1].
+    counts = [len(row) - 1 for row in bounds]
+    firsts = np.concatenate([[0], np.cumsum(counts)])
+    spans = np.concatenate([np.stack([row[:-1], row[1:]], axis=1) for row in bounds])
+    lengths = spans[:, 1] - spans[:, 0]
     t = timesteps(0, step, lengths, "stratified")
+    groups = NoiseGroups.of_whole_samples(np.repeat(samples, counts), spans, t)
     mask_id = config.model.vocab_size - 1
-    objective = MaskedDiffusion(0, mask_id)
-    windows = []
+    objective = MaskedDiffusion(mask_id)
+    corrupted = []
     for i in range(count):
         tokens = rng.integers(0, mask_id, length)
-        own_t = t[firsts[i] : firsts[i + 1]]
-        windows.append(Window(int(samples[i]), tokens, bounds[i], own_t, int(firsts[i])))
-    corrupted = [objective.corrupt(window) for window in windows]
+        row = Row(tokens, bounds[i], groups[firsts[i] : firsts[i + 1]])
+        corrupted.append(objective.corrupt(row, Key(seed=0)))
     micro = config.batch.micro
     batches = [
-        collate(windows[i : i + micro], corrupted[i : i + micro], float(count * length))
-        for i in range(0, count, micro)
+        collate(corrupted[i : i + micro], float(count * length)) for i in range(0, count, micro)
     ]
-    predicted = sum(len(window.predicted) for window in corrupted)
-    return batches, step_flops(config.model, lengths.tolist(), predicted, length)
+    predicted = sum(len(row.terms[TOKENS].positions) for row in corrupted)
+    work = Work(
+        terms={TOKENS: predicted}, attended_pairs=objective.work(lengths, groups).attended_pairs
+    )
+    return batches, step_flops(config.model, count * length, work, length)
 
 
 def run_config(args: argparse.Namespace, vocabulary: int, layers: int, rows: int) -> RunConfig:

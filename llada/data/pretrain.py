@@ -4,7 +4,8 @@ lengths.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -15,6 +16,7 @@ from llada.data.manifest import TEXT, TRAIN, VALIDATION
 from llada.data.step_plan import DrawT, StepPlan
 from llada.data.training_data import TrainingData, check_tokens
 from llada.noise import random_lengths, timesteps
+from llada.objectives import NoiseGroups
 
 
 class WindowReader:
@@ -87,11 +89,14 @@ class WindowReader:
 class PretrainData(TrainingData):
     """Windows of text.
 
-    The loss of a step is normalised by its tokens; each segment counts by its length.
+    The loss of a step is normalised by its tokens; each noise group counts by its size.
     """
 
     kind = TEXT
     readers: Mapping[str, Sequence[WindowReader]]
+
+    def normaliser(self, plan: StepPlan) -> float:
+        return float(plan.tokens)
 
     @property
     def item_name(self) -> str:
@@ -112,10 +117,10 @@ class PretrainData(TrainingData):
         )
         rows, positions = self._bounds(TRAIN, corpora, windows, cuts)
 
-        def draw_t(shares: F64) -> F64:
-            return timesteps(config.seed, step, shares, config.objective.timesteps)
-
-        return _assemble(samples, corpora, windows, rows, positions, draw_t)
+        cut = self._cut(len(samples), rows, positions)
+        sizes = (cut.spans[:, 1] - cut.spans[:, 0]).astype(np.float64)
+        t = timesteps(config.seed, step, sizes, config.objective.timesteps)
+        return _assemble(samples, corpora, windows, cut, t)
 
     def validation_plan(
         self, draws: I64, corpus: int, instances: I64, sweeps: I64, draw_t: DrawT
@@ -124,29 +129,33 @@ class PretrainData(TrainingData):
         corpora = np.full(len(draws), corpus)
         uncut = np.full(len(draws), length)
         rows, positions = self._bounds(VALIDATION, corpora, instances, uncut)
-        ends = np.flatnonzero(positions > 0)
-        # Draws of one segment must share its text's number: its first token in the split serves.
-        texts = instances[rows[ends]] * length + positions[ends - 1]
-        return _assemble(
-            draws, corpora, instances, rows, positions, lambda _: draw_t(rows[ends], texts)
-        )
+        cut = self._cut(len(draws), rows, positions)
+        # Draws of one group must share its text's number: its first token in the split serves.
+        texts = instances[cut.rows] * length + cut.spans[:, 0]
+        return _assemble(draws, corpora, instances, cut, draw_t(cut.rows, texts))
 
     def owners(self, plan: StepPlan) -> I64:
         if not self.config.data.document_mask:
-            return plan.instances
+            return plan.examples[plan.rows]
         readers = self.readers[VALIDATION]
-        documents = [
-            readers[corpus].documents(window)
-            for corpus, window in zip(plan.corpora.tolist(), plan.instances.tolist(), strict=True)
-        ]
-        return np.concatenate(documents)
+        owners = []
+        for row, (corpus, window) in enumerate(
+            zip(plan.corpora.tolist(), plan.examples.tolist(), strict=True)
+        ):
+            # Without random lengths the segments of a window are its documents.
+            documents = readers[corpus].documents(window)
+            segment = np.searchsorted(
+                plan.bounds[row], plan.groups_of(row).spans[:, 0], side="right"
+            )
+            owners.append(documents[segment - 1])
+        return np.concatenate(owners)
 
-    def tokens(self, split: str, corpus: int, instance: int) -> I64:
-        return self.readers[split][corpus].tokens(instance)
+    def tokens(self, split: str, corpus: int, example: int) -> I64:
+        return self.readers[split][corpus].tokens(example)
 
-    def describe_instance(self, corpus: int, instance: int) -> str:
-        starts = self.readers[TRAIN][corpus].document_starts(instance)
-        return f"window {instance}, {len(starts) + 1} documents"
+    def describe_example(self, corpus: int, example: int) -> str:
+        starts = self.readers[TRAIN][corpus].document_starts(example)
+        return f"window {example}, {len(starts) + 1} documents"
 
     def _bounds(self, split: str, corpora: I64, windows: I64, cuts: I64) -> tuple[I64, I64]:
         """Return the segment boundaries of windows: their ends, the random lengths and, with
@@ -179,37 +188,58 @@ class PretrainData(TrainingData):
         rows = unique // width
         return rows, unique - rows * width
 
+    def _cut(self, num_rows: int, rows: I64, positions: I64) -> _Cut:
+        """Cut rows at their segment boundaries, and the segments into the objective's noise groups.
 
-def _assemble(
-    samples: I64,
-    corpora: I64,
-    windows: I64,
-    rows: I64,
-    positions: I64,
-    draw_t: Callable[[F64], F64],
-) -> StepPlan:
+        Args:
+            num_rows: number of rows.
+            rows, positions: row and position of each segment boundary, sorted.
+        """
+        # Every boundary but the first of its row ends a segment, which the boundary before it
+        # begins.
+        ends = np.flatnonzero(positions > 0)
+        segments = np.stack([positions[ends - 1], positions[ends]], axis=1)
+        spans, owners = self.objective.groups(segments)
+        first_bounds = np.searchsorted(rows, np.arange(num_rows + 1))
+        return _Cut(
+            bounds=[positions[first:last] for first, last in pairwise(first_bounds.tolist())],
+            attended=segments[:, 1] - segments[:, 0],
+            spans=spans,
+            rows=rows[ends][owners],
+        )
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """The rows of a plan, cut into attention segments and noise groups.
+
+    Attributes:
+        bounds: segment boundaries of each row.
+        attended: tokens of every segment [segments].
+        spans: first and past-the-last position of every group in its row, int64 [g, 2].
+        rows: row of every group, int64 [g].
+    """
+
+    bounds: list[I64]
+    attended: I64
+    spans: I64
+    rows: I64
+
+
+def _assemble(samples: I64, corpora: I64, windows: I64, cut: _Cut, t: F64) -> StepPlan:
     """Make a plan of whole windows.
 
     Args:
         samples, corpora, windows: see StepPlan.
-        rows, positions: row and position of each segment boundary, sorted.
-        draw_t: the lengths of all segments, which are their shares of the loss -> their t.
+        cut: its rows.
+        t: diffusion time of every group [g].
     """
-    # Every boundary but the first of its row ends a segment, which the boundary before it begins.
-    ends = np.flatnonzero(positions > 0)
-    spans = np.stack([positions[ends - 1], positions[ends]], axis=1)
-    lengths = (spans[:, 1] - spans[:, 0]).astype(np.float64)
-    first_bounds = np.searchsorted(rows, np.arange(len(samples) + 1))
-    bounds = [positions[first:last] for first, last in pairwise(first_bounds.tolist())]
     return StepPlan(
         samples=samples,
         corpora=corpora,
-        instances=windows,
-        bounds=bounds,
-        # A row has one boundary more than segments.
-        first_segments=first_bounds - np.arange(len(samples) + 1),
-        spans=spans,
-        scales=np.ones(len(spans)),
-        t=draw_t(lengths),
-        normaliser=float(lengths.sum()),
+        examples=windows,
+        bounds=cut.bounds,
+        attended=cut.attended,
+        rows=cut.rows,
+        groups=NoiseGroups.of_whole_samples(samples[cut.rows], cut.spans, t),
     )

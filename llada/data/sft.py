@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llada.arithmetic import ceil_div
-from llada.arrays import F64, I64
+from llada.arrays import I64
 from llada.data.corpus import Corpus
 from llada.data.manifest import CONVERSATIONS, TRAIN, VALIDATION
 from llada.data.shard_format import prompt_tokens, shift_documents
@@ -22,6 +22,7 @@ from llada.data.step_plan import DrawT, StepPlan
 from llada.data.training_data import TrainingData, check_tokens
 from llada.errors import UserError
 from llada.noise import derive_key, hash64, timesteps
+from llada.objectives import NoiseGroups
 
 _MAX_LISTED = 3
 """Conversations that are too long and named one by one in a message."""
@@ -176,6 +177,9 @@ class SFTData(TrainingData):
     kind = CONVERSATIONS
     readers: Mapping[str, Sequence[ReplyReader]]
 
+    def normaliser(self, plan: StepPlan) -> float:
+        return float(len(plan.samples))
+
     @property
     def item_name(self) -> str:
         return "conversations"
@@ -206,9 +210,22 @@ class SFTData(TrainingData):
         samples = first + np.arange(num_samples, dtype=np.int64)
         corpora, replies, ends = self._padded(first, first + num_samples)
         responses = self._responses(TRAIN, corpora, replies, ends)
+        spans, rows = self.objective.groups(responses)
+        sizes = responses[:, 1] - responses[:, 0]
         # Every conversation has the same share of the loss, whatever its length.
-        t = timesteps(config.seed, step, np.ones(num_samples), config.objective.timesteps)
-        return self._assemble(samples, corpora, replies, responses, t, per_token=False)
+        shares = (spans[:, 1] - spans[:, 0]) / sizes[rows]
+        t = timesteps(config.seed, step, shares, config.objective.timesteps)
+        # Its tokens have weight 1 / their number, as in the published training loss.
+        groups = NoiseGroups.of_whole_samples(samples[rows], spans, t, 1 / sizes[rows])
+        return StepPlan(
+            samples=samples,
+            corpora=corpora,
+            examples=replies,
+            bounds=self._bounds(responses),
+            attended=responses[:, 1],
+            rows=rows,
+            groups=groups,
+        )
 
     def validation_plan(
         self, draws: I64, corpus: int, instances: I64, sweeps: I64, draw_t: DrawT
@@ -229,28 +246,38 @@ class SFTData(TrainingData):
         ends = np.array([reader.total(reply) for reply in chosen], dtype=np.int64)
         corpora = np.full(len(draws), corpus)
         responses = self._responses(VALIDATION, corpora, replies, ends)
-        # Each row is one conversation, and each reply is one text.
-        t = draw_t(np.arange(len(draws), dtype=np.int64), replies)
-        return self._assemble(draws, corpora, replies, responses, t, per_token=True)
+        spans, rows = self.objective.groups(responses)
+        # Each reply is one text.
+        t = draw_t(rows, replies[rows])
+        groups = NoiseGroups.of_whole_samples(draws[rows], spans, t)
+        return StepPlan(
+            samples=draws,
+            corpora=corpora,
+            examples=replies,
+            bounds=self._bounds(responses),
+            attended=responses[:, 1],
+            rows=rows,
+            groups=groups,
+        )
 
     def owners(self, plan: StepPlan) -> I64:
         readers = self.readers[VALIDATION]
         conversations = [
             readers[corpus].replies[reply, 0]
-            for corpus, reply in zip(plan.corpora.tolist(), plan.instances.tolist(), strict=True)
+            for corpus, reply in zip(plan.corpora.tolist(), plan.examples.tolist(), strict=True)
         ]
-        return np.repeat(np.array(conversations, dtype=np.int64), np.diff(plan.first_segments))
+        return np.array(conversations, dtype=np.int64)[plan.rows]
 
-    def tokens(self, split: str, corpus: int, instance: int) -> I64:
-        tokens = self.readers[split][corpus].tokens(instance)
+    def tokens(self, split: str, corpus: int, example: int) -> I64:
+        tokens = self.readers[split][corpus].tokens(example)
         rest = self.config.data.sequence_length - len(tokens)
         return np.concatenate([tokens, np.full(rest, self.manifest.eos_id, dtype=np.int64)])
 
-    def describe_instance(self, corpus: int, instance: int) -> str:
+    def describe_example(self, corpus: int, example: int) -> str:
         reader = self.readers[TRAIN][corpus]
-        conversation = int(reader.replies[instance, 0])
-        prompt = reader.prompt_length(instance)
-        response = reader.total(instance) - prompt
+        conversation = int(reader.replies[example, 0])
+        prompt = reader.prompt_length(example)
+        response = reader.total(example) - prompt
         return f"conversation {conversation}, prompt of {prompt} tokens, response of {response}"
 
     def _padded(self, first: int, stop: int) -> tuple[I64, I64, I64]:
@@ -316,57 +343,19 @@ class SFTData(TrainingData):
         ]
         return np.stack([np.array(starts, dtype=np.int64), ends], axis=1)
 
-    def _assemble(
-        self,
-        samples: I64,
-        corpora: I64,
-        replies: I64,
-        responses: I64,
-        response_t: F64,
-        per_token: bool,
-    ) -> StepPlan:
-        """Make a plan of one conversation per row.
+    def _bounds(self, responses: I64) -> list[I64]:
+        """Return the segment boundaries of rows: one segment of prompt and response, one of filler.
+
+        A row of 8 tokens with a response up to 6 has the bounds 0, 6, 8.
 
         Args:
-            samples, corpora, replies: see StepPlan.
             responses: first and past-the-last position of each response, int64 [n, 2].
-            response_t: diffusion time of each response, float64 [n].
-            per_token: every token of the responses counts the same. Otherwise every conversation
-                does, as in the published training loss: its tokens have weight 1 / their number.
         """
         length = self.config.data.sequence_length
-        # A row of 8 tokens with a prompt of 2 and a response up to 6 has the bounds 0, 6, 8: one
-        # segment of prompt and response with the span 2..6, and one of filler with an empty span.
         bounds = []
         for end in responses[:, 1].tolist():
             row = [0, end]
             if end < length:
                 row.append(length)
             bounds.append(np.array(row, dtype=np.int64))
-        first_segments = np.cumsum([0, *(len(row) - 1 for row in bounds)], dtype=np.int64)
-        # All segments begin as filler; then the first of every row becomes its conversation.
-        num_segments = int(first_segments[-1])
-        spans = np.full((num_segments, 2), length, dtype=np.int64)
-        scales = np.zeros(num_segments)
-        t = np.zeros(num_segments)
-        own = first_segments[:-1]
-        spans[own] = responses
-        t[own] = response_t
-        sizes = (responses[:, 1] - responses[:, 0]).astype(np.float64)
-        if per_token:
-            scales[own] = 1.0
-            normaliser = float(sizes.sum())
-        else:
-            scales[own] = 1 / sizes
-            normaliser = float(len(samples))
-        return StepPlan(
-            samples=samples,
-            corpora=corpora,
-            instances=replies,
-            bounds=bounds,
-            first_segments=first_segments,
-            spans=spans,
-            scales=scales,
-            t=t,
-            normaliser=normaliser,
-        )
+        return bounds

@@ -21,7 +21,8 @@ from llada.data.step_plan import DrawT, StepPlan
 from llada.data.verify import verify_corpus
 from llada.errors import UserError
 from llada.files import read_files
-from llada.objectives import Batch, MaskedDiffusion, Objective, Window, collate
+from llada.objectives import Batch, Key, Objective, Row, collate
+from llada.objectives.registry import make_objective
 from llada.tokenizer import Tokenizer
 
 _MADE_BY = {TEXT: "llada data prepare", CONVERSATIONS: "llada data prepare-sft"}
@@ -68,7 +69,8 @@ class TrainingData(ABC):
         corpora, names: the corpora and their names in metrics, in the order of data.mixture.
         readers: by split, one per corpus. Each task declares the type of its readers.
         mixture: which instance of which corpus a sample is.
-        objective: the run's, keyed by its seed.
+        objective: the run's.
+        key: of the noise of training.
 
     Raises:
         UserError: a folder that is not a sound corpus of the task's kind, corpora of different
@@ -95,9 +97,14 @@ class TrainingData(ABC):
         self.readers = {split: [self.open_reader(i, split) for i in indices] for split in SPLITS}
         self.mixture = Mixture([self._mixture_source(i) for i in indices], config.seed)
         self._check_enough_samples()
-        self.objective = self.make_objective(config.seed)
+        self.objective: Objective = make_objective(config.objective, self.manifest.mask_id)
+        self.key = Key(config.seed)
 
     # -- what a task decides -----------------------------------------------------------------------
+
+    @abstractmethod
+    def normaliser(self, plan: StepPlan) -> float:
+        """Return what divides the summed loss of a training step."""
 
     @property
     @abstractmethod
@@ -124,25 +131,25 @@ class TrainingData(ABC):
             instances: instances of its validation split, one per draw [n].
             sweeps: which sweep over t of its instance a draw belongs to [n]; each sweep over a
                 conversation reads another of its replies.
-            draw_t: gives every segment its t.
+            draw_t: gives every noise group its t.
         """
 
     @abstractmethod
     def owners(self, plan: StepPlan) -> I64:
-        """Return the number in the split of the window, document or conversation that every segment
-        of a validation plan belongs to [segments].
+        """Return the number in the split of the window, document or conversation that every noise
+        group of a validation plan belongs to [g].
         """
 
     @abstractmethod
-    def tokens(self, split: str, corpus: int, instance: int) -> I64:
-        """Read the clean tokens of one instance as a row [sequence_length].
+    def tokens(self, split: str, corpus: int, example: int) -> I64:
+        """Read the clean tokens of one example as a row [sequence_length].
 
         A reply, without its padding, is followed by EOS up to the end of the row.
         """
 
     @abstractmethod
-    def describe_instance(self, corpus: int, instance: int) -> str:
-        """Return what a training instance is, in a few words."""
+    def describe_example(self, corpus: int, example: int) -> str:
+        """Return what a training example is, in a few words."""
 
     # -- what all tasks share ----------------------------------------------------------------------
 
@@ -150,27 +157,17 @@ class TrainingData(ABC):
         """Make the micro-batch of the samples at `offsets` of a training plan."""
         # Masks are keyed by the sample's index, so it does not matter which rank, or which
         # micro-batch, a sample is in.
-        windows = [self.window(TRAIN, plan, i) for i in offsets]
-        corrupted = [self.objective.corrupt(window) for window in windows]
-        return collate(windows, corrupted, plan.normaliser)
+        rows = [self.row(TRAIN, plan, i) for i in offsets]
+        corrupted = [self.objective.corrupt(row, self.key) for row in rows]
+        return collate(corrupted, self.normaliser(plan))
 
-    def window(self, split: str, plan: StepPlan, i: int) -> Window:
-        """Read the clean tokens and segments of sample `i` of a plan."""
-        segments = slice(plan.first_segments[i], plan.first_segments[i + 1])
-        return Window(
-            sample=int(plan.samples[i]),
-            tokens=self.tokens(split, int(plan.corpora[i]), int(plan.instances[i])),
+    def row(self, split: str, plan: StepPlan, i: int) -> Row:
+        """Read the clean tokens of sample `i` of a plan, with its segments and noise groups."""
+        return Row(
+            tokens=self.tokens(split, int(plan.corpora[i]), int(plan.examples[i])),
             bounds=plan.bounds[i],
-            t=plan.t[segments],
-            segment=int(plan.first_segments[i]),
-            spans=plan.spans[segments],
-            scales=plan.scales[segments],
+            groups=plan.groups_of(i),
         )
-
-    def make_objective(self, seed: int) -> Objective:
-        """Return the run's objective with its noise keyed by `seed`."""
-        objective = self.config.objective
-        return MaskedDiffusion(seed, self.manifest.mask_id, objective.masking, objective.eps)
 
     @property
     def manifest(self) -> Manifest:

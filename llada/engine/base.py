@@ -14,7 +14,7 @@ import torch
 from llada.checkpoint.saving import PendingSave
 from llada.engine.rank_batch import RankBatch
 from llada.model.weights import Weights
-from llada.objectives.base import Batch
+from llada.objectives import Batch
 
 T = TypeVar("T")
 
@@ -123,11 +123,11 @@ class Engine(Protocol):
         """
         ...
 
-    def evaluate(self, batches: Sequence[Batch | RankBatch], num_segments: int) -> torch.Tensor:
-        """Sum weights * loss of every segment id over all replicas.
+    def evaluate(self, batches: Sequence[Batch | RankBatch], num_groups: int) -> torch.Tensor:
+        """Sum weights * loss of every noise group over all replicas.
 
         Returns:
-            float64 [num_segments] on CPU, the same on every rank.
+            float64 [num_groups] on CPU, the same on every rank.
         """
         ...
 

@@ -19,7 +19,7 @@ from llada.config.sections import ModelSection
 from llada.engine import cpu
 from llada.engine.base import NO_LIMITS, Limits, ParallelRank, StepResult
 from llada.engine.layout import gather_world, join_world, start_model_parallel, stop_model_parallel
-from llada.objectives.base import Batch
+from llada.objectives import TOKENS, Batch
 
 cpu.before_import()
 
@@ -45,7 +45,7 @@ from llada.engine.rank_batch import RankBatch, rank_batch  # noqa: E402
 from llada.model import weights  # noqa: E402
 from llada.model.attention import AttentionInputs, attention_inputs, choose_kernel  # noqa: E402
 from llada.model.token_losses import KERNELS, TokenLoss  # noqa: E402
-from llada.model.transformer import BidirectionalTransformer, Predicted  # noqa: E402
+from llada.model.transformer import BidirectionalTransformer  # noqa: E402
 
 cpu.after_import()
 
@@ -58,7 +58,7 @@ LossResult = tuple[torch.Tensor, torch.Tensor, dict[str, object]]
 """What Megatron-Core's schedules take from a loss: (loss, number of tokens, figures)."""
 
 BatchLoss = Callable[[RankBatch, torch.Tensor], LossResult]
-"""A micro-batch and the losses [n] of its predicted positions -> its loss."""
+"""A micro-batch and the losses [n] of its terms -> its loss."""
 
 ShardedState = dict[str, dict[str, object]]
 """A chunk's tensors by name, with their place in the whole model; by name of the chunk."""
@@ -209,14 +209,14 @@ class MegatronEngine:
         dist.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())
 
     @torch.no_grad()
-    def evaluate(self, batches: Sequence[Batch | RankBatch], num_segments: int) -> torch.Tensor:
-        """Sum weights * loss of every segment id over all replicas.
+    def evaluate(self, batches: Sequence[Batch | RankBatch], num_groups: int) -> torch.Tensor:
+        """Sum weights * loss of every noise group over all replicas.
 
         Returns:
-            float64 [num_segments] on CPU, the same on every rank.
+            float64 [num_groups] on CPU, the same on every rank.
         """
-        sums = torch.zeros(num_segments, dtype=torch.float64, device=self.device)
-        self._run_schedule(batches, partial(_segment_losses, sums), forward_only=True)
+        sums = torch.zeros(num_groups, dtype=torch.float64, device=self.device)
+        self._run_schedule(batches, partial(_group_losses, sums), forward_only=True)
         self._sum_over_replicas(sums)
         return sums.cpu()
 
@@ -250,8 +250,7 @@ class MegatronEngine:
             The chunk's output, and the function from the last chunk's output to the loss.
         """
         batch = next(iterator).to(self.device)
-        predicted = Predicted(batch.indices, batch.targets)
-        output = replica(batch.inputs, self._attention_inputs(batch), predicted)
+        output = replica(batch.inputs, self._attention_inputs(batch), batch.terms[TOKENS])
         return output, partial(loss, batch)
 
     def _attention_inputs(self, batch: RankBatch) -> AttentionInputs:
@@ -497,15 +496,17 @@ def _training_loss(total: torch.Tensor, batch: RankBatch, losses: torch.Tensor) 
     Three values are returned: with two, Megatron-Core's schedules would still rescale by the
     context-parallel size and the number of micro-batches.
     """
-    loss = (losses * batch.weights).sum() / batch.normaliser
+    assert batch.normaliser is not None
+    loss = (losses * batch.terms[TOKENS].weights).sum() / batch.normaliser
     total += loss.detach()
     return loss, _no_tokens(losses), {}
 
 
-def _segment_losses(sums: torch.Tensor, batch: RankBatch, losses: torch.Tensor) -> LossResult:
-    """Add the weighted losses of each segment to `sums`."""
-    segments = batch.segments.to(sums.device, non_blocking=True)
-    sums.index_add_(0, segments, (losses * batch.weights).double())
+def _group_losses(sums: torch.Tensor, batch: RankBatch, losses: torch.Tensor) -> LossResult:
+    """Add the weighted losses of each noise group to `sums`."""
+    terms = batch.terms[TOKENS]
+    groups = terms.groups.to(sums.device, non_blocking=True)
+    sums.index_add_(0, groups, (losses * terms.weights).double())
     return losses.sum(), _no_tokens(losses), {}
 
 

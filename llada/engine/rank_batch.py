@@ -6,13 +6,14 @@ there is a GPU, so that its copy to the GPU runs in the background.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 
 from llada.model.attention import Kernel, SegmentLengths, segment_lengths
-from llada.objectives.base import Batch, Segments
+from llada.model.transformer import HeadTerms
+from llada.objectives import Batch, BatchTerms, Layout
 
 
 @dataclass(frozen=True)
@@ -24,46 +25,26 @@ class RankBatch:
         positions: Rotary positions, int64 [s].
         layout: Attention segments of the whole rows.
         first: Position of this part's first token in the row.
-        indices: Predicted positions in this part, as rows of the hidden states flattened to
-            [s b, d], int64 [n].
-        targets: Clean tokens of the predicted positions, int64 [n].
-        weights: Their weights in the loss, float32 [n].
-        segments: Their segment ids among all segments of the step, int64 [n].
-        normaliser: One number per global step.
+        terms: The terms of the loss that read this part, by head.
+        normaliser: Divides the sum of the weighted losses; None in a validation.
         lengths: Segment lengths for the variable-length attention kernel; None if it is not used.
     """
 
     inputs: torch.Tensor
     positions: torch.Tensor
-    layout: Segments
+    layout: Layout
     first: int
-    indices: torch.Tensor
-    targets: torch.Tensor
-    weights: torch.Tensor
-    segments: torch.Tensor
-    normaliser: float
+    terms: Mapping[str, HeadTerms]
+    normaliser: float | None
     lengths: SegmentLengths | None
 
     def pin_memory(self) -> RankBatch:
-        """A copy in page-locked memory, except `segments`, which stay on the host."""
-
-        def pin(tensor: torch.Tensor) -> torch.Tensor:
-            if tensor is self.segments:
-                return tensor
-            return tensor.contiguous().pin_memory()
-
-        return self._map_tensors(pin)
+        """A copy in page-locked memory, except the terms' groups, which stay on the host."""
+        return self._map_tensors(lambda tensor: tensor.contiguous().pin_memory())
 
     def to(self, device: torch.device) -> RankBatch:
-        """A copy on `device`, except `segments`. The copies are queued and not waited for."""
-
-        def copy(tensor: torch.Tensor) -> torch.Tensor:
-            # Only a validation adds the losses up by segment, and copies these itself.
-            if tensor is self.segments:
-                return tensor
-            return tensor.to(device, non_blocking=True)
-
-        return self._map_tensors(copy)
+        """A copy on `device`, except the terms' groups; it is queued and not waited for."""
+        return self._map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
 
     def _map_tensors(self, change: Callable[[torch.Tensor], torch.Tensor]) -> RankBatch:
         lengths = self.lengths
@@ -73,12 +54,20 @@ class RankBatch:
             self,
             inputs=change(self.inputs),
             positions=change(self.positions),
-            indices=change(self.indices),
-            targets=change(self.targets),
-            weights=change(self.weights),
-            segments=change(self.segments),
+            terms={head: _map_terms(terms, change) for head, terms in self.terms.items()},
             lengths=lengths,
         )
+
+
+def _map_terms(terms: HeadTerms, change: Callable[[torch.Tensor], torch.Tensor]) -> HeadTerms:
+    return HeadTerms(
+        indices=change(terms.indices),
+        targets=change(terms.targets),
+        weights=change(terms.weights),
+        # Only a validation adds the losses up by group, and copies these itself.
+        groups=terms.groups,
+        aux={name: change(values) for name, values in terms.aux.items()},
+    )
 
 
 def rank_batch(batch: Batch, rank: int, size: int, kernel: Kernel | None) -> RankBatch:
@@ -93,9 +82,6 @@ def rank_batch(batch: Batch, rank: int, size: int, kernel: Kernel | None) -> Ran
     num_rows, row_length = batch.inputs.shape
     length = row_length // size
     first = rank * length
-    # Predicted positions of this part, in the order of the batch.
-    in_part = (batch.columns >= first) & (batch.columns < first + length)
-    own = in_part.nonzero().squeeze(1)
     lengths = None
     if kernel is not None and kernel.computes(batch.layout):
         lengths = segment_lengths(batch.layout, first, length)
@@ -104,11 +90,24 @@ def rank_batch(batch: Batch, rank: int, size: int, kernel: Kernel | None) -> Ran
         positions=batch.positions[first : first + length],
         layout=batch.layout,
         first=first,
-        # Hidden states are [s, b, d]: token (column, row) is at column * b + row.
-        indices=(batch.columns[own] - first) * num_rows + batch.rows[own],
-        targets=batch.targets[own],
-        weights=batch.weights[own],
-        segments=batch.segments[own],
+        terms={
+            head: _terms_of_part(terms, first, length, num_rows)
+            for head, terms in batch.terms.items()
+        },
         normaliser=batch.normaliser,
         lengths=lengths,
+    )
+
+
+def _terms_of_part(terms: BatchTerms, first: int, length: int, num_rows: int) -> HeadTerms:
+    """Choose the terms that read columns first..first+length-1, in the order of the batch."""
+    in_part = (terms.columns >= first) & (terms.columns < first + length)
+    own = in_part.nonzero().squeeze(1)
+    return HeadTerms(
+        # Hidden states are [s, b, d]: token (column, row) is at column * b + row.
+        indices=(terms.columns[own] - first) * num_rows + terms.rows[own],
+        targets=terms.targets[own],
+        weights=terms.weights[own],
+        groups=terms.groups[own],
+        aux={name: values[own] for name, values in terms.aux.items()},
     )

@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -43,7 +43,7 @@ from llada.evaluation.estimates import (
 )
 from llada.evaluation.validation_files import Measure, Measured
 from llada.noise import derive_key, hash64, permute, to_unit
-from llada.objectives import Batch, collate
+from llada.objectives import Batch, Key, collate
 
 _SEED = 0  # the noise is part of the measure, not of the run
 _NUM_DECILES = 10
@@ -58,7 +58,7 @@ class Design:
 
     Attributes:
         plan: every draw.
-        segments: segment of each draw in the plan, t ascending within a sweep, int64 [sweeps, 4].
+        groups: noise group of each draw in the plan, t ascending within a sweep, int64 [sweeps, 4].
         items: number in the split of every item: window, document or conversation, int64 [k].
         owner: item of each sweep, 0..k-1, int64 [sweeps].
         text: a number that sweeps of the same text share, int64 [sweeps].
@@ -66,7 +66,7 @@ class Design:
     """
 
     plan: StepPlan
-    segments: I64
+    groups: I64
     items: I64
     owner: I64
     text: I64
@@ -75,13 +75,13 @@ class Design:
     @property
     def t(self) -> F64:
         """Diffusion time of each draw, float64 [sweeps, 4]."""
-        return self.plan.t[self.segments]
+        return self.plan.groups.t[self.groups]
 
     def sample(self, losses: F64) -> Sample:
-        """Arrange the losses of the plan's segments, float64 [segments], by sweep."""
+        """Arrange the losses of the plan's noise groups, float64 [g], by sweep."""
         # The four draws of a sweep read the same text, so the first one's length is that of all.
-        length = self.plan.maskable[self.segments[:, 0]]
-        return Sample(losses[self.segments], length, self.owner, self.text)
+        length = self.plan.groups.sizes[self.groups[:, 0]]
+        return Sample(losses[self.groups], length, self.owner, self.text)
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Validator:
     def __init__(self, data: TrainingData, parallel_rank: ParallelRank) -> None:
         self._data = data
         self._parallel_rank = parallel_rank
-        self.objective = data.make_objective(_SEED)
+        self.objective = data.objective.bound()
         self.corpora = [
             i for i, reader in enumerate(data.readers[VALIDATION]) if reader.num_instances > 0
         ]
@@ -157,26 +157,25 @@ class Validator:
         data = self._data
         plan, num_sweeps = self._plan(corpus)
 
-        # Row (a draw of a window) of each segment of the plan, and the segment's number in the row.
-        rows = np.repeat(np.arange(len(plan.samples)), np.diff(plan.first_segments))
-        within = np.arange(len(rows)) - plan.first_segments[rows]
+        # Row (a draw of a window) of each noise group of the plan, and its number in the row.
+        rows = plan.rows
+        within = plan.groups.ids - np.searchsorted(rows, rows)
 
         # The four draws of a sweep follow each other in the plan, and their windows are cut alike:
-        # so a text is the same segment number in four consecutive rows. Sorted by sweep, text and
+        # so a text is the same group of its row in four consecutive rows. Sorted by sweep, text and
         # t (lexsort takes the least significant key first).
-        has_tokens = np.flatnonzero(plan.maskable > 0)
-        order = np.lexsort((plan.t[has_tokens], within[has_tokens], rows[has_tokens] // SWEEP))
-        segments = has_tokens[order].reshape(-1, SWEEP)
+        order = np.lexsort((plan.groups.t, within, rows // SWEEP))
+        groups = order.reshape(-1, SWEEP)
 
-        first = segments[:, 0]
+        first = groups[:, 0]
         items, owner = np.unique(data.owners(plan)[first], return_inverse=True)
-        window_and_part = np.stack([plan.instances[rows[first]], within[first]])
+        window_and_part = np.stack([plan.examples[rows[first]], within[first]])
         _, text = np.unique(window_and_part, axis=1, return_inverse=True)
 
         config = data.config
         manifest = data.corpora[corpus].manifest
         digest = hashlib.sha256()
-        for array in (items, owner, plan.maskable[segments], plan.t[segments]):
+        for array in (items, owner, plan.groups.sizes[groups], plan.groups.t[groups]):
             digest.update(np.ascontiguousarray(array).tobytes())
         measure = Measure(
             text=manifest.fingerprint(VALIDATION),
@@ -189,7 +188,7 @@ class Validator:
             items=digest.hexdigest(),
         )
         # In some versions of numpy an inverse is not flat.
-        return Design(plan, segments, items, owner.reshape(-1), text.reshape(-1), measure)
+        return Design(plan, groups, items, owner.reshape(-1), text.reshape(-1), measure)
 
     def _plan(self, corpus: int) -> tuple[StepPlan, int]:
         """Return every draw of a corpus, and the number of sweeps of each window."""
@@ -224,7 +223,7 @@ class Validator:
         data = self._data
         design = self._designs[corpus]
         batches = self._batches(design.plan, corpus)
-        losses = engine.evaluate(batches, len(design.plan.t)).numpy()
+        losses = engine.evaluate(batches, len(design.plan.groups)).numpy()
         return Measured(
             name=data.names[corpus],
             weight=data.mixture.sources[corpus].first_weight,
@@ -256,19 +255,14 @@ class Validator:
 
     def _batch(self, plan: StepPlan, corpus: int, draws: Sequence[int]) -> Batch:
         """Return a micro-batch; draws past the plan's end are filler that predicts nothing."""
-        windows = []
-        corrupted = []
+        key = Key(_SEED, self.purpose(corpus))
+        rows = []
         for draw in draws:
             is_filler = draw >= len(plan.samples)
-            window = self._data.window(VALIDATION, plan, 0 if is_filler else draw)
-            masked = self.objective.corrupt(
-                window, masking="fixed_count", purpose=self.purpose(corpus)
-            )
-            if is_filler:
-                masked = replace(masked, predicted=masked.predicted[:0], weights=masked.weights[:0])
-            windows.append(window)
-            corrupted.append(masked)
-        return collate(windows, corrupted, plan.normaliser)
+            row = self._data.row(VALIDATION, plan, 0 if is_filler else draw)
+            corrupted = self.objective.corrupt(row, key)
+            rows.append(corrupted.without_terms() if is_filler else corrupted)
+        return collate(rows)
 
 
 def _estimate_fields(name: str, estimate: Estimate) -> Fields:

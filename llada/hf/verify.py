@@ -25,8 +25,7 @@ from llada.config.sections import ModelSection
 from llada.errors import RunError, UserError, one_line
 from llada.hf.folder import open_folder
 from llada.noise import stream, uniforms
-from llada.objectives import MaskedDiffusion, Window, collate
-from llada.objectives.base import Batch
+from llada.objectives import Batch, Key, MaskedDiffusion, NoiseGroups, Row, collate
 from llada.tokenizer import Tokenizer
 
 ROWS = 4
@@ -86,14 +85,15 @@ def training_logits(folders: Sequence[Path], masters: bool) -> tuple[torch.Tenso
 
 def _random_batch(tokenizer: Tokenizer) -> Batch:
     """Rows of random tokens, half of them masked; the same for every run."""
-    windows = []
+    objective = MaskedDiffusion(tokenizer.mask_id, masking="fixed_count")
+    span = np.array([[0, LENGTH]])
+    corrupted = []
     for row in range(ROWS):
         draws = uniforms(stream(0, "verify", row), LENGTH)
         ids = np.floor(draws * tokenizer.vocab_size).astype(np.int64)
-        windows.append(Window(row, ids, np.array([0, LENGTH]), np.array([0.5]), row))
-    objective = MaskedDiffusion(0, tokenizer.mask_id)
-    corrupted = [objective.corrupt(window, masking="fixed_count") for window in windows]
-    return collate(windows, corrupted, 1.0)
+        groups = NoiseGroups.of_whole_samples(np.array([row]), span, np.array([0.5]))
+        corrupted.append(objective.corrupt(Row(ids, span[0], groups), Key(seed=0)))
+    return collate(corrupted)
 
 
 def _single_process_config(model: ModelSection) -> RunConfig:

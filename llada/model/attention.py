@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 
 from llada.errors import RunError, UserError
-from llada.objectives.base import Segments
+from llada.objectives import Layout
 
 _HOPPER = 9  # major compute capability
 
@@ -77,7 +77,7 @@ class Kernel:
     call: VarlenAttention
     whole_rows: bool
 
-    def computes(self, layout: Segments) -> bool:
+    def computes(self, layout: Layout) -> bool:
         """Whether this kernel, and not scaled dot product attention, computes such rows."""
         return self.whole_rows or not layout.whole()
 
@@ -97,7 +97,7 @@ class AttentionInputs:
         lengths: For the kernel, on the device of the tensors.
     """
 
-    layout: Segments
+    layout: Layout
     offset: int
     cos: torch.Tensor
     sin: torch.Tensor
@@ -167,7 +167,7 @@ def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Ten
 # -- inputs of a micro-batch -----------------------------------------------------------------------
 
 
-def segment_lengths(layout: Segments, offset: int, length: int) -> SegmentLengths:
+def segment_lengths(layout: Layout, offset: int, length: int) -> SegmentLengths:
     """Lengths of all segments, row by row, on CPU.
 
     The local queries are tokens [offset, offset + length) of every row; a segment without a local
@@ -199,7 +199,7 @@ def _cumulative(lengths: list[int]) -> torch.Tensor:
 
 
 def attention_inputs(
-    layout: Segments,
+    layout: Layout,
     positions: torch.Tensor,
     offset: int,
     head_dim: int,

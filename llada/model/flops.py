@@ -1,19 +1,19 @@
 """Floating-point operations of a training step, and the peak rate of a device.
 
 Convention: a multiply-add is two operations; the backward pass costs twice the forward pass;
-attention is not causal and is counted from the actual segment lengths; the head is counted at the
+attention is counted by the pairs of a query and a key that it sees; the head is counted at the
 positions where it is computed. Norms, rotary embeddings, softmax and optimizer are not counted.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
 from llada.config.sections import ModelSection
+from llada.objectives import TOKENS, Work
 
 # Dense bf16 peaks of the vendors' data sheets, in FLOP/s, by a part of the device name. The first
 # match counts, so the more specific name comes first.
@@ -46,22 +46,18 @@ class StepFlops:
     causal_style: float
 
 
-def step_flops(
-    model: ModelSection, lengths: Iterable[float], predicted: float, sequence_length: int
-) -> StepFlops:
+def step_flops(model: ModelSection, tokens: int, work: Work, sequence_length: int) -> StepFlops:
     """FLOPs of the forward and backward pass.
 
     Args:
         model: Shape of the model.
-        lengths: Tokens of every attention segment of the step.
-        predicted: Number of positions with a head and a loss.
+        tokens: Of the step.
+        work: Attended pairs, and positions with a head and a loss.
         sequence_length: Tokens per row, for the full-length figures.
     """
     d = model.hidden_size
     ff = model.ffn_hidden_size
     kv = model.kv_heads * model.head_dim
-    lengths = list(lengths)
-    tokens = sum(lengths)
     # Per token: the query and output projections (d x d each), keys and values (d x kv each), and
     # the three matrices of the SwiGLU (d x ff each).
     matrices = 2 * model.num_layers * (2 * d * d + 2 * d * kv + 3 * d * ff)
@@ -69,7 +65,7 @@ def step_flops(
     attention = 4 * model.num_layers * d
     # Per predicted position.
     head = 2 * d * model.vocab_size
-    actual = matrices * tokens + attention * sum(n * n for n in lengths) + head * predicted
+    actual = matrices * tokens + attention * work.attended_pairs + head * work.terms[TOKENS]
     full = (matrices + 1.0 * attention * sequence_length + head) * tokens
     causal = (matrices + 0.5 * attention * sequence_length + head) * tokens
     # The backward pass costs twice the forward pass.

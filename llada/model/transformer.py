@@ -10,6 +10,7 @@ the hidden states between the layers have s / tensor ranks tokens.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -37,16 +38,23 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Predicted:
-    """The positions of this rank whose token the objective predicts.
+class HeadTerms:
+    """The terms of the loss of one micro-batch that this rank computes, for one head.
 
     Attributes:
-        indices: Rows of the hidden states flattened to [s b, d], int64 [n], on the device.
-        targets: Clean tokens, int64 [n].
+        indices: Where each term reads the hidden states, as a row of them flattened to [s b, d],
+            int64 [n].
+        targets: The token id that each term is about, int64 [n].
+        weights: Their weights in the loss, float32 [n].
+        groups: Number of their noise group in the step, int64 [n].
+        aux: Whatever else the loss needs of each term, by name, [n] each.
     """
 
     indices: torch.Tensor
     targets: torch.Tensor
+    weights: torch.Tensor
+    groups: torch.Tensor
+    aux: Mapping[str, torch.Tensor]
 
 
 class RMSNorm(torch.nn.Module):
@@ -207,14 +215,14 @@ class BidirectionalTransformer(GPTModel):
         self,
         input_ids: torch.Tensor | None,
         attention: AttentionInputs,
-        predicted: Predicted | None = None,
+        terms: HeadTerms | None = None,
     ) -> torch.Tensor:
         """Run this chunk.
 
         Args:
             input_ids: int64 [b, s] of this context rank. Ignored without an embedding.
             attention: Layout and rotary tables.
-            predicted: Positions and targets of the loss; None: return the logits of every position.
+            terms: Of the loss; None: return the logits of every position.
 
         Returns:
             From the last chunk the losses, fp32 [n], in nats; or the logits [s, b, vocabulary /
@@ -238,11 +246,11 @@ class BidirectionalTransformer(GPTModel):
             hidden = tensor_parallel.gather_from_sequence_parallel_region(
                 hidden, tensor_parallel_output_grad=True
             )
-        if predicted is None:
+        if terms is None:
             return self.logits(hidden)
         flat = hidden.reshape(-1, hidden.shape[-1])
-        logits = self.logits(flat.index_select(0, predicted.indices))
-        return self.token_loss(logits, predicted.targets)
+        logits = self.logits(flat.index_select(0, terms.indices))
+        return self.token_loss(logits, terms.targets)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Apply the head: [..., d] -> [..., vocabulary / tensor ranks]."""

@@ -1,13 +1,13 @@
 """LLaDA's masked diffusion objective (arXiv 2502.09992, Eq. 3 and appendix A).
 
-A segment has L maskable tokens (all of them in pretraining, the response in fine-tuning) and a time
-t. There are two ways to mask it:
+A noise group has L tokens (an attention segment in pretraining, the response in fine-tuning) and a
+time t. There are two ways to mask it:
 
 * bernoulli: each token is masked independently with probability p = (1 - eps) t + eps; the loss of
   a masked token has weight 1 / p.
 * fixed_count: exactly n = 1 + floor(t L) tokens are masked, uniformly without replacement, with
   weight L / n. With t uniform, n is uniform on 1..L, and the expected weighted sum is exactly the
-  negative ELBO of the segment in nats.
+  negative ELBO of the group in nats.
 
 Example: L = 4, t = 0.6. bernoulli masks each token with p = 0.6004 and weight 1.666; fixed_count
 masks n = 1 + floor(2.4) = 3 of the four tokens with weight 4 / 3.
@@ -15,68 +15,94 @@ masks n = 1 + floor(2.4) = 3 of the four tokens with weight 4 / 3.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from llada.arrays import F64, I64
-from llada.noise import mask_uniforms
-from llada.objectives.base import Corrupted, Window
+from llada.objectives.corrupted import TOKENS, Corrupted, Terms
+from llada.objectives.layout import Layout
+from llada.objectives.objective import Work
+from llada.objectives.row import Key, NoiseGroups, Row
 
 Masked = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
 class MaskedDiffusion:
-    """Masks the tokens of every segment at the segment's own rate.
+    """Masks the tokens of every noise group at the group's own rate.
 
     Attributes:
-        seed: key of the masks.
         mask_id: token id of [MASK].
         masking: "bernoulli" or "fixed_count".
         eps: smallest masking probability of bernoulli.
     """
 
-    seed: int
     mask_id: int
     masking: str = "bernoulli"
     eps: float = 1e-3
     token_loss: str = "cross_entropy"
 
-    def corrupt(
-        self, window: Window, *, masking: str | None = None, purpose: str = "train"
-    ) -> Corrupted:
-        """Mask one window; the arguments are those of `Objective.corrupt`.
+    def input_length(self, length: int) -> int:
+        """Return `length`: the model reads the row itself."""
+        return length
 
-        The draw of a position depends on (seed, sample, position) only, so another segmentation or
-        another t leaves the noise of all positions as it is.
+    def groups(self, spans: I64) -> tuple[I64, I64]:
+        """Return one group for each attention segment."""
+        return spans, np.arange(len(spans), dtype=np.int64)
+
+    def corrupt(self, row: Row, key: Key) -> Corrupted:
+        """Mask one row: each masked position is a term of the loss.
+
+        Another segmentation or another t leaves the noise of all positions as it is.
         """
-        # One uniform for every position, whether it may be masked or not.
-        draws = mask_uniforms(self.seed, window.sample, len(window.tokens), purpose)
-        spans, scales = window.maskable()
-        if (masking or self.masking) == "fixed_count":
-            chosen, weights = self._fixed_count(draws, spans, window.t)
-        else:
-            chosen, weights = self._bernoulli(draws, spans, window.t)
-        weights = _spread(scales * weights, spans, len(draws))
-
-        # A segment of scale 0 adds nothing to the loss: it is not masked at all.
-        if (scales == 0).any():
-            chosen = chosen & (weights != 0)
-        predicted = np.flatnonzero(chosen)
-        inputs = window.tokens.copy()
-        inputs[predicted] = self.mask_id
-        return Corrupted(inputs=inputs, predicted=predicted, weights=weights[predicted])
-
-    def expected_predictions(self, lengths: np.ndarray, t: np.ndarray) -> float:
-        """Mean number of masked tokens; the arguments are those of `Objective`."""
+        draws = row.position_uniforms(key)
+        groups = row.groups
         if self.masking == "fixed_count":
-            return float(np.minimum(1 + np.floor(t * lengths), lengths).sum())
-        return float((((1 - self.eps) * t + self.eps) * lengths).sum())
+            chosen, weights = self._fixed_count(draws, groups.spans, groups.t)
+        else:
+            chosen, weights = self._bernoulli(draws, groups.spans, groups.t)
+        position_weights = _spread(groups.scales * weights, groups.spans, len(draws))
 
-    # Both rules take draws [L], and spans [n, 2] and t [n] of the segments. They return which
-    # positions are masked, bool [L], and the weight of a masked position in each segment, float64
+        # A group of scale 0 adds nothing to the loss: it is not masked at all.
+        if (groups.scales == 0).any():
+            chosen = chosen & (position_weights != 0)
+        masked = np.flatnonzero(chosen)
+        inputs = row.tokens.copy()
+        inputs[masked] = self.mask_id
+        length = len(row.tokens)
+        terms = Terms(
+            positions=masked,
+            targets=row.tokens[masked],
+            weights=position_weights[masked],
+            groups=groups.ids[np.searchsorted(groups.spans[:, 1], masked, side="right")],
+        )
+        return Corrupted(
+            inputs=inputs,
+            # They do not restart at documents, which changes nothing: rotary positions count
+            # relative to each other only.
+            positions=np.arange(length, dtype=np.int64),
+            layout=Layout((tuple(row.bounds.tolist()),), length),
+            terms={TOKENS: terms},
+        )
+
+    def bound(self) -> MaskedDiffusion:
+        """Return fixed-count masking, whose expectation is the exact negative ELBO."""
+        return replace(self, masking="fixed_count")
+
+    def work(self, segment_lengths: I64, groups: NoiseGroups) -> Work:
+        """Return what a step computes; the arguments are those of `Objective`."""
+        sizes = groups.sizes
+        if self.masking == "fixed_count":
+            masked = np.minimum(1 + np.floor(groups.t * sizes), sizes).sum()
+        else:
+            masked = (((1 - self.eps) * groups.t + self.eps) * sizes).sum()
+        pairs = int((segment_lengths * segment_lengths).sum())
+        return Work(terms={TOKENS: float(masked)}, attended_pairs=pairs)
+
+    # Both rules take draws [L], and spans [n, 2] and t [n] of the groups. They return which
+    # positions are masked, bool [L], and the weight of a masked position in each group, float64
     # [n].
 
     def _bernoulli(self, draws: F64, spans: I64, t: F64) -> tuple[Masked, F64]:
@@ -96,14 +122,14 @@ class MaskedDiffusion:
 
 
 def _spread(values: F64, spans: I64, length: int) -> F64:
-    """Give every position the value of its segment, and 0 outside all spans; float64 [length].
+    """Give every position the value of its group, and 0 outside all spans; float64 [length].
 
     Example: values (5, 7), spans (1, 3) and (3, 4), length 6. The edges are 0, 1, 3, 3, 4, 6, the
     values between them 0, 5, 0, 7, 0, and the result is 0, 5, 5, 7, 0, 0.
 
     Args:
-        values: one per segment [n].
-        spans: [start, stop) of each segment, ascending and disjoint, int64 [n, 2].
+        values: one per group [n].
+        spans: [start, stop) of each group, ascending and disjoint, int64 [n, 2].
         length: number of positions.
     """
     edges = np.concatenate([[0], spans.ravel(), [length]])

@@ -11,6 +11,7 @@ from llada.config.sections import CheckpointSection
 from llada.formatting import readable_size
 from llada.model.flops import step_flops
 from llada.model.weights import num_parameters
+from llada.objectives import TOKENS, Work
 
 # Bytes per parameter, by precision. An fp32 value takes 4 bytes, a bf16 value 2.
 
@@ -76,7 +77,8 @@ def summarize(config: RunConfig) -> list[str]:
 
     # A row is one attention segment here. With t uniform, half of its positions are masked on
     # average, and only masked positions go through the head.
-    row_flops = step_flops(model, [length], length / 2, length).actual
+    one_row = Work(terms={TOKENS: length / 2}, attended_pairs=length**2)
+    row_flops = step_flops(model, length, one_row, length).actual
     flops_per_step = row_flops * config.batch.global_
 
     tokens_per_step = config.tokens_per_step

@@ -10,6 +10,7 @@ from llada.data.step_plan import StepPlan
 from llada.data.tasks import open_data
 from llada.data.training_data import TrainingData
 from llada.errors import UserError
+from llada.objectives import TOKENS
 from llada.tokenizer import Tokenizer
 
 _MAX_TOKENS = 48
@@ -18,7 +19,7 @@ _MASKED = "▁"
 
 
 def describe_step(config: RunConfig, step: int, samples: int) -> str:
-    """Describe corpora, windows or conversations, segments, t and masks of a training step.
+    """Describe corpora, windows or conversations, noise groups, t and masks of a training step.
 
     Args:
         config: the run's config.
@@ -33,16 +34,14 @@ def describe_step(config: RunConfig, step: int, samples: int) -> str:
     data = open_data(config)
     plan = data.plan(step - 1)
     tokenizer = data.tokenizer()
-    has_tokens = plan.maskable > 0  # the other segments are filler
-    t = plan.t[has_tokens]
-    maskable = plan.maskable[has_tokens]
-    expected = data.objective.expected_predictions(maskable, t)
+    t = plan.groups.t
+    expected = data.objective.work(plan.attended, plan.groups).terms[TOKENS]
     lines = [
-        f"step {step}: samples {plan.samples[0]} to {plan.samples[-1]}, {len(t)} segments,"
+        f"step {step}: samples {plan.samples[0]} to {plan.samples[-1]}, {len(t)} noise groups,"
         f" {plan.tokens:,} tokens",
         f"t: smallest {t.min():.4f}, mean {t.mean():.4f}, largest {t.max():.4f}"
         f" ({config.objective.timesteps})",
-        f"masked tokens expected: {expected:,.0f} of {maskable.sum():,}"
+        f"masked tokens expected: {expected:,.0f} of {plan.groups.sizes.sum():,}"
         f" ({config.objective.masking})",
     ]
     for i, source in enumerate(data.mixture.sources):
@@ -55,25 +54,23 @@ def describe_step(config: RunConfig, step: int, samples: int) -> str:
 def _describe_sample(
     data: TrainingData, plan: StepPlan, offset: int, tokenizer: Tokenizer
 ) -> list[str]:
-    """Describe one sample of a step: a line for it and one for each segment with a loss."""
-    window = data.window(TRAIN, plan, offset)
-    masked = set(data.objective.corrupt(window).predicted.tolist())
+    """Describe one sample of a step: a line for it and one for each noise group."""
+    row = data.row(TRAIN, plan, offset)
+    masked = set(data.objective.corrupt(row, data.key).terms[TOKENS].positions.tolist())
     corpus = int(plan.corpora[offset])
     name = Path(data.mixture.sources[corpus].name).name
     lines = [
-        f"sample {window.sample}: corpus {corpus} ({name}),"
-        f" {data.describe_instance(corpus, int(plan.instances[offset]))}"
+        f"sample {plan.samples[offset]}: corpus {corpus} ({name}),"
+        f" {data.describe_example(corpus, int(plan.examples[offset]))}"
     ]
-    for start, end, t, scale in window.segments():
-        if not scale:
-            continue  # filler, which has no loss
+    for (start, end), t in zip(row.groups.spans.tolist(), row.groups.t.tolist(), strict=True):
         num_masked = len(masked.intersection(range(start, end)))
         text = ""
         for position in range(start, min(end, start + _MAX_TOKENS)):
             if position in masked:
                 text += _MASKED
             else:
-                text += tokenizer.decode([int(window.tokens[position])])
+                text += tokenizer.decode([int(row.tokens[position])])
         one_line = " ".join(text.split())
         lines.append(f"  [{start}, {end}) t = {t:.4f}, {num_masked} masked: {one_line}")
     return lines

@@ -19,7 +19,7 @@ from llada.data.pretrain import PretrainData
 from llada.data.training_data import check_tokens
 from llada.errors import UserError
 from llada.noise import mask_uniforms, timesteps
-from llada.objectives import Batch
+from llada.objectives import TOKENS, Batch
 from llada.tokenizer import Tokenizer, train_byte_level_bpe
 from tests.preparation import prepare
 
@@ -125,11 +125,12 @@ def test_segments_are_the_union_of_documents_and_random_length(
         assert plan.samples.tolist() == list(range(16 * step, 16 * step + 16))
         for i in range(16):
             bounds = set(plan.bounds[i].tolist())
-            documents = expected[plan.instances[i]][1] if document_mask else set()
+            documents = expected[plan.examples[i]][1] if document_mask else set()
             assert {0, LENGTH} | documents <= bounds and len(bounds - documents - {0, LENGTH}) <= 1
             cuts += len(bounds - documents - {0, LENGTH})
-        assert plan.normaliser == 16 * LENGTH == plan.lengths.sum()
-        assert len(np.unique(plan.t)) == len(plan.t) == plan.first_segments[-1]
+        assert made.normaliser(plan) == 16 * LENGTH == plan.tokens
+        t = plan.groups.t
+        assert len(np.unique(t)) == len(t) == len(plan.attended)
     assert 20 < cuts < 76
 
 
@@ -142,7 +143,7 @@ def test_t_is_drawn_as_the_config_says_by_each_segments_length(mode: str, folder
         plan = made.plan(step)
         lengths = np.concatenate([np.diff(b) for b in plan.bounds])
         assert len(set(lengths.tolist())) > 5
-        assert plan.t.tolist() == timesteps(3, step, lengths, mode).tolist()
+        assert plan.groups.t.tolist() == timesteps(3, step, lengths, mode).tolist()
 
 
 def test_masks_are_drawn_as_the_config_says(folder: Path) -> None:
@@ -156,12 +157,12 @@ def test_masks_are_drawn_as_the_config_says(folder: Path) -> None:
             plan, range(16)
         )
         for row in range(16):
-            weights = batch.weights[batch.rows == row]
-            np.testing.assert_allclose(
-                weights, np.full(len(weights), rule(plan.t[plan.first_segments[row]])), rtol=1e-6
-            )
+            terms = batch.terms[TOKENS]
+            weights = terms.weights[terms.rows == row]
+            (t,) = plan.groups_of(row).t
+            np.testing.assert_allclose(weights, np.full(len(weights), rule(t)), rtol=1e-6)
             if objective["masking"] == "fixed_count":
-                assert len(weights) == 1 + int(plan.t[plan.first_segments[row]] * LENGTH)
+                assert len(weights) == 1 + int(t * LENGTH)
 
 
 def test_weights_that_differ_in_the_last_digit_are_other_data(folder: Path) -> None:
@@ -226,7 +227,8 @@ def test_an_epoch_reads_every_window_once(folder: Path) -> None:
 
 def predictions(batch: Batch) -> Iterator[tuple[int, int, float]]:
     """Row, column and weight of every predicted position."""
-    columns = (batch.rows.tolist(), batch.columns.tolist(), batch.weights.tolist())
+    terms = batch.terms[TOKENS]
+    columns = (terms.rows.tolist(), terms.columns.tolist(), terms.weights.tolist())
     return zip(*columns, strict=True)
 
 
@@ -252,9 +254,9 @@ def test_ranks_of_a_step_see_different_noise(folder: Path) -> None:
     """
     made = data(folder, random_length_probability=0.0)
     plan = made.plan(0)
-    batch = made.batch(plan, range(16))
-    masks = {tuple(batch.columns[batch.rows == r].tolist()) for r in range(16)}
-    assert len(masks) == 16 and len(set(plan.t.tolist())) == 16
+    terms = made.batch(plan, range(16)).terms[TOKENS]
+    masks = {tuple(terms.columns[terms.rows == r].tolist()) for r in range(16)}
+    assert len(masks) == 16 and len(set(plan.groups.t.tolist())) == 16
 
 
 def test_later_epochs_get_new_masks(folder: Path) -> None:
@@ -262,10 +264,10 @@ def test_later_epochs_get_new_masks(folder: Path) -> None:
     seen: dict[int, set[tuple[int, ...]]] = {}
     for step in range(90):
         plan = made.plan(step)
-        batch = made.batch(plan, range(4))
+        terms = made.batch(plan, range(4)).terms[TOKENS]
         for r in range(4):
-            seen.setdefault(int(plan.instances[r]), set()).add(
-                tuple(batch.columns[batch.rows == r].tolist())
+            seen.setdefault(int(plan.examples[r]), set()).add(
+                tuple(terms.columns[terms.rows == r].tolist())
             )
     twice = [masks for masks in seen.values() if len(masks) > 1]
     assert len(twice) > len(seen) / 2
@@ -285,11 +287,11 @@ def test_batches_against_a_walk_over_positions(masking: str, folder: Path) -> No
     rows: list[tuple[int, int, int, float, int]] = []
     segment = 0
     for row, (sample, item) in enumerate(
-        zip(plan.samples.tolist(), plan.instances.tolist(), strict=True)
+        zip(plan.samples.tolist(), plan.examples.tolist(), strict=True)
     ):
         draws = mask_uniforms(3, sample, LENGTH).tolist()
         for start, end in itertools.pairwise(plan.bounds[row].tolist()):
-            t = float(plan.t[segment])
+            t = float(plan.groups.t[segment])
             p, count = (1 - 0.05) * t + 0.05, min(1 + int(t * (end - start)), end - start)
             limit = sorted(draws[start:end])[count - 1]
             for position in range(start, end):
@@ -298,11 +300,12 @@ def test_batches_against_a_walk_over_positions(masking: str, folder: Path) -> No
                     rows.append((position, row, windows[item][0][position], weight, segment))
             segment += 1
     batch = made.batch(plan, range(16))
-    columns = (batch.columns, batch.rows, batch.targets, batch.weights, batch.segments)
+    terms = batch.terms[TOKENS]
+    columns = (terms.columns, terms.rows, terms.targets, terms.weights, terms.groups)
     expected = [(*key, np.float32(weight), segment) for *key, weight, segment in sorted(rows)]
     assert list(zip(*(column.tolist() for column in columns), strict=True)) == expected
     hidden = {(row, position) for position, row, *_ in rows}
-    for row, item in enumerate(plan.instances.tolist()):
+    for row, item in enumerate(plan.examples.tolist()):
         clean = windows[item][0]
         assert batch.inputs[row].tolist() == [
             made.manifest.mask_id if (row, k) in hidden else clean[k] for k in range(LENGTH)

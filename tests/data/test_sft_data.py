@@ -18,6 +18,7 @@ from llada.engine.base import ParallelRank
 from llada.errors import UserError
 from llada.evaluation.validation import Validator
 from llada.noise import timesteps
+from llada.objectives import TOKENS
 from llada.tokenizer import Tokenizer, train_byte_level_bpe
 from tests.preparation import prepare, prepare_sft
 
@@ -122,20 +123,17 @@ def test_rows_are_prompt_response_padding_and_filler(group: int, folder: Path) -
     for step in range(8):
         plan = data.plan(step)
         assert plan.samples.tolist() == list(range(8 * step, 8 * step + 8))
-        assert plan.normaliser == 8
+        assert data.normaliser(plan) == 8
         for i, sample in enumerate(plan.samples.tolist()):
-            window = data.window(TRAIN, plan, i)
+            row = data.row(TRAIN, plan, i)
             reader = data.readers[TRAIN][0]
-            total, prompt = reader.total(plan.instances[i]), reader.prompt_length(plan.instances[i])
-            assert known[tuple(window.tokens[:total].tolist())] == prompt
-            assert (window.tokens[total:] == eos).all()
-            end = int(window.bounds[1])
-            assert window.bounds.tolist() in ([0, end, LENGTH], [0, LENGTH])
-            assert window.spans.tolist()[0] == [prompt, end]
-            assert window.scales[0] == 1 / (end - prompt)
-            if end < LENGTH:
-                assert window.spans[1][0] == window.spans[1][1]
-                assert (window.scales[1], window.t[1]) == (0, 0)
+            total, prompt = reader.total(plan.examples[i]), reader.prompt_length(plan.examples[i])
+            assert known[tuple(row.tokens[:total].tolist())] == prompt
+            assert (row.tokens[total:] == eos).all()
+            end = int(row.bounds[1])
+            assert row.bounds.tolist() in ([0, end, LENGTH], [0, LENGTH])
+            assert row.groups.spans.tolist() == [[prompt, end]]
+            assert row.groups.scales.tolist() == [1 / (end - prompt)]
             totals[sample], padded[sample] = total, end
         assert plan.tokens == sum(padded[sample] for sample in plan.samples.tolist()), (
             "filler is in no count"
@@ -167,9 +165,7 @@ def test_t_is_drawn_per_conversation(mode: str, folder: Path) -> None:
     data = made(folder, objective={"timesteps": mode})
     for step in range(3):
         plan = data.plan(step)
-        own = plan.maskable > 0
-        assert plan.t[own].tolist() == timesteps(3, step, np.ones(8), mode).tolist()
-        assert (plan.t[~own] == 0).all()
+        assert plan.groups.t.tolist() == timesteps(3, step, np.ones(8), mode).tolist()
 
 
 @pytest.mark.parametrize("masking", ["bernoulli", "fixed_count"])
@@ -182,28 +178,28 @@ def test_no_prompt_token_and_no_filler_is_ever_masked_weighted_or_changed(
         plan = data.plan(step)
         batch = data.batch(plan, range(8))
         for row in range(8):
-            window = data.window(TRAIN, plan, row)
-            start, end = window.spans[0]
-            inside = batch.rows == row
-            columns = batch.columns[inside].numpy()
+            clean = data.row(TRAIN, plan, row)
+            ((start, end),) = clean.groups.spans
+            (t,) = clean.groups.t
+            terms = batch.terms[TOKENS]
+            inside = terms.rows == row
+            columns = terms.columns[inside].numpy()
             assert ((start <= columns) & (columns < end)).all()
-            changed = np.flatnonzero(batch.inputs[row].numpy() != window.tokens)
+            changed = np.flatnonzero(batch.inputs[row].numpy() != clean.tokens)
             assert set(changed.tolist()) == set(columns.tolist())
-            assert (batch.weights[inside] > 0).all()
+            weights = terms.weights[inside]
+            assert (weights > 0).all()
             masked_padding += int(
-                (columns >= data.readers[TRAIN][0].total(plan.instances[row])).sum()
+                (columns >= data.readers[TRAIN][0].total(plan.examples[row])).sum()
             )
             if masking == "fixed_count":
                 size = int(end - start)
-                count = 1 + int(window.t[0] * size)
-                np.testing.assert_allclose(
-                    batch.weights[inside], np.full(count, 1 / count), rtol=1e-6
-                )
+                count = 1 + int(t * size)
+                np.testing.assert_allclose(weights, np.full(count, 1 / count), rtol=1e-6)
             else:
-                p = 0.999 * window.t[0] + 0.001
-                np.testing.assert_allclose(
-                    batch.weights[inside], np.full(len(columns), 1 / p / (end - start)), rtol=1e-6
-                )
+                p = 0.999 * t + 0.001
+                expected = np.full(len(columns), 1 / p / (end - start))
+                np.testing.assert_allclose(weights, expected, rtol=1e-6)
     assert masked_padding > 20, "padding is part of the response"
 
 
@@ -227,11 +223,11 @@ def test_validation_is_the_response_with_its_own_eos(folder: Path) -> None:
         lambda rows, texts: np.full(len(rows), 0.5),
     )
     for i in range(16):
-        window = data.window(VALIDATION, plan, i)
-        reply = int(plan.instances[i])
-        assert window.spans[0].tolist() == [reader.prompt_length(reply), reader.total(reply)]
-        assert window.scales[0] == 1
-        assert window.tokens[reader.total(reply) - 1] == data.manifest.eos_id
+        row = data.row(VALIDATION, plan, i)
+        reply = int(plan.examples[i])
+        assert row.groups.spans.tolist() == [[reader.prompt_length(reply), reader.total(reply)]]
+        assert row.groups.scales == [1]
+        assert row.tokens[reader.total(reply) - 1] == data.manifest.eos_id
     responses = reader.all_replies[:, 4] - reader.all_replies[:, 3]
     assert reader.tokens_per_byte() == responses.sum() / data.manifest.totals(VALIDATION)[2]
 
@@ -243,11 +239,9 @@ def test_validation_reads_every_reply_of_a_conversation_and_counts_the_conversat
     reader = data.readers[VALIDATION][0]
     assert reader.num_instances < 100 and len(reader.replies) > reader.num_instances
     design = Validator(data, ParallelRank(0, 1, 0, 1)).design(0)
-    assert set(design.plan.instances.tolist()) == set(range(len(reader.replies)))
+    assert set(design.plan.examples.tolist()) == set(range(len(reader.replies)))
     assert design.measure.unit == "conversations" and len(design.items) == reader.num_instances
-    replies = design.plan.instances[
-        np.searchsorted(design.plan.first_segments, design.segments, side="right") - 1
-    ]
+    replies = design.plan.examples[design.plan.rows[design.groups]]
     assert (replies == replies[:, :1]).all(), "a sweep reads one reply"
     assert (design.items[design.owner] == reader.replies[replies[:, 0], 0]).all()
     for text in range(design.text.max() + 1):
@@ -255,7 +249,7 @@ def test_validation_reads_every_reply_of_a_conversation_and_counts_the_conversat
     np.testing.assert_allclose(np.diff(design.t, axis=1), 0.25, atol=1e-12)
     offsets = {round(float(t), 9) for t in design.t[:, 0]}
     assert len(offsets) == len(design.t), "no two sweeps share their t"
-    read = design.plan.maskable[design.segments[:, 0]]
+    read = design.plan.groups.sizes[design.groups[:, 0]]
     assert read.tolist() == [
         reader.total(int(r)) - reader.prompt_length(int(r)) for r in replies[:, 0]
     ]
@@ -363,17 +357,17 @@ def test_a_reply_that_was_cut_is_not_padded(folder: Path, tmp_path: Path) -> Non
         plan = data.plan(step)
         totals = [
             readers[source].total(int(item))
-            for source, item in zip(plan.corpora, plan.instances, strict=True)
+            for source, item in zip(plan.corpora, plan.examples, strict=True)
         ]
         for i in range(8):
-            window = data.window(TRAIN, plan, i)
-            start, end = window.spans[0].tolist()
+            row = data.row(TRAIN, plan, i)
+            ((start, end),) = row.groups.spans.tolist()
             longest = max(totals)
-            if int(window.tokens[totals[i] - 1]) == eos:
+            if int(row.tokens[totals[i] - 1]) == eos:
                 assert end == longest
             else:
                 assert end == totals[i] == limit
-                assert eos not in window.tokens[start:end]
+                assert eos not in row.tokens[start:end]
                 seen[end < longest] += 1
     assert min(seen.values()) > 5
 

@@ -7,7 +7,6 @@ single token, and queries are grouped.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,10 +16,10 @@ from llada.engine.base import Limits
 from llada.engine.layout import sample_offsets
 from llada.engine.megatron import MegatronEngine
 from llada.model import weights
-from llada.objectives.base import Batch
+from llada.objectives import Batch
 from tests.distributed.layouts import LAYOUTS, NO_OVERLAP
 from tests.distributed.pool import RankPool
-from tests.engine.support import OracleTrainer, small_config, step_batches
+from tests.engine.support import OracleTrainer, small_config, step_batches, with_nan_weights
 from tests.model.assembly import gather
 
 STEPS = 5
@@ -181,7 +180,7 @@ def broken_steps(parallel: dict[str, Any]) -> dict[str, Any]:
         before = state()
         batches = own(1)
         if own_rank.rank == own_rank.world_size - 1:
-            batches[-1] = replace(batches[-1], weights=batches[-1].weights * float("nan"))
+            batches[-1] = with_nan_weights(batches[-1])
         results = [
             engine.train_step(batches, 1e-3),
             engine.train_step(own(1), 1e-3, Limits(loss=1.0)),

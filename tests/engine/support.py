@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from llada.config import RunConfig, build_config
 from llada.engine.megatron import MegatronEngine
 from llada.noise import timesteps
-from llada.objectives import Batch, MaskedDiffusion, Window, collate
+from llada.objectives import TOKENS, Batch, Key, MaskedDiffusion, NoiseGroups, Row, collate
 from tests.model.assembly import gather
 from tests.model.oracle import Oracle
 
@@ -58,25 +59,27 @@ def step_batches(config: RunConfig, step: int, masking: str = "bernoulli") -> li
     cuts = [np.unique(rng.integers(1, length, size=rng.integers(0, 4))) for _ in range(count)]
     cuts[-1] = np.array([1])
     bounds = [np.concatenate([[0], c, [length]]).astype(np.int64) for c in cuts]
-    firsts = np.concatenate([[0], np.cumsum([len(b) - 1 for b in bounds])])
-    t = timesteps(config.seed, step, np.concatenate([np.diff(b) for b in bounds]), "stratified")
-    objective = MaskedDiffusion(config.seed, MASK, masking)
-    windows = [
-        Window(
-            step * count + i,
-            rng.integers(0, MASK, length),
-            bounds[i],
-            t[firsts[i] : firsts[i + 1]],
-            int(firsts[i]),
-        )
-        for i in range(count)
-    ]
-    corrupted = [objective.corrupt(w) for w in windows]
+    counts = [len(b) - 1 for b in bounds]
+    firsts = np.concatenate([[0], np.cumsum(counts)])
+    spans = np.concatenate([np.stack([b[:-1], b[1:]], axis=1) for b in bounds])
+    t = timesteps(config.seed, step, spans[:, 1] - spans[:, 0], "stratified")
+    samples = step * count + np.arange(count)
+    groups = NoiseGroups.of_whole_samples(np.repeat(samples, counts), spans, t)
+    objective = MaskedDiffusion(MASK, masking)
+    key = Key(config.seed)
+    corrupted = []
+    for i in range(count):
+        row = Row(rng.integers(0, MASK, length), bounds[i], groups[firsts[i] : firsts[i + 1]])
+        corrupted.append(objective.corrupt(row, key))
     micro = config.batch.micro
-    return [
-        collate(windows[i : i + micro], corrupted[i : i + micro], count * length)
-        for i in range(0, count, micro)
-    ]
+    return [collate(corrupted[i : i + micro], count * length) for i in range(0, count, micro)]
+
+
+def with_nan_weights(batch: Batch) -> Batch:
+    """The same micro-batch with a loss that is not a number."""
+    terms = batch.terms[TOKENS]
+    broken = replace(terms, weights=terms.weights * float("nan"))
+    return replace(batch, terms={TOKENS: broken})
 
 
 def segment_ids(batch: Batch) -> torch.Tensor:
@@ -114,10 +117,11 @@ class OracleTrainer:
         total = torch.zeros((), dtype=torch.float64)
         for batch in batches:
             logits = self.oracle(batch.inputs, segment_ids(batch))
+            terms = batch.terms[TOKENS]
             clean = batch.inputs.clone()
-            clean[batch.rows, batch.columns] = batch.targets
+            clean[terms.rows, terms.columns] = terms.targets
             weights = torch.zeros(batch.inputs.shape)
-            weights[batch.rows, batch.columns] = batch.weights
+            weights[terms.rows, terms.columns] = terms.weights
             each = torch.nn.functional.cross_entropy(
                 logits.flatten(0, 1), clean.flatten(), reduction="none"
             ).view_as(weights)

@@ -16,6 +16,7 @@ from llada.engine.megatron import MegatronEngine
 from llada.engine.rank_batch import rank_batch
 from llada.errors import UserError
 from llada.model import attention
+from llada.objectives import TOKENS
 from tests.engine.support import small_config, step_batches
 
 
@@ -120,17 +121,17 @@ def test_a_context_rank_gets_its_part_with_the_lengths_for_its_kernel(rank: int)
     first, length = 8 * rank, 8
     assert torch.equal(part.inputs, batch.inputs[:, first : first + length])
     assert torch.equal(part.positions, torch.arange(first, first + length))
-    expected = [
-        ((column - first) * len(batch.inputs) + row, int(target), float(weight))
-        for row, column, target, weight in zip(
-            batch.rows.tolist(), batch.columns.tolist(), batch.targets, batch.weights, strict=True
-        )
-        if first <= column < first + length
-    ]
-    assert (
-        list(zip(part.indices.tolist(), part.targets.tolist(), part.weights.tolist(), strict=True))
-        == expected
-    )
+    terms = batch.terms[TOKENS]
+    expected = []
+    for row, column, target, weight in zip(
+        terms.rows.tolist(), terms.columns.tolist(), terms.targets, terms.weights, strict=True
+    ):
+        if first <= column < first + length:
+            index = (column - first) * len(batch.inputs) + row
+            expected.append((index, int(target), float(weight)))
+    own = part.terms[TOKENS]
+    got = zip(own.indices.tolist(), own.targets.tolist(), own.weights.tolist(), strict=True)
+    assert list(got) == expected
     assert part.lengths is not None
     assert int(part.lengths.queries[-1]) == len(batch.inputs) * length
     assert int(part.lengths.keys[-1]) == batch.inputs.numel()

@@ -13,7 +13,7 @@ import torch
 
 from llada.engine.megatron import MegatronEngine
 from llada.model.attention import attention_inputs
-from llada.objectives.base import Segments
+from llada.objectives import TOKENS, Layout
 from tests.engine.support import OracleTrainer, canonical, segment_ids, small_config, step_batches
 
 
@@ -37,7 +37,7 @@ def input_gradient(engine: MegatronEngine, bounds: tuple[int, ...], position: in
     """|d logits at `position` / d embedding of each token|, through the real model, one row."""
     config = engine.config
     batch = step_batches(small_config(batch={"global": 1, "micro": 1}), 0)[0]
-    batch = replace(batch, layout=Segments((bounds,), config.data.sequence_length))
+    batch = replace(batch, layout=Layout((bounds,), config.data.sequence_length))
     chunk = engine.chunks[0]
     kept: list[torch.Tensor] = []
     hook = chunk.embedding.register_forward_hook(
@@ -78,19 +78,17 @@ def test_weight_decay_is_for_matrices_only(engine: MegatronEngine) -> None:
     assert norms == 0.0 and matrices == {1.0}
 
 
-def test_evaluate_gives_the_sum_of_every_segment(engine: MegatronEngine) -> None:
+def test_evaluate_gives_the_sum_of_every_noise_group(engine: MegatronEngine) -> None:
     config = engine.config
     batches = step_batches(config, 7)
     trainer = OracleTrainer(config, canonical(engine))
-    count = 1 + max(int(b.segments.max()) for b in batches)
+    count = 1 + max(int(b.terms[TOKENS].groups.max()) for b in batches)
     sums = engine.evaluate(batches, count)
     expected = torch.zeros(count, dtype=torch.float64)
     with torch.no_grad():
         for batch in batches:
-            logits = trainer.oracle(batch.inputs, segment_ids(batch))[batch.rows, batch.columns]
-            each = (
-                torch.nn.functional.cross_entropy(logits, batch.targets, reduction="none")
-                * batch.weights
-            )
-            expected.index_add_(0, batch.segments, each.double())
+            terms = batch.terms[TOKENS]
+            logits = trainer.oracle(batch.inputs, segment_ids(batch))[terms.rows, terms.columns]
+            losses = torch.nn.functional.cross_entropy(logits, terms.targets, reduction="none")
+            expected.index_add_(0, terms.groups, (losses * terms.weights).double())
     torch.testing.assert_close(sums, expected, rtol=1e-5, atol=1e-6)

@@ -10,7 +10,14 @@ import pytest
 import torch
 
 from llada.engine.megatron import MegatronEngine
-from tests.engine.support import OracleTrainer, canonical, small_config, step_batches
+from llada.objectives import TOKENS
+from tests.engine.support import (
+    OracleTrainer,
+    canonical,
+    small_config,
+    step_batches,
+    with_nan_weights,
+)
 
 SHAPES = {
     "grouped queries": {},
@@ -58,18 +65,14 @@ def test_nothing_masked_gives_zero_not_nan() -> None:
     engine = MegatronEngine(config)
     try:
         before = canonical(engine)
-        none = slice(0, 0)
-        batches = [
-            replace(
-                b,
-                rows=b.rows[none],
-                columns=b.columns[none],
-                targets=b.targets[none],
-                weights=b.weights[none],
-                segments=b.segments[none],
-            )
-            for b in step_batches(config, 0)
-        ]
+        batches = []
+        for batch in step_batches(config, 0):
+            terms = batch.terms[TOKENS]
+            none = {
+                field: getattr(terms, field)[:0]
+                for field in ("rows", "columns", "targets", "weights", "groups")
+            }
+            batches.append(replace(batch, terms={TOKENS: replace(terms, **none)}))
         result = engine.train_step(batches, 0.0)
         assert (result.loss, result.grad_norm, result.applied) == (0.0, 0.0, True)
         assert all(torch.equal(before[name], value) for name, value in canonical(engine).items())
@@ -84,7 +87,7 @@ def test_a_step_that_is_not_finite_updates_nothing() -> None:
         engine.train_step(step_batches(config, 0), 1e-3)
         before = canonical(engine)
         batches = step_batches(config, 1)
-        broken = replace(batches[2], weights=batches[2].weights * float("nan"))
+        broken = with_nan_weights(batches[2])
         result = engine.train_step([*batches[:2], broken, *batches[3:]], 1e-3)
         assert not result.applied
         assert all(torch.equal(before[name], value) for name, value in canonical(engine).items())

@@ -5,6 +5,7 @@ to be.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from llada.engine.megatron import MegatronEngine
 from llada.errors import UserError
 from llada.evaluation import validation_files
 from llada.evaluation.validation import Validator, unigram_entropy
-from llada.objectives import MaskedDiffusion
+from llada.objectives import TOKENS, Key, MaskedDiffusion
 from tests.engine.support import OracleTrainer, canonical
 from tests.preparation import prepare
 from tests.workplace import CONFIG, Workplace
@@ -65,42 +66,38 @@ def test_equals_a_plain_computation_of_the_bound(
     trainer = OracleTrainer(data.config, canonical(engine))
     purpose = f"validation/{data.corpora[0].manifest.fingerprint(VALIDATION)}"
     # the noise is the measure's, whatever the run's seed
-    objective = MaskedDiffusion(0, data.manifest.mask_id)
+    objective = MaskedDiffusion(data.manifest.mask_id, masking="fixed_count")
+    key = Key(0, purpose)
     assert data.config.seed != 0
     total, deciles, documents = 0.0, {}, {}
     starts = np.cumsum([0, *data.corpora[0].shards(VALIDATION)[0].lengths])
     for i in range(len(plan.samples)):
-        window = data.window(VALIDATION, plan, i)
-        corrupted = objective.corrupt(window, masking="fixed_count", purpose=purpose)
-        segment = np.repeat(np.arange(len(window.bounds) - 1), np.diff(window.bounds))
+        row = data.row(VALIDATION, plan, i)
+        corrupted = objective.corrupt(row, key)
+        masked = corrupted.terms[TOKENS].positions
+        segment = np.repeat(np.arange(len(row.bounds) - 1), np.diff(row.bounds))
         with torch.no_grad():
             logits = trainer.oracle(
                 torch.from_numpy(corrupted.inputs)[None], torch.from_numpy(segment)[None]
             )[0]
         each = torch.nn.functional.cross_entropy(
-            logits, torch.from_numpy(window.tokens), reduction="none"
+            logits, torch.from_numpy(row.tokens), reduction="none"
         ).numpy()
-        for k in range(len(window.bounds) - 1):
-            inside = (corrupted.predicted >= window.bounds[k]) & (
-                corrupted.predicted < window.bounds[k + 1]
-            )
-            positions = corrupted.predicted[inside]
-            assert len(positions) == 1 + math.floor(
-                window.t[k] * (window.bounds[k + 1] - window.bounds[k])
-            )
-            size = window.bounds[k + 1] - window.bounds[k]
+        for k, (start, end) in enumerate(itertools.pairwise(row.bounds.tolist())):
+            positions = masked[(masked >= start) & (masked < end)]
+            size = end - start
+            t = row.groups.t[k]
+            assert len(positions) == 1 + math.floor(t * size)
             loss = size / len(positions) * each[positions].sum()
             total += loss
             # Of a document all parts in all windows that are read belong together.
-            document = int(
-                np.searchsorted(starts, plan.instances[i] * 64 + window.bounds[k], side="right")
-            )
+            document = int(np.searchsorted(starts, plan.examples[i] * 64 + start, side="right"))
             own = documents.setdefault(document, [0.0, 0])
             own[0], own[1] = own[0] + loss, own[1] + size
-            sums = deciles.setdefault(int(window.t[k] * 10), [0.0, 0])
+            sums = deciles.setdefault(int(t * 10), [0.0, 0])
             sums[0], sums[1] = sums[0] + loss, sums[1] + size
-    assert line["nelbo_per_token"] == pytest.approx(total / plan.lengths.sum(), rel=1e-5)
-    every = plan.lengths.sum()
+    every = plan.tokens
+    assert line["nelbo_per_token"] == pytest.approx(total / every, rel=1e-5)
     errors = [total / every - (total - loss) / (every - size) for loss, size in documents.values()]
     k = len(documents)
     assert k > 1 and (line["corpora"]["corpus"]["items"], line["corpora"]["corpus"]["unit"]) == (
@@ -114,10 +111,12 @@ def test_equals_a_plain_computation_of_the_bound(
     assert (low + high) / 2 == pytest.approx(
         line["nelbo_per_token"]
     ) and high - low > 2 * 1.96 * line["nelbo_per_token_se"]
-    for d, row in enumerate(line["corpora"]["corpus"]["t_deciles"]):
-        assert (row is None) == (d not in deciles)
-        if row is not None:
-            assert row["nelbo_per_token"] == pytest.approx(deciles[d][0] / deciles[d][1], rel=1e-5)
+    for d, entry in enumerate(line["corpora"]["corpus"]["t_deciles"]):
+        assert (entry is None) == (d not in deciles)
+        if entry is not None:
+            assert entry["nelbo_per_token"] == pytest.approx(
+                deciles[d][0] / deciles[d][1], rel=1e-5
+            )
     _, tokens, text_bytes = data.corpora[0].manifest.totals(VALIDATION)
     assert line["bits_per_byte"] == pytest.approx(
         line["nelbo_per_token"] / math.log(2) * tokens / text_bytes
@@ -150,7 +149,10 @@ def test_the_same_noise_whatever_the_micro_batch_or_the_seed(workplace: Workplac
         validator = Validator(data, engine.parallel_rank)
         plan = validator.design(0).plan
         seen.append(
-            (plan.t.tolist(), [batch.inputs.tolist() for batch in validator._batches(plan, 0)])
+            (
+                plan.groups.t.tolist(),
+                [batch.inputs.tolist() for batch in validator._batches(plan, 0)],
+            )
         )
     assert seen[0] == seen[1]
 
@@ -174,14 +176,15 @@ def test_every_text_is_read_at_evenly_spaced_t_from_its_own_offset_and_shares_no
     design = Validator(data, parts[1].parallel_rank).design(0)
     plan, each = design.plan, 12 if few else 4
     assert len(plan.samples) == (12 * count if few else windows)
-    assert sorted(np.unique(plan.instances, return_counts=True)[1]) == [each] * (
+    assert sorted(np.unique(plan.examples, return_counts=True)[1]) == [each] * (
         count if few else windows // 4
     )
     assert len(set(plan.samples.tolist())) == len(plan.samples), "every draw has masks of its own"
-    assert sorted(design.segments.ravel().tolist()) == list(range(len(plan.t))), (
-        "every segment is one draw"
+    assert sorted(design.groups.ravel().tolist()) == list(range(len(plan.groups))), (
+        "every group is one draw"
     )
-    assert (plan.maskable[design.segments] == plan.maskable[design.segments[:, :1]]).all()
+    sizes = plan.groups.sizes
+    assert (sizes[design.groups] == sizes[design.groups[:, :1]]).all()
     offsets = []
     for text in range(design.text.max() + 1):
         t = np.sort(design.t[design.text == text].ravel())
@@ -196,7 +199,7 @@ def test_every_text_is_read_at_evenly_spaced_t_from_its_own_offset_and_shares_no
             "the parts of a document are one item"
         )
     else:
-        assert design.items.tolist() == sorted(set(plan.instances.tolist()))
+        assert design.items.tolist() == sorted(set(plan.examples.tolist()))
 
 
 def test_the_file_of_a_validation_holds_the_losses_behind_its_line(

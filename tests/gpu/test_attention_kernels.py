@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from llada.errors import RunError
 from llada.model import attention
-from llada.objectives.base import Segments
+from llada.objectives import Layout
 from tests.gpu.conftest import Hardware
 
 
@@ -56,18 +56,18 @@ def random_bounds(length: int, rng: np.random.Generator) -> tuple[int, ...]:
     return tuple(int(cut) for cut in sorted({0, 1, *cuts, length}))
 
 
-def layouts(shape: Shape) -> dict[str, Segments]:
+def layouts(shape: Shape) -> dict[str, Layout]:
     rng = np.random.default_rng(0)
     cut = [random_bounds(shape.length, rng) for _ in range(shape.rows)]
     return {
-        "whole rows": Segments(((0, shape.length),) * shape.rows, shape.length),
-        "rows cut alike": Segments((cut[0],) * shape.rows, shape.length),
-        "rows cut differently": Segments((*cut[:-1], (0, shape.length)), shape.length),
+        "whole rows": Layout(((0, shape.length),) * shape.rows, shape.length),
+        "rows cut alike": Layout((cut[0],) * shape.rows, shape.length),
+        "rows cut differently": Layout((*cut[:-1], (0, shape.length)), shape.length),
     }
 
 
 def plain(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Segments, offset: int
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout, offset: int
 ) -> torch.Tensor:
     """Softmax over the keys of a query's own segment, one row and segment at a time, in fp32; [s,
     b, h, d].
@@ -97,7 +97,7 @@ def relative_error(ours: torch.Tensor, expected: torch.Tensor) -> float:
 def errors(
     kernel: attention.Kernel | None,
     shape: Shape,
-    layout: Segments,
+    layout: Layout,
     part: slice,
     dtype: torch.dtype,
     device: str,
@@ -150,7 +150,7 @@ def errors(
     return errors_by_name
 
 
-def check_operators(names: set[str], kernel: attention.Kernel | None, layout: Segments) -> None:
+def check_operators(names: set[str], kernel: attention.Kernel | None, layout: Layout) -> None:
     """That the kernel which was meant ran, and torch's unfused one did not."""
     scaled = {name for name in names if "scaled_dot_product" in name}
     if kernel is not None:
@@ -197,7 +197,7 @@ def test_every_kernel_is_the_plain_computation(
 def test_a_shape_that_only_the_unfused_kernel_has_is_refused() -> None:
     x = torch.ones(8, 1, 1, 8, device="cuda", dtype=torch.float64)
     shared = attention.attention_inputs(
-        Segments(((0, 8),), 8), torch.arange(8, device="cuda"), 0, 8, 1e4
+        Layout(((0, 8),), 8), torch.arange(8, device="cuda"), 0, 8, 1e4
     )
     with pytest.raises(RunError, match="math kernel is refused"):
         attention.attend(x, x, x, shared)

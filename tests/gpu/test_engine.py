@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -20,7 +19,7 @@ from llada.config import RunConfig
 from llada.engine.megatron import MegatronEngine
 from llada.engine.rank_batch import RankBatch
 from tests.engine.saves import save
-from tests.engine.support import OracleTrainer, canonical, step_batches
+from tests.engine.support import OracleTrainer, canonical, step_batches, with_nan_weights
 from tests.gpu.conftest import Hardware
 
 ROOT = Path(__file__).parents[2]
@@ -156,7 +155,7 @@ def test_a_step_that_is_not_finite_is_left_out_on_the_device(hardware: Hardware)
         engine.train_step(prepared(engine, 0), RATE)
         before = state(engine)
         batches = prepared(engine, 1)
-        batches[1] = replace(batches[1], weights=batches[1].weights * float("nan"))
+        batches[1] = with_nan_weights(batches[1])
         assert not engine.train_step(batches, RATE).applied
         assert all(torch.equal(a, b) for a, b in zip(state(engine), before, strict=True))
         assert engine.train_step(prepared(engine, 2), RATE).applied

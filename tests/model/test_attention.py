@@ -13,9 +13,9 @@ import torch
 
 from llada.errors import RunError, UserError
 from llada.model import attention
-from llada.objectives.base import Segments
+from llada.objectives import Layout
 
-LAYOUT = Segments(((0, 16), (0, 5, 6, 16), (0, 16), (0, 9, 16)), 16)
+LAYOUT = Layout(((0, 16), (0, 5, 6, 16), (0, 16), (0, 9, 16)), 16)
 
 
 def qkv(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
@@ -26,7 +26,7 @@ def qkv(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
 
 
 def plain(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Segments = LAYOUT
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout = LAYOUT
 ) -> torch.Tensor:
     """A softmax over a boolean mask; [s, b, h, d]."""
     ids = torch.stack(
@@ -46,7 +46,7 @@ def inputs(
     offset: int = 0,
     length: int = 16,
     kernel: attention.Kernel | None = None,
-    layout: Segments = LAYOUT,
+    layout: Layout = LAYOUT,
 ) -> attention.AttentionInputs:
     lengths = (
         attention.segment_lengths(layout, offset, length)
@@ -125,7 +125,7 @@ def test_rows_with_equal_boundaries_are_computed_as_further_heads_without_a_copy
         return loop_kernel(q, k, v, lengths)
 
     kernel = attention.Kernel("noted", noted, whole_rows=True)
-    layout = Segments(((0, 5, 6, 16),) * 4, 16)
+    layout = Layout(((0, 5, 6, 16),) * 4, 16)
     q, k, v = qkv()
     size = 16 // parts
     outputs = [
@@ -146,7 +146,7 @@ def test_flash_attn_computes_whole_rows_too(whole_rows: bool) -> None:
         return loop_kernel(*args)
 
     q, k, v = qkv()
-    layout = Segments(((0, 16),) * 4, 16)
+    layout = Layout(((0, 16),) * 4, 16)
     kernel = attention.Kernel("noted", noted, whole_rows)
     out = attention.attend(q, k, v, inputs(kernel=kernel, layout=layout))
     torch.testing.assert_close(
@@ -225,7 +225,7 @@ def test_the_newest_kernel_made_for_the_gpu_is_chosen(
     )
     if expected != "torch varlen":
         q = torch.ones(3, 2, 8)
-        whole = attention.segment_lengths(Segments(((0, 3),), 3), 0, 3)
+        whole = attention.segment_lengths(Layout(((0, 3),), 3), 0, 3)
         assert chosen.call(q, q, q, whole) is q
 
 

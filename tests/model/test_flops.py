@@ -9,11 +9,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from llada.config.sections import ModelSection
 from llada.model.flops import Peak, step_flops
 from llada.model.weights import canonical_shapes, num_parameters
+from llada.objectives import TOKENS, Work
 from tests.model.oracle import Oracle
 
 MODEL = ModelSection(
     num_layers=2, hidden_size=64, num_attention_heads=4, ffn_hidden_size=96, vocab_size=128
 )
+
+
+def work(lengths: list[int], predicted: int) -> Work:
+    return Work({TOKENS: predicted}, sum(length**2 for length in lengths))
 
 
 def test_full_length_equals_torchs_counter() -> None:
@@ -24,7 +29,7 @@ def test_full_length_equals_torchs_counter() -> None:
     with FlopCounterMode(display=False) as counter:
         logits = oracle(tokens, torch.zeros_like(tokens))
         logits.sum().backward()
-    flops = step_flops(MODEL, [32, 32, 32], 96, 32)
+    flops = step_flops(MODEL, 96, work([32, 32, 32], 96), 32)
     assert flops.full_length == flops.actual
     # The rotary tables are elementwise; every matrix product is counted, and nothing flows back
     # into the token ids.
@@ -32,15 +37,19 @@ def test_full_length_equals_torchs_counter() -> None:
 
 
 def test_segments_cost_less_attention_and_fewer_predictions_less_head() -> None:
-    whole, cut = step_flops(MODEL, [64], 64, 64), step_flops(MODEL, [32, 32], 64, 64)
+    whole = step_flops(MODEL, 64, work([64], 64), 64)
+    cut = step_flops(MODEL, 64, work([32, 32], 64), 64)
     assert whole.actual - cut.actual == 3 * 4 * 2 * 64 * (64**2 - 2 * 32**2)
     assert cut.full_length == whole.full_length
-    assert whole.actual - step_flops(MODEL, [64], 24, 64).actual == 3 * 2 * 64 * 128 * 40
+    fewer = step_flops(MODEL, 64, work([64], 24), 64)
+    assert whole.actual - fewer.actual == 3 * 2 * 64 * 128 * 40
 
 
 def test_grouped_queries_cost_less() -> None:
     grouped = MODEL.model_copy(update={"num_query_groups": 1})
-    saved = step_flops(MODEL, [64], 0, 64).actual - step_flops(grouped, [64], 0, 64).actual
+    no_head = work([64], 0)
+    ungrouped = step_flops(MODEL, 64, no_head, 64)
+    saved = ungrouped.actual - step_flops(grouped, 64, no_head, 64).actual
     assert saved == 3 * 2 * 2 * 64 * 64 * 2 * (64 - 16)
 
 

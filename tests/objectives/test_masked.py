@@ -8,11 +8,44 @@ import math
 import numpy as np
 import pytest
 
-from llada.objectives import MaskedDiffusion, Window, collate
-from llada.objectives import masked as module
+from llada.objectives import (
+    TOKENS,
+    Corrupted,
+    Key,
+    Layout,
+    MaskedDiffusion,
+    NoiseGroups,
+    Row,
+    Terms,
+    collate,
+)
+from llada.objectives import row as module
 
 L = 4
 MASK = 9
+
+
+def masked(
+    objective: MaskedDiffusion,
+    sample: int,
+    tokens: np.ndarray,
+    bounds: list[int],
+    t: list[float] | np.ndarray,
+    seed: int = 0,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Inputs, masked positions and their weights of a row whose segments are its noise groups."""
+    corrupted = objective.corrupt(whole_segments(sample, tokens, bounds, t), Key(seed))
+    terms = corrupted.terms[TOKENS]
+    return corrupted.inputs, terms.positions, terms.weights
+
+
+def whole_segments(
+    sample: int, tokens: np.ndarray, bounds: list[int], t: list[float] | np.ndarray
+) -> Row:
+    ends = np.array(bounds)
+    spans = np.stack([ends[:-1], ends[1:]], axis=1)
+    groups = NoiseGroups.of_whole_samples(np.full(len(spans), sample), spans, np.asarray(t))
+    return Row(tokens, ends, groups)
 
 
 def losses_of_a_toy_model() -> dict[frozenset[int], np.ndarray]:
@@ -44,19 +77,16 @@ def weighted_loss(
     monkeypatch: pytest.MonkeyPatch,
 ) -> tuple[float, int]:
     monkeypatch.setattr(module, "mask_uniforms", lambda *_: draws)
-    window = Window(0, np.arange(L), np.array([0, L]), np.array([t]), 0)
-    c = objective.corrupt(window)
-    assert (c.inputs[c.predicted] == MASK).all() and (
-        np.delete(c.inputs, c.predicted) == np.delete(np.arange(L), c.predicted)
-    ).all()
-    return float((c.weights * model[frozenset(c.predicted.tolist())][c.predicted]).sum()), len(
-        c.predicted
-    )
+    inputs, positions, weights = masked(objective, 0, np.arange(L), [0, L], [t])
+    assert (inputs[positions] == MASK).all()
+    assert (np.delete(inputs, positions) == np.delete(np.arange(L), positions)).all()
+    losses = model[frozenset(positions.tolist())][positions]
+    return float((weights * losses).sum()), len(positions)
 
 
 def test_fixed_count_is_the_exact_nelbo(monkeypatch: pytest.MonkeyPatch) -> None:
     model = losses_of_a_toy_model()
-    objective = MaskedDiffusion(0, MASK, "fixed_count")
+    objective = MaskedDiffusion(MASK, "fixed_count")
     total, seen = 0.0, []
     for cell in range(L):  # t uniform: each cell of width 1/L gives one count
         # draws: each order of the positions is equally likely
@@ -84,7 +114,7 @@ def test_bernoulli_is_the_integral_from_eps_to_one(
         )
 
     exact = sum(model[s][list(s)].sum() * beta(len(s)) for s in model if s) / (1 - eps)
-    objective = MaskedDiffusion(0, MASK, "bernoulli", eps)
+    objective = MaskedDiffusion(MASK, "bernoulli", eps)
     # the integrand is a polynomial of degree 3 in t
     nodes, node_weights = np.polynomial.legendre.leggauss(4)
     total = 0.0
@@ -108,12 +138,12 @@ def test_constant_loss_has_mean_one_and_the_analytic_variance() -> None:
     t = np.random.default_rng(1).random(count)
     values = {}
     for masking in ("bernoulli", "fixed_count"):
-        objective = MaskedDiffusion(0, MASK, masking, eps)
-        windows = (
-            Window(i, np.zeros(length, dtype=np.int64), np.array([0, length]), t[i : i + 1], 0)
-            for i in range(count)
-        )
-        values[masking] = np.array([objective.corrupt(w).weights.sum() / length for w in windows])
+        objective = MaskedDiffusion(MASK, masking, eps)
+        tokens = np.zeros(length, dtype=np.int64)
+        sums = [
+            masked(objective, i, tokens, [0, length], t[i : i + 1])[2].sum() for i in range(count)
+        ]
+        values[masking] = np.array(sums) / length
     np.testing.assert_allclose(values["fixed_count"], 1.0, atol=1e-12)
     variance = (math.log(1 / eps) / (1 - eps) - 1) / length
     assert values["bernoulli"].mean() == pytest.approx(1.0, abs=4 * math.sqrt(variance / count))
@@ -121,74 +151,117 @@ def test_constant_loss_has_mean_one_and_the_analytic_variance() -> None:
 
 
 def test_segments_have_their_own_t_and_masks_do_not_depend_on_the_segmentation() -> None:
-    objective = MaskedDiffusion(4, MASK, "bernoulli")
+    objective = MaskedDiffusion(MASK, "bernoulli")
     tokens = np.arange(200) % 9
-    whole = objective.corrupt(Window(5, tokens, np.array([0, 200]), np.array([0.6]), 0))
-    split = objective.corrupt(Window(5, tokens, np.array([0, 80, 200]), np.array([0.6, 0.6]), 0))
-    np.testing.assert_array_equal(whole.predicted, split.predicted)
-    np.testing.assert_array_equal(whole.weights, split.weights)
-    mixed = objective.corrupt(Window(5, tokens, np.array([0, 80, 200]), np.array([0.1, 0.6]), 0))
-    np.testing.assert_array_equal(
-        mixed.predicted[mixed.predicted >= 80], whole.predicted[whole.predicted >= 80]
+    _, whole, whole_weights = masked(objective, 5, tokens, [0, 200], [0.6], seed=4)
+    _, split, split_weights = masked(objective, 5, tokens, [0, 80, 200], [0.6, 0.6], seed=4)
+    np.testing.assert_array_equal(whole, split)
+    np.testing.assert_array_equal(whole_weights, split_weights)
+    _, mixed, mixed_weights = masked(objective, 5, tokens, [0, 80, 200], [0.1, 0.6], seed=4)
+    np.testing.assert_array_equal(mixed[mixed >= 80], whole[whole >= 80])
+    assert set(mixed_weights) == {1 / (0.999 * 0.1 + 0.001), 1 / (0.999 * 0.6 + 0.001)}
+
+
+@pytest.mark.parametrize("masking", ["bernoulli", "fixed_count"])
+def test_a_sample_gets_the_noise_in_the_middle_of_a_row_that_it_gets_alone(masking: str) -> None:
+    """Samples 5 and 8, of 20 and 12 tokens, in one row, the second with a prompt of 4."""
+    objective = MaskedDiffusion(MASK, masking, eps=0.2)
+    tokens = np.arange(20) % 9
+    groups = NoiseGroups(
+        ids=np.array([3, 4, 5]),
+        spans=np.array([[0, 8], [8, 20], [24, 32]]),
+        samples=np.array([5, 5, 8]),
+        origins=np.array([0, 0, 20]),
+        t=np.array([0.3, 0.6, 0.7]),
+        scales=np.ones(3),
     )
-    assert set(mixed.weights) == {1 / (0.999 * 0.1 + 0.001), 1 / (0.999 * 0.6 + 0.001)}
+    packed = Row(np.concatenate([tokens, tokens[:12]]), np.array([0, 20, 32]), groups)
+    terms = objective.corrupt(packed, Key(1)).terms[TOKENS]
+    first = objective.corrupt(whole_segments(5, tokens, [0, 8, 20], [0.3, 0.6]), Key(1))
+    alone = NoiseGroups.of_whole_samples(np.array([8]), np.array([[4, 12]]), np.array([0.7]))
+    second = objective.corrupt(Row(tokens[:12], np.array([0, 12]), alone), Key(1))
+    parts = (first.terms[TOKENS], second.terms[TOKENS])
+    expected = [*parts[0].positions.tolist(), *(20 + parts[1].positions).tolist()]
+    assert terms.positions.tolist() == expected
+    assert terms.weights.tolist() == [*parts[0].weights.tolist(), *parts[1].weights.tolist()]
+    assert terms.groups.tolist() == [*(3 + parts[0].groups).tolist(), *[5] * len(parts[1].groups)]
 
 
 def test_fixed_count_counts_per_segment() -> None:
-    objective = MaskedDiffusion(4, MASK, "fixed_count")
-    c = objective.corrupt(
-        Window(5, np.zeros(100, dtype=np.int64), np.array([0, 10, 100]), np.array([0.55, 0.999]), 0)
-    )
-    assert (c.predicted < 10).sum() == 6 and (c.predicted >= 10).sum() == 90
-    assert set(c.weights) == {10 / 6, 90 / 90}
+    objective = MaskedDiffusion(MASK, "fixed_count")
+    tokens = np.zeros(100, dtype=np.int64)
+    _, positions, weights = masked(objective, 5, tokens, [0, 10, 100], [0.55, 0.999], seed=4)
+    assert (positions < 10).sum() == 6 and (positions >= 10).sum() == 90
+    assert set(weights) == {10 / 6, 90 / 90}
 
 
 def test_special_tokens_are_masked_like_any_other() -> None:
     """Every position, EOS included, is masked with the same frequency."""
-    objective = MaskedDiffusion(0, MASK, "bernoulli")
+    objective = MaskedDiffusion(MASK, "bernoulli")
     hits = np.zeros(16)
     for sample in range(4000):
-        hits[
-            objective.corrupt(
-                Window(sample, np.arange(16), np.array([0, 16]), np.array([0.5]), 0)
-            ).predicted
-        ] += 1
+        hits[masked(objective, sample, np.arange(16), [0, 16], [0.5])[1]] += 1
     assert np.abs(hits / 4000 - 0.5005).max() < 4.5 * math.sqrt(0.25 / 4000)
 
 
-def test_collate_orders_predictions_and_names_their_segments() -> None:
-    objective = MaskedDiffusion(1, MASK, "fixed_count")
-    windows = [
-        Window(0, np.arange(8), np.array([0, 8]), np.array([0.5]), 0),
-        Window(1, np.arange(8)[::-1].copy(), np.array([0, 3, 8]), np.array([0.2, 0.9]), 1),
+def test_collate_orders_terms_and_names_their_groups() -> None:
+    objective = MaskedDiffusion(MASK, "fixed_count")
+    groups = NoiseGroups.of_whole_samples(
+        np.array([0, 1, 1]), np.array([[0, 8], [0, 3], [3, 8]]), np.array([0.5, 0.2, 0.9])
+    )
+    rows = [
+        Row(np.arange(8), np.array([0, 8]), groups[:1]),
+        Row(np.arange(8)[::-1].copy(), np.array([0, 3, 8]), groups[1:]),
     ]
-    corrupted = [objective.corrupt(w) for w in windows]
-    batch = collate(windows, corrupted, 16.0)
-    keys = (batch.columns * 2 + batch.rows).tolist()
+    corrupted = [objective.corrupt(row, Key(1)) for row in rows]
+    batch = collate(corrupted, 16.0)
+    terms = batch.terms[TOKENS]
+    keys = (terms.columns * 2 + terms.rows).tolist()
     assert keys == sorted(keys)
-    for row, column, target, weight, segment in zip(
-        batch.rows, batch.columns, batch.targets, batch.weights, batch.segments, strict=True
+    for row, column, target, weight, group in zip(
+        terms.rows, terms.columns, terms.targets, terms.weights, terms.groups, strict=True
     ):
-        window, c = windows[row], corrupted[row]
-        assert batch.inputs[row, column] == MASK and target == window.tokens[column]
-        assert weight == pytest.approx(c.weights[list(c.predicted).index(int(column))])
-        assert segment == (0 if row == 0 else (1 if column < 3 else 2))
+        own = corrupted[row].terms[TOKENS]
+        assert batch.inputs[row, column] == MASK and target == rows[row].tokens[column]
+        assert weight == pytest.approx(own.weights[list(own.positions).index(int(column))])
+        assert group == (0 if row == 0 else (1 if column < 3 else 2))
     assert batch.inputs.ne(MASK).sum() + len(keys) == 16
 
 
-def test_expected_predictions_match_the_draws() -> None:
-    lengths, t = np.array([64, 192]), np.array([0.3, 0.8])
+def test_terms_at_one_position_keep_their_order() -> None:
+    """Two rows; the first has three terms at position 2."""
+
+    def row(positions: list[int], targets: list[int]) -> Corrupted:
+        count = len(positions)
+        terms = Terms(
+            positions=np.array(positions),
+            targets=np.array(targets),
+            weights=np.ones(count),
+            groups=np.zeros(count, dtype=np.int64),
+            aux={"alpha": np.array(targets) / 10},
+        )
+        return Corrupted(
+            np.zeros(4, dtype=np.int64), np.arange(4), Layout(((0, 4),), 4), {TOKENS: terms}
+        )
+
+    batch = collate([row([2, 2, 2, 0], [7, 5, 6, 4]), row([2, 1], [3, 2])], 1.0)
+    terms = batch.terms[TOKENS]
+    assert terms.columns.tolist() == [0, 1, 2, 2, 2, 2]
+    assert terms.rows.tolist() == [0, 1, 0, 0, 0, 1]
+    assert terms.targets.tolist() == [4, 2, 7, 5, 6, 3]
+    assert (terms.aux["alpha"] * 10).round().tolist() == terms.targets.tolist()
+
+
+def test_the_expected_number_of_terms_matches_the_draws() -> None:
+    t = np.array([0.3, 0.8])
+    tokens = np.zeros(256, dtype=np.int64)
+    groups = whole_segments(0, tokens, [0, 64, 256], t).groups
     for masking in ("bernoulli", "fixed_count"):
-        objective = MaskedDiffusion(0, MASK, masking)
-        drawn = [
-            len(
-                objective.corrupt(
-                    Window(s, np.zeros(256, dtype=np.int64), np.array([0, 64, 256]), t, 0)
-                ).predicted
-            )
-            for s in range(500)
-        ]
-        assert objective.expected_predictions(lengths, t) == pytest.approx(np.mean(drawn), rel=0.01)
+        objective = MaskedDiffusion(MASK, masking)
+        drawn = [len(masked(objective, s, tokens, [0, 64, 256], t)[1]) for s in range(500)]
+        work = objective.work(groups.sizes, groups)
+        assert work.terms[TOKENS] == pytest.approx(np.mean(drawn), rel=0.01)
+        assert work.attended_pairs == 64**2 + 192**2
 
 
 @pytest.mark.parametrize(
@@ -198,26 +271,26 @@ def test_of_equal_draws_the_earlier_positions_are_masked(
     draws: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "mask_uniforms", lambda *_: np.array(draws))
-    objective = MaskedDiffusion(0, MASK, "fixed_count")
+    objective = MaskedDiffusion(MASK, "fixed_count")
     for count in range(1, 6):
-        c = objective.corrupt(
-            Window(0, np.arange(5), np.array([0, 5]), np.array([(count - 0.5) / 5]), 0)
-        )
-        assert c.predicted.tolist() == sorted(sorted(range(5), key=lambda i: draws[i])[:count])
+        _, positions, _ = masked(objective, 0, np.arange(5), [0, 5], [(count - 0.5) / 5])
+        assert positions.tolist() == sorted(sorted(range(5), key=lambda i: draws[i])[:count])
 
 
 @pytest.mark.parametrize("masking", ["bernoulli", "fixed_count"])
-def test_positions_outside_the_spans_and_segments_of_scale_zero_are_left_alone(
+def test_positions_outside_the_groups_and_groups_of_scale_zero_are_left_alone(
     masking: str,
 ) -> None:
-    """A prompt before the span, filler behind it, and a segment that counts nothing."""
-    objective = MaskedDiffusion(0, MASK, masking, eps=0.2)
-    spans, scales = np.array([[3, 20], [25, 40], [64, 64]]), np.array([0.25, 0.0, 0.0])
+    """A prompt before the first group, filler behind the last, and a group that counts nothing."""
+    objective = MaskedDiffusion(MASK, masking, eps=0.2)
+    spans = np.array([[3, 20], [25, 40]])
     for sample in range(50):
-        t = np.array([0.9, 0.9, 0.0])
-        c = objective.corrupt(
-            Window(sample, np.arange(64), np.array([0, 20, 40, 64]), t, 0, spans, scales)
+        groups = NoiseGroups.of_whole_samples(
+            np.full(2, sample), spans, np.array([0.9, 0.9]), np.array([0.25, 0.0])
         )
-        assert len(c.predicted) and c.predicted.min() >= 3 and c.predicted.max() < 20
+        row = Row(np.arange(64), np.array([0, 20, 40, 64]), groups)
+        terms = objective.corrupt(row, Key(0)).terms[TOKENS]
+        assert len(terms.positions)
+        assert terms.positions.min() >= 3 and terms.positions.max() < 20
         weight = 1 / (0.8 * 0.9 + 0.2) if masking == "bernoulli" else 17 / 16
-        assert set(c.weights) == {0.25 * weight}
+        assert set(terms.weights) == {0.25 * weight}

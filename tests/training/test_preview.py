@@ -9,6 +9,7 @@ import pytest
 from llada.data.manifest import TRAIN
 from llada.data.pretrain import PretrainData
 from llada.errors import UserError
+from llada.objectives import TOKENS
 from llada.training.configure import load_config
 from llada.training.preview import describe_step
 from tests.workplace import Workplace
@@ -22,18 +23,18 @@ def test_the_text_says_what_the_plan_holds(
     text = describe_step(config, 3, samples=8)
     data = PretrainData(config)
     plan = data.plan(2)
-    assert f"step 3: samples 16 to 23, {len(plan.lengths)} segments, 512 tokens" in text
+    assert f"step 3: samples 16 to 23, {len(plan.groups)} noise groups, 512 tokens" in text
     shown = re.findall(r"\[(\d+), (\d+)\) t = ([\d.]+), (\d+) masked", text)
     expected = []
     for i in range(8):
-        window = data.window(TRAIN, plan, i)
-        masked = data.objective.corrupt(window).predicted
-        for start, end, t in zip(window.bounds[:-1], window.bounds[1:], window.t, strict=True):
+        row = data.row(TRAIN, plan, i)
+        masked = data.objective.corrupt(row, data.key).terms[TOKENS].positions
+        for start, end, t in zip(row.bounds[:-1], row.bounds[1:], row.groups.t, strict=True):
             expected.append(
                 (str(start), str(end), f"{t:.4f}", str(((masked >= start) & (masked < end)).sum()))
             )
     assert shown == expected
-    documents = [1 + len(data.readers[TRAIN][0].document_starts(int(w))) for w in plan.instances]
+    documents = [1 + len(data.readers[TRAIN][0].document_starts(int(w))) for w in plan.examples]
     assert [int(n) for n in re.findall(r"window \d+, (\d+) documents", text)] == documents
 
 

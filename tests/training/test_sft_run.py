@@ -91,9 +91,9 @@ def test_the_loss_is_the_published_formula_whatever_the_micro_batch(
         trainer = OracleTrainer(settings, canonical(engine))
         total = torch.zeros((), dtype=torch.float64)
         for i in range(8):
-            tokens = torch.from_numpy(data.window(TRAIN, plan, i).tokens)
-            start, end = plan.spans[plan.first_segments[i]].tolist()
-            t, size = float(plan.t[plan.first_segments[i]]), end - start
+            tokens = torch.from_numpy(data.row(TRAIN, plan, i).tokens)
+            ((start, end),) = plan.groups_of(i).spans.tolist()
+            t, size = float(plan.groups_of(i).t[0]), end - start
             draws = mask_uniforms(settings.seed, int(plan.samples[i]), 64)
             if masking == "bernoulli":
                 p = (1 - 1e-3) * t + 1e-3
@@ -163,7 +163,7 @@ def test_a_killed_run_repeats_the_uninterrupted_one(place: Workplace) -> None:
 
 def test_llada_data_step_shows_responses(place: Workplace) -> None:
     out = place.run("data", "step", config(place, "shown", init=False), "1").stdout
-    assert "8 segments" in out
+    assert "8 noise groups" in out
     assert "conversation " in out
     assert " masked: " in out
 

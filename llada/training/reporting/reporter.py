@@ -20,7 +20,6 @@ import llada
 from llada import events, revision
 from llada.config import PROVENANCE, RunConfig, dump_config
 from llada.data.manifest import TRAIN
-from llada.data.sft import ReplyReader
 from llada.data.step_plan import StepPlan
 from llada.data.training_data import TrainingData
 from llada.engine.base import StepResult
@@ -211,13 +210,8 @@ class MainReporter:
         config = self._config
         plan = finished.plan
         result = finished.result
-        has_tokens = plan.maskable > 0  # the other segments are filler
-        predicted = self._data.objective.expected_predictions(
-            plan.maskable[has_tokens], plan.t[has_tokens]
-        )
-        flops = step_flops(
-            config.model, plan.counted.tolist(), predicted, config.data.sequence_length
-        )
+        work = self._data.objective.work(plan.attended, plan.groups)
+        flops = step_flops(config.model, plan.tokens, work, config.data.sequence_length)
         mfu = self._peak.mfu(flops.actual / finished.seconds / self._hardware.world_size)
         # The order of the fields is that of the file.
         return {
@@ -331,9 +325,8 @@ class MainReporter:
         rows = []
         for split, readers in self._data.readers.items():
             for reader in readers:
-                if isinstance(reader, ReplyReader):
-                    corpus = reader.corpus.folder.name
-                    rows += [{"corpus": corpus, "split": split, **row} for row in reader.too_long()]
+                corpus = reader.corpus.folder.name
+                rows += [{"corpus": corpus, "split": split, **row} for row in reader.too_long()]
         if rows:
             path = self._folder / "too_long.jsonl"
             write_atomically(path, "".join(orjson.dumps(row).decode() + "\n" for row in rows))

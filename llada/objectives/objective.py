@@ -1,0 +1,76 @@
+"""The interface of an objective."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from llada.arrays import I64
+from llada.objectives.corrupted import Corrupted
+from llada.objectives.row import Key, NoiseGroups, Row
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the model computes for a step, known before anything is drawn; for counting FLOPs.
+
+    Attributes:
+        terms: expected number of terms of the loss, by head.
+        attended_pairs: pairs of a query and a key that it sees.
+    """
+
+    terms: Mapping[str, float]
+    attended_pairs: float
+
+
+class Objective(Protocol):
+    """From clean tokens and keys to corrupted tokens and the terms of the loss.
+
+    An objective knows neither ranks nor the model, and holds no state: what it returns follows from
+    its arguments alone.
+    """
+
+    @property
+    def token_loss(self) -> str:
+        """Name in `llada.model.token_losses.KERNELS` of the loss of a term."""
+        ...
+
+    def input_length(self, length: int) -> int:
+        """Return how many tokens the model reads of a row of `length` tokens."""
+        ...
+
+    def groups(self, spans: I64) -> tuple[I64, I64]:
+        """Divide the parts of a step that may be corrupted into noise groups.
+
+        The t of a group is drawn afterwards. The parts of a whole step come at once, because there
+        may be millions of groups.
+
+        Args:
+            spans: first and past-the-last position in its row of the part of each attention segment
+                that may be corrupted, int64 [n, 2].
+
+        Returns:
+            The span of each group, int64 [g, 2], and the part that it lies in, int64 [g], in order.
+        """
+        ...
+
+    def corrupt(self, row: Row, key: Key) -> Corrupted:
+        """Corrupt one row; every draw is a function of the key, its sample and its position."""
+        ...
+
+    def bound(self) -> Objective:
+        """Return the objective whose expected sum is at least -log p of the clean tokens.
+
+        Validation and evaluation measure that one.
+        """
+        ...
+
+    def work(self, segment_lengths: I64, groups: NoiseGroups) -> Work:
+        """Return what the model computes for a step.
+
+        Args:
+            segment_lengths: tokens of each attention segment [n].
+            groups: all noise groups of the step.
+        """
+        ...
