@@ -3,27 +3,29 @@
 From shards on disk to the loss, a pretraining sample goes through ten files:
 
 1. `data/mixture.py`, `Mixture.lookup`: a sample's index gives its corpus and its instance there.
-2. `data/pretrain.py`, `PretrainData.plan`: a step's index gives its StepPlan: the instances of its
+2. `data/pretrain.py`, `PretrainData.plan`: a step's index gives its StepPlan: the windows of its
    samples, where each is cut into segments, and every segment's t and scale.
 3. `data/training_data.py`, `TrainingData.batch`: samples of the plan become a micro-batch.
 4. `data/shard_reader.py`, `ShardReader.tokens`: the token ids of a window are read.
+   `WindowReader` in `data/pretrain.py` says which.
 5. `objectives/masked.py`, `MaskedDiffusion.corrupt`: a window is masked, and every masked position
    gets its weight.
 6. `objectives/base.py`, `collate`: masked windows are stacked into a Batch.
 7. `engine/rank_batch.py`, `rank_batch`: this rank's part is cut out of the batch.
 8. `engine/megatron.py`, `MegatronEngine.train_step`: Megatron-Core's schedule runs the model and
    adds up the weighted losses.
-9. `model/transformer.py`, `BidirectionalTransformer.forward`: token ids become logits of the
-   predicted positions.
+9. `model/transformer.py`, `BidirectionalTransformer.forward`: token ids become hidden states, and
+   logits at the predicted positions.
 10. `model/token_losses.py`, `cross_entropy`: a position's logits and clean token give its loss.
 
-2 calls 1, and 3 calls 4 to 6. `Run.make_batches` in `training/run.py` calls 2, 3 and 7, in a thread
-of `data/loader.py` that keeps the next steps ready; the loop in `training/loop.py` calls 8.
+2 calls 1, 3 calls 4 to 6, and 9 calls 10. `Run.make_batches` in `training/run.py` calls 2, 3 and 7,
+in a thread of `data/loader.py` that keeps the next steps ready; the loop in `training/loop.py`
+calls 8.
 Read beside them: `noise.py`, where 1, 2 and 5 draw their numbers; `data/step_plan.py`, what 2 hands
 to 3; `sample_offsets` in `engine/layout.py`, which samples a replica reads; `model/attention.py`,
 inside 9. Fine-tuning has `data/sft.py` as 2; `data/tasks.py` chooses.
 
-A corpus is written by the other files: `shard_format.py` and `shard_writer.py` (shards),
-`manifest.py` (what the folder contains), `corpus.py` (both together), `open_files.py` (a limit on
-open files) and `verify.py` (the full check).
+The other files are about a corpus on disk. `shard_format.py`, `shard_writer.py` and `manifest.py`
+(what the folder contains) write it; `corpus.py` opens it, with `open_files.py` as a limit on open
+files, and `verify.py` is the full check.
 """

@@ -93,6 +93,9 @@ class PretrainData(TrainingData):
     kind = TEXT
     readers: Mapping[str, Sequence[WindowReader]]
 
+    def normaliser(self, plan: StepPlan) -> float:
+        return float(plan.tokens)
+
     @property
     def item_name(self) -> str:
         if self.config.data.document_mask:
@@ -133,20 +136,20 @@ class PretrainData(TrainingData):
 
     def owners(self, plan: StepPlan) -> I64:
         if not self.config.data.document_mask:
-            return plan.instances
+            return plan.examples
         readers = self.readers[VALIDATION]
         documents = [
             readers[corpus].documents(window)
-            for corpus, window in zip(plan.corpora.tolist(), plan.instances.tolist(), strict=True)
+            for corpus, window in zip(plan.corpora.tolist(), plan.examples.tolist(), strict=True)
         ]
         return np.concatenate(documents)
 
-    def tokens(self, split: str, corpus: int, instance: int) -> I64:
-        return self.readers[split][corpus].tokens(instance)
+    def tokens(self, split: str, corpus: int, example: int) -> I64:
+        return self.readers[split][corpus].tokens(example)
 
-    def describe_instance(self, corpus: int, instance: int) -> str:
-        starts = self.readers[TRAIN][corpus].document_starts(instance)
-        return f"window {instance}, {len(starts) + 1} documents"
+    def describe_example(self, corpus: int, example: int) -> str:
+        starts = self.readers[TRAIN][corpus].document_starts(example)
+        return f"window {example}, {len(starts) + 1} documents"
 
     def _bounds(self, split: str, corpora: I64, windows: I64, cuts: I64) -> tuple[I64, I64]:
         """Return the segment boundaries of windows: their ends, the random lengths and, with
@@ -204,12 +207,11 @@ def _assemble(
     return StepPlan(
         samples=samples,
         corpora=corpora,
-        instances=windows,
+        examples=windows,
         bounds=bounds,
         # A row has one boundary more than segments.
         first_segments=first_bounds - np.arange(len(samples) + 1),
         spans=spans,
         scales=np.ones(len(spans)),
         t=draw_t(lengths),
-        normaliser=float(lengths.sum()),
     )

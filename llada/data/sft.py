@@ -176,6 +176,9 @@ class SFTData(TrainingData):
     kind = CONVERSATIONS
     readers: Mapping[str, Sequence[ReplyReader]]
 
+    def normaliser(self, plan: StepPlan) -> float:
+        return float(len(plan.samples))
+
     @property
     def item_name(self) -> str:
         return "conversations"
@@ -237,20 +240,20 @@ class SFTData(TrainingData):
         readers = self.readers[VALIDATION]
         conversations = [
             readers[corpus].replies[reply, 0]
-            for corpus, reply in zip(plan.corpora.tolist(), plan.instances.tolist(), strict=True)
+            for corpus, reply in zip(plan.corpora.tolist(), plan.examples.tolist(), strict=True)
         ]
         return np.repeat(np.array(conversations, dtype=np.int64), np.diff(plan.first_segments))
 
-    def tokens(self, split: str, corpus: int, instance: int) -> I64:
-        tokens = self.readers[split][corpus].tokens(instance)
+    def tokens(self, split: str, corpus: int, example: int) -> I64:
+        tokens = self.readers[split][corpus].tokens(example)
         rest = self.config.data.sequence_length - len(tokens)
         return np.concatenate([tokens, np.full(rest, self.manifest.eos_id, dtype=np.int64)])
 
-    def describe_instance(self, corpus: int, instance: int) -> str:
+    def describe_example(self, corpus: int, example: int) -> str:
         reader = self.readers[TRAIN][corpus]
-        conversation = int(reader.replies[instance, 0])
-        prompt = reader.prompt_length(instance)
-        response = reader.total(instance) - prompt
+        conversation = int(reader.replies[example, 0])
+        prompt = reader.prompt_length(example)
+        response = reader.total(example) - prompt
         return f"conversation {conversation}, prompt of {prompt} tokens, response of {response}"
 
     def _padded(self, first: int, stop: int) -> tuple[I64, I64, I64]:
@@ -353,20 +356,14 @@ class SFTData(TrainingData):
         spans[own] = responses
         t[own] = response_t
         sizes = (responses[:, 1] - responses[:, 0]).astype(np.float64)
-        if per_token:
-            scales[own] = 1.0
-            normaliser = float(sizes.sum())
-        else:
-            scales[own] = 1 / sizes
-            normaliser = float(len(samples))
+        scales[own] = 1.0 if per_token else 1 / sizes
         return StepPlan(
             samples=samples,
             corpora=corpora,
-            instances=replies,
+            examples=replies,
             bounds=bounds,
             first_segments=first_segments,
             spans=spans,
             scales=scales,
             t=t,
-            normaliser=normaliser,
         )

@@ -21,20 +21,19 @@ DrawT = Callable[[I64, I64], F64]
 class StepPlan:
     """Samples and segments of one global step, or of one validation.
 
-    A sample is one row of the batch: an instance (a window of text, or a reply with its prompt) of
-    a corpus, cut into attention segments.
+    A sample is one row of the batch: an example (a window of text, or a reply with its prompt) of a
+    corpus, cut into attention segments.
 
     A pretraining step of two samples of 8 tokens, the first cut after 3 tokens:
 
         samples         [40, 41]
         corpora         [0, 1]              the mixture's first and second corpus
-        instances       [17, 5]             window 17 of the one, window 5 of the other
+        examples        [17, 5]             window 17 of the one, window 5 of the other
         bounds          [[0, 3, 8], [0, 8]]
         first_segments  [0, 2, 3]           segments 0 and 1 are in row 0, segment 2 in row 1
         spans           [[0, 3], [3, 8], [0, 8]]
         scales          [1, 1, 1]
         t               [0.09, 0.34, 0.75]
-        normaliser      16                  tokens of the step
 
     The t are strata of [0, 1) (`llada.noise.timesteps`), here in the order 8, 3, 5 tokens with an
     offset of 0.5.
@@ -45,7 +44,7 @@ class StepPlan:
     Attributes:
         samples: global sample indices [n].
         corpora: corpus of each sample, its index in data.mixture [n].
-        instances: number of each sample's window or reply in its corpus [n].
+        examples: number of each sample's window or reply in its corpus [n].
         bounds: segment boundaries of each sample's row.
         first_segments: id of each sample's first segment [n + 1]; segments are numbered through the
             step.
@@ -53,19 +52,16 @@ class StepPlan:
             be masked and share its t [segments, 2]; empty for filler.
         scales: factor on the weights of every segment [segments].
         t: diffusion time of every segment [segments].
-        normaliser: divides the step's summed loss: its tokens in pretraining, its conversations in
-            fine-tuning.
     """
 
     samples: I64
     corpora: I64
-    instances: I64
+    examples: I64
     bounds: list[I64]
     first_segments: I64
     spans: I64
     scales: F64
     t: F64
-    normaliser: float
 
     @property
     def maskable(self) -> I64:

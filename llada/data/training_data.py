@@ -99,6 +99,10 @@ class TrainingData(ABC):
 
     # -- what a task decides -----------------------------------------------------------------------
 
+    @abstractmethod
+    def normaliser(self, plan: StepPlan) -> float:
+        """Return what divides the summed loss of a training step."""
+
     @property
     @abstractmethod
     def item_name(self) -> str:
@@ -134,15 +138,15 @@ class TrainingData(ABC):
         """
 
     @abstractmethod
-    def tokens(self, split: str, corpus: int, instance: int) -> I64:
-        """Read the clean tokens of one instance as a row [sequence_length].
+    def tokens(self, split: str, corpus: int, example: int) -> I64:
+        """Read the clean tokens of one example as a row [sequence_length].
 
         A reply, without its padding, is followed by EOS up to the end of the row.
         """
 
     @abstractmethod
-    def describe_instance(self, corpus: int, instance: int) -> str:
-        """Return what a training instance is, in a few words."""
+    def describe_example(self, corpus: int, example: int) -> str:
+        """Return what a training example is, in a few words."""
 
     # -- what all tasks share ----------------------------------------------------------------------
 
@@ -152,14 +156,14 @@ class TrainingData(ABC):
         # micro-batch, a sample is in.
         windows = [self.window(TRAIN, plan, i) for i in offsets]
         corrupted = [self.objective.corrupt(window) for window in windows]
-        return collate(windows, corrupted, plan.normaliser)
+        return collate(windows, corrupted, self.normaliser(plan))
 
     def window(self, split: str, plan: StepPlan, i: int) -> Window:
         """Read the clean tokens and segments of sample `i` of a plan."""
         segments = slice(plan.first_segments[i], plan.first_segments[i + 1])
         return Window(
             sample=int(plan.samples[i]),
-            tokens=self.tokens(split, int(plan.corpora[i]), int(plan.instances[i])),
+            tokens=self.tokens(split, int(plan.corpora[i]), int(plan.examples[i])),
             bounds=plan.bounds[i],
             t=plan.t[segments],
             segment=int(plan.first_segments[i]),
@@ -227,48 +231,6 @@ class TrainingData(ABC):
                 part += f"@{samples}x{weight!r}"
             parts.append(part)
         return "+".join(parts)
-
-    def weight_changes(self) -> list[str]:
-        """Return a line for every change of the weights that the mixture reaches."""
-        mixture = self.mixture
-        lines = []
-        for block in mixture.changes:
-            first = block * mixture.block
-            if mixture.num_samples is not None and first >= mixture.num_samples:
-                continue
-            quotas = mixture.stage_of(block).quotas
-            shares = ", ".join(
-                f"{100 * quota / quotas.sum():.4g} % {source.name}"
-                for quota, source in zip(quotas, mixture.sources, strict=True)
-            )
-            step = first // self.config.batch.global_ + 1
-            tokens = first * self.config.data.sequence_length
-            lines.append(f"weights change in step {step:,}, after {tokens:,} tokens: {shares}")
-        return lines
-
-    def corpus_usage(self) -> list[str]:
-        """Return a line for every corpus: its share of the run, how often it is read, and where its
-        cap ends that.
-        """
-        config = self.config
-        samples = config.train.steps * config.batch.global_
-        lines = []
-        for i, count in enumerate(self.mixture.consumed(samples).tolist()):
-            source = self.mixture.sources[i]
-            line = (
-                f"{source.name}: {100 * count / samples:.4g} % of the run's samples,"
-                f" {count / source.num_instances:.3g} passes"
-            )
-            end = self.mixture.exhausted_after(i)
-            if end is not None and end <= samples:
-                step = ceil_div(end, config.batch.global_)
-                max_epochs = config.data.mixture[i].max_epochs
-                line += f"; its cap (max_epochs {max_epochs:g}) ends it by step {step:,}"
-                # Rows of conversations are filled up: their tokens are not known from the index.
-                if config.task == "pretrain":
-                    line += f", after {end * config.data.sequence_length:,} tokens"
-            lines.append(line)
-        return lines
 
     # -- opening and checking ----------------------------------------------------------------------
 

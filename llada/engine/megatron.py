@@ -497,6 +497,7 @@ def _training_loss(total: torch.Tensor, batch: RankBatch, losses: torch.Tensor) 
     Three values are returned: with two, Megatron-Core's schedules would still rescale by the
     context-parallel size and the number of micro-batches.
     """
+    assert batch.normaliser is not None
     loss = (losses * batch.weights).sum() / batch.normaliser
     total += loss.detach()
     return loss, _no_tokens(losses), {}

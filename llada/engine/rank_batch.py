@@ -29,7 +29,7 @@ class RankBatch:
         targets: Clean tokens of the predicted positions, int64 [n].
         weights: Their weights in the loss, float32 [n].
         segments: Their segment ids among all segments of the step, int64 [n].
-        normaliser: One number per global step.
+        normaliser: Divides the sum of the weighted losses; None in a validation.
         lengths: Segment lengths for the variable-length attention kernel; None if it is not used.
     """
 
@@ -41,7 +41,7 @@ class RankBatch:
     targets: torch.Tensor
     weights: torch.Tensor
     segments: torch.Tensor
-    normaliser: float
+    normaliser: float | None
     lengths: SegmentLengths | None
 
     def pin_memory(self) -> RankBatch:

@@ -170,7 +170,7 @@ class Validator:
 
         first = segments[:, 0]
         items, owner = np.unique(data.owners(plan)[first], return_inverse=True)
-        window_and_part = np.stack([plan.instances[rows[first]], within[first]])
+        window_and_part = np.stack([plan.examples[rows[first]], within[first]])
         _, text = np.unique(window_and_part, axis=1, return_inverse=True)
 
         config = data.config
@@ -268,7 +268,7 @@ class Validator:
                 masked = replace(masked, predicted=masked.predicted[:0], weights=masked.weights[:0])
             windows.append(window)
             corrupted.append(masked)
-        return collate(windows, corrupted, plan.normaliser)
+        return collate(windows, corrupted)
 
 
 def _estimate_fields(name: str, estimate: Estimate) -> Fields:

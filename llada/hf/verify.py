@@ -93,7 +93,7 @@ def _random_batch(tokenizer: Tokenizer) -> Batch:
         windows.append(Window(row, ids, np.array([0, LENGTH]), np.array([0.5]), row))
     objective = MaskedDiffusion(0, tokenizer.mask_id)
     corrupted = [objective.corrupt(window, masking="fixed_count") for window in windows]
-    return collate(windows, corrupted, 1.0)
+    return collate(windows, corrupted)
 
 
 def _single_process_config(model: ModelSection) -> RunConfig:

@@ -147,9 +147,10 @@ class Batch:
         rows, columns: row and column of each predicted position, int64 [n]; sorted by (column,
             row), the order of [s, b] tensors.
         targets: clean token at each predicted position, int64 [n].
-        weights: float32 [n]; the loss of the micro-batch is sum(weights * loss) / normaliser.
+        weights: factor on the loss of each predicted position, float32 [n].
         segments: id of the segment of each predicted position among those of the step, int64 [n].
-        normaliser: one number per global step, the same in all its micro-batches.
+        normaliser: divides the sum of the weighted losses; the same in all micro-batches of a step.
+            None in a validation, which adds up by segment and divides nothing.
     """
 
     inputs: torch.Tensor
@@ -160,10 +161,12 @@ class Batch:
     targets: torch.Tensor
     weights: torch.Tensor
     segments: torch.Tensor
-    normaliser: float
+    normaliser: float | None = None
 
 
-def collate(windows: Sequence[Window], corrupted: Sequence[Corrupted], normaliser: float) -> Batch:
+def collate(
+    windows: Sequence[Window], corrupted: Sequence[Corrupted], normaliser: float | None = None
+) -> Batch:
     """Stack windows of equal length, and what corruption made of each, into a Batch."""
     length = len(windows[0].tokens)
 
@@ -189,7 +192,7 @@ def collate(windows: Sequence[Window], corrupted: Sequence[Corrupted], normalise
         targets=torch.from_numpy(targets[order]),
         weights=torch.from_numpy(weights[order].astype(np.float32)),
         segments=torch.from_numpy(segments[order]),
-        normaliser=float(normaliser),
+        normaliser=normaliser,
     )
 
 

@@ -62,7 +62,7 @@ def _describe_sample(
     name = Path(data.mixture.sources[corpus].name).name
     lines = [
         f"sample {window.sample}: corpus {corpus} ({name}),"
-        f" {data.describe_instance(corpus, int(plan.instances[offset]))}"
+        f" {data.describe_example(corpus, int(plan.examples[offset]))}"
     ]
     for start, end, t, scale in window.segments():
         if not scale:

@@ -21,6 +21,7 @@ from llada.errors import UserError
 from llada.noise import mask_uniforms, timesteps
 from llada.objectives import Batch
 from llada.tokenizer import Tokenizer, train_byte_level_bpe
+from llada.training.reporting.mixture_lines import weight_changes
 from tests.preparation import prepare
 
 LENGTH = 48
@@ -125,10 +126,10 @@ def test_segments_are_the_union_of_documents_and_random_length(
         assert plan.samples.tolist() == list(range(16 * step, 16 * step + 16))
         for i in range(16):
             bounds = set(plan.bounds[i].tolist())
-            documents = expected[plan.instances[i]][1] if document_mask else set()
+            documents = expected[plan.examples[i]][1] if document_mask else set()
             assert {0, LENGTH} | documents <= bounds and len(bounds - documents - {0, LENGTH}) <= 1
             cuts += len(bounds - documents - {0, LENGTH})
-        assert plan.normaliser == 16 * LENGTH == plan.lengths.sum()
+        assert made.normaliser(plan) == 16 * LENGTH == plan.lengths.sum()
         assert len(np.unique(plan.t)) == len(plan.t) == plan.first_segments[-1]
     assert 20 < cuts < 76
 
@@ -205,7 +206,7 @@ def test_changes_of_weights_are_counted_in_tokens_and_said(folder: Path, tmp_pat
         2,
         2084,
     ]  # 480,001 tokens are more than one block of 10,000 x 48
-    assert made.weight_changes() == [
+    assert weight_changes(made) == [
         f"weights change in step 1,251, after 960,000 tokens: 25 % {first}, 75 % {second}",
         (
             f"weights change in step 1,302,501, after 1,000,320,000 tokens: 50 % {first}, 50 %"
@@ -214,7 +215,7 @@ def test_changes_of_weights_are_counted_in_tokens_and_said(folder: Path, tmp_pat
     ]
     assert set(made.plan(1249).corpora.tolist()) == {0}
     assert abs(sum(made.plan(step).corpora.sum() for step in range(1250, 1310)) - 0.75 * 960) < 60
-    assert data(folder).weight_changes() == []
+    assert weight_changes(data(folder)) == []
 
 
 def test_an_epoch_reads_every_window_once(folder: Path) -> None:
@@ -264,7 +265,7 @@ def test_later_epochs_get_new_masks(folder: Path) -> None:
         plan = made.plan(step)
         batch = made.batch(plan, range(4))
         for r in range(4):
-            seen.setdefault(int(plan.instances[r]), set()).add(
+            seen.setdefault(int(plan.examples[r]), set()).add(
                 tuple(batch.columns[batch.rows == r].tolist())
             )
     twice = [masks for masks in seen.values() if len(masks) > 1]
@@ -285,7 +286,7 @@ def test_batches_against_a_walk_over_positions(masking: str, folder: Path) -> No
     rows: list[tuple[int, int, int, float, int]] = []
     segment = 0
     for row, (sample, item) in enumerate(
-        zip(plan.samples.tolist(), plan.instances.tolist(), strict=True)
+        zip(plan.samples.tolist(), plan.examples.tolist(), strict=True)
     ):
         draws = mask_uniforms(3, sample, LENGTH).tolist()
         for start, end in itertools.pairwise(plan.bounds[row].tolist()):
@@ -302,7 +303,7 @@ def test_batches_against_a_walk_over_positions(masking: str, folder: Path) -> No
     expected = [(*key, np.float32(weight), segment) for *key, weight, segment in sorted(rows)]
     assert list(zip(*(column.tolist() for column in columns), strict=True)) == expected
     hidden = {(row, position) for position, row, *_ in rows}
-    for row, item in enumerate(plan.instances.tolist()):
+    for row, item in enumerate(plan.examples.tolist()):
         clean = windows[item][0]
         assert batch.inputs[row].tolist() == [
             made.manifest.mask_id if (row, k) in hidden else clean[k] for k in range(LENGTH)

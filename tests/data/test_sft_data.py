@@ -122,11 +122,11 @@ def test_rows_are_prompt_response_padding_and_filler(group: int, folder: Path) -
     for step in range(8):
         plan = data.plan(step)
         assert plan.samples.tolist() == list(range(8 * step, 8 * step + 8))
-        assert plan.normaliser == 8
+        assert data.normaliser(plan) == 8
         for i, sample in enumerate(plan.samples.tolist()):
             window = data.window(TRAIN, plan, i)
             reader = data.readers[TRAIN][0]
-            total, prompt = reader.total(plan.instances[i]), reader.prompt_length(plan.instances[i])
+            total, prompt = reader.total(plan.examples[i]), reader.prompt_length(plan.examples[i])
             assert known[tuple(window.tokens[:total].tolist())] == prompt
             assert (window.tokens[total:] == eos).all()
             end = int(window.bounds[1])
@@ -191,7 +191,7 @@ def test_no_prompt_token_and_no_filler_is_ever_masked_weighted_or_changed(
             assert set(changed.tolist()) == set(columns.tolist())
             assert (batch.weights[inside] > 0).all()
             masked_padding += int(
-                (columns >= data.readers[TRAIN][0].total(plan.instances[row])).sum()
+                (columns >= data.readers[TRAIN][0].total(plan.examples[row])).sum()
             )
             if masking == "fixed_count":
                 size = int(end - start)
@@ -228,7 +228,7 @@ def test_validation_is_the_response_with_its_own_eos(folder: Path) -> None:
     )
     for i in range(16):
         window = data.window(VALIDATION, plan, i)
-        reply = int(plan.instances[i])
+        reply = int(plan.examples[i])
         assert window.spans[0].tolist() == [reader.prompt_length(reply), reader.total(reply)]
         assert window.scales[0] == 1
         assert window.tokens[reader.total(reply) - 1] == data.manifest.eos_id
@@ -243,9 +243,9 @@ def test_validation_reads_every_reply_of_a_conversation_and_counts_the_conversat
     reader = data.readers[VALIDATION][0]
     assert reader.num_instances < 100 and len(reader.replies) > reader.num_instances
     design = Validator(data, ParallelRank(0, 1, 0, 1)).design(0)
-    assert set(design.plan.instances.tolist()) == set(range(len(reader.replies)))
+    assert set(design.plan.examples.tolist()) == set(range(len(reader.replies)))
     assert design.measure.unit == "conversations" and len(design.items) == reader.num_instances
-    replies = design.plan.instances[
+    replies = design.plan.examples[
         np.searchsorted(design.plan.first_segments, design.segments, side="right") - 1
     ]
     assert (replies == replies[:, :1]).all(), "a sweep reads one reply"
@@ -363,7 +363,7 @@ def test_a_reply_that_was_cut_is_not_padded(folder: Path, tmp_path: Path) -> Non
         plan = data.plan(step)
         totals = [
             readers[source].total(int(item))
-            for source, item in zip(plan.corpora, plan.instances, strict=True)
+            for source, item in zip(plan.corpora, plan.examples, strict=True)
         ]
         for i in range(8):
             window = data.window(TRAIN, plan, i)

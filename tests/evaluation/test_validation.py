@@ -93,7 +93,7 @@ def test_equals_a_plain_computation_of_the_bound(
             total += loss
             # Of a document all parts in all windows that are read belong together.
             document = int(
-                np.searchsorted(starts, plan.instances[i] * 64 + window.bounds[k], side="right")
+                np.searchsorted(starts, plan.examples[i] * 64 + window.bounds[k], side="right")
             )
             own = documents.setdefault(document, [0.0, 0])
             own[0], own[1] = own[0] + loss, own[1] + size
@@ -174,7 +174,7 @@ def test_every_text_is_read_at_evenly_spaced_t_from_its_own_offset_and_shares_no
     design = Validator(data, parts[1].parallel_rank).design(0)
     plan, each = design.plan, 12 if few else 4
     assert len(plan.samples) == (12 * count if few else windows)
-    assert sorted(np.unique(plan.instances, return_counts=True)[1]) == [each] * (
+    assert sorted(np.unique(plan.examples, return_counts=True)[1]) == [each] * (
         count if few else windows // 4
     )
     assert len(set(plan.samples.tolist())) == len(plan.samples), "every draw has masks of its own"
@@ -196,7 +196,7 @@ def test_every_text_is_read_at_evenly_spaced_t_from_its_own_offset_and_shares_no
             "the parts of a document are one item"
         )
     else:
-        assert design.items.tolist() == sorted(set(plan.instances.tolist()))
+        assert design.items.tolist() == sorted(set(plan.examples.tolist()))
 
 
 def test_the_file_of_a_validation_holds_the_losses_behind_its_line(

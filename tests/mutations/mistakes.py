@@ -118,8 +118,8 @@ def a_loss_scaled_by_accumulation(megatron: Any) -> None:
 rewrites(
     "a normaliser of the local micro-batch",
     "llada.data.training_data",
-    "collate(windows, corrupted, plan.normaliser)",
-    "collate(windows, corrupted, plan.normaliser * len(windows) / len(plan.samples))",
+    "collate(windows, corrupted, self.normaliser(plan))",
+    "collate(windows, corrupted, self.normaliser(plan) * len(windows) / len(plan.samples))",
     PRETRAIN,
 )
 rewrites(

@@ -33,7 +33,7 @@ def test_the_text_says_what_the_plan_holds(
                 (str(start), str(end), f"{t:.4f}", str(((masked >= start) & (masked < end)).sum()))
             )
     assert shown == expected
-    documents = [1 + len(data.readers[TRAIN][0].document_starts(int(w))) for w in plan.instances]
+    documents = [1 + len(data.readers[TRAIN][0].document_starts(int(w))) for w in plan.examples]
     assert [int(n) for n in re.findall(r"window \d+, (\d+) documents", text)] == documents
 
 
