@@ -225,48 +225,6 @@ class TrainingData(ABC):
             parts.append(part)
         return "+".join(parts)
 
-    def weight_changes(self) -> list[str]:
-        """Return a line for every change of the weights that the mixture reaches."""
-        mixture = self.mixture
-        lines = []
-        for block in mixture.changes:
-            first = block * mixture.block
-            if mixture.num_samples is not None and first >= mixture.num_samples:
-                continue
-            quotas = mixture.stage_of(block).quotas
-            shares = ", ".join(
-                f"{100 * quota / quotas.sum():.4g} % {source.name}"
-                for quota, source in zip(quotas, mixture.sources, strict=True)
-            )
-            step = first // self.config.batch.global_ + 1
-            tokens = first * self.config.data.sequence_length
-            lines.append(f"weights change in step {step:,}, after {tokens:,} tokens: {shares}")
-        return lines
-
-    def corpus_usage(self) -> list[str]:
-        """Return a line for every corpus: its share of the run, how often it is read, and where its
-        cap ends that.
-        """
-        config = self.config
-        samples = config.train.steps * config.batch.global_
-        lines = []
-        for i, count in enumerate(self.mixture.consumed(samples).tolist()):
-            source = self.mixture.sources[i]
-            line = (
-                f"{source.name}: {100 * count / samples:.4g} % of the run's samples,"
-                f" {count / source.num_instances:.3g} passes"
-            )
-            end = self.mixture.exhausted_after(i)
-            if end is not None and end <= samples:
-                step = ceil_div(end, config.batch.global_)
-                max_epochs = config.data.mixture[i].max_epochs
-                line += f"; its cap (max_epochs {max_epochs:g}) ends it by step {step:,}"
-                # Rows of conversations are filled up: their tokens are not known from the index.
-                if config.task == "pretrain":
-                    line += f", after {end * config.data.sequence_length:,} tokens"
-            lines.append(line)
-        return lines
-
     # -- opening and checking ----------------------------------------------------------------------
 
     def _open_corpus(self, i: int) -> Corpus:

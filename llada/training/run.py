@@ -57,11 +57,20 @@ class Run:
         hooks: called besides the run's own.
 
     Attributes:
+        config, folder: the run's config and its folder.
+        data: what it reads.
+        engine: the model and its optimizer.
+        schedule: learning rate by step.
+        guard: watches for spikes and divergence.
+        validator: measures the NELBO of the held-out text.
+        checkpoints: writes the checkpoints.
+        reporter: the console, metrics.jsonl and other sinks.
+        hooks: what is called after steps, saves and validations.
+        threads: torch's CPU threads in this process.
         start_step: steps done before this start.
         starts_from_weights: the run starts at step 0 from weights that are not random.
         tokens: trained on so far.
         validation: the last validation line of metrics.jsonl; None: there is none.
-        checkpoints: writes them.
     """
 
     def __init__(

@@ -21,6 +21,7 @@ from llada.errors import UserError
 from llada.noise import mask_uniforms, timesteps
 from llada.objectives import TOKENS, Batch
 from llada.tokenizer import Tokenizer, train_byte_level_bpe
+from llada.training.reporting.mixture_lines import weight_changes
 from tests.preparation import prepare
 
 LENGTH = 48
@@ -206,7 +207,7 @@ def test_changes_of_weights_are_counted_in_tokens_and_said(folder: Path, tmp_pat
         2,
         2084,
     ]  # 480,001 tokens are more than one block of 10,000 x 48
-    assert made.weight_changes() == [
+    assert weight_changes(made) == [
         f"weights change in step 1,251, after 960,000 tokens: 25 % {first}, 75 % {second}",
         (
             f"weights change in step 1,302,501, after 1,000,320,000 tokens: 50 % {first}, 50 %"
@@ -215,7 +216,7 @@ def test_changes_of_weights_are_counted_in_tokens_and_said(folder: Path, tmp_pat
     ]
     assert set(made.plan(1249).corpora.tolist()) == {0}
     assert abs(sum(made.plan(step).corpora.sum() for step in range(1250, 1310)) - 0.75 * 960) < 60
-    assert data(folder).weight_changes() == []
+    assert weight_changes(data(folder)) == []
 
 
 def test_an_epoch_reads_every_window_once(folder: Path) -> None:

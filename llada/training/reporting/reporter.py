@@ -1,4 +1,4 @@
-"""What a run tells about itself: console, metrics, events, and the provenance in config.yaml.
+"""What a run reports: console, metrics, events, and the provenance in config.yaml.
 
 Rank 0 has a `MainReporter`, the other ranks a `SilentReporter`. So the run says what happened on
 every rank, without asking which one it is.
@@ -30,6 +30,7 @@ from llada.files import write_atomically
 from llada.model.flops import Peak, step_flops
 from llada.training.reporting import metrics
 from llada.training.reporting.loss_curve import plot_loss_curve
+from llada.training.reporting.mixture_lines import corpus_usage, weight_changes
 from llada.training.reporting.sinks import Console, Sink, StepEvents, TensorBoard, WeightsAndBiases
 from llada.training.run_folder import name_write_errors
 from llada.training.starting.settings import arithmetic_versions
@@ -317,7 +318,7 @@ class MainReporter:
             if i not in validated:
                 text += "; no held-out text fits: training without validation"
             self.print_main(text)
-        for line in (*self._data.weight_changes(), *self._data.corpus_usage()):
+        for line in (*weight_changes(self._data), *corpus_usage(self._data)):
             self.print_main(line)
 
     def _list_too_long(self) -> None:
