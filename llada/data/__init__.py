@@ -14,9 +14,9 @@ From shards on disk to the loss, a pretraining sample goes through ten files:
 7. `engine/rank_batch.py`, `rank_batch`: this rank's part is cut out of the batch.
 8. `engine/megatron.py`, `MegatronEngine.train_step`: Megatron-Core's schedule runs the model and
    adds up the weighted losses.
-9. `model/transformer.py`, `BidirectionalTransformer.forward`: token ids become hidden states, and
-   logits where a term of the loss reads them.
-10. `model/token_losses.py`, `cross_entropy`: a term's logits and token give its loss.
+9. `model/transformer.py`, `BidirectionalTransformer.forward`: token ids become hidden states.
+10. `model/head_loss.py`, `Head.weighted_loss`: the states that terms read become logits,
+    and these become losses and gradients, chunk by chunk.
 
 2 calls 1, 3 calls 4 to 6, and 9 calls 10. `Run.make_batches` in `training/run.py` calls 2, 3 and 7,
 in a thread of `data/loader.py` that keeps the next steps ready; the loop in `training/loop.py`

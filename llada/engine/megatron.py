@@ -6,7 +6,7 @@ Its state is a Megatron-Core distributed checkpoint, written in the background.
 from __future__ import annotations
 
 import resource
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -20,6 +20,7 @@ from llada.engine import cpu
 from llada.engine.base import NO_LIMITS, Limits, ParallelRank, StepResult
 from llada.engine.layout import gather_world, join_world, start_model_parallel, stop_model_parallel
 from llada.objectives import TOKENS, Batch
+from llada.objectives.losses import CROSS_ENTROPY, Loss
 
 cpu.before_import()
 
@@ -44,7 +45,6 @@ from llada.engine.megatron_config import (  # noqa: E402
 from llada.engine.rank_batch import RankBatch, rank_batch  # noqa: E402
 from llada.model import weights  # noqa: E402
 from llada.model.attention import AttentionInputs, attention_inputs, choose_kernel  # noqa: E402
-from llada.model.token_losses import KERNELS, TokenLoss  # noqa: E402
 from llada.model.transformer import BidirectionalTransformer  # noqa: E402
 
 cpu.after_import()
@@ -58,7 +58,7 @@ LossResult = tuple[torch.Tensor, torch.Tensor, dict[str, object]]
 """What Megatron-Core's schedules take from a loss: (loss, number of tokens, figures)."""
 
 BatchLoss = Callable[[RankBatch, torch.Tensor], LossResult]
-"""A micro-batch and the losses [n] of its terms -> its loss."""
+"""A micro-batch and the output of the last chunk -> its loss."""
 
 ShardedState = dict[str, dict[str, object]]
 """A chunk's tensors by name, with their place in the whole model; by name of the chunk."""
@@ -74,7 +74,7 @@ class MegatronEngine:
 
     Args:
         config: The run.
-        token_loss: Name of the loss kernel, from the objective.
+        losses: Of a term, by head, from the objective.
         training: False builds only the model, for `load_weights` and `logits`: no gradients, no
             optimizer.
         initialise: Fills a chunk's parameters. Benchmarks replace the keyed initialisation by a
@@ -84,7 +84,7 @@ class MegatronEngine:
     def __init__(
         self,
         config: RunConfig,
-        token_loss: str = "cross_entropy",
+        losses: Mapping[str, Loss] = CROSS_ENTROPY,
         training: bool = True,
         initialise: Initialise = weights.initialise,
     ) -> None:
@@ -98,7 +98,7 @@ class MegatronEngine:
         self.kernel = choose_kernel(self.device, self.dtype, config.model.head_dim)
         self.transformer_config = transformer_config(config, self.dtype, self.device)
         # Without virtual pipeline stages a rank has one chunk of the model.
-        self.chunks = self._build_chunks(KERNELS[token_loss])
+        self.chunks = self._build_chunks(losses[TOKENS])
         for chunk in self.chunks:
             parameters = self._parameters(chunk)
             _mark_sharded(parameters)
@@ -250,7 +250,9 @@ class MegatronEngine:
             The chunk's output, and the function from the last chunk's output to the loss.
         """
         batch = next(iterator).to(self.device)
-        output = replica(batch.inputs, self._attention_inputs(batch), batch.terms[TOKENS])
+        output = replica(
+            batch.inputs, self._attention_inputs(batch), batch.terms[TOKENS], batch.normaliser
+        )
         return output, partial(loss, batch)
 
     def _attention_inputs(self, batch: RankBatch) -> AttentionInputs:
@@ -277,7 +279,7 @@ class MegatronEngine:
 
     # -- construction ------------------------------------------------------------------------------
 
-    def _build_chunks(self, token_loss: TokenLoss) -> list[BidirectionalTransformer]:
+    def _build_chunks(self, loss: Loss) -> list[BidirectionalTransformer]:
         num_virtual = self.config.parallel.virtual_pipeline
         chunks = []
         for virtual_stage in range(num_virtual or 1):
@@ -289,7 +291,7 @@ class MegatronEngine:
                 self.transformer_config,
                 self.config.model,
                 self.config.data.sequence_length,
-                token_loss,
+                loss,
                 pre_process=parallel_state.is_pipeline_first_stage(**where),
                 post_process=parallel_state.is_pipeline_last_stage(**where),
                 vp_stage=vp_stage,
@@ -490,16 +492,14 @@ def _mark_sharded(parameters: dict[str, torch.nn.Parameter]) -> None:
             )
 
 
-def _training_loss(total: torch.Tensor, batch: RankBatch, losses: torch.Tensor) -> LossResult:
-    """The sum of the weighted losses over the step's normaliser, which is also added to `total`.
+def _training_loss(total: torch.Tensor, batch: RankBatch, loss: torch.Tensor) -> LossResult:
+    """The loss of the micro-batch, which is also added to `total`.
 
     Three values are returned: with two, Megatron-Core's schedules would still rescale by the
     context-parallel size and the number of micro-batches.
     """
-    assert batch.normaliser is not None
-    loss = (losses * batch.terms[TOKENS].weights).sum() / batch.normaliser
     total += loss.detach()
-    return loss, _no_tokens(losses), {}
+    return loss, _no_tokens(loss), {}
 
 
 def _group_losses(sums: torch.Tensor, batch: RankBatch, losses: torch.Tensor) -> LossResult:

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from llada.model.attention import Kernel, SegmentLengths, segment_lengths
-from llada.model.transformer import HeadTerms
 from llada.objectives import Batch, BatchTerms, Layout
+from llada.objectives.losses import HeadTerms
 
 
 @dataclass(frozen=True)
@@ -54,20 +54,9 @@ class RankBatch:
             self,
             inputs=change(self.inputs),
             positions=change(self.positions),
-            terms={head: _map_terms(terms, change) for head, terms in self.terms.items()},
+            terms={head: terms.map_on_device(change) for head, terms in self.terms.items()},
             lengths=lengths,
         )
-
-
-def _map_terms(terms: HeadTerms, change: Callable[[torch.Tensor], torch.Tensor]) -> HeadTerms:
-    return HeadTerms(
-        indices=change(terms.indices),
-        targets=change(terms.targets),
-        weights=change(terms.weights),
-        # Only a validation adds the losses up by group, and copies these itself.
-        groups=terms.groups,
-        aux={name: change(values) for name, values in terms.aux.items()},
-    )
 
 
 def rank_batch(batch: Batch, rank: int, size: int, kernel: Kernel | None) -> RankBatch:

@@ -10,8 +10,6 @@ the hidden states between the layers have s / tensor ranks tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,30 +29,12 @@ from megatron.core.transformer.transformer_block import (
 
 from llada.config.sections import ModelSection
 from llada.model.attention import AttentionInputs, attend, rotate
-from llada.model.token_losses import TokenLoss
+from llada.model.head_loss import CHUNK_ELEMENTS, Head
+from llada.model.vocabulary import ShardedVocabulary, WholeVocabulary
+from llada.objectives.losses import HeadTerms, Loss
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
-
-
-@dataclass(frozen=True)
-class HeadTerms:
-    """The terms of the loss of one micro-batch that this rank computes, for one head.
-
-    Attributes:
-        indices: Where each term reads the hidden states, as a row of them flattened to [s b, d],
-            int64 [n].
-        targets: The token id that each term is about, int64 [n].
-        weights: Their weights in the loss, float32 [n].
-        groups: Number of their noise group in the step, int64 [n].
-        aux: Whatever else the loss needs of each term, by name, [n] each.
-    """
-
-    indices: torch.Tensor
-    targets: torch.Tensor
-    weights: torch.Tensor
-    groups: torch.Tensor
-    aux: Mapping[str, torch.Tensor]
 
 
 class RMSNorm(torch.nn.Module):
@@ -178,7 +158,7 @@ class BidirectionalTransformer(GPTModel):
         config: Megatron-Core's configuration.
         model: Shape of the model.
         sequence_length: Tokens per row, over all context ranks.
-        token_loss: Kernel from logits to losses.
+        loss: Of a term.
         pre_process: Whether the chunk has the embedding.
         post_process: Whether the chunk has the final norm and the head.
         vp_stage: Virtual pipeline stage; None without interleaving.
@@ -189,7 +169,7 @@ class BidirectionalTransformer(GPTModel):
         config: TransformerConfig,
         model: ModelSection,
         sequence_length: int,
-        token_loss: TokenLoss,
+        loss: Loss,
         pre_process: bool = True,
         post_process: bool = True,
         vp_stage: int | None = None,
@@ -205,7 +185,7 @@ class BidirectionalTransformer(GPTModel):
             position_embedding_type="none",  # rotated in CoreAttention, in fp32
             vp_stage=vp_stage,
         )
-        self.token_loss = token_loss
+        self.loss = loss
         if post_process:
             # Replace the forward method and keep calling the module, so that its hooks run: with
             # overlap_param_gather one of them waits for the head's updated weights.
@@ -216,6 +196,7 @@ class BidirectionalTransformer(GPTModel):
         input_ids: torch.Tensor | None,
         attention: AttentionInputs,
         terms: HeadTerms | None = None,
+        normaliser: float | None = None,
     ) -> torch.Tensor:
         """Run this chunk.
 
@@ -223,11 +204,13 @@ class BidirectionalTransformer(GPTModel):
             input_ids: int64 [b, s] of this context rank. Ignored without an embedding.
             attention: Layout and rotary tables.
             terms: Of the loss; None: return the logits of every position.
+            normaliser: Divides the sum of the weighted losses; None: return the loss of each term.
 
         Returns:
-            From the last chunk the losses, fp32 [n], in nats; or the logits [s, b, vocabulary /
-            tensor ranks]. From any other the hidden states, [s, b, d], or with sequence parallelism
-            [s / tensor ranks, b, d].
+            From the last chunk the loss of the micro-batch, fp32 []; or the losses of its terms,
+            fp32 [n], in nats and without gradients; or the logits [s, b, vocabulary / tensor
+            ranks]. From any other the hidden states, [s, b, d], or with sequence parallelism [s /
+            tensor ranks, b, d].
         """
         # Without an embedding the decoder reads the hidden states that Megatron-Core's schedule
         # received from the stage before and set as its input.
@@ -249,30 +232,56 @@ class BidirectionalTransformer(GPTModel):
         if terms is None:
             return self.logits(hidden)
         flat = hidden.reshape(-1, hidden.shape[-1])
-        logits = self.logits(flat.index_select(0, terms.indices))
-        return self.token_loss(logits, terms.targets)
+        return self.output_layer(flat.index_select(0, terms.indices), terms, normaliser)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Apply the head: [..., d] -> [..., vocabulary / tensor ranks]."""
         return self.output_layer(hidden)
 
-    def _head(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The forward pass of the output layer.
-
-        It calls Megatron-Core's functional linear with explicit flags. The module's own forward
-        would all-reduce the input gradient a second time, because with sequence parallelism the
-        hidden states are gathered outside of it.
-        """
-        head = self.output_layer
-        weight = head.weight
+    def _head(
+        self,
+        hidden: torch.Tensor,
+        terms: HeadTerms | None = None,
+        normaliser: float | None = None,
+    ) -> torch.Tensor:
+        """The forward pass of the output layer; the arguments are those of `forward`."""
+        weight = self.output_layer.weight
         if self.share_embeddings_and_output_weights:
             weight = self.shared_embedding_or_output_weight()
+        if terms is None:
+            return self._logits(hidden, weight)
+        head = self._loss_head(weight)
+        if normaliser is None:
+            return head.losses(hidden, weight, terms)
+        return head.weighted_loss(hidden, weight, terms, normaliser)
+
+    def _logits(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Megatron-Core's functional linear with explicit flags.
+
+        The module's own forward would all-reduce the input gradient a second time, because with
+        sequence parallelism the hidden states are gathered outside of it.
+        """
+        layer = self.output_layer
         return linear_with_grad_accumulation_and_async_allreduce(
             hidden,
             weight,
             bias=None,
-            gradient_accumulation_fusion=head.gradient_accumulation_fusion,
-            allreduce_dgrad=head.tp_group.size() > 1 and not self.config.sequence_parallel,
+            gradient_accumulation_fusion=layer.gradient_accumulation_fusion,
+            allreduce_dgrad=layer.tp_group.size() > 1 and not self.config.sequence_parallel,
             sequence_parallel=False,
-            tp_group=head.tp_group,
+            tp_group=layer.tp_group,
+        )
+
+    def _loss_head(self, weight: torch.Tensor) -> Head:
+        """How this rank computes the loss of its part of the vocabulary."""
+        group = self.output_layer.tp_group
+        vocabulary: WholeVocabulary | ShardedVocabulary = WholeVocabulary()
+        if group.size() > 1:
+            columns = len(weight)
+            vocabulary = ShardedVocabulary(group, group.rank() * columns, columns)
+        return Head(
+            loss=self.loss,
+            vocabulary=vocabulary,
+            reduces_gradient=group.size() > 1 and not self.config.sequence_parallel,
+            chunk_elements=CHUNK_ELEMENTS[weight.device.type],
         )

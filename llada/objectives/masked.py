@@ -15,6 +15,7 @@ masks n = 1 + floor(2.4) = 3 of the four tokens with weight 4 / 3.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -23,6 +24,7 @@ import numpy.typing as npt
 from llada.arrays import F64, I64
 from llada.objectives.corrupted import TOKENS, Corrupted, Terms
 from llada.objectives.layout import Layout
+from llada.objectives.losses import CROSS_ENTROPY, Loss
 from llada.objectives.objective import Work
 from llada.objectives.row import Key, NoiseGroups, Row
 
@@ -42,7 +44,11 @@ class MaskedDiffusion:
     mask_id: int
     masking: str = "bernoulli"
     eps: float = 1e-3
-    token_loss: str = "cross_entropy"
+
+    @property
+    def losses(self) -> Mapping[str, Loss]:
+        """Cross entropy."""
+        return CROSS_ENTROPY
 
     def input_length(self, length: int) -> int:
         """Return `length`: the model reads the row itself."""

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from llada.arrays import I64
 from llada.objectives.corrupted import Corrupted
+from llada.objectives.losses import Loss
 from llada.objectives.row import Key, NoiseGroups, Row
 
 
@@ -32,8 +33,8 @@ class Objective(Protocol):
     """
 
     @property
-    def token_loss(self) -> str:
-        """Name in `llada.model.token_losses.KERNELS` of the loss of a term."""
+    def losses(self) -> Mapping[str, Loss]:
+        """The loss of a term, by head."""
         ...
 
     def input_length(self, length: int) -> int:

@@ -105,7 +105,7 @@ class Run:
             if torch.cuda.is_available() and rank == 0:
                 with name_write_errors(self.folder):
                     (self.folder / FLIGHT_RECORDER).mkdir(exist_ok=True)
-            self.engine = MegatronEngine(config, self.data.objective.token_loss)
+            self.engine = MegatronEngine(config, self.data.objective.losses)
             opened.callback(self.engine.close)
             start.load(self.engine)
             self.checkpoints = CheckpointWriter(config, self.engine, tokenizer_files)
