@@ -232,7 +232,7 @@ class MegatronEngine:
         # Each chunk reads the micro-batches from the beginning.
         iterators: list[Iterator[RankBatch]] = [iter(prepared) for _ in self.replicas]
         get_forward_backward_func()(
-            forward_step_func=partial(self._forward, loss),
+            forward_step_func=partial(self._forward, loss, forward_only),
             data_iterator=_one_or_all(iterators),
             model=_one_or_all(self.replicas),
             num_microbatches=len(batches),
@@ -242,17 +242,27 @@ class MegatronEngine:
         )
 
     def _forward(
-        self, loss: BatchLoss, iterator: Iterator[RankBatch], replica: torch.nn.Module
+        self,
+        loss: BatchLoss,
+        each_term: bool,
+        iterator: Iterator[RankBatch],
+        replica: torch.nn.Module,
     ) -> tuple[torch.Tensor, Callable[[torch.Tensor], LossResult]]:
         """Run one micro-batch through one chunk, as Megatron-Core's schedules require.
+
+        Args:
+            loss: From the last chunk's output to the loss.
+            each_term: The last chunk returns the loss of each term, without gradients.
+            iterator: Over the micro-batches.
+            replica: The chunk.
 
         Returns:
             The chunk's output, and the function from the last chunk's output to the loss.
         """
         batch = next(iterator).to(self.device)
-        output = replica(
-            batch.inputs, self._attention_inputs(batch), batch.terms[TOKENS], batch.normaliser
-        )
+        normaliser = None if each_term else batch.normaliser
+        terms = batch.terms[TOKENS]
+        output = replica(batch.inputs, self._attention_inputs(batch), terms, normaliser)
         return output, partial(loss, batch)
 
     def _attention_inputs(self, batch: RankBatch) -> AttentionInputs:
