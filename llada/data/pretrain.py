@@ -95,7 +95,7 @@ class PretrainData(TrainingData):
     kind = TEXT
     readers: Mapping[str, Sequence[WindowReader]]
 
-    def normaliser(self, plan: StepPlan) -> float:
+    def normalizer(self, plan: StepPlan) -> float:
         return float(plan.tokens)
 
     @property

@@ -177,7 +177,7 @@ class SFTData(TrainingData):
     kind = CONVERSATIONS
     readers: Mapping[str, Sequence[ReplyReader]]
 
-    def normaliser(self, plan: StepPlan) -> float:
+    def normalizer(self, plan: StepPlan) -> float:
         return float(len(plan.samples))
 
     @property

@@ -103,7 +103,7 @@ class TrainingData(ABC):
     # -- what a task decides -----------------------------------------------------------------------
 
     @abstractmethod
-    def normaliser(self, plan: StepPlan) -> float:
+    def normalizer(self, plan: StepPlan) -> float:
         """Return what divides the summed loss of a training step."""
 
     @property
@@ -159,7 +159,7 @@ class TrainingData(ABC):
         # micro-batch, a sample is in.
         rows = [self.row(TRAIN, plan, i) for i in offsets]
         corrupted = [self.objective.corrupt(row, self.key) for row in rows]
-        return collate(corrupted, self.normaliser(plan))
+        return collate(corrupted, self.normalizer(plan))
 
     def row(self, split: str, plan: StepPlan, i: int) -> Row:
         """Read the clean tokens of sample `i` of a plan, with its segments and noise groups."""

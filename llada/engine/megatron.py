@@ -260,9 +260,9 @@ class MegatronEngine:
             The chunk's output, and the function from the last chunk's output to the loss.
         """
         batch = next(iterator).to(self.device)
-        normaliser = None if each_term else batch.normaliser
+        normalizer = None if each_term else batch.normalizer
         terms = batch.terms[TOKENS]
-        output = replica(batch.inputs, self._attention_inputs(batch), terms, normaliser)
+        output = replica(batch.inputs, self._attention_inputs(batch), terms, normalizer)
         return output, partial(loss, batch)
 
     def _attention_inputs(self, batch: RankBatch) -> AttentionInputs:
@@ -530,7 +530,7 @@ def _finalize(
 ) -> None:
     """Finish the gradients without dividing by a number of tokens.
 
-    The losses are already divided by the step's normaliser.
+    The losses are already divided by the step's normalizer.
     """
     finalize_model_grads(model, None, **options)
 

@@ -26,7 +26,7 @@ class RankBatch:
         layout: Attention segments of the whole rows.
         first: Position of this part's first token in the row.
         terms: The terms of the loss that read this part, by head.
-        normaliser: Divides the sum of the weighted losses; None in a validation.
+        normalizer: Divides the sum of the weighted losses; None in a validation.
         lengths: Segment lengths for the variable-length attention kernel; None if it is not used.
     """
 
@@ -35,7 +35,7 @@ class RankBatch:
     layout: Layout
     first: int
     terms: Mapping[str, HeadTerms]
-    normaliser: float | None
+    normalizer: float | None
     lengths: SegmentLengths | None
 
     def pin_memory(self) -> RankBatch:
@@ -83,7 +83,7 @@ def rank_batch(batch: Batch, rank: int, size: int, kernel: Kernel | None) -> Ran
             head: _terms_of_part(terms, first, length, num_rows)
             for head, terms in batch.terms.items()
         },
-        normaliser=batch.normaliser,
+        normalizer=batch.normalizer,
         lengths=lengths,
     )
 

@@ -35,7 +35,7 @@ from llada.evaluation.estimates import (
     FEW,
     SWEEP,
     Estimate,
-    Sample,
+    CorpusLosses,
     pooled,
     sums,
     weighted,
@@ -77,11 +77,11 @@ class Design:
         """Diffusion time of each draw, float64 [sweeps, 4]."""
         return self.plan.groups.t[self.groups]
 
-    def sample(self, losses: F64) -> Sample:
+    def sample(self, losses: F64) -> CorpusLosses:
         """Arrange the losses of the plan's noise groups, float64 [g], by sweep."""
         # The four draws of a sweep read the same text, so the first one's length is that of all.
         length = self.plan.groups.sizes[self.groups[:, 0]]
-        return Sample(losses[self.groups], length, self.owner, self.text)
+        return CorpusLosses(losses[self.groups], length, self.owner, self.text)
 
 
 @dataclass(frozen=True)
@@ -274,7 +274,7 @@ def _estimate_fields(name: str, estimate: Estimate) -> Fields:
     }
 
 
-def _by_decile(sample: Sample, t: F64) -> list[dict[str, float | None] | None]:
+def _by_decile(sample: CorpusLosses, t: F64) -> list[dict[str, float | None] | None]:
     """Return NELBO per token of the draws in each tenth of t, with its standard error over items.
 
     Args:

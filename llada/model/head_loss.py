@@ -62,13 +62,13 @@ class Head:
         return losses
 
     def weighted_loss(
-        self, states: torch.Tensor, weight: torch.Tensor, terms: HeadTerms, normaliser: float
+        self, states: torch.Tensor, weight: torch.Tensor, terms: HeadTerms, normalizer: float
     ) -> torch.Tensor:
-        """Return sum(weights * losses) / normaliser, fp32 [], with gradients.
+        """Return sum(weights * losses) / normalizer, fp32 [], with gradients.
 
         The arguments are those of `losses`.
         """
-        total: torch.Tensor = _WeightedLoss.apply(states, weight, terms, normaliser, self)
+        total: torch.Tensor = _WeightedLoss.apply(states, weight, terms, normalizer, self)
         return total
 
     def _chunks(self, terms: HeadTerms, weight: torch.Tensor) -> Iterator[slice]:
@@ -109,10 +109,10 @@ class _WeightedLoss(torch.autograd.Function):
         states: torch.Tensor,
         weight: torch.Tensor,
         terms: HeadTerms,
-        normaliser: float,
+        normalizer: float,
         head: Head,
     ) -> torch.Tensor:
-        factors = terms.weights * (1 / torch.tensor(normaliser, device=states.device))
+        factors = terms.weights * (1 / torch.tensor(normalizer, device=states.device))
         losses = torch.empty_like(terms.weights)
         to_states = torch.empty_like(states)
         to_weight: torch.Tensor | None = None
@@ -134,7 +134,7 @@ class _WeightedLoss(torch.autograd.Function):
             assert isinstance(head.vocabulary, ShardedVocabulary)
             dist.all_reduce(to_states, group=head.vocabulary.group)
         ctx.save_for_backward(to_states, to_weight.to(weight.dtype))
-        return (losses * terms.weights).sum() / normaliser
+        return (losses * terms.weights).sum() / normalizer
 
     @staticmethod
     def backward(
@@ -176,8 +176,8 @@ def _sharded_cross_entropy(
     # Both sums in one message: of the exponentials and, from the rank that has it, of the target.
     sums = torch.stack([exponentials.sum(dim=-1), at_target])
     dist.all_reduce(sums, group=group)
-    normalisers, at_target = sums
-    losses = normalisers.log() - at_target
-    gradient = exponentials.mul_((factors / normalisers)[:, None])
+    normalizers, at_target = sums
+    losses = normalizers.log() - at_target
+    gradient = exponentials.mul_((factors / normalizers)[:, None])
     gradient.scatter_add_(1, column[:, None], (-factors * is_own)[:, None])
     return losses, gradient

@@ -196,7 +196,7 @@ class BidirectionalTransformer(GPTModel):
         input_ids: torch.Tensor | None,
         attention: AttentionInputs,
         terms: HeadTerms | None = None,
-        normaliser: float | None = None,
+        normalizer: float | None = None,
     ) -> torch.Tensor:
         """Run this chunk.
 
@@ -204,7 +204,7 @@ class BidirectionalTransformer(GPTModel):
             input_ids: int64 [b, s] of this context rank. Ignored without an embedding.
             attention: Layout and rotary tables.
             terms: Of the loss; None: return the logits of every position.
-            normaliser: Divides the sum of the weighted losses; None: return the loss of each term.
+            normalizer: Divides the sum of the weighted losses; None: return the loss of each term.
 
         Returns:
             From the last chunk the loss of the micro-batch, fp32 []; or the losses of its terms,
@@ -232,7 +232,7 @@ class BidirectionalTransformer(GPTModel):
         if terms is None:
             return self.logits(hidden)
         flat = hidden.reshape(-1, hidden.shape[-1])
-        return self.output_layer(flat.index_select(0, terms.indices), terms, normaliser)
+        return self.output_layer(flat.index_select(0, terms.indices), terms, normalizer)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Apply the head: [..., d] -> [..., vocabulary / tensor ranks]."""
@@ -242,7 +242,7 @@ class BidirectionalTransformer(GPTModel):
         self,
         hidden: torch.Tensor,
         terms: HeadTerms | None = None,
-        normaliser: float | None = None,
+        normalizer: float | None = None,
     ) -> torch.Tensor:
         """The forward pass of the output layer; the arguments are those of `forward`."""
         weight = self.output_layer.weight
@@ -251,9 +251,9 @@ class BidirectionalTransformer(GPTModel):
         if terms is None:
             return self._logits(hidden, weight)
         head = self._loss_head(weight)
-        if normaliser is None:
+        if normalizer is None:
             return head.losses(hidden, weight, terms)
-        return head.weighted_loss(hidden, weight, terms, normaliser)
+        return head.weighted_loss(hidden, weight, terms, normalizer)
 
     def _logits(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Megatron-Core's functional linear with explicit flags.

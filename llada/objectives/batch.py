@@ -43,7 +43,7 @@ class Batch:
         positions: [M] int64, rotary positions, the same in all rows.
         layout: attention segments.
         terms: of the loss, by head.
-        normaliser: divides the sum of the weighted losses; the same in all micro-batches of a step.
+        normalizer: divides the sum of the weighted losses; the same in all micro-batches of a step.
             None in a validation, which adds up by noise group and divides nothing.
     """
 
@@ -51,10 +51,10 @@ class Batch:
     positions: torch.Tensor
     layout: Layout
     terms: Mapping[str, BatchTerms]
-    normaliser: float | None = None
+    normalizer: float | None = None
 
 
-def collate(rows: Sequence[Corrupted], normaliser: float | None = None) -> Batch:
+def collate(rows: Sequence[Corrupted], normalizer: float | None = None) -> Batch:
     """Stack corrupted rows of equal length and positions into a Batch."""
     first = rows[0]
     return Batch(
@@ -62,7 +62,7 @@ def collate(rows: Sequence[Corrupted], normaliser: float | None = None) -> Batch
         positions=torch.from_numpy(first.positions),
         layout=Layout.stack([row.layout for row in rows]),
         terms={head: _stack([row.terms[head] for row in rows]) for head in first.terms},
-        normaliser=normaliser,
+        normalizer=normalizer,
     )
 
 

@@ -51,7 +51,7 @@ def inputs(count: int) -> tuple[torch.Tensor, torch.Tensor, HeadTerms]:
 
 
 def plain(
-    name: str, states: torch.Tensor, weight: torch.Tensor, terms: HeadTerms, normaliser: float
+    name: str, states: torch.Tensor, weight: torch.Tensor, terms: HeadTerms, normalizer: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Losses, and the gradients of their weighted sum, from all logits at once in float64."""
     states = states.double().requires_grad_()
@@ -64,6 +64,6 @@ def plain(
         losses = entropy * terms.aux["factor"] + target.square()
     else:
         losses = F.cross_entropy(logits, terms.targets, reduction="none")
-    ((losses * terms.weights).sum() / normaliser).backward()
+    ((losses * terms.weights).sum() / normalizer).backward()
     assert states.grad is not None and weight.grad is not None
     return losses.detach(), states.grad, weight.grad
