@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from launch.job.records import AttemptEnd, RankExit
 from launch.job.spec import read_record
@@ -151,7 +151,7 @@ def judge(
 def _read_findings(folder: Path, hosts: list[str], ranks_per_host: int) -> Findings:
     findings: Findings = {host: [] for host in hosts}
     for rank in range(len(hosts) * ranks_per_host):
-        record: dict[str, Any] | None = read_record(folder / FINDING_FILE.format(rank))
+        record = read_record(folder / FINDING_FILE.format(rank))
         if record is not None:
             findings[hosts[rank // ranks_per_host]].append(Finding(**record))
     return findings
