@@ -78,7 +78,7 @@ def main() -> None:
         _exit(f"error: {error}", exits.USER_ERROR)
     except RunError as error:
         if isinstance(error, StepError):
-            failures.report("step")
+            failures.report("step", error.step)
         _exit(f"failed: {error}", exits.FAILED)
     except TryAgain as error:
         _exit(f"not finished: {error}", exits.RESTART)
@@ -87,6 +87,8 @@ def main() -> None:
     except Exception as error:
         # A bug: the traceback is for developers, the last line for everyone.
         traceback.print_exc()
+        if failures.is_lost_peer(error):
+            failures.report("lost_peer")
         _exit(f"failed: {type(error).__name__}: {error}", exits.FAILED)
 
 

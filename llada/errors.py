@@ -22,7 +22,16 @@ class RunError(Exception):
 
 
 class StepError(RunError):
-    """A step whose numbers stop the run. The same step gives the same numbers again."""
+    """A step whose numbers stop the run. The same step gives the same numbers again.
+
+    Args:
+        message: the line for the user.
+        step: number of the step, from 1.
+    """
+
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(message)
+        self.step = step
 
 
 class TryAgain(Exception):

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from launch.job.bad_nodes import FINDING_FILE, Finding, Rules
+from launch.job.findings import FINDING_FILE, Finding, Rules
 from llada.files import write_json
 from llada.process_rank import ProcessRank, launched_rank
 

@@ -15,13 +15,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NoReturn, Protocol, TypeVar
 
-from llada.checkpoint.format import (
-    PARTIAL_SUFFIX,
-    CheckpointState,
-    begin_checkpoint,
-    checkpoint_name,
-    commit_checkpoint,
-)
+from llada.checkpoint.format import CheckpointState, begin_checkpoint, commit_checkpoint
+from llada.checkpoint.names import PARTIAL_SUFFIX, checkpoint_name
 from llada.errors import RunError, one_line
 from llada.files import DISK_FULL
 from llada.formatting import readable_size

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
-from llada.checkpoint.format import committed_checkpoints
+from llada.checkpoint.names import committed_checkpoints
 from llada.config import RunConfig
 from llada.data.corpus import Corpus
 from llada.data.sft import ReplyReader

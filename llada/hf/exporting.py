@@ -18,12 +18,12 @@ from llada.checkpoint.canonical import CheckpointWeights
 from llada.checkpoint.format import (
     CheckpointState,
     TrainedConfig,
-    committed_checkpoints,
     load_tokenizer,
     read_state,
     resolve_checkpoint,
     trained_config,
 )
+from llada.checkpoint.names import committed_checkpoints
 from llada.checkpoint.reading import StoredTensors
 from llada.checkpoint.verification import verify_checkpoint
 from llada.errors import UserError

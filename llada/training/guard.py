@@ -120,7 +120,8 @@ class Guard:
         if self._skipped_in_a_row > self._section.max_skipped:
             raise StepError(
                 f"{message}; {self._skipped_in_a_row} steps in a row updated nothing"
-                f" (train.max_skipped: {self._section.max_skipped})"
+                f" (train.max_skipped: {self._section.max_skipped})",
+                step=step + 1,
             )
         if not result.applied:
             message += "; the step updated nothing"

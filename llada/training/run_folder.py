@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from llada.checkpoint.format import MARKER
+from llada.checkpoint.names import MARKER
 from llada.data.manifest import MANIFEST
 from llada.engine.layout import gather_world
 from llada.errors import RunError, TryAgain, UserError

@@ -13,15 +13,8 @@ import pytest
 import torch
 import yaml
 
-from llada.checkpoint.format import (
-    MARKER,
-    CheckpointState,
-    begin_checkpoint,
-    checkpoint_name,
-    commit_checkpoint,
-    committed_checkpoints,
-    read_state,
-)
+from llada.checkpoint.format import CheckpointState, begin_checkpoint, commit_checkpoint, read_state
+from llada.checkpoint.names import MARKER, checkpoint_name, committed_checkpoints
 from llada.checkpoint.retention import prune_checkpoints
 from llada.checkpoint.verification import verify_checkpoint
 from llada.files import checksum

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from llada.checkpoint.format import committed_checkpoints
+from llada.checkpoint.names import committed_checkpoints
 from llada.checkpoint.verification import verify_checkpoint
 from tests import processes
 from tests.workplace import Workplace

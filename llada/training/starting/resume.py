@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llada import events
-from llada.checkpoint.format import (
+from llada.checkpoint.format import read_state
+from llada.checkpoint.names import (
     MARKER,
     checkpoint_name,
     checkpoint_step,
     committed_checkpoints,
-    read_state,
     unfinished_checkpoints,
     unmarked_checkpoints,
 )
