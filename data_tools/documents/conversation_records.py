@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from data_tools.readers.records import BadRecord, Origin, missing_field, string_field
-from data_tools.types import JsonObject
 from llada.chat.format import ROLES, Message
 from llada.errors import UserError, did_you_mean
+from llada.types import JsonObject
 
 Messages = tuple[Message, ...]
 

@@ -26,12 +26,12 @@ from data_tools.job.work_plan import WorkPlan, digest_of, make_plan
 from data_tools.job.worker import UnitWorker, open_contamination
 from data_tools.readers.report import Report
 from data_tools.readers.sources import find_sources
-from data_tools.types import JsonObject
 from llada.data.manifest import Manifest
 from llada.errors import RunError, TryAgain, UserError
 from llada.files import checksum
 from llada.outputs import refuse_inside
 from llada.tokenizer import Tokenizer
+from llada.types import JsonObject
 
 _POLL_SECONDS = 1.0
 _FINISH_ATTEMPTS = 100
@@ -306,7 +306,7 @@ class _Passes(Generic[Document]):
                 return
             if time.monotonic() >= deadline:
                 raise TryAgain(
-                    f"{num_missing:,} of {count:,} {results} are still to come from other tasks"
+                    f"{num_missing:,} of {count:,} {results} from other tasks are still missing"
                     f" after --wait {self._execution.wait:g} seconds; what is done is kept: run"
                     " this task again when the others have finished"
                 )

@@ -54,7 +54,7 @@ def check_count(setting: str, value: int, maximum: int) -> None:
     if value < 1:
         raise UserError(f"{setting}: {value} is less than 1")
     if value > maximum:
-        raise UserError(f"{setting}: {value} is more than {maximum:,}, the most that are allowed")
+        raise UserError(f"{setting}: {value} exceeds the maximum of {maximum:,}")
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ from data_tools.filters.dedup import DUPLICATES, HASHES
 from data_tools.job.locks import is_locked, is_only_holder, lock_shared
 from data_tools.job.unit_result import RESULTS, UNIT_SHARDS
 from data_tools.job.work_plan import PLAN, WorkPlan
-from data_tools.types import JsonObject
 from llada.data.manifest import CORPUS_FILES, MANIFEST, Manifest
 from llada.errors import RunError, UserError
 from llada.files import sync_folder, sync_tree
@@ -31,6 +30,7 @@ from llada.outputs import (
     taken_in_the_meantime,
 )
 from llada.tokenizer import Tokenizer
+from llada.types import JsonObject
 
 _REMOVE_ATTEMPTS = 100
 _WORK_FOLDERS = (RESULTS, UNIT_SHARDS, HASHES, DUPLICATES)
@@ -139,8 +139,8 @@ class OutputFolder:
         # If several tasks have --force, one would remove what another has just begun.
         if self._shared or is_locked(self.partial / PLAN):
             raise UserError(
-                f"--force: '{self.partial}' is of other inputs or settings, and other processes may"
-                " be at work in it; end them and remove it first"
+                f"--force: '{self.partial}' was made from other inputs or settings, and other"
+                " processes may be using it; stop them and remove it first"
             )
         shutil.rmtree(self.partial)
         return None
@@ -175,7 +175,7 @@ class OutputFolder:
             tokenizer: tokenizer to save with the corpus.
 
         Raises:
-            UserError: the folder cannot be made, or another preparation uses it.
+            UserError: the folder cannot be created, or another preparation uses it.
             RunError: the operating system refused to write.
         """
         created_parents = self._make(plan, tokenizer)
@@ -218,7 +218,7 @@ class OutputFolder:
         except OSError as error:
             _remove_empty(created_parents)
             raise UserError(
-                f"--output: '{self.output}' cannot be made ({error.strerror})"
+                f"--output: '{self.output}' cannot be created ({error.strerror})"
             ) from None
         # Under the lock, the plan stays what it is: no process with --force removes the folder.
         other = WorkPlan.load(self.partial)

@@ -17,10 +17,10 @@ from data_tools.readers.input_file import Extent, InputFile, Slice
 from data_tools.readers.options import ReadOptions
 from data_tools.readers.reading import measure
 from data_tools.readers.report import Report
-from data_tools.types import JsonObject
 from llada.arithmetic import ceil_div
 from llada.errors import UserError
 from llada.files import write_json
+from llada.types import JsonObject
 
 PLAN = "plan.json"
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from data_tools.types import JsonObject
 from llada.errors import UserError
+from llada.types import JsonObject
 
 _MAX_LISTED = 10_000
 """Most entries that a report lists; further ones are only counted."""

@@ -78,7 +78,7 @@ def choose_encoder(
     """
     if requested not in BACKENDS:
         raise UserError(
-            f"--backend: '{requested}' is none of"
+            f"--backend: '{requested}' is not one of"
             f" {', '.join(BACKENDS)}{did_you_mean(requested, BACKENDS)}"
         )
     library = _LibraryEncoder(tokenizer)

@@ -63,8 +63,7 @@ def sample_passages(texts: Iterable[str], limit: int) -> Sample:
                 kept_bytes -= len(dropped)
     if text_bytes and not heap:
         raise UserError(
-            f"--sample-bytes: {limit} is too little for a passage of the text; give some thousands"
-            " at least"
+            f"--sample-bytes: {limit} is too small for one passage; use at least a few thousand"
         )
     heap.sort(key=lambda entry: entry[1])
     return Sample([data.decode() for _, _, data in heap], text_bytes, kept_bytes)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 from typing import Any, TypeAlias
 
-from data_tools.types import JsonObject
+from llada.types import JsonObject
 
 # The classes of the model's protocol buffers are generated at run time, so they have no types.
 ModelProto: TypeAlias = Any

@@ -88,7 +88,7 @@ class IndexedDataset:
         if code not in _DTYPES:
             meaning = "unknown"
             if code in _FLOATS:
-                meaning = f"{_FLOATS[code]}, which are no token ids"
+                meaning = f"{_FLOATS[code]}, which is not a dtype of token ids"
             raise UserError(
                 f"{self.idx_path}: dtype code {code} is {meaning}; allowed are"
                 f" {', '.join(map(str, _DTYPES))}"

@@ -236,8 +236,8 @@ def last_checkpoints(folder: Path, trained: TrainedConfig, count: int) -> list[P
     candidates = [path for path in committed_checkpoints(folder.parent) if path.name <= folder.name]
     if folder not in candidates or len(candidates) < count:
         raise UserError(
-            f"--average: {count} checkpoints are asked for, {folder.parent} has {len(candidates)}"
-            f" complete ones up to {folder.name}"
+            f"--average: needs {count} checkpoints, but {folder.parent} has only"
+            f" {len(candidates)} complete ones up to {folder.name}"
         )
     newest = candidates[-count:]
     for path in newest:
@@ -315,7 +315,9 @@ def _check_files(folders: list[Path]) -> None:
         problems += verify_checkpoint(folder)
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise UserError(f"checkpoint: {problems[0]}{more}; it is damaged, take another one")
+        raise UserError(
+            f"checkpoint: {problems[0]}{more}; the checkpoint is damaged; use another one"
+        )
 
 
 def _write_configs(folder: Path, source: _OpenedCheckpoints) -> None:

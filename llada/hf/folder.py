@@ -105,7 +105,7 @@ def check_mask(folder: HfFolder, tokenizer: Tokenizer) -> None:
 def read_model(path: str | Path, setting: str = "FOLDER") -> FolderConfig:
     """Read config.json alone. Raises UserError as `open_folder` does."""
     if not is_folder(path):
-        raise UserError(f"{setting}: '{path}' is no Hugging Face folder (it has no config.json)")
+        raise UserError(f"{setting}: '{path}' is not a Hugging Face folder (no config.json)")
     config_path = Path(path) / "config.json"
     config = _read_config(config_path)
     model_type = str(config.get("model_type"))

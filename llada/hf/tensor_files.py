@@ -340,4 +340,4 @@ def _refuse(name: str, values: torch.Tensor, rounded: torch.Tensor, dtype: torch
             f"{name} holds {bad:g}, which {str(dtype).removeprefix('torch.')} cannot hold (its"
             f" largest value is {largest:g})"
         )
-    raise RunError(f"{name} holds {bad}: the weights are of a run that failed")
+    raise RunError(f"{name} holds {bad}: these are the weights of a failed run")

@@ -67,6 +67,6 @@ def _encode(text: str, tokenizer: Tokenizer) -> list[int]:
     misspelt = _MISSPELT_GAP.search(text)
     if misspelt:
         raise UserError(
-            f"TEXT: '{misspelt[0]}' is no gap; write [MASK] for one token or [MASK*8] for eight"
+            f"TEXT: '{misspelt[0]}' is not a gap; write [MASK] for one token or [MASK*8] for eight"
         )
     return tokenizer.encode(text).tolist()

@@ -65,7 +65,7 @@ class MaskPredictor:
             logits: torch.Tensor = self._model(tokens).logits
         if not logits.isfinite().all():
             raise RunError(
-                "MODEL: its logits are not finite: the weights are damaged, or of a run that failed"
+                "MODEL: its logits are not finite: the weights are damaged, or from a failed run"
             )
         return logits
 

@@ -148,7 +148,6 @@ def _create(path: Path) -> list[Path]:
             with suppress(OSError):
                 folder.rmdir()
         raise UserError(
-            f"run.dir: '{path}' cannot be made ({error.strerror}); choose a folder that can be"
-            " written"
+            f"run.dir: '{path}' cannot be created ({error.strerror}); choose a writable folder"
         ) from None
     return created

@@ -180,7 +180,7 @@ def test_five_tasks_in_any_order(place: Path, whole: tuple[bool, dict[str, str]]
                 execution=ExecutionOptions(task=task, tasks=5, wait=0),
             )
         except TryAgain as error:
-            assert whole[0] and "are still to come from other tasks" in str(error)
+            assert whole[0] and "from other tasks are still missing" in str(error)
             waiting.append(task)
         except Unfinished as error:
             assert f"task {task} of 5 is done" in str(error)
@@ -528,8 +528,8 @@ def test_the_first_copy_stays(place: Path, tmp_path: Path):
             r"--task: 5 is not one of 0..4, the numbers of the tasks \(--tasks 5\)",
         ),
         ({"task": -1}, "--task: -1 is not one of 0..0"),
-        ({"workers": 10**6}, "--workers: 1000000 is more than 4,096, the most that are allowed"),
-        ({"tasks": 10**12}, "--tasks: 1000000000000 is more than 1,000,000"),
+        ({"workers": 10**6}, "--workers: 1000000 exceeds the maximum of 4,096"),
+        ({"tasks": 10**12}, "--tasks: 1000000000000 exceeds the maximum of 1,000,000"),
         ({"wait": float("nan")}, "--wait: nan is not a number of seconds"),
     ],
 )
@@ -609,7 +609,7 @@ def test_another_command_begins_first(
         refused(
             False, r"unfinished preparation with other settings \(.*shard_tokens 2000, now 3000"
         )
-        refused(True, "other processes may be at work in it")
+        refused(True, "other processes may be using it")
 
     instead_of(monkeypatch, finish, "_merge_validation_shards", while_it_works)
     make(place, tmp_path / "corpus", dedup=whole[0])

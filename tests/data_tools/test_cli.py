@@ -133,10 +133,10 @@ def test_every_option_arrives(place: Path, tmp_path: Path):
         (["--tokenizer", "nothing"], "nothing: no such tokenizer"),
         (["--ext", "."], "--ext: '.' names no extension"),
         (["--text-field", "body"], "field 'body' is missing, there are: text"),
-        (["--input", ""], "--input: '' names no file or folder"),
-        (["--output", ""], "--output: '' names no file or folder to make"),
-        (["--output", "/"], "--output: '/' names no file or folder to make"),
-        (["--output", "x" * 250], "cannot be made (File name too long)"),
+        (["--input", ""], "--input: '' is not a valid file or folder name"),
+        (["--output", ""], "--output: '' is not a valid file or folder name"),
+        (["--output", "/"], "--output: '/' is not a valid file or folder name"),
+        (["--output", "x" * 250], "cannot be created (File name too long)"),
         (
             ["--input", "data_tools", "--output", "data_tools/corpus"],
             "--output: 'data_tools/corpus' lies inside data_tools, which is only read",
@@ -327,11 +327,11 @@ def test_tokenizer_train(place: Path, tmp_path: Path):
     ]
     assert f"trained on {size // 2:,} of {size:,} bytes of text" in shown(*sampled)
     assert (tmp_path / "piece" / "tokenizer.model").is_file()
-    assert "'unigrm' is none of byte-bpe, unigram, bpe (did you mean 'unigram'?)" in refusal(
+    assert "'unigrm' is not one of byte-bpe, unigram, bpe (did you mean 'unigram'?)" in refusal(
         *words, "--force", "--kind", "unigrm"
     )
     assert "--sample-bytes: 0 is less than 1" in refusal(*words, "--force", "--sample-bytes", 0)
-    assert "--vocab-size: 1000000000000 is more than 10,000,000" in refusal(
+    assert "--vocab-size: 1000000000000 exceeds the maximum of 10,000,000" in refusal(
         *words, "--force", "--vocab-size", 10**12
     )
     many = shown(

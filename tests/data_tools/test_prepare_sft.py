@@ -348,7 +348,7 @@ def test_a_conversation_that_the_template_refuses_is_a_bad_line(
         ({"chat_template": "binary.jinja"}, "binary.jinja is not UTF-8"),
         ({"max_tokens": 1}, "--max-tokens: 1 is less than 2"),
         ({"truncate": True}, "--truncate: needs --max-tokens"),
-        ({"max_tokens": 3}, "--input: of 120 documents none is left (left out: 120 replies"),
+        ({"max_tokens": 3}, "--input: none of 120 documents is left (left out: 120 replies"),
     ],
 )
 def test_options_that_cannot_be_used(

@@ -279,5 +279,5 @@ def test_memory_of_the_sample_does_not_grow_with_the_input():
 
 
 def test_a_sample_without_room_is_refused():
-    with pytest.raises(UserError, match="--sample-bytes: 3 is too little"):
+    with pytest.raises(UserError, match="--sample-bytes: 3 is too small"):
         sample_passages(iter(["a longer text"]), 3)

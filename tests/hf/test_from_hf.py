@@ -650,7 +650,7 @@ def test_the_disk_is_asked_first(
     ("dtype", "value", "message"),
     [
         ("fp16", 1e6, "1e\\+06, which float16 cannot hold"),
-        ("fp32", float("nan"), "nan: the weights are of a run that failed"),
+        ("fp32", float("nan"), "nan: these are the weights of a failed run"),
     ],
 )
 def test_weights_that_a_dtype_cannot_hold_are_not_written(
@@ -671,8 +671,8 @@ def test_weights_that_a_dtype_cannot_hold_are_not_written(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere", "out"], "FOLDER: 'nowhere' is no Hugging Face folder"),
-        (["whole", "out"], "FOLDER: 'whole' is no Hugging Face folder"),
+        (["nowhere", "out"], "FOLDER: 'nowhere' is not a Hugging Face folder"),
+        (["whole", "out"], "FOLDER: 'whole' is not a Hugging Face folder"),
         (["folder", "corpus"], "OUT: 'corpus' exists; --force replaces a checkpoint"),
         (["folder", "corpus", "--force"], "OUT: 'corpus' is not a checkpoint"),
         (["folder", "out", "--dtype", "fp16"], "--dtype: 'fp16' is not allowed; one of fp32, bf16"),

@@ -331,7 +331,7 @@ def test_code_in_a_folder_is_not_run(export: Path, tmp_path: Path) -> None:
         (["infill", "{export}", "no gap"], "TEXT: no gap; write [MASK]"),
         (["infill", "{export}", "a [MASK*0] b"], "is a gap of 0 tokens"),
         (["infill", "{export}", "a [mask] b"], "TEXT: no gap; write [MASK]"),
-        (["infill", "{export}", "a [MASK] [MASK 8] b"], "'[MASK 8]' is no gap"),
+        (["infill", "{export}", "a [MASK] [MASK 8] b"], "'[MASK 8]' is not a gap"),
         (["infill", "{export}", "[MASK]", "--steps", "0"], "--steps: 0 is less than 1"),
     ],
 )

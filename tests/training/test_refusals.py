@@ -71,14 +71,14 @@ def test_the_terminal_shows_one_line_and_exit_2(workplace: Workplace) -> None:
         ),
         (["engine=deepspeed"], "engine: 'deepspeed' is not allowed"),
         (["parallel.tensor=2"], "do not divide the world size 1"),
-        (["run.dir=whole.yaml"], "run.dir: 'whole.yaml' cannot be made"),
-        (["run.dir=/proc/x"], "run.dir: '/proc/x' cannot be made"),
+        (["run.dir=whole.yaml"], "run.dir: 'whole.yaml' cannot be created"),
+        (["run.dir=/proc/x"], "run.dir: '/proc/x' cannot be created"),
         (["run.init_from=nowhere"], "run.init_from: no folder 'nowhere'"),
         (["run.init_from=corpus"], "run.init_from: 'corpus' is neither a checkpoint"),
         (["run.dir=corpus"], r"run.dir: 'corpus' is a prepared corpus \(it holds manifest.json\)"),
         (
             ["run.init_from=whole", "model.hidden_size=32"],
-            r"another architecture \(2 layers of width 64, .* is model.hidden_size: 64 -> 32",
+            r"a different architecture \(2 layers of width 64, .* is model.hidden_size: 64 -> 32",
         ),
         (
             ["data.mixture=[{path: corpus}, {path: corpus}]"],
@@ -130,7 +130,7 @@ def test_another_architecture_is_never_resumed(
         said = refusal(
             workplace, monkeypatch, "pretrain", "whole.yaml", "model.ffn_hidden_size=96", *allow
         )
-        assert "another architecture" in said and "model.ffn_hidden_size: 128 -> 96" in said
+        assert "a different architecture" in said and "model.ffn_hidden_size: 128 -> 96" in said
 
 
 def test_a_change_can_be_allowed_and_is_recorded(workplace: Workplace) -> None:

@@ -42,7 +42,7 @@ def start_from_weights(
     _refuse_other_tokenizer(source, tokenizer, data, source / TOKENIZER_FOLDER)
     damage = find_damage(config, source)
     if damage:
-        raise UserError(f"run.init_from: {damage[0]}; the checkpoint is damaged, take another one")
+        raise UserError(f"run.init_from: {damage[0]}; the checkpoint is damaged; use another one")
     parts = config.run.init_what
     # An import has neither masters nor moments, so there is no optimizer state to take.
     if parts != "weights" and not StoredTensors(source / "model").has_masters:
