@@ -173,7 +173,7 @@ class ConversationFields:
         if len(matching) > 1:
             quoted = [_quote_fields(fields_of_form[form]) for form in matching]
             raise BadRecord(
-                "lines with more than one conversation",
+                "{records} with more than one conversation",
                 f"fields {' and '.join(quoted)} are two conversations; choose with --format",
             )
         return matching[0]
@@ -234,7 +234,7 @@ def _optional_text(fields: JsonObject, name: str | None) -> str:
         return ""
     if not isinstance(text, str):
         raise BadRecord(
-            "lines whose field is not a string",
+            "{records} whose field is not a string",
             f"field '{name}' is not a string but {type(text).__name__}",
         )
     # Blank text counts as missing; other text keeps the white space around it.

@@ -50,7 +50,7 @@ def _records(
                 f"not JSON ({error}); every line must be one JSON object; a file that is one JSON"
                 " array has to end with .json"
             )
-            yield Record(number, None, BadRecord("lines not JSON", message))
+            yield Record(number, None, BadRecord("{records} not JSON", message))
 
 
 def _lines(

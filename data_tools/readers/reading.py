@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from data_tools.readers.formats import FORMATS
+from data_tools.readers.formats import FORMATS, list_extensions
 from data_tools.readers.input_file import Extent, InputFile, Slice
 from data_tools.readers.options import ReadOptions
 from data_tools.readers.records import (
@@ -189,7 +189,8 @@ def _converted(
             line = stream.num_before() + record.number
             if not options.skip_bad:
                 raise _bad_record(source, line, problem) from None
-            report.leave_out(source.path, line, problem.reason, str(problem))
+            reason = problem.reason(FORMATS[source.format].records)
+            report.leave_out(source.path, line, reason, str(problem))
             continue
         yield document
 
@@ -240,7 +241,10 @@ def _reading(source: InputFile, options: ReadOptions, report: Report) -> Iterato
         yield progress
     except (UnicodeDecodeError, OSError, EOFError, zlib.error, BrokenFile) as error:
         if isinstance(error, UnicodeDecodeError) and progress.num_documents == 0:
-            message = f"byte {error.start} is not UTF-8; text, code and JSON Lines are read"
+            message = (
+                f"byte {error.start} is not UTF-8; a file that is not text needs the extension of"
+                f" its format: {list_extensions()}"
+            )
             _leave_out_file(source, report, "files not UTF-8", message)
             return
         # A file that could be opened when it was measured has changed since, and this may be one

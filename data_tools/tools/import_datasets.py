@@ -14,6 +14,7 @@ import numpy as np
 
 from data_tools.defaults import SHARD_TOKENS, VALIDATION_FRACTION
 from data_tools.job.finish import new_manifest
+from data_tools.job.options import check_validation_fraction
 from data_tools.job.progress import progress_bar
 from data_tools.job.splits import is_held_out
 from data_tools.tools.agreement import TokenizerAgreement
@@ -47,8 +48,7 @@ class ImportOptions:
     shard_tokens: int = SHARD_TOKENS
 
     def __post_init__(self) -> None:
-        if not 0 <= self.validation_fraction < 1:
-            raise UserError(f"--validation-fraction: {self.validation_fraction} is not in [0, 1)")
+        check_validation_fraction(self.validation_fraction)
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from llada.arrays import I64
+from llada.arrays import I64, Number, map_file
 from llada.data.manifest import ShardEntry
-from llada.data.open_files import Number, OpenFile, OpenFiles
+from llada.data.open_files import OpenFile, OpenFiles
 from llada.data.shard_format import (
     CHUNK,
     DTYPES,
@@ -32,7 +32,6 @@ from llada.data.shard_format import (
     TokenDtype,
     damaged,
     index_parts,
-    size_of,
     unreadable,
 )
 
@@ -308,7 +307,7 @@ class ShardReader:
 
     def _map_index(self) -> npt.NDArray[np.uint8]:
         self.check()
-        return map_file(self.idx_path, np.dtype(np.uint8))
+        return map_shard_file(self.idx_path, np.dtype(np.uint8))
 
     def _compare_with_manifest(
         self, path: Path, num_documents: int, num_tokens: int, dtype: TokenDtype
@@ -335,19 +334,16 @@ def map_replies(path: Path) -> I64:
     Raises:
         UserError: it cannot be read, or its size is not that of whole rows.
     """
-    numbers = map_file(path, np.dtype(np.int64))
+    numbers = map_shard_file(path, np.dtype(np.int64))
     if numbers.size % len(REPLY_FIELDS):
         row_bytes = 8 * len(REPLY_FIELDS)
         raise damaged(path, f"{8 * numbers.size} bytes, not a multiple of {row_bytes}")
     return numbers.reshape(-1, len(REPLY_FIELDS))
 
 
-def map_file(path: Path, dtype: np.dtype[Number]) -> npt.NDArray[Number]:
-    """Map a file of numbers into memory, read-only. Raises UserError when it cannot be read."""
-    # An empty file cannot be mapped.
-    if size_of(path) == 0:
-        return np.empty(0, dtype)
+def map_shard_file(path: Path, dtype: np.dtype[Number]) -> npt.NDArray[Number]:
+    """Map a file of a shard into memory, read-only. Raises UserError when it cannot be read."""
     try:
-        return np.asarray(np.memmap(path, dtype, mode="r"))
+        return map_file(path, dtype)
     except OSError as error:
         raise unreadable(path, error) from None

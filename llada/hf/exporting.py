@@ -28,6 +28,7 @@ from llada.checkpoint.reading import StoredTensors
 from llada.checkpoint.verification import verify_checkpoint
 from llada.errors import UserError
 from llada.files import flush_in_background
+from llada.formatting import first_of
 from llada.hf.card import check_license, model_card
 from llada.hf.sources import Mean
 from llada.hf.tensor_files import total_bytes, write_safetensors
@@ -314,9 +315,8 @@ def _check_files(folders: list[Path]) -> None:
     for folder in folders:
         problems += verify_checkpoint(folder)
     if problems:
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise UserError(
-            f"checkpoint: {problems[0]}{more}; the checkpoint is damaged; use another one"
+            f"checkpoint: {first_of(problems)}; the checkpoint is damaged; use another one"
         )
 
 

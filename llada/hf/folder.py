@@ -139,8 +139,8 @@ def open_folder(path: str | Path, allow_pickle: bool = False, setting: str = "FO
 
     Raises:
         UserError: No such folder; an architecture or field that is not computed here; weights that
-            cannot be read (see `open_tensors`) or that do not match the config. Every missing or
-            surplus tensor and every other shape is named.
+            cannot be read (see `open_tensors`) or that do not match the config. Every missing,
+            unexpected or misshapen tensor is named.
     """
     config = read_model(path, setting)
     folder = Path(path)

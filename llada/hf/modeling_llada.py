@@ -449,12 +449,12 @@ class LLaDAModelLM(LLaDAGenerationMixin, PreTrainedModel):
     ) -> Any:
         """Load a model, and refuse weights that are not those of its config.
 
-        transformers itself fills a missing weight with random numbers and drops a surplus one, both
-        with no more than a warning. Either means that config and weights belong to two different
-        models.
+        transformers itself fills a missing weight with random numbers and drops an unexpected one,
+        both with no more than a warning. Either means that config and weights belong to two
+        different models.
 
         Raises:
-            ValueError: Missing or surplus weights. A weight of another shape is left to
+            ValueError: Missing or unexpected weights. A weight of another shape is left to
                 transformers, which refuses it unless `ignore_mismatched_sizes=True` is given.
         """
         return_report = kwargs.pop("output_loading_info", False)
@@ -467,7 +467,7 @@ class LLaDAModelLM(LLaDAGenerationMixin, PreTrainedModel):
         # The scales of quantized weights are no parameters; the quantizer reads them separately.
         quantized = getattr(model, "hf_quantizer", None)
         if report["unexpected_keys"] and not quantized:
-            problems.append(f"too many: {', '.join(sorted(report['unexpected_keys']))}")
+            problems.append(f"unexpected: {', '.join(sorted(report['unexpected_keys']))}")
         if problems:
             raise ValueError(
                 f"LLaDAModelLM: the weights in '{pretrained_model_name_or_path}' are not those of"

@@ -191,7 +191,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(workplace: Wor
     for folder in (workplace.folder / "hurt" / "checkpoints").iterdir():
         (folder / "state.json").write_text("{}")
     done = workplace.run("pretrain", config, code=2)
-    assert "no checkpoint in hurt/checkpoints is sound" in done.stderr
+    assert "hurt/checkpoints contains no valid checkpoint" in done.stderr
     done = workplace.run("pretrain", _start_from(workplace, "from_hurt2", "hurt"), code=2)
     assert len(done.stderr.splitlines()) == 1
 

@@ -390,7 +390,10 @@ def test_damaged_datasets_are_refused(tmp_path: Path):
         (
             17,
             b"\x06",
-            "dtype code 6 is float64, which is not a dtype of token ids; allowed are 1, 2, 3, 4, 5,",
+            (
+                "dtype code 6 is float64, which is not a dtype of token ids;"
+                " allowed are 1, 2, 3, 4, 5, 8"
+            ),
         ),
         (17, b"\x09", "dtype code 9 is unknown"),
         (18, b"\x04", "4 sequences"),

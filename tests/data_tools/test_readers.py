@@ -318,7 +318,10 @@ def test_named_inputs_that_are_refused(tmp_path: Path):
         "missing.txt": "--input: no file or folder '{}'",
         "good.txt/below": "--input: no file or folder '{}'",
         "empty.txt": "--input: {} is empty",
-        "latin.txt": "--input: {}: byte 2 is not UTF-8; text, code and JSON Lines are read",
+        "latin.txt": (
+            "--input: {}: byte 2 is not UTF-8; a file that is not text needs the extension of its"
+            " format: .jsonl, .json (also with .gz or .zst), .parquet, .arrow"
+        ),
         "blank.jsonl": "--input: no document in {} (left out: 1 documents empty)",
         "bad.jsonl": "--input: no document in {} (left out: 1 lines not JSON)",
         "pipe": "--input: '{}' is neither a file nor a folder",

@@ -256,7 +256,11 @@ def field(**values: Any) -> Callable[[Path], None]:
             "not a sound safetensors file",
         ),
         ("config.json", field(n_layers=8), "missing: model.transformer.blocks.2.attn_norm.weight"),
-        ("config.json", field(n_layers=1), "too many: model.transformer.blocks.1.attn_norm.weight"),
+        (
+            "config.json",
+            field(n_layers=1),
+            "unexpected: model.transformer.blocks.1.attn_norm.weight",
+        ),
         (
             "config.json",
             field(mlp_hidden_size=96),
