@@ -81,14 +81,14 @@ def check_replaceable(
     if not entries:
         return
 
-    # Anything that such a folder never holds means that it is something else, and so does the
-    # absence of the one file that it always holds.
+    # Anything that such a folder never contains means that it is something else, and so does the
+    # absence of the one file that it always contains.
     foreign = [
         name for name in entries if not any(fnmatch.fnmatchcase(name, entry) for entry in names)
     ]
     reason = None
     if foreign:
-        reason = f"it holds '{foreign[0]}'"
+        reason = f"it contains '{foreign[0]}'"
     elif names[0] not in entries:
         reason = f"it has no {names[0]}"
     if reason is not None:
@@ -201,7 +201,7 @@ def new_folder(
 
     Args:
         output: must not exist, unless `force`. Missing parent folders are made.
-        force: replace an existing folder that is empty, or holds `names[0]` and nothing that no
+        force: replace an existing folder that is empty, or contains `names[0]` and nothing that no
             pattern of `names` matches. It stays until the end.
         description: noun for such a folder, as "a corpus".
         names: patterns of the entries of such a folder. The first is a plain name that it always

@@ -298,15 +298,15 @@ def _read_turn(turn: object, number: int) -> Message:
         keys = ("from", "value")
     role_key, content_key = keys
 
-    spelt_role = _turn_field(turn, role_key, keys, number)
-    lower = spelt_role.lower()
+    spelled_role = _turn_field(turn, role_key, keys, number)
+    lower = spelled_role.lower()
     role = ROLE_ALIASES.get(lower, lower)
     if role not in ROLES:
-        suggestion = did_you_mean(spelt_role, [*ROLES, *ROLE_ALIASES])
+        suggestion = did_you_mean(spelled_role, [*ROLES, *ROLE_ALIASES])
         raise BadRecord(
             "conversations with an unknown role",
-            f"turn {number}: unknown role '{spelt_role}'{suggestion}; allowed: {', '.join(ROLES)},"
-            f" and for these {', '.join(ROLE_ALIASES)}",
+            f"turn {number}: unknown role '{spelled_role}'{suggestion}; allowed:"
+            f" {', '.join(ROLES)}, and for these {', '.join(ROLE_ALIASES)}",
         )
 
     assert isinstance(turn, dict)  # otherwise `_turn_field` has raised

@@ -297,7 +297,7 @@ def _drop_unused_tokens(
         history' | turn 1 | turn 3                   history' is what the remaining prompts use
 
     The result ends with EOS, as every document does. An EOS after a cut reply belongs to no reply,
-    so it is not learnt.
+    so it is not learned.
     """
     kept_ids = ids[: max(entry.reply.history_end for entry in replies)]
     moved: list[_CountedReply] = []

@@ -69,7 +69,7 @@ class TextType(DocumentType[str]):
         """Yield beginnings of the first documents of every n-th source."""
         step = max(1, len(sources) // _SAMPLED_SOURCES)
         remaining = _SAMPLE_CHARACTERS
-        # Every n-th, because neighbours in a sorted list are often alike.
+        # Every n-th, because neighbors in a sorted list are often alike.
         for source in sources[::step]:
             # A quarter of what remains, so that the first sources do not use up the sample, and
             # that a sample of few sources is still large.

@@ -107,7 +107,7 @@ def _settings(
 ) -> JsonObject:
     """Return all settings that, together with the sources, decide every byte of the corpus.
 
-    A preparation recognises its finished and unfinished work by their digest.
+    A preparation recognizes its finished and unfinished work by their digest.
     """
     settings: JsonObject = {
         **options.manifest_options(),
@@ -291,7 +291,7 @@ class _Passes(Generic[Document]):
         """Wait until other tasks have written the files of all numbers below `count`.
 
         Args:
-            results: what the files hold, for messages.
+            results: what the files contain, for messages.
             count: number of files.
             path_of: returns the path of the file with a number.
 

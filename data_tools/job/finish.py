@@ -44,7 +44,7 @@ def finish(output: OutputFolder, plan: WorkPlan, worker: UnitWorker[Document]) -
     Any number of tasks may do this at the same time: they write the same bytes.
 
     Args:
-        output: folder that holds the units.
+        output: folder that contains the units.
         plan: plan of the preparation.
         worker: worker that has done units of the plan.
 

@@ -133,7 +133,7 @@ class OutputFolder:
             return plan
         if not self._force:
             raise UserError(
-                f"--output: '{self.partial}' holds an unfinished preparation"
+                f"--output: '{self.partial}' contains an unfinished preparation"
                 f" {_difference(plan.settings, settings)}; --force discards it and starts over"
             )
         # If several tasks have --force, one would remove what another has just begun.
@@ -167,8 +167,8 @@ class OutputFolder:
     def working(self, plan: WorkPlan, tokenizer: Tokenizer) -> Iterator[Path]:
         """Make or join OUTPUT.partial, and hold a lock on its plan while the block runs.
 
-        After an error the folder stays if it holds finished work. The messages of errors then say
-        so; after an interrupt, `describe_kept` does.
+        After an error the folder stays if it contains finished work. The messages of errors then
+        say so; after an interrupt, `describe_kept` does.
 
         Args:
             plan: plan of the preparation.
@@ -294,7 +294,7 @@ class OutputFolder:
         return sum(path.suffix == ".json" for path in folder.iterdir())
 
     def _clean_up(self, created_parents: list[Path]) -> None:
-        """Remove the folder after an error, unless it is in use or holds finished work."""
+        """Remove the folder after an error, unless it is in use or contains finished work."""
         if not self._unlock() or self._shared or (self.partial / MANIFEST).exists():
             return
         for name in (RESULTS, HASHES, DUPLICATES):
@@ -379,7 +379,7 @@ def _difference(theirs: JsonObject, ours: JsonObject) -> str:
     """Describe how another preparation differs from this one."""
     changed: list[str] = []
     for key in sorted({*theirs, *ours}):
-        # "evaluation" holds checksums of files, which tell a reader nothing.
+        # "evaluation" contains checksums of files, which tell a reader nothing.
         if key != "evaluation" and theirs.get(key) != ours.get(key):
             changed.append(f"{key} {theirs.get(key)!r}, now {ours.get(key)!r}")
     if changed:

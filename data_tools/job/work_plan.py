@@ -103,7 +103,7 @@ class WorkPlan:
 
 
 def digest_of(settings: JsonObject, sources: Sequence[InputFile]) -> str:
-    """Return the sha256 over settings and sources, by which a preparation recognises its own work.
+    """Return the sha256 over settings and sources, by which a preparation recognizes its own work.
 
     Sources carry their size and time of modification, so a changed file changes the digest.
     """

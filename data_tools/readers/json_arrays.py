@@ -84,7 +84,7 @@ def _records(source: InputFile, options: ReadOptions, report: Report) -> Iterato
 
 
 def elements(stream: BinaryIO, longest: int, chunk: int = _CHUNK) -> Iterator[Element]:
-    """Yield the elements of the array that a stream holds.
+    """Yield the elements of the array that a stream contains.
 
     Args:
         stream: stream to read, at its start.

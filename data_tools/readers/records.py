@@ -1,4 +1,4 @@
-"""Records: the JSON values that lines, array elements and table rows hold."""
+"""Records: the JSON values that lines, array elements and table rows contain."""
 
 from __future__ import annotations
 

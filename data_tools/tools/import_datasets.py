@@ -233,7 +233,7 @@ class _Importer:
         }
 
     def _add_run(self, flat: I64, lengths: I64, agreement: TokenizerAgreement) -> None:
-        """Write neighbouring documents; `lengths` are their numbers of ids in `flat`."""
+        """Write neighboring documents; `lengths` are their numbers of ids in `flat`."""
         # Ids and bytes of text of each document, by split.
         documents: dict[str, list[tuple[I64, int]]] = {split: [] for split in SPLITS}
         ends = np.cumsum(lengths)
@@ -286,6 +286,6 @@ class _Importer:
         else:
             problem = f"not one of the tokenizer's ids 0..{self._num_data_ids - 1}"
         raise UserError(
-            f"{dataset.bin_path}: document {document} holds id {flat[position]}, {problem};"
+            f"{dataset.bin_path}: document {document} contains id {flat[position]}, {problem};"
             " --tokenizer must be the one it was made with"
         )

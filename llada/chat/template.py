@@ -354,7 +354,7 @@ def _id_at(prompt: Prompt, index: int) -> int | None:
     if not 0 <= index < len(prompt):
         return None
     part = prompt[index]
-    assert isinstance(part, int), "the neighbours of a text are special tokens"
+    assert isinstance(part, int), "the neighbors of a text are special tokens"
     return part
 
 

@@ -150,7 +150,7 @@ class ShardReader:
         return starts[: np.searchsorted(starts, stop_byte)] // self.dtype.itemsize
 
     def document_at(self, position: int) -> int:
-        """Return the document that holds the token at `position`; opens the index only."""
+        """Return the document that contains the token at `position`; opens the index only."""
         byte = position * self.dtype.itemsize
         first, block = self._pointers_around(self._index_file(), byte)
         return first + int(np.searchsorted(block, byte, side="right")) - 1
@@ -162,7 +162,7 @@ class ShardReader:
         return int(pointer[0]) // self.dtype.itemsize
 
     def _pointers_around(self, file: OpenFile, byte: int) -> tuple[int, I64]:
-        """Read neighbouring pointers such that all pointers before them are <= `byte`, and all
+        """Read neighboring pointers such that all pointers before them are <= `byte`, and all
         after them are > `byte`.
 
         Documents of one shard have similar lengths, so a guess by proportion is close, and an
@@ -312,7 +312,7 @@ class ShardReader:
     def _compare_with_manifest(
         self, path: Path, num_documents: int, num_tokens: int, dtype: TokenDtype
     ) -> None:
-        """Raise UserError, naming `path`, when the shard holds something else than the manifest
+        """Raise UserError, naming `path`, when the shard contains something else than the manifest
         says.
         """
         if self._entry is None:

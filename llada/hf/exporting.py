@@ -52,9 +52,9 @@ _UNITS = {
     "GI": 2**30,
     "TI": 2**40,
 }
-# The modelling code that every export carries.
+# The modeling code that every export carries.
 _CODE_FILES = ("configuration_llada.py", "generation_llada.py", "modeling_llada.py")
-# Files of an export. `--force` refuses to replace a folder that holds any other.
+# Files of an export. `--force` refuses to replace a folder that contains any other.
 _EXPORTED_FILES = (
     "config.json",
     "*.safetensors",
@@ -83,7 +83,7 @@ class ExportOptions:
         max_shard_size: Size of the largest weight file, such as 5GB or 500MiB.
         average: Export the mean of this many checkpoints of the run, up to and including the
             given one. For a bf16 run it is the mean of their fp32 masters.
-        license: Identifier of the licence, for the model card.
+        license: Identifier of the license, for the model card.
         checksums: Compare the checkpoint's files with its marker first.
     """
 
@@ -101,10 +101,10 @@ class _OpenedCheckpoints:
 
     Attributes:
         folders: The checkpoints, oldest first; one unless they are averaged.
-        state: Of the newest.
+        state: State of the newest checkpoint.
         trained: Their model.
-        tokenizer: Of the newest.
-        weights: Of the one checkpoint, or the mean.
+        tokenizer: Tokenizer of the newest checkpoint.
+        weights: Weights of the one checkpoint, or their mean.
         masters: Whether `weights` are the optimizer's fp32 masters.
         dtype: Key of DTYPES for the exported weights.
     """
@@ -243,7 +243,7 @@ def last_checkpoints(folder: Path, trained: TrainedConfig, count: int) -> list[P
     newest = candidates[-count:]
     for path in newest:
         if trained_config(read_state(path)).model != trained.model:
-            raise UserError(f"--average: {path} holds another model than {folder}")
+            raise UserError(f"--average: the model of {path} differs from that of {folder}")
     return newest
 
 
@@ -253,7 +253,7 @@ def model_config(trained: TrainedConfig, tokenizer: Tokenizer, dtype: str) -> Js
     Args:
         trained: The model.
         tokenizer: Its special tokens.
-        dtype: Of the weights, a key of DTYPES.
+        dtype: Type of the weights, a key of DTYPES.
     """
     from llada.hf.configuration_llada import LLaDAConfig
 

@@ -190,11 +190,11 @@ def _check_tensors(
     """Raise UserError unless names and shapes of the stored tensors are those of the model.
 
     Args:
-        folder: For the message.
+        folder: Folder, for the message.
         files: The stored tensors.
         names: Canonical name -> name in the files.
         model: Shape from the config.
-        setting: For the message.
+        setting: Setting, for the message.
     """
     expected = {names[canonical]: shape for canonical, shape in canonical_shapes(model).items()}
     stored = {

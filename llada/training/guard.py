@@ -59,7 +59,7 @@ class Guard:
 
     @property
     def recent(self) -> list[Applied]:
-        """What a checkpoint must hold so that a resumed run has the same limits."""
+        """What a checkpoint must contain so that a resumed run has the same limits."""
         return list(self._recent)
 
     def spike_limits(self, step: int) -> Limits:

@@ -249,7 +249,7 @@ def _born(pid: int) -> str | None:
     """
     try:
         # Field 22 of /proc/PID/stat. Fields are counted behind the last parenthesis, since the
-        # command's name before it may hold spaces.
+        # command's name before it may contain spaces.
         ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except (OSError, IndexError):
@@ -294,7 +294,7 @@ def _read(path: Path) -> Holder | None:
 
 
 def _is_foreign(path: Path) -> bool:
-    """Return whether a file holds something else than a lock.
+    """Return whether a file contains something else than a lock.
 
     A torn lock, and the zeros that a crash may leave, are no foreign content.
     """

@@ -89,7 +89,7 @@ def test_train_byte_level(source: Path, tmp_path: Path):
     ]
     assert Tokenizer.load(tmp_path / "t").vocab_size == 330
     (tmp_path / "t" / "model.safetensors").touch()
-    with pytest.raises(UserError, match=r"not a tokenizer \(it holds 'model.safetensors'\)"):
+    with pytest.raises(UserError, match=r"not a tokenizer \(it contains 'model.safetensors'\)"):
         train_tokenizer([source], 320, tmp_path / "t", force=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.jsonl", "t"]
 

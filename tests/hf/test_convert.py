@@ -235,7 +235,7 @@ def test_an_output_that_exists_is_replaced_only_when_asked(
     to_hf(source, out, ExportOptions(force=True))
     assert (out / "model.safetensors").read_bytes() == before
     (out / "thesis.txt").write_text("mine")
-    with pytest.raises(UserError, match=r"holds 'thesis.txt'"):
+    with pytest.raises(UserError, match=r"contains 'thesis.txt'"):
         to_hf(source, out, ExportOptions(force=True))
     assert (out / "thesis.txt").read_text() == "mine"
 
@@ -469,7 +469,7 @@ def test_the_model_card_says_what_the_checkpoint_knows(
     )
     assert done.returncode == 0, done.stderr[-2000:]
     with pytest.raises(
-        UserError, match=r"--license: 'do what you want' is not an identifier of a licence"
+        UserError, match=r"--license: 'do what you want' is not an identifier of a license"
     ):
         to_hf(
             workplace.folder / "whole",

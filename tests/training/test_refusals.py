@@ -60,7 +60,7 @@ def test_the_terminal_shows_one_line_and_exit_2(workplace: Workplace) -> None:
             ["schedule.stages=[{shape: linear, end: 1, steps: 3}]"],
             "schedule.stages: end after 3 steps",
         ),
-        (["data.sequence_length=10000000"], "data.mixture.0.path: corpus holds no full window"),
+        (["data.sequence_length=10000000"], "data.mixture.0.path: corpus contains no full window"),
         (
             ["data.mixture.0.max_epochs=0.0001"],
             "data.mixture.0.max_epochs: allows less than one of the",
@@ -75,14 +75,17 @@ def test_the_terminal_shows_one_line_and_exit_2(workplace: Workplace) -> None:
         (["run.dir=/proc/x"], "run.dir: '/proc/x' cannot be created"),
         (["run.init_from=nowhere"], "run.init_from: no folder 'nowhere'"),
         (["run.init_from=corpus"], "run.init_from: 'corpus' is neither a checkpoint"),
-        (["run.dir=corpus"], r"run.dir: 'corpus' is a prepared corpus \(it holds manifest.json\)"),
+        (
+            ["run.dir=corpus"],
+            r"run.dir: 'corpus' is a prepared corpus \(it contains manifest.json\)",
+        ),
         (
             ["run.init_from=whole", "model.hidden_size=32"],
             r"a different architecture \(2 layers of width 64, .* is model.hidden_size: 64 -> 32",
         ),
         (
             ["data.mixture=[{path: corpus}, {path: corpus}]"],
-            "data.mixture.1.path: corpus holds the same data as corpus",
+            "data.mixture.1.path: corpus contains the same data as corpus",
         ),
     ],
 )

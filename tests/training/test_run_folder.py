@@ -420,7 +420,7 @@ def test_folders_of_other_kinds(name: str, what: str, tmp_path: Path) -> None:
     (tmp_path / name).touch()
     with pytest.raises(
         UserError,
-        match=f"^run.dir: '{tmp_path}' is {what}.* \\(it holds {name}\\); choose another folder$",
+        match=f"^run.dir: '{tmp_path}' is {what}.* \\(it contains {name}\\); choose another folder$",
     ):
         refuse_foreign_folder(tmp_path)
 
