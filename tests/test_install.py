@@ -300,7 +300,7 @@ def test_the_images_copy_what_exists_and_install_through_make(docker: Any, appta
     versions = [word for run in runs for word in re.findall(r"\S+==\S+", run)]
     assert not versions, "versions stand in the constraints alone"
     assert apt_packages(" ; ".join(runs).replace("&&", "\n")) == [
-        found for stage in apptainer for found in apt_packages(stage["%post"])
+        package for stage in apptainer for package in apt_packages(stage["%post"])
     ]
 
 

@@ -183,8 +183,8 @@ def test_a_compressed_file_that_breaks_off(suffix: str, tmp_path: Path):
         )
         packed += compressor.flush()
     path.write_bytes(packed[: len(packed) // 2])
-    for place in (path, path.parent):  # never silently, in a folder neither
-        assert "breaks off after" in refusal(place)
+    for source in (path, path.parent):  # never silently, in a folder neither
+        assert "breaks off after" in refusal(source)
     texts_read, report = read_all(path.parent, skip_bad=True)
     assert 0 < len(texts_read) < len(texts)
     assert texts_read == texts[: len(texts_read)]

@@ -488,9 +488,9 @@ assert not {"llada", "megatron"} & sys.modules.keys()
 
 def test_a_folder_loads_where_this_package_is_absent(tmp_path: Path) -> None:
     models = {shape: made(**SHAPES[shape]) for shape in ("gqa", "tied")}
-    places = {shape: (tmp_path / shape / "export", tmp_path / shape / "out") for shape in models}
+    folders = {shape: (tmp_path / shape / "export", tmp_path / shape / "out") for shape in models}
     for shape, hf in models.items():
-        folder, out = places[shape]
+        folder, out = folders[shape]
         folder.mkdir(parents=True)
         out.mkdir()
         hf.config.save_pretrained(folder)
@@ -501,7 +501,12 @@ def test_a_folder_loads_where_this_package_is_absent(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", STRANGER, *(str(path) for pair in places.values() for path in pair)],
+        [
+            sys.executable,
+            "-c",
+            STRANGER,
+            *(str(path) for pair in folders.values() for path in pair),
+        ],
         cwd=tmp_path,
         env=environment,
         stdin=subprocess.DEVNULL,
@@ -511,7 +516,7 @@ def test_a_folder_loads_where_this_package_is_absent(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     for shape, hf in models.items():
-        _, out = places[shape]
+        _, out = folders[shape]
         actual = load_file(out / "logits.safetensors")
         assert_near(actual["logits"], hf(tokens()).logits)
         assert torch.equal(actual["same"], actual["logits"])

@@ -21,11 +21,11 @@ from tests.stand_ins import like
 from tests.workplace import Workplace
 
 
-def refusal(place: Workplace, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:
+def refusal(workplace: Workplace, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:
     """The message of the UserError that the command ends with; the terminal shows it as one line
     and exits with 2.
     """
-    monkeypatch.chdir(place.folder)
+    monkeypatch.chdir(workplace.folder)
     # keep pytest's own handlers
     monkeypatch.setattr("llada.training.signals.signal", like(signal, signal=lambda *_: None))
     result = CliRunner().invoke(app, list(arguments))
@@ -148,18 +148,18 @@ def test_a_change_can_be_allowed_and_is_recorded(workplace: Workplace) -> None:
     assert state["lineage"] == [{"resumed_at_step": 12, "changed": ["seed: 5 -> 6"]}]
 
 
-def damaged(place: Workplace, name: str) -> Path:
-    shutil.rmtree(place.folder / name, ignore_errors=True)
-    shutil.copytree(place.folder / "corpus", place.folder / name)
-    return place.folder / name
+def damaged(workplace: Workplace, name: str) -> Path:
+    shutil.rmtree(workplace.folder / name, ignore_errors=True)
+    shutil.copytree(workplace.folder / "corpus", workplace.folder / name)
+    return workplace.folder / name
 
 
-def run_on(place: Workplace, monkeypatch: pytest.MonkeyPatch, corpus: Path) -> str:
-    config = place.config(
+def run_on(workplace: Workplace, monkeypatch: pytest.MonkeyPatch, corpus: Path) -> str:
+    config = workplace.config(
         run={"dir": "refused", "threads": 2},
         data={"sequence_length": 64, "mixture": [{"path": corpus.name}]},
     )
-    return refusal(place, monkeypatch, "pretrain", config)
+    return refusal(workplace, monkeypatch, "pretrain", config)
 
 
 def test_a_truncated_shard(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
