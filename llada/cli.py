@@ -61,8 +61,8 @@ def _options(
 def main() -> None:
     """Entry point.
 
-    Exit codes: 0 finished, 1 a failure, 2 a mistake of the user's, 75 not finished (run the same
-    command again), 130 interrupted. An error ends with one line on stderr.
+    Exit codes: 0 finished, 1 a failure, 2 a user error, 75 not finished (run the same command
+    again), 130 interrupted. An error ends with one line on stderr.
     """
     for stream in (sys.stdout, sys.stderr):
         # A terminal whose encoding lacks ± shows \xb1 instead of a traceback.

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """A mistake of the user's. The command line prints it as one line and exits with 2.
+    """A user error. The command line prints it as one line and exits with 2.
 
     The message names the setting (or file), its value, what is allowed and, if there is one, the
     nearest right name.
@@ -15,7 +15,7 @@ class UserError(Exception):
 
 
 class RunError(Exception):
-    """A failure that is not the user's mistake (a lost file, a loss that is not finite).
+    """A failure that is not a user error (a lost file, a loss that is not finite).
 
     The command line prints it as one line and exits with 1.
     """

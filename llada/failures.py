@@ -29,7 +29,7 @@ FailureKind = Literal[
 """What failed.
 
 Of one rank:
-    user_error: a mistake of the user's; the same start ends the same way.
+    user_error: a user error; the same start ends the same way.
     step: the numbers of a step stopped the run; the same step gives the same numbers again.
     hang: no step finished in time.
     lost_peer: an exchange with other ranks failed; the cause usually lies with one of them.

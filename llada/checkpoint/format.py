@@ -1,6 +1,6 @@
 """A checkpoint on disk: its files, its marker, and what it says of its run.
 
-RUN/checkpoints/step_NNNNNNNN/ holds
+RUN/checkpoints/step_NNNNNNNN/ contains
 
     model/       the engine's state: a Megatron-Core distributed checkpoint
     tokenizer/   a copy of the tokenizer
@@ -45,7 +45,7 @@ Checksums = Mapping[str, JsonObject]
 
 @dataclass(frozen=True)
 class CheckpointState:
-    """What a checkpoint says of its run besides the engine's state; state.json holds its fields.
+    """What a checkpoint says of its run besides the engine's state; state.json contains its fields.
 
     Attributes:
         step: optimizer steps done.

@@ -25,7 +25,7 @@ from llada.types import JsonObject
 T = TypeVar("T")
 
 _PROBE = bytes(1 << 20)
-"""What is written to a disk to hear whether it takes more."""
+"""What is written to a disk to test whether it accepts more data."""
 
 
 class PendingSave(Protocol):
@@ -170,7 +170,7 @@ class CheckpointSave:
         )
 
     def _reason(self, error: Exception) -> str:
-        """Describe an error by what the operating system said, as far as it said anything."""
+        """Describe an error by the operating system's reason, if it reported one."""
         cause = find_system_error(error, self._root)
         if cause is None:
             return _one_line(error)
