@@ -103,7 +103,7 @@ class PlainLoop:
         self.optimizer.zero_grad(set_to_none=not self.has_masters)
         total = torch.zeros((), device=self.device)
         for batch in batches:
-            loss = self.loss(batch) / batch.normaliser
+            loss = self.loss(batch) / batch.normalizer
             loss.backward()
             total += loss.detach()
             if self.has_masters:

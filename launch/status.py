@@ -63,7 +63,7 @@ _REASONS = {
         "could not be started and is held; release it with `scontrol release`"
     ),
     "Cleaning": "its earlier attempt is being cleaned up",
-    "Licenses": "waits for a licence",
+    "Licenses": "waits for a license",
 }
 """Meaning of Slurm's reasons for a pending job."""
 

@@ -76,7 +76,7 @@ class Finding(NamedTuple):
         joined: whether the rank connected to all other ranks.
         clock: this host's clock, seconds since 1970; all ranks read it within milliseconds.
         local_gbps: bus bandwidth of an all-reduce within the host, GB/s.
-        network_gbps: bus bandwidth of an all-reduce with the faster neighbouring host, GB/s.
+        network_gbps: bus bandwidth of an all-reduce with the faster neighboring host, GB/s.
     """
 
     host: str

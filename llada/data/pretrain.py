@@ -87,13 +87,13 @@ class WindowReader:
 class PretrainData(TrainingData):
     """Windows of text.
 
-    The loss of a step is normalised by its tokens; each segment counts by its length.
+    The loss of a step is normalized by its tokens; each segment counts by its length.
     """
 
     kind = TEXT
     readers: Mapping[str, Sequence[WindowReader]]
 
-    def normaliser(self, plan: StepPlan) -> float:
+    def normalizer(self, plan: StepPlan) -> float:
         return float(plan.tokens)
 
     @property

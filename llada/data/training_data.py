@@ -100,7 +100,7 @@ class TrainingData(ABC):
     # -- what a task decides -----------------------------------------------------------------------
 
     @abstractmethod
-    def normaliser(self, plan: StepPlan) -> float:
+    def normalizer(self, plan: StepPlan) -> float:
         """Return what divides the summed loss of a training step."""
 
     @property
@@ -156,7 +156,7 @@ class TrainingData(ABC):
         # micro-batch, a sample is in.
         windows = [self.window(TRAIN, plan, i) for i in offsets]
         corrupted = [self.objective.corrupt(window) for window in windows]
-        return collate(windows, corrupted, self.normaliser(plan))
+        return collate(windows, corrupted, self.normalizer(plan))
 
     def window(self, split: str, plan: StepPlan, i: int) -> Window:
         """Read the clean tokens and segments of sample `i` of a plan."""

@@ -52,7 +52,7 @@ class StepResult:
 
     @property
     def loss(self) -> float:
-        """Loss of the global step, in nats, divided by the step's normaliser."""
+        """Loss of the global step, in nats, divided by the step's normalizer."""
         return self._values[0]
 
     @property

@@ -492,13 +492,13 @@ def _mark_sharded(parameters: dict[str, torch.nn.Parameter]) -> None:
 
 
 def _training_loss(total: torch.Tensor, batch: RankBatch, losses: torch.Tensor) -> LossResult:
-    """The sum of the weighted losses over the step's normaliser, which is also added to `total`.
+    """The sum of the weighted losses over the step's normalizer, which is also added to `total`.
 
     Three values are returned: with two, Megatron-Core's schedules would still rescale by the
     context-parallel size and the number of micro-batches.
     """
-    assert batch.normaliser is not None
-    loss = (losses * batch.weights).sum() / batch.normaliser
+    assert batch.normalizer is not None
+    loss = (losses * batch.weights).sum() / batch.normalizer
     total += loss.detach()
     return loss, _no_tokens(losses), {}
 
@@ -520,7 +520,7 @@ def _finalize(
 ) -> None:
     """Finish the gradients without dividing by a number of tokens.
 
-    The losses are already divided by the step's normaliser.
+    The losses are already divided by the step's normalizer.
     """
     finalize_model_grads(model, None, **options)
 

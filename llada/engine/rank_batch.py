@@ -29,7 +29,7 @@ class RankBatch:
         targets: Clean tokens of the predicted positions, int64 [n].
         weights: Their weights in the loss, float32 [n].
         segments: Their segment ids among all segments of the step, int64 [n].
-        normaliser: Divides the sum of the weighted losses; None in a validation.
+        normalizer: Divides the sum of the weighted losses; None in a validation.
         lengths: Segment lengths for the variable-length attention kernel; None if it is not used.
     """
 
@@ -41,7 +41,7 @@ class RankBatch:
     targets: torch.Tensor
     weights: torch.Tensor
     segments: torch.Tensor
-    normaliser: float | None
+    normalizer: float | None
     lengths: SegmentLengths | None
 
     def pin_memory(self) -> RankBatch:
@@ -109,6 +109,6 @@ def rank_batch(batch: Batch, rank: int, size: int, kernel: Kernel | None) -> Ran
         targets=batch.targets[own],
         weights=batch.weights[own],
         segments=batch.segments[own],
-        normaliser=batch.normaliser,
+        normalizer=batch.normalizer,
         lengths=lengths,
     )

@@ -11,7 +11,7 @@ draws (two sweeps) and offset 0.05, a text is read at
     sweep 0: t = 0.050, 0.300, 0.550, 0.800
     sweep 1: t = 0.175, 0.425, 0.675, 0.925
 
-What follows from the losses stands in `llada.evaluation.estimates`.
+What follows from the losses is in `llada.evaluation.estimates`.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from llada.engine.base import Engine, ParallelRank
 from llada.evaluation.estimates import (
     FEW,
     SWEEP,
+    CorpusLosses,
     Estimate,
-    Sample,
     pooled,
     sums,
     weighted,
@@ -77,11 +77,11 @@ class Design:
         """Diffusion time of each draw, float64 [sweeps, 4]."""
         return self.plan.t[self.segments]
 
-    def sample(self, losses: F64) -> Sample:
+    def sample(self, losses: F64) -> CorpusLosses:
         """Arrange the losses of the plan's segments, float64 [segments], by sweep."""
         # The four draws of a sweep read the same text, so the first one's length is that of all.
         length = self.plan.maskable[self.segments[:, 0]]
-        return Sample(losses[self.segments], length, self.owner, self.text)
+        return CorpusLosses(losses[self.segments], length, self.owner, self.text)
 
 
 @dataclass(frozen=True)
@@ -280,7 +280,7 @@ def _estimate_fields(name: str, estimate: Estimate) -> Fields:
     }
 
 
-def _by_decile(sample: Sample, t: F64) -> list[dict[str, float | None] | None]:
+def _by_decile(sample: CorpusLosses, t: F64) -> list[dict[str, float | None] | None]:
     """Return NELBO per token of the draws in each tenth of t, with its standard error over items.
 
     Args:

@@ -149,7 +149,7 @@ class Batch:
         targets: clean token at each predicted position, int64 [n].
         weights: factor on the loss of each predicted position, float32 [n].
         segments: id of the segment of each predicted position among those of the step, int64 [n].
-        normaliser: divides the sum of the weighted losses; the same in all micro-batches of a step.
+        normalizer: divides the sum of the weighted losses; the same in all micro-batches of a step.
             None in a validation, which adds up by segment and divides nothing.
     """
 
@@ -161,11 +161,11 @@ class Batch:
     targets: torch.Tensor
     weights: torch.Tensor
     segments: torch.Tensor
-    normaliser: float | None = None
+    normalizer: float | None = None
 
 
 def collate(
-    windows: Sequence[Window], corrupted: Sequence[Corrupted], normaliser: float | None = None
+    windows: Sequence[Window], corrupted: Sequence[Corrupted], normalizer: float | None = None
 ) -> Batch:
     """Stack windows of equal length, and what corruption made of each, into a Batch."""
     length = len(windows[0].tokens)
@@ -192,7 +192,7 @@ def collate(
         targets=torch.from_numpy(targets[order]),
         weights=torch.from_numpy(weights[order].astype(np.float32)),
         segments=torch.from_numpy(segments[order]),
-        normaliser=normaliser,
+        normalizer=normalizer,
     )
 
 

@@ -262,7 +262,7 @@ def test_a_start_from_weights_with_another_rope_base(workplace: Workplace) -> No
     assert "rope_theta 10000.0, norm_eps 1e-05" in out
     state = read_state(workplace.folder / "longer" / "checkpoints" / "step_00000001")
     assert state.lineage[-1]["changed"] == ["model.rope_theta: 500000.0 -> 10000.0"]
-    assert "initialised from whole/checkpoints/step_00000012 (weights)" in out
+    assert "initialized from whole/checkpoints/step_00000012 (weights)" in out
     assert "reads the same samples again" not in out
 
 

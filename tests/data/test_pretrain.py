@@ -129,7 +129,7 @@ def test_segments_are_the_union_of_documents_and_random_length(
             documents = expected[plan.examples[i]][1] if document_mask else set()
             assert {0, LENGTH} | documents <= bounds and len(bounds - documents - {0, LENGTH}) <= 1
             cuts += len(bounds - documents - {0, LENGTH})
-        assert made.normaliser(plan) == 16 * LENGTH == plan.lengths.sum()
+        assert made.normalizer(plan) == 16 * LENGTH == plan.lengths.sum()
         assert len(np.unique(plan.t)) == len(plan.t) == plan.first_segments[-1]
     assert 20 < cuts < 76
 
@@ -244,7 +244,7 @@ def test_the_same_noise_whatever_the_micro_batches(folder: Path) -> None:
             for row, column, weight in predictions(part)
         }
         assert weights == {(row, column): weight for row, column, weight in predictions(whole)}
-        assert {part.normaliser for part in parts} == {whole.normaliser}
+        assert {part.normalizer for part in parts} == {whole.normalizer}
 
 
 def test_ranks_of_a_step_see_different_noise(folder: Path) -> None:

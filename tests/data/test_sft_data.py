@@ -122,7 +122,7 @@ def test_rows_are_prompt_response_padding_and_filler(group: int, folder: Path) -
     for step in range(8):
         plan = data.plan(step)
         assert plan.samples.tolist() == list(range(8 * step, 8 * step + 8))
-        assert data.normaliser(plan) == 8
+        assert data.normalizer(plan) == 8
         for i, sample in enumerate(plan.samples.tolist()):
             window = data.window(TRAIN, plan, i)
             reader = data.readers[TRAIN][0]

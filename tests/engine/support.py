@@ -121,7 +121,7 @@ class OracleTrainer:
             each = torch.nn.functional.cross_entropy(
                 logits.flatten(0, 1), clean.flatten(), reduction="none"
             ).view_as(weights)
-            total = total + (each * weights).sum().double() / batch.normaliser
+            total = total + (each * weights).sum().double() / batch.normalizer
         return total
 
     def step(

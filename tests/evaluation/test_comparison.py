@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from llada.cli import app
 from llada.errors import UserError
 from llada.evaluation import comparison, comparison_report, validation_files
-from llada.evaluation.estimates import Sample, t_quantile
+from llada.evaluation.estimates import CorpusLosses, t_quantile
 from llada.evaluation.validation_files import Measure, Measured
 from tests.workplace import Workplace
 
@@ -29,7 +29,9 @@ def measured(gain: float, name: str = "wiki", weight: float = 1.0, **changes: ob
     rng = np.random.default_rng(len(name))
     length = rng.integers(30, 64, ITEMS)
     base, own = rng.normal(4, 1, (ITEMS, 4)), rng.normal(gain, 0.1 * abs(gain), (ITEMS, 1))
-    sample = Sample(length[:, None] * (base - own), length, np.arange(ITEMS), np.arange(ITEMS))
+    sample = CorpusLosses(
+        length[:, None] * (base - own), length, np.arange(ITEMS), np.arange(ITEMS)
+    )
     return Measured(
         name, weight, 0.25, replace(MEASURE, **{"text": name, **changes}), np.arange(ITEMS), sample
     )

@@ -7,7 +7,14 @@ import math
 import numpy as np
 import pytest
 
-from llada.evaluation.estimates import Estimate, Sample, noise_error, pooled, t_quantile, weighted
+from llada.evaluation.estimates import (
+    CorpusLosses,
+    Estimate,
+    noise_error,
+    pooled,
+    t_quantile,
+    weighted,
+)
 
 CONTEXT = 2.0
 """Nats per token that a whole context saves."""
@@ -50,7 +57,7 @@ class Corpus:
             / self.length.sum()
         )
 
-    def read(self, rng: np.random.Generator, sweeps: int) -> Sample:
+    def read(self, rng: np.random.Generator, sweeps: int) -> CorpusLosses:
         """Every item in so many sweeps of four draws."""
         k = len(self.length)
         t = (
@@ -69,7 +76,7 @@ class Corpus:
         loss = length[:, None] * (
             self.level[item, None] + self.slope[item, None] * self.curve(t) + noise
         )
-        return Sample(loss, length, item, item)
+        return CorpusLosses(loss, length, item, item)
 
 
 @pytest.mark.parametrize("heavy", [False, True])
@@ -126,17 +133,17 @@ def test_the_standard_error_is_the_formula() -> None:
 
 def test_items_are_summed_over_their_sweeps() -> None:
     loss = np.arange(12.0).reshape(3, 4)
-    sample = Sample(loss, np.array([2, 3, 5]), np.array([0, 1, 0]), np.arange(3))
+    sample = CorpusLosses(loss, np.array([2, 3, 5]), np.array([0, 1, 0]), np.arange(3))
     sums = sample.by_item()
     assert sums[0].tolist() == [6 + 38, 22] and sums[1].tolist() == [4 * 7, 4 * 3]
     estimate = sample.estimate()
     assert (estimate.mean, estimate.se) == pooled(*sums) and estimate.degrees == 1
-    even = Sample(np.ones((3, 4)), np.array([2, 2, 2]), np.arange(3), np.arange(3))
+    even = CorpusLosses(np.ones((3, 4)), np.array([2, 2, 2]), np.arange(3), np.arange(3))
     assert even.estimate().degrees == pytest.approx(2)
 
 
 def test_a_single_item_has_no_error() -> None:
-    estimate = Sample(np.ones((1, 4)), np.array([4]), np.array([0]), np.array([0])).estimate()
+    estimate = CorpusLosses(np.ones((1, 4)), np.array([4]), np.array([0]), np.array([0])).estimate()
     assert estimate == Estimate(0.25, None, None, 1)
     assert estimate.interval() is None and estimate.scaled(2).mean == 0.5
     assert weighted([estimate, Estimate(1.0, 0.1, 0.1, 5)], [1, 1]) == Estimate(

@@ -132,7 +132,7 @@ def test_fine_tuning_is_launched_alike(here: Path) -> None:
         (["--cluster", "cluster.yaml", *SIZE, "--dry-run", "run.init_from=nowhere"], "nowhere"),
         (
             ["--cluster", "cluster.yaml", *SIZE, "--dry-run", "run.dir=whole", "seed=6"],
-            "run.dir: 'whole' holds a run of another config, seed: 5 -> 6",
+            "run.dir: 'whole' contains a run with a different config, seed: 5 -> 6",
         ),
     ],
 )

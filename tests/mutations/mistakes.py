@@ -96,7 +96,7 @@ def division_by_the_number_of_masked_tokens(megatron: Any) -> None:
     right = megatron._training_loss
 
     def training_loss(total: Any, batch: Any, losses: Any) -> Any:
-        return right(total, replace(batch, normaliser=max(1, len(losses))), losses)
+        return right(total, replace(batch, normalizer=max(1, len(losses))), losses)
 
     megatron._training_loss = training_loss
 
@@ -116,10 +116,10 @@ def a_loss_scaled_by_accumulation(megatron: Any) -> None:
 
 
 rewrites(
-    "a normaliser of the local micro-batch",
+    "a normalizer of the local micro-batch",
     "llada.data.training_data",
-    "collate(windows, corrupted, self.normaliser(plan))",
-    "collate(windows, corrupted, self.normaliser(plan) * len(windows) / len(plan.samples))",
+    "collate(windows, corrupted, self.normalizer(plan))",
+    "collate(windows, corrupted, self.normalizer(plan) * len(windows) / len(plan.samples))",
     PRETRAIN,
 )
 rewrites(

@@ -171,7 +171,7 @@ def test_a_new_run_starts_from_a_checkpoint_and_records_where_its_weights_came_f
             train={"steps": 1},
         )
         out = workplace.run("pretrain", config, "data.sequence_length=128").stdout
-        assert f"initialised from whole/checkpoints/step_00000012 ({what})" in out
+        assert f"initialized from whole/checkpoints/step_00000012 ({what})" in out
         lineage = yaml.safe_load((workplace.folder / name / "config.yaml").read_text())[
             "provenance"
         ]["lineage"]

@@ -127,7 +127,7 @@ def test_the_loss_is_the_published_formula_whatever_the_micro_batch(
 
 def test_a_killed_run_repeats_the_uninterrupted_one(sft_workplace: Workplace) -> None:
     whole = sft_workplace.run("sft", config(sft_workplace, "talked"))
-    assert "initialised from whole/checkpoints/step_00000012 (weights)" in whole.stdout
+    assert "initialized from whole/checkpoints/step_00000012 (weights)" in whole.stdout
     assert "1 conversations (1 by their prompt alone; number" in whole.stdout
     listed = [
         json.loads(line)

@@ -124,8 +124,8 @@ def preview_resume(
         )
         if difference:
             raise UserError(
-                f"run.dir: '{root.parent}' holds a run of another config, {difference}; choose"
-                " another run.dir, or pass --allow-changed"
+                f"run.dir: '{root.parent}' contains a run with a different config, {difference};"
+                " choose another run.dir, or pass --allow-changed"
             )
     unverified = config.model_copy(
         update={"checkpoint": config.checkpoint.model_copy(update={"verify": False})}
