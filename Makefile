@@ -96,7 +96,7 @@ clean:
 $(TORCH): constraints.txt constraints-gpu.txt Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
 	  || $(call fail,$(PYTHON) is missing or older than 3.11$(comma) which constraints.txt is made for; name another one: make setup PYTHON=python3.12)
-	@[ -z "$(WHEELS)" ] || [ -d "$(WHEELS)" ] || $(call fail,WHEELS=$(WHEELS) is no folder; on a machine with a network 'make wheels WHEELS=DIR' fills one)
+	@[ -z "$(WHEELS)" ] || [ -d "$(WHEELS)" ] || $(call fail,WHEELS=$(WHEELS) is not a folder; on a machine with a network 'make wheels WHEELS=DIR' fills one)
 	@echo "make: installing into $(VENV) (once)"
 	@$(PYTHON) -m venv $(VENV) || $(call fail,could not create $(VENV) with '$(PYTHON) -m venv'; on some systems that needs the package python3-venv)
 	@case "$$(uname) $(TORCH_BUILD)" in \
@@ -104,13 +104,13 @@ $(TORCH): constraints.txt constraints-gpu.txt Makefile
 	    $(INSTALL) --no-deps "torch==$(TORCH_VERSION)+cpu" 2>$(VENV)/torch.log \
 	      || { [ -z "$(WHEELS)" ] && $(PIP) install --no-deps --index-url $(TORCH_CPU_INDEX) "torch==$(TORCH_VERSION)+cpu"; } \
 	      || { cat $(VENV)/torch.log >&2; $(call fail,could not install torch==$(TORCH_VERSION)+cpu$(comma) neither from $(or $(WHEELS),the configured package index) nor from $(TORCH_CPU_INDEX); for the CUDA build: make setup TORCH_BUILD=cuda); };; \
-	  *" cuda"|*" cpu") $(INSTALL) --no-deps "torch===$(TORCH_VERSION)" || $(call fail,could not install torch $(TORCH_VERSION); pip's message stands above);; \
+	  *" cuda"|*" cpu") $(INSTALL) --no-deps "torch===$(TORCH_VERSION)" || $(call fail,could not install torch $(TORCH_VERSION); see pip's message above);; \
 	  *) $(call fail,TORCH_BUILD=$(TORCH_BUILD) is neither cuda nor cpu);; \
 	esac
 	@echo "$(TORCH_BUILD)" >$@
 
 $(READY): pyproject.toml $(TORCH)
-	@$(INSTALL) --editable ".[dev]" || $(call fail,could not install the dependencies; pip's message stands above)
+	@$(INSTALL) --editable ".[dev]" || $(call fail,could not install the dependencies; see pip's message above)
 	@if [ "$(TORCH_BUILD)" = cuda ] && nvidia-smi -L 2>/dev/null | grep -q GPU; then \
 	  $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' \
 	    || $(call fail,torch sees no GPU though nvidia-smi lists one: torch $(TORCH_VERSION) is built for CUDA 13.0$(comma) which needs driver 580 or later$(comma) and this is driver $$(nvidia-smi --query-gpu=driver_version --format=csv$(comma)noheader | head -n 1); use the container (docs/first-gpu-run.md)$(comma) or CPU only: make setup TORCH_BUILD=cpu); \
@@ -126,7 +126,7 @@ wheels:
 	@$(PYTHON) -m pip --quiet --disable-pip-version-check --no-input download --no-deps --only-binary=:all: --implementation cp \
 	  --python-version $(WHEELS_PYTHON) $(foreach glibc,$(shell seq 5 28),--platform manylinux_2_$(glibc)_$(WHEELS_MACHINE)) \
 	  $(foreach old,1 2010 2014,--platform manylinux$(old)_$(WHEELS_MACHINE)) --platform linux_$(WHEELS_MACHINE) \
-	  --dest $(WHEELS) --requirement $(WHEELS)/requirements.txt || $(call fail,could not collect the wheels; pip's message stands above)
+	  --dest $(WHEELS) --requirement $(WHEELS)/requirements.txt || $(call fail,could not collect the wheels; see pip's message above)
 
 # FLASH_ATTN_CUDA_ARCHS: 80 for A100, 90 for H100 and H200, 100 for B200; those of this machine's GPU if left out.
 flash-attn: $(TORCH)
@@ -140,22 +140,22 @@ flash-attn: $(TORCH)
 	echo "make: building flash-attn for sm_$$archs (once; half an hour on eight cores)"; \
 	$(INSTALL) "torch===$(TORCH_VERSION)" einops ninja packaging psutil setuptools wheel && \
 	FLASH_ATTENTION_FORCE_BUILD=TRUE FLASH_ATTN_CUDA_ARCHS=$$archs PATH="$(abspath $(BIN)):$${CUDA_HOME:-/usr/local/cuda}/bin:$$PATH" \
-	  $(INSTALL) --no-build-isolation flash-attn || $(call fail,could not build flash-attn; pip's message stands above)
+	  $(INSTALL) --no-build-isolation flash-attn || $(call fail,could not build flash-attn; see pip's message above)
 
 # Programs of others, each in a folder of its own in front of what $(VENV) has.
 $(CLIENTS)/transformers-%/.ready: tests/clients/transformers-%.txt | $(READY)
 	@echo "make: installing into $(@D) (once)"
 	@rm -rf $(@D)
-	@$(PIP) install --no-deps --target $(@D) --requirement $< || $(call fail,could not install $<; pip's message stands above)
+	@$(PIP) install --no-deps --target $(@D) --requirement $< || $(call fail,could not install $<; see pip's message above)
 	@touch $@
 
 $(CLIENTS)/llama-cpp/.ready: tests/clients/llama-cpp.txt | $(READY)
 	@echo "make: building llama.cpp into $(@D) (once; six minutes on two cores)"
 	@rm -rf $(@D)
 	@$(PIP) download --no-deps --no-binary llama_cpp_python --dest $(@D)/source --requirement $< \
-	  || $(call fail,could not download $<; pip's message stands above)
+	  || $(call fail,could not download $<; see pip's message above)
 	@CMAKE_ARGS=-DGGML_NATIVE=OFF $(PIP) install --no-deps --target $(@D) $(@D)/source/* \
-	  || $(call fail,could not build llama.cpp; pip's message stands above)
+	  || $(call fail,could not build llama.cpp; see pip's message above)
 	@tar --extract --gzip --file $(@D)/source/llama_cpp_python-*.tar.gz --directory $(@D)/source
 	@mkdir $(@D)/llama.cpp
 	@mv $(@D)/source/*/vendor/llama.cpp/{convert_hf_to_gguf.py,conversion,gguf-py} $(@D)/llama.cpp

@@ -10,7 +10,7 @@ those of the predicted positions only, the same arithmetic as ours. In bf16 all 
 masters, moments and accumulated gradients.
 
 Steps alternate, so that other work on the machine affects all alike; ratios are medians over
-neighbouring steps. The lower limit ("floor") is the step's FLOPs at the rate of a large matrix
+neighboring steps. The lower limit ("floor") is the step's FLOPs at the rate of a large matrix
 product. On a GPU the default is the width of LLaDA 8B: two layers next to each plain loop, then as
 many layers as fit alone, with 4 and with 16 micro-batches per step.
 """
@@ -169,9 +169,9 @@ def run_config(args: argparse.Namespace, vocabulary: int, layers: int, rows: int
 def random_weights(
     model: ModelSection, seed: int, parameters: dict[str, torch.nn.Parameter], rank: int, size: int
 ) -> None:
-    """Initialise on the device.
+    """Initialize on the device.
 
-    The keyed initialisation takes a minute of CPU time for 8B parameters, and values do not matter
+    The keyed initialization takes a minute of CPU time for 8B parameters, and values do not matter
     here.
     """
     for parameter in parameters.values():
@@ -193,7 +193,7 @@ def measure(
         plain: Key of PLAIN_LOOPS; None: the engine alone. The loop runs on the first rank.
         profile: File for a table of the kernels of one more step, from the first rank.
     """
-    engine = MegatronEngine(config, initialise=random_weights)
+    engine = MegatronEngine(config, initialize=random_weights)
     try:
         return measure_engine(engine, steps, plain, profile)
     finally:
@@ -283,7 +283,7 @@ def speed(engine: MegatronEngine, step_time: float, flops: StepFlops) -> dict[st
 
 
 def median_ratio(ours: list[float], theirs: list[float]) -> float:
-    """Median of the ratios of neighbouring steps."""
+    """Median of the ratios of neighboring steps."""
     ratios = [our_time / their_time for our_time, their_time in zip(ours, theirs, strict=True)]
     return round(statistics.median(ratios), 3)
 

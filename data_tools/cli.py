@@ -23,7 +23,7 @@ from data_tools.options import (
     Force,
     Inputs,
     MoreInputs,
-    OutputFolder,
+    OutputPath,
     ShardTokens,
     SkipBad,
     TextField,
@@ -50,7 +50,7 @@ app.add_typer(tokenizer_app, name="tokenizer")
 def prepare(
     input: Inputs,
     tokenizer: TokenizerPath,
-    output: OutputFolder,
+    output: OutputPath,
     text: TextFlags,
     corpus: CorpusFlags,
     execution: ExecutionFlags,
@@ -69,7 +69,7 @@ def prepare(
 def prepare_sft(
     input: Inputs,
     tokenizer: TokenizerPath,
-    output: OutputFolder,
+    output: OutputPath,
     conversations: ConversationFlags,
     corpus: CorpusFlags,
     execution: ExecutionFlags,
@@ -111,7 +111,7 @@ def _prepare(
 @app.command()
 def merge(
     folders: Annotated[list[str], typer.Argument(help="Folders of two or more prepared corpora.")],
-    output: OutputFolder,
+    output: OutputPath,
     shard_tokens: ShardTokens = SHARD_TOKENS,
     force: Force = False,
 ) -> None:
@@ -129,7 +129,7 @@ def merge(
 def split(
     folder: CorpusFolder,
     parts: Annotated[int, typer.Option(help="Number of parts.")],
-    output: OutputFolder,
+    output: OutputPath,
     force: Annotated[
         bool, typer.Option("--force", help="Replace an earlier result at --output.")
     ] = False,
@@ -188,7 +188,7 @@ def import_(
             help="Tokenizer they were made with: folder, tokenizer.json or SentencePiece model."
         ),
     ],
-    output: OutputFolder,
+    output: OutputPath,
     validation_fraction: ValidationFraction = VALIDATION_FRACTION,
     add_special_tokens: AddSpecialTokens = False,
     shard_tokens: ShardTokens = SHARD_TOKENS,
@@ -213,8 +213,8 @@ def import_(
         typer.echo(f"warning: {doubt}", err=True)
     if imported.special_inside:
         typer.echo(
-            f"{imported.special_inside:,} documents hold BOS or EOS before their end; kept as they"
-            " are"
+            f"{imported.special_inside:,} documents contain BOS or EOS before their end; kept as"
+            " they are"
         )
     typer.echo(output)
 
@@ -289,7 +289,7 @@ def train(
     vocab_size: Annotated[
         int, typer.Option(help="Number of ids, including LLaDA's 6 special tokens.")
     ],
-    output: OutputFolder,
+    output: OutputPath,
     more: MoreInputs = None,
     kind: Annotated[
         str, typer.Option(help="byte-bpe, or a SentencePiece model: unigram or bpe.")

@@ -36,9 +36,9 @@ MoreInputs = Annotated[list[str] | None, typer.Argument(help="Further inputs.")]
 TokenizerPath = Annotated[
     str, typer.Option(help="Hugging Face folder, tokenizer.json or SentencePiece model.")
 ]
-OutputFolder = Annotated[str, typer.Option(help="Folder to create.")]
+OutputPath = Annotated[str, typer.Option(help="Folder to create.")]
 CorpusFolder = Annotated[str, typer.Argument(help="Folder of a prepared corpus.")]
-TextField = Annotated[str, typer.Option(help="JSON field or table column that holds the text.")]
+TextField = Annotated[str, typer.Option(help="JSON field or table column that contains the text.")]
 Extensions = Annotated[
     list[str] | None,
     typer.Option(

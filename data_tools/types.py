@@ -5,8 +5,5 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeAlias
 
-JsonObject: TypeAlias = dict[str, object]
-"""An object of a JSON file, whose values are JSON values."""
-
 Advance: TypeAlias = Callable[[int, int, int], None]
 """Reports progress: bytes of text, tokens, and things left out, since the last call."""

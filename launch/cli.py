@@ -260,11 +260,11 @@ def runs(
     for root in roots:
         if not Path(root).is_dir():
             raise UserError(f"ROOTS: no folder '{root}'")
-    found_runs = list_runs(roots)
+    statuses = list_runs(roots)
     if as_json:
-        typer.echo(json.dumps([run.as_dict() for run in found_runs], indent=1))
+        typer.echo(json.dumps([status.as_dict() for status in statuses], indent=1))
     else:
-        typer.echo(format_table(found_runs))
+        typer.echo(format_table(statuses))
 
 
 def add_to(app: typer.Typer) -> None:

@@ -26,7 +26,7 @@ class LogChoice:
         folder: folder of the run.
         rank: number of the rank.
         attempt: number of the attempt; None: the latest attempt that has a log of this rank.
-        task: number of the task of a job array; None: the run is no array.
+        task: number of the task of a job array; None: the run is not an array.
     """
 
     folder: Path
@@ -64,7 +64,7 @@ class LogChoice:
             return f"logs: '{self._attempts_folder}' has none yet"
         if self.attempt is not None and f"attempt-{self.attempt:04d}" not in names:
             numbers = [name.removeprefix("attempt-").lstrip("0") for name in names]
-            return f"--attempt: {self.attempt} is none of {', '.join(numbers)}"
+            return f"--attempt: {self.attempt} is not one of {', '.join(numbers)}"
         latest = self._attempts_folder / names[-1]
         ranks = len(list(latest.glob("rank_*.log")))
         if not ranks:

@@ -219,6 +219,18 @@ class ClusterProfile(Section):
                 raise ValueError(f"sbatch: {name} is set by the launcher; leave it out")
         return self
 
+    @property
+    def complete_cpu_jobs(self) -> CpuJobs:
+        """The settings of jobs without GPUs, with those for training where they are null."""
+        own = self.cpu_jobs
+        inherited = {
+            "partition": own.partition or self.partition,
+            "account": own.account or self.account,
+            "qos": own.qos or self.qos,
+            "time": own.time or self.time,
+        }
+        return own.model_copy(update=inherited)
+
 
 def minutes(text: str) -> int:
     """Convert Slurm's D-HH:MM:SS, D-HH, HH:MM:SS, MM:SS or MM to minutes, rounded up.

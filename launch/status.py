@@ -57,13 +57,13 @@ _REASONS = {
     ),
     "ReqNodeNotAvail": "a node it needs is down, drained or reserved",
     "Reservation": "waits for its reservation to begin",
-    "JobHeldUser": "is held; `scontrol release` lets it go",
+    "JobHeldUser": "is held; release it with `scontrol release`",
     "JobHeldAdmin": "is held by an administrator",
     "launch failed requeued held": (
-        "could not be started and is held; `scontrol release` lets it try again"
+        "could not be started and is held; release it with `scontrol release`"
     ),
     "Cleaning": "its earlier attempt is being cleaned up",
-    "Licenses": "waits for a licence",
+    "Licenses": "waits for a license",
 }
 """Meaning of Slurm's reasons for a pending job."""
 
@@ -308,7 +308,7 @@ def _state_of_ended_job(job: Job) -> tuple[str, str]:
 def _array_state(lines: list[Event]) -> tuple[str, str | None] | None:
     """State of a job array: that of its worst task, or FINISHED when all tasks have finished.
 
-    None: it is no array, or some tasks still have to finish and none has ended badly.
+    None: it is not an array, or some tasks still have to finish and none has ended badly.
     """
     last: dict[int, Event] = {}
     for line in events.since_submission(lines):

@@ -61,8 +61,8 @@ def _options(
 def main() -> None:
     """Entry point.
 
-    Exit codes: 0 finished, 1 a failure, 2 a mistake of the user's, 75 not finished (run the same
-    command again), 130 interrupted. An error ends with one line on stderr.
+    Exit codes: 0 finished, 1 a failure, 2 a user error, 75 not finished (run the same command
+    again), 130 interrupted. An error ends with one line on stderr.
     """
     for stream in (sys.stdout, sys.stderr):
         # A terminal whose encoding lacks ± shows \xb1 instead of a traceback.
@@ -78,7 +78,7 @@ def main() -> None:
         _exit(f"error: {error}", exits.USER_ERROR)
     except RunError as error:
         if isinstance(error, StepError):
-            failures.report("step")
+            failures.report("step", error.step)
         _exit(f"failed: {error}", exits.FAILED)
     except TryAgain as error:
         _exit(f"not finished: {error}", exits.RESTART)
@@ -87,6 +87,8 @@ def main() -> None:
     except Exception as error:
         # A bug: the traceback is for developers, the last line for everyone.
         traceback.print_exc()
+        if failures.is_lost_peer(error):
+            failures.report("lost_peer")
         _exit(f"failed: {type(error).__name__}: {error}", exits.FAILED)
 
 

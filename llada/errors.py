@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """A mistake of the user's. The command line prints it as one line and exits with 2.
+    """A user error. The command line prints it as one line and exits with 2.
 
     The message names the setting (or file), its value, what is allowed and, if there is one, the
     nearest right name.
@@ -15,14 +15,23 @@ class UserError(Exception):
 
 
 class RunError(Exception):
-    """A failure that is not the user's mistake (a lost file, a loss that is not finite).
+    """A failure that is not a user error (a lost file, a loss that is not finite).
 
     The command line prints it as one line and exits with 1.
     """
 
 
 class StepError(RunError):
-    """A step whose numbers stop the run. The same step gives the same numbers again."""
+    """A step whose numbers stop the run. The same step gives the same numbers again.
+
+    Args:
+        message: the line for the user.
+        step: number of the step, from 1.
+    """
+
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(message)
+        self.step = step
 
 
 class TryAgain(Exception):

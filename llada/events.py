@@ -39,7 +39,7 @@ class EventLog:
         present = {name: value for name, value in values.items() if value is not None}
         line = json.dumps(present) + "\n"
         # A single write to a file opened with O_APPEND, so that lines of several processes do not
-        # mix. Some network file systems mix them all the same; `read` skips the torn lines.
+        # mix. Some network file systems interleave them anyway; `read` skips the torn lines.
         descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         try:
             os.write(descriptor, line.encode())

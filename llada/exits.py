@@ -5,7 +5,7 @@ from __future__ import annotations
 FINISHED = 0
 FAILED = 1
 USER_ERROR = 2
-"""A mistake of the user's: the same command fails again."""
+"""A user error: the same command fails again."""
 RESTART = 75
 """Not finished, and nothing is wrong: the same command continues."""
 INTERRUPTED = 130

@@ -1,6 +1,8 @@
-"""Quantities as people read them."""
+"""Quantities and lists as people read them."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 
 def readable_size(count: float) -> str:
@@ -13,6 +15,13 @@ def readable_size(count: float) -> str:
         size /= 1000
         unit = larger
     return f"{size:.3g} {unit}"
+
+
+def first_of(problems: Sequence[str]) -> str:
+    """The first of at least one problem, and the number of the others."""
+    if len(problems) == 1:
+        return problems[0]
+    return f"{problems[0]} (and {len(problems) - 1} more)"
 
 
 def clock_time(seconds: float) -> str:

@@ -60,7 +60,7 @@ def require_writable(output: Path, setting: str) -> None:
         with tempfile.NamedTemporaryFile(dir=output.parent, prefix=f".{output.name[:100]}."):
             pass
     except OSError as error:
-        raise UserError(f"{setting}: '{output}' cannot be made ({error.strerror})") from None
+        raise UserError(f"{setting}: '{output}' cannot be created ({error.strerror})") from None
 
 
 def check_replaceable(
@@ -81,14 +81,14 @@ def check_replaceable(
     if not entries:
         return
 
-    # Anything that such a folder never holds means that it is something else, and so does the
-    # absence of the one file that it always holds.
+    # Anything that such a folder never contains means that it is something else, and so does the
+    # absence of the one file that it always contains.
     foreign = [
         name for name in entries if not any(fnmatch.fnmatchcase(name, entry) for entry in names)
     ]
     reason = None
     if foreign:
-        reason = f"it holds '{foreign[0]}'"
+        reason = f"it contains '{foreign[0]}'"
     elif names[0] not in entries:
         reason = f"it has no {names[0]}"
     if reason is not None:
@@ -106,14 +106,14 @@ def final_path(output: str | Path, setting: str) -> Path:
     """
     final = Path(os.path.realpath(output))
     if not str(output) or not final.name:
-        raise UserError(f"{setting}: '{output}' names no file or folder to make")
+        raise UserError(f"{setting}: '{output}' is not a valid file or folder name")
     try:
         # The longest name used on the way: the system refuses it now if it is too long.
         os.lstat(final.with_name(f".{final.name}.partial-{'0' * 8}"))
     except (FileNotFoundError, NotADirectoryError):
         pass
     except OSError as error:
-        raise UserError(f"{setting}: '{output}' cannot be made ({error.strerror})") from None
+        raise UserError(f"{setting}: '{output}' cannot be created ({error.strerror})") from None
     return final
 
 
@@ -133,7 +133,7 @@ def new_file(output: str | Path, force: bool, setting: str = "--output") -> Iter
         setting: what the user calls `output`.
 
     Raises:
-        UserError: an output that cannot be made or may not be replaced, or that another command
+        UserError: an output that cannot be created or may not be replaced, or that another command
             made in the meantime.
         RunError: an error of the operating system while writing.
     """
@@ -169,7 +169,7 @@ def _open_new(partial: Path, output: str | Path, setting: str) -> BinaryIO:
     try:
         return open(partial, "wb")
     except OSError as error:
-        raise UserError(f"{setting}: '{output}' cannot be made ({error.strerror})") from None
+        raise UserError(f"{setting}: '{output}' cannot be created ({error.strerror})") from None
 
 
 def _name_new_file(partial: Path, output: str | Path, final: Path, setting: str) -> None:
@@ -201,7 +201,7 @@ def new_folder(
 
     Args:
         output: must not exist, unless `force`. Missing parent folders are made.
-        force: replace an existing folder that is empty, or holds `names[0]` and nothing that no
+        force: replace an existing folder that is empty, or contains `names[0]` and nothing that no
             pattern of `names` matches. It stays until the end.
         description: noun for such a folder, as "a corpus".
         names: patterns of the entries of such a folder. The first is a plain name that it always
@@ -209,7 +209,7 @@ def new_folder(
         setting: what the user calls `output`.
 
     Raises:
-        UserError: an output that cannot be made or may not be replaced, or that another command
+        UserError: an output that cannot be created or may not be replaced, or that another command
             made in the meantime.
         RunError: an error of the operating system while writing.
     """
@@ -243,7 +243,7 @@ def _make_new(partial: Path, output: str | Path, setting: str) -> None:
     try:
         partial.mkdir()
     except OSError as error:
-        raise UserError(f"{setting}: '{output}' cannot be made ({error.strerror})") from None
+        raise UserError(f"{setting}: '{output}' cannot be created ({error.strerror})") from None
 
 
 def name_new_folder(partial: Path, output: str | Path, final: Path, setting: str) -> None:
@@ -293,7 +293,7 @@ def _new_parents(output: str | Path, final: Path, setting: str) -> Iterator[None
                 parent.mkdir(exist_ok=True)
                 created.append(parent)
         except OSError as error:
-            raise UserError(f"{setting}: '{output}' cannot be made ({error.strerror})") from None
+            raise UserError(f"{setting}: '{output}' cannot be created ({error.strerror})") from None
         yield
     except BaseException:
         for folder in reversed(created):

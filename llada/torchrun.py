@@ -1,7 +1,7 @@
 """How a rank explains its end to torchrun.
 
 To torchrun every exit code but 0 is a failure, about which it prints 50 lines of its own. A message
-in the file that it names stands at their end. Standard library only.
+in the file that it names is at the end. Standard library only.
 """
 
 from __future__ import annotations

@@ -63,6 +63,48 @@ def inline_code(prose: list[tuple[int, str]]) -> Iterator[tuple[int, str]]:
             yield number, span.strip()
 
 
+# --- spelling
+
+BRITISH = {
+    "behaviour": "behavior",
+    "centre": "center",
+    "colour": "color",
+    "favour": "favor",
+    "initialis": "initializ",
+    "labelled": "labeled",
+    "learnt": "learned",
+    "licence": "license",
+    "modelling": "modeling",
+    "neighbour": "neighbor",
+    "normalis": "normaliz",
+    "optimis(?!tic)": "optimiz",
+    "recognis": "recogniz",
+    "serialis": "serializ",
+    "spelt": "spelled",
+    "summaris": "summariz",
+    "synchronis": "synchroniz",
+    "tokenis": "tokeniz",
+    "vectoris": "vectoriz",
+}
+"""British forms, as patterns, and the American ones that are used instead, like in the libraries
+around this project.
+"""
+
+
+@pytest.mark.parametrize("british", BRITISH)
+def test_words_are_spelled_as_in_america(british: str) -> None:
+    sources = [
+        path for name in ("llada", "data_tools", "launch") for path in (ROOT / name).rglob("*.py")
+    ]
+    wrong = []
+    for path in (*DOCUMENTS, ROOT / "tests/README.md", *sources):
+        name = path.relative_to(ROOT).as_posix()
+        text = path.read_text(encoding="utf-8")
+        if re.search(british, text, re.IGNORECASE):
+            wrong.append(f"{name}: write {BRITISH[british]}")
+    assert not wrong
+
+
 # --- links
 
 

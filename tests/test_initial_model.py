@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from llada.checkpoint.format import MARKER, STATE_FILE, CheckpointState
+from llada.checkpoint.format import STATE_FILE, CheckpointState
+from llada.checkpoint.names import MARKER
 from llada.errors import UserError
 from llada.training.configure import load_config
 from tests.workplace import CONFIG

@@ -152,7 +152,7 @@ def test_setup_without_a_network_and_the_wheels_for_it(tmp_path: Path):
     assert code == 2 and "name a folder: make wheels WHEELS=DIR" in stderr
     (tmp_path / ".venv/.torch").unlink()
     code, stderr, _ = machine.make("setup", "WHEELS=missing")
-    assert code == 2 and "WHEELS=missing is no folder" in stderr
+    assert code == 2 and "WHEELS=missing is not a folder" in stderr
 
 
 def test_flash_attn_is_built_for_the_gpu_of_the_machine(tmp_path: Path):
@@ -300,7 +300,7 @@ def test_the_images_copy_what_exists_and_install_through_make(docker: Any, appta
     versions = [word for run in runs for word in re.findall(r"\S+==\S+", run)]
     assert not versions, "versions stand in the constraints alone"
     assert apt_packages(" ; ".join(runs).replace("&&", "\n")) == [
-        found for stage in apptainer for found in apt_packages(stage["%post"])
+        package for stage in apptainer for package in apt_packages(stage["%post"])
     ]
 
 

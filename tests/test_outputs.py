@@ -62,7 +62,7 @@ def test_a_failure_leaves_no_parent_folder(tmp_path: Path):
             raise ValueError
         (tmp_path / "file").touch()
         with (
-            pytest.raises(UserError, match=r"c' cannot be made \(Not a directory\)"),
+            pytest.raises(UserError, match=r"c' cannot be created \(Not a directory\)"),
             make(tmp_path / "file" / "b" / "c"),
         ):
             pass

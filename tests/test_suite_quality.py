@@ -85,7 +85,7 @@ def _fixed_waits(source: str) -> list[tuple[int, str]]:
 
     Such a wait is too short on a busy machine and too long on an idle one.
     """
-    found = []
+    calls = []
     tree = ast.parse(source)
     names = {"sleep"} | {
         name for name, origin in _imported(tree).items() if origin.endswith(".sleep")
@@ -98,14 +98,14 @@ def _fixed_waits(source: str) -> list[tuple[int, str]]:
             and not polling
             and all(map(_is_fixed, node.args))
         ):
-            found.append((node.lineno, ast.unparse(node)))
+            calls.append((node.lineno, ast.unparse(node)))
         if isinstance(node, ast.While | ast.FunctionDef | ast.AsyncFunctionDef):
             polling = isinstance(node, ast.While)
         for child in ast.iter_child_nodes(node):
             visit(child, polling)
 
     visit(tree, False)
-    return found
+    return calls
 
 
 def _is_fixed(value: ast.expr) -> bool:
@@ -137,7 +137,7 @@ def _patches_of_the_standard_library(source: str) -> list[tuple[int, str]]:
     """
     tree = ast.parse(source)
     imported = _imported(tree)
-    found = []
+    patches = []
     for node in ast.walk(tree):
         for owner in _patched(node):
             root, dot, rest = owner.partition(".")
@@ -149,8 +149,8 @@ def _patches_of_the_standard_library(source: str) -> list[tuple[int, str]]:
                 *sys.stdlib_module_names,
             }
             if of_library or origin.rpartition(".")[2] in sys.stdlib_module_names:
-                found.append((node.lineno, ast.unparse(node)))
-    return sorted(found)
+                patches.append((node.lineno, ast.unparse(node)))
+    return sorted(patches)
 
 
 def _patched(node: ast.AST) -> list[str]:

@@ -19,5 +19,5 @@ def test_torchrun_names_our_message_last(tmp_path: Path, monkeypatch: pytest.Mon
         local_rank=0, pid=1, exitcode=75, error_file=str(tmp_path / "error.json")
     )
     ended = ProcessFailure(local_rank=1, pid=2, exitcode=-15, error_file=str(tmp_path / "none"))
-    told = str(ChildFailedError("llada", {0: stopped, 1: ended})).splitlines()
-    assert told[-2].strip() == "traceback : not finished: stopped" and set(told[-1]) == {"="}
+    report = str(ChildFailedError("llada", {0: stopped, 1: ended})).splitlines()
+    assert report[-2].strip() == "traceback : not finished: stopped" and set(report[-1]) == {"="}

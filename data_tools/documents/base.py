@@ -16,9 +16,9 @@ from typing import ClassVar, Generic, Protocol, TypeVar
 from data_tools.readers.input_file import InputFile, Slice
 from data_tools.readers.options import ReadOptions
 from data_tools.readers.report import Report
-from data_tools.types import JsonObject
 from llada.arrays import I64
 from llada.tokenizer import Tokenizer
+from llada.types import JsonObject
 
 Document = TypeVar("Document")
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from data_tools.readers.records import BadRecord, Origin, missing_field, string_field
-from data_tools.types import JsonObject
 from llada.chat.format import ROLES, Message
 from llada.errors import UserError, did_you_mean
+from llada.types import JsonObject
 
 Messages = tuple[Message, ...]
 
@@ -173,7 +173,7 @@ class ConversationFields:
         if len(matching) > 1:
             quoted = [_quote_fields(fields_of_form[form]) for form in matching]
             raise BadRecord(
-                "lines with more than one conversation",
+                "{records} with more than one conversation",
                 f"fields {' and '.join(quoted)} are two conversations; choose with --format",
             )
         return matching[0]
@@ -234,7 +234,7 @@ def _optional_text(fields: JsonObject, name: str | None) -> str:
         return ""
     if not isinstance(text, str):
         raise BadRecord(
-            "lines whose field is not a string",
+            "{records} whose field is not a string",
             f"field '{name}' is not a string but {type(text).__name__}",
         )
     # Blank text counts as missing; other text keeps the white space around it.
@@ -298,15 +298,15 @@ def _read_turn(turn: object, number: int) -> Message:
         keys = ("from", "value")
     role_key, content_key = keys
 
-    spelt_role = _turn_field(turn, role_key, keys, number)
-    lower = spelt_role.lower()
+    spelled_role = _turn_field(turn, role_key, keys, number)
+    lower = spelled_role.lower()
     role = ROLE_ALIASES.get(lower, lower)
     if role not in ROLES:
-        suggestion = did_you_mean(spelt_role, [*ROLES, *ROLE_ALIASES])
+        suggestion = did_you_mean(spelled_role, [*ROLES, *ROLE_ALIASES])
         raise BadRecord(
             "conversations with an unknown role",
-            f"turn {number}: unknown role '{spelt_role}'{suggestion}; allowed: {', '.join(ROLES)},"
-            f" and for these {', '.join(ROLE_ALIASES)}",
+            f"turn {number}: unknown role '{spelled_role}'{suggestion}; allowed:"
+            f" {', '.join(ROLES)}, and for these {', '.join(ROLE_ALIASES)}",
         )
 
     assert isinstance(turn, dict)  # otherwise `_turn_field` has raised

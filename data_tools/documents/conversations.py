@@ -29,7 +29,6 @@ from data_tools.readers.reading import read_records
 from data_tools.readers.records import BadRecord, Origin
 from data_tools.readers.report import Report
 from data_tools.tokenizers.encoders import choose_encoder
-from data_tools.types import JsonObject
 from llada.arrays import I64
 from llada.chat.format import TEMPLATE, Reply
 from llada.chat.template import TemplateError, chat_format
@@ -37,6 +36,7 @@ from llada.data.manifest import CONVERSATIONS
 from llada.data.shard_reader import map_replies
 from llada.errors import UserError, did_you_mean
 from llada.tokenizer import Tokenizer
+from llada.types import JsonObject
 
 _PROMPT_TOO_LONG = "replies whose prompt alone takes --max-tokens"
 _REPLY_TOO_LONG = "replies that with their prompt are longer than --max-tokens"
@@ -297,7 +297,7 @@ def _drop_unused_tokens(
         history' | turn 1 | turn 3                   history' is what the remaining prompts use
 
     The result ends with EOS, as every document does. An EOS after a cut reply belongs to no reply,
-    so it is not learnt.
+    so it is not learned.
     """
     kept_ids = ids[: max(entry.reply.history_end for entry in replies)]
     moved: list[_CountedReply] = []

@@ -14,10 +14,10 @@ from data_tools.readers.options import ReadOptions
 from data_tools.readers.reading import read_texts
 from data_tools.readers.report import Report
 from data_tools.tokenizers.encoders import Encoder, choose_encoder, open_encoder
-from data_tools.types import JsonObject
 from llada.arrays import I64
 from llada.data.manifest import TEXT
 from llada.tokenizer import Tokenizer
+from llada.types import JsonObject
 
 # Encoders are compared on a sample of the input. It is small because the tokenizer's own library,
 # which may be slow, has to encode it too.
@@ -69,7 +69,7 @@ class TextType(DocumentType[str]):
         """Yield beginnings of the first documents of every n-th source."""
         step = max(1, len(sources) // _SAMPLED_SOURCES)
         remaining = _SAMPLE_CHARACTERS
-        # Every n-th, because neighbours in a sorted list are often alike.
+        # Every n-th, because neighbors in a sorted list are often alike.
         for source in sources[::step]:
             # A quarter of what remains, so that the first sources do not use up the sample, and
             # that a sample of few sources is still large.

@@ -124,7 +124,7 @@ class Contamination:
         order = np.argsort(hashes, kind="stable")
         starts = starts[order]
         hashes = hashes[order]
-        # Equal n-grams have equal hashes, so they are neighbours now. If different n-grams share a
+        # Equal n-grams have equal hashes, so they are neighbors now. If different n-grams share a
         # hash, equal ones may be apart, and one is in the index twice, which does no harm.
         repeats = np.zeros(len(starts), dtype=np.bool_)
         repeats[1:] = hashes[1:] == hashes[:-1]

@@ -44,8 +44,8 @@ def hashes_path(folder: Path, unit: int) -> Path:
 def write_hashes(path: Path, digests: Sequence[bytes]) -> None:
     """Write the hashes of a unit, sorted.
 
-    The file holds three rows of uint64 [3, documents]: the upper and the lower half of each hash,
-    and the number of the document in the unit.
+    The file contains three rows of uint64 [3, documents]: the upper and the lower half of each
+    hash, and the number of the document in the unit.
 
     Args:
         path: path from `hashes_path`.
@@ -101,8 +101,8 @@ class MergeJob:
         copied_units = units[copies]
         copied_documents = documents[copies]
         by_document = np.lexsort((copied_documents, copied_units))
-        found = np.stack([copied_units[by_document], copied_documents[by_document]])
-        _save(range_path(self.folder, number), found)
+        duplicates = np.stack([copied_units[by_document], copied_documents[by_document]])
+        _save(range_path(self.folder, number), duplicates)
         advance(0, 0, len(copies))
 
     def _read_range(self, number: int) -> U64:

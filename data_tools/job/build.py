@@ -26,12 +26,12 @@ from data_tools.job.work_plan import WorkPlan, digest_of, make_plan
 from data_tools.job.worker import UnitWorker, open_contamination
 from data_tools.readers.report import Report
 from data_tools.readers.sources import find_sources
-from data_tools.types import JsonObject
 from llada.data.manifest import Manifest
 from llada.errors import RunError, TryAgain, UserError
 from llada.files import checksum
 from llada.outputs import refuse_inside
 from llada.tokenizer import Tokenizer
+from llada.types import JsonObject
 
 _POLL_SECONDS = 1.0
 _FINISH_ATTEMPTS = 100
@@ -107,7 +107,7 @@ def _settings(
 ) -> JsonObject:
     """Return all settings that, together with the sources, decide every byte of the corpus.
 
-    A preparation recognises its finished and unfinished work by their digest.
+    A preparation recognizes its finished and unfinished work by their digest.
     """
     settings: JsonObject = {
         **options.manifest_options(),
@@ -291,7 +291,7 @@ class _Passes(Generic[Document]):
         """Wait until other tasks have written the files of all numbers below `count`.
 
         Args:
-            results: what the files hold, for messages.
+            results: what the files contain, for messages.
             count: number of files.
             path_of: returns the path of the file with a number.
 
@@ -306,7 +306,7 @@ class _Passes(Generic[Document]):
                 return
             if time.monotonic() >= deadline:
                 raise TryAgain(
-                    f"{num_missing:,} of {count:,} {results} are still to come from other tasks"
+                    f"{num_missing:,} of {count:,} {results} from other tasks are still missing"
                     f" after --wait {self._execution.wait:g} seconds; what is done is kept: run"
                     " this task again when the others have finished"
                 )

@@ -19,7 +19,6 @@ from data_tools.job.unit_result import UNIT_SHARDS, UnitResult
 from data_tools.job.work_plan import WorkPlan
 from data_tools.job.worker import UnitWorker
 from data_tools.readers.report import no_document, reasons_of
-from data_tools.types import JsonObject
 from llada.data.manifest import (
     CONVERSATIONS,
     FORMAT_VERSION,
@@ -36,6 +35,7 @@ from llada.data.shard_writer import SplitWriter, shard_name
 from llada.errors import RunError, UserError
 from llada.files import write_atomically
 from llada.tokenizer import Tokenizer
+from llada.types import JsonObject
 
 
 def finish(output: OutputFolder, plan: WorkPlan, worker: UnitWorker[Document]) -> Manifest:
@@ -44,7 +44,7 @@ def finish(output: OutputFolder, plan: WorkPlan, worker: UnitWorker[Document]) -
     Any number of tasks may do this at the same time: they write the same bytes.
 
     Args:
-        output: folder that holds the units.
+        output: folder that contains the units.
         plan: plan of the preparation.
         worker: worker that has done units of the plan.
 
@@ -62,7 +62,7 @@ def finish(output: OutputFolder, plan: WorkPlan, worker: UnitWorker[Document]) -
         listed += result.listed
     if not unit_shards:
         raise UserError(
-            f"--input: of {sum(documents_per_source):,} documents none is"
+            f"--input: none of {sum(documents_per_source):,} documents is"
             f" left{reasons_of(Counter(skipped))}"
         )
 

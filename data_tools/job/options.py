@@ -54,7 +54,13 @@ def check_count(setting: str, value: int, maximum: int) -> None:
     if value < 1:
         raise UserError(f"{setting}: {value} is less than 1")
     if value > maximum:
-        raise UserError(f"{setting}: {value} is more than {maximum:,}, the most that are allowed")
+        raise UserError(f"{setting}: {value} exceeds the maximum of {maximum:,}")
+
+
+def check_validation_fraction(value: float) -> None:
+    """Raise UserError unless `value` is in [0, 1)."""
+    if not 0 <= value < 1:
+        raise UserError(f"--validation-fraction: {value} is not in [0, 1)")
 
 
 @dataclass(frozen=True)
@@ -103,8 +109,7 @@ class CorpusOptions:
     force: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 <= self.validation_fraction < 1:
-            raise UserError(f"--validation-fraction: {self.validation_fraction} is not in [0, 1)")
+        check_validation_fraction(self.validation_fraction)
         if self.shard_tokens < 1:
             raise UserError(f"--shard-tokens: {self.shard_tokens} is less than 1")
         if self.unit_bytes is not None and self.unit_bytes < 1:

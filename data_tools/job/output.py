@@ -19,7 +19,6 @@ from data_tools.filters.dedup import DUPLICATES, HASHES
 from data_tools.job.locks import is_locked, is_only_holder, lock_shared
 from data_tools.job.unit_result import RESULTS, UNIT_SHARDS
 from data_tools.job.work_plan import PLAN, WorkPlan
-from data_tools.types import JsonObject
 from llada.data.manifest import CORPUS_FILES, MANIFEST, Manifest
 from llada.errors import RunError, UserError
 from llada.files import sync_folder, sync_tree
@@ -31,6 +30,7 @@ from llada.outputs import (
     taken_in_the_meantime,
 )
 from llada.tokenizer import Tokenizer
+from llada.types import JsonObject
 
 _REMOVE_ATTEMPTS = 100
 _WORK_FOLDERS = (RESULTS, UNIT_SHARDS, HASHES, DUPLICATES)
@@ -133,14 +133,14 @@ class OutputFolder:
             return plan
         if not self._force:
             raise UserError(
-                f"--output: '{self.partial}' holds an unfinished preparation"
+                f"--output: '{self.partial}' contains an unfinished preparation"
                 f" {_difference(plan.settings, settings)}; --force discards it and starts over"
             )
         # If several tasks have --force, one would remove what another has just begun.
         if self._shared or is_locked(self.partial / PLAN):
             raise UserError(
-                f"--force: '{self.partial}' is of other inputs or settings, and other processes may"
-                " be at work in it; end them and remove it first"
+                f"--force: '{self.partial}' was made from other inputs or settings, and other"
+                " processes may be using it; stop them and remove it first"
             )
         shutil.rmtree(self.partial)
         return None
@@ -167,15 +167,15 @@ class OutputFolder:
     def working(self, plan: WorkPlan, tokenizer: Tokenizer) -> Iterator[Path]:
         """Make or join OUTPUT.partial, and hold a lock on its plan while the block runs.
 
-        After an error the folder stays if it holds finished work. The messages of errors then say
-        so; after an interrupt, `describe_kept` does.
+        After an error the folder stays if it contains finished work. The messages of errors then
+        say so; after an interrupt, `describe_kept` does.
 
         Args:
             plan: plan of the preparation.
             tokenizer: tokenizer to save with the corpus.
 
         Raises:
-            UserError: the folder cannot be made, or another preparation uses it.
+            UserError: the folder cannot be created, or another preparation uses it.
             RunError: the operating system refused to write.
         """
         created_parents = self._make(plan, tokenizer)
@@ -218,7 +218,7 @@ class OutputFolder:
         except OSError as error:
             _remove_empty(created_parents)
             raise UserError(
-                f"--output: '{self.output}' cannot be made ({error.strerror})"
+                f"--output: '{self.output}' cannot be created ({error.strerror})"
             ) from None
         # Under the lock, the plan stays what it is: no process with --force removes the folder.
         other = WorkPlan.load(self.partial)
@@ -294,7 +294,7 @@ class OutputFolder:
         return sum(path.suffix == ".json" for path in folder.iterdir())
 
     def _clean_up(self, created_parents: list[Path]) -> None:
-        """Remove the folder after an error, unless it is in use or holds finished work."""
+        """Remove the folder after an error, unless it is in use or contains finished work."""
         if not self._unlock() or self._shared or (self.partial / MANIFEST).exists():
             return
         for name in (RESULTS, HASHES, DUPLICATES):
@@ -379,7 +379,7 @@ def _difference(theirs: JsonObject, ours: JsonObject) -> str:
     """Describe how another preparation differs from this one."""
     changed: list[str] = []
     for key in sorted({*theirs, *ours}):
-        # "evaluation" holds checksums of files, which tell a reader nothing.
+        # "evaluation" contains checksums of files, which tell a reader nothing.
         if key != "evaluation" and theirs.get(key) != ours.get(key):
             changed.append(f"{key} {theirs.get(key)!r}, now {ours.get(key)!r}")
     if changed:

@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from data_tools.types import JsonObject
 from llada.data.manifest import ShardEntry
 from llada.files import write_json
+from llada.types import JsonObject
 
 RESULTS = "units"
 """Folder of the results of units."""

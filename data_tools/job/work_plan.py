@@ -17,10 +17,10 @@ from data_tools.readers.input_file import Extent, InputFile, Slice
 from data_tools.readers.options import ReadOptions
 from data_tools.readers.reading import measure
 from data_tools.readers.report import Report
-from data_tools.types import JsonObject
 from llada.arithmetic import ceil_div
 from llada.errors import UserError
 from llada.files import write_json
+from llada.types import JsonObject
 
 PLAN = "plan.json"
 
@@ -103,7 +103,7 @@ class WorkPlan:
 
 
 def digest_of(settings: JsonObject, sources: Sequence[InputFile]) -> str:
-    """Return the sha256 over settings and sources, by which a preparation recognises its own work.
+    """Return the sha256 over settings and sources, by which a preparation recognizes its own work.
 
     Sources carry their size and time of modification, so a changed file changes the digest.
     """

@@ -37,17 +37,22 @@ class Format:
     """How sources of one format are read.
 
     Attributes:
-        measure: returns how a source can be cut. Raises OSError for a file that cannot be read.
-        read: reads the records of a slice of a source; without a slice, of the whole source. A
-            problem of one record goes into the record. Raises OSError, EOFError, zlib.error,
-            BrokenFile or UnicodeDecodeError for a file that cannot be read, or breaks off.
+        measure: returns how a source can be cut. If the format has columns, it calls
+            `columns_to_read`, so that a wrong --text-field fails at the start and not on the first
+            row. Raises OSError for a file that cannot be read.
+        read: reads the records of a slice of a source; without a slice, of the whole source. Memory
+            is bounded, however long a record is: where a record is a line, an element or a whole
+            file, one of more than `options.max_line` (a whole file: `options.max_length`) bytes is
+            never in memory as a whole, but skipped and reported with `report.leave_out`. A problem
+            of one record goes into the record. Raises OSError, EOFError, zlib.error, BrokenFile or
+            UnicodeDecodeError for a file that cannot be read, or breaks off.
         extensions: lower-case extensions of its files, without that of a compression.
         has_fields: whether its records have fields of their own. A text file is one record, whose
             only field is its text.
         may_be_compressed: whether its files may be compressed with gzip or zstandard.
         is_opened_to_measure: whether `measure` opens a file, so that one that cannot be read is
             noticed before the work begins.
-        records: what messages call several records.
+        records: what messages and the counts of what was left out call several records.
         position: how messages add the number of a record to the path of its source.
     """
 
@@ -76,6 +81,7 @@ FORMATS = {
         extensions=(".parquet",),
         may_be_compressed=False,
         is_opened_to_measure=True,
+        records="rows",
     ),
     ARROW: Format(
         measure_arrow,
@@ -83,8 +89,9 @@ FORMATS = {
         extensions=(".arrow",),
         may_be_compressed=False,
         is_opened_to_measure=True,
+        records="rows",
     ),
-    DATASET: Format(measure_dataset, read_dataset, is_opened_to_measure=True),
+    DATASET: Format(measure_dataset, read_dataset, is_opened_to_measure=True, records="rows"),
 }
 """The formats by name. A plan records the names."""
 

@@ -24,7 +24,7 @@ class InputFile:
         path: path as the command line or the walk through a folder gives it; of a dataset, its
             name with the prefix.
         format: name of its format, a key of `formats.FORMATS`.
-        named: whether the command line names it. Then a problem with it is the user's mistake;
+        named: whether the command line names it. Then a problem with it is a user error;
             otherwise the file is left out and counted.
         bytes: size on disk; 0 for a dataset.
         stamp: value that changes with the content: modification time in ns, or a dataset's

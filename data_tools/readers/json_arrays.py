@@ -76,7 +76,7 @@ def _records(source: InputFile, options: ReadOptions, report: Report) -> Iterato
             try:
                 yield Record(number, orjson.loads(content))
             except ValueError as error:
-                problem = BadRecord("elements not JSON", f"not JSON ({error})")
+                problem = BadRecord("{records} not JSON", f"not JSON ({error})")
                 yield Record(number, None, problem)
 
 
@@ -84,7 +84,7 @@ def _records(source: InputFile, options: ReadOptions, report: Report) -> Iterato
 
 
 def elements(stream: BinaryIO, longest: int, chunk: int = _CHUNK) -> Iterator[Element]:
-    """Yield the elements of the array that a stream holds.
+    """Yield the elements of the array that a stream contains.
 
     Args:
         stream: stream to read, at its start.

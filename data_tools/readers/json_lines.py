@@ -50,7 +50,7 @@ def _records(
                 f"not JSON ({error}); every line must be one JSON object; a file that is one JSON"
                 " array has to end with .json"
             )
-            yield Record(number, None, BadRecord("lines not JSON", message))
+            yield Record(number, None, BadRecord("{records} not JSON", message))
 
 
 def _lines(
@@ -65,7 +65,7 @@ def _lines(
             # A slice counts bytes of the compressed file, the stream those of the decompressed one.
             stop = None
         if slice_.start:
-            # The line that holds the byte before the slice belongs to the slice before, so it is
+            # The line that contains the byte before the slice belongs to the slice before, so it is
             # skipped. If bytes 0..4 are b'{"a"\n', a slice from 3 skips bytes 2, 3 and 4. A slice
             # from 5, where a line starts, skips byte 4 alone, the newline.
             stream.seek(slice_.start - 1)

@@ -16,9 +16,9 @@ class ReadOptions:
     """How inputs are read.
 
     Attributes:
-        text_field: field or column that holds the text. None if documents are whole records, such
-            as conversations; then text files are not read, and `min_length` and `max_length` do not
-            filter.
+        text_field: field or column that contains the text. None if documents are whole records,
+            such as conversations; then text files are not read, and `min_length` and `max_length`
+            do not filter.
         extensions: extensions of the text files to read in folders; None for TEXT_EXTENSIONS. JSON
             Lines and tables are always read.
         skip_bad: whether to count bad lines and truncated files instead of stopping.

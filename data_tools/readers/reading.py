@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from data_tools.readers.formats import FORMATS
+from data_tools.readers.formats import FORMATS, list_extensions
 from data_tools.readers.input_file import Extent, InputFile, Slice
 from data_tools.readers.options import ReadOptions
 from data_tools.readers.records import (
@@ -131,13 +131,13 @@ def read_texts(
     def text_of(record: Record) -> str:
         return string_field(record.value, text_field, "choose it with --text-field")
 
-    with _reading(source, options, report) as progress:
+    with _reading(source, options, report) as given:
         stream = FORMATS[source.format].read(source, slice_, options, report)
         for text in _converted(stream, text_of, source, options, report):
             if not text:
                 report.skipped["documents empty"] += 1
             elif _length_fits(text, source, options, report):
-                progress.num_documents += 1
+                given.num_documents += 1
                 yield text
 
 
@@ -160,7 +160,7 @@ def read_records(
     Raises:
         UserError: see `read_texts`.
     """
-    with _reading(source, options, report) as progress:
+    with _reading(source, options, report) as given:
         stream = FORMATS[source.format].read(source, slice_, options, report)
 
         def document_of(record: Record) -> D:
@@ -168,7 +168,7 @@ def read_records(
             return convert(record.value, Origin(source.path, line))
 
         for document in _converted(stream, document_of, source, options, report):
-            progress.num_documents += 1
+            given.num_documents += 1
             yield document
 
 
@@ -189,7 +189,8 @@ def _converted(
             line = stream.num_before() + record.number
             if not options.skip_bad:
                 raise _bad_record(source, line, problem) from None
-            report.leave_out(source.path, line, problem.reason, str(problem))
+            reason = problem.reason(FORMATS[source.format].records)
+            report.leave_out(source.path, line, reason, str(problem))
             continue
         yield document
 
@@ -222,38 +223,41 @@ def _length_fits(text: str, source: InputFile, options: ReadOptions, report: Rep
 
 
 @dataclass
-class _Progress:
+class _DocumentCount:
     """Number of documents that a source has given so far."""
 
     num_documents: int = 0
 
 
 @contextmanager
-def _reading(source: InputFile, options: ReadOptions, report: Report) -> Iterator[_Progress]:
+def _reading(source: InputFile, options: ReadOptions, report: Report) -> Iterator[_DocumentCount]:
     """Handle the errors of a file that cannot be read while the block reads it.
 
     A file that cannot be read at all is left out, unless the command line names it. A file that
     breaks off after some documents is an error, unless `skip_bad` keeps these.
     """
-    progress = _Progress()
+    given = _DocumentCount()
     try:
-        yield progress
+        yield given
     except (UnicodeDecodeError, OSError, EOFError, zlib.error, BrokenFile) as error:
-        if isinstance(error, UnicodeDecodeError) and progress.num_documents == 0:
-            message = f"byte {error.start} is not UTF-8; text, code and JSON Lines are read"
+        if isinstance(error, UnicodeDecodeError) and given.num_documents == 0:
+            message = (
+                f"byte {error.start} is not UTF-8; a file that is not text needs the extension of"
+                f" its format: {list_extensions()}"
+            )
             _leave_out_file(source, report, "files not UTF-8", message)
             return
         # A file that could be opened when it was measured has changed since, and this may be one
         # slice of many: it is never left out silently.
         was_readable = FORMATS[source.format].is_opened_to_measure
-        if progress.num_documents == 0 and not was_readable:
+        if given.num_documents == 0 and not was_readable:
             _leave_out_file(source, report, "files unreadable", f"cannot be read ({error})")
         elif options.skip_bad:
-            message = f"after {progress.num_documents:,} documents ({error})"
+            message = f"after {given.num_documents:,} documents ({error})"
             report.leave_out(source.path, None, "files that break off", message)
         else:
             raise UserError(
-                f"{source.path}: breaks off after {progress.num_documents:,} documents ({error});"
+                f"{source.path}: breaks off after {given.num_documents:,} documents ({error});"
                 " --skip-bad keeps those"
             ) from None
 

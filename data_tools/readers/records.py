@@ -1,4 +1,4 @@
-"""Records: the JSON values that lines, array elements and table rows hold."""
+"""Records: the JSON values that lines, array elements and table rows contain."""
 
 from __future__ import annotations
 
@@ -16,13 +16,19 @@ class BadRecord(Exception):
     """A record that its task cannot use.
 
     Args:
-        reason: plural under which it is counted, such as "lines without the field".
+        reason: plural under which it is counted, such as "{records} without the field", where
+            {records} stands for the name of the format's records.
         message: what is wrong with it.
     """
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
-        self.reason = reason
+        self._reason = reason
+
+    def reason(self, records: str) -> str:
+        """Return the reason for a format whose records are called "lines", "rows", ..."""
+        # Not str.format: a reason may contain other braces.
+        return self._reason.replace("{records}", records)
 
 
 class BrokenFile(Exception):
@@ -85,7 +91,7 @@ def string_field(record: object, name: str, remedy: str) -> str:
     text = record[name]
     if not isinstance(text, str):
         raise BadRecord(
-            "lines whose field is not a string",
+            "{records} whose field is not a string",
             f"field '{name}' is not a string but {type(text).__name__}; {remedy}",
         )
     return text
@@ -100,7 +106,7 @@ def missing_field(record: object, name: str, remedy: str) -> BadRecord:
         )
     else:
         message = f"a JSON {type(record).__name__}, not an object with the field '{name}'"
-    return BadRecord("lines without the field", f"{message}; {remedy}")
+    return BadRecord("{records} without the field", f"{message}; {remedy}")
 
 
 def columns_to_read(path: str, columns: Sequence[str], options: ReadOptions) -> list[str] | None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from data_tools.types import JsonObject
 from llada.errors import UserError
+from llada.types import JsonObject
 
 _MAX_LISTED = 10_000
 """Most entries that a report lists; further ones are only counted."""
@@ -29,7 +29,7 @@ class Report:
         """Count and list one file, line or document.
 
         Args:
-            path: file or dataset that holds it.
+            path: file or dataset that contains it.
             line: its number in the file, from 1; None for a whole file, or if it is unknown.
             reason: plural under which it is counted, such as "lines not JSON".
             message: what is wrong with it.

@@ -98,7 +98,7 @@ def _check_names(names: list[str]) -> None:
     if not names:
         raise UserError("--input: give at least one file or folder")
     if "" in names:
-        raise UserError("--input: '' names no file or folder")
+        raise UserError("--input: '' is not a valid file or folder name")
     real_paths = []
     for name in names:
         if name.startswith(HUB):

@@ -111,7 +111,7 @@ def _rows(batch: RecordBatch) -> Iterator[tuple[object, BadRecord | None]]:
     except UnicodeDecodeError as error:
         # pyarrow does not say which row is wrong, so the rows are converted one by one.
         if batch.num_rows == 1:
-            yield None, BadRecord("rows not UTF-8", f"not UTF-8 ({error.reason})")
+            yield None, BadRecord("{records} not UTF-8", f"not UTF-8 ({error.reason})")
             return
         for i in range(batch.num_rows):
             yield from _rows(batch.slice(i, 1))

@@ -49,7 +49,7 @@ class Encoder(Protocol):
     name: str
 
     def encode(self, texts: list[str]) -> tuple[I64, I64]:
-        """Encode texts. No special token is added, and none is recognised in text.
+        """Encode texts. No special token is added, and none is recognized in text.
 
         Returns:
             The ids of all texts, concatenated, int64 [tokens], and the number of ids of each text,
@@ -78,7 +78,7 @@ def choose_encoder(
     """
     if requested not in BACKENDS:
         raise UserError(
-            f"--backend: '{requested}' is none of"
+            f"--backend: '{requested}' is not one of"
             f" {', '.join(BACKENDS)}{did_you_mean(requested, BACKENDS)}"
         )
     library = _LibraryEncoder(tokenizer)
@@ -237,7 +237,7 @@ def _unusable_on_failure(backend: str) -> Iterator[None]:
 
 
 def _definition_without_specials(tokenizer: Tokenizer) -> tuple[str, str]:
-    """Return a tokenizer.json without special tokens, so that none is recognised in text, and the
+    """Return a tokenizer.json without special tokens, so that none is recognized in text, and the
     prefix to put before every text.
     """
     if isinstance(tokenizer.definition, bytes):

@@ -187,7 +187,7 @@ def fixed_texts(tokenizer: Tokenizer) -> list[str]:
 
 
 def _special_token_texts(tokenizer: Tokenizer) -> Iterator[str]:
-    """Yield every special or added token: alone, inside words, and misspelt."""
+    """Yield every special or added token: alone, inside words, and misspelled."""
     names = set(SPECIAL_TOKENS)
     names.update(token for token, _ in tokenizer.special_tokens().values())
     if isinstance(tokenizer.definition, bytes):

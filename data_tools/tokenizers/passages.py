@@ -15,8 +15,8 @@ PASSAGE_CHARACTERS = 4096
 
 
 @dataclass(frozen=True)
-class Sample:
-    """A sample of texts.
+class PassageSample:
+    """A sample of the passages of all texts.
 
     Attributes:
         passages: passages of the sample, in the order of the input.
@@ -29,7 +29,7 @@ class Sample:
     kept_bytes: int
 
 
-def sample_passages(texts: Iterable[str], limit: int) -> Sample:
+def sample_passages(texts: Iterable[str], limit: int) -> PassageSample:
     """Choose a sample of at most `limit` bytes from the passages of all texts.
 
     Each passage gets a hash, seeded with its number in the input, and the smallest hashes stay.
@@ -63,11 +63,10 @@ def sample_passages(texts: Iterable[str], limit: int) -> Sample:
                 kept_bytes -= len(dropped)
     if text_bytes and not heap:
         raise UserError(
-            f"--sample-bytes: {limit} is too little for a passage of the text; give some thousands"
-            " at least"
+            f"--sample-bytes: {limit} is too small for one passage; use at least a few thousand"
         )
     heap.sort(key=lambda entry: entry[1])
-    return Sample([data.decode() for _, _, data in heap], text_bytes, kept_bytes)
+    return PassageSample([data.decode() for _, _, data in heap], text_bytes, kept_bytes)
 
 
 def cut_passages(text: str) -> Iterator[str]:

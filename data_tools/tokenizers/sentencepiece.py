@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 from typing import Any, TypeAlias
 
-from data_tools.types import JsonObject
+from llada.types import JsonObject
 
 # The classes of the model's protocol buffers are generated at run time, so they have no types.
 ModelProto: TypeAlias = Any
@@ -81,7 +81,7 @@ def to_tokenizer_json(model: bytes) -> tuple[str, str]:
         raise ValueError("a SentencePiece model with its own way of writing spaces")
     is_lossless = normalizer.name == LOSSLESS
     if normalizer.remove_extra_whitespaces or (normalizer.precompiled_charsmap and not is_lossless):
-        raise ValueError("a SentencePiece model that normalises text")
+        raise ValueError("a SentencePiece model that normalizes text")
     replacements = [(" ", "\u2581")]
     if is_lossless:
         # First: a U+2581 of the text must not be taken for a space.
@@ -120,7 +120,7 @@ def _replacement(old: str, new: str) -> JsonObject:
 def _bpe_model(proto: ModelProto) -> JsonObject:
     """Return the model with merges instead of scores.
 
-    SentencePiece joins the two neighbours that form the piece with the best score. So a piece gets
+    SentencePiece joins the two neighbors that form the piece with the best score. So a piece gets
     a merge for every way to cut it into two pieces: "abc" gets ("a", "bc") and ("ab", "c"), if
     these pieces exist.
     """

@@ -76,12 +76,10 @@ def train_tokenizer(
     """
     if kind not in KINDS:
         raise UserError(
-            f"--kind: '{kind}' is none of {', '.join(KINDS)}{did_you_mean(kind, KINDS)}"
+            f"--kind: '{kind}' is not one of {', '.join(KINDS)}{did_you_mean(kind, KINDS)}"
         )
     if vocab_size > MAX_VOCAB_SIZE:
-        raise UserError(
-            f"--vocab-size: {vocab_size} is more than {MAX_VOCAB_SIZE:,}, the most that is trained"
-        )
+        raise UserError(f"--vocab-size: {vocab_size} exceeds the maximum of {MAX_VOCAB_SIZE:,}")
     if sample_bytes < 1:
         raise UserError(f"--sample-bytes: {sample_bytes} is less than 1")
     options = options or ReadOptions()

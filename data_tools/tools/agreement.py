@@ -1,6 +1,6 @@
 """Check whether token ids that another tool wrote are those of a tokenizer.
 
-Two observations tell: whether encoding the text of the ids gives them again, and whether documents
+Two signs show this: whether encoding the text of the ids gives them again, and whether documents
 end with EOS.
 """
 

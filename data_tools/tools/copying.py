@@ -1,7 +1,7 @@
 """Copy documents of prepared corpora into new shards, without tokenizing again.
 
-Merging and splitting share this. Only the bytes of text cannot simply be copied: a manifest holds
-their sum over each shard, and the documents of a shard may go to several new ones.
+Merging and splitting share this. Only the bytes of text cannot simply be copied: a manifest
+contains their sum over each shard, and the documents of a shard may go to several new ones.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def token_bytes(tokenizer: Tokenizer) -> I64:
 
 
 class TextBytes:
-    """The bytes of text of each document of a shard, of which the manifest holds only the sum.
+    """The bytes of text of each document of a shard, of which the manifest contains only the sum.
 
     If the bytes of the tokens add up to this sum, as with byte-level tokenizers, those of each
     document are exact. Otherwise the tokenizer changes text, and the sum is divided in proportion
@@ -148,7 +148,7 @@ class TextBytes:
         self._is_exact = total == entry.text_bytes
 
     def of_run(self, first: int, flat: I64, lengths: I64, replies: I64 | None) -> I64:
-        """Return the bytes of text of neighbouring documents, int64 [documents].
+        """Return the bytes of text of neighboring documents, int64 [documents].
 
         Args:
             first: first of the documents, counted in the shard.

@@ -22,7 +22,7 @@ _SHOWN_TOKENS = 40
 _MAX_EXACT_DOCUMENTS = 1 << 22
 """Most documents of a split whose lengths are all read."""
 _BLOCK = 1 << 10
-"""Neighbouring documents whose lengths are read at once, if not all are."""
+"""Neighboring documents whose lengths are read at once, if not all are."""
 
 
 class TokenizerNumbers(TypedDict):

@@ -70,7 +70,7 @@ def export(
     refuse_inside(output, corpus.folder, "--output")
     if corpus.manifest.kind == CONVERSATIONS:
         raise UserError(
-            f"export: {folder} holds conversations; only corpora of text can be exported"
+            f"export: {folder} contains conversations; only corpora of text can be exported"
         )
     if not Path(output).name.endswith(_SUFFIXES):
         raise UserError(f"--output: '{output}' does not end with .jsonl, .jsonl.gz or .jsonl.zst")

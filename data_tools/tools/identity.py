@@ -13,7 +13,7 @@ from llada.data.manifest import SPLITS, Manifest
 MERGED = "merged"
 """Option in a manifest that lists the corpora from which this one was merged."""
 PART_OF = "part_of"
-"""Option in a manifest that holds the identity of this corpus, if it is a part of another one."""
+"""Option in a manifest that gives the identity of this corpus, if it is a part of another one."""
 
 
 def identity(manifest: Manifest) -> str:

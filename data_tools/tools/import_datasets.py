@@ -14,6 +14,7 @@ import numpy as np
 
 from data_tools.defaults import SHARD_TOKENS, VALIDATION_FRACTION
 from data_tools.job.finish import new_manifest
+from data_tools.job.options import check_validation_fraction
 from data_tools.job.progress import progress_bar
 from data_tools.job.splits import is_held_out
 from data_tools.tools.agreement import TokenizerAgreement
@@ -47,8 +48,7 @@ class ImportOptions:
     shard_tokens: int = SHARD_TOKENS
 
     def __post_init__(self) -> None:
-        if not 0 <= self.validation_fraction < 1:
-            raise UserError(f"--validation-fraction: {self.validation_fraction} is not in [0, 1)")
+        check_validation_fraction(self.validation_fraction)
 
 
 @dataclass(frozen=True)
@@ -233,7 +233,7 @@ class _Importer:
         }
 
     def _add_run(self, flat: I64, lengths: I64, agreement: TokenizerAgreement) -> None:
-        """Write neighbouring documents; `lengths` are their numbers of ids in `flat`."""
+        """Write neighboring documents; `lengths` are their numbers of ids in `flat`."""
         # Ids and bytes of text of each document, by split.
         documents: dict[str, list[tuple[I64, int]]] = {split: [] for split in SPLITS}
         ends = np.cumsum(lengths)
@@ -286,6 +286,6 @@ class _Importer:
         else:
             problem = f"not one of the tokenizer's ids 0..{self._num_data_ids - 1}"
         raise UserError(
-            f"{dataset.bin_path}: document {document} holds id {flat[position]}, {problem};"
+            f"{dataset.bin_path}: document {document} contains id {flat[position]}, {problem};"
             " --tokenizer must be the one it was made with"
         )

@@ -11,12 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from llada.arrays import I64
+from llada.arrays import I64, map_file
 from llada.data.shard_format import CHUNK, HEADER, MAGIC, VERSION, index_parts
 from llada.errors import UserError
 
@@ -55,7 +54,7 @@ class IndexedDataset:
         self.idx_path = Path(f"{base}.idx")
         _check_exists(self.idx_path, self.bin_path)
         _check_exists(self.bin_path, self.idx_path)
-        index = _map_file(self.idx_path, np.dtype("u1"))
+        index = _map_bytes(self.idx_path)
         code, n, d = self._read_header(index)
         self._dtype = np.dtype(_DTYPES[code])
         # The header has 34 bytes, so these arrays are not aligned.
@@ -66,7 +65,7 @@ class IndexedDataset:
         self.num_documents = max(0, int(d) - 1)
         end = self._check_sequences()
         self._check_documents()
-        data = _map_file(self.bin_path, np.dtype("u1"))
+        data = _map_bytes(self.bin_path)
         if data.size != end:
             raise UserError(f"{self.bin_path}: {data.size} bytes, its index ends at {end}")
         self._tokens = data.view(self._dtype)
@@ -88,7 +87,7 @@ class IndexedDataset:
         if code not in _DTYPES:
             meaning = "unknown"
             if code in _FLOATS:
-                meaning = f"{_FLOATS[code]}, which are no token ids"
+                meaning = f"{_FLOATS[code]}, which is not a dtype of token ids"
             raise UserError(
                 f"{self.idx_path}: dtype code {code} is {meaning}; allowed are"
                 f" {', '.join(map(str, _DTYPES))}"
@@ -188,11 +187,9 @@ def _check_exists(file: Path, other: Path) -> None:
         )
 
 
-def _map_file(path: Path, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+def _map_bytes(path: Path) -> npt.NDArray[np.uint8]:
     """Map a file into memory. Raises UserError if it cannot be read."""
     try:
-        if path.stat().st_size == 0:
-            return np.empty(0, dtype)  # an empty file cannot be mapped
-        return np.asarray(np.memmap(path, dtype, mode="r"))
+        return map_file(path, np.dtype(np.uint8))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None

@@ -65,7 +65,7 @@ def merge(
 def _check_mergeable(corpora: list[Corpus]) -> None:
     """Raise UserError unless the corpora have one tokenizer and kind, and no document in common."""
     first = corpora[0]
-    seen: list[tuple[str, Path]] = []  # identity of data, and the corpus that holds it
+    seen: list[tuple[str, Path]] = []  # identity of data, and the corpus that contains it
     for corpus in corpora:
         fingerprints = (
             first.manifest.tokenizer_fingerprint,
@@ -78,7 +78,7 @@ def _check_mergeable(corpora: list[Corpus]) -> None:
             for other, folder in seen:
                 if may_overlap(own, other):
                     raise UserError(
-                        f"merge: {folder} and {corpus.folder} hold the same data; its documents"
+                        f"merge: {folder} and {corpus.folder} contain the same data; its documents"
                         " would be included twice"
                     )
         seen += [(own, corpus.folder) for own in own_identities]

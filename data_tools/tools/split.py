@@ -35,7 +35,7 @@ def split(
 ) -> list[Manifest]:
     """Split a corpus into parts of about equal numbers of tokens: output/part-00000, ...
 
-    A part is a run of neighbouring documents of each split, so merging the parts in order restores
+    A part is a run of neighboring documents of each split, so merging the parts in order restores
     the order of the documents. Shards are as large as those of the corpus.
 
     Args:

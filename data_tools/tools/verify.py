@@ -15,7 +15,7 @@ from llada.errors import UserError
 def verify_prepared_corpus(
     folder: str | Path, workers: int = 1, progress: Callable[[ShardEntry], object] = lambda _: None
 ) -> list[str]:
-    """Return everything that is wrong with a prepared corpus, one line each; empty if it is sound.
+    """Return everything that is wrong with a prepared corpus, one line each; empty if it is valid.
 
     Args:
         folder: folder of the corpus.

@@ -1,6 +1,6 @@
 """One attempt: starts all ranks and watches them until the last one has ended.
 
-It notes which ranks start and how each of them ends. When one is gone, it ends the others, which
+It records which ranks start and how each of them ends. When one is gone, it ends the others, which
 would wait for it forever. Standard library only.
 """
 

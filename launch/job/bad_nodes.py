@@ -2,99 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import statistics
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from launch.job.failure import Failure, preflight_key
+from launch.job.findings import FINDING_FILE, Finding, Rules
 from launch.job.records import AttemptEnd, RankExit
 from launch.job.spec import read_record
 
-FINDING_FILE = "rank_{:05d}.finding.json"
 
-
-@dataclass(frozen=True)
-class Rules:
-    """What the nodes are tested for; see `launch.profile.Preflight` for the settings.
+class Fault(NamedTuple):
+    """What is wrong with a host.
 
     Attributes:
-        join_seconds: time limit for every rank to start and reach the first node.
-        seconds: time limit for the ranks to connect, and for each all-reduce.
-        gpus: minimum number of GPUs that torch sees on a node.
-        min_gpu_memory_gb: minimum free memory per GPU, GB.
-        min_disk_gb: minimum free space on the file system of the run folder, GB.
-        max_clock_skew: maximum difference between a node's clock and the median, seconds.
-        slow_factor: maximum ratio of a node's time to the median time.
-        matmul_size: number of rows and columns of the matrices.
-        allreduce_mb: size of the all-reduce, MB.
+        test: the test that failed: a field of `Finding`, "started" if ranks did not start, or
+            "exit" and the code if a rank failed without a finding that says why.
+        why: human-readable reason, with what was measured.
     """
 
-    join_seconds: float
-    seconds: float
-    gpus: int
-    min_gpu_memory_gb: float
-    min_disk_gb: float
-    max_clock_skew: float
-    slow_factor: float
-    matmul_size: int
-    allreduce_mb: float
-
-    @classmethod
-    def of_settings(cls, settings: dict[str, float], join_seconds: float) -> Rules:
-        """Make the rules from the settings in a job's description."""
-        return cls(
-            join_seconds=join_seconds,
-            seconds=settings["seconds"],
-            gpus=int(settings["gpus"]),
-            min_gpu_memory_gb=settings["min_gpu_memory_gb"],
-            min_disk_gb=settings["min_disk_gb"],
-            max_clock_skew=settings["max_clock_skew"],
-            slow_factor=settings["slow_factor"],
-            matmul_size=int(settings["matmul_size"]),
-            allreduce_mb=settings["allreduce_mb"],
-        )
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> Rules:
-        return cls(**json.loads(text))
-
-
-class Finding(NamedTuple):
-    """What one rank measured. A number is None if the test did not finish.
-
-    Attributes:
-        host: host of the rank.
-        rank: number of the rank.
-        disk_free_gb: free space on the file system of the run folder, GB.
-        disk_error: why a file could not be written and read there; None: no error.
-        gpus: number of GPUs that torch sees.
-        gpu_memory_gb: free memory of this rank's GPU, GB; None without a GPU.
-        matmul_seconds: time of a matrix product, seconds.
-        connected: whether the rank reached the first node.
-        joined: whether the rank connected to all other ranks.
-        clock: this host's clock, seconds since 1970; all ranks read it within milliseconds.
-        local_gbps: bus bandwidth of an all-reduce within the host, GB/s.
-        network_gbps: bus bandwidth of an all-reduce with the faster neighbouring host, GB/s.
-    """
-
-    host: str
-    rank: int
-    disk_free_gb: float | None = None
-    disk_error: str | None = None
-    gpus: int | None = None
-    gpu_memory_gb: float | None = None
-    matmul_seconds: float | None = None
-    connected: bool = False
-    joined: bool = False
-    clock: float | None = None
-    local_gbps: float | None = None
-    network_gbps: float | None = None
+    test: str
+    why: str
 
 
 class Verdict(NamedTuple):
@@ -102,13 +32,13 @@ class Verdict(NamedTuple):
 
     Attributes:
         bad: host -> what is wrong with it.
-        problem: why the tests failed although no host is known to be bad; None: they did not.
+        problem: the failure of the tests if no host is known to be bad; None: they did not fail.
         measured: host -> its figures.
         lines: lines for the console.
     """
 
-    bad: dict[str, str]
-    problem: str | None
+    bad: dict[str, Fault]
+    problem: Failure | None
     measured: dict[str, dict[str, float]]
     lines: list[str]
 
@@ -142,16 +72,16 @@ def judge(
     for host, figures in measured.items():
         shown = [f"{name} {value:.3g}" for name, value in figures.items()]
         lines.append(f"{host}: {', '.join(shown)}")
-    lines += [f"{host} is bad: {why}" for host, why in bad.items()]
+    lines += [f"{host} is bad: {fault.why}" for host, fault in bad.items()]
     if problem is not None:
-        lines.append(problem)
+        lines.append(problem.reason)
     return Verdict(bad, problem, measured, lines)
 
 
 def _read_findings(folder: Path, hosts: list[str], ranks_per_host: int) -> Findings:
     findings: Findings = {host: [] for host in hosts}
     for rank in range(len(hosts) * ranks_per_host):
-        record: dict[str, Any] | None = read_record(folder / FINDING_FILE.format(rank))
+        record = read_record(folder / FINDING_FILE.format(rank))
         if record is not None:
             findings[hosts[rank // ranks_per_host]].append(Finding(**record))
     return findings
@@ -186,7 +116,7 @@ def _cut_short_by(end: AttemptEnd) -> RankExit | None:
 
 def _blame_failures(
     hosts: list[str], ranks_per_host: int, end: AttemptEnd
-) -> tuple[dict[str, str], str | None]:
+) -> tuple[dict[str, Fault], Failure | None]:
     """Explain tests that failed although no finding says why.
 
     Returns:
@@ -202,12 +132,18 @@ def _blame_failures(
     if crashed and not end.killed:
         # When a rank crashes, the others soon fail too, because they lost it.
         blamed = crashed
-    blamed_hosts = {hosts[rank_exit.rank // ranks_per_host] for rank_exit in blamed}
+    if not blamed:
+        # No key: nothing says that the next tests will not finish either.
+        return {}, Failure("preflight", f"the tests did not finish ({end.launcher_line})")
+    failed_tests = set()
+    for rank_exit in blamed:
+        host = hosts[rank_exit.rank // ranks_per_host]
+        failed_tests.add((host, f"exit {rank_exit.code}"))
+    blamed_hosts = {host for host, _ in failed_tests}
     if len(blamed_hosts) == 1 and len(hosts) > 1:
-        return {blamed_hosts.pop(): str(blamed[0])}, None
-    if blamed:
-        return {}, str(blamed[0])
-    return {}, f"the tests did not finish ({end.launcher_line})"
+        fault = Fault(f"exit {blamed[0].code}", str(blamed[0]))
+        return {blamed_hosts.pop(): fault}, None
+    return {}, Failure("preflight", str(blamed[0]), preflight_key(failed_tests))
 
 
 # -- a host by itself ------------------------------------------------------------------------------
@@ -215,7 +151,7 @@ def _blame_failures(
 
 def _bad_alone(
     findings: Findings, ranks_per_host: int, rules: Rules, end: AttemptEnd
-) -> dict[str, str]:
+) -> dict[str, Fault]:
     """Hosts that are bad whatever the others are like."""
     given_time = _hosts_given_time(list(findings), ranks_per_host, end)
     bad = {}
@@ -224,18 +160,18 @@ def _bad_alone(
         if fault is None:
             continue
         if host in end.absent and end.launcher_line:
-            fault = f"{fault} ({end.launcher_line})"
+            fault = fault._replace(why=f"{fault.why} ({end.launcher_line})")
         bad[host] = fault
     return bad
 
 
 def _fault_of_host(
     findings: list[Finding], ranks_per_host: int, rules: Rules, had_time: bool
-) -> str | None:
+) -> Fault | None:
     """The first thing that is wrong with a host, from its own findings alone."""
     missing = ranks_per_host - len(findings)
     if had_time and missing:
-        return f"{missing} of {ranks_per_host} ranks did not start"
+        return Fault("started", f"{missing} of {ranks_per_host} ranks did not start")
     for finding in findings:
         fault = _fault(finding, rules, had_time)
         if fault is not None:
@@ -243,31 +179,33 @@ def _fault_of_host(
     return None
 
 
-def _fault(finding: Finding, rules: Rules, had_time: bool) -> str | None:
+def _fault(finding: Finding, rules: Rules, had_time: bool) -> Fault | None:
     """The first thing that is wrong with a rank's host, from the finding of this rank alone."""
     if finding.disk_error is not None:
-        return f"the run folder cannot be written ({finding.disk_error})"
+        return Fault("disk_error", f"the run folder cannot be written ({finding.disk_error})")
     if finding.disk_free_gb is not None and finding.disk_free_gb < rules.min_disk_gb:
-        return (
+        return Fault(
+            "disk_free_gb",
             f"{finding.disk_free_gb:.1f} GB free where the run writes, preflight.min_disk_gb is"
-            f" {rules.min_disk_gb:g}"
+            f" {rules.min_disk_gb:g}",
         )
     if finding.gpus is not None and finding.gpus < rules.gpus:
-        return f"torch sees {finding.gpus} GPUs, {rules.gpus} are required"
+        return Fault("gpus", f"torch sees {finding.gpus} GPUs, {rules.gpus} are required")
     if finding.gpu_memory_gb is not None and finding.gpu_memory_gb < rules.min_gpu_memory_gb:
-        return (
+        return Fault(
+            "gpu_memory_gb",
             f"rank {finding.rank}: {finding.gpu_memory_gb:.1f} GB of GPU memory free,"
-            f" preflight.min_gpu_memory_gb is {rules.min_gpu_memory_gb:g}"
+            f" preflight.min_gpu_memory_gb is {rules.min_gpu_memory_gb:g}",
         )
     if had_time and finding.matmul_seconds is None:
-        return f"rank {finding.rank} did not finish a matrix product"
+        return Fault("matmul_seconds", f"rank {finding.rank} did not finish a matrix product")
     return None
 
 
 # -- a host among the others -----------------------------------------------------------------------
 
 
-def _bad_among_others(findings: Findings, rules: Rules) -> dict[str, str]:
+def _bad_among_others(findings: Findings, rules: Rules) -> dict[str, Fault]:
     """Hosts that differ from the others: connections, clock, speed, bandwidth.
 
     They are compared with the median of the hosts, which a single bad host does not move.
@@ -285,7 +223,7 @@ def _bad_among_others(findings: Findings, rules: Rules) -> dict[str, str]:
     }
 
 
-def _unconnected(findings: Findings, rules: Rules) -> dict[str, str]:
+def _unconnected(findings: Findings, rules: Rules) -> dict[str, Fault]:
     not_connected = []
     not_joined = []
     for host, of_host in findings.items():
@@ -295,15 +233,15 @@ def _unconnected(findings: Findings, rules: Rules) -> dict[str, str]:
             not_joined.append(host)
     # If all hosts fail alike, none of them is to blame.
     if 0 < len(not_connected) < len(findings):
-        fault = f"did not reach the first node in {rules.join_seconds:g} s"
+        fault = Fault("connected", f"did not reach the first node in {rules.join_seconds:g} s")
         return dict.fromkeys(not_connected, fault)
     if 0 < len(not_joined) < len(findings):
-        fault = f"did not connect to the other ranks in {rules.join_seconds:g} s"
+        fault = Fault("joined", f"did not connect to the other ranks in {rules.join_seconds:g} s")
         return dict.fromkeys(not_joined, fault)
     return {}
 
 
-def _off_clocks(findings: Findings, rules: Rules) -> dict[str, str]:
+def _off_clocks(findings: Findings, rules: Rules) -> dict[str, Fault]:
     clocks = _by_host(findings, _CLOCK)
     if not clocks:
         return {}
@@ -311,14 +249,15 @@ def _off_clocks(findings: Findings, rules: Rules) -> dict[str, str]:
     bad = {}
     for host, clock in clocks.items():
         if abs(clock - median) > rules.max_clock_skew:
-            bad[host] = (
+            bad[host] = Fault(
+                _CLOCK.name,
                 f"its clock is off by {clock - median:+.1f} s, preflight.max_clock_skew is"
-                f" {rules.max_clock_skew:g}"
+                f" {rules.max_clock_skew:g}",
             )
     return bad
 
 
-def _slow_products(findings: Findings, rules: Rules) -> dict[str, str]:
+def _slow_products(findings: Findings, rules: Rules) -> dict[str, Fault]:
     times = _by_host(findings, _MATMUL_SECONDS)
     if not times:
         return {}
@@ -327,14 +266,17 @@ def _slow_products(findings: Findings, rules: Rules) -> dict[str, str]:
     bad = {}
     for host, seconds in times.items():
         if seconds > rules.slow_factor * median:
-            bad[host] = (
+            bad[host] = Fault(
+                _MATMUL_SECONDS.name,
                 f"a matrix product takes {seconds * 1e3:.3g} ms, {seconds / median:.1f} times the"
-                " median"
+                " median",
             )
     return bad
 
 
-def _slow_links(findings: Findings, bandwidth: Measure, where: str, rules: Rules) -> dict[str, str]:
+def _slow_links(
+    findings: Findings, bandwidth: Measure, where: str, rules: Rules
+) -> dict[str, Fault]:
     speeds = _by_host(findings, bandwidth)
     if not speeds:
         return {}
@@ -343,8 +285,9 @@ def _slow_links(findings: Findings, bandwidth: Measure, where: str, rules: Rules
     bad = {}
     for host, speed in speeds.items():
         if speed * rules.slow_factor < median:
-            bad[host] = (
-                f"an all-reduce {where} runs at {speed:.3g} GB/s, the median is {median:.3g}"
+            bad[host] = Fault(
+                bandwidth.name,
+                f"an all-reduce {where} runs at {speed:.3g} GB/s, the median is {median:.3g}",
             )
     return bad
 

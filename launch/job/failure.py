@@ -21,8 +21,8 @@ _LOST_PEER = re.compile(
     r" has timed out",
     re.IGNORECASE,
 )
-"""What gloo, NCCL and torch's store print in a rank whose peer is gone. None of them has error
-codes, so only this kind has to be recognized by its message.
+"""What gloo, NCCL and torch's store print in a rank whose peer is gone. It counts only for a rank
+that reported nothing: gloo raises a plain RuntimeError, and an abort leaves no time for a report.
 """
 
 
@@ -32,10 +32,28 @@ class Failure(NamedTuple):
     Attributes:
         kind: kind of the failure, for decisions.
         reason: human-readable reason, one line.
+        key: what failed, without measured numbers: equal keys mean the same failure, which recurs
+            as long as nothing changes. None: the failure may not recur.
     """
 
     kind: FailureKind
     reason: str
+    key: str | None = None
+
+
+def step_key(step: int) -> str:
+    """Return the key of a failure in the numbers of a training step."""
+    return f"step {step}"
+
+
+def preflight_key(failed_tests: set[tuple[str, str]]) -> str:
+    """Return the key of a failure of the node tests.
+
+    Args:
+        failed_tests: pairs of a node and the test that failed there.
+    """
+    pairs = [f"{node}:{test}" for node, test in sorted(failed_tests)]
+    return " ".join(["preflight", *pairs])
 
 
 def classify(
@@ -48,16 +66,17 @@ def classify(
         message: last line of the rank's log that says why it ended; None: no line does.
         reported: kind that the rank itself reported; None: it reported nothing.
     """
-    message = message or ""
     # A broken connection is a symptom, whatever ended the rank after it.
-    if code not in CLEAN_EXITS and _LOST_PEER.search(message):
+    if reported == "lost_peer" and code not in CLEAN_EXITS:
         return "lost_peer"
-    if code < 0:
-        return "killed"
-    if reported is not None:
+    if code >= 0 and reported is not None:
         return reported
     if code in CLEAN_EXITS:
         return None
     if code == exits.USER_ERROR:
         return "user_error"
+    if reported is None and _LOST_PEER.search(message or ""):
+        return "lost_peer"
+    if code < 0:
+        return "killed"
     return "exception"

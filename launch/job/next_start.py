@@ -60,7 +60,7 @@ class NextStart:
             finished: the run has finished, so that the conversion after the chain can start.
         """
         submitted = read_submitted(self._launch_folder)
-        # The jobs of an array are no chain.
+        # The jobs of an array are not a chain.
         if submitted is None or len(submitted.jobs) < 2 or self._spec.kind != "train":
             return
         with suppress(RunError):

@@ -10,21 +10,22 @@ import signal
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from launch.job.failure import Failure
+from launch.job.bad_nodes import Verdict
+from launch.job.failure import Failure, preflight_key
 from launch.job.records import AttemptEnd, RankExit
 from launch.job.spec import Restarts
 from llada import exits
-from llada.events import ATTEMPT_END_EVENTS, since_submission
+from llada.events import ATTEMPT_END_EVENTS, Event, since_submission
 from llada.failures import FailureKind
 
 _LONGEST_BACKOFF = 3600.0
 """Seconds."""
 _STOP_EXITS = (-signal.SIGINT, -signal.SIGKILL, -signal.SIGUSR1, -signal.SIGTERM)
 """Exit codes of a rank that the request to stop explains."""
-_REPEATABLE: tuple[FailureKind, ...] = ("step", "preflight")
-"""Failures that recur with the same reason as long as nothing changes."""
 _NAMED_RANKS = 8
 """Number of ranks that a reason names."""
+_NO_RECORD = {"reason": "ended without a record"}
+"""Stands for the event of an attempt that left none."""
 
 DecisionEvent = Literal["finished", "requeued", "stopped", "cancelled", "failed"]
 """One of `llada.events.ATTEMPT_END_EVENTS`."""
@@ -46,6 +47,7 @@ class Situation:
         progress: whether this attempt left a new checkpoint.
         failures: number of attempts just before this one that failed without a new checkpoint.
         last_reason: reason of the latest of these failures; None: no failures.
+        last_key: key of the latest of these failures (see `Failure`); None: it has none.
         unreachable: nodes of the job that Slurm cannot reach.
     """
 
@@ -55,6 +57,7 @@ class Situation:
     progress: bool = False
     failures: int = 0
     last_reason: str | None = None
+    last_key: str | None = None
     unreachable: list[str] = field(default_factory=list)
 
 
@@ -65,7 +68,8 @@ class Decision:
     Attributes:
         event: name of the event that ends the attempt.
         reason: human-readable reason.
-        kind: kind of the failure; None: the attempt is no failure.
+        kind: kind of the failure; None: the attempt is not a failure.
+        key: key of the failure (see `Failure`); None: it has none.
         delay: seconds before the next start.
         exclude: nodes that the next start avoids.
         code: exit code of the job.
@@ -75,6 +79,7 @@ class Decision:
     event: DecisionEvent
     reason: str
     kind: FailureKind | None = None
+    key: str | None = None
     delay: float = 0.0
     exclude: list[str] = field(default_factory=list)
     code: int = exits.RESTART
@@ -117,7 +122,7 @@ def decide(end: AttemptEnd, now: Situation, limits: Restarts) -> Decision:
     failure = explain(end, now.unreachable)
     if now.stopped_by_user:
         reason = f"requested with `llada stop`, after a failure: {failure.reason}"
-        return Decision("stopped", reason, kind=failure.kind)
+        return Decision("stopped", reason, failure.kind, failure.key)
     exclude = end.absent
     if len(end.absent) == len(end.hosts):
         # If no rank started on any node, the nodes are not to blame.
@@ -149,20 +154,21 @@ def restart(failure: Failure, exclude: list[str], now: Situation, limits: Restar
                 f"{failures} failures in a row without a new checkpoint, and requeue.limit is"
                 f" {limits.limit}; the last: {reason}"
             )
-        return Decision("failed", reason, failure.kind, exclude=exclude, code=1)
-    # The reasons name the step and its samples, or the nodes and what is wrong with them, so equal
-    # reasons mean the same failure.
-    is_repeated = failure.kind in _REPEATABLE and now.last_reason == failure.reason
+        return Decision("failed", reason, failure.kind, failure.key, exclude=exclude, code=1)
+    # A failure without a key equals no other.
+    is_repeated = failure.key is not None and now.last_key == failure.key
     if is_repeated and not now.progress and not exclude:
         reason = (
             f"the same failure twice in a row, so another attempt would not help: {failure.reason}"
         )
-        return Decision("failed", reason, failure.kind, code=1)
+        return Decision("failed", reason, failure.kind, failure.key, code=1)
     delay = min(limits.backoff * 2 ** (failures - 1), _LONGEST_BACKOFF)
     if exclude:
         # The bad nodes are excluded, so there is nothing to wait for.
         delay = 0.0
-    return Decision("requeued", failure.reason, failure.kind, delay=delay, exclude=exclude)
+    return Decision(
+        "requeued", failure.reason, failure.kind, failure.key, delay=delay, exclude=exclude
+    )
 
 
 def explain(end: AttemptEnd, unreachable: list[str]) -> Failure:
@@ -181,17 +187,42 @@ def explain(end: AttemptEnd, unreachable: list[str]) -> Failure:
         return Failure("lost_node", f"{lost_nodes}; {first}")
     failure = _explain_ranks(end, first)
     if lost_nodes:
-        return Failure(failure.kind, f"{failure.reason}; {lost_nodes}")
+        return failure._replace(reason=f"{failure.reason}; {lost_nodes}")
     return failure
+
+
+def explain_verdict(verdict: Verdict, hosts: list[str]) -> tuple[Failure, list[str]] | None:
+    """Name the failure that the node tests found; None: all nodes passed.
+
+    Args:
+        verdict: result of the tests.
+        hosts: hosts of the job.
+
+    Returns:
+        The failure, and the nodes that the next start avoids.
+    """
+    if verdict.problem is not None:
+        return verdict.problem._replace(reason=f"preflight: {verdict.problem.reason}"), []
+    if not verdict.bad:
+        return None
+    reason = "; ".join(f"{host}: {fault.why}" for host, fault in verdict.bad.items())
+    exclude = list(verdict.bad)
+    most_are_bad = len(hosts) > 1 and len(verdict.bad) * 2 > len(hosts)
+    if most_are_bad:
+        # The profile may ask for something that the nodes do not have.
+        reason = f"{reason}; that is most of the nodes, so none is excluded"
+        exclude = []
+    key = preflight_key({(host, fault.test) for host, fault in verdict.bad.items()})
+    return Failure("preflight", f"preflight: {reason}", key), exclude
 
 
 def _explain_ranks(end: AttemptEnd, first: RankExit | None) -> Failure:
     if first is not None:
-        return Failure(first.kind or "exception", str(first))
+        return first.failure
     # A rank that detects a hang exits with the code of a clean stop.
     for rank_exit in end.exits:
         if rank_exit.kind == "hang":
-            return Failure("hang", str(rank_exit))
+            return rank_exit.failure
     recorded = {rank_exit.rank for rank_exit in end.exits}
     missing = [rank for rank in range(end.ranks) if rank not in recorded]
     if not missing:
@@ -209,9 +240,25 @@ def _explain_ranks(end: AttemptEnd, first: RankExit | None) -> Failure:
     return Failure("vanished", reason)
 
 
+@dataclass(frozen=True)
+class FailuresInARow:
+    """Attempts that failed one after another.
+
+    Attributes:
+        count: number of these attempts.
+        last_reason: reason of the latest failure; None: no failures.
+        last_key: key of the latest failure (see `Failure`); None: it has none. Events of versions
+            that did not write keys have none either.
+    """
+
+    count: int
+    last_reason: str | None = None
+    last_key: str | None = None
+
+
 def failures_in_a_row(
     events: list[dict[str, Any]], attempt: int, task: int | None = None
-) -> tuple[int, str | None]:
+) -> FailuresInARow:
     """Count the attempts of the latest launch that failed in a row before `attempt`.
 
     The count goes back to the latest attempt that left a new checkpoint: earlier failures do not
@@ -221,14 +268,10 @@ def failures_in_a_row(
     Args:
         events: events of the run.
         attempt: number of the attempt that is about to start.
-        task: number of the array task, whose own attempts count; None: the job is no array.
-
-    Returns:
-        The count, and the reason of the latest failure; None: no failures.
+        task: number of the array task, whose own attempts count; None: the job is not an array.
     """
     own_events = [line for line in since_submission(events) if line.get("task") == task]
-    count = 0
-    last_reason = None
+    failures: list[Event] = []
     for number in range(attempt - 1, 0, -1):
         lines = [line for line in own_events if line.get("attempt") == number]
         ends = [line for line in lines if line["event"] in ATTEMPT_END_EVENTS]
@@ -239,15 +282,11 @@ def failures_in_a_row(
             break
         failed = not ends or ends[-1].get("failure", False)
         if failed:
-            count += 1
-            last_reason = last_reason or _failure_reason(ends)
+            failures.append(ends[-1] if ends else _NO_RECORD)
         left_checkpoint = any(line["event"] == "checkpoint" for line in lines)
         if left_checkpoint:
             break
-    return count, last_reason
-
-
-def _failure_reason(ends: list[dict[str, Any]]) -> str:
-    if not ends:
-        return "ended without a record"
-    return str(ends[-1]["reason"])
+    if not failures:
+        return FailuresInARow(0)
+    latest = failures[0]
+    return FailuresInARow(len(failures), str(latest["reason"]), latest.get("failure_key"))

@@ -19,11 +19,10 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
-from typing import get_args
 
 from launch.job import affinity
 from launch.job.failure import CLEAN_EXITS, classify
-from llada.failures import REPORT_VARIABLE, FailureKind
+from llada.failures import REPORT_VARIABLE, Report, read_report
 from llada.files import write_json
 from llada.process_rank import launched_rank
 
@@ -75,10 +74,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     code = forwarder.wait(child)
     message = last_message(log_path)
-    kind = classify(code, message, _take_report(report))
-    _write_record(
-        record_path.with_suffix(".exit.json"), {"code": code, "message": message, "kind": kind}
-    )
+    reported = _take_report(report)
+    fields: dict[str, object] = {"code": code, "message": message}
+    if reported is None:
+        fields["kind"] = classify(code, message)
+    else:
+        fields["kind"] = classify(code, message, reported.kind)
+        fields["training_step"] = reported.step
+    _write_record(record_path.with_suffix(".exit.json"), fields)
     if code in CLEAN_EXITS:
         # torchrun takes any other code for a failure and kills the other ranks.
         return 0
@@ -152,19 +155,12 @@ def last_message(log: Path) -> str | None:
     return None
 
 
-def _take_report(path: Path) -> FailureKind | None:
-    """Read and remove the kind of failure that the child reported."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError:
-        return None
+def _take_report(path: Path) -> Report | None:
+    """Read and remove what the child reported about its failure."""
+    report = read_report(path)
     with suppress(OSError):
         path.unlink()
-    kinds: tuple[FailureKind, ...] = get_args(FailureKind)
-    for kind in kinds:
-        if kind == text:
-            return kind
-    return None
+    return report
 
 
 def _write_record(path: Path, fields: dict[str, object]) -> None:

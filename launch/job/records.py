@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launch.job.failure import CLEAN_EXITS
+from launch.job.failure import CLEAN_EXITS, Failure, step_key
 from launch.job.spec import read_record
 from llada.failures import FailureKind
 
@@ -63,6 +63,8 @@ class RankExit:
         parent_end: how its parent process ended, if it ended without writing a record; None: the
             parent wrote the record.
         kind: kind of its failure; None: it exited cleanly.
+        training_step: number of the training step whose numbers stopped it, from 1; None: it was
+            not stopped by a step.
     """
 
     rank: int
@@ -72,6 +74,15 @@ class RankExit:
     message: str | None
     parent_end: str | None = None
     kind: FailureKind | None = None
+    training_step: int | None = None
+
+    @property
+    def failure(self) -> Failure:
+        """The failure of a rank that did not exit cleanly."""
+        key = None
+        if self.kind == "step" and self.training_step is not None:
+            key = step_key(self.training_step)
+        return Failure(self.kind or "exception", str(self), key)
 
     @property
     def blames_another(self) -> bool:
@@ -195,7 +206,16 @@ def _rank_start(rank: int, record: dict[str, Any]) -> RankStart:
 def _rank_exit(rank: int, record: dict[str, Any]) -> RankExit:
     code: int = record["code"]
     message: str | None = record["message"]
-    return RankExit(rank, record["host"], record["time"], code, message, kind=record["kind"])
+    return RankExit(
+        rank,
+        record["host"],
+        record["time"],
+        code,
+        message,
+        kind=record["kind"],
+        # Only a rank that reported a step has it.
+        training_step=record.get("training_step"),
+    )
 
 
 # -- what srun prints ------------------------------------------------------------------------------

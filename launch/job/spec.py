@@ -10,6 +10,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from llada.checkpoint.names import checkpoint_step, committed_checkpoints
+from llada.types import JsonObject
+
 LAUNCH_FOLDER = "launch"
 JOB_FILE = "job.json"
 """The job's description."""
@@ -17,8 +20,6 @@ SUBMITTED_FILE = "submitted.json"
 """The ids of what was submitted."""
 STOP_FILE = "stop"
 """Made by `llada stop`: the run is to end, and not to restart."""
-
-JsonObject = dict[str, object]
 
 
 @dataclass(frozen=True)
@@ -164,10 +165,14 @@ def make_numbered_folder(parent: Path, pattern: str = "{:04d}") -> tuple[int, Pa
 
 def latest_checkpoint(run_folder: Path) -> int:
     """Return the step of the latest complete checkpoint of a run; 0: no checkpoint."""
-    markers = (run_folder / "checkpoints").glob("step_*/COMMITTED")
-    # "step_00000020.rewound-1" was set aside and does not count.
-    suffixes = [marker.parent.name.removeprefix("step_") for marker in markers]
-    return max((int(suffix) for suffix in suffixes if suffix.isdigit()), default=0)
+    try:
+        checkpoints = committed_checkpoints(run_folder / "checkpoints")
+    except OSError:
+        # An event and a status contain this number, and neither may fail for lack of it.
+        return 0
+    if not checkpoints:
+        return 0
+    return checkpoint_step(checkpoints[-1])
 
 
 def read_record(path: Path) -> JsonObject | None:

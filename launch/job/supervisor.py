@@ -16,12 +16,20 @@ from typing import Any
 
 from launch import slurm
 from launch.job.attempt import StopState, run_ranks
-from launch.job.bad_nodes import Rules, Verdict, judge
+from launch.job.bad_nodes import Verdict, judge
 from launch.job.failure import Failure
+from launch.job.findings import Rules
 from launch.job.machines import Machine, OneProcess, RankCommand, SlurmNodes, ThisMachine
 from launch.job.next_start import NextStart
 from launch.job.own_job import job_state, seconds_left
-from launch.job.policy import Decision, Situation, decide, failures_in_a_row, restart
+from launch.job.policy import (
+    Decision,
+    Situation,
+    decide,
+    explain_verdict,
+    failures_in_a_row,
+    restart,
+)
 from launch.job.records import AttemptEnd
 from launch.job.spec import (
     STOP_FILE,
@@ -91,6 +99,7 @@ class Supervisor:
             "reason": decision.reason or None,
             "failure": decision.failure or None,
             "failure_kind": decision.kind,
+            "failure_key": decision.key,
             "excluded": decision.exclude or None,
             "delay": decision.delay or None,
         }
@@ -202,21 +211,10 @@ class Supervisor:
     def _preflight(self, logs: Path, situation: Situation) -> Decision | None:
         """Test the nodes; returns None if the run can start on them."""
         verdict, hosts = self._test_nodes(logs)
-        passed = not verdict.bad and verdict.problem is None
-        if passed or self.stop_state.requested():
+        explained = explain_verdict(verdict, hosts)
+        if explained is None or self.stop_state.requested():
             return None
-        exclude: list[str] = []
-        if verdict.problem is not None:
-            reason = verdict.problem
-        else:
-            reason = "; ".join(f"{host}: {why}" for host, why in verdict.bad.items())
-            most_are_bad = len(hosts) > 1 and len(verdict.bad) * 2 > len(hosts)
-            if most_are_bad:
-                # The profile may ask for something that the nodes do not have.
-                reason = f"{reason}; that is most of the nodes, so none is excluded"
-            else:
-                exclude = list(verdict.bad)
-        failure = Failure("preflight", f"preflight: {reason}")
+        failure, exclude = explained
         return restart(failure, exclude, situation, self.spec.restarts)
 
     def _test_nodes(self, logs: Path) -> tuple[Verdict, list[str]]:
@@ -253,7 +251,7 @@ class Supervisor:
         self._log_event(
             "preflight",
             seconds=round(time.time() - started, 1),
-            bad=verdict.bad or None,
+            bad={host: fault.why for host, fault in verdict.bad.items()} or None,
             nodes=verdict.measured,
         )
         for line in verdict.lines:
@@ -264,10 +262,11 @@ class Supervisor:
 
     def _situation_at_start(self) -> Situation:
         lines = events.read(self.run_folder)
-        failures, last_reason = failures_in_a_row(lines, self.attempt, self.task)
+        failed = failures_in_a_row(lines, self.attempt, self.task)
         return Situation(
-            failures=failures,
-            last_reason=last_reason,
+            failures=failed.count,
+            last_reason=failed.last_reason,
+            last_key=failed.last_key,
             stopped_by_user=self.stop_state.requested_by_user(fresh=True),
         )
 
@@ -295,6 +294,7 @@ class Supervisor:
             progress=left_checkpoint,
             failures=start.failures,
             last_reason=start.last_reason,
+            last_key=start.last_key,
             unreachable=unreachable,
         )
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from launch.job.bad_nodes import FINDING_FILE, Finding, Rules
+from launch.job.findings import FINDING_FILE, Finding, Rules
 from llada.files import write_json
 from llada.process_rank import ProcessRank, launched_rank
 
@@ -87,10 +87,10 @@ def main() -> int:
 
     # Bandwidth.
     payload = torch.ones(int(rules.allreduce_mb * 1e6) // 4, device=device)
-    local_group, neighbour_groups = _make_groups(rank.local_world_size)
+    local_group, neighbor_groups = _make_groups(rank.local_world_size)
     finding.add(local_gbps=_bandwidth(payload, local_group))
     speeds = []
-    for group in neighbour_groups:
+    for group in neighbor_groups:
         speed = _bandwidth(payload, group)
         if speed is not None:
             speeds.append(speed)
@@ -168,13 +168,13 @@ Group = dist.ProcessGroup | None
 def _make_groups(local_size: int) -> tuple[Group, list[Group]]:
     """Make the process groups of the all-reduces, on every rank in the same order.
 
-    Each host is paired with both of its neighbours in a ring, in rounds in which no host is in two
+    Each host is paired with both of its neighbors in a ring, in rounds in which no host is in two
     pairs. A slow link slows down both pairs of its host, while a healthy host has at least one fast
     pair. With hosts 0 to 3 the rounds are (0, 1) (2, 3) and (1, 2) (0, 3); with hosts 0 to 2 they
     are (0, 1) and (1, 2) and (0, 2).
 
     Returns:
-        The group of this host's ranks, and for each round the group of this host and its neighbour.
+        The group of this host's ranks, and for each round the group of this host and its neighbor.
     """
     ranks = dist.get_world_size()
     own_host = dist.get_rank() // local_size
@@ -192,7 +192,7 @@ def _make_groups(local_size: int) -> tuple[Group, list[Group]]:
 
 
 def _ring_rounds(hosts: int) -> list[list[tuple[int, ...]]]:
-    """The pairs of neighbouring hosts in a ring, in rounds."""
+    """The pairs of neighboring hosts in a ring, in rounds."""
     if hosts < 2:
         return []
     even: list[tuple[int, ...]] = [(host, host + 1) for host in range(0, hosts - 1, 2)]

@@ -112,12 +112,16 @@ def _preview_start(config: RunConfig, options: CheckOptions) -> tuple[int, list[
 def check_profile(profile: ClusterProfile) -> None:
     """Compare a profile's partitions and time limits with those of the cluster.
 
+    Asks Slurm. What the profile alone shows is checked in `ClusterProfile`.
+
     Raises:
         UserError: there is no such partition, or its time limit is lower.
     """
     _check_partition("", profile.partition, profile.time, profile.qos)
-    cpu_jobs = profile.cpu_jobs
-    _check_partition("cpu_jobs.", cpu_jobs.partition, cpu_jobs.time or profile.time, profile.qos)
+    # The settings that these jobs are submitted with.
+    cpu_jobs = profile.complete_cpu_jobs
+    time = cpu_jobs.time or profile.time
+    _check_partition("cpu_jobs.", cpu_jobs.partition, time, cpu_jobs.qos)
 
 
 def _check_partition(prefix: str, partition: str | None, time: str, qos: str | None) -> None:

@@ -291,8 +291,8 @@ def _launch_lock(run_folder: Path) -> Iterator[None]:
         lock = RunLock(folder, beat=2.0)
     except OSError as error:
         raise UserError(
-            f"run.dir: '{run_folder}' cannot be made ({error.strerror}); choose a folder that can"
-            " be written"
+            f"run.dir: '{run_folder}' cannot be created ({error.strerror}); choose a writable"
+            " folder"
         ) from None
     try:
         if slurm.installed():

@@ -175,7 +175,7 @@ def single_job(
         array=tasks is not None,
         restarts=_restarts(profile, chain=1),
     )
-    settings = profile.cpu_jobs
+    settings = profile.complete_cpu_jobs
     time_limit = minutes(settings.time or profile.time)
     memory = None
     if settings.memory_gb is not None:
@@ -183,9 +183,9 @@ def single_job(
     parameters = {
         **_common_parameters(profile, spec),
         "time": time_limit,
-        "partition": settings.partition or profile.partition,
-        "account": settings.account or profile.account,
-        "qos": settings.qos or profile.qos,
+        "partition": settings.partition,
+        "account": settings.account,
+        "qos": settings.qos,
         "nodes": 1,
         "ntasks_per_node": 1,
         "cpus_per_task": settings.cpus,

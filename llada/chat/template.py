@@ -241,8 +241,8 @@ class TemplateFormat:
             if _OPEN in message.content or _CLOSE in message.content:
                 raise TemplateError(
                     "conversations with U+FDD0 or U+FDD1",
-                    f"turn {number} contains U+FDD0 or U+FDD1, which are no characters and stand"
-                    " for the turns of a chat template here",
+                    f"turn {number} contains U+FDD0 or U+FDD1, which are not characters and"
+                    " stand for the turns of a chat template here",
                 )
         contents = [message.content for message in messages]
         # An empty text stays empty: templates may treat it specially.
@@ -354,7 +354,7 @@ def _id_at(prompt: Prompt, index: int) -> int | None:
     if not 0 <= index < len(prompt):
         return None
     part = prompt[index]
-    assert isinstance(part, int), "the neighbours of a text are special tokens"
+    assert isinstance(part, int), "the neighbors of a text are special tokens"
     return part
 
 

@@ -1,6 +1,7 @@
 """Checkpoints: one home for their format, for writing and for reading them.
 
-    format.py            names, commit marker, state.json; begin, commit, read, resolve
+    names.py             names of checkpoint folders, and which are complete
+    format.py            commit marker, state.json; begin, commit, read, resolve
     verification.py      compares the files of a checkpoint with the checksums in its marker
     retention.py         deletes old checkpoints, renames superseded ones
     saving.py            one save over all ranks: either every rank succeeds or all raise

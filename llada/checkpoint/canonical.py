@@ -63,7 +63,7 @@ class CheckpointWeights:
             computes with.
 
     Raises:
-        UserError: tensors are missing, surplus or of other shapes; all are named.
+        UserError: tensors are missing, unexpected or misshapen; all are named.
     """
 
     def __init__(self, stored: StoredTensors, model: ModelSection, masters: bool = False) -> None:
@@ -115,15 +115,15 @@ class CheckpointWeights:
 
 
 def shape_differences(actual: Shapes, expected: Shapes) -> str:
-    """Return one line that names every missing, surplus and misshapen tensor; empty if none is."""
+    """Return one line that names every missing, unexpected and misshapen tensor, or ""."""
     missing = sorted(expected.keys() - actual.keys())
-    surplus = sorted(actual.keys() - expected.keys())
+    unexpected = sorted(actual.keys() - expected.keys())
     misshapen = [
         f"{name} is {list(actual[name])}, not {list(shape)}"
         for name, shape in expected.items()
         if name in actual and actual[name] != shape
     ]
-    titled = {"missing: ": missing, "too many: ": surplus, "other shapes: ": misshapen}
+    titled = {"missing: ": missing, "unexpected: ": unexpected, "misshapen: ": misshapen}
     return "; ".join(title + ", ".join(names) for title, names in titled.items() if names)
 
 

@@ -1,6 +1,6 @@
-"""A checkpoint on disk: its name, its marker, and what it says of its run.
+"""A checkpoint on disk: its files, its marker, and what it says of its run.
 
-RUN/checkpoints/step_NNNNNNNN/ holds
+RUN/checkpoints/step_NNNNNNNN/ contains
 
     model/       the engine's state: a Megatron-Core distributed checkpoint
     tokenizer/   a copy of the tokenizer
@@ -16,38 +16,36 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pydantic import ValidationError
 
+from llada.checkpoint.names import (
+    MARKER,
+    PARTIAL_SUFFIX,
+    checkpoint_name,
+    committed_checkpoints,
+    has_checkpoint_name,
+)
 from llada.config.sections import ModelSection
 from llada.errors import UserError, one_line
 from llada.files import checksum, sync_folder, sync_tree, write_json
 from llada.tokenizer import Tokenizer
 from llada.types import JsonObject
 
-MARKER = "COMMITTED"
 STATE_FILE = "state.json"
 TOKENIZER_FOLDER = "tokenizer"
-PARTIAL_SUFFIX = ".partial"
-"""Suffix of a checkpoint folder while it is written."""
-DELETED_SUFFIX = ".deleted"
-"""Suffix of a checkpoint folder while it is deleted."""
 
 Checksums = Mapping[str, JsonObject]
 """File name -> {"bytes": size, "xxh3": checksum}, see `llada.files.checksum`."""
 
-_COMPLETE_NAME = re.compile(r"^step_(\d{8})$")
-_UNFINISHED_NAME = re.compile(r"^step_\d{8}\.(partial|deleted)$")
-
 
 @dataclass(frozen=True)
 class CheckpointState:
-    """What a checkpoint says of its run besides the engine's state; state.json holds its fields.
+    """What a checkpoint says of its run besides the engine's state; state.json contains its fields.
 
     Attributes:
         step: optimizer steps done.
@@ -110,76 +108,6 @@ def trained_config(state: CheckpointState) -> TrainedConfig:
         raise UserError(
             f"checkpoint: its {STATE_FILE} does not describe a model ({reason})"
         ) from None
-
-
-# -- names -----------------------------------------------------------------------------------------
-
-
-def checkpoint_name(step: int) -> str:
-    """Return the folder name of the checkpoint after `step` steps."""
-    return f"step_{step:08d}"
-
-
-def checkpoint_step(folder: Path) -> int:
-    """Return the number of steps that a checkpoint's folder name states."""
-    return int(folder.name.removeprefix("step_"))
-
-
-def committed_checkpoints(root: Path) -> list[Path]:
-    """Return the complete checkpoints in the folder `root`, oldest first."""
-    return sorted(
-        path
-        for path in _children(root)
-        if _COMPLETE_NAME.match(path.name) and (path / MARKER).is_file()
-    )
-
-
-def unfinished_checkpoints(root: Path) -> list[Path]:
-    """Return folders that look like checkpoints but lack the marker or the final name."""
-    unfinished = [path for path in _children(root) if _UNFINISHED_NAME.match(path.name)]
-    return sorted(unfinished + unmarked_checkpoints(root))
-
-
-def unmarked_checkpoints(root: Path) -> list[Path]:
-    """Return folders with a complete checkpoint's name but without the marker.
-
-    Such a folder has lost its marker: a save writes the marker before it gives the name.
-    """
-    return sorted(
-        path
-        for path in _children(root)
-        if _COMPLETE_NAME.match(path.name) and not (path / MARKER).is_file()
-    )
-
-
-def _children(root: Path) -> Iterable[Path]:
-    return root.iterdir() if root.is_dir() else ()
-
-
-def resolve_checkpoint(path: str | Path, setting: str = "checkpoint") -> Path:
-    """Return the checkpoint that `path` means: itself, or the latest one of a run folder.
-
-    Args:
-        path: a checkpoint, RUN/checkpoints, or RUN.
-        setting: what the user calls `path`, for messages.
-
-    Raises:
-        UserError: there is no checkpoint.
-    """
-    path = Path(path)
-    # os.path.isfile, unlike Path.is_file, also answers False for a name that no file can have.
-    if os.path.isfile(path / MARKER) or _COMPLETE_NAME.match(path.name):
-        return path
-    if os.path.isdir(path):
-        for root in (path / "checkpoints", path):
-            checkpoints = committed_checkpoints(root)
-            if checkpoints:
-                return checkpoints[-1]
-    if not os.path.exists(path):
-        raise UserError(f"{setting}: no folder '{path}'")
-    raise UserError(
-        f"{setting}: '{path}' is neither a checkpoint with a {MARKER} file nor a run with one"
-    )
 
 
 # -- writing ---------------------------------------------------------------------------------------
@@ -248,6 +176,32 @@ def seal_checkpoint(
 
 
 # -- reading ---------------------------------------------------------------------------------------
+
+
+def resolve_checkpoint(path: str | Path, setting: str = "checkpoint") -> Path:
+    """Return the checkpoint that `path` means: itself, or the latest one of a run folder.
+
+    Args:
+        path: a checkpoint, RUN/checkpoints, or RUN.
+        setting: what the user calls `path`, for messages.
+
+    Raises:
+        UserError: there is no checkpoint.
+    """
+    path = Path(path)
+    # os.path.isfile, unlike Path.is_file, also answers False for a name that no file can have.
+    if os.path.isfile(path / MARKER) or has_checkpoint_name(path):
+        return path
+    if os.path.isdir(path):
+        for root in (path / "checkpoints", path):
+            checkpoints = committed_checkpoints(root)
+            if checkpoints:
+                return checkpoints[-1]
+    if not os.path.exists(path):
+        raise UserError(f"{setting}: no folder '{path}'")
+    raise UserError(
+        f"{setting}: '{path}' is neither a checkpoint with a {MARKER} file nor a run with one"
+    )
 
 
 def read_state(folder: Path, setting: str = "checkpoint") -> CheckpointState:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 MASTER_STATES = ("param",)
 WEIGHT_STATES = ("weight",)
-"""The masters again, read from the weights of a checkpoint that holds no masters."""
+"""The masters again, read from the weights of a checkpoint that contains no masters."""
 ALL_STATES = ("param", "exp_avg", "exp_avg_sq")
 
 

@@ -62,7 +62,7 @@ def find_values(
 ) -> int:
     """Return where the values of a tensor that `torch.save` wrote begin in a file, in bytes.
 
-    `torch.save` writes a zip archive whose entry `.../data/0` holds the values. Where they are
+    `torch.save` writes a zip archive whose entry `.../data/0` contains the values. Where they are
     uncompressed, contiguous and little-endian, the file can be read like the tensor's memory.
 
     Args:

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from llada.checkpoint.format import DELETED_SUFFIX, checkpoint_step, committed_checkpoints
+from llada.checkpoint.names import DELETED_SUFFIX, checkpoint_step, committed_checkpoints
 from llada.files import sync_folder
 
 

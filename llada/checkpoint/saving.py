@@ -15,13 +15,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NoReturn, Protocol, TypeVar
 
-from llada.checkpoint.format import (
-    PARTIAL_SUFFIX,
-    CheckpointState,
-    begin_checkpoint,
-    checkpoint_name,
-    commit_checkpoint,
-)
+from llada.checkpoint.format import CheckpointState, begin_checkpoint, commit_checkpoint
+from llada.checkpoint.names import PARTIAL_SUFFIX, checkpoint_name
 from llada.errors import RunError, one_line
 from llada.files import DISK_FULL
 from llada.formatting import readable_size
@@ -30,7 +25,7 @@ from llada.types import JsonObject
 T = TypeVar("T")
 
 _PROBE = bytes(1 << 20)
-"""What is written to a disk to hear whether it takes more."""
+"""What is written to a disk to test whether it accepts more data."""
 
 
 class PendingSave(Protocol):
@@ -175,7 +170,7 @@ class CheckpointSave:
         )
 
     def _reason(self, error: Exception) -> str:
-        """Describe an error by what the operating system said, as far as it said anything."""
+        """Describe an error by the operating system's reason, if it reported one."""
         cause = find_system_error(error, self._root)
         if cause is None:
             return _one_line(error)

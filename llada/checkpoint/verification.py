@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from llada.checkpoint.format import MARKER
+from llada.checkpoint.names import MARKER
 from llada.files import checksum
 
 

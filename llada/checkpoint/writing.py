@@ -113,7 +113,7 @@ class _Planner(SavePlanner):
             layer_offset = (layer,)
             layer_size = (1,)
             stored_shape = (self._model.num_layers, *shape)
-        # Pieces are whole rows, so they start at column 0.
+        # A piece consists of whole rows, so it starts at column 0.
         no_columns = (0,) * (len(shape) - 1)
         items = []
         for first, last in weights.row_blocks(shape, BLOCK_ELEMENTS):

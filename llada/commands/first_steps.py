@@ -39,8 +39,10 @@ def demo(
     stop = StopRequest().install()  # before the slow imports, as for `llada pretrain`
     from llada.demo import run_demo
 
-    if not dir:
-        dir = "runs/demo_smoke" if smoke else "runs/demo"
+    if not dir and smoke:
+        dir = "runs/demo_smoke"  # its own folder, so that no whole demo continues it
+    elif not dir:
+        dir = "runs/demo"
     code = run_demo(stop, input, (config, sft_config), dir, smoke, fresh)
     stop.close()
     raise typer.Exit(code)
@@ -56,7 +58,10 @@ def doctor(
     from llada.doctor import examine
 
     report = examine()
-    typer.echo(report.to_json() if as_json else str(report))
+    if as_json:
+        typer.echo(report.to_json())
+    else:
+        typer.echo(str(report))
     raise typer.Exit(report.code)
 
 

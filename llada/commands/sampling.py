@@ -85,10 +85,12 @@ def infill(
         from llada.sampling.commands import infill as run
     from llada.sampling.diffusion import SamplingOptions
 
-    # How many tokens the gaps have is known only once the text is encoded.
+    # How many tokens the gaps have is known only once the text is encoded; `run` then sets `steps`.
     one_step_per_token = steps is None
+    if steps is None:
+        steps = 1
     options = SamplingOptions(
-        steps=1 if steps is None else steps,
+        steps=steps,
         temperature=temperature,
         cfg=cfg,
         remasking=remasking,

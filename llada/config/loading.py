@@ -91,7 +91,7 @@ def read_yaml(path: Path, setting: str = "config") -> RawConfig:
         raise UserError(f"{setting}: {path} is not valid YAML: {one_line(error)}") from None
     if not isinstance(raw, dict):
         raise UserError(
-            f"{setting}: {path} must hold a mapping of settings, not a {type(raw).__name__}"
+            f"{setting}: {path} must contain a mapping of settings, not a {type(raw).__name__}"
         )
     return raw  # type: ignore[return-value]
 
@@ -135,7 +135,7 @@ def first_mistake(error: ValidationError, root: type[BaseModel]) -> str:
         root: the settings that were validated; the nearest names come from it.
     """
     problems = error.errors(include_url=False)
-    # Unknown names first: a misspelt required setting is also missing, and the misspelling
+    # Unknown names first: a misspelled required setting is also missing, and the misspelling
     # explains why. The sort is stable, so the rest keeps the order of the fields.
     problems.sort(key=lambda problem: problem["type"] != "extra_forbidden")
     first = problems[0]

@@ -12,7 +12,7 @@ class Section(BaseModel):
     """
 
     model_config = ConfigDict(
-        extra="forbid",  # an unknown key is a misspelt one
+        extra="forbid",  # an unknown key is a misspelled one
         strict=True,  # no "8" for 8, no 1 for true
         allow_inf_nan=False,  # YAML has .nan and .inf; no setting means anything with them
         frozen=True,  # what was recorded at the start of a run stays true

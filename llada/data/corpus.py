@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import xxhash
 
 from llada.arrays import I64
 from llada.data.manifest import CONVERSATIONS, Manifest, ShardEntry
 from llada.data.open_files import OpenFiles
-from llada.data.shard_format import CHUNK, REPLY_FIELDS, TokenDtype, damaged, size_of
+from llada.data.shard_format import REPLY_FIELDS, TokenDtype, damaged, size_of
 from llada.data.shard_reader import ShardReader, map_replies
 from llada.errors import UserError
+from llada.files import checksum
 from llada.tokenizer import Tokenizer
 
 _SIZE_THREADS = 16
@@ -38,17 +38,12 @@ class CorpusFile(NamedTuple):
 
     def check_hash(self) -> None:
         """Raise UserError when the file cannot be read or has another checksum."""
-        digest = xxhash.xxh3_64()
         try:
-            with open(self.path, "rb") as file:
-                while chunk := file.read(CHUNK):
-                    digest.update(chunk)
+            actual = checksum(self.path)["xxh3"]
         except OSError as error:
             raise damaged(self.path, f"cannot be read: {error.strerror}") from None
-        if digest.hexdigest() != self.xxh3:
-            raise damaged(
-                self.path, f"its checksum is {digest.hexdigest()}, the manifest says {self.xxh3}"
-            )
+        if actual != self.xxh3:
+            raise damaged(self.path, f"its checksum is {actual}, the manifest says {self.xxh3}")
 
 
 class Corpus:

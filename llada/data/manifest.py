@@ -1,4 +1,4 @@
-"""The manifest of a prepared corpus: what the folder holds, how it was made, and its checksums."""
+"""The manifest of a prepared corpus: what is in the folder, how it was made, and its checksums."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class ShardEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a prepared corpus holds and how it was made.
+    """What a prepared corpus contains and how it was made.
 
     Attributes:
         format_version: FORMAT_VERSION of the tool that wrote it.
@@ -87,7 +87,7 @@ class Manifest:
         shards: entries of all shards, in the order in which they are read.
         noted: number of documents that were counted and kept, by reason.
         encoders: number of units of work that each encoder did, by its name.
-        plan: digest of inputs and settings, by which a repeated preparation recognises its corpus;
+        plan: digest of inputs and settings, by which a repeated preparation recognizes its corpus;
             "" if there is none.
     """
 

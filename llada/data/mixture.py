@@ -6,21 +6,21 @@ in which the weights stay the same) every block gives each corpus a fixed intege
 order. A corpus is thus a stream of instances (windows or conversations), and the position of a
 sample in its corpus's stream is
 
-    consumed before the stage + (block - first block of the stage) * quota + rank in the block
+    consumed before the stage + (block - first block of the stage) * quota + ordinal in the block
 
 The position's epoch is position // instances, and in each epoch the corpus is read in the order of
 a keyed permutation. The key follows the data's fingerprint, so neither the corpus's path nor its
 place in the list matters.
 
-With blocks of 10 samples and weights 0.7 and 0.3, every block holds 7 samples of corpus 0 and 3 of
-corpus 1. Say that the keyed order of block 4 is
+With blocks of 10 samples and weights 0.7 and 0.3, every block contains 7 samples of corpus 0 and 3
+of corpus 1. Say that the keyed order of block 4 is
 
     corpus         0 0 1 0 0 0 1 0 1 0
-    rank           0 1 0 2 3 4 1 5 2 6
+    ordinal        0 1 0 2 3 4 1 5 2 6
 
 Its seventh sample, index 46, is of corpus 1, at position 0 + (4 - 0) * 3 + 1 = 13 of that stream.
-If the corpus holds 5 instances, this is number 13 % 5 = 3 of epoch 13 // 5 = 2, and the permutation
-of epoch 2 says which instance it is.
+If the corpus contains 5 instances, this is number 13 % 5 = 3 of epoch 13 // 5 = 2, and the
+permutation of epoch 2 says which instance it is.
 
 Stages end where weights change and where a corpus reaches its cap, always at a block boundary. A
 change takes effect with the first block that starts at or after it. In a block for which a capped
@@ -50,7 +50,7 @@ class MixtureSource:
     Attributes:
         name: for messages.
         fingerprint: fingerprint of the data, which keys its order.
-        num_instances: windows or conversations that it holds.
+        num_instances: windows or conversations that it contains.
         weight: share at the start, relative to the other weights; 0: not read.
         max_instances: instances after which it leaves, over all epochs; None: no cap.
         changes: (samples of the run, weight from then on), ascending.
@@ -104,12 +104,12 @@ class _Block:
     Attributes:
         stage: the stage that contains the block.
         corpora: corpus of each sample, int64 [samples].
-        ranks: rank of each sample among those of its corpus in the block, int64 [samples].
+        ordinals: ordinal of each sample among those of its corpus in the block, int64 [samples].
     """
 
     stage: MixtureStage
     corpora: I64
-    ranks: I64
+    ordinals: I64
 
 
 def quotas_of(weights: Sequence[float], block: int = SHUFFLE_BLOCK) -> I64:
@@ -158,8 +158,8 @@ class Mixture:
         for i, source in enumerate(self.sources):
             if source.num_instances < 1:
                 raise UserError(
-                    f"data.mixture.{i}.path: {source.name} holds no full window or conversation; "
-                    "use a smaller data.sequence_length or more text"
+                    f"data.mixture.{i}.path: {source.name} contains no full window or conversation;"
+                    " use a smaller data.sequence_length or more text"
                 )
             if source.max_instances is not None and source.max_instances < 1:
                 raise UserError(
@@ -171,8 +171,8 @@ class Mixture:
             for other in self.sources[:i]:
                 if other.fingerprint == source.fingerprint:
                     raise UserError(
-                        f"data.mixture.{i}.path: {source.name} holds the same data as {other.name};"
-                        " give one entry and a larger weight"
+                        f"data.mixture.{i}.path: {source.name} contains the same data as"
+                        f" {other.name}; give one entry and a larger weight"
                     )
 
     # -- stages ------------------------------------------------------------------------------------
@@ -324,13 +324,13 @@ class Mixture:
         corpora = np.repeat(np.arange(len(self.sources)), stage.quotas)
         keys = stream(self.seed, "mixture/block", number).random_raw(len(corpora))
         corpora = corpora[np.argsort(keys, kind="stable")]
-        # Sorted by corpus again, stably, the ranks are 0 1 2 and 0 1; back in keyed order they are
-        # 0 0 1 1 2.
+        # Sorted by corpus again, stably, the ordinals are 0 1 2 and 0 1; back in keyed order they
+        # are 0 0 1 1 2.
         firsts = np.cumsum(stage.quotas) - stage.quotas
-        ranks_by_corpus = np.arange(len(corpora)) - np.repeat(firsts, stage.quotas)
-        ranks = np.empty(len(corpora), dtype=np.int64)
-        ranks[np.argsort(corpora, kind="stable")] = ranks_by_corpus
-        return _Block(stage, corpora, ranks)
+        ordinals_by_corpus = np.arange(len(corpora)) - np.repeat(firsts, stage.quotas)
+        ordinals = np.empty(len(corpora), dtype=np.int64)
+        ordinals[np.argsort(corpora, kind="stable")] = ordinals_by_corpus
+        return _Block(stage, corpora, ordinals)
 
     def stream_positions(self, samples: I64) -> tuple[I64, I64]:
         """Return where samples lie in the streams of their corpora.
@@ -357,10 +357,12 @@ class Mixture:
             dealt = self._block_of(block)
             stage = dealt.stage
             chosen = dealt.corpora[offsets[own]]
-            ranks = dealt.ranks[offsets[own]]
+            ordinals = dealt.ordinals[offsets[own]]
             corpora[own] = chosen
             positions[own] = (
-                stage.consumed[chosen] + (block - stage.first_block) * stage.quotas[chosen] + ranks
+                stage.consumed[chosen]
+                + (block - stage.first_block) * stage.quotas[chosen]
+                + ordinals
             )
         return corpora, positions
 

@@ -7,17 +7,15 @@ import resource
 import weakref
 from functools import lru_cache
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from llada.arrays import Number
 from llada.data.shard_format import damaged, unreadable
 
 _MAX_OPEN_FILES = 32768
 """Most files that stay open, whatever the system allows."""
-
-Number = TypeVar("Number", bound=np.generic)
 
 
 class OpenFile:

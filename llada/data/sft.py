@@ -81,7 +81,7 @@ class ReplyReader:
     def reply_of_sample(self, conversation: int, key: int, sample: int) -> int:
         """Return the reply that a training sample reads, uniform over those that fit."""
         first, stop = self.first_replies[conversation : conversation + 2].tolist()
-        # A remainder of 64 random bits favours no reply by more than a share of 2**-64 each.
+        # A remainder of 64 random bits favors no reply by more than a share of 2**-64 each.
         return first + int(hash64(key, sample)) % (stop - first)
 
     def reply_of_sweep(self, conversation: int, key: int, sweep: int) -> int:
@@ -170,7 +170,7 @@ def _total_tokens(rows: I64) -> I64:
 class SFTData(TrainingData):
     """Conversations.
 
-    The loss of a step is normalised by its conversations; each counts the same, whatever its
+    The loss of a step is normalized by its conversations; each counts the same, whatever its
     length.
     """
 

@@ -2,8 +2,9 @@
 
 A shard of token ids is two files in Megatron's indexed dataset format, little-endian:
 
-* NAME.bin holds the token ids, one document after the other. A document is its tokens and one EOS.
-* NAME.idx holds the header (b"MMIDIDX\\0\\0", u64 version 1, u8 dtype code, u64 sequences,
+* NAME.bin contains the token ids, one document after the other. A document is its tokens and one
+  EOS.
+* NAME.idx contains the header (b"MMIDIDX\\0\\0", u64 version 1, u8 dtype code, u64 sequences,
   u64 document indices = sequences + 1), then int32 lengths in tokens, int64 offsets in bytes, and
   int64 document indices. A sequence is one document.
 

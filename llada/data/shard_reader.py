@@ -16,9 +16,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from llada.arrays import I64
+from llada.arrays import I64, Number, map_file
 from llada.data.manifest import ShardEntry
-from llada.data.open_files import Number, OpenFile, OpenFiles
+from llada.data.open_files import OpenFile, OpenFiles
 from llada.data.shard_format import (
     CHUNK,
     DTYPES,
@@ -32,7 +32,6 @@ from llada.data.shard_format import (
     TokenDtype,
     damaged,
     index_parts,
-    size_of,
     unreadable,
 )
 
@@ -151,7 +150,7 @@ class ShardReader:
         return starts[: np.searchsorted(starts, stop_byte)] // self.dtype.itemsize
 
     def document_at(self, position: int) -> int:
-        """Return the document that holds the token at `position`; opens the index only."""
+        """Return the document that contains the token at `position`; opens the index only."""
         byte = position * self.dtype.itemsize
         first, block = self._pointers_around(self._index_file(), byte)
         return first + int(np.searchsorted(block, byte, side="right")) - 1
@@ -163,7 +162,7 @@ class ShardReader:
         return int(pointer[0]) // self.dtype.itemsize
 
     def _pointers_around(self, file: OpenFile, byte: int) -> tuple[int, I64]:
-        """Read neighbouring pointers such that all pointers before them are <= `byte`, and all
+        """Read neighboring pointers such that all pointers before them are <= `byte`, and all
         after them are > `byte`.
 
         Documents of one shard have similar lengths, so a guess by proportion is close, and an
@@ -308,12 +307,12 @@ class ShardReader:
 
     def _map_index(self) -> npt.NDArray[np.uint8]:
         self.check()
-        return map_file(self.idx_path, np.dtype(np.uint8))
+        return map_shard_file(self.idx_path, np.dtype(np.uint8))
 
     def _compare_with_manifest(
         self, path: Path, num_documents: int, num_tokens: int, dtype: TokenDtype
     ) -> None:
-        """Raise UserError, naming `path`, when the shard holds something else than the manifest
+        """Raise UserError, naming `path`, when the shard contains something else than the manifest
         says.
         """
         if self._entry is None:
@@ -335,19 +334,16 @@ def map_replies(path: Path) -> I64:
     Raises:
         UserError: it cannot be read, or its size is not that of whole rows.
     """
-    numbers = map_file(path, np.dtype(np.int64))
+    numbers = map_shard_file(path, np.dtype(np.int64))
     if numbers.size % len(REPLY_FIELDS):
         row_bytes = 8 * len(REPLY_FIELDS)
         raise damaged(path, f"{8 * numbers.size} bytes, not a multiple of {row_bytes}")
     return numbers.reshape(-1, len(REPLY_FIELDS))
 
 
-def map_file(path: Path, dtype: np.dtype[Number]) -> npt.NDArray[Number]:
-    """Map a file of numbers into memory, read-only. Raises UserError when it cannot be read."""
-    # An empty file cannot be mapped.
-    if size_of(path) == 0:
-        return np.empty(0, dtype)
+def map_shard_file(path: Path, dtype: np.dtype[Number]) -> npt.NDArray[Number]:
+    """Map a file of a shard into memory, read-only. Raises UserError when it cannot be read."""
     try:
-        return np.asarray(np.memmap(path, dtype, mode="r"))
+        return map_file(path, dtype)
     except OSError as error:
         raise unreadable(path, error) from None

@@ -13,7 +13,7 @@ from llada.arrays import I64
 from llada.data.corpus import Corpus
 from llada.data.manifest import CONVERSATIONS, Manifest, ShardEntry
 from llada.data.shard_format import CHUNK, prompt_tokens
-from llada.data.shard_reader import ShardReader, map_file
+from llada.data.shard_reader import ShardReader, map_shard_file
 from llada.errors import UserError
 
 Flags = npt.NDArray[np.bool_]
@@ -159,7 +159,7 @@ def _token_problems(shard: ShardReader, manifest: Manifest, entry: ShardEntry) -
         unknown.add((tokens < 0) | (tokens >= manifest.vocab_size), start)
         masks.add(tokens == manifest.mask_id, start)
     # The last tokens of documents may be few among many, so they are mapped, not read.
-    stored = map_file(shard.bin_path, shard.dtype)
+    stored = map_shard_file(shard.bin_path, shard.dtype)
     for first in range(0, shard.num_documents, CHUNK):
         lengths = shard.lengths[first : first + CHUNK].astype(np.int64)
         starts = shard.pointers[first : first + CHUNK].astype(np.int64) // shard.dtype.itemsize

@@ -40,7 +40,7 @@ def docstring_pairs(file: Path) -> Iterator[tuple[str, str]]:
             warnings.simplefilter("ignore")  # old escapes in old files
             tree = ast.parse(file.read_bytes())
     except (SyntaxError, ValueError):
-        return  # the library holds broken files on purpose, for its tests
+        return  # the library contains broken files on purpose, for its tests
     module = file.parent.name if file.stem == "__init__" else file.stem
     # All levels: methods and nested functions too.
     for node in ast.walk(tree):

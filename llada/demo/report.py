@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
-from llada.checkpoint.format import committed_checkpoints
+from llada.checkpoint.names import committed_checkpoints
 from llada.config import RunConfig
 from llada.data.corpus import Corpus
 from llada.data.sft import ReplyReader
@@ -278,7 +278,8 @@ def _print(content: Report, root: Path) -> None:
     )
     print(
         f"unigram entropy    {content['unigram_entropy_per_token']:.3f} nats/token of the"
-        f" validation text: the model needs {100 * content['share_of_unigram_entropy']:.1f} % of it"
+        " validation text: the model's NELBO is"
+        f" {100 * content['share_of_unigram_entropy']:.1f} % of this"
     )
     nelbo = content["sft_nelbo_per_token"]
     print(

@@ -31,7 +31,7 @@ _SMOKE = {
 }
 """Overrides of a demo of a few steps."""
 _OWN_NAMES = ("tokenizer", "corpus", "pretrain", "pairs", "talks", "sft", "hf", "report")
-"""What a demo's folder holds, without endings."""
+"""What a demo's folder contains, without endings."""
 _TOKENIZER_BYTES = 8_000_000
 """Text that the tokenizer is trained on.
 
@@ -69,7 +69,7 @@ def run_demo(
             fine-tuning.
         folder: folder that everything is written to.
         smoke: a few steps only.
-        fresh: remove `folder` first, which must hold nothing but an earlier demo.
+        fresh: remove `folder` first, which must contain nothing but an earlier demo.
 
     Returns:
         The exit code: 0, or 75 when a signal stopped a training.
@@ -151,7 +151,7 @@ def _run_stages(
 
 
 def _remove(root: Path) -> None:
-    """Remove an earlier demo. Raises UserError if the folder holds something else too."""
+    """Remove an earlier demo. Raises UserError if the folder contains something else too."""
     if not root.is_dir():
         return
     # Only what a demo wrote: --dir may name a folder by mistake.
@@ -164,7 +164,7 @@ def _remove(root: Path) -> None:
     ]
     if others:
         raise UserError(
-            f"--fresh: '{root}' holds '{min(others)}', which no demo makes, and would be removed"
+            f"--fresh: '{root}' contains '{min(others)}', which no demo makes, and would be removed"
             " with it; name another --dir"
         )
     shutil.rmtree(root)

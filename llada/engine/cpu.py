@@ -18,7 +18,7 @@ import torch
 
 from llada.device import gpu_available
 
-_VECTORISED_FUNCTIONS = (
+_VECTORIZED_FUNCTIONS = (
     "sin",
     "cos",
     "tan",
@@ -34,14 +34,14 @@ _VECTORISED_FUNCTIONS = (
 
 
 def warm_up_math() -> None:
-    """Call every vectorised math function once, on one element.
+    """Call every vectorized math function once, on one element.
 
     The first call of such a function in a process, if it is multi-threaded, can return low
     precision in the part of one thread (a race in the dispatch of the math library). Then two runs
     of the same step differ. A first call on one element is not multi-threaded.
     """
     for dtype in (torch.float32, torch.float64):
-        for name in _VECTORISED_FUNCTIONS:
+        for name in _VECTORIZED_FUNCTIONS:
             getattr(torch.ones(1, dtype=dtype), name)()
 
 

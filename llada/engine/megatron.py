@@ -51,7 +51,7 @@ cpu.after_import()
 
 T = TypeVar("T")
 
-Initialise = Callable[[ModelSection, int, dict[str, torch.nn.Parameter], int, int], None]
+Initialize = Callable[[ModelSection, int, dict[str, torch.nn.Parameter], int, int], None]
 """Fills a rank's parameters: (shape of the model, seed, parameters, tensor rank, tensor size)."""
 
 LossResult = tuple[torch.Tensor, torch.Tensor, dict[str, object]]
@@ -69,7 +69,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 class MegatronEngine:
     """Model, optimizer and their state, spread over the ranks as `config.parallel` says.
 
-    Weights start from the keyed initialisation of (config.seed, canonical name), so the model is
+    Weights start from the keyed initialization of (config.seed, canonical name), so the model is
     the same in every layout.
 
     Args:
@@ -77,7 +77,7 @@ class MegatronEngine:
         losses: Of a term, by head, from the objective.
         training: False builds only the model, for `load_weights` and `logits`: no gradients, no
             optimizer.
-        initialise: Fills a chunk's parameters. Benchmarks replace the keyed initialisation by a
+        initialize: Fills a chunk's parameters. Benchmarks replace the keyed initialization by a
             faster one.
     """
 
@@ -86,7 +86,7 @@ class MegatronEngine:
         config: RunConfig,
         losses: Mapping[str, Loss] = CROSS_ENTROPY,
         training: bool = True,
-        initialise: Initialise = weights.initialise,
+        initialize: Initialize = weights.initialize,
     ) -> None:
         self.device = join_world()
         config.check_world(dist.get_world_size())
@@ -102,7 +102,7 @@ class MegatronEngine:
         for chunk in self.chunks:
             parameters = self._parameters(chunk)
             _mark_sharded(parameters)
-            initialise(config.model, config.seed, parameters, *self._tensor_rank_and_size())
+            initialize(config.model, config.seed, parameters, *self._tensor_rank_and_size())
         self.replicas: list[DistributedDataParallel] = []
         if training:
             self._prepare_training()
@@ -152,7 +152,7 @@ class MegatronEngine:
         Args:
             batches: This replica's micro-batches, the same number on every replica. Those from
                 `prepare` are copied to the GPU while it computes.
-            learning_rate: Of this step.
+            learning_rate: Learning rate of this step.
             limits: Largest loss and gradient norm with which the step is applied.
         """
         for replica in self.replicas:
@@ -491,7 +491,7 @@ def _one_or_all(values: list[T]) -> T | list[T]:
 def _mark_sharded(parameters: dict[str, torch.nn.Parameter]) -> None:
     """Mark the parameters that are shards and not copies on every tensor rank.
 
-    The gradient norm counts copies once. Megatron-Core's own initialisation would set the marks,
+    The gradient norm counts copies once. Megatron-Core's own initialization would set the marks,
     but ours replaces it.
     """
     for name, parameter in parameters.items():

@@ -85,7 +85,7 @@ def _scaled_error(error: float | None, factor: float) -> float | None:
 
 
 @dataclass(frozen=True)
-class Sample:
+class CorpusLosses:
     """The losses of one corpus in one validation.
 
     Attributes:
@@ -150,7 +150,7 @@ def pooled(loss: F64, length: F64) -> tuple[float, float | None]:
     return float(ratio), float(np.sqrt((k - 1) / k * (errors**2).sum()) / total)
 
 
-def noise_error(sample: Sample) -> float | None:
+def noise_error(sample: CorpusLosses) -> float | None:
     """Return the standard error of the pooled ratio over other noise on the same text.
 
     The spread of a text's four draws is mostly the change of the loss with t, which evenly spaced t

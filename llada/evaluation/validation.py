@@ -11,7 +11,7 @@ draws (two sweeps) and offset 0.05, a text is read at
     sweep 0: t = 0.050, 0.300, 0.550, 0.800
     sweep 1: t = 0.175, 0.425, 0.675, 0.925
 
-What follows from the losses stands in `llada.evaluation.estimates`.
+What follows from the losses is in `llada.evaluation.estimates`.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from llada.engine.base import Engine, ParallelRank
 from llada.evaluation.estimates import (
     FEW,
     SWEEP,
-    Estimate,
     CorpusLosses,
+    Estimate,
     pooled,
     sums,
     weighted,

@@ -33,7 +33,7 @@ import numpy as np
 
 from llada.arrays import I64
 from llada.errors import RunError, UserError, one_line
-from llada.evaluation.estimates import SWEEP, Sample
+from llada.evaluation.estimates import SWEEP, CorpusLosses
 from llada.files import sync_folder, write_atomically
 
 FOLDER = "validation"
@@ -102,7 +102,7 @@ class Measured:
     tokens_per_byte: float
     measure: Measure
     items: I64
-    sample: Sample
+    sample: CorpusLosses
 
 
 def write(run: Path, step: int, corpora: Sequence[Measured]) -> Path:
@@ -182,7 +182,7 @@ def _corpus(c: int, description: dict[str, Any], arrays: _Arrays) -> Measured:
     if not fits or not np.array_equal(np.unique(owner), np.arange(len(items))):
         raise ValueError(f"corpus {c} has arrays that do not fit each other")
     fields = {**description, "measure": Measure(**description["measure"])}
-    return Measured(**fields, items=items, sample=Sample(loss, length, owner, text))
+    return Measured(**fields, items=items, sample=CorpusLosses(loss, length, owner, text))
 
 
 def steps(run: Path) -> list[int]:

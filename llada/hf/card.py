@@ -34,7 +34,7 @@ It writes by starting from masks and filling them in, a few in each step
 _CONVERTED = """\
 These are the unchanged weights of a {architecture}, in the layout of
 [LLaDA](https://arxiv.org/abs/2502.09992). Nothing was trained since the conversion.
-See the original model for its uses and its licence."""
+See the original model for its uses and its license."""
 _USE = """
 ## Use
 
@@ -75,10 +75,10 @@ _TASKS = {"pretrain": "pretraining", "sft": "supervised fine-tuning"}
 
 
 def check_license(name: str) -> None:
-    """Raise UserError unless this can be the identifier of a licence on the Hugging Face Hub."""
+    """Raise UserError unless this can be the identifier of a license on the Hugging Face Hub."""
     if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", name):
         raise UserError(
-            f"--license: '{name}' is not an identifier of a licence, as apache-2.0 or mit; `other`"
+            f"--license: '{name}' is not an identifier of a license, as apache-2.0 or mit; `other`"
             " for one of your own"
         )
 
@@ -96,8 +96,8 @@ def model_card(
     Args:
         state: CheckpointState of the checkpoint.
         trained: Its model.
-        dtype: Of the exported weights.
-        license_: Identifier of the licence.
+        dtype: Type of the exported weights.
+        license_: Identifier of the license.
         has_template: Whether the tokenizer has a chat template.
         averaged: Steps of the checkpoints whose mean this is; empty for a single checkpoint.
     """

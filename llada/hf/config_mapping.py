@@ -83,7 +83,7 @@ _TRANSFORMERS_4_FIELDS = (
     "exponential_decay_length_penalty",
 )
 
-# Fields of published LLaDA that a config.json must hold: their defaults in the class belong to
+# Fields of published LLaDA that a config.json must contain: their defaults in the class belong to
 # another architecture.
 _LLADA_REQUIRED = (
     "d_model",

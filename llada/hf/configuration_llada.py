@@ -171,7 +171,7 @@ class LLaDAConfig(PretrainedConfig):
 
     @classmethod
     def published_fields(cls) -> list[str]:
-        """Names of the fields that every config.json holds."""
+        """Names of the fields that every config.json contains."""
         parameters = inspect.signature(cls.__init__).parameters
         unpublished = ("self", "tokenizer_vocab_size", "kwargs")
         return [name for name in parameters if name not in unpublished]

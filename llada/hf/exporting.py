@@ -18,16 +18,17 @@ from llada.checkpoint.canonical import CheckpointWeights
 from llada.checkpoint.format import (
     CheckpointState,
     TrainedConfig,
-    committed_checkpoints,
     load_tokenizer,
     read_state,
     resolve_checkpoint,
     trained_config,
 )
+from llada.checkpoint.names import committed_checkpoints
 from llada.checkpoint.reading import StoredTensors
 from llada.checkpoint.verification import verify_checkpoint
 from llada.errors import UserError
 from llada.files import flush_in_background
+from llada.formatting import first_of
 from llada.hf.card import check_license, model_card
 from llada.hf.sources import Mean
 from llada.hf.tensor_files import total_bytes, write_safetensors
@@ -51,9 +52,9 @@ _UNITS = {
     "GI": 2**30,
     "TI": 2**40,
 }
-# The modelling code that every export carries.
+# The modeling code that every export carries.
 _CODE_FILES = ("configuration_llada.py", "generation_llada.py", "modeling_llada.py")
-# Files of an export. `--force` refuses to replace a folder that holds any other.
+# Files of an export. `--force` refuses to replace a folder that contains any other.
 _EXPORTED_FILES = (
     "config.json",
     "*.safetensors",
@@ -82,7 +83,7 @@ class ExportOptions:
         max_shard_size: Size of the largest weight file, such as 5GB or 500MiB.
         average: Export the mean of this many checkpoints of the run, up to and including the
             given one. For a bf16 run it is the mean of their fp32 masters.
-        license: Identifier of the licence, for the model card.
+        license: Identifier of the license, for the model card.
         checksums: Compare the checkpoint's files with its marker first.
     """
 
@@ -100,10 +101,10 @@ class _OpenedCheckpoints:
 
     Attributes:
         folders: The checkpoints, oldest first; one unless they are averaged.
-        state: Of the newest.
+        state: State of the newest checkpoint.
         trained: Their model.
-        tokenizer: Of the newest.
-        weights: Of the one checkpoint, or the mean.
+        tokenizer: Tokenizer of the newest checkpoint.
+        weights: Weights of the one checkpoint, or their mean.
         masters: Whether `weights` are the optimizer's fp32 masters.
         dtype: Key of DTYPES for the exported weights.
     """
@@ -236,13 +237,13 @@ def last_checkpoints(folder: Path, trained: TrainedConfig, count: int) -> list[P
     candidates = [path for path in committed_checkpoints(folder.parent) if path.name <= folder.name]
     if folder not in candidates or len(candidates) < count:
         raise UserError(
-            f"--average: {count} checkpoints are asked for, {folder.parent} has {len(candidates)}"
-            f" complete ones up to {folder.name}"
+            f"--average: needs {count} checkpoints, but {folder.parent} has only"
+            f" {len(candidates)} complete ones up to {folder.name}"
         )
     newest = candidates[-count:]
     for path in newest:
         if trained_config(read_state(path)).model != trained.model:
-            raise UserError(f"--average: {path} holds another model than {folder}")
+            raise UserError(f"--average: the model of {path} differs from that of {folder}")
     return newest
 
 
@@ -252,7 +253,7 @@ def model_config(trained: TrainedConfig, tokenizer: Tokenizer, dtype: str) -> Js
     Args:
         trained: The model.
         tokenizer: Its special tokens.
-        dtype: Of the weights, a key of DTYPES.
+        dtype: Type of the weights, a key of DTYPES.
     """
     from llada.hf.configuration_llada import LLaDAConfig
 
@@ -314,8 +315,9 @@ def _check_files(folders: list[Path]) -> None:
     for folder in folders:
         problems += verify_checkpoint(folder)
     if problems:
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise UserError(f"checkpoint: {problems[0]}{more}; it is damaged, take another one")
+        raise UserError(
+            f"checkpoint: {first_of(problems)}; the checkpoint is damaged; use another one"
+        )
 
 
 def _write_configs(folder: Path, source: _OpenedCheckpoints) -> None:

@@ -105,7 +105,7 @@ def check_mask(folder: HfFolder, tokenizer: Tokenizer) -> None:
 def read_model(path: str | Path, setting: str = "FOLDER") -> FolderConfig:
     """Read config.json alone. Raises UserError as `open_folder` does."""
     if not is_folder(path):
-        raise UserError(f"{setting}: '{path}' is no Hugging Face folder (it has no config.json)")
+        raise UserError(f"{setting}: '{path}' is not a Hugging Face folder (no config.json)")
     config_path = Path(path) / "config.json"
     config = _read_config(config_path)
     model_type = str(config.get("model_type"))
@@ -139,8 +139,8 @@ def open_folder(path: str | Path, allow_pickle: bool = False, setting: str = "FO
 
     Raises:
         UserError: No such folder; an architecture or field that is not computed here; weights that
-            cannot be read (see `open_tensors`) or that do not match the config. Every missing or
-            surplus tensor and every other shape is named.
+            cannot be read (see `open_tensors`) or that do not match the config. Every missing,
+            unexpected or misshapen tensor is named.
     """
     config = read_model(path, setting)
     folder = Path(path)
@@ -190,11 +190,11 @@ def _check_tensors(
     """Raise UserError unless names and shapes of the stored tensors are those of the model.
 
     Args:
-        folder: For the message.
+        folder: Folder, for the message.
         files: The stored tensors.
         names: Canonical name -> name in the files.
         model: Shape from the config.
-        setting: For the message.
+        setting: Setting, for the message.
     """
     expected = {names[canonical]: shape for canonical, shape in canonical_shapes(model).items()}
     stored = {

@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 import yaml
 
-from llada.checkpoint.format import MARKER, STATE_FILE, CheckpointState, seal_checkpoint
+from llada.checkpoint.format import STATE_FILE, CheckpointState, seal_checkpoint
+from llada.checkpoint.names import MARKER
 from llada.checkpoint.writing import write_model
 from llada.config.sections import ModelSection
 from llada.errors import UserError

@@ -91,7 +91,7 @@ def key_mask(
             length], either boolean (true: attend) or floating (added to the scores).
         batch: Number of rows.
         length: Tokens per row.
-        dtype: Of the queries. An additive mask is cast to it.
+        dtype: Type of the queries. An additive mask is cast to it.
         flash: Prepare the mask for flash attention, which knows padding only.
 
     Returns:
@@ -215,9 +215,9 @@ def diffusion_loss(
 ) -> torch.Tensor:
     """The masked diffusion loss of arXiv 2502.09992.
 
-    For each row, cross entropy / p_mask is summed over the positions that are masked and labelled,
-    and divided by the number of labelled positions; the loss is the mean over the rows. With every
-    position labelled this is equation 3 (pretraining), with the prompt unlabelled equation 5
+    For each row, cross entropy / p_mask is summed over the positions that are masked and labeled,
+    and divided by the number of labeled positions; the loss is the mean over the rows. With every
+    position labeled this is equation 3 (pretraining), with the prompt unlabeled equation 5
     (fine-tuning). Cross entropy is computed in fp32. A row without labels contributes 0.
 
     Args:
@@ -253,12 +253,12 @@ def diffusion_loss(
     nll = F.cross_entropy(
         logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none"
     ).view(batch, length)
-    labelled = labels != -100
-    counted = labelled & masked
+    labeled = labels != -100
+    counted = labeled & masked
     # Divide by 1 where the weight is 0: p_mask may be 0 there, and the gradient of 0 / 0 is NaN
     # even where `torch.where` discards the value.
     weights = counted / torch.where(counted, p_wide.float(), 1.0)
-    row_losses = (nll * weights).sum(1) / labelled.sum(1).clamp(min=1)
+    row_losses = (nll * weights).sum(1) / labeled.sum(1).clamp(min=1)
     return row_losses.mean()
 
 
@@ -319,8 +319,8 @@ class LLaDABlock(nn.Module):
 
         Args:
             x: [b, s, d].
-            cos: From `rotary_tables`.
-            sin: From `rotary_tables`.
+            cos: Cosines from `rotary_tables`.
+            sin: Sines from `rotary_tables`.
             mask: See `attend`.
             implementation: See `attend`.
 
@@ -449,12 +449,12 @@ class LLaDAModelLM(LLaDAGenerationMixin, PreTrainedModel):
     ) -> Any:
         """Load a model, and refuse weights that are not those of its config.
 
-        transformers itself fills a missing weight with random numbers and drops a surplus one, both
-        with no more than a warning. Either means that config and weights belong to two different
-        models.
+        transformers itself fills a missing weight with random numbers and drops an unexpected one,
+        both with no more than a warning. Either means that config and weights belong to two
+        different models.
 
         Raises:
-            ValueError: Missing or surplus weights. A weight of another shape is left to
+            ValueError: Missing or unexpected weights. A weight of another shape is left to
                 transformers, which refuses it unless `ignore_mismatched_sizes=True` is given.
         """
         return_report = kwargs.pop("output_loading_info", False)
@@ -467,7 +467,7 @@ class LLaDAModelLM(LLaDAGenerationMixin, PreTrainedModel):
         # The scales of quantized weights are no parameters; the quantizer reads them separately.
         quantized = getattr(model, "hf_quantizer", None)
         if report["unexpected_keys"] and not quantized:
-            problems.append(f"too many: {', '.join(sorted(report['unexpected_keys']))}")
+            problems.append(f"unexpected: {', '.join(sorted(report['unexpected_keys']))}")
         if problems:
             raise ValueError(
                 f"LLaDAModelLM: the weights in '{pretrained_model_name_or_path}' are not those of"
@@ -520,7 +520,7 @@ class LLaDAModelLM(LLaDAGenerationMixin, PreTrainedModel):
     ) -> CausalLMOutputWithPast | tuple[torch.Tensor, ...]:
         """Compute the logits of every position, and the diffusion loss.
 
-        There is no **kwargs: a misspelt argument is an error.
+        There is no **kwargs: a misspelled argument is an error.
 
         Args:
             input_ids: Integers [b, s].

@@ -38,8 +38,8 @@ class TensorFiles(Protocol):
     """The tensors of a folder by the names that they have there.
 
     Attributes:
-        shapes: Of every tensor.
-        dtypes: Of every tensor.
+        shapes: Shape of every tensor.
+        dtypes: Type of every tensor.
     """
 
     shapes: dict[str, tuple[int, ...]]
@@ -55,7 +55,7 @@ def open_tensors(folder: Path, allow_pickle: bool, setting: str) -> TensorFiles:
 
     Raises:
         UserError: No weights; pickles without `allow_pickle`; an index that names a file that is
-            missing or outside of the folder; a file that is damaged or does not hold what the
+            missing or outside of the folder; a file that is damaged or does not contain what the
             index says; a dtype other than fp32, bf16 and fp16.
     """
     if _is_present(folder, _SAFETENSORS):
@@ -115,7 +115,7 @@ def _compare_with_index(folder: Path, layout: _Layout, file_of: Mapping[str, str
     Args:
         folder: The folder.
         layout: Its format.
-        file_of: Tensor name -> name of the file that holds it.
+        file_of: Tensor name -> name of the file that contains it.
     """
     index = folder / layout.index_file
     if not index.is_file():
@@ -222,7 +222,7 @@ class _PickleFiles:
         if not isinstance(content, dict) or not all(
             isinstance(value, torch.Tensor) for value in content.values()
         ):
-            raise UserError(f"{path}: does not hold a dict of tensors")
+            raise UserError(f"{path}: does not contain a dict of tensors")
         for name, tensor in content.items():
             if tensor.dtype not in CODES:
                 raise UserError(
@@ -243,7 +243,7 @@ def write_safetensors(folder: Path, source: Weights, dtype: torch.dtype, max_byt
     Args:
         folder: Existing folder.
         source: The weights.
-        dtype: Of the files.
+        dtype: Type of the values in the files.
         max_bytes: Largest size of a file's values. A larger tensor gets a file of its own.
 
     Returns:
@@ -340,4 +340,4 @@ def _refuse(name: str, values: torch.Tensor, rounded: torch.Tensor, dtype: torch
             f"{name} holds {bad:g}, which {str(dtype).removeprefix('torch.')} cannot hold (its"
             f" largest value is {largest:g})"
         )
-    raise RunError(f"{name} holds {bad}: the weights are of a run that failed")
+    raise RunError(f"{name} holds {bad}: these are the weights of a failed run")

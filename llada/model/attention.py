@@ -67,7 +67,7 @@ class Kernel:
     """A variable-length flash attention kernel.
 
     Attributes:
-        name: For people, and for the versions recorded in a checkpoint.
+        name: Name for people, and for the versions recorded in a checkpoint.
         call: The kernel; it may have fewer key heads than query heads.
         whole_rows: Use it for rows of one segment too. False: torch's scaled dot product attention,
             which has more kernels, computes them.
@@ -94,7 +94,7 @@ class AttentionInputs:
         cos, sin: Rotary tables of this rank's tokens, fp32 [s, 1, 1, d / 2].
         kernel: The variable-length kernel that computes this micro-batch; None: scaled dot product
             attention, once per segment.
-        lengths: For the kernel, on the device of the tensors.
+        lengths: Lengths for the kernel, on the device of the tensors.
     """
 
     layout: Layout
@@ -213,11 +213,11 @@ def attention_inputs(
         layout: Segments of the whole rows.
         positions: This rank's rotary positions [s], on the device.
         offset: Position of this rank's first token in the row.
-        head_dim: Of the rotary embedding.
+        head_dim: Dimensions of a head in the rotary embedding.
         theta: Base of the rotary embedding.
         kernel: The run's variable-length kernel, if it has one.
-        lengths: For the kernel, on the device. None: scaled dot product attention computes this
-            micro-batch.
+        lengths: Lengths for the kernel, on the device. None: scaled dot product attention computes
+            this micro-batch.
     """
     cos, sin = rotary_tables(positions, head_dim, theta)
     if lengths is None:
@@ -237,7 +237,7 @@ def attend(
         q: This rank's tokens, [s, b, h, d].
         k: The whole rows, [L, b, g, d].
         v: The whole rows, [L, b, g, d].
-        inputs: Of the micro-batch.
+        inputs: Inputs of the micro-batch.
 
     Returns:
         [s, b, h, d].

@@ -1,6 +1,6 @@
 """The one weight map: canonical (published Hugging Face LLaDA) names <-> Megatron-Core shards.
 
-Initialisation, import, export and parity tests all go through it. What a tensor-parallel rank holds
+Initialization, import, export and parity tests all go through it. What a tensor-parallel rank holds
 of a Megatron parameter is a list of `WeightRectangle`s, each a rectangle of one canonical tensor:
 
 - the fused QKV interleaves query, key and value heads, query group by query group,
@@ -246,7 +246,7 @@ def global_names(chunk: torch.nn.Module, layer_offset: int) -> dict[str, torch.n
 
 
 def initial_std(model: ModelSection, name: str) -> float:
-    """Standard deviation of the published "mitchell" initialisation of a canonical matrix.
+    """Standard deviation of the published "mitchell" initialization of a canonical matrix.
 
     It is that of the normal distribution before it is truncated at 3 sigma.
     """
@@ -288,7 +288,7 @@ def initial_values(model: ModelSection, seed: int, rectangle: WeightRectangle) -
 
 
 @torch.no_grad()
-def initialise(
+def initialize(
     model: ModelSection,
     seed: int,
     parameters: Mapping[str, torch.Tensor],

@@ -147,7 +147,7 @@ def _spread(values: F64, spans: I64, length: int) -> F64:
 
 def _smallest(draws: F64, count: int) -> Masked:
     """Which draws are the `count` smallest, bool [n]; of equal ones the earlier."""
-    # A partition instead of a sort: linear, and ties are as good as impossible.
+    # A partition instead of a sort: linear, and ties are practically impossible.
     chosen = draws <= np.partition(draws, count - 1)[count - 1]
     if np.count_nonzero(chosen) > count:
         chosen[:] = False

@@ -72,7 +72,7 @@ def infill(
 
     Args:
         path: Model; see `llada.sampling.loading.load`.
-        text: With gaps; see `llada.sampling.infilling`.
+        text: Text with gaps; see `llada.sampling.infilling`.
         options: `length` and `block_length` are not used.
         one_step_per_token: Take as many steps as there are tokens to fill, whatever options.steps
             is.

@@ -12,8 +12,8 @@ from llada.sampling.diffusion import LONGEST
 from llada.tokenizer import Tokenizer
 
 _GAP = re.compile(r"\[MASK(?:\*(\d+))?\]")
-# What looks like a misspelt gap, such as [mask] or [MASK 8].
-_MISSPELT_GAP = re.compile(r"\[\s*mask[^\]]*\]", re.IGNORECASE)
+# What looks like a misspelled gap, such as [mask] or [MASK 8].
+_MISSPELLED_GAP = re.compile(r"\[\s*mask[^\]]*\]", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def parse(text: str, tokenizer: Tokenizer) -> TextWithGaps:
     Example: "a[MASK*2]b" becomes the ids of "a", [MASK], [MASK], and the ids of "b".
 
     Raises:
-        UserError: No gap, a gap of no tokens or of too many, or a misspelt one.
+        UserError: No gap, a gap of no tokens or of too many, or a misspelled one.
     """
     ids: list[int] = []
     spans: list[tuple[int, int]] = []
@@ -64,9 +64,10 @@ def _gap_length(match: re.Match[str]) -> int:
 
 
 def _encode(text: str, tokenizer: Tokenizer) -> list[int]:
-    misspelt = _MISSPELT_GAP.search(text)
-    if misspelt:
+    misspelled = _MISSPELLED_GAP.search(text)
+    if misspelled:
         raise UserError(
-            f"TEXT: '{misspelt[0]}' is no gap; write [MASK] for one token or [MASK*8] for eight"
+            f"TEXT: '{misspelled[0]}' is not a gap; write [MASK] for one token or [MASK*8] for"
+            " eight"
         )
     return tokenizer.encode(text).tolist()

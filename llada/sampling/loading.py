@@ -30,8 +30,8 @@ class MaskPredictor:
     """A mask predictor with its tokenizer.
 
     Attributes:
-        tokenizer: Of the model.
-        special_ids: For the sampler.
+        tokenizer: Tokenizer of the model.
+        special_ids: Special ids for the sampler.
         end_ids: Tokens that end a text or an answer: EOS, and the end of a turn if the tokenizer
             has one.
         device: Where the model computes.
@@ -65,7 +65,7 @@ class MaskPredictor:
             logits: torch.Tensor = self._model(tokens).logits
         if not logits.isfinite().all():
             raise RunError(
-                "MODEL: its logits are not finite: the weights are damaged, or of a run that failed"
+                "MODEL: its logits are not finite: the weights are damaged, or from a failed run"
             )
         return logits
 

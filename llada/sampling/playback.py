@@ -27,7 +27,7 @@ class Playback:
     On a terminal each picture replaces the last one. Elsewhere every step is a line.
 
     Args:
-        tokenizer: Of the model.
+        tokenizer: Tokenizer of the model.
         mask_id: Id of [MASK].
         first: First position to show, in tokens.
         seconds: How long each picture stays at least.

@@ -116,7 +116,9 @@ class Tokenizer:
         if file.suffix == ".json":
             backend = HuggingFace.read(file)
         else:
-            sidecar = None if folder is None else folder / SIDECAR
+            sidecar = None
+            if folder is not None:
+                sidecar = folder / SIDECAR
             backend, sidecar_roles = SentencePiece.read(file, sidecar)
 
         # Of several files that assign a role, the most specific wins; usual names come last.
@@ -136,7 +138,9 @@ class Tokenizer:
             for token in (*roles.values(), *SPECIAL_TOKENS)
             if backend.id_of(token) is not None
         ]
-        template = None if folder is None else _stored_template(folder)
+        template = None
+        if folder is not None:
+            template = _stored_template(folder)
         return cls(backend.with_special(special), roles, str(path), template)
 
     def with_special_tokens(self, tokens: Sequence[str] = SPECIAL_TOKENS) -> Tokenizer:

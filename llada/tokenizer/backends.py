@@ -78,13 +78,19 @@ class StandIns(NamedTuple):
 
     Attributes:
         tokenizer: the copy.
-        names: special id -> the name that stands for it, which sound text does not hold.
+        names: special id -> the name that stands for it, which sound text does not contain.
         ids: special id -> the id of that name in the copy.
     """
 
     tokenizer: Fast
     names: dict[int, str]
     ids: dict[int, int | None]
+
+    def name_of(self, special: int | None) -> str:
+        """The name that stands for a special id; "" for None."""
+        if special is None:
+            return ""
+        return self.names[special]
 
 
 class HuggingFace:
@@ -167,37 +173,31 @@ class HuggingFace:
 
     def encode_between(self, texts: Sequence[TextBetween]) -> list[list[int]]:
         stand_ins = self._stand_ins
-        spelt_out = [
-            "".join(
-                (
-                    "" if text.before is None else stand_ins.names[text.before],
-                    text.text,
-                    "" if text.after is None else stand_ins.names[text.after],
-                )
-            )
+        spelled_out = [
+            stand_ins.name_of(text.before) + text.text + stand_ins.name_of(text.after)
             for text in texts
         ]
         encode = getattr(stand_ins.tokenizer, "encode_batch_fast", stand_ins.tokenizer.encode_batch)
-        encodings = encode(spelt_out, add_special_tokens=False)
+        encodings = encode(spelled_out, add_special_tokens=False)
         return [
-            self._without_neighbours(text, encoding)
+            self._without_neighbors(text, encoding)
             for text, encoding in zip(texts, encodings, strict=True)
         ]
 
-    def _without_neighbours(self, text: TextBetween, encoding: Encoding) -> list[int]:
+    def _without_neighbors(self, text: TextBetween, encoding: Encoding) -> list[int]:
         """The ids of a text without those of the special tokens beside it, which must be there."""
         ids = encoding.ids
-        start = 0
-        stop = len(ids)
+        before: list[int | None] = []
+        after: list[int | None] = []
         if text.before is not None:
-            start = 1
+            before = [self._stand_ins.ids[text.before]]
         if text.after is not None:
-            stop -= 1
-        before = [] if text.before is None else [self._stand_ins.ids[text.before]]
-        after = [] if text.after is None else [self._stand_ins.ids[text.after]]
+            after = [self._stand_ins.ids[text.after]]
+        start = len(before)
+        stop = len(ids) - len(after)
         if ids[:start] != before or ids[stop:] != after:
-            neighbours = [text.before, text.after]
-            tokens = " and ".join(str(self.token(i)) for i in neighbours if i is not None)
+            neighbors = [text.before, text.after]
+            tokens = " and ".join(str(self.token(i)) for i in neighbors if i is not None)
             raise UserError(
                 f"the tokenizer does not read {tokens} as special beside the text"
                 f" {text.text[:40]!r}"
@@ -332,7 +332,7 @@ class SentencePiece:
         return {token: token_id for token_id, token in self._special.items()}
 
     def encode_between(self, texts: Sequence[TextBetween]) -> list[list[int]]:
-        # The model knows no special tokens in text, so neighbours change nothing.
+        # The model knows no special tokens in text, so neighbors change nothing.
         rows: list[list[int]] = self._processor.encode([text.text for text in texts])
         return rows
 

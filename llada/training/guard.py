@@ -1,7 +1,7 @@
 """Watches loss and gradient norm.
 
-Names steps far above the recent ones, leaves them out of the training if the config says so, and
-stops a run that leaves out step after step.
+Reports steps far above the recent level, skips them if the config says so, and stops a run that
+skips step after step.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Guard:
 
     @property
     def recent(self) -> list[Applied]:
-        """What a checkpoint must hold so that a resumed run has the same limits."""
+        """What a checkpoint must contain so that a resumed run has the same limits."""
         return list(self._recent)
 
     def spike_limits(self, step: int) -> Limits:
@@ -120,7 +120,8 @@ class Guard:
         if self._skipped_in_a_row > self._section.max_skipped:
             raise StepError(
                 f"{message}; {self._skipped_in_a_row} steps in a row updated nothing"
-                f" (train.max_skipped: {self._section.max_skipped})"
+                f" (train.max_skipped: {self._section.max_skipped})",
+                step=step + 1,
             )
         if not result.applied:
             message += "; the step updated nothing"

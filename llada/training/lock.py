@@ -1,7 +1,7 @@
 """RUN/lock: one process at a time writes to a run folder. It names the holder, who touches it.
 
-Whether a holder is alive shows at once on its own host (does the process exist?) and within a Slurm
-job (is it an earlier attempt?). On another host it shows only by the time of its last touch.
+On the same host, or in the same Slurm job, a dead holder is detected at once: its process does not
+exist, or it is an earlier attempt. On other hosts, the only sign is the time of its last touch.
 """
 
 from __future__ import annotations
@@ -198,7 +198,7 @@ class RunLock:
 
 
 def describe_holder(folder: Path, stale: float = 60.0) -> str | None:
-    """Describe who holds a run folder; None: nobody who is known to be alive."""
+    """Describe who holds a run folder; None if no live holder is known."""
     alive = _living_holder(folder, stale)
     if alive is None:
         return None
@@ -208,7 +208,7 @@ def describe_holder(folder: Path, stale: float = 60.0) -> str | None:
 def holding_process(folder: Path, stale: float = 60.0) -> tuple[str, int] | None:
     """Return host and process id of who holds a run folder.
 
-    None: nobody who is known to be alive.
+    None if no live holder is known.
     """
     alive = _living_holder(folder, stale)
     if alive is None:
@@ -249,7 +249,7 @@ def _born(pid: int) -> str | None:
     """
     try:
         # Field 22 of /proc/PID/stat. Fields are counted behind the last parenthesis, since the
-        # command's name before it may hold spaces.
+        # command's name before it may contain spaces.
         ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except (OSError, IndexError):
@@ -294,7 +294,7 @@ def _read(path: Path) -> Holder | None:
 
 
 def _is_foreign(path: Path) -> bool:
-    """Return whether a file holds something else than a lock.
+    """Return whether a file contains something else than a lock.
 
     A torn lock, and the zeros that a crash may leave, are no foreign content.
     """

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from llada.checkpoint.format import MARKER
+from llada.checkpoint.names import MARKER
 from llada.data.manifest import MANIFEST
 from llada.engine.layout import gather_world
 from llada.errors import RunError, TryAgain, UserError
@@ -23,7 +23,7 @@ _FOREIGN = {
     "config.json": "a Hugging Face folder",
     MARKER: "a checkpoint",
 }
-"""File -> what the folder is that holds it, none of which is a run's."""
+"""File -> what the folder is that contains it, none of which is a run's."""
 
 
 class RunFolder:
@@ -94,7 +94,7 @@ def refuse_foreign_folder(path: Path) -> None:
     for name, description in _FOREIGN.items():
         if os.path.exists(path / name):
             raise UserError(
-                f"run.dir: '{path}' is {description} (it holds {name}); choose another folder"
+                f"run.dir: '{path}' is {description} (it contains {name}); choose another folder"
             )
     # A run inside a corpus would become part of what is read and checked.
     for parent in path.resolve().parents:
@@ -148,7 +148,6 @@ def _create(path: Path) -> list[Path]:
             with suppress(OSError):
                 folder.rmdir()
         raise UserError(
-            f"run.dir: '{path}' cannot be made ({error.strerror}); choose a folder that can be"
-            " written"
+            f"run.dir: '{path}' cannot be created ({error.strerror}); choose a writable folder"
         ) from None
     return created

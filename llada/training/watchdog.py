@@ -117,7 +117,8 @@ class Watchdog(Hook):
         try:
             # Not the run folder itself: one that was deleted must stay deleted.
             path.parent.mkdir(exist_ok=True)
-            # Not flushed to disk: a beat counts for seconds, and no crash makes an old one new.
+            # Not files.write_json, which flushes to disk: a beat counts for seconds, and no crash
+            # makes an old one new.
             temporary.write_text(json.dumps(Beat(self._host, self._step, time.time())._asdict()))
             os.replace(temporary, path)
         except OSError:
@@ -137,7 +138,10 @@ class Watchdog(Hook):
         if self._rank != min(alive, default=self._rank):
             self._leave("")
             return
-        culprits = _describe_silent(silent, beats) if silent else _describe_slowest(beats)
+        if silent:
+            culprits = _describe_silent(silent, beats)
+        else:
+            culprits = _describe_slowest(beats)
         self._leave(
             f"hang: no step finished for {self._timeout:g} s (run.hang_timeout): {culprits}"
         )

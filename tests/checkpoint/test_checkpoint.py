@@ -13,15 +13,8 @@ import pytest
 import torch
 import yaml
 
-from llada.checkpoint.format import (
-    MARKER,
-    CheckpointState,
-    begin_checkpoint,
-    checkpoint_name,
-    commit_checkpoint,
-    committed_checkpoints,
-    read_state,
-)
+from llada.checkpoint.format import CheckpointState, begin_checkpoint, commit_checkpoint, read_state
+from llada.checkpoint.names import MARKER, checkpoint_name, committed_checkpoints
 from llada.checkpoint.retention import prune_checkpoints
 from llada.checkpoint.verification import verify_checkpoint
 from llada.files import checksum
@@ -92,12 +85,12 @@ def test_damage_to_any_file_is_found_by_some_share(
     else:
         data = path.read_bytes()
         path.write_bytes(bytes([data[0] ^ 1]) + data[1:] if change == "flip" else change)
-    found = [
+    problems = [
         problem for share in range(shares) for problem in verify_checkpoint(folder, share, shares)
     ]
-    assert len(found) == 1
-    assert f"{path} {'has' if message != 'cannot be read' else ''}".strip() in found[0]
-    assert message in found[0]
+    assert len(problems) == 1
+    assert f"{path} {'has' if message != 'cannot be read' else ''}".strip() in problems[0]
+    assert message in problems[0]
 
 
 def test_a_damaged_marker_is_damage(tmp_path: Path) -> None:
@@ -191,7 +184,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(workplace: Wor
     for folder in (workplace.folder / "hurt" / "checkpoints").iterdir():
         (folder / "state.json").write_text("{}")
     done = workplace.run("pretrain", config, code=2)
-    assert "no checkpoint in hurt/checkpoints is sound" in done.stderr
+    assert "hurt/checkpoints contains no valid checkpoint" in done.stderr
     done = workplace.run("pretrain", _start_from(workplace, "from_hurt2", "hurt"), code=2)
     assert len(done.stderr.splitlines()) == 1
 
@@ -245,14 +238,14 @@ def test_a_full_disk_leaves_the_checkpoints_before(workplace: Workplace) -> None
     assert workplace.lines("full") == workplace.lines("whole")
 
 
-def _start_from(place: Workplace, name: str, source: str = "whole", **changes: Any) -> str:
+def _start_from(workplace: Workplace, name: str, source: str = "whole", **changes: Any) -> str:
     config = {
         **CONFIG,
         **changes,
         "run": {"dir": name, "threads": 2, "init_from": source},
         "train": {"steps": 1},
     }
-    (place.folder / f"{name}.yaml").write_text(yaml.safe_dump(config))
+    (workplace.folder / f"{name}.yaml").write_text(yaml.safe_dump(config))
     return f"{name}.yaml"
 
 
@@ -269,7 +262,7 @@ def test_a_start_from_weights_with_another_rope_base(workplace: Workplace) -> No
     assert "rope_theta 10000.0, norm_eps 1e-05" in out
     state = read_state(workplace.folder / "longer" / "checkpoints" / "step_00000001")
     assert state.lineage[-1]["changed"] == ["model.rope_theta: 500000.0 -> 10000.0"]
-    assert "initialised from whole/checkpoints/step_00000012 (weights)" in out
+    assert "initialized from whole/checkpoints/step_00000012 (weights)" in out
     assert "reads the same samples again" not in out
 
 

@@ -58,8 +58,8 @@ def loaded(**settings: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(EXPORT, trust_remote_code=True, **settings).eval()
 
 
-def near(found: torch.Tensor, wanted: torch.Tensor, relative: float = 1e-5) -> None:
-    difference, scale = float((found - wanted).abs().max()), float(wanted.abs().max())
+def near(actual: torch.Tensor, wanted: torch.Tensor, relative: float = 1e-5) -> None:
+    difference, scale = float((actual - wanted).abs().max()), float(wanted.abs().max())
     assert difference <= relative * scale, f"{difference} of {scale}"
 
 
@@ -248,9 +248,9 @@ def checkpointed_gradients() -> None:
     model.model.transformer["blocks"][0].register_forward_pre_hook(
         lambda *arguments: calls.append(1)
     )
-    found = gradients(model)
+    actual = gradients(model)
     assert len(calls) == 2
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert all(torch.equal(actual[name], wanted[name]) for name in wanted)
 
 
 def compiled_in_one_graph() -> None:
@@ -283,9 +283,9 @@ def mapped_to_devices() -> None:
             logits(model, input_ids=IDS, attention_mask=MASK)[MASK.bool()],
             REFERENCE["padded"][MASK.bool()],
         )
-        found = model.diffusion_generate(REFERENCE["prompt"], max_new_tokens=8, steps=4)
+        generated = model.diffusion_generate(REFERENCE["prompt"], max_new_tokens=8, steps=4)
         assert torch.equal(
-            found, loaded().diffusion_generate(REFERENCE["prompt"], max_new_tokens=8, steps=4)
+            generated, loaded().diffusion_generate(REFERENCE["prompt"], max_new_tokens=8, steps=4)
         )
     most = int(0.75 * sum(p.numel() * p.itemsize for p in loaded().parameters()))
     spilled = loaded(
@@ -352,12 +352,12 @@ def adapted(target: Any, expected: set[str]) -> None:
     model = get_peft_model(
         base, LoraConfig(task_type=TaskType.CAUSAL_LM, target_modules=target, r=4, lora_alpha=64)
     )
-    found = {
+    actual = {
         name.split(".lora_A")[0].removeprefix("base_model.model.model.transformer.")
         for name in model.state_dict()
         if "lora_A" in name
     }
-    assert found == expected, found ^ expected
+    assert actual == expected, actual ^ expected
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
     for _ in range(2):  # the first moves one half of each adapter only
         optimizer.zero_grad()
@@ -395,12 +395,12 @@ def adapters() -> None:
 
 def generated_by_diffusion() -> None:
     model, prompt = loaded(), REFERENCE["prompt"]
-    found = model.diffusion_generate(prompt, max_new_tokens=16, steps=8)
-    assert torch.equal(found, REFERENCE["generated"])
-    found = model.diffusion_generate(
+    generated = model.diffusion_generate(prompt, max_new_tokens=16, steps=8)
+    assert torch.equal(generated, REFERENCE["generated"])
+    generated = model.diffusion_generate(
         prompt, max_new_tokens=16, steps=8, block_length=4, cfg_scale=0.5
     )
-    assert torch.equal(found, REFERENCE["guided"])
+    assert torch.equal(generated, REFERENCE["guided"])
     padded = torch.nn.functional.pad(prompt, (3, 0))
     mask = torch.nn.functional.pad(torch.ones_like(prompt), (3, 0))
     assert torch.equal(
@@ -414,7 +414,7 @@ def generated_as_in_transformers() -> None:
     """`generate`, a pipeline, and a pipeline of a conversation; what follows an end is padding."""
     model, prompt = loaded(), REFERENCE["prompt"]
     tokenizer = AutoTokenizer.from_pretrained(EXPORT, trust_remote_code=True)
-    found = model.generate(
+    generated = model.generate(
         input_ids=prompt,
         attention_mask=torch.ones_like(prompt),
         max_new_tokens=16,
@@ -423,7 +423,7 @@ def generated_as_in_transformers() -> None:
     )
     ends = torch.tensor(model.generation_config.eos_token_id)
     assert ends.dim() == 1 and int(ends[0]) == model.config.eos_token_id
-    for row, wanted in zip(found.tolist(), REFERENCE["generated"].tolist(), strict=True):
+    for row, wanted in zip(generated.tolist(), REFERENCE["generated"].tolist(), strict=True):
         end = next(
             (i for i in range(prompt.shape[1], len(wanted)) if wanted[i] in ends), len(wanted)
         )

@@ -41,12 +41,12 @@ def row_logits(context: object, row: np.ndarray, size: int) -> np.ndarray:
             1,
         )
     assert llama_cpp.llama_decode(context, batch) == 0
-    found = [
+    logits = [
         np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(context, i), (size,)).copy()
         for i in range(len(row))
     ]
     llama_cpp.llama_batch_free(batch)
-    return np.stack(found)
+    return np.stack(logits)
 
 
 if __name__ == "__main__":

@@ -118,9 +118,9 @@ def test_llama_cpp_computes_the_same_logits(name: str, own_workplace: Workplace)
 
     with torch.no_grad():
         expected = LLaDAModelLM.from_pretrained(folder)(rows).logits
-    found = torch.from_numpy(np.load(out))
-    assert found.shape == expected.shape
+    logits = torch.from_numpy(np.load(out))
+    assert logits.shape == expected.shape
     assert expected.std() > 0.5
     # fp32 sums of at most 256 terms in another order, through two blocks, of logits up to 6: a few
     # roundings of 2^-22
-    assert (found - expected).abs().max() <= 3e-5
+    assert (logits - expected).abs().max() <= 3e-5

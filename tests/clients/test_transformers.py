@@ -88,10 +88,10 @@ def reference(folder: Path, model: ModelSection) -> dict[str, torch.Tensor]:
         logits = oracle(ids, torch.zeros_like(ids))
         rows = []
         for row in range(4):
-            places = [i for i in range(20) if labels[row, i] != -100]
-            hidden = [i for i in places if ids[row, i] == mask_id]
+            labeled = [i for i in range(20) if labels[row, i] != -100]
+            hidden = [i for i in labeled if ids[row, i] == mask_id]
             nll = [-float(logits[row, i].double().log_softmax(-1)[labels[row, i]]) for i in hidden]
-            rows.append(sum(nll) / float(chance[row, 0]) / len(places))
+            rows.append(sum(nll) / float(chance[row, 0]) / len(labeled))
         answers = [
             torch.cat(
                 [
@@ -197,6 +197,6 @@ def results(workplace: Workplace, tmp_path_factory: pytest.TempPathFactory) -> A
 def test_the_export_does_what_its_users_do(
     version: str, name: str, check: str, results: Any
 ) -> None:
-    found = results(version, name)
-    assert found.keys() == set(names_of_checks())
-    assert not found[check], found[check]
+    failures = results(version, name)
+    assert failures.keys() == set(names_of_checks())
+    assert not failures[check], failures[check]

@@ -226,8 +226,8 @@ def test_checks_and_index_work_in_chunks(folder: Path, tmp_path_factory, monkeyp
     """With chunks of three tokens or documents, the same files are written and the same problems
     found.
     """
-    for module in ("shard_writer", "corpus", "verify"):
-        monkeypatch.setattr(f"llada.data.{module}.CHUNK", 3)
+    for name in ("data.shard_writer.CHUNK", "data.verify.CHUNK", "files._CHUNK"):
+        monkeypatch.setattr(f"llada.{name}", 3)
     again = tmp_path_factory.mktemp("again")
     assert write_shard(again, TRAIN, parts=2) == Manifest.load(folder).shards[0]
     assert verify_corpus(folder) == []

@@ -143,14 +143,14 @@ def test_the_order_follows_the_data_not_its_path() -> None:
             [source("a", 10**6, 1.0), source("b", 100, 1e-6)],
             r"data.mixture.1.weight: 1e-06 gives b no sample",
         ),
-        ([source("a", 0)], r"data.mixture.0.path: a holds no full window"),
+        ([source("a", 0)], r"data.mixture.0.path: a contains no full window"),
         (
             [source("a", 9, cap=0)],
             r"data.mixture.0.max_epochs: allows less than one of the 9 windows",
         ),
         (
             [MixtureSource("a", "f", 9, 1.0), MixtureSource("b", "f", 9, 1.0)],
-            r"data.mixture.1.path: b holds the same data as a",
+            r"data.mixture.1.path: b contains the same data as a",
         ),
     ],
 )

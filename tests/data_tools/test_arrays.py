@@ -147,7 +147,7 @@ def test_bad_elements(tmp_path: Path):
         texts(path)
     report = Report()
     assert texts(path, report, skip_bad=True) == ["a", "c"]
-    assert report.skipped == {"elements not JSON": 1, "lines without the field": 2}
+    assert report.skipped == {"elements not JSON": 1, "elements without the field": 2}
     assert [entry["line"] for entry in report.listed] == [2, 3, 4]
     long = packed(tmp_path / "long.json", b'[{"text": "a"}, {"text": "%b"}]' % (b"b" * 2_000_000))
     report = Report()

@@ -68,7 +68,7 @@ DOCUMENTS["c.jsonl"][7:9] = [DOCUMENTS["a.jsonl"][3]] * 2  # copies, over two fi
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with inputs (lines, packed lines, many small files) and a tokenizer."""
     root = tmp_path_factory.mktemp("build")
     (root / "in").mkdir()
@@ -94,10 +94,10 @@ def sums(folder: Path) -> dict[str, str]:
     }
 
 
-def make(place: Path, output: Path, **options) -> Manifest:
+def make(root: Path, output: Path, **options) -> Manifest:
     settings = {
-        "inputs": [place / "in"],
-        "tokenizer_path": place / "tokenizer",
+        "inputs": [root / "in"],
+        "tokenizer_path": root / "tokenizer",
         "unit_bytes": UNIT,
         "validation_fraction": 0.1,
         "shard_tokens": 2000,
@@ -106,9 +106,9 @@ def make(place: Path, output: Path, **options) -> Manifest:
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["all", "dedup"])
-def whole(request: pytest.FixtureRequest, place: Path) -> tuple[bool, dict[str, str]]:
-    folder = place / f"whole-{request.param}"
-    make(place, folder, dedup=request.param)
+def whole(request: pytest.FixtureRequest, root: Path) -> tuple[bool, dict[str, str]]:
+    folder = root / f"whole-{request.param}"
+    make(root, folder, dedup=request.param)
     assert verify_prepared_corpus(folder) == []
     return request.param, sums(folder)
 
@@ -117,12 +117,12 @@ def whole(request: pytest.FixtureRequest, place: Path) -> tuple[bool, dict[str, 
 
 
 def test_every_document_is_there_once_and_megatron_reads_it(
-    place: Path, whole: tuple[bool, dict[str, str]]
+    root: Path, whole: tuple[bool, dict[str, str]]
 ):
     deduplicated, _ = whole
-    folder = place / f"whole-{deduplicated}"
+    folder = root / f"whole-{deduplicated}"
     manifest = Manifest.load(folder)
-    encoder = Tokenizer.load(place / "tokenizer")
+    encoder = Tokenizer.load(root / "tokenizer")
     expected = everything()
     if deduplicated:
         expected = list(dict.fromkeys(expected))
@@ -159,12 +159,12 @@ def documents(path: Path) -> list[list[int]]:
     return [dataset[i].tolist() for i in range(len(dataset))]
 
 
-def test_two_workers(place: Path, whole: tuple[bool, dict[str, str]], tmp_path: Path):
-    make(place, tmp_path / "corpus", dedup=whole[0], execution=ExecutionOptions(workers=2))
+def test_two_workers(root: Path, whole: tuple[bool, dict[str, str]], tmp_path: Path):
+    make(root, tmp_path / "corpus", dedup=whole[0], execution=ExecutionOptions(workers=2))
     assert sums(tmp_path / "corpus") == whole[1]
 
 
-def test_five_tasks_in_any_order(place: Path, whole: tuple[bool, dict[str, str]], tmp_path: Path):
+def test_five_tasks_in_any_order(root: Path, whole: tuple[bool, dict[str, str]], tmp_path: Path):
     """Each is run until it has nothing left to do, as an array is that is submitted again."""
     waiting = [3, 0, 4, 2, 1]
     random.Random(0).shuffle(waiting)
@@ -174,13 +174,13 @@ def test_five_tasks_in_any_order(place: Path, whole: tuple[bool, dict[str, str]]
         rounds += 1
         try:
             make(
-                place,
+                root,
                 tmp_path / "corpus",
                 dedup=whole[0],
                 execution=ExecutionOptions(task=task, tasks=5, wait=0),
             )
         except TryAgain as error:
-            assert whole[0] and "are still to come from other tasks" in str(error)
+            assert whole[0] and "from other tasks are still missing" in str(error)
             waiting.append(task)
         except Unfinished as error:
             assert f"task {task} of 5 is done" in str(error)
@@ -188,7 +188,7 @@ def test_five_tasks_in_any_order(place: Path, whole: tuple[bool, dict[str, str]]
     assert sums(tmp_path / "corpus") == whole[1]
     # once more: nothing to do
     assert make(
-        place, tmp_path / "corpus", dedup=whole[0], execution=ExecutionOptions(task=2, tasks=5)
+        root, tmp_path / "corpus", dedup=whole[0], execution=ExecutionOptions(task=2, tasks=5)
     ).plan
     assert sums(tmp_path / "corpus") == whole[1]
 
@@ -198,8 +198,8 @@ import sys
 from data_tools.job.options import ExecutionOptions
 from tests.preparation import prepare
 if __name__ == "__main__":
-    place, output, dedup, workers = sys.argv[1:]
-    prepare([place + "/in"], place + "/tokenizer", output, unit_bytes={unit},
+    root, output, dedup, workers = sys.argv[1:]
+    prepare([root + "/in"], root + "/tokenizer", output, unit_bytes={unit},
             validation_fraction=0.1, shard_tokens=2000, dedup=dedup == "True",
             execution=ExecutionOptions(workers=int(workers)))
 """
@@ -207,17 +207,17 @@ if __name__ == "__main__":
 
 @pytest.mark.slow
 @pytest.mark.parametrize("deduplicated", [False, True], ids=["all", "dedup"])
-def test_ten_kills_at_random_moments(deduplicated: bool, place: Path, tmp_path: Path):
+def test_ten_kills_at_random_moments(deduplicated: bool, root: Path, tmp_path: Path):
     """Killed by -9, with one or two workers; started again until it is through."""
     unit = 1000
-    make(place, tmp_path / "whole", unit_bytes=unit, dedup=deduplicated)
+    make(root, tmp_path / "whole", unit_bytes=unit, dedup=deduplicated)
     script = tmp_path / "prepare.py"
     script.write_text(COMMAND.format(unit=unit))
     target = tmp_path / "corpus"
     generator = random.Random(5)
     steps = len(Manifest.load(tmp_path / "whole").of("train")) * (1 + deduplicated)
     for number, moment in enumerate(sorted(generator.sample(range(steps - 20), 10))):
-        process = start(script, place, target, deduplicated, 1 + number % 2)
+        process = start(script, root, target, deduplicated, 1 + number % 2)
         while done(target) < moment:
             assert process.poll() is None
             time.sleep(0.001)
@@ -225,7 +225,7 @@ def test_ten_kills_at_random_moments(deduplicated: bool, place: Path, tmp_path: 
         process.kill()
         process.wait()
         assert not target.exists()
-    process = start(script, place, target, deduplicated, 2)
+    process = start(script, root, target, deduplicated, 2)
     _, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
     assert sums(target) == sums(tmp_path / "whole")
@@ -233,11 +233,11 @@ def test_ten_kills_at_random_moments(deduplicated: bool, place: Path, tmp_path: 
 
 
 def start(
-    script: Path, place: Path, target: Path, deduplicated: bool, workers: int
+    script: Path, root: Path, target: Path, deduplicated: bool, workers: int
 ) -> processes.Process:
-    words = (str(script), str(place), str(target), str(deduplicated), str(workers))
+    words = (str(script), str(root), str(target), str(deduplicated), str(workers))
     environment = {**os.environ, "PYTHONPATH": str(processes.ROOT)}
-    return processes.start(*words, cwd=place, env=environment, stdout=processes.DEVNULL)
+    return processes.start(*words, cwd=root, env=environment, stdout=processes.DEVNULL)
 
 
 def done(target: Path) -> int:
@@ -251,12 +251,12 @@ def done(target: Path) -> int:
 
 
 def test_units_done_by_two_at_once_are_the_same(
-    place: Path, whole: tuple[bool, dict[str, str]], tmp_path: Path
+    root: Path, whole: tuple[bool, dict[str, str]], tmp_path: Path
 ):
     """The same command twice at the same time, as after a mistaken second submission."""
     script = tmp_path / "prepare.py"
     script.write_text(COMMAND.format(unit=UNIT))
-    both = [start(script, place, tmp_path / "corpus", whole[0], 1) for _ in range(2)]
+    both = [start(script, root, tmp_path / "corpus", whole[0], 1) for _ in range(2)]
     ends = [process.communicate(timeout=600) for process in both]
     assert [process.returncode for process in both] == [0, 0], ends
     assert sums(tmp_path / "corpus") == whole[1]
@@ -300,13 +300,13 @@ def counting(monkeypatch: pytest.MonkeyPatch, fails_at: int, error: BaseExceptio
 
 
 def test_what_is_finished_is_not_done_again(
-    place: Path, whole: tuple[bool, dict[str, str]], tmp_path: Path, monkeypatch
+    root: Path, whole: tuple[bool, dict[str, str]], tmp_path: Path, monkeypatch
 ):
     units = counting(monkeypatch, 6, KeyboardInterrupt())
     shown = io.StringIO()
     with pytest.raises(KeyboardInterrupt):
         make(
-            place,
+            root,
             tmp_path / "corpus",
             dedup=whole[0],
             execution=ExecutionOptions(stream=shown),
@@ -319,12 +319,12 @@ def test_what_is_finished_is_not_done_again(
     assert not (tmp_path / "corpus").exists()
     with pytest.raises(UserError, match=r"no manifest.json"):
         Manifest.load(tmp_path / "corpus.partial")
-    make(place, tmp_path / "corpus", dedup=whole[0])
+    make(root, tmp_path / "corpus", dedup=whole[0])
     assert units == [0, 1, 2, 3, 4, 5, *range(5, max(units) + 1)]
     assert sums(tmp_path / "corpus") == whole[1]
 
 
-def test_hashes_are_kept_too(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_hashes_are_kept_too(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     hashed: list[int] = []
     hash_unit = UnitWorker.hash_unit
 
@@ -336,17 +336,17 @@ def test_hashes_are_kept_too(place: Path, tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(UnitWorker, "hash_unit", guarded)
     with pytest.raises(KeyboardInterrupt):
-        make(place, tmp_path / "corpus", dedup=True)
-    make(place, tmp_path / "corpus", dedup=True)
+        make(root, tmp_path / "corpus", dedup=True)
+    make(root, tmp_path / "corpus", dedup=True)
     assert hashed == [0, 1, 2, 3, *range(3, max(hashed) + 1)]
 
 
 def test_an_unfinished_preparation_of_something_else_is_refused(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     counting(monkeypatch, 3, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
-        make(place, tmp_path / "corpus")
+        make(root, tmp_path / "corpus")
     with pytest.raises(
         UserError,
         match=(
@@ -354,11 +354,11 @@ def test_an_unfinished_preparation_of_something_else_is_refused(
             r" discards it"
         ),
     ):
-        make(place, tmp_path / "corpus", shard_tokens=3000)
+        make(root, tmp_path / "corpus", shard_tokens=3000)
     with pytest.raises(UserError, match=r"unfinished preparation of other inputs"):
         prepare(
-            [place / "in" / "a.jsonl"],
-            place / "tokenizer",
+            [root / "in" / "a.jsonl"],
+            root / "tokenizer",
             tmp_path / "corpus",
             unit_bytes=UNIT,
             validation_fraction=0.1,
@@ -367,9 +367,9 @@ def test_an_unfinished_preparation_of_something_else_is_refused(
     other = tmp_path / "other"
     train_byte_level_bpe(iter(["other text"] * 9), 300).save(other)
     with pytest.raises(UserError, match=r"with other settings \(tokenizer '"):
-        make(place, tmp_path / "corpus", tokenizer_path=other)
+        make(root, tmp_path / "corpus", tokenizer_path=other)
     assert (
-        make(place, tmp_path / "corpus", shard_tokens=3000, force=True).options["shard_tokens"]
+        make(root, tmp_path / "corpus", shard_tokens=3000, force=True).options["shard_tokens"]
         == 3000
     )
     (tmp_path / "mine.partial").mkdir()
@@ -377,21 +377,21 @@ def test_an_unfinished_preparation_of_something_else_is_refused(
     with pytest.raises(
         UserError, match=r"mine.partial' exists and is not an unfinished preparation"
     ):
-        make(place, tmp_path / "mine")
+        make(root, tmp_path / "mine")
     (tmp_path / "mine.partial" / "plan.json").write_text('{"sources": []}')
     with pytest.raises(
         UserError,
         match=r"mine.partial/plan.json: damaged, .*; remove '.*mine.partial' to start over",
     ):
-        make(place, tmp_path / "mine")
+        make(root, tmp_path / "mine")
 
 
-def test_inputs_that_change_meanwhile(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_inputs_that_change_meanwhile(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = tmp_path / "a.jsonl"
     write_lines(path, DOCUMENTS["a.jsonl"])
     counting(monkeypatch, 3, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
-        prepare([path], place / "tokenizer", tmp_path / "corpus", unit_bytes=UNIT)
+        prepare([path], root / "tokenizer", tmp_path / "corpus", unit_bytes=UNIT)
     plan = build.make_plan
 
     def changed(*arguments):
@@ -401,12 +401,12 @@ def test_inputs_that_change_meanwhile(place: Path, tmp_path: Path, monkeypatch: 
 
     with pytest.raises(UserError, match="of other inputs, or of inputs that have changed since"):
         os.utime(path, (1, 1))
-        prepare([path], place / "tokenizer", tmp_path / "corpus", unit_bytes=UNIT)
+        prepare([path], root / "tokenizer", tmp_path / "corpus", unit_bytes=UNIT)
     monkeypatch.setattr(build, "make_plan", changed)
     with pytest.raises(
         UserError, match=r"a.jsonl has changed since the preparation began; start over with --force"
     ):
-        prepare([path], place / "tokenizer", tmp_path / "corpus", unit_bytes=UNIT, force=True)
+        prepare([path], root / "tokenizer", tmp_path / "corpus", unit_bytes=UNIT, force=True)
 
 
 @pytest.fixture()
@@ -421,7 +421,7 @@ def small_disk(tmp_path: Path):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_full_disk(
-    workers: int, place: Path, whole: tuple[bool, dict[str, str]], small_disk: Path
+    workers: int, root: Path, whole: tuple[bool, dict[str, str]], small_disk: Path
 ):
     execution = ExecutionOptions(workers=workers)
     ballast = small_disk / "ballast"
@@ -433,14 +433,14 @@ def test_a_full_disk(
             r" same command to continue"
         ),
     ) as caught:
-        make(place, small_disk / "corpus", dedup=whole[0], execution=execution)
+        make(root, small_disk / "corpus", dedup=whole[0], execution=execution)
     assert "\n" not in str(caught.value)
     ballast.unlink()
-    make(place, small_disk / "corpus", dedup=whole[0], execution=execution)
+    make(root, small_disk / "corpus", dedup=whole[0], execution=execution)
     assert sums(small_disk / "corpus") == whole[1]
 
 
-def test_a_worker_that_is_killed(place: Path, tmp_path: Path):
+def test_a_worker_that_is_killed(root: Path, tmp_path: Path):
     with pytest.raises(RunError, match=r"a worker ended with exit code -9; .*fewer --workers"):
         pool.run(_killed_at_unit_2, range(5), 2, lambda *_: None)
 
@@ -475,9 +475,9 @@ def test_what_a_worker_raises_is_raised(error: Exception):
 
 
 def test_duplicates_are_merged_a_range_at_a_time(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    make(place, tmp_path / "whole", dedup=True)
+    make(root, tmp_path / "whole", dedup=True)
     monkeypatch.setattr(dedup, "ROWS_AT_ONCE", 50)
     seen: list[int] = []
     merge_range = dedup.MergeJob.merge_range
@@ -487,32 +487,32 @@ def test_duplicates_are_merged_a_range_at_a_time(
         merge_range(self, number, advance)
 
     monkeypatch.setattr(dedup.MergeJob, "merge_range", recorded)
-    make(place, tmp_path / "corpus", dedup=True)
+    make(root, tmp_path / "corpus", dedup=True)
     assert seen == list(range(len(everything()) // 50 + 1))
     assert sums(tmp_path / "corpus") == sums(tmp_path / "whole")
 
 
-def test_the_first_copy_stays(place: Path, tmp_path: Path):
+def test_the_first_copy_stays(root: Path, tmp_path: Path):
     generator = np.random.default_rng(3)
-    found = [f"text {k}" for k in generator.integers(0, 150, 600)]
+    drawn = [f"text {k}" for k in generator.integers(0, 150, 600)]
     for number in range(3):
-        write_lines(tmp_path / f"{number}.jsonl", found[200 * number : 200 * (number + 1)])
+        write_lines(tmp_path / f"{number}.jsonl", drawn[200 * number : 200 * (number + 1)])
     inputs = [tmp_path / f"{number}.jsonl" for number in (2, 0, 1)]
     manifest = prepare(
         inputs,
-        place / "tokenizer",
+        root / "tokenizer",
         tmp_path / "corpus",
         unit_bytes=700,
         validation_fraction=0.0,
         dedup=True,
     )
-    order = found[400:] + found[:400]
-    encoder = Tokenizer.load(place / "tokenizer")
+    order = drawn[400:] + drawn[:400]
+    encoder = Tokenizer.load(root / "tokenizer")
     read = [ids for entry in manifest.shards for ids in documents(tmp_path / "corpus" / entry.name)]
     assert read == [
         [*encoder.encode(text).tolist(), encoder.eos_id] for text in dict.fromkeys(order)
     ]
-    assert manifest.skipped == {"documents that repeat an earlier one": 600 - len(set(found))}
+    assert manifest.skipped == {"documents that repeat an earlier one": 600 - len(set(drawn))}
 
 
 # -- what users get wrong --------------------------------------------------------------------------
@@ -528,8 +528,8 @@ def test_the_first_copy_stays(place: Path, tmp_path: Path):
             r"--task: 5 is not one of 0..4, the numbers of the tasks \(--tasks 5\)",
         ),
         ({"task": -1}, "--task: -1 is not one of 0..0"),
-        ({"workers": 10**6}, "--workers: 1000000 is more than 4,096, the most that are allowed"),
-        ({"tasks": 10**12}, "--tasks: 1000000000000 is more than 1,000,000"),
+        ({"workers": 10**6}, "--workers: 1000000 exceeds the maximum of 4,096"),
+        ({"tasks": 10**12}, "--tasks: 1000000000000 exceeds the maximum of 1,000,000"),
         ({"wait": float("nan")}, "--wait: nan is not a number of seconds"),
     ],
 )
@@ -539,22 +539,22 @@ def test_execution_options_that_are_refused(options: dict[str, float], message: 
 
 
 def test_another_task_finished_the_corpus(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Between the last unit of this task and its own attempt to finish."""
-    make(place, tmp_path / "whole")
+    make(root, tmp_path / "whole")
     merge_shards = finish._merge_validation_shards
 
     def late(folder: Path, *rest):
         monkeypatch.setattr(finish, "_merge_validation_shards", merge_shards)
-        make(place, tmp_path / "corpus", execution=ExecutionOptions(task=0, tasks=2))
+        make(root, tmp_path / "corpus", execution=ExecutionOptions(task=0, tasks=2))
         assert not folder.exists()
         return merge_shards(folder, *rest)
 
     with pytest.raises(Unfinished):
-        make(place, tmp_path / "corpus", execution=ExecutionOptions(task=1, tasks=2))
+        make(root, tmp_path / "corpus", execution=ExecutionOptions(task=1, tasks=2))
     monkeypatch.setattr(finish, "_merge_validation_shards", late)
-    make(place, tmp_path / "corpus", execution=ExecutionOptions(task=0, tasks=2))
+    make(root, tmp_path / "corpus", execution=ExecutionOptions(task=0, tasks=2))
     assert sums(tmp_path / "corpus") == sums(tmp_path / "whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "whole"]
 
@@ -577,23 +577,23 @@ def instead_of(
 
 
 def test_another_command_finishes_first(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """After this one looked whether the output is free."""
     instead_of(
-        monkeypatch, build, "make_plan", lambda: make(place, tmp_path / "corpus", shard_tokens=3000)
+        monkeypatch, build, "make_plan", lambda: make(root, tmp_path / "corpus", shard_tokens=3000)
     )
     with pytest.raises(
         UserError,
         match="corpus' was made by another command while this one ran, and stays as it is",
     ):
-        make(place, tmp_path / "corpus")
+        make(root, tmp_path / "corpus")
     assert Manifest.load(tmp_path / "corpus").options["shard_tokens"] == 3000
     assert os.listdir(tmp_path) == ["corpus"]
 
 
 def test_another_command_begins_first(
-    place: Path, whole: tuple[bool, dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    root: Path, whole: tuple[bool, dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Its settings are others: this one neither works in its folder nor, with --force, removes it
     while it is in use.
@@ -602,17 +602,17 @@ def test_another_command_begins_first(
 
     def refused(force: bool, message: str) -> None:
         with pytest.raises(UserError, match=message) as caught:
-            make(place, tmp_path / "corpus", shard_tokens=3000, force=force)
+            make(root, tmp_path / "corpus", shard_tokens=3000, force=force)
         refusals.append(str(caught.value))
 
     def while_it_works() -> None:
         refused(
             False, r"unfinished preparation with other settings \(.*shard_tokens 2000, now 3000"
         )
-        refused(True, "other processes may be at work in it")
+        refused(True, "other processes may be using it")
 
     instead_of(monkeypatch, finish, "_merge_validation_shards", while_it_works)
-    make(place, tmp_path / "corpus", dedup=whole[0])
+    make(root, tmp_path / "corpus", dedup=whole[0])
     assert len(refusals) == 2
     assert sums(tmp_path / "corpus") == whole[1]
 
@@ -621,7 +621,7 @@ def test_another_command_begins_first(
 
     def begun() -> None:
         with pytest.raises(KeyboardInterrupt):
-            make(place, tmp_path / "late" / "corpus")
+            make(root, tmp_path / "late" / "corpus")
 
     instead_of(monkeypatch, build, "make_plan", begun)
     with pytest.raises(
@@ -630,12 +630,12 @@ def test_another_command_begins_first(
             r"another command is preparing it with other settings \(shard_tokens 2000, now 3000\)"
         ),
     ):
-        make(place, tmp_path / "late" / "corpus", shard_tokens=3000)
+        make(root, tmp_path / "late" / "corpus", shard_tokens=3000)
     assert os.listdir(tmp_path / "late") == ["corpus.partial"]
 
 
 def test_an_output_that_appears_at_the_end(
-    place: Path, whole: tuple[bool, dict[str, str]], tmp_path: Path, monkeypatch
+    root: Path, whole: tuple[bool, dict[str, str]], tmp_path: Path, monkeypatch
 ):
     output = tmp_path / "corpus"
 
@@ -651,9 +651,9 @@ def test_an_output_that_appears_at_the_end(
             r" either of them"
         ),
     ):
-        make(place, output, dedup=whole[0])
+        make(root, output, dedup=whole[0])
     assert os.listdir(output) == ["notes"]
     output.rename(tmp_path / "notes")
-    make(place, output, dedup=whole[0])
+    make(root, output, dedup=whole[0])
     assert sums(output) == whole[1]
     assert sorted(os.listdir(tmp_path)) == ["corpus", "notes"]

@@ -20,9 +20,9 @@ from tests.data_tools.commands import llada_data, refusal, shown
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """a.txt, b.txt, c.jsonl, a tokenizer `tok` and a corpus `corpus` of all three."""
-    folder = tmp_path_factory.mktemp("place")
+    folder = tmp_path_factory.mktemp("root")
     for name in "ab":
         (folder / f"{name}.txt").write_text(
             f"{name}: the quick brown fox jumps over the lazy dog\n" * 20
@@ -46,8 +46,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_inputs_in_every_form(place: Path, tmp_path: Path):
-    a, b, c = (place / name for name in ("a.txt", "b.txt", "c.jsonl"))
+def test_inputs_in_every_form(root: Path, tmp_path: Path):
+    a, b, c = (root / name for name in ("a.txt", "b.txt", "c.jsonl"))
     for i, words in enumerate(
         (
             [f"--input={a}", b, c],
@@ -55,7 +55,7 @@ def test_inputs_in_every_form(place: Path, tmp_path: Path):
             ["--input", a, b, "--input", c],
         )
     ):
-        shown("prepare", *words, "--tokenizer", place / "tok", "--output", tmp_path / str(i))
+        shown("prepare", *words, "--tokenizer", root / "tok", "--output", tmp_path / str(i))
         sources = Manifest.load(tmp_path / str(i)).sources
         assert sorted((source["path"], source["documents"]) for source in sources) == [
             (str(a), 1),
@@ -64,14 +64,14 @@ def test_inputs_in_every_form(place: Path, tmp_path: Path):
         ]
 
 
-def test_prepare_prints_what_it_made(place: Path, tmp_path: Path):
+def test_prepare_prints_what_it_made(root: Path, tmp_path: Path):
     output = tmp_path / "corpus"
     text = shown(
         "prepare",
         "--input",
-        place / "c.jsonl",
+        root / "c.jsonl",
         "--tokenizer",
-        place / "tok",
+        root / "tok",
         "--output",
         output,
         "--validation-fraction",
@@ -82,7 +82,7 @@ def test_prepare_prints_what_it_made(place: Path, tmp_path: Path):
     assert text.endswith(f"\n{output}\n")
 
 
-def test_every_option_arrives(place: Path, tmp_path: Path):
+def test_every_option_arrives(root: Path, tmp_path: Path):
     folder = tmp_path / "in"
     folder.mkdir()
     (folder / "a.jsonl").write_text('{"body": "one two"}\n{"body": "three"}\noops\n')
@@ -93,7 +93,7 @@ def test_every_option_arrives(place: Path, tmp_path: Path):
         "--input",
         folder,
         "--tokenizer",
-        place / "tok",
+        root / "tok",
         "--output",
         tmp_path / "out",
         "--text-field",
@@ -133,10 +133,10 @@ def test_every_option_arrives(place: Path, tmp_path: Path):
         (["--tokenizer", "nothing"], "nothing: no such tokenizer"),
         (["--ext", "."], "--ext: '.' names no extension"),
         (["--text-field", "body"], "field 'body' is missing, there are: text"),
-        (["--input", ""], "--input: '' names no file or folder"),
-        (["--output", ""], "--output: '' names no file or folder to make"),
-        (["--output", "/"], "--output: '/' names no file or folder to make"),
-        (["--output", "x" * 250], "cannot be made (File name too long)"),
+        (["--input", ""], "--input: '' is not a valid file or folder name"),
+        (["--output", ""], "--output: '' is not a valid file or folder name"),
+        (["--output", "/"], "--output: '/' is not a valid file or folder name"),
+        (["--output", "x" * 250], "cannot be created (File name too long)"),
         (
             ["--input", "data_tools", "--output", "data_tools/corpus"],
             "--output: 'data_tools/corpus' lies inside data_tools, which is only read",
@@ -148,14 +148,14 @@ def test_every_option_arrives(place: Path, tmp_path: Path):
     ],
 )
 def test_mistakes_are_one_line(
-    words: list[str], message: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    words: list[str], message: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(Path(__file__).parents[2])
     given = [
         "--input",
-        place / "c.jsonl",
+        root / "c.jsonl",
         "--tokenizer",
-        place / "tok",
+        root / "tok",
         "--output",
         tmp_path / "out",
     ]
@@ -163,42 +163,42 @@ def test_mistakes_are_one_line(
     assert not list(tmp_path.iterdir())
 
 
-def test_missing_options_are_usage_errors(place: Path, tmp_path: Path):
+def test_missing_options_are_usage_errors(root: Path, tmp_path: Path):
     assert (
-        llada_data("prepare", "--input", place / "a.txt", "--output", tmp_path / "x").exit_code == 2
+        llada_data("prepare", "--input", root / "a.txt", "--output", tmp_path / "x").exit_code == 2
     )
     assert (
-        llada_data("prepare", "--tokenizer", place / "tok", "--output", tmp_path / "x").exit_code
+        llada_data("prepare", "--tokenizer", root / "tok", "--output", tmp_path / "x").exit_code
         == 2
     )
     assert (
         llada_data(
-            "tokenizer", "train", "--input", place / "a.txt", "--output", tmp_path / "x"
+            "tokenizer", "train", "--input", root / "a.txt", "--output", tmp_path / "x"
         ).exit_code
         == 2
     )
 
 
-def test_inspect(place: Path):
-    text = shown("inspect", place / "corpus", "--samples", 1)
+def test_inspect(root: Path):
+    text = shown("inspect", root / "corpus", "--samples", 1)
     assert "train: documents by length in tokens" in text
     assert "train document 0: " in text
-    assert "not a prepared corpus" in refusal("inspect", place / "tok")
+    assert "not a prepared corpus" in refusal("inspect", root / "tok")
 
 
-def test_verify(place: Path, tmp_path: Path):
-    manifest = Manifest.load(place / "corpus")
+def test_verify(root: Path, tmp_path: Path):
+    manifest = Manifest.load(root / "corpus")
     tokens = sum(entry.tokens for entry in manifest.shards)
-    assert shown("verify", place / "corpus") == f"ok: 2 shards, 52 documents, {tokens:,} tokens\n"
+    assert shown("verify", root / "corpus") == f"ok: 2 shards, 52 documents, {tokens:,} tokens\n"
     assert "not a prepared corpus" in refusal("verify", tmp_path)
 
     damaged = tmp_path / "corpus"
     shown(
         "prepare",
         "--input",
-        place / "c.jsonl",
+        root / "c.jsonl",
         "--tokenizer",
-        place / "tok",
+        root / "tok",
         "--output",
         damaged,
         "--validation-fraction",
@@ -217,9 +217,9 @@ def test_verify(place: Path, tmp_path: Path):
     shown(
         "prepare",
         "--input",
-        place / "c.jsonl",
+        root / "c.jsonl",
         "--tokenizer",
-        place / "tok",
+        root / "tok",
         "--output",
         damaged,
         "--force",
@@ -230,14 +230,14 @@ def test_verify(place: Path, tmp_path: Path):
     assert result.output == ""  # a single problem is said once
 
 
-def test_a_tokenizer_that_was_replaced(place: Path, tmp_path: Path):
+def test_a_tokenizer_that_was_replaced(root: Path, tmp_path: Path):
     """By another valid one of the same size: every command that reads token ids with it refuses."""
     shown(
         "prepare",
         "--input",
-        place / "c.jsonl",
+        root / "c.jsonl",
         "--tokenizer",
-        place / "tok",
+        root / "tok",
         "--output",
         tmp_path / "corpus",
     )
@@ -249,7 +249,7 @@ def test_a_tokenizer_that_was_replaced(place: Path, tmp_path: Path):
     for words in (
         ["verify", tmp_path / "corpus"],
         ["inspect", tmp_path / "corpus"],
-        ["merge", place / "corpus", tmp_path / "corpus", "--output", tmp_path / "out"],
+        ["merge", root / "corpus", tmp_path / "corpus", "--output", tmp_path / "out"],
         ["split", tmp_path / "corpus", "--parts", 2, "--output", tmp_path / "out"],
         ["export", tmp_path / "corpus", "--output", tmp_path / "out.jsonl"],
     ):
@@ -257,46 +257,45 @@ def test_a_tokenizer_that_was_replaced(place: Path, tmp_path: Path):
     assert os.listdir(tmp_path) == ["corpus"]
 
 
-def test_outputs_inside_a_corpus(place: Path, tmp_path: Path):
-    inside = place / "corpus" / "new"
+def test_outputs_inside_a_corpus(root: Path, tmp_path: Path):
+    inside = root / "corpus" / "new"
     for words in (
-        ["split", place / "corpus", "--parts", 2],
-        ["export", place / "corpus"],
-        ["merge", place / "corpus", tmp_path / "other"],
+        ["split", root / "corpus", "--parts", 2],
+        ["export", root / "corpus"],
+        ["merge", root / "corpus", tmp_path / "other"],
     ):
         if words[0] == "merge":
             shown(
                 "prepare",
                 "--input",
-                place / "b.txt",
+                root / "b.txt",
                 "--tokenizer",
-                place / "tok",
+                root / "tok",
                 "--output",
                 tmp_path / "other",
             )
         output = inside.with_suffix(".jsonl") if words[0] == "export" else inside
-        assert (
-            f"--output: '{output}' lies inside {place / 'corpus'}, which is only read"
-            in refusal(*words, "--output", output)
+        assert f"--output: '{output}' lies inside {root / 'corpus'}, which is only read" in refusal(
+            *words, "--output", output
         )
 
 
 @pytest.mark.parametrize(
     "name", ["manifest.json", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"]
 )
-def test_files_that_are_nested_too_deep(name: str, place: Path, tmp_path: Path):
-    shutil.copytree(place / "corpus", tmp_path / "corpus")
+def test_files_that_are_nested_too_deep(name: str, root: Path, tmp_path: Path):
+    shutil.copytree(root / "corpus", tmp_path / "corpus")
     (tmp_path / "corpus" / name).write_text('{"a":' * 3000 + "1" + "}" * 3000)
     assert "not JSON" in refusal("verify", tmp_path / "corpus")
 
 
-def test_tokenizer_train(place: Path, tmp_path: Path):
+def test_tokenizer_train(root: Path, tmp_path: Path):
     words = [
         "tokenizer",
         "train",
         "--input",
-        place / "a.txt",
-        place / "b.txt",
+        root / "a.txt",
+        root / "b.txt",
         "--vocab-size",
         270,
         "--output",
@@ -307,7 +306,7 @@ def test_tokenizer_train(place: Path, tmp_path: Path):
     assert (
         lines[0] == f"{tmp_path / 't'}: 270 ids, 384 rows, mask {made.mask_id}, EOS {made.eos_id}"
     )
-    texts = [(place / name).read_text() for name in ("a.txt", "b.txt")]
+    texts = [(root / name).read_text() for name in ("a.txt", "b.txt")]
     ratio = sum(map(len, texts)) / sum(len(made.encode(text)) for text in texts)
     size = sum(map(len, texts))
     assert lines[1] == f"trained on {size:,} of {size:,} bytes of text"
@@ -327,18 +326,18 @@ def test_tokenizer_train(place: Path, tmp_path: Path):
     ]
     assert f"trained on {size // 2:,} of {size:,} bytes of text" in shown(*sampled)
     assert (tmp_path / "piece" / "tokenizer.model").is_file()
-    assert "'unigrm' is none of byte-bpe, unigram, bpe (did you mean 'unigram'?)" in refusal(
+    assert "'unigrm' is not one of byte-bpe, unigram, bpe (did you mean 'unigram'?)" in refusal(
         *words, "--force", "--kind", "unigrm"
     )
     assert "--sample-bytes: 0 is less than 1" in refusal(*words, "--force", "--sample-bytes", 0)
-    assert "--vocab-size: 1000000000000 is more than 10,000,000" in refusal(
+    assert "--vocab-size: 1000000000000 exceeds the maximum of 10,000,000" in refusal(
         *words, "--force", "--vocab-size", 10**12
     )
     many = shown(
         "tokenizer",
         "train",
         "--input",
-        place / "c.jsonl",
+        root / "c.jsonl",
         "--vocab-size",
         5000,
         "--output",
@@ -347,11 +346,11 @@ def test_tokenizer_train(place: Path, tmp_path: Path):
     assert "(requested 5,000; the text has too few distinct pairs)" in many
 
 
-def test_tokenizer_info(place: Path, tmp_path: Path):
-    made = Tokenizer.load(place / "tok")
-    lines = shown("tokenizer", "info", place / "tok").splitlines()
+def test_tokenizer_info(root: Path, tmp_path: Path):
+    made = Tokenizer.load(root / "tok")
+    lines = shown("tokenizer", "info", root / "tok").splitlines()
     assert lines[:-1] == [
-        f"{place / 'tok'}: {made.vocab_size} ids, 384 rows, fingerprint {made.fingerprint}",
+        f"{root / 'tok'}: {made.vocab_size} ids, 384 rows, fingerprint {made.fingerprint}",
         "kind: tokenizer.json, byte-level BPE",
         f" bos: {made.bos_id} <|startoftext|>",
         f" eos: {made.eos_id} <|endoftext|>",
@@ -365,9 +364,9 @@ def test_tokenizer_info(place: Path, tmp_path: Path):
     ]
     assert lines[-1].startswith("encoder: ")
     measured = shown(
-        "tokenizer", "info", place / "tok", "--input", place / "c.jsonl", "--input", place / "a.txt"
+        "tokenizer", "info", root / "tok", "--input", root / "c.jsonl", "--input", root / "a.txt"
     ).splitlines()
-    texts = [f"line {i}" for i in range(50)] + [(place / "a.txt").read_text()]
+    texts = [f"line {i}" for i in range(50)] + [(root / "a.txt").read_text()]
     size, tokens, words = (
         sum(map(f, texts))
         for f in (len, lambda text: len(made.encode(text)), lambda text: len(text.split()))
@@ -378,8 +377,8 @@ def test_tokenizer_info(place: Path, tmp_path: Path):
         f" {tokens / words:.2f} tokens per word"
     )
     assert measured[-1] == f"{fit} on {size:,} bytes, a sample of the input"
-    assert "no file or folder" in refusal("tokenizer", "info", place / "tok", "--input", "nothing")
-    definition = json.loads((place / "tok" / "tokenizer.json").read_text())
+    assert "no file or folder" in refusal("tokenizer", "info", root / "tok", "--input", "nothing")
+    definition = json.loads((root / "tok" / "tokenizer.json").read_text())
     definition["added_tokens"] = []
     (tmp_path / "plain.json").write_text(json.dumps(definition))
     text = shown("tokenizer", "info", tmp_path / "plain.json")

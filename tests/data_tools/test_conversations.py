@@ -258,7 +258,7 @@ def test_what_is_no_conversation(
     with pytest.raises(BadRecord) as caught:
         ConversationFields(**options).parse(record)
     assert message in str(caught.value)
-    assert reason in caught.value.reason
+    assert reason in caught.value.reason("lines")
     assert "\n" not in str(caught.value)
 
 

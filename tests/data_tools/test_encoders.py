@@ -312,7 +312,7 @@ def test_without_the_fast_libraries(kinds: dict[str, Tokenizer], monkeypatch: py
 def test_a_name_that_is_none(kinds: dict[str, Tokenizer]):
     with pytest.raises(
         UserError,
-        match=r"--backend: 'fasttokens' is none of auto, .* \(did you mean 'fastokens'\?\)",
+        match=r"--backend: 'fasttokens' is not one of auto, .* \(did you mean 'fastokens'\?\)",
     ):
         choose_encoder(kinds["bytes"], [], "fasttokens")
 

@@ -46,7 +46,7 @@ TEXTS = texts(150)
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """texts.jsonl, the tokenizer `tok` and the corpus `corpus`, a quarter of it held out."""
     folder = tmp_path_factory.mktemp("export")
     train_byte_level_bpe(iter(TEXTS), 330).save(folder / "tok")
@@ -64,8 +64,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def tokenizer(place: Path) -> Tokenizer:
-    return Tokenizer.load(place / "tok")
+def tokenizer(root: Path) -> Tokenizer:
+    return Tokenizer.load(root / "tok")
 
 
 # -- export ----------------------------------------------------------------------------------------
@@ -83,40 +83,39 @@ def unpacked(path: Path) -> bytes:
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "jsonl.zst"])
-def test_exported_text_prepares_to_the_same_shards(place: Path, tmp_path: Path, suffix: str):
+def test_exported_text_prepares_to_the_same_shards(root: Path, tmp_path: Path, suffix: str):
     output = tmp_path / f"out.{suffix}"
-    shown("export", place / "corpus", "--output", output, "--text-field", "body")
+    shown("export", root / "corpus", "--output", output, "--text-field", "body")
     lines = [json.loads(line) for line in unpacked(output).splitlines()]
     assert sorted(line["body"] for line in lines) == sorted(TEXTS)
     assert all(list(line) == ["body"] for line in lines)
     prepare(
         [output],
-        place / "tok",
+        root / "tok",
         tmp_path / "again",
         text_field="body",
         validation_fraction=0.25,
         shard_tokens=700,
     )
-    assert shard_files(tmp_path / "again") == shard_files(place / "corpus")
+    assert shard_files(tmp_path / "again") == shard_files(root / "corpus")
     first = output.read_bytes()
     assert "exists; --force replaces it" in refusal(
-        "export", place / "corpus", "--output", output, "--text-field", "body"
+        "export", root / "corpus", "--output", output, "--text-field", "body"
     )
-    shown("export", place / "corpus", "--output", output, "--text-field", "body", "--force")
+    shown("export", root / "corpus", "--output", output, "--text-field", "body", "--force")
     assert output.read_bytes() == first
 
 
-def test_one_split_is_exported(place: Path, tmp_path: Path):
+def test_one_split_is_exported(root: Path, tmp_path: Path):
     made = {
-        split: export(place / "corpus", tmp_path / f"{split}.jsonl", split=split)
-        for split in SPLITS
+        split: export(root / "corpus", tmp_path / f"{split}.jsonl", split=split) for split in SPLITS
     }
     exported = {
         split: [json.loads(line)["text"] for line in (tmp_path / f"{split}.jsonl").open("rb")]
         for split in SPLITS
     }
     assert sorted(chain(*exported.values())) == sorted(TEXTS)
-    manifest = Manifest.load(place / "corpus")
+    manifest = Manifest.load(root / "corpus")
     for split in SPLITS:
         documents, _, text_bytes = manifest.totals(split)
         assert len(exported[split]) == made[split].documents == documents
@@ -128,8 +127,8 @@ def test_one_split_is_exported(place: Path, tmp_path: Path):
         )
 
 
-def test_a_tokenizer_that_changes_text_is_said(place: Path, tmp_path: Path):
-    definition = json.loads((place / "tok" / "tokenizer.json").read_text())
+def test_a_tokenizer_that_changes_text_is_said(root: Path, tmp_path: Path):
+    definition = json.loads((root / "tok" / "tokenizer.json").read_text())
     definition["normalizer"] = {"type": "Lowercase"}
     (tmp_path / "tokenizer.json").write_text(json.dumps(definition))
     (tmp_path / "t.jsonl").write_text('{"text": "İSTANBUL, ISTANBUL"}\n')
@@ -144,9 +143,9 @@ def test_a_tokenizer_that_changes_text_is_said(place: Path, tmp_path: Path):
     )
 
 
-def test_what_cannot_be_exported(place: Path, tmp_path: Path):
-    corpus = place / "corpus"
-    before = sorted(place.iterdir())
+def test_what_cannot_be_exported(root: Path, tmp_path: Path):
+    corpus = root / "corpus"
+    before = sorted(root.iterdir())
     expect_refusal(
         lambda: export(corpus, tmp_path / "o.jsonl", split="valid"),
         "--split",
@@ -164,17 +163,17 @@ def test_what_cannot_be_exported(place: Path, tmp_path: Path):
         "--input",
         tmp_path / "c.jsonl",
         "--tokenizer",
-        place / "tok",
+        root / "tok",
         "--output",
         tmp_path / "sft",
     )
     expect_refusal(lambda: export(tmp_path / "sft", tmp_path / "o.jsonl"), "conversations")
     assert not list(tmp_path.glob("*o.*"))
-    assert sorted(place.iterdir()) == before
+    assert sorted(root.iterdir()) == before
 
 
-def test_a_damaged_shard_is_not_exported(place: Path, tmp_path: Path):
-    shutil.copytree(place / "corpus", tmp_path / "corpus")
+def test_a_damaged_shard_is_not_exported(root: Path, tmp_path: Path):
+    shutil.copytree(root / "corpus", tmp_path / "corpus")
     path = tmp_path / "corpus" / "train-00001.bin"
     content = bytearray(path.read_bytes())
     content[3] ^= 1
@@ -231,9 +230,7 @@ def test_datasets_are_read_as_they_were_built(tmp_path_factory, documents, dtype
 
 @pytest.mark.parametrize("suffix", ["", ".bin", ".idx"])
 @pytest.mark.parametrize("dtype", [np.int16, np.int32, np.int64, np.uint16])
-def test_import_gives_what_prepare_gives(
-    place: Path, tmp_path: Path, tokenizer, dtype, suffix: str
-):
+def test_import_gives_what_prepare_gives(root: Path, tmp_path: Path, tokenizer, dtype, suffix: str):
     eos = tokenizer.eos_id
     rows = [tokenizer.encode(text).tolist() for text in TEXTS]
     # Documents in pieces, some with EOS, some empty; in two datasets.
@@ -244,7 +241,7 @@ def test_import_gives_what_prepare_gives(
     ]
     words = [
         "--tokenizer",
-        place / "tok",
+        root / "tok",
         "--output",
         tmp_path / "out",
         "--validation-fraction",
@@ -253,8 +250,8 @@ def test_import_gives_what_prepare_gives(
         700,
     ]
     output = shown("import", *(f"{path}{suffix}" for path in paths), *words)
-    assert shard_files(tmp_path / "out") == shard_files(place / "corpus")
-    manifest, prepared = Manifest.load(tmp_path / "out"), Manifest.load(place / "corpus")
+    assert shard_files(tmp_path / "out") == shard_files(root / "corpus")
+    manifest, prepared = Manifest.load(tmp_path / "out"), Manifest.load(root / "corpus")
     assert manifest.shards == prepared.shards  # bytes of text among them
     assert manifest.tokenizer_fingerprint == prepared.tokenizer_fingerprint
     assert manifest.skipped == {"empty documents": 3}
@@ -264,17 +261,17 @@ def test_import_gives_what_prepare_gives(
     assert verify_corpus(tmp_path / "out") == []
 
 
-def test_import_of_our_own_shards(place: Path, tmp_path: Path):
-    shards = sorted((place / "corpus").glob("*.idx"))
-    made = import_datasets(shards, place / "tok", tmp_path / "out", EVERYTHING_TRAINS)
+def test_import_of_our_own_shards(root: Path, tmp_path: Path):
+    shards = sorted((root / "corpus").glob("*.idx"))
+    made = import_datasets(shards, root / "tok", tmp_path / "out", EVERYTHING_TRAINS)
     assert (made.eos_added, made.special_inside) == (0, 0)
     assert documents_of(tmp_path / "out", "train") == [
-        ids for split in SPLITS for ids in documents_of(place / "corpus", split)
+        ids for split in SPLITS for ids in documents_of(root / "corpus", split)
     ]
 
 
-def test_special_tokens_that_are_missing_are_added(place: Path, tmp_path: Path):
-    definition = json.loads((place / "tok" / "tokenizer.json").read_text())
+def test_special_tokens_that_are_missing_are_added(root: Path, tmp_path: Path):
+    definition = json.loads((root / "tok" / "tokenizer.json").read_text())
     definition["added_tokens"] = [
         entry for entry in definition["added_tokens"] if entry["content"] == "<|endoftext|>"
     ]
@@ -296,14 +293,14 @@ def test_special_tokens_that_are_missing_are_added(place: Path, tmp_path: Path):
     )
 
 
-def test_bos_inside_is_said(place: Path, tmp_path: Path, tokenizer):
+def test_bos_inside_is_said(root: Path, tmp_path: Path, tokenizer):
     data = build(tmp_path / "d", [[[tokenizer.bos_id, 5, 6]], [[7]], [[8, tokenizer.eos_id, 9]]])
-    made = import_datasets([data], place / "tok", tmp_path / "out", EVERYTHING_TRAINS)
+    made = import_datasets([data], root / "tok", tmp_path / "out", EVERYTHING_TRAINS)
     assert (made.special_inside, made.eos_added) == (2, 3)
     assert made.manifest.totals("train")[2] == 5  # the letters alone
 
 
-def test_another_tokenizer_is_noticed(place: Path, tmp_path: Path, tokenizer):
+def test_another_tokenizer_is_noticed(root: Path, tmp_path: Path, tokenizer):
     """Of the same size, so no id is beyond it: by its EOS and by what the decoded text is encoded
     to.
     """
@@ -314,7 +311,7 @@ def test_another_tokenizer_is_noticed(place: Path, tmp_path: Path, tokenizer):
         build(tmp_path / "without", [[own] for own in ids]),
         build(tmp_path / "with", [[[*own, other.eos_id]] for own in ids]),
     )
-    words = ("--tokenizer", place / "tok", "--output", tmp_path / "out")
+    words = ("--tokenizer", root / "tok", "--output", tmp_path / "out")
     assert other.eos_id == tokenizer.eos_id
     message = refusal("import", without, *words)
     assert message.startswith(
@@ -344,11 +341,11 @@ def test_another_tokenizer_is_noticed(place: Path, tmp_path: Path, tokenizer):
 @pytest.mark.parametrize(
     ("bad", "what"), [(-1, "not one of"), (400, "not one of"), ("mask", "the mask token")]
 )
-def test_wrong_ids_are_refused(place: Path, tmp_path: Path, tokenizer, bad, what: str):
+def test_wrong_ids_are_refused(root: Path, tmp_path: Path, tokenizer, bad, what: str):
     token_id = tokenizer.mask_id if bad == "mask" else bad
     data = build(tmp_path / "d", [[[5]], [], [[6], [7, token_id]], [[400]]])
     expect_refusal(
-        lambda: import_datasets([data], place / "tok", tmp_path / "out"),
+        lambda: import_datasets([data], root / "tok", tmp_path / "out"),
         f"{data}.bin",
         "document 2",
         f"id {token_id}",
@@ -357,9 +354,9 @@ def test_wrong_ids_are_refused(place: Path, tmp_path: Path, tokenizer, bad, what
     assert not (tmp_path / "out").exists()
 
 
-def test_options_that_are_refused(place: Path, tmp_path: Path):
+def test_options_that_are_refused(root: Path, tmp_path: Path):
     data = build(tmp_path / "d", [[[5]], [[6]]])
-    words = ("--tokenizer", place / "tok", "--output", tmp_path / "out")
+    words = ("--tokenizer", root / "tok", "--output", tmp_path / "out")
     assert "--validation-fraction: 1.0 is not in [0, 1)" in refusal(
         "import", data, *words, "--validation-fraction", 1
     )
@@ -390,7 +387,10 @@ def test_damaged_datasets_are_refused(tmp_path: Path):
         (
             17,
             b"\x06",
-            "dtype code 6 is float64, which are no token ids; allowed are 1, 2, 3, 4, 5, 8",
+            (
+                "dtype code 6 is float64, which is not a dtype of token ids;"
+                " allowed are 1, 2, 3, 4, 5, 8"
+            ),
         ),
         (17, b"\x09", "dtype code 9 is unknown"),
         (18, b"\x04", "4 sequences"),
@@ -418,7 +418,7 @@ def test_damaged_datasets_are_refused(tmp_path: Path):
 # -- datatrove -------------------------------------------------------------------------------------
 
 
-def test_what_datatrove_tokenized_is_imported(place: Path, tmp_path: Path):
+def test_what_datatrove_tokenized_is_imported(root: Path, tmp_path: Path):
     """With the example of the documentation, in a process of its own."""
     page = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
     (example,) = [
@@ -426,7 +426,7 @@ def test_what_datatrove_tokenized_is_imported(place: Path, tmp_path: Path):
         for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL)
         if "datatrove" in block
     ]
-    shutil.copytree(place / "tok", tmp_path / "tokenizer")
+    shutil.copytree(root / "tok", tmp_path / "tokenizer")
     (tmp_path / "cleaned").mkdir()
     for part in range(2):
         lines = "".join(
@@ -446,28 +446,28 @@ def test_what_datatrove_tokenized_is_imported(place: Path, tmp_path: Path):
     assert [path.name for path in datasets] == ["web_00000_tokens.idx", "web_00001_tokens.idx"]
     made = import_datasets(
         datasets,
-        place / "tok",
+        root / "tok",
         tmp_path / "out",
         ImportOptions(validation_fraction=0.25, shard_tokens=700),
     )
     assert (made.eos_added, made.special_inside) == (0, 0)
     for split in SPLITS:
-        assert documents_of(tmp_path / "out", split) == documents_of(place / "corpus", split)
-    assert made.manifest.shards == Manifest.load(place / "corpus").shards
+        assert documents_of(tmp_path / "out", split) == documents_of(root / "corpus", split)
+    assert made.manifest.shards == Manifest.load(root / "corpus").shards
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "jsonl.zst"])
-def test_what_is_exported_datatrove_reads(place: Path, tmp_path: Path, suffix: str):
+def test_what_is_exported_datatrove_reads(root: Path, tmp_path: Path, suffix: str):
     from datatrove.pipeline.readers import JsonlReader
 
     folder = tmp_path / "exported"
     folder.mkdir()
-    export(place / "corpus", folder / f"corpus.{suffix}")
+    export(root / "corpus", folder / f"corpus.{suffix}")
     read = [document.text for document in JsonlReader(str(folder)).run()]
     assert sorted(read) == sorted(TEXTS)
     expected = [
-        Tokenizer.load(place / "tok").decode(ids[:-1])
+        Tokenizer.load(root / "tok").decode(ids[:-1])
         for split in SPLITS
-        for ids in documents_of(place / "corpus", split)
+        for ids in documents_of(root / "corpus", split)
     ]
     assert read == expected

@@ -315,7 +315,7 @@ def test_force(tokenizer: Path, source: Path, tmp_path: Path):
     assert verify_prepared_corpus(output) == []
 
     (output / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match=r"not a prepared corpus \(it holds 'notes.txt'\)"):
+    with pytest.raises(UserError, match=r"not a prepared corpus \(it contains 'notes.txt'\)"):
         prepare([source], tokenizer, output, force=True)
     assert (output / "notes.txt").read_text() == "mine"
 
@@ -331,7 +331,7 @@ def test_force(tokenizer: Path, source: Path, tmp_path: Path):
         prepare([source], tokenizer, other, force=True)
     with pytest.raises(UserError, match="is not a folder"):
         prepare([source], tokenizer, file, force=True)
-    with pytest.raises(UserError, match="cannot be made"):
+    with pytest.raises(UserError, match="cannot be created"):
         prepare([source], tokenizer, file / "below")
     assert file.read_text() == "mine"
 

@@ -64,7 +64,7 @@ def turns(row: dict[str, Any]) -> list[Message]:
 def pairs_of(folder: Path, split: str) -> list[tuple[list[int], list[int]]]:
     """(prompt, response) of every reply on disk, in order."""
     corpus = Corpus.open(folder)
-    found = []
+    pairs = []
     for entry in corpus.manifest.of(split):
         flat = np.fromfile(folder / f"{entry.name}.bin", corpus.manifest.dtype).tolist()
         starts = np.concatenate([[0], np.cumsum(corpus.shard(entry).lengths)]).tolist()
@@ -72,10 +72,10 @@ def pairs_of(folder: Path, split: str) -> list[tuple[list[int], list[int]]]:
             folder / f"{entry.name}.replies", "<i8"
         ).reshape(-1, 5):
             ids = flat[starts[document] : starts[document + 1]]
-            found.append(
+            pairs.append(
                 (ids[:history_end] + ids[turn_start:response_start], ids[response_start:turn_end])
             )
-    return found
+    return pairs
 
 
 @pytest.mark.parametrize("limit", [300, 2**28])
@@ -96,9 +96,9 @@ def test_every_reply_with_its_prompt(
     wanted = []
     for row in PAIRS + TALKS:
         messages = turns(row)
-        for place in [i for i, message in enumerate(messages) if message.role == "assistant"]:
-            response = [*encoder.encode(messages[place].content).tolist(), encoder.eos_id]
-            wanted.append((chat.prompt(messages[:place]).tolist(), response))
+        for number in [i for i, message in enumerate(messages) if message.role == "assistant"]:
+            response = [*encoder.encode(messages[number].content).tolist(), encoder.eos_id]
+            wanted.append((chat.prompt(messages[:number]).tolist(), response))
     train, held_out = pairs_of(folder, "train"), pairs_of(folder, "validation")
     assert sorted(train + held_out) == sorted(wanted)
     assert train == [pair for pair in wanted if pair in train]  # in the order of the files
@@ -267,9 +267,9 @@ MARKED = (
 
 def with_template(tokenizer: Path, folder: Path, template: str = MARKED) -> Path:
     """The tokenizer with a chat template beside it."""
-    found = Tokenizer.load(tokenizer)
-    found.chat_template = template
-    found.save(folder)
+    loaded = Tokenizer.load(tokenizer)
+    loaded.chat_template = template
+    loaded.save(folder)
     return folder
 
 
@@ -304,9 +304,9 @@ def test_a_chat_template_of_the_tokenizer_or_of_a_file(tokenizer: Path, tmp_path
     wanted = []
     for row in PAIRS[:20] + TALKS:
         messages = turns(row)
-        for place in [i for i, m in enumerate(messages) if m.role == "assistant"]:
-            response = [*encoder.encode(messages[place].content).tolist(), encoder.eos_id]
-            wanted.append((chat.prompt(messages[:place]).tolist(), response))
+        for number in [i for i, m in enumerate(messages) if m.role == "assistant"]:
+            response = [*encoder.encode(messages[number].content).tolist(), encoder.eos_id]
+            wanted.append((chat.prompt(messages[:number]).tolist(), response))
     assert pairs_of(tmp_path / "a", "train") == wanted
     assert pairs_of(tmp_path / "c", "train") != wanted
 
@@ -348,7 +348,7 @@ def test_a_conversation_that_the_template_refuses_is_a_bad_line(
         ({"chat_template": "binary.jinja"}, "binary.jinja is not UTF-8"),
         ({"max_tokens": 1}, "--max-tokens: 1 is less than 2"),
         ({"truncate": True}, "--truncate: needs --max-tokens"),
-        ({"max_tokens": 3}, "--input: of 120 documents none is left (left out: 120 replies"),
+        ({"max_tokens": 3}, "--input: none of 120 documents is left (left out: 120 replies"),
     ],
 )
 def test_options_that_cannot_be_used(
@@ -417,10 +417,10 @@ def test_replies_longer_than_max_tokens(
             counts["long"] += 1
             if truncate:
                 wanted.append((prompt, response[: limit - len(prompt)]))
-    found = pairs_of(tmp_path / "cut", "train")
-    assert found == wanted
+    pairs = pairs_of(tmp_path / "cut", "train")
+    assert pairs == wanted
     assert min(counts.values()) > 3, "the case is there"
-    assert any(response[-1] != manifest.eos_id for _, response in found) == truncate
+    assert any(response[-1] != manifest.eos_id for _, response in pairs) == truncate
     reason = (
         "ends of replies longer than --max-tokens (--truncate)"
         if truncate
@@ -432,7 +432,7 @@ def test_replies_longer_than_max_tokens(
     }
     decode = Tokenizer.load(tokenizer).decode
     kept = sum(
-        len(decode([i for i in response if i != manifest.eos_id]).encode()) for _, response in found
+        len(decode([i for i in response if i != manifest.eos_id]).encode()) for _, response in pairs
     )
     assert manifest.totals("train")[2] == kept
     assert manifest.totals("train")[1] < whole.totals("train")[1], "what is left out takes no room"
@@ -470,8 +470,8 @@ def test_lengths_are_told(tokenizer: Path, tmp_path: Path) -> None:
         name, mean, *others = line.split()
         assert name == ("prompt", "response", "both")[column]
         assert float(mean.replace(",", "")) == pytest.approx(own.mean(), abs=0.051)
-        places = [int(np.ceil(share * len(own))) - 1 for share in (0.5, 0.9, 0.99, 1)]
-        assert [int(value.replace(",", "")) for value in others] == own[places].tolist()
+        indices = [int(np.ceil(share * len(own))) - 1 for share in (0.5, 0.9, 0.99, 1)]
+        assert [int(value.replace(",", "")) for value in others] == own[indices].tolist()
     share = 100 * (lengths[:, 2] <= 512).mean()
     assert 85 < share < 99
     assert f"512: {share:.1f} %, 1,024: 100.0 %" in lines[start + 5]

@@ -183,8 +183,8 @@ def test_a_compressed_file_that_breaks_off(suffix: str, tmp_path: Path):
         )
         packed += compressor.flush()
     path.write_bytes(packed[: len(packed) // 2])
-    for place in (path, path.parent):  # never silently, in a folder neither
-        assert "breaks off after" in refusal(place)
+    for source in (path, path.parent):  # never silently, in a folder neither
+        assert "breaks off after" in refusal(source)
     texts_read, report = read_all(path.parent, skip_bad=True)
     assert 0 < len(texts_read) < len(texts)
     assert texts_read == texts[: len(texts_read)]
@@ -318,7 +318,10 @@ def test_named_inputs_that_are_refused(tmp_path: Path):
         "missing.txt": "--input: no file or folder '{}'",
         "good.txt/below": "--input: no file or folder '{}'",
         "empty.txt": "--input: {} is empty",
-        "latin.txt": "--input: {}: byte 2 is not UTF-8; text, code and JSON Lines are read",
+        "latin.txt": (
+            "--input: {}: byte 2 is not UTF-8; a file that is not text needs the extension of its"
+            " format: .jsonl, .json (also with .gz or .zst), .parquet, .arrow"
+        ),
         "blank.jsonl": "--input: no document in {} (left out: 1 documents empty)",
         "bad.jsonl": "--input: no document in {} (left out: 1 lines not JSON)",
         "pipe": "--input: '{}' is neither a file nor a folder",

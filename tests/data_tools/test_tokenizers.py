@@ -89,7 +89,7 @@ def test_train_byte_level(source: Path, tmp_path: Path):
     ]
     assert Tokenizer.load(tmp_path / "t").vocab_size == 330
     (tmp_path / "t" / "model.safetensors").touch()
-    with pytest.raises(UserError, match=r"not a tokenizer \(it holds 'model.safetensors'\)"):
+    with pytest.raises(UserError, match=r"not a tokenizer \(it contains 'model.safetensors'\)"):
         train_tokenizer([source], 320, tmp_path / "t", force=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.jsonl", "t"]
 
@@ -255,10 +255,10 @@ def test_the_sample_is_bounded_and_of_the_whole_input():
     sample = sample_passages(iter(texts), total // 20)
     assert total / 20 * 0.99 < sample.kept_bytes <= total // 20
     assert sample.kept_bytes == sum(map(len, sample.passages))
-    places = [int(passage.split()[1][:-1]) for passage in sample.passages]
-    assert places == sorted(places)
-    tenths = [sum(1 for place in places if place // 2000 == tenth) for tenth in range(10)]
-    expected = len(places) / 10  # binomial: five standard deviations
+    numbers = [int(passage.split()[1][:-1]) for passage in sample.passages]
+    assert numbers == sorted(numbers)
+    tenths = [sum(1 for number in numbers if number // 2000 == tenth) for tenth in range(10)]
+    expected = len(numbers) / 10  # binomial: five standard deviations
     assert all(abs(count - expected) < 5 * expected**0.5 for count in tenths)
     assert sample_passages(iter(texts), total // 20) == sample
     # Among equal texts some are kept: the place is part of the key.
@@ -279,5 +279,5 @@ def test_memory_of_the_sample_does_not_grow_with_the_input():
 
 
 def test_a_sample_without_room_is_refused():
-    with pytest.raises(UserError, match="--sample-bytes: 3 is too little"):
+    with pytest.raises(UserError, match="--sample-bytes: 3 is too small"):
         sample_passages(iter(["a longer text"]), 3)

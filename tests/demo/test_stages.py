@@ -29,7 +29,9 @@ def test_a_file_with_a_second_name_is_read_once(tmp_path: Path) -> None:
 def test_a_folder_that_is_more_than_a_demo_is_not_removed(tmp_path: Path) -> None:
     (tmp_path / "corpus").mkdir()
     (tmp_path / "thesis.tex").write_text("years")
-    with pytest.raises(UserError, match=r"--fresh: '.*' holds 'thesis.tex', which no demo makes"):
+    with pytest.raises(
+        UserError, match=r"--fresh: '.*' contains 'thesis.tex', which no demo makes"
+    ):
         run_demo(StopRequest(), None, CONFIGS, str(tmp_path), smoke=True, fresh=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "thesis.tex"]
 

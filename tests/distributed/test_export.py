@@ -75,12 +75,12 @@ def test_the_stored_weights_are_the_ranks_weights(
     )
     config = small_config(model)
     stored = CheckpointWeights(StoredTensors(folder), config.model)
-    found = {name: all_rows(stored, name) for name in stored.shapes}
-    assert list(found) == list(weights.canonical_shapes(config.model))
-    for name, value in found.items():
+    tensors = {name: all_rows(stored, name) for name in stored.shapes}
+    assert list(tensors) == list(weights.canonical_shapes(config.model))
+    for name, value in tensors.items():
         assert value.dtype == (torch.bfloat16 if precision == "bf16" else torch.float32)
         assert torch.equal(value, expected[name]), name
-    norms = torch.cat([value.float() for name, value in found.items() if value.dim() == 1])
+    norms = torch.cat([value.float() for name, value in tensors.items() if value.dim() == 1])
     assert (norms != 1).float().mean() > 0.9
 
 
@@ -140,9 +140,9 @@ def test_a_checkpoint_of_tp2_pp2_converts_on_one_process_and_has_the_oracles_log
         str(tmp_path / "logits.safetensors"),
     ]
     subprocess.run([sys.executable, *read], check=True, env=environment, cwd=tmp_path, timeout=600)
-    found = load_file(tmp_path / "logits.safetensors")["logits"]
+    logits = load_file(tmp_path / "logits.safetensors")["logits"]
     expected = Oracle(config.model, gather(config.model, ranks))(ids, torch.zeros_like(ids))
-    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -210,8 +210,8 @@ def test_folders_and_imports_pass_through_every_layout_bit_for_bit(
     pool.run(pass_through, parallel, {**sizes, "vocab_size": 384}, precision, sources, outs)
     for out, tensors in zip(outs, expected, strict=True):
         for masters in (False, True):
-            found = CheckpointWeights(StoredTensors(out), model, masters)
-            assert found.shapes.keys() == tensors.keys()
+            reopened = CheckpointWeights(StoredTensors(out), model, masters)
+            assert reopened.shapes.keys() == tensors.keys()
             for name, tensor in tensors.items():
                 kept = tensor if masters or precision == "fp32" else tensor.bfloat16()
-                assert torch.equal(all_rows(found, name), kept), (out.name, masters, name)
+                assert torch.equal(all_rows(reopened, name), kept), (out.name, masters, name)

@@ -15,6 +15,6 @@ def test_rank_0_holds_the_folder_and_all_are_refused_together(
         (rank == 0, "") for rank in range(pool.size)
     ]
     (tmp_path / "run").write_text("a file")
-    found = pool.run(hold_and_release, tmp_path / "run")
-    assert found == [(False, found[0][1])] * pool.size
-    assert found[0][1].startswith(f"run.dir: '{tmp_path}/run' cannot be made (File exists)")
+    outcomes = pool.run(hold_and_release, tmp_path / "run")
+    assert outcomes == [(False, outcomes[0][1])] * pool.size
+    assert outcomes[0][1].startswith(f"run.dir: '{tmp_path}/run' cannot be created (File exists)")

@@ -158,8 +158,8 @@ def test_a_run_moves_twice_and_repeats_the_uninterrupted_one(
         alone.close()
     expected = [trainer.step(step_batches(config, step), RATES[step])[:2] for step in range(15)]
     five, ten = folder(tmp_path / "five"), folder(tmp_path / "ten")
-    found = pool.run(steps_on_ranks, LAYOUTS["TP2 x PP2 x DP2"], {}, None, range(5), five)[0][0]
-    found += pool.run(steps_on_ranks, LAYOUTS["DP8"], {}, five, range(5, 10), ten)[0][0]
-    found += steps_on_ranks({}, {}, ten, range(10, 15), None)[0]
-    for ours, theirs in zip(found, expected, strict=True):
+    losses = pool.run(steps_on_ranks, LAYOUTS["TP2 x PP2 x DP2"], {}, None, range(5), five)[0][0]
+    losses += pool.run(steps_on_ranks, LAYOUTS["DP8"], {}, five, range(5, 10), ten)[0][0]
+    losses += steps_on_ranks({}, {}, ten, range(10, 15), None)[0]
+    for ours, theirs in zip(losses, expected, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)

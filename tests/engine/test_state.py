@@ -70,9 +70,9 @@ def test_weights_alone_are_the_fp32_masters_and_the_optimizer_starts_afresh(
     engine = MegatronEngine(small_config(precision=precision, optimizer={"beta1": 0.5}, seed=99))
     try:
         engine.load(tmp_path, optimizer=False)
-        found = torch.cat([p.flatten() for p in masters(engine)])
+        values = torch.cat([p.flatten() for p in masters(engine)])
         assert (expected != expected.bfloat16().float()).any()
-        assert torch.equal(found.sort().values, expected.sort().values)
+        assert torch.equal(values.sort().values, expected.sort().values)
         assert {group["betas"] for group in engine.optimizer.param_groups} == {(0.5, 0.95)}
         # in fp32 the oracle follows exactly: no moments, a first step's bias correction
         if precision == "fp32":

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from llada.cli import app
 from llada.errors import UserError
 from llada.evaluation import comparison, comparison_report, validation_files
-from llada.evaluation.estimates import Sample, t_quantile
+from llada.evaluation.estimates import CorpusLosses, t_quantile
 from llada.evaluation.validation_files import Measure, Measured
 from tests.workplace import Workplace
 
@@ -29,7 +29,9 @@ def measured(gain: float, name: str = "wiki", weight: float = 1.0, **changes: ob
     rng = np.random.default_rng(len(name))
     length = rng.integers(30, 64, ITEMS)
     base, own = rng.normal(4, 1, (ITEMS, 4)), rng.normal(gain, 0.1 * abs(gain), (ITEMS, 1))
-    sample = Sample(length[:, None] * (base - own), length, np.arange(ITEMS), np.arange(ITEMS))
+    sample = CorpusLosses(
+        length[:, None] * (base - own), length, np.arange(ITEMS), np.arange(ITEMS)
+    )
     return Measured(
         name, weight, 0.25, replace(MEASURE, **{"text": name, **changes}), np.arange(ITEMS), sample
     )
@@ -51,16 +53,16 @@ def differences(
 
 def test_the_error_is_that_of_paired_items(tmp_path: Path) -> None:
     a, b = measured(0), measured(0.05)
-    [found] = differences(run(tmp_path, "a", a), run(tmp_path, "b", b))
+    [difference] = differences(run(tmp_path, "a", a), run(tmp_path, "b", b))
     loss, length = (b.sample.loss - a.sample.loss).sum(axis=1), 4 * a.sample.length
     mean = loss.sum() / length.sum()
     without = (loss.sum() - loss) / (length.sum() - length)
     error = math.sqrt((ITEMS - 1) / ITEMS * ((without - mean) ** 2).sum())
-    assert found.corpora["wiki"].mean == pytest.approx(mean) and found.corpora[
+    assert difference.corpora["wiki"].mean == pytest.approx(mean) and difference.corpora[
         "wiki"
     ].se == pytest.approx(error)
     assert error < 0.1 * a.sample.estimate().se, "what both share is in neither"
-    assert found.mean is None and found.bits_per_byte.mean == pytest.approx(
+    assert difference.mean is None and difference.bits_per_byte.mean == pytest.approx(
         mean * 0.25 / math.log(2)
     )
 
@@ -93,10 +95,10 @@ def test_the_result_as_text_and_as_json(tmp_path: Path) -> None:
         .startswith(f"{b} is better than {a} by {mean:.4f} ±")
     )
     answer = json.loads(CliRunner().invoke(app, ["compare", a, b, "--json"]).output)
-    [found] = answer["differences"]
-    assert (found["run"], found["less"]) == (b, a)
-    assert found["corpora"]["wiki"]["mean"] == pytest.approx(-mean)
-    assert found["corpora"]["wiki"]["ci95"] == pytest.approx([-mean - half, -mean + half])
+    [difference] = answer["differences"]
+    assert (difference["run"], difference["less"]) == (b, a)
+    assert difference["corpora"]["wiki"]["mean"] == pytest.approx(-mean)
+    assert difference["corpora"]["wiki"]["ci95"] == pytest.approx([-mean - half, -mean + half])
 
 
 def test_errors_of_few_items_are_called_rough(tmp_path: Path) -> None:
@@ -166,15 +168,17 @@ def test_corpora_are_matched_by_their_text_and_means_need_equal_weights(tmp_path
     a = run(tmp_path, "a", wiki, code)
     renamed = replace(measured(0.05, weight=6.0), name="other")
     b = run(tmp_path, "b", replace(measured(0.1, "code"), weight=2.0), renamed)
-    [found] = differences(a, b)
-    assert list(found.corpora) == ["wiki", "code"]
-    assert found.mean.mean == pytest.approx(
-        0.75 * found.corpora["wiki"].mean + 0.25 * found.corpora["code"].mean
+    [difference] = differences(a, b)
+    assert list(difference.corpora) == ["wiki", "code"]
+    assert difference.mean.mean == pytest.approx(
+        0.75 * difference.corpora["wiki"].mean + 0.25 * difference.corpora["code"].mean
     )
     c = run(tmp_path, "c", measured(0.05), measured(0.1, "code"))
     [unequal] = differences(a, c)
     assert (
-        unequal.mean is None and unequal.bits_per_byte is None and unequal.corpora == found.corpora
+        unequal.mean is None
+        and unequal.bits_per_byte is None
+        and unequal.corpora == difference.corpora
     )
     assert "no mean over the corpora" in comparison_report.as_text(
         comparison.open_runs([a, c], None, None), [unequal]
@@ -188,7 +192,7 @@ def test_corpora_are_matched_by_their_text_and_means_need_equal_weights(tmp_path
         ),
     ):
         differences(a, d)
-    assert differences(a, d, corpus="wiki")[0].corpora == {"wiki": found.corpora["wiki"]}
+    assert differences(a, d, corpus="wiki")[0].corpora == {"wiki": difference.corpora["wiki"]}
     with pytest.raises(
         UserError,
         match=(
@@ -267,9 +271,9 @@ def test_runs_write_what_is_compared(workplace: Workplace) -> None:
         comparison.ValidatedRun(whole, step, validation_files.read(Path(whole), step))
         for step in (4, 12)
     ]
-    [found] = comparison.compare(opened)
+    [difference] = comparison.compare(opened)
     lines = {line["step"]: line for line in workplace.lines("whole") if "nelbo_per_token" in line}
-    assert found.corpora["corpus"].mean == pytest.approx(
+    assert difference.corpora["corpus"].mean == pytest.approx(
         lines[12]["nelbo_per_token"] - lines[4]["nelbo_per_token"]
     )
-    assert found.corpora["corpus"].mean < 0
+    assert difference.corpora["corpus"].mean < 0

@@ -7,7 +7,14 @@ import math
 import numpy as np
 import pytest
 
-from llada.evaluation.estimates import Estimate, Sample, noise_error, pooled, t_quantile, weighted
+from llada.evaluation.estimates import (
+    CorpusLosses,
+    Estimate,
+    noise_error,
+    pooled,
+    t_quantile,
+    weighted,
+)
 
 CONTEXT = 2.0
 """Nats per token that a whole context saves."""
@@ -50,7 +57,7 @@ class Corpus:
             / self.length.sum()
         )
 
-    def read(self, rng: np.random.Generator, sweeps: int) -> Sample:
+    def read(self, rng: np.random.Generator, sweeps: int) -> CorpusLosses:
         """Every item in so many sweeps of four draws."""
         k = len(self.length)
         t = (
@@ -69,7 +76,7 @@ class Corpus:
         loss = length[:, None] * (
             self.level[item, None] + self.slope[item, None] * self.curve(t) + noise
         )
-        return Sample(loss, length, item, item)
+        return CorpusLosses(loss, length, item, item)
 
 
 @pytest.mark.parametrize("heavy", [False, True])
@@ -101,8 +108,8 @@ def test_the_error_of_noise_is_the_spread_of_the_same_items_under_other_noise(
     corpus = Corpus(rng, items, steep)
     samples = [corpus.read(rng, sweeps) for _ in range(600)]
     spread = np.std([pooled(*sample.by_item())[0] for sample in samples])
-    found = np.sqrt(np.mean([noise_error(sample) ** 2 for sample in samples]))
-    assert found / spread == pytest.approx(1, abs=0.12)
+    error = np.sqrt(np.mean([noise_error(sample) ** 2 for sample in samples]))
+    assert error / spread == pytest.approx(1, abs=0.12)
     # What the draws of an item scatter is mostly their dependence on t, which the even spacing
     # averages out.
     total = 4 * samples[0].length.sum()
@@ -126,20 +133,22 @@ def test_the_standard_error_is_the_formula() -> None:
 
 def test_items_are_summed_over_their_sweeps() -> None:
     loss = np.arange(12.0).reshape(3, 4)
-    sample = Sample(loss, np.array([2, 3, 5]), np.array([0, 1, 0]), np.arange(3))
+    sample = CorpusLosses(loss, np.array([2, 3, 5]), np.array([0, 1, 0]), np.arange(3))
     sums = sample.by_item()
     assert sums[0].tolist() == [6 + 38, 22] and sums[1].tolist() == [4 * 7, 4 * 3]
-    found = sample.estimate()
-    assert (found.mean, found.se) == pooled(*sums) and found.degrees == 1
-    even = Sample(np.ones((3, 4)), np.array([2, 2, 2]), np.arange(3), np.arange(3))
+    estimate = sample.estimate()
+    assert (estimate.mean, estimate.se) == pooled(*sums) and estimate.degrees == 1
+    even = CorpusLosses(np.ones((3, 4)), np.array([2, 2, 2]), np.arange(3), np.arange(3))
     assert even.estimate().degrees == pytest.approx(2)
 
 
 def test_a_single_item_has_no_error() -> None:
-    found = Sample(np.ones((1, 4)), np.array([4]), np.array([0]), np.array([0])).estimate()
-    assert found == Estimate(0.25, None, None, 1)
-    assert found.interval() is None and found.scaled(2).mean == 0.5
-    assert weighted([found, Estimate(1.0, 0.1, 0.1, 5)], [1, 1]) == Estimate(0.625, None, None, 1)
+    estimate = CorpusLosses(np.ones((1, 4)), np.array([4]), np.array([0]), np.array([0])).estimate()
+    assert estimate == Estimate(0.25, None, None, 1)
+    assert estimate.interval() is None and estimate.scaled(2).mean == 0.5
+    assert weighted([estimate, Estimate(1.0, 0.1, 0.1, 5)], [1, 1]) == Estimate(
+        0.625, None, None, 1
+    )
 
 
 @pytest.mark.parametrize(
@@ -155,19 +164,19 @@ def test_a_single_item_has_no_error() -> None:
 )
 def test_quantiles_of_student(level: float, degrees: float, known: float) -> None:
     """Of the usual tables; the last against a numerical integral of the density."""
-    found = t_quantile(level, degrees)
+    quantile = t_quantile(level, degrees)
     if degrees == 2.5:
-        x = np.linspace(-found, found, 200_001)
+        x = np.linspace(-quantile, quantile, 200_001)
         scale = math.gamma(1.75) / (math.sqrt(2.5 * math.pi) * math.gamma(1.25))
         assert np.trapezoid(scale * (1 + x**2 / 2.5) ** -1.75, x) == pytest.approx(level, rel=1e-6)
     else:
-        assert found == pytest.approx(known, rel=3e-5)
+        assert quantile == pytest.approx(known, rel=3e-5)
 
 
 def test_means_over_corpora_combine_independent_errors() -> None:
-    found = weighted([Estimate(2.0, 0.3, 0.1, 10), Estimate(4.0, 0.4, 0.2, 20)], [3, 1])
-    assert found.mean == pytest.approx(2.5)
-    assert found.se == pytest.approx(math.hypot(0.225, 0.1)) and found.se_noise == pytest.approx(
-        math.hypot(0.075, 0.05)
-    )
-    assert found.degrees == pytest.approx(found.se**4 / (0.225**4 / 10 + 0.1**4 / 20))
+    estimate = weighted([Estimate(2.0, 0.3, 0.1, 10), Estimate(4.0, 0.4, 0.2, 20)], [3, 1])
+    assert estimate.mean == pytest.approx(2.5)
+    assert estimate.se == pytest.approx(
+        math.hypot(0.225, 0.1)
+    ) and estimate.se_noise == pytest.approx(math.hypot(0.075, 0.05))
+    assert estimate.degrees == pytest.approx(estimate.se**4 / (0.225**4 / 10 + 0.1**4 / 20))

@@ -162,13 +162,13 @@ def test_a_step_that_is_not_finite_is_left_out_on_the_device(hardware: Hardware)
 
 
 def test_recomputation_changes_nothing(hardware: Hardware) -> None:
-    found = {}
+    steps = {}
     for recompute in ("none", "selective", "full"):
         with engine_of(hardware.config(parallel={"recompute": recompute})) as engine:
             results = [engine.train_step(prepared(engine, step), RATE) for step in range(3)]
-            found[recompute] = [(result.loss, result.grad_norm) for result in results]
+            steps[recompute] = [(result.loss, result.grad_norm) for result in results]
     for other in ("selective", "full"):
-        for ours, expected in zip(found[other], found["none"], strict=True):
+        for ours, expected in zip(steps[other], steps["none"], strict=True):
             assert ours == pytest.approx(expected, rel=2e-6)
 
 
@@ -231,7 +231,7 @@ print(engine.train_step(step_batches(engine.config, 1), 1e-3).loss, flush=True)
 @pytest.mark.gpu
 def test_a_hang_is_named_before_nccl_ends_the_process(tmp_path: Path) -> None:
     """A kernel that never ends stands in for a collective whose partner is gone."""
-    found = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-c", _HANG, str(tmp_path)],
         env={
             **os.environ,
@@ -241,15 +241,15 @@ def test_a_hang_is_named_before_nccl_ends_the_process(tmp_path: Path) -> None:
         text=True,
         timeout=120,
     )
-    assert found.returncode == 75, found.stderr[-3000:]
-    assert "hang: no step finished for 6 s" in found.stderr and "last step 1" in found.stderr
+    assert done.returncode == 75, done.stderr[-3000:]
+    assert "hang: no step finished for 6 s" in done.stderr and "last step 1" in done.stderr
     assert (tmp_path / "flight_recorder" / "rank_0").stat().st_size > 0
 
 
 @pytest.mark.gpu
 def test_the_demo_runs(tmp_path: Path) -> None:
     """Text to a fine-tuned model in a Hugging Face folder, shortened."""
-    found = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-m", "llada", "demo", "--smoke", "--dir", str(tmp_path / "demo")],
         cwd=ROOT,
         env={
@@ -260,5 +260,5 @@ def test_the_demo_runs(tmp_path: Path) -> None:
         text=True,
         timeout=300,
     )
-    assert found.returncode == 0, found.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[-3000:]
     assert list(tmp_path.rglob("report.json"))

@@ -89,8 +89,8 @@ def test_flash_attention_is_called_for_what_the_oracle_computes(
         "both": [*hidden["left"], *hidden["right"]],
         "nothing else": [(slice(0, 2), slice(0, 12))],
     }
-    for place in hidden[padding]:
-        mask[place] = 0
+    for index in hidden[padding]:
+        mask[index] = 0
     logits = flash(tokens(), attention_mask=mask).logits
     assert logits.isfinite().all()
     wanted = Oracle(section(num_query_groups=2), flash.state_dict())(tokens(), mask)

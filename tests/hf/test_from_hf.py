@@ -81,11 +81,11 @@ def test_every_tensor_comes_back_bit_for_bit(
         tmp_path / "folder", workplace.folder / "tokenizer", dtype, files, tie_embeddings=tied
     )
     from_hf(tmp_path / "folder", tmp_path / "checkpoint")
-    found = exported(tmp_path / "checkpoint", tmp_path / "back", name)
-    assert found.keys() == expected.keys()
+    tensors = exported(tmp_path / "checkpoint", tmp_path / "back", name)
+    assert tensors.keys() == expected.keys()
     for key, tensor in expected.items():
-        assert found[key].dtype == dtype
-        assert torch.equal(found[key].view(torch.uint8), tensor.view(torch.uint8)), key
+        assert tensors[key].dtype == dtype
+        assert torch.equal(tensors[key].view(torch.uint8), tensor.view(torch.uint8)), key
     before, after = (
         json.loads((tmp_path / folder / "config.json").read_text()) for folder in ("folder", "back")
     )
@@ -130,8 +130,8 @@ def test_pickled_weights_are_read_only_with_leave(workplace: Workplace, tmp_path
     with pytest.raises(UserError, match=r"as pickles .*`llada convert from-hf --allow-pickle`"):
         from_hf(folder, tmp_path / "checkpoint")
     from_hf(folder, tmp_path / "checkpoint", ImportOptions(allow_pickle=True))
-    found = exported(tmp_path / "checkpoint", tmp_path / "back")
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    tensors = exported(tmp_path / "checkpoint", tmp_path / "back")
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in expected.items())
 
 
 def test_a_pickle_that_runs_code_is_refused_with_leave_too(
@@ -169,7 +169,7 @@ def test_weights_of_an_independent_implementation_import_and_train_on(
     )
     from_hf(tmp_path / "folder", tmp_path / "checkpoint")
     model = {**SIZES, "tie_embeddings": tied}
-    found = []
+    runs = []
     for number, source in enumerate(("folder", "checkpoint")):
         run = f"independent{number}-{tied}"
         name = workplace.config(
@@ -179,12 +179,12 @@ def test_weights_of_an_independent_implementation_import_and_train_on(
             run={"dir": run, "threads": 2, "init_from": str(tmp_path / source)},
         )
         workplace.run("pretrain", name)
-        found.append([line for line in workplace.lines(run) if "loss" in line])
-    assert found[0] == found[1] and len(found[0]) == 3
+        runs.append([line for line in workplace.lines(run) if "loss" in line])
+    assert runs[0] == runs[1] and len(runs[0]) == 3
     monkeypatch.chdir(workplace.folder)
     config = load_config(name)
     data, trainer = open_data(config, verify=False), OracleTrainer(config, tensors)
-    for step, line in enumerate(found[0]):
+    for step, line in enumerate(runs[0]):
         plan = data.plan(step)
         batches = [data.batch(plan, range(first, first + 4)) for first in (0, 4)]
         loss, norm, _ = trainer.step(batches, line["lr"])
@@ -213,9 +213,9 @@ def test_a_llama_is_the_same_function_under_a_causal_mask(
     causal = torch.ones(24, 24, dtype=torch.bool).tril().expand(2, 1, 24, 24)
     with torch.no_grad():
         expected = llama(ids).logits
-        found = ours(ids, attention_mask=causal).logits
-    assert found.shape[-1] == 512
-    assert (found[..., :500] - expected).abs().max() <= 1e-5 * expected.abs().max()
+        logits = ours(ids, attention_mask=causal).logits
+    assert logits.shape[-1] == 512
+    assert (logits[..., :500] - expected).abs().max() <= 1e-5 * expected.abs().max()
     rows = llama.get_input_embeddings().weight.detach()
     assert torch.allclose(
         ours.get_input_embeddings().weight[500:],
@@ -310,9 +310,9 @@ def test_new_tokens_take_rows_that_are_there_and_others_keep_theirs(
     tokenizer = Tokenizer.load(tmp_path / "checkpoint" / "tokenizer")
     assert tokenizer.vocab_size == 506 and tokenizer.token(tokenizer.eos_id) == "</s>"
     assert "6 new tokens" in output and "in 520 rows that were there" in output
-    found = exported(tmp_path / "checkpoint", tmp_path / "out")
+    tensors = exported(tmp_path / "checkpoint", tmp_path / "out")
     rows = llama.get_output_embeddings().weight.detach()
-    head = found["model.transformer.ff_out.weight"]
+    head = tensors["model.transformer.ff_out.weight"]
     assert torch.equal(head[:500], rows[:500]) and torch.equal(head[506:], rows[506:])
     assert torch.allclose(
         head[500:506], rows[:500].double().mean(0).float().expand(6, -1), atol=1e-7
@@ -339,8 +339,8 @@ def test_the_oracle_itself_agrees_with_the_import(workplace: Workplace, tmp_path
     to_hf(tmp_path / "checkpoint", tmp_path / "out")
     ids = torch.randint(0, 512, (2, 16))
     expected = Oracle(ModelSection(**SIZES), tensors)(ids, torch.zeros_like(ids))
-    found = LLaDAModelLM.from_pretrained(tmp_path / "out").eval()(ids).logits
-    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    logits = LLaDAModelLM.from_pretrained(tmp_path / "out").eval()(ids).logits
+    assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 # -- what is refused -------------------------------------------------------------------------------
@@ -376,10 +376,10 @@ def take_two(tensors: dict[str, torch.Tensor]) -> None:
     tensors["model.transformer.blocks.0.k_proj.weight"] = torch.zeros(64, 64)
 
 
-def index(**places: str) -> Callable[[Path], None]:
+def index(**files: str) -> Callable[[Path], None]:
     def work(folder: Path) -> None:
         names = dict.fromkeys(load_file(folder / "model.safetensors"), "model.safetensors")
-        names |= {f"model.transformer.{name}.weight": file for name, file in places.items()}
+        names |= {f"model.transformer.{name}.weight": file for name, file in files.items()}
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
 
     return work
@@ -438,7 +438,7 @@ def cut(name: str, count: int) -> Callable[[Path], None]:
             retensor(take_two),
             r"missing: model.transformer.blocks.1.q_proj.weight, model.transformer.ln_f.weight; too"
             r" many: model.transformer.wpe.weight; "
-            r"other shapes: model.transformer.blocks.0.k_proj.weight is \[64, 64\], not \[32, 64\]",
+            r"misshapen: model.transformer.blocks.0.k_proj.weight is \[64, 64\], not \[32, 64\]",
         ),
         (
             retensor(
@@ -628,7 +628,7 @@ def test_a_tied_folder_may_hold_the_head_once_more_if_it_is_the_same(
     assert exported(tmp_path / "checkpoint", tmp_path / "out").keys() == tensors.keys()
     head[3, 3] += 1
     save_file({**tensors, "model.transformer.ff_out.weight": head}, folder / "model.safetensors")
-    with pytest.raises(UserError, match=r"too many: model.transformer.ff_out.weight"):
+    with pytest.raises(UserError, match=r"unexpected: model.transformer.ff_out.weight"):
         from_hf(folder, tmp_path / "other")
 
 
@@ -650,7 +650,7 @@ def test_the_disk_is_asked_first(
     ("dtype", "value", "message"),
     [
         ("fp16", 1e6, "1e\\+06, which float16 cannot hold"),
-        ("fp32", float("nan"), "nan: the weights are of a run that failed"),
+        ("fp32", float("nan"), "nan: these are the weights of a failed run"),
     ],
 )
 def test_weights_that_a_dtype_cannot_hold_are_not_written(
@@ -671,8 +671,8 @@ def test_weights_that_a_dtype_cannot_hold_are_not_written(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere", "out"], "FOLDER: 'nowhere' is no Hugging Face folder"),
-        (["whole", "out"], "FOLDER: 'whole' is no Hugging Face folder"),
+        (["nowhere", "out"], "FOLDER: 'nowhere' is not a Hugging Face folder"),
+        (["whole", "out"], "FOLDER: 'whole' is not a Hugging Face folder"),
         (["folder", "corpus"], "OUT: 'corpus' exists; --force replaces a checkpoint"),
         (["folder", "corpus", "--force"], "OUT: 'corpus' is not a checkpoint"),
         (["folder", "out", "--dtype", "fp16"], "--dtype: 'fp16' is not allowed; one of fp32, bf16"),

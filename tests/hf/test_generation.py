@@ -108,14 +108,14 @@ def test_a_padded_row_gives_what_it_gives_alone(side: str, settings: dict[str, A
     settings = {"max_new_tokens": 8, **settings}
     if settings["steps"] == 6:
         settings["max_new_tokens"] = 6
-    place = slice(3, 5) if side == "left" else slice(0, 2)
+    columns = slice(3, 5) if side == "left" else slice(0, 2)
     ids, mask = prompt.clone(), torch.ones_like(prompt)
     mask[0] = 0
-    mask[0, place] = 1
+    mask[0, columns] = 1
     ids[0][mask[0] == 0] = MASK  # whatever stands there
     generated = hf.diffusion_generate(ids, mask, **settings)
     assert torch.equal(
-        generated[0, 5:], hf.diffusion_generate(prompt[:1, place], **settings)[0, 2:]
+        generated[0, 5:], hf.diffusion_generate(prompt[:1, columns], **settings)[0, 2:]
     )
     assert torch.equal(generated[1:], hf.diffusion_generate(prompt[1:], **settings))
     assert torch.equal(generated[:, :5], ids)

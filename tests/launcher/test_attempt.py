@@ -203,6 +203,17 @@ def test_a_stop_between_the_decision_and_the_requeue_is_seen(tmp_path: Path) -> 
     assert (last["event"], last["reason"]) == ("stopped", "as requested, before the next start")
 
 
+def test_the_next_attempt_reads_the_key_of_a_failure_from_the_events(tmp_path: Path) -> None:
+    spec = JobSpec("train", str(tmp_path), str(tmp_path), str(tmp_path), [], sys.executable)
+    (tmp_path / "job.json").write_text(spec.to_json())
+    supervisor = Supervisor(tmp_path, StopRequest(), local=True)
+    supervisor.attempt = 1
+    supervisor._report(Decision("requeued", "step 812: loss 301.7", "step", "step 812"))
+    supervisor.attempt = 2
+    situation = supervisor._situation_at_start()
+    assert (situation.failures, situation.last_key) == (1, "step 812")
+
+
 def test_a_snapshot_holds_valid_bytecode(tmp_path: Path) -> None:
     """Else every rank would compile the whole package again, at every launch."""
     compileall.compile_file(str(Path(events.__file__)), quiet=1)

@@ -132,7 +132,7 @@ def test_fine_tuning_is_launched_alike(here: Path) -> None:
         (["--cluster", "cluster.yaml", *SIZE, "--dry-run", "run.init_from=nowhere"], "nowhere"),
         (
             ["--cluster", "cluster.yaml", *SIZE, "--dry-run", "run.dir=whole", "seed=6"],
-            "run.dir: 'whole' holds a run of another config, seed: 5 -> 6",
+            "run.dir: 'whole' contains a run with a different config, seed: 5 -> 6",
         ),
     ],
 )
@@ -221,7 +221,7 @@ def test_logs_of_attempts_and_ranks(tmp_path: Path) -> None:
     assert llada("logs", run, "-f") == "attempt 2 rank 0\n"
     with pytest.raises(UserError, match="--rank: 7 has no log; there are 0 to 1"):
         llada("logs", run, "--rank", "7")
-    with pytest.raises(UserError, match="--attempt: 3 is none of 1, 2"):
+    with pytest.raises(UserError, match="--attempt: 3 is not one of 1, 2"):
         llada("logs", run, "--attempt", "3")
 
 

@@ -8,8 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch.job.failure import Failure, classify
-from launch.job.policy import Situation, decide, failures_in_a_row, restart
+from launch.job.bad_nodes import Fault, Verdict
+from launch.job.failure import classify
+from launch.job.policy import (
+    Decision,
+    FailuresInARow,
+    Situation,
+    decide,
+    explain_verdict,
+    failures_in_a_row,
+    restart,
+)
 from launch.job.records import AttemptEnd, RankExit
 from launch.job.spec import Restarts
 from llada.failures import FailureKind
@@ -220,32 +229,57 @@ def test_the_back_off_doubles_up_to_an_hour_and_the_limit_ends_it() -> None:
     assert decide(end, Situation(), Restarts(limit=0)).event == "failed"
 
 
+def stopped_by_step(step: int, loss: str) -> AttemptEnd:
+    message = f"failed: step {step}: loss {loss} is over the limit"
+    return AttemptEnd(
+        [RankExit(0, "n0", 1.0, 1, message, kind="step", training_step=step)], ranks=1
+    )
+
+
 def test_the_same_step_failing_twice_is_no_accident() -> None:
-    message = "failed: step 812: the loss is not finite; samples 6488 to 6495"
-    end = AttemptEnd([rank_exit(0, "n0", 1.0, 1, message, "step")], 1)
-    first = decide(end, Situation(), LIMITS)
+    first = decide(stopped_by_step(812, loss="301.7"), Situation(), LIMITS)
     assert first.event == "requeued"
-    second = decide(end, Situation(failures=1, last_reason=first.reason), LIMITS)
+    again = Situation(failures=1, last_reason=first.reason, last_key=first.key)
+    # The last digits of a loss may differ from one attempt to the next.
+    second = decide(stopped_by_step(812, loss="301.8"), again, LIMITS)
     assert second.event == "failed" and second.reason.startswith("the same failure twice")
-    assert (
-        decide(
-            ends(-9), Situation(failures=1, last_reason="rank 0 on n0: killed by SIGKILL"), LIMITS
-        ).event
-        == "requeued"
-    )
-    wrong = (
-        "preflight: n0: torch sees 0 GPUs, 4 are required; that is most of the nodes, so none is"
-        " excluded"
-    )
-    assert [
-        restart(
-            Failure("preflight", wrong),
-            [],
-            Situation(failures=n, last_reason=wrong if n else None),
-            LIMITS,
-        ).event
-        for n in (0, 1)
-    ] == ["requeued", "failed"]
+    assert decide(stopped_by_step(813, loss="301.7"), again, LIMITS).event == "requeued"
+    assert decide(ends(-9), again, LIMITS).event == "requeued"
+
+
+def test_a_failure_without_a_key_equals_no_other() -> None:
+    first = decide(stopped_by_step(812, loss="301.7"), Situation(), LIMITS)
+    # As after an event of a version that did not write keys.
+    keyless = Situation(failures=1, last_reason=first.reason)
+    assert decide(stopped_by_step(812, loss="301.7"), keyless, LIMITS).event == "requeued"
+    killed = decide(ends(-9), Situation(), LIMITS)
+    again = Situation(failures=1, last_reason=killed.reason, last_key=killed.key)
+    assert decide(ends(-9), again, LIMITS).event == "requeued"
+
+
+def slow(milliseconds: float) -> Fault:
+    return Fault("matmul_seconds", f"a matrix product takes {milliseconds} ms")
+
+
+def test_the_same_tests_of_the_same_nodes_failing_twice_are_no_accident() -> None:
+    def outcome(last_key: str | None, bad: dict[str, Fault]) -> Decision:
+        explained = explain_verdict(Verdict(bad, None, {}, []), ["n0", "n1"])
+        assert explained is not None
+        failure, exclude = explained
+        return restart(failure, exclude, Situation(failures=1, last_key=last_key), LIMITS)
+
+    first = outcome(None, {"n0": slow(5.12), "n1": slow(9.0)})
+    assert first.event == "requeued" and first.exclude == []
+    assert outcome(first.key, {"n1": slow(9.1), "n0": slow(5.13)}).event == "failed"
+    other_test = {"n0": slow(5.12), "n1": Fault("gpus", "torch sees 0 GPUs")}
+    assert outcome(first.key, other_test).event == "requeued"
+    # The bad node is excluded, so the next start differs.
+    one = outcome(None, {"n0": slow(5.12)})
+    assert outcome(one.key, {"n0": slow(5.12)}).exclude == ["n0"]
+
+
+def test_node_tests_that_pass_are_no_failure() -> None:
+    assert explain_verdict(Verdict({}, None, {}, []), ["n0"]) is None
 
 
 # -- kinds of failures -----------------------------------------------------------------------------
@@ -268,28 +302,29 @@ def test_the_same_step_failing_twice_is_no_accident() -> None:
         (-6, None, None, "killed"),
         (1, "failed: RuntimeError: Connection reset by peer", None, "lost_peer"),
         (1, None, None, "exception"),
+        (1, "worded differently", "lost_peer", "lost_peer"),
+        (-6, "worded differently", "lost_peer", "lost_peer"),
+        (-6, "failed: RuntimeError: Connection reset by peer", None, "lost_peer"),
+        (1, "failed: step 812: broken pipe", "step", "step"),
+        (2, "error: data.mixture.0.path: connection refused", None, "user_error"),
     ],
 )
 def test_a_rank_that_ended_has_a_kind_of_failure(
     code: int, message: str | None, reported: FailureKind | None, kind: FailureKind | None
 ) -> None:
-    """What the rank reported counts. Only a broken connection is recognized by its message."""
+    """What the rank reported counts.
+
+    Only of a rank that reported nothing, a broken connection is recognized by its message.
+    """
     assert classify(code, message, reported) == kind
 
 
-def test_a_restart_is_decided_by_the_kind_not_by_the_words() -> None:
-    """The same reason twice ends the run only where the kind says that it comes back."""
-    reason = "rank 0 on n0: step 812: anything"
-    again = Situation(failures=1, last_reason=reason)
-    kinds: tuple[FailureKind, ...] = ("step", "preflight", "exception", "hang", "killed")
-    events = {kind: restart(Failure(kind, reason), [], again, LIMITS).event for kind in kinds}
-    assert events == {
-        "step": "failed",
-        "preflight": "failed",
-        "exception": "requeued",
-        "hang": "requeued",
-        "killed": "requeued",
-    }
+def test_only_a_failed_step_has_a_key() -> None:
+    """The other kinds may have passed by the next attempt, whatever their words."""
+    kinds: tuple[FailureKind, ...] = ("step", "exception", "hang", "killed", "lost_peer")
+    ended = [RankExit(0, "n0", 1.0, 1, "words", kind=kind, training_step=812) for kind in kinds]
+    keys = {rank.kind: rank.failure.key for rank in ended if rank.failure.key}
+    assert keys == {"step": "step 812"}
 
 
 # -- how many failures were there before -----------------------------------------------------------
@@ -331,7 +366,20 @@ CRASH, SILENT, STOP, GOOD = (
     ],
 )
 def test_failures_in_a_row(attempts: list[list[tuple[str, bool]]], expected: int) -> None:
-    assert failures_in_a_row(story(*attempts), len(attempts) + 1)[0] == expected
+    assert failures_in_a_row(story(*attempts), len(attempts) + 1).count == expected
+
+
+def test_the_latest_failure_gives_reason_and_key() -> None:
+    lines = story(CRASH, CRASH, STOP)
+    assert failures_in_a_row(lines, 4) == FailuresInARow(2, "2", None)
+    for line in lines:
+        if line.get("failure"):
+            line["failure_key"] = f"step {line['attempt']}"
+    assert failures_in_a_row(lines, 4) == FailuresInARow(2, "2", "step 2")
+    # The latest failure left no record, so nothing says that it was the one before.
+    silent = [*lines, {"event": "started", "attempt": 4}]
+    assert failures_in_a_row(silent, 5) == FailuresInARow(3, "ended without a record", None)
+    assert failures_in_a_row([], 1) == FailuresInARow(0)
 
 
 @given(st.lists(st.sampled_from([CRASH, SILENT, STOP, GOOD]), max_size=12))
@@ -343,4 +391,4 @@ def test_failures_in_a_row_is_the_published_rule(attempts: list[list[tuple[str, 
             count = 0
         if not lines or lines[-1][1]:
             count += 1
-    assert failures_in_a_row(story(*attempts), len(attempts) + 1)[0] == count
+    assert failures_in_a_row(story(*attempts), len(attempts) + 1).count == count

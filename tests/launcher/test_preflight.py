@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from launch.job.bad_nodes import FINDING_FILE, Finding, Rules, Verdict, judge
+from launch.job.bad_nodes import Verdict, judge
+from launch.job.findings import FINDING_FILE, Finding, Rules
 from launch.job.records import AttemptEnd, RankExit
 from launch.preflight.main import RULES_VARIABLE
 from tests import processes
@@ -72,9 +73,14 @@ def verdict(
     )
 
 
+def reasons(outcome: Verdict) -> dict[str, str]:
+    """Host -> why it is bad."""
+    return {host: fault.why for host, fault in outcome.bad.items()}
+
+
 def test_healthy_nodes_pass_with_their_figures(tmp_path: Path) -> None:
     outcome = verdict(tmp_path)
-    assert outcome.bad == {}
+    assert reasons(outcome) == {}
     assert outcome.measured["n2"] == {
         "matmul_seconds": 0.01,
         "local_gbps": 400.0,
@@ -123,9 +129,9 @@ def test_a_bad_node_is_named_with_the_reason(
     outcome = verdict(tmp_path, n1=values)
     # the median of its two ranks: within what is allowed
     if values is not None and values.get("clock") == 1007.0:
-        assert outcome.bad == {}
+        assert reasons(outcome) == {}
     else:
-        assert outcome.bad == {"n1": why} and f"n1 is bad: {why}" in outcome.lines
+        assert reasons(outcome) == {"n1": why} and f"n1 is bad: {why}" in outcome.lines
 
 
 def test_slow_among_two_is_the_slower_one(tmp_path: Path) -> None:
@@ -138,7 +144,7 @@ def test_a_test_that_died_blames_the_node_where_it_died_first(tmp_path: Path) ->
         8,
         HOSTS,
     )
-    assert verdict(tmp_path, end).bad == {"n2": "rank 5 on n2.example.org: killed by SIGBUS"}
+    assert reasons(verdict(tmp_path, end)) == {"n2": "rank 5 on n2.example.org: killed by SIGBUS"}
 
 
 def test_slower_nodes_are_not_blamed_when_a_failure_elsewhere_ends_their_tests(
@@ -153,10 +159,10 @@ def test_slower_nodes_are_not_blamed_when_a_failure_elsewhere_ends_their_tests(
     waiting = {"matmul_seconds": None, "connected": False, "joined": False, "clock": None}
     end = AttemptEnd([failure, *ended], 8, HOSTS, absent=["n2"], killed=True)
     outcome = verdict(tmp_path, end, n1={"joined": False, "clock": None}, n2=None, n3=waiting)
-    assert outcome.bad == {"n0": "rank 1 on n0: CUDA error: uncorrectable ECC error"}
+    assert reasons(outcome) == {"n0": "rank 1 on n0: CUDA error: uncorrectable ECC error"}
     for code in (-9, -15):
         hung = AttemptEnd([replace(one, code=code) for one in ended], 8, HOSTS, killed=True)
-        assert verdict(tmp_path, hung, n3=waiting).bad == {
+        assert reasons(verdict(tmp_path, hung, n3=waiting)) == {
             "n3": "rank 7 did not finish a matrix product"
         }
 
@@ -172,7 +178,7 @@ def test_slower_nodes_are_not_blamed_when_the_ranks_of_another_cannot_start(
     line = "OSError: [Errno 30] Read-only file system"
     end = AttemptEnd(killed, 8, HOSTS, absent=["n2"], killed=True, launcher_line=line)
     outcome = verdict(tmp_path, end, n0={"joined": False}, n2=None, n3=None)
-    assert outcome.bad == {"n2": f"1 of 2 ranks did not start ({line})"}
+    assert reasons(outcome) == {"n2": f"1 of 2 ranks did not start ({line})"}
 
 
 def test_where_all_fail_alike_nobody_is_blamed(tmp_path: Path) -> None:
@@ -187,10 +193,25 @@ def test_where_all_fail_alike_nobody_is_blamed(tmp_path: Path) -> None:
     )
     outcome = verdict(tmp_path, end)
     assert (
-        outcome.bad == {}
-        and outcome.problem == "rank 0 on n0: no interface ib99"
-        and outcome.problem in outcome.lines
+        reasons(outcome) == {}
+        and outcome.problem is not None
+        and outcome.problem.reason == "rank 0 on n0: no interface ib99"
+        and outcome.problem.reason in outcome.lines
     )
+    assert outcome.problem.key == "preflight n0:exit 1 n1:exit 1 n2:exit 1 n3:exit 1"
+
+
+def test_tests_that_were_only_too_slow_may_finish_the_next_time(tmp_path: Path) -> None:
+    ended = [RankExit(rank, f"n{rank // 2}", 20.0, -9, None) for rank in range(8)]
+    outcome = verdict(tmp_path, AttemptEnd(ended, 8, HOSTS, killed=True))
+    assert outcome.problem is not None and outcome.problem.key is None
+
+
+def test_a_fault_names_the_test_whatever_was_measured(tmp_path: Path) -> None:
+    for free in (0.5, 0.6):
+        outcome = verdict(tmp_path, n1={"disk_free_gb": free}, n2=None)
+        tests = {host: fault.test for host, fault in outcome.bad.items()}
+        assert tests == {"n1": "disk_free_gb", "n2": "started"}
 
 
 @pytest.mark.parametrize("hosts", [1, 2, 3, 4])
@@ -226,7 +247,7 @@ def test_the_tests_run_and_meet_in_every_ring(tmp_path: Path, hosts: int) -> Non
     )
     lenient = replace(RULES, gpus=0, min_disk_gb=0.0, slow_factor=1e9)
     outcome = judge(tmp_path, names, local, lenient, end)
-    assert outcome.bad == {}
+    assert reasons(outcome) == {}
     for figures in outcome.measured.values():
         assert (
             figures["matmul_seconds"] > 0

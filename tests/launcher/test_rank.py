@@ -16,6 +16,8 @@ import pytest
 from launch.job.machines import OneProcess, RankCommand, free_port
 from launch.job.rank import last_message
 from launch.job.spec import JobSpec
+from llada.failures import REPORT_VARIABLE, read_report
+from tests import processes
 
 ROOT = Path(__file__).parents[2]
 
@@ -102,7 +104,10 @@ def exit_record(folder: Path) -> dict[str, object]:
     return record
 
 
-REPORT_STEP = "from llada import failures; failures.report('step'); raise SystemExit(1)"
+REPORT_STEP = "from llada import failures; failures.report('step', 812); raise SystemExit(1)"
+REPORT_NONSENSE = (
+    "import os; open(os.environ['LLADA_FAILURE_FILE'], 'w').write('{torn'); raise SystemExit(1)"
+)
 REPORT_HANG = "from llada import failures; failures.report('hang'); raise SystemExit(75)"
 
 
@@ -116,6 +121,7 @@ REPORT_HANG = "from llada import failures; failures.report('hang'); raise System
         ("raise OSError('disk')", 1, "exception", 1),
         (REPORT_STEP, 1, "step", 1),
         (REPORT_HANG, 75, "hang", 0),
+        (REPORT_NONSENSE, 1, "exception", 1),
     ],
 )
 def test_every_end_of_a_rank_is_recorded(
@@ -126,8 +132,39 @@ def test_every_end_of_a_rank_is_recorded(
     assert (record["code"], record["host"]) == (recorded, socket.gethostname())
     assert record["message"] == ("error: x: y" if recorded == 2 else None)
     assert record["kind"] == kind
+    assert record.get("training_step") == (812 if kind == "step" else None)
     assert not list(tmp_path.glob("*.failure"))
     assert json.loads((tmp_path / "rank_00003.start.json").read_text())["pid"] > 0
+
+
+@pytest.mark.parametrize(
+    "error, kind, step",
+    [
+        ("llada.errors.StepError('worded differently', step=812)", "step", 812),
+        ("ConnectionResetError('worded differently')", "lost_peer", None),
+        ("torch.distributed.DistBackendError('worded differently')", "lost_peer", None),
+        ("torch.distributed.DistNetworkError('worded differently')", "lost_peer", None),
+        ("RuntimeError('worded differently')", None, None),
+        ("OSError('worded differently')", None, None),
+    ],
+)
+def test_a_command_reports_its_failure_by_the_type_of_the_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: str, kind: str | None, step: int | None
+) -> None:
+    report = tmp_path / "report"
+    monkeypatch.setenv(REPORT_VARIABLE, str(report))
+    code = (
+        "import torch.distributed, llada.errors, llada.cli as cli\ndef fail(**_):\n    raise "
+        f"{error}\ncli.app = fail\ncli.main()"
+    )
+    process = processes.start("-c", code, cwd=ROOT, env=dict(os.environ))
+    errors = process.communicate(timeout=600)[1]
+    assert process.returncode == 1 and "worded differently" in errors
+    reported = read_report(report)
+    if kind is None:
+        assert reported is None
+    else:
+        assert reported is not None and reported == (kind, step)
 
 
 def test_a_signal_is_repeated_until_the_rank_handles_it(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The weight map and the keyed initialisation."""
+"""The weight map and the keyed initialization."""
 
 from __future__ import annotations
 
@@ -71,14 +71,14 @@ def test_scatter_and_gather_are_inverse_and_cover_every_element(tp: int, tied: b
 @pytest.mark.parametrize("tp", [2, 4])
 def test_every_shard_starts_from_the_same_values(tp: int) -> None:
     one = {name: torch.empty(shape) for name, shape in megatron_shapes(MODEL, 1).items()}
-    weights.initialise(MODEL, 9, one)
+    weights.initialize(MODEL, 9, one)
     whole = gather(MODEL, [(one, 0, 1)])
     ranks = []
     for rank in range(tp):
         parameters = {
             name: torch.empty(shape) for name, shape in megatron_shapes(MODEL, tp).items()
         }
-        weights.initialise(MODEL, 9, parameters, rank, tp)
+        weights.initialize(MODEL, 9, parameters, rank, tp)
         ranks.append((parameters, rank, tp))
     sharded = gather(MODEL, ranks)
     assert all(torch.equal(sharded[name], whole[name]) for name in whole)
@@ -108,7 +108,7 @@ def test_a_rectangle_holds_the_values_of_the_whole(
         ("model.transformer.blocks.1.ff_out.weight", (2 * 192 * 2) ** -0.5),
     ],
 )
-def test_mitchell_initialisation(name: str, std: float) -> None:
+def test_mitchell_initialization(name: str, std: float) -> None:
     """Normal truncated at 3 sigma: bounded, mean 0, and the truncated distribution's variance and
     fourth moment.
     """

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from llada.checkpoint.format import MARKER, checkpoint_name, committed_checkpoints
+from llada.checkpoint.names import MARKER, checkpoint_name, committed_checkpoints
 from llada.checkpoint.retention import prune_checkpoints
 from llada.cli import app
 from llada.config import build_config, dump_config

@@ -256,7 +256,11 @@ def field(**values: Any) -> Callable[[Path], None]:
             "not a sound safetensors file",
         ),
         ("config.json", field(n_layers=8), "missing: model.transformer.blocks.2.attn_norm.weight"),
-        ("config.json", field(n_layers=1), "too many: model.transformer.blocks.1.attn_norm.weight"),
+        (
+            "config.json",
+            field(n_layers=1),
+            "unexpected: model.transformer.blocks.1.attn_norm.weight",
+        ),
         (
             "config.json",
             field(mlp_hidden_size=96),
@@ -331,7 +335,7 @@ def test_code_in_a_folder_is_not_run(export: Path, tmp_path: Path) -> None:
         (["infill", "{export}", "no gap"], "TEXT: no gap; write [MASK]"),
         (["infill", "{export}", "a [MASK*0] b"], "is a gap of 0 tokens"),
         (["infill", "{export}", "a [mask] b"], "TEXT: no gap; write [MASK]"),
-        (["infill", "{export}", "a [MASK] [MASK 8] b"], "'[MASK 8]' is no gap"),
+        (["infill", "{export}", "a [MASK] [MASK 8] b"], "'[MASK 8]' is not a gap"),
         (["infill", "{export}", "[MASK]", "--steps", "0"], "--steps: 0 is less than 1"),
     ],
 )

@@ -233,7 +233,7 @@ class Island(Workplace):
 
     def ranks(self, run: str) -> dict[int, int]:
         """rank -> process, of the training processes of a run on all nodes."""
-        found = {}
+        processes = {}
         marker = f"{self.folder / run}/launch/".encode()
         for entry in Path("/proc").glob("[0-9]*"):
             try:
@@ -250,10 +250,10 @@ class Island(Workplace):
                         if b"=" in pair
                     )
                     if words[1:2] and words[1].endswith(b"/code"):
-                        found[int(values[b"RANK"])] = int(entry.name)
+                        processes[int(values[b"RANK"])] = int(entry.name)
             except (OSError, KeyError):
                 continue
-        return found
+        return processes
 
     @contextmanager
     def paused(self, run: str, ranks: int = 2) -> Iterator[None]:

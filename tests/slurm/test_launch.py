@@ -419,7 +419,7 @@ def test_one_run_folder_has_one_job(island: Island) -> None:
     island.wait_state("single", "STOPPED")
     until(lambda: not island.queue(), 30, "the job's end")
     with pytest.raises(
-        UserError, match=r"run.dir: '.*single' holds a run of another config, seed: 5 -> 6"
+        UserError, match=r"run.dir: '.*single' contains a run with a different config, seed: 5 -> 6"
     ):
         island.launch("single", seed=6)
 

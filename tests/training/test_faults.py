@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from llada.checkpoint.format import committed_checkpoints
+from llada.checkpoint.names import committed_checkpoints
 from llada.checkpoint.verification import verify_checkpoint
 from tests import processes
 from tests.workplace import Workplace
@@ -23,13 +23,13 @@ RANKS, ROUNDS = 4, 20
 LAYOUT = {"tensor": 2, "sequence": True}
 
 
-def start(place: Workplace, config: str) -> list[processes.Process]:
+def start(workplace: Workplace, config: str) -> list[processes.Process]:
     """Every rank as a process of its own, as srun starts them."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     common = {
-        **place.environment(),
+        **workplace.environment(),
         "WORLD_SIZE": str(RANKS),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": port,
@@ -37,7 +37,7 @@ def start(place: Workplace, config: str) -> list[processes.Process]:
     return [
         processes.start(
             *("-m", "llada", "pretrain", config),
-            cwd=place.folder,
+            cwd=workplace.folder,
             env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=processes.DEVNULL,
             stderr=processes.DEVNULL,
@@ -60,15 +60,15 @@ def end(ranks: list[processes.Process], seconds: float) -> list[int]:
 
 def strays(folder: Path) -> list[str]:
     """Command lines of the processes that work in a folder."""
-    found = []
+    command_lines = []
     for link in Path("/proc").glob("[0-9]*/cwd"):
         with contextlib.suppress(OSError):  # it has ended
             if link.readlink() == folder:
-                found.append(
+                command_lines.append(
                     f"{link.parent.name}: "
                     + (link.parent / "cmdline").read_text().replace("\0", " ")
                 )
-    return found
+    return command_lines
 
 
 def leftovers(folder: Path) -> list[str]:

@@ -163,7 +163,7 @@ def test_a_lock_that_no_run_left_is_refused_and_kept(
 
 
 def test_a_lock_that_is_a_link_to_nothing_is_refused(tmp_path: Path) -> None:
-    """A lock cannot be made beside it, and there is nothing whose age could be waited for."""
+    """A lock cannot be created beside it, and there is nothing whose age could be waited for."""
     (tmp_path / lock.NAME).symlink_to(tmp_path / "gone")
     with pytest.raises(UserError, match="is a link, and a run keeps its lock there"):
         RunLock(tmp_path)

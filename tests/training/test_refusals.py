@@ -21,11 +21,11 @@ from tests.stand_ins import like
 from tests.workplace import Workplace
 
 
-def refusal(place: Workplace, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:
+def refusal(workplace: Workplace, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:
     """The message of the UserError that the command ends with; the terminal shows it as one line
     and exits with 2.
     """
-    monkeypatch.chdir(place.folder)
+    monkeypatch.chdir(workplace.folder)
     # keep pytest's own handlers
     monkeypatch.setattr("llada.training.signals.signal", like(signal, signal=lambda *_: None))
     result = CliRunner().invoke(app, list(arguments))
@@ -60,7 +60,7 @@ def test_the_terminal_shows_one_line_and_exit_2(workplace: Workplace) -> None:
             ["schedule.stages=[{shape: linear, end: 1, steps: 3}]"],
             "schedule.stages: end after 3 steps",
         ),
-        (["data.sequence_length=10000000"], "data.mixture.0.path: corpus holds no full window"),
+        (["data.sequence_length=10000000"], "data.mixture.0.path: corpus contains no full window"),
         (
             ["data.mixture.0.max_epochs=0.0001"],
             "data.mixture.0.max_epochs: allows less than one of the",
@@ -71,18 +71,21 @@ def test_the_terminal_shows_one_line_and_exit_2(workplace: Workplace) -> None:
         ),
         (["engine=deepspeed"], "engine: 'deepspeed' is not allowed"),
         (["parallel.tensor=2"], "do not divide the world size 1"),
-        (["run.dir=whole.yaml"], "run.dir: 'whole.yaml' cannot be made"),
-        (["run.dir=/proc/x"], "run.dir: '/proc/x' cannot be made"),
+        (["run.dir=whole.yaml"], "run.dir: 'whole.yaml' cannot be created"),
+        (["run.dir=/proc/x"], "run.dir: '/proc/x' cannot be created"),
         (["run.init_from=nowhere"], "run.init_from: no folder 'nowhere'"),
         (["run.init_from=corpus"], "run.init_from: 'corpus' is neither a checkpoint"),
-        (["run.dir=corpus"], r"run.dir: 'corpus' is a prepared corpus \(it holds manifest.json\)"),
+        (
+            ["run.dir=corpus"],
+            r"run.dir: 'corpus' is a prepared corpus \(it contains manifest.json\)",
+        ),
         (
             ["run.init_from=whole", "model.hidden_size=32"],
-            r"another architecture \(2 layers of width 64, .* is model.hidden_size: 64 -> 32",
+            r"a different architecture \(2 layers of width 64, .* is model.hidden_size: 64 -> 32",
         ),
         (
             ["data.mixture=[{path: corpus}, {path: corpus}]"],
-            "data.mixture.1.path: corpus holds the same data as corpus",
+            "data.mixture.1.path: corpus contains the same data as corpus",
         ),
     ],
 )
@@ -130,7 +133,7 @@ def test_another_architecture_is_never_resumed(
         said = refusal(
             workplace, monkeypatch, "pretrain", "whole.yaml", "model.ffn_hidden_size=96", *allow
         )
-        assert "another architecture" in said and "model.ffn_hidden_size: 128 -> 96" in said
+        assert "a different architecture" in said and "model.ffn_hidden_size: 128 -> 96" in said
 
 
 def test_a_change_can_be_allowed_and_is_recorded(workplace: Workplace) -> None:
@@ -145,18 +148,18 @@ def test_a_change_can_be_allowed_and_is_recorded(workplace: Workplace) -> None:
     assert state["lineage"] == [{"resumed_at_step": 12, "changed": ["seed: 5 -> 6"]}]
 
 
-def damaged(place: Workplace, name: str) -> Path:
-    shutil.rmtree(place.folder / name, ignore_errors=True)
-    shutil.copytree(place.folder / "corpus", place.folder / name)
-    return place.folder / name
+def damaged(workplace: Workplace, name: str) -> Path:
+    shutil.rmtree(workplace.folder / name, ignore_errors=True)
+    shutil.copytree(workplace.folder / "corpus", workplace.folder / name)
+    return workplace.folder / name
 
 
-def run_on(place: Workplace, monkeypatch: pytest.MonkeyPatch, corpus: Path) -> str:
-    config = place.config(
+def run_on(workplace: Workplace, monkeypatch: pytest.MonkeyPatch, corpus: Path) -> str:
+    config = workplace.config(
         run={"dir": "refused", "threads": 2},
         data={"sequence_length": 64, "mixture": [{"path": corpus.name}]},
     )
-    return refusal(place, monkeypatch, "pretrain", config)
+    return refusal(workplace, monkeypatch, "pretrain", config)
 
 
 def test_a_truncated_shard(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,12 +16,12 @@ from tests.workplace import LIMIT, Workplace
 
 
 def kill_when(
-    place: Workplace, config: str, ready: Callable[[], bool], number: int = signal.SIGKILL
+    workplace: Workplace, config: str, ready: Callable[[], bool], number: int = signal.SIGKILL
 ) -> tuple[int, str]:
     """Start a run, send it `number` once `ready`, and return its exit code and output. One that
     handles the signal is a new process.
     """
-    process = place.start("pretrain", config, fresh=number != signal.SIGKILL)
+    process = workplace.start("pretrain", config, fresh=number != signal.SIGKILL)
     deadline = time.monotonic() + LIMIT
     while not ready() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
@@ -35,10 +35,10 @@ def count(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def slow_config(place: Workplace, name: str) -> str:
+def slow_config(workplace: Workplace, name: str) -> str:
     """The config of `whole` in a folder of its own."""
-    shutil.rmtree(place.folder / name, ignore_errors=True)
-    return place.config(f"{name}.yaml", run={"dir": name, "threads": 2})
+    shutil.rmtree(workplace.folder / name, ignore_errors=True)
+    return workplace.config(f"{name}.yaml", run={"dir": name, "threads": 2})
 
 
 def test_killed_again_and_again(workplace: Workplace) -> None:
@@ -86,9 +86,9 @@ def test_signals_stop_at_the_next_step_with_a_checkpoint(
             workplace.folder / "stopped" / "checkpoints" / f"step_{done:08d}" / "COMMITTED"
         ).is_file()
         assert f"{number.name}: stopped after step {done} with a checkpoint" in out
-        told = json.loads((tmp_path / "error.json").read_text())["message"]["message"]
+        message = json.loads((tmp_path / "error.json").read_text())["message"]["message"]
         assert (
-            told
+            message
             == "not finished: stopped with a checkpoint; run the same command again to continue"
         )
     assert done < 99
@@ -171,7 +171,7 @@ def test_a_new_run_starts_from_a_checkpoint_and_records_where_its_weights_came_f
             train={"steps": 1},
         )
         out = workplace.run("pretrain", config, "data.sequence_length=128").stdout
-        assert f"initialised from whole/checkpoints/step_00000012 ({what})" in out
+        assert f"initialized from whole/checkpoints/step_00000012 ({what})" in out
         lineage = yaml.safe_load((workplace.folder / name / "config.yaml").read_text())[
             "provenance"
         ]["lineage"]

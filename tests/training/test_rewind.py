@@ -13,8 +13,8 @@ import yaml
 from tests.workplace import Workplace
 
 
-def folders(place: Workplace, run: str) -> list[str]:
-    return sorted(path.name for path in (place.folder / run / "checkpoints").iterdir())
+def folders(workplace: Workplace, run: str) -> list[str]:
+    return sorted(path.name for path in (workplace.folder / run / "checkpoints").iterdir())
 
 
 def test_back_to_a_checkpoint_with_another_rate(workplace: Workplace) -> None:

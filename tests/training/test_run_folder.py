@@ -46,22 +46,22 @@ class Disturbance(StopRequest):
 
 
 def run(
-    place: Workplace,
+    workplace: Workplace,
     monkeypatch: pytest.MonkeyPatch,
     name: str,
     stop: StopRequest | None = None,
     **sections: Any,
 ) -> int:
     """Train the config of `whole` in a folder of its own; the exit code."""
-    monkeypatch.chdir(place.folder)
+    monkeypatch.chdir(workplace.folder)
     config = build_config({**CONFIG, "run": {"dir": name, "threads": 2}, **sections})
     return train(config, StopRequest() if stop is None else stop)
 
 
-def copied(place: Workplace, name: str) -> Path:
+def copied(workplace: Workplace, name: str) -> Path:
     """A copy of the finished run `whole`."""
-    shutil.copytree(place.folder / "whole", place.folder / name)
-    return place.folder / name
+    shutil.copytree(workplace.folder / "whole", workplace.folder / name)
+    return workplace.folder / name
 
 
 @contextmanager
@@ -406,8 +406,8 @@ def test_the_systems_reason_is_heard_behind_the_writers(tmp_path: Path) -> None:
     with largest_file(1 << 16):
         with pytest.raises(RuntimeError, match="inline_container") as caught:
             torch.save(torch.zeros(1 << 16), tmp_path / "weights")
-        found = find_system_error(caught.value, tmp_path)
-    assert found is not None and found.strerror == "File too large"
+        cause = find_system_error(caught.value, tmp_path)
+    assert cause is not None and cause.strerror == "File too large"
     assert find_system_error(RuntimeError("of another kind"), tmp_path) is None
     assert [path.name for path in tmp_path.iterdir()] == ["weights"]
 
@@ -420,7 +420,9 @@ def test_folders_of_other_kinds(name: str, what: str, tmp_path: Path) -> None:
     (tmp_path / name).touch()
     with pytest.raises(
         UserError,
-        match=f"^run.dir: '{tmp_path}' is {what}.* \\(it holds {name}\\); choose another folder$",
+        match=(
+            f"^run.dir: '{tmp_path}' is {what}.* \\(it contains {name}\\); choose another folder$"
+        ),
     ):
         refuse_foreign_folder(tmp_path)
 

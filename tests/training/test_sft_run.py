@@ -38,7 +38,7 @@ SFT: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def place(workplace: Workplace) -> Workplace:
+def sft_workplace(workplace: Workplace) -> Workplace:
     """The corpus `talks` of the workplace's tokenizer."""
     rng = np.random.default_rng(0)
     names = ["open", "close", "read", "write", "seek"]
@@ -62,16 +62,18 @@ def place(workplace: Workplace) -> Workplace:
     return workplace
 
 
-def config(place: Workplace, name: str, init: bool = True, **sections: Any) -> str:
+def config(sft_workplace: Workplace, name: str, init: bool = True, **sections: Any) -> str:
     run = {"dir": name, "threads": 2, **({"init_from": "whole"} if init else {})}
-    (place.folder / f"{name}.yaml").write_text(yaml.safe_dump({**SFT, "run": run, **sections}))
+    (sft_workplace.folder / f"{name}.yaml").write_text(
+        yaml.safe_dump({**SFT, "run": run, **sections})
+    )
     return f"{name}.yaml"
 
 
 @pytest.mark.parametrize("micro", [1, 2, 8])
 @pytest.mark.parametrize("masking", ["bernoulli", "fixed_count"])
 def test_the_loss_is_the_published_formula_whatever_the_micro_batch(
-    micro: int, masking: str, place: Workplace
+    micro: int, masking: str, sft_workplace: Workplace
 ) -> None:
     """Mean over the conversations of: sum over masked response tokens of loss / p, over the
     response's length with its padding.
@@ -82,7 +84,10 @@ def test_the_loss_is_the_published_formula_whatever_the_micro_batch(
         "batch": {"global": 8, "micro": micro},
         "objective": {"masking": masking},
     }
-    raw["data"] = {"sequence_length": 64, "mixture": [{"path": str(place.folder / "talks")}]}
+    raw["data"] = {
+        "sequence_length": 64,
+        "mixture": [{"path": str(sft_workplace.folder / "talks")}],
+    }
     settings = build_config(raw)
     data, engine = open_data(settings), MegatronEngine(settings)
     try:
@@ -120,27 +125,27 @@ def test_the_loss_is_the_published_formula_whatever_the_micro_batch(
         engine.close()
 
 
-def test_a_killed_run_repeats_the_uninterrupted_one(place: Workplace) -> None:
-    whole = place.run("sft", config(place, "talked"))
-    assert "initialised from whole/checkpoints/step_00000012 (weights)" in whole.stdout
+def test_a_killed_run_repeats_the_uninterrupted_one(sft_workplace: Workplace) -> None:
+    whole = sft_workplace.run("sft", config(sft_workplace, "talked"))
+    assert "initialized from whole/checkpoints/step_00000012 (weights)" in whole.stdout
     assert "1 conversations (1 by their prompt alone; number" in whole.stdout
     listed = [
         json.loads(line)
-        for line in (place.folder / "talked" / "too_long.jsonl").read_text().splitlines()
+        for line in (sft_workplace.folder / "talked" / "too_long.jsonl").read_text().splitlines()
     ]
     assert len(listed) == 1
-    lines = place.lines("talked")
+    lines = sft_workplace.lines("talked")
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == list(range(1, 13))
     assert steps[-1]["tokens"] < 12 * 8 * 64, "filler is in no count"
     held_out = [line["nelbo_per_token"] for line in lines if "nelbo_per_token" in line]
     assert [line["step"] for line in lines if "nelbo_per_token" in line] == [0, 4, 8, 12]
     assert held_out[-1] < held_out[0]
-    name = config(place, "killed")
+    name = config(sft_workplace, "killed")
     rng = random.Random(0)
     for _ in range(2):
-        process = place.start("sft", name)
-        path = place.folder / "killed" / "metrics.jsonl"
+        process = sft_workplace.start("sft", name)
+        path = sft_workplace.folder / "killed" / "metrics.jsonl"
         target = rng.randint(2, 9)
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline and process.poll() is None:
@@ -152,10 +157,12 @@ def test_a_killed_run_repeats_the_uninterrupted_one(place: Workplace) -> None:
             time.sleep(0.01)
         os.kill(process.pid, signal.SIGKILL)
         process.communicate()
-    place.run("sft", name)
-    assert place.lines("killed") == lines
+    sft_workplace.run("sft", name)
+    assert sft_workplace.lines("killed") == lines
     state = json.loads(
-        (place.folder / "killed" / "checkpoints" / "step_00000012" / "state.json").read_text()
+        (
+            sft_workplace.folder / "killed" / "checkpoints" / "step_00000012" / "state.json"
+        ).read_text()
     )
     assert state["tokens"] == steps[-1]["tokens"]
     assert state["lineage"][-1]["init_from"] == "whole/checkpoints/step_00000012"
@@ -196,8 +203,12 @@ def test_llada_data_step_shows_responses(place: Workplace) -> None:
         ),
     ],
 )
-def test_refusals(command: str, sections: dict[str, Any], message: str, place: Workplace) -> None:
-    done = place.run(command, config(place, "refused", init=False, **sections), code=2)
+def test_refusals(
+    command: str, sections: dict[str, Any], message: str, sft_workplace: Workplace
+) -> None:
+    done = sft_workplace.run(
+        command, config(sft_workplace, "refused", init=False, **sections), code=2
+    )
     assert message in done.stderr
     assert len(done.stderr.splitlines()) == 1
-    assert not (place.folder / "refused").exists()
+    assert not (sft_workplace.folder / "refused").exists()

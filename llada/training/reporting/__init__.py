@@ -1,1 +1,1 @@
-"""What a run tells about itself: the reporter, and where its metrics go."""
+"""What a run reports: the reporter, and where its metrics go."""

@@ -303,7 +303,7 @@ class MainReporter:
                 text += f"; {num_cut} later lines of metrics.jsonl set aside"
             self.print_main(text)
         elif start.folder:
-            self.print_main(f"initialised from {start.folder} ({self._config.run.init_what})")
+            self.print_main(f"initialized from {start.folder} ({self._config.run.init_what})")
 
     def _print_hardware(self) -> None:
         hardware = self._hardware

@@ -185,7 +185,7 @@ class Console:
 
     def print_above(self, text: str) -> None:
         """Print a line, above the progress line where there is one."""
-        # rich parses square brackets and colours numbers unless it is told not to.
+        # rich parses square brackets and colors numbers unless it is told not to.
         if self._progress is not None:
             self._progress.console.print(text, markup=False, highlight=False)
         else:

@@ -1,1 +1,1 @@
-"""Where a run starts: its latest sound checkpoint, other weights, or random ones."""
+"""The start of a run: what it starts from, and which settings may differ from a checkpoint's."""

@@ -11,9 +11,9 @@ from llada.data.training_data import TrainingData
 from llada.errors import UserError
 from llada.hf.folder import check_mask, is_folder, open_folder
 from llada.tokenizer import Tokenizer
-from llada.training.starting.damage import find_damage
 from llada.training.starting.settings import changed_constants, refuse_other_architecture
 from llada.training.starting.start import Start
+from llada.training.starting.verification import verify_on_all_ranks
 from llada.types import JsonObject
 
 
@@ -40,9 +40,9 @@ def start_from_weights(
     changed = changed_constants(source, config, model, allow_changed)
     tokenizer = load_tokenizer(source, "run.init_from")
     _refuse_other_tokenizer(source, tokenizer, data, source / TOKENIZER_FOLDER)
-    damage = find_damage(config, source)
-    if damage:
-        raise UserError(f"run.init_from: {damage[0]}; the checkpoint is damaged, take another one")
+    problems = verify_on_all_ranks(config, source)
+    if problems:
+        raise UserError(f"run.init_from: {problems[0]}; the checkpoint is damaged; use another one")
     parts = config.run.init_what
     # An import has neither masters nor moments, so there is no optimizer state to take.
     if parts != "weights" and not StoredTensors(source / "model").has_masters:

@@ -1,4 +1,4 @@
-"""Where a run starts: its latest sound checkpoint, other weights, or random ones."""
+"""Decides what a run resumes from: its newest valid checkpoint, other weights, or random ones."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llada import events
-from llada.checkpoint.format import (
+from llada.checkpoint.format import read_state
+from llada.checkpoint.names import (
     MARKER,
     checkpoint_name,
     checkpoint_step,
     committed_checkpoints,
-    read_state,
     unfinished_checkpoints,
     unmarked_checkpoints,
 )
 from llada.config import RunConfig, dump_config
 from llada.data.training_data import TrainingData
 from llada.errors import UserError
+from llada.formatting import first_of
 from llada.training.configure import load_config
 from llada.training.guard import Applied
 from llada.training.run_folder import refuse_foreign_folder
-from llada.training.starting.damage import find_damage
 from llada.training.starting.initial_weights import start_from_weights
 from llada.training.starting.settings import (
     MAY_CHANGE,
@@ -30,6 +30,7 @@ from llada.training.starting.settings import (
     refuse_other_architecture,
 )
 from llada.training.starting.start import Start
+from llada.training.starting.verification import verify_on_all_ranks
 
 
 def resolve_resume(
@@ -42,7 +43,7 @@ def resolve_resume(
 ) -> Start:
     """Decide what a run starts from, the same on every rank; collective.
 
-    That is the latest sound checkpoint of this run, else `run.init_from`, else random weights.
+    That is the newest valid checkpoint of this run, else `run.init_from`, else random weights.
 
     Args:
         config, data: the run's config and data.
@@ -71,24 +72,17 @@ def resolve_resume(
         if later and not run.was_rewound(later[-1], rewind):
             return run.rewind_to(target, later, notes)
 
-    # Else the latest sound one; damaged ones are named and passed over.
-    reason = ""
-    for folder in reversed(checkpoints):
-        damage = find_damage(config, folder)
-        if not damage:
-            return run.resume_from(folder, notes)
-        reason = f"{folder}: {damage[0]}"
-        if len(damage) > 1:
-            reason += f" (and {len(damage) - 1} more)"
-        notes.append(f"ignored {reason}")
     if checkpoints:
-        raise UserError(
-            f"resume: no checkpoint in {root} is sound: {reason}; choose another run.dir to start"
-            " over, or move the run folder away"
-        )
-
+        return run.resume_from_newest(checkpoints, notes)
     # There is none: a new run, or one that has lost what it did.
     _refuse_lost(root)
+    return _start_new(config, data, allow_changed, notes)
+
+
+def _start_new(
+    config: RunConfig, data: TrainingData, allow_changed: bool, notes: list[str]
+) -> Start:
+    """Start at step 0: from `run.init_from`, or from random weights."""
     if config.run.init_from:
         return start_from_weights(config, data, config.run.init_from, allow_changed, notes)
     if config.task == "sft":
@@ -117,8 +111,9 @@ def preview_resume(
     Checksums and versions are not compared. The other arguments are those of `resolve_resume`.
 
     Raises:
-        UserError: as `resolve_resume`; also for a folder that holds another run, with or without a
-            checkpoint, or something else than a run, and for a corpus whose tokenizer was replaced.
+        UserError: as `resolve_resume`; also for a folder that contains another run, with or without
+            a checkpoint, or something else than a run, and for a corpus whose tokenizer was
+            replaced.
     """
     refuse_foreign_folder(root.parent)
     data.check_tokenizers()
@@ -129,8 +124,8 @@ def preview_resume(
         )
         if difference:
             raise UserError(
-                f"run.dir: '{root.parent}' holds a run of another config, {difference}; choose"
-                " another run.dir, or pass --allow-changed"
+                f"run.dir: '{root.parent}' contains a run with a different config, {difference};"
+                " choose another run.dir, or pass --allow-changed"
             )
     unverified = config.model_copy(
         update={"checkpoint": config.checkpoint.model_copy(update={"verify": False})}
@@ -159,7 +154,7 @@ def _refuse_lost(root: Path) -> None:
     else:
         return
     raise UserError(
-        f"run.dir: '{root.parent}' has lost its checkpoints: {evidence}, and {root} holds no"
+        f"run.dir: '{root.parent}' has lost its checkpoints: {evidence}, and {root} has no"
         " complete one; put them back, choose another run.dir to start over, or move the run folder"
         " away"
     )
@@ -183,6 +178,25 @@ class _Resumption:
     root: Path
     threads: int | None
     allow_changed: bool
+
+    def resume_from_newest(self, checkpoints: list[Path], notes: list[str]) -> Start:
+        """Continue after the newest valid checkpoint; damaged ones are reported and passed over.
+
+        Args:
+            checkpoints: all complete ones, oldest first; at least one.
+            notes: lines for the console so far.
+        """
+        reason = ""
+        for folder in reversed(checkpoints):
+            problems = verify_on_all_ranks(self.config, folder)
+            if not problems:
+                return self.resume_from(folder, notes)
+            reason = f"{folder}: {first_of(problems)}"
+            notes = [*notes, f"ignored {reason}"]
+        raise UserError(
+            f"resume: {self.root} contains no valid checkpoint: {reason}; choose another run.dir to"
+            " start over, or move the run folder away"
+        )
 
     def resume_from(self, folder: Path, notes: list[str]) -> Start:
         """Continue after a checkpoint. Raises UserError if it is of another run."""
@@ -210,9 +224,9 @@ class _Resumption:
 
     def rewind_to(self, target: Path, later: list[Path], notes: list[str]) -> Start:
         """Continue after an earlier checkpoint; the `later` ones are superseded."""
-        damage = find_damage(self.config, target)
-        if damage:
-            raise UserError(f"--rewind: {damage[0]}; choose another step")
+        problems = verify_on_all_ranks(self.config, target)
+        if problems:
+            raise UserError(f"--rewind: {problems[0]}; choose another step")
         start = self.resume_from(target, notes)
         latest = checkpoint_step(later[-1])
         entry = {
@@ -221,7 +235,7 @@ class _Resumption:
             "schedule": dump_config(self.config)["schedule"],
         }
         note = (
-            f"rewound from step {latest} to step {start.step}; later checkpoints are set aside as"
+            f"rewound from step {latest} to step {start.step}; later checkpoints are renamed to"
             " step_*.rewound-*"
         )
         return replace(

@@ -151,8 +151,8 @@ def _config_of_checkpoint(saved: JsonObject, folder: Path) -> RunConfig:
     except UserError as error:
         raise UserError(
             f"resume from {folder}: this version of llada does not allow a setting that it was"
-            f" saved with, {error}; go on with the version that wrote it, or start another run from"
-            " its weights (run.init_from)"
+            f" saved with, {error}; continue with the version that wrote it, or start another run"
+            " from its weights (run.init_from)"
         ) from None
 
 
@@ -192,8 +192,8 @@ def refuse_other_architecture(subject: str, config: RunConfig, old: JsonObject) 
     )
     if difference:
         raise UserError(
-            f"{subject} holds another architecture ({_shape(old)}) than the config ({_shape(new)});"
-            f" the first difference is {difference}"
+            f"{subject} has a different architecture ({_shape(old)}) from the config"
+            f" ({_shape(new)}); the first difference is {difference}"
         )
 
 
@@ -232,8 +232,9 @@ def changed_constants(
             continue
         if not allow_changed:
             raise UserError(
-                f"model.{key}: {now!r}, but run.init_from: {source} has {before!r}; leave it out of"
-                " the config to take that, or pass --allow-changed where the change is meant"
+                f"model.{key}: {now!r}, but run.init_from: {source} has {before!r}; remove it"
+                " from the config to use that value, or pass --allow-changed if the change is"
+                " intended"
             )
         changed.append(f"model.{key}: {before!r} -> {now!r}")
     return changed

@@ -1,4 +1,4 @@
-"""Damage of a checkpoint, looked for by all ranks together."""
+"""Verification of a checkpoint by all ranks together."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from llada.engine.layout import gather_world
 from llada.process_rank import world_from_environment
 
 
-def find_damage(config: RunConfig, folder: Path) -> list[str]:
+def verify_on_all_ranks(config: RunConfig, folder: Path) -> list[str]:
     """Return what is wrong with a checkpoint, the same on every rank; collective.
 
     Every rank reads its share of the files. Without `checkpoint.verify` none is read.
