@@ -89,7 +89,7 @@ class WindowReader:
 class PretrainData(TrainingData):
     """Windows of text.
 
-    The loss of a step is normalised by its tokens; each noise group counts by its size.
+    The loss of a step is normalized by its tokens; each noise group counts by its size.
     """
 
     kind = TEXT
