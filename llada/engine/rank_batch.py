@@ -72,7 +72,7 @@ def rank_batch(batch: Batch, rank: int, size: int, kernel: Kernel | None) -> Ran
     length = row_length // size
     first = rank * length
     lengths = None
-    if kernel is not None and kernel.computes(batch.layout):
+    if kernel is not None and kernel.computes(batch.layout, length):
         lengths = segment_lengths(batch.layout, first, length)
     return RankBatch(
         inputs=batch.inputs[:, first : first + length],

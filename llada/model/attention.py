@@ -1,10 +1,11 @@
-"""Bidirectional attention over segments; the one place that chooses a kernel.
+"""Attention over segments, bidirectional or causal; the one place that chooses a kernel.
 
 - bf16 on a GPU, rows cut into segments: a variable-length kernel. flash-attn 4, 3 or 2 if one is
   installed that is made for the GPU, else torch's own.
 - bf16 on a GPU, rows of one segment: flash-attn where it is the fastest, else torch's scaled dot
   product attention, which prefers cuDNN on Hopper and newer.
-- fp32, or any dtype on CPU: torch's scaled dot product attention, once per segment.
+- fp32, or any dtype on CPU: torch's scaled dot product attention, once per segment, or for causal
+  rows that are cut one call with a mask.
 
 On a GPU the unfused math kernel is never used silently: it is refused.
 
@@ -39,6 +40,11 @@ class SegmentLengths:
     Lengths are cumulative over the flattened tokens of a micro-batch. Example: two rows of 8
     tokens, cut at 3 and at 5, are segments of 3, 5, 5 and 3 tokens: `keys` is [0, 3, 8, 13, 16].
 
+    Causal segments are aligned at their ends: the last query sees all keys of its segment, the one
+    before it all but the last. If a context rank has queries 4 and 5 of a segment of 8 tokens, the
+    lengths are therefore those of two segments, one of 2 queries and 6 keys, and one of no query and
+    the 2 keys behind them.
+
     If all rows have the same boundaries, nothing is flattened. Attention treats heads alike, so the
     rows are passed as additional heads of one row, which is a view of [s, b, h, d] tensors and not
     a copy.
@@ -49,6 +55,7 @@ class SegmentLengths:
         longest_query: Largest number of local queries in a segment.
         longest_key: Largest number of keys in a segment.
         rows_are_heads: The lengths are those of one row and hold for every row.
+        causal: A query does not see the keys behind it.
     """
 
     queries: torch.Tensor
@@ -56,6 +63,7 @@ class SegmentLengths:
     longest_query: int
     longest_key: int
     rows_are_heads: bool
+    causal: bool
 
 
 VarlenAttention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, SegmentLengths], torch.Tensor]
@@ -77,8 +85,16 @@ class Kernel:
     call: VarlenAttention
     whole_rows: bool
 
-    def computes(self, layout: Layout) -> bool:
-        """Whether this kernel, and not scaled dot product attention, computes such rows."""
+    def computes(self, layout: Layout, length: int) -> bool:
+        """Whether this kernel, and not scaled dot product attention, computes such rows.
+
+        Args:
+            layout: Segments of the whole rows.
+            length: Number of local queries per row.
+        """
+        if layout.rule == "causal" and length < layout.length:
+            # torch's scaled dot product attention is causal only for as many queries as keys.
+            return True
         return self.whole_rows or not layout.whole()
 
 
@@ -178,6 +194,7 @@ def segment_lengths(layout: Layout, offset: int, length: int) -> SegmentLengths:
         offset: Position of the first local query.
         length: Number of local queries per row.
     """
+    causal = layout.rule == "causal"
     rows_are_heads = len(set(layout.bounds)) == 1
     rows = layout.bounds[:1] if rows_are_heads else layout.bounds
     queries = []
@@ -186,10 +203,16 @@ def segment_lengths(layout: Layout, offset: int, length: int) -> SegmentLengths:
         for start, end in itertools.pairwise(bounds):
             first_query = max(start, offset)
             last_query = min(end, offset + length)
-            queries.append(max(0, last_query - first_query))
-            keys.append(end - start)
+            num_queries = max(0, last_query - first_query)
+            if causal and num_queries and last_query < end:
+                # No local query sees the keys behind the last one.
+                queries += [num_queries, 0]
+                keys += [last_query - start, end - last_query]
+            else:
+                queries.append(num_queries)
+                keys.append(end - start)
     return SegmentLengths(
-        _cumulative(queries), _cumulative(keys), max(queries), max(keys), rows_are_heads
+        _cumulative(queries), _cumulative(keys), max(queries), max(keys), rows_are_heads, causal
     )
 
 
@@ -270,8 +293,13 @@ def segmented_sdpa(
 ) -> torch.Tensor:
     """Scaled dot product attention, once per segment; shapes as in `attend`.
 
-    Rows with equal boundaries are computed together.
+    Rows with equal boundaries are computed together. Causal rows that are cut are computed in one
+    call with a mask instead.
     """
+    if inputs.layout.rule == "causal":
+        if inputs.layout.whole() and len(q) == len(k):
+            return _sdpa(q, k, v, is_causal=True)
+        return _sdpa(q, k, v, mask=_causal_mask(inputs, len(q)))
     if inputs.layout.whole():
         return _sdpa(q, k, v)
     first = inputs.offset
@@ -294,8 +322,35 @@ def segmented_sdpa(
     return torch.cat(outputs, dim=1)[:, original_order]
 
 
-def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Scaled dot product attention of [s, b, h, d] tensors without a mask.
+def _causal_mask(inputs: AttentionInputs, length: int) -> torch.Tensor:
+    """Which keys each local query sees: those of its segment up to itself, bool [b, 1, s, L]."""
+    layout = inputs.layout
+    device = inputs.cos.device
+    keys = torch.arange(layout.length, device=device)
+    queries = keys[inputs.offset : inputs.offset + length]
+    masks = []
+    for bounds in layout.bounds:
+        segments = torch.bucketize(keys, torch.tensor(bounds[1:], device=device), right=True)
+        same = segments[inputs.offset : inputs.offset + length, None] == segments[None, :]
+        masks.append(same & (keys[None, :] <= queries[:, None]))
+    return torch.stack(masks)[:, None]
+
+
+def _sdpa(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    is_causal: bool = False,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Scaled dot product attention of [s, b, h, d] tensors.
+
+    Args:
+        q: Queries.
+        k: Keys.
+        v: Values.
+        is_causal: A query does not see the keys behind it; as many queries as keys.
+        mask: Which keys each query sees, bool [b, 1, s, keys].
 
     Raises:
         RunError: On a GPU, only the unfused math kernel could compute it.
@@ -309,7 +364,7 @@ def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     v = v.permute(1, 2, 0, 3)
     with fused_kernels_only() if q.is_cuda else contextlib.nullcontext():
         try:
-            out = F.scaled_dot_product_attention(q, k, v)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
         except RuntimeError as error:
             if "No available kernel" not in str(error):
                 raise
@@ -405,9 +460,8 @@ def installed_kernels(capability: int) -> list[Kernel]:
         kernels.append(Kernel(name, functools.partial(_call_flash_attn, function), whole_rows))
     with contextlib.suppress(ImportError, AttributeError):
         function = importlib.import_module("torch.nn.attention.varlen").varlen_attn
-        # Older versions require as many key heads as query heads.
-        has_gqa = "enable_gqa" in inspect.signature(function).parameters
-        call = functools.partial(_call_torch_varlen, function, has_gqa)
+        parameters = frozenset(inspect.signature(function).parameters)
+        call = functools.partial(_call_torch_varlen, function, parameters)
         kernels.append(Kernel("torch varlen", call, whole_rows=False))
     return kernels
 
@@ -419,7 +473,7 @@ def _call_flash_attn(
     v: torch.Tensor,
     lengths: SegmentLengths,
 ) -> torch.Tensor:
-    options: dict[str, bool] = {"causal": False}
+    options: dict[str, bool] = {"causal": lengths.causal}
     # Its backward pass then adds in a fixed order, which is slower.
     if torch.are_deterministic_algorithms_enabled():
         options["deterministic"] = True
@@ -439,15 +493,22 @@ def _call_flash_attn(
 
 def _call_torch_varlen(
     function: Callable[..., torch.Tensor],
-    has_gqa: bool,
+    parameters: frozenset[str],
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     lengths: SegmentLengths,
 ) -> torch.Tensor:
-    options: dict[str, bool] = {}
+    options: dict[str, bool | tuple[int, int]] = {}
+    if lengths.causal:
+        # Newer versions have a window: all keys before the query, none behind it.
+        if "window_size" in parameters:
+            options["window_size"] = (-1, 0)
+        else:
+            options["is_causal"] = True
     if k.shape[1] != q.shape[1]:
-        if has_gqa:
+        # Older versions require as many key heads as query heads.
+        if "enable_gqa" in parameters:
             options["enable_gqa"] = True
         else:
             k = _repeat_heads(k, q.shape[1], dim=1)

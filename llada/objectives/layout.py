@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
+
+Rule = Literal["bidirectional", "causal"]
+"""Within a segment a token sees all tokens (bidirectional), or itself and those before it."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Attention segments: tokens attend within their own segment, in both directions.
+    """Attention segments: tokens attend within their own segment, by one rule.
 
     Passes through the model in the place of Megatron-Core's `packed_seq_params`; tensors stay
     [s, b, h, d].
@@ -17,10 +21,12 @@ class Layout:
         bounds: for each row of the micro-batch the boundaries 0 = b_0 < ... < b_n = M, of the whole
             sequence even if context-parallel ranks share it.
         length: M.
+        rule: which tokens of its segment a token sees.
     """
 
     bounds: tuple[tuple[int, ...], ...]
     length: int
+    rule: Rule = "bidirectional"
     # Megatron-Core reads these on any packed_seq_params. "sbhd" and no offsets: nothing is packed.
     qkv_format: str = "sbhd"
     cu_seqlens_q: None = None
@@ -33,7 +39,7 @@ class Layout:
     def stack(cls, rows: Sequence[Layout]) -> Layout:
         """Join the layouts of rows of equal length into that of a micro-batch."""
         bounds = tuple(bounds for row in rows for bounds in row.bounds)
-        return cls(bounds, rows[0].length)
+        return cls(bounds, rows[0].length, rows[0].rule)
 
     def whole(self) -> bool:
         """Whether every row is a single segment."""

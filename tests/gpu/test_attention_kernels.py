@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from llada.errors import RunError
 from llada.model import attention
 from llada.objectives import Layout
+from llada.objectives.layout import Rule
 from tests.gpu.conftest import Hardware
 
 
@@ -84,7 +85,12 @@ def plain(
             keys, values = (
                 x[start:end, row].repeat_interleave(share, dim=1).transpose(0, 1) for x in (k, v)
             )
-            probabilities = (queries @ keys.transpose(1, 2) / math.sqrt(q.shape[-1])).softmax(-1)
+            scores = queries @ keys.transpose(1, 2) / math.sqrt(q.shape[-1])
+            if layout.rule == "causal":
+                query = torch.arange(low, high, device=q.device)[:, None]
+                key = torch.arange(start, end, device=q.device)[None, :]
+                scores = scores.masked_fill(key > query, -math.inf)
+            probabilities = scores.softmax(-1)
             parts.append((probabilities @ values).transpose(0, 1))
         rows.append(torch.cat(parts))
     return torch.stack(rows, dim=1)
@@ -124,7 +130,7 @@ def errors(
         tensor(shape.length, shape.groups),
         tensor(shape.length, shape.groups),
     )
-    used = kernel if kernel is not None and kernel.computes(layout) else None
+    used = kernel if kernel is not None and kernel.computes(layout, length) else None
     lengths = None
     if used is not None:
         on_cpu = attention.segment_lengths(layout, offset, length)
@@ -156,7 +162,11 @@ def check_operators(names: set[str], kernel: attention.Kernel | None, layout: La
     if kernel is not None:
         assert not scaled
         assert kernel.name != "torch varlen" or any("varlen" in name for name in names), names
-    elif layout.whole() and torch.cuda.get_device_capability()[0] >= 9:
+    elif (
+        layout.whole()
+        and layout.rule == "bidirectional"
+        and torch.cuda.get_device_capability()[0] >= 9
+    ):
         assert scaled == {"aten::_scaled_dot_product_cudnn_attention"}
     else:  # cuDNN has no kernel for a segment of a single token
         assert scaled and not any("math" in name for name in scaled), names
@@ -170,11 +180,13 @@ def kernels(device: str) -> list[attention.Kernel | None]:
     return installed
 
 
+@pytest.mark.parametrize("rule", ["bidirectional", "causal"])
 @pytest.mark.parametrize("cut", ["whole rows", "rows cut alike", "rows cut differently"])
 @pytest.mark.parametrize("quarter", [None, 2], ids=["all queries", "a context part"])
 def test_every_kernel_is_the_plain_computation(
     cut: str,
     quarter: int | None,
+    rule: Rule,
     hardware: Hardware,
     record_property: Callable[[str, object], None],
 ) -> None:
@@ -185,7 +197,7 @@ def test_every_kernel_is_the_plain_computation(
     size = shape.length if quarter is None else shape.length // 4
     part = slice((quarter or 0) * size, ((quarter or 0) + 1) * size)
     dtype = torch.bfloat16 if hardware.is_gpu else torch.float32
-    layout = layouts(shape)[cut]
+    layout = replace(layouts(shape)[cut], rule=rule)
     for kernel in kernels(hardware.device):
         errors_by_name = errors(kernel, shape, layout, part, dtype, hardware.device)
         name = kernel.name if kernel is not None else "torch scaled dot product"

@@ -6,6 +6,7 @@ import itertools
 import math
 import sys
 import types
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,6 +17,8 @@ from llada.model import attention
 from llada.objectives import Layout
 
 LAYOUT = Layout(((0, 16), (0, 5, 6, 16), (0, 16), (0, 9, 16)), 16)
+CAUSAL = replace(LAYOUT, rule="causal")
+WHOLE_CAUSAL = Layout(((0, 16),) * 4, 16, "causal")
 
 
 def qkv(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
@@ -36,6 +39,8 @@ def plain(
         ]
     )
     same = ids[:, None, :, None] == ids[:, None, None, :]
+    if layout.rule == "causal":
+        same = same & torch.ones(16, 16, dtype=torch.bool).tril()
     q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
     k, v = (x.repeat_interleave(3, dim=1) for x in (k, v))
     scores = (q @ k.transpose(-1, -2) / math.sqrt(8)).masked_fill(~same, -math.inf)
@@ -50,7 +55,7 @@ def inputs(
 ) -> attention.AttentionInputs:
     lengths = (
         attention.segment_lengths(layout, offset, length)
-        if kernel is not None and kernel.computes(layout)
+        if kernel is not None and kernel.computes(layout, length)
         else None
     )
     return attention.attention_inputs(
@@ -58,30 +63,36 @@ def inputs(
     )
 
 
-def test_segments_and_their_gradients() -> None:
+@pytest.mark.parametrize("layout", [LAYOUT, CAUSAL, WHOLE_CAUSAL])
+def test_segments_and_their_gradients(layout: Layout) -> None:
     tensors = qkv()
     torch.manual_seed(1)
     seed = torch.randn(16, 4, 6, 8)
-    ours = torch.autograd.grad((attention.attend(*tensors, inputs()) * seed).sum(), tensors)
-    expected = torch.autograd.grad((plain(*tensors) * seed).sum(), tensors)
-    torch.testing.assert_close(
-        attention.attend(*tensors, inputs()), plain(*tensors), rtol=1e-5, atol=1e-6
-    )
+    own = attention.attend(*tensors, inputs(layout=layout))
+    expected_output = plain(*tensors, layout)
+    torch.testing.assert_close(own, expected_output, rtol=1e-5, atol=1e-6)
+    ours = torch.autograd.grad((own * seed).sum(), tensors)
+    expected = torch.autograd.grad((expected_output * seed).sum(), tensors)
     for a, b in zip(ours, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("layout", [LAYOUT, CAUSAL, WHOLE_CAUSAL])
 @pytest.mark.parametrize("parts", [2, 4])
-def test_a_contiguous_part_of_the_queries_sees_all_keys_of_its_segments(parts: int) -> None:
+def test_a_contiguous_part_of_the_queries_sees_the_keys_of_its_segments(
+    parts: int, layout: Layout
+) -> None:
     """Context parallelism: each rank has a part of the row's queries and the gathered keys and
     values.
     """
     q, k, v = qkv()
     size = 16 // parts
     parts_of_output = [
-        attention.attend(q[i : i + size], k, v, inputs(i, size)) for i in range(0, 16, size)
+        attention.attend(q[i : i + size], k, v, inputs(i, size, layout=layout))
+        for i in range(0, 16, size)
     ]
-    torch.testing.assert_close(torch.cat(parts_of_output), plain(q, k, v), rtol=1e-5, atol=1e-6)
+    expected = plain(q, k, v, layout)
+    torch.testing.assert_close(torch.cat(parts_of_output), expected, rtol=1e-5, atol=1e-6)
 
 
 def loop_kernel(q: Any, k: Any, v: Any, lengths: attention.SegmentLengths) -> torch.Tensor:
@@ -96,19 +107,27 @@ def loop_kernel(q: Any, k: Any, v: Any, lengths: attention.SegmentLengths) -> to
     ):
         keys, values = (x[c:d].repeat_interleave(3, dim=1).transpose(0, 1) for x in (k, v))
         scores = q[a:b].transpose(0, 1) @ keys.transpose(-1, -2) / math.sqrt(8)
+        if lengths.causal and b > a:
+            # The last query sees all keys.
+            seen = torch.ones(b - a, d - c, dtype=torch.bool).tril(d - c - (b - a))
+            scores = scores.masked_fill(~seen, -math.inf)
         out[a:b] = (scores.softmax(-1) @ values).transpose(0, 1)
     return out
 
 
+@pytest.mark.parametrize("layout", [LAYOUT, CAUSAL, WHOLE_CAUSAL])
 @pytest.mark.parametrize("parts", [1, 2, 4])
-def test_cumulative_lengths_for_a_variable_length_kernel(parts: int) -> None:
+def test_cumulative_lengths_for_a_variable_length_kernel(parts: int, layout: Layout) -> None:
     kernel = attention.Kernel("loop", loop_kernel, whole_rows=True)
     q, k, v = qkv()
     size = 16 // parts
     parts_of_output = [
-        attention.attend(q[i : i + size], k, v, inputs(i, size, kernel)) for i in range(0, 16, size)
+        attention.attend(q[i : i + size], k, v, inputs(i, size, kernel, layout))
+        for i in range(0, 16, size)
     ]
-    torch.testing.assert_close(torch.cat(parts_of_output), plain(q, k, v), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        torch.cat(parts_of_output), plain(q, k, v, layout), rtol=1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("parts", [1, 2, 4])
