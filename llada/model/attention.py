@@ -42,7 +42,7 @@ class SegmentLengths:
 
     Causal segments are aligned at their ends: the last query sees all keys of its segment, the one
     before it all but the last. If a context rank has queries 4 and 5 of a segment of 8 tokens, the
-    lengths are therefore those of two segments, one of 2 queries and 6 keys, and one of no query and
+    lengths are therefore those of two segments: one of 2 queries and 6 keys, one of no query and
     the 2 keys behind them.
 
     If all rows have the same boundaries, nothing is flattened. Attention treats heads alike, so the
