@@ -1,0 +1,81 @@
+"""Left-to-right prediction, the baseline that diffusion is compared with.
+
+Every token of a segment is predicted from those before it. The inputs are the tokens shifted by one
+position, and the first position of a segment reads a start token, so that all L tokens have a loss:
+the sum over a segment is exactly -log p of its tokens, and compares with a negative ELBO.
+
+Example: the tokens 5 6 7 with a start token 0 are read as 0 5 6, and the state at position 1, which
+has read 0 and 5, predicts 6.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from llada.arrays import I64
+from llada.objectives.corrupted import TOKENS, Corrupted, Terms
+from llada.objectives.layout import Layout
+from llada.objectives.losses import CROSS_ENTROPY, Loss
+from llada.objectives.objective import Work
+from llada.objectives.row import Key, NoiseGroups, Row
+
+
+@dataclass(frozen=True)
+class Autoregressive:
+    """Predicts every token of the noise groups from the tokens before it in its segment.
+
+    Attributes:
+        start_id: token id that the first position of each segment reads.
+    """
+
+    start_id: int
+
+    @property
+    def losses(self) -> Mapping[str, Loss]:
+        """Cross entropy."""
+        return CROSS_ENTROPY
+
+    def input_length(self, length: int) -> int:
+        """Return `length`: the model reads the row itself."""
+        return length
+
+    def groups(self, spans: I64) -> tuple[I64, I64]:
+        """Return one group for each attention segment; its t has no effect."""
+        return spans, np.arange(len(spans), dtype=np.int64)
+
+    def corrupt(self, row: Row, key: Key) -> Corrupted:
+        """Shift the tokens of each segment; nothing is drawn."""
+        length = len(row.tokens)
+        inputs = np.empty_like(row.tokens)
+        inputs[1:] = row.tokens[:-1]
+        inputs[row.bounds[:-1]] = self.start_id
+
+        groups = row.groups
+        # Position of the k-th term: that of its group's first term, and how far k is behind it.
+        owner = np.repeat(np.arange(len(groups)), groups.sizes)
+        first_terms = np.cumsum(groups.sizes) - groups.sizes
+        positions = groups.spans[owner, 0] + np.arange(len(owner)) - first_terms[owner]
+        terms = Terms(
+            positions=positions,
+            targets=row.tokens[positions],
+            weights=groups.scales[owner],
+            groups=groups.ids[owner],
+        )
+        return Corrupted(
+            inputs=inputs,
+            positions=np.arange(length, dtype=np.int64),
+            layout=Layout((tuple(row.bounds.tolist()),), length, "causal"),
+            terms={TOKENS: terms},
+        )
+
+    def bound(self) -> Autoregressive:
+        """Return itself: its sum is -log p."""
+        return self
+
+    def work(self, segment_lengths: I64, groups: NoiseGroups) -> Work:
+        """Return what a step computes; the arguments are those of `Objective`."""
+        pairs = int((segment_lengths * (segment_lengths + 1) // 2).sum())
+        return Work(terms={TOKENS: float(groups.sizes.sum())}, attended_pairs=pairs)
