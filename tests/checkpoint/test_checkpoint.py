@@ -256,7 +256,7 @@ def test_a_start_from_weights_with_another_rope_base(workplace: Workplace) -> No
     refused = workplace.run("pretrain", config, code=2).stderr
     assert (
         "model.rope_theta: 10000.0, but run.init_from: whole/checkpoints/step_00000012 has"
-        " 500000.0; leave it out" in refused
+        " 500000.0; remove it" in refused
     )
     out = workplace.run("pretrain", config, "--allow-changed").stdout
     assert "rope_theta 10000.0, norm_eps 1e-05" in out

@@ -449,7 +449,8 @@ def weights_of_another_config() -> None:
     folder = OUT / "other"
     shutil.copytree(EXPORT, folder)
     config = json.loads((folder / "config.json").read_text())
-    for layers, kind in ((config["n_layers"] + 1, "missing"), (config["n_layers"] - 1, "too many")):
+    kinds = {config["n_layers"] + 1: "missing", config["n_layers"] - 1: "unexpected"}
+    for layers, kind in kinds.items():
         (folder / "config.json").write_text(json.dumps({**config, "n_layers": layers}))
         try:
             AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)

@@ -222,7 +222,7 @@ def test_changes_of_weights_are_counted_in_tokens_and_said(folder: Path, tmp_pat
 def test_an_epoch_reads_every_window_once(folder: Path) -> None:
     made = data(folder, batch=4)
     count = made.readers[TRAIN][0].num_instances
-    read = [int(w) for step in range(-(-count // 4)) for w in made.plan(step).instances][:count]
+    read = [int(w) for step in range(-(-count // 4)) for w in made.plan(step).examples][:count]
     assert sorted(read) == list(range(count)) and read != sorted(read)
 
 

@@ -155,7 +155,7 @@ def test_the_end_of_a_capped_mixture_cuts_its_last_group(folder: Path) -> None:
     last = data.mixture.num_samples - 1
     ends = [int(data.plan(sample).bounds[0][1]) for sample in range(last + 1)]
     longest = [
-        data.readers[TRAIN][0].total(data.plan(sample).instances[0]) for sample in range(last + 1)
+        data.readers[TRAIN][0].total(data.plan(sample).examples[0]) for sample in range(last + 1)
     ]
     assert ends == [max(longest[s // 50 * 50 : s // 50 * 50 + 50]) for s in range(last + 1)]
 
@@ -207,7 +207,7 @@ def test_every_reply_of_a_conversation_is_read_at_some_time(folder: Path) -> Non
     data = made(folder)
     reader = data.readers[TRAIN][0]
     assert len(reader.replies) > reader.num_instances
-    read = {int(item) for step in range(200) for item in data.plan(step).instances}
+    read = {int(item) for step in range(200) for item in data.plan(step).examples}
     assert read == set(range(len(reader.replies)))
 
 

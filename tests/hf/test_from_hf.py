@@ -394,7 +394,7 @@ def cut(name: str, count: int) -> Callable[[Path], None]:
     [
         (
             lambda folder: (folder / "config.json").unlink(),
-            r"no Hugging Face folder \(it has no config.json\)",
+            r"is not a Hugging Face folder \(no config.json\)",
         ),
         (cut("config.json", 30), "config.json: not JSON"),
         (
@@ -436,8 +436,8 @@ def cut(name: str, count: int) -> Callable[[Path], None]:
         (change(d_model="64"), "d_model: '64' is not a positive integer"),
         (
             retensor(take_two),
-            r"missing: model.transformer.blocks.1.q_proj.weight, model.transformer.ln_f.weight; too"
-            r" many: model.transformer.wpe.weight; "
+            r"missing: model.transformer.blocks.1.q_proj.weight, model.transformer.ln_f.weight;"
+            r" unexpected: model.transformer.wpe.weight; "
             r"misshapen: model.transformer.blocks.0.k_proj.weight is \[64, 64\], not \[32, 64\]",
         ),
         (

@@ -208,8 +208,8 @@ def test_a_run_that_lost_its_checkpoints_does_not_start_over(
         with pytest.raises(
             UserError,
             match=(
-                f"run.dir: 'lost' has lost its checkpoints: {message}, and lost/checkpoints holds"
-                " no complete"
+                f"run.dir: 'lost' has lost its checkpoints: {message}, and lost/checkpoints has"
+                " no complete one"
             ),
         ):
             run(workplace, monkeypatch, "lost")
