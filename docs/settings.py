@@ -27,21 +27,26 @@ def settings(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, 
     """Yield every setting with its dotted name; `N` stands for the index of a list's item."""
     for name, field in section.model_fields.items():
         key = prefix + (field.alias or name)
-        subsection, is_list = _section_in(field)
-        if subsection is None:
+        sections = list(_sections_in(field.annotation))
+        if not sections:
             yield key, field
-        elif is_list:
-            yield from settings(subsection, f"{key}.N.")
-        else:
-            yield from settings(subsection, f"{key}.")
+            continue
+        index = ".N" if get_origin(field.annotation) is list else ""
+        seen = set()
+        for subsection in sections:
+            # The variants of a section share some settings, their name for one.
+            for name_below, field_below in settings(subsection, f"{key}{index}."):
+                if name_below not in seen:
+                    yield name_below, field_below
+                seen.add(name_below)
 
 
-def _section_in(field: FieldInfo) -> tuple[type[BaseModel] | None, bool]:
-    """Return the section that a field holds, and whether it holds a list of them."""
-    for annotation in (field.annotation, *get_args(field.annotation)):
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            return annotation, get_origin(field.annotation) is list
-    return None, False
+def _sections_in(annotation: object) -> Iterator[type[BaseModel]]:
+    """Yield the sections that an annotation names: `Section`, `list[Section]`, `A | B`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _sections_in(argument)
 
 
 def settings_table(section: type[BaseModel]) -> str:

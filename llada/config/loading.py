@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, NamedTuple, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -139,10 +139,13 @@ def first_mistake(error: ValidationError, root: type[BaseModel]) -> str:
     # explains why. The sort is stable, so the rest keeps the order of the fields.
     problems.sort(key=lambda problem: problem["type"] != "extra_forbidden")
     first = problems[0]
-    setting = ".".join(str(part) for part in first["loc"])
+    location = _locate(first["loc"], root)
+    setting = ".".join(location.names)
 
     if first["type"] == "extra_forbidden":
-        return _unknown_setting(setting, first["loc"], root)
+        return _unknown_setting(setting, location)
+    if first["type"] == "union_tag_invalid":
+        return _unknown_variant(setting, first)
     if first["type"] == "missing":
         return f"{setting}: missing, this setting has no default"
     if first["type"] == "value_error":
@@ -150,10 +153,67 @@ def first_mistake(error: ValidationError, root: type[BaseModel]) -> str:
     return _wrong_value(setting, first)
 
 
-def _unknown_setting(setting: str, loc: tuple[int | str, ...], root: type[BaseModel]) -> str:
+class _Location(NamedTuple):
+    """Where in a config a mistake is.
+
+    Attributes:
+        names: of the sections and the setting, as in YAML; an item of a list is named by its index.
+        section: the innermost section that exists.
+    """
+
+    names: list[str]
+    section: type[BaseModel]
+
+
+def _locate(loc: tuple[int | str, ...], root: type[BaseModel]) -> _Location:
+    """Follow a location that pydantic reports through the sections below `root`.
+
+    Below a section that is one of several variants, pydantic inserts the variant's name:
+    ("objective", "masked", "eps") is objective.eps.
+    """
+    names: list[str] = []
+    section = root
+    variants: dict[str, type[BaseModel]] = {}
+    for part in loc:
+        if part in variants:
+            section = variants[str(part)]
+            variants = {}
+            continue
+        names.append(str(part))
+        fields = {field.alias or name: field for name, field in section.model_fields.items()}
+        if isinstance(part, str) and part in fields:
+            inside = _sections_in(fields[part].annotation)
+            if len(inside) == 1:
+                section = inside[0]
+            variants = {of_tag.model_fields["name"].default: of_tag for of_tag in inside[1:]}
+            if variants:
+                variants[inside[0].model_fields["name"].default] = inside[0]
+    return _Location(names, section)
+
+
+def _sections_in(annotation: object) -> list[type[BaseModel]]:
+    """The sections that an annotation names: `Section`, `list[Section]`, `A | B`, annotated."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [section for argument in get_args(annotation) for section in _sections_in(argument)]
+
+
+def _unknown_variant(setting: str, problem: ErrorDetails) -> str:
+    """Message for a name that none of a section's variants has."""
+    given = problem["ctx"]["tag"]
+    allowed = [name.strip("' ") for name in problem["ctx"]["expected_tags"].split(",")]
+    return (
+        f"{setting}.name: {given!r} is not one of {', '.join(allowed)}"
+        f"{did_you_mean(given, allowed)}"
+    )
+
+
+def _unknown_setting(setting: str, location: _Location) -> str:
     """Message for a key that is not a setting: `train.stps`, with `train.steps` as the hint."""
-    section = setting.removesuffix(str(loc[-1]))
-    names = [section + name for name in _setting_names(loc[:-1], root)]
+    section = setting.removesuffix(location.names[-1])
+    names = [
+        section + (field.alias or name) for name, field in location.section.model_fields.items()
+    ]
     return (
         f"{setting}: unknown setting{did_you_mean(setting, names)}; allowed here:"
         f" {', '.join(names)}"
@@ -185,19 +245,6 @@ def _wrong_value(setting: str, problem: ErrorDetails) -> str:
         hint = did_you_mean(str(problem["input"]), [choice.strip("' ") for choice in choices])
     sentence = f"{message[0].lower()}{message[1:]}"
     return f"{setting}: {problem['input']!r} is not allowed: {sentence}{hint}"
-
-
-def _setting_names(loc: tuple[int | str, ...], root: type[BaseModel]) -> list[str]:
-    """The settings allowed in the section at `loc` below `root`, by their names in YAML."""
-    section = root
-    for part in loc:
-        if isinstance(part, int):  # an item of a list: the section is that of the list's items
-            continue
-        fields = {field.alias or name: field for name, field in section.model_fields.items()}
-        annotation = fields[part].annotation
-        # `list[Section]` and `Section | None` hold the section as their first argument.
-        section = next(iter(get_args(annotation)), annotation)  # type: ignore[assignment]
-    return [field.alias or name for name, field in section.model_fields.items()]
 
 
 # -- writing ---------------------------------------------------------------------------------------

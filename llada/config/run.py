@@ -8,13 +8,13 @@ from pydantic import Field, model_validator
 
 from llada.config import rules
 from llada.config.data_sections import DataSection
+from llada.config.objective_sections import MaskedSection, ObjectiveSection
 from llada.config.section import Section
 from llada.config.sections import (
     BatchSection,
     CheckpointSection,
     LoggingSection,
     ModelSection,
-    ObjectiveSection,
     OptimizerSection,
     ParallelSection,
     RunSection,
@@ -49,7 +49,7 @@ class RunConfig(Section):
     batch: BatchSection
     data: DataSection
     model: ModelSection
-    objective: ObjectiveSection = ObjectiveSection()
+    objective: ObjectiveSection = MaskedSection()
     sft: SFTSection = SFTSection()
     optimizer: OptimizerSection = OptimizerSection()
     schedule: ScheduleSection

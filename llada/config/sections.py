@@ -136,23 +136,6 @@ class ModelSection(Section):
         return self
 
 
-class ObjectiveSection(Section):
-    """The training objective."""
-
-    name: Literal["masked"] = "masked"
-    """masked: LLaDA's masked diffusion (arXiv 2502.09992, Eq. 3)."""
-    timesteps: Literal["stratified", "iid"] = "stratified"
-    """How t is drawn for the segments of a step: stratified over the whole global step, or
-    independently (iid).
-    """
-    masking: Literal["bernoulli", "fixed_count"] = "bernoulli"
-    """bernoulli: masks each token with probability p = (1 - eps) t + eps, weight 1/p. fixed_count:
-    masks n = 1 + floor(t L) of the L tokens, weight L/n.
-    """
-    eps: float = Field(default=1e-3, gt=0, lt=1)
-    """Smallest masking probability of bernoulli (the paper: 1e-3)."""
-
-
 class OptimizerSection(Section):
     """AdamW; weight decay on matrices only (embedding and head included), never on norm weights."""
 

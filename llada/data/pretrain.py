@@ -15,7 +15,7 @@ from llada.data.corpus import Corpus
 from llada.data.manifest import TEXT, TRAIN, VALIDATION
 from llada.data.step_plan import DrawT, StepPlan
 from llada.data.training_data import TrainingData, check_tokens
-from llada.noise import random_lengths, timesteps
+from llada.noise import random_lengths
 from llada.objectives import NoiseGroups
 
 
@@ -119,7 +119,7 @@ class PretrainData(TrainingData):
 
         cut = self._cut(len(samples), rows, positions)
         sizes = (cut.spans[:, 1] - cut.spans[:, 0]).astype(np.float64)
-        t = timesteps(config.seed, step, sizes, config.objective.timesteps)
+        t = self.objective.draw_t(config.seed, step, sizes)
         return _assemble(samples, corpora, windows, cut, t)
 
     def validation_plan(

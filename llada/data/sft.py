@@ -21,7 +21,7 @@ from llada.data.shard_format import prompt_tokens, shift_documents
 from llada.data.step_plan import DrawT, StepPlan
 from llada.data.training_data import TrainingData, check_tokens
 from llada.errors import UserError
-from llada.noise import derive_key, hash64, timesteps
+from llada.noise import derive_key, hash64
 from llada.objectives import NoiseGroups
 
 _MAX_LISTED = 3
@@ -214,7 +214,7 @@ class SFTData(TrainingData):
         sizes = responses[:, 1] - responses[:, 0]
         # Every conversation has the same share of the loss, whatever its length.
         shares = (spans[:, 1] - spans[:, 0]) / sizes[rows]
-        t = timesteps(config.seed, step, shares, config.objective.timesteps)
+        t = self.objective.draw_t(config.seed, step, shares)
         # Its tokens have weight 1 / their number, as in the published training loss.
         groups = NoiseGroups.of_whole_samples(samples[rows], spans, t, 1 / sizes[rows])
         return StepPlan(

@@ -22,7 +22,7 @@ from llada.data.verify import verify_corpus
 from llada.errors import UserError
 from llada.files import read_files
 from llada.objectives import Batch, Key, Objective, Row, collate
-from llada.objectives.registry import make_objective
+from llada.objectives.registry import SpecialIds, make_objective
 from llada.tokenizer import Tokenizer
 
 _MADE_BY = {TEXT: "llada data prepare", CONVERSATIONS: "llada data prepare-sft"}
@@ -97,7 +97,9 @@ class TrainingData(ABC):
         self.readers = {split: [self.open_reader(i, split) for i in indices] for split in SPLITS}
         self.mixture = Mixture([self._mixture_source(i) for i in indices], config.seed)
         self._check_enough_samples()
-        self.objective: Objective = make_objective(config.objective, self.manifest.mask_id)
+        self.objective: Objective = make_objective(
+            config.objective, SpecialIds(self.manifest.mask_id, self.manifest.eos_id)
+        )
         self.key = Key(config.seed)
 
     # -- what a task decides -----------------------------------------------------------------------

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llada.arrays import I64
+from llada.arrays import F64, I64
 from llada.objectives.corrupted import TOKENS, Corrupted, Terms
 from llada.objectives.layout import Layout
 from llada.objectives.losses import CROSS_ENTROPY, Loss
@@ -32,6 +32,15 @@ class Autoregressive:
     """
 
     start_id: int
+
+    @property
+    def summary(self) -> str:
+        """Name."""
+        return "autoregressive"
+
+    def draw_t(self, seed: int, step: int, shares: F64) -> F64:
+        """Return zeros: there is no noise."""
+        return np.zeros(len(shares))
 
     @property
     def losses(self) -> Mapping[str, Loss]:

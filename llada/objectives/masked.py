@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llada.arrays import F64, I64
+from llada.noise import timesteps
 from llada.objectives.corrupted import TOKENS, Corrupted, Terms
 from llada.objectives.layout import Layout
 from llada.objectives.losses import CROSS_ENTROPY, Loss
@@ -39,11 +40,22 @@ class MaskedDiffusion:
         mask_id: token id of [MASK].
         masking: "bernoulli" or "fixed_count".
         eps: smallest masking probability of bernoulli.
+        timesteps: how t is drawn, see `llada.noise.timesteps`.
     """
 
     mask_id: int
     masking: str = "bernoulli"
     eps: float = 1e-3
+    timesteps: str = "stratified"
+
+    @property
+    def summary(self) -> str:
+        """Name, masking and timesteps."""
+        return f"masked, {self.masking}, t {self.timesteps}"
+
+    def draw_t(self, seed: int, step: int, shares: F64) -> F64:
+        """Draw t; the arguments are those of `Objective`."""
+        return timesteps(seed, step, shares, self.timesteps)
 
     @property
     def losses(self) -> Mapping[str, Loss]:

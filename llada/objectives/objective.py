@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from llada.arrays import I64
+from llada.arrays import F64, I64
 from llada.objectives.corrupted import Corrupted
 from llada.objectives.losses import Loss
 from llada.objectives.row import Key, NoiseGroups, Row
@@ -39,6 +39,21 @@ class Objective(Protocol):
 
     def input_length(self, length: int) -> int:
         """Return how many tokens the model reads of a row of `length` tokens."""
+        ...
+
+    @property
+    def summary(self) -> str:
+        """Name and settings in a few words, for people."""
+        ...
+
+    def draw_t(self, seed: int, step: int, shares: F64) -> F64:
+        """Draw the diffusion time of each noise group of a training step, float64 [g] in [0, 1).
+
+        Args:
+            seed: of the run.
+            step: number of the step.
+            shares: share of each group in the loss of the step, in any unit [g].
+        """
         ...
 
     def groups(self, spans: I64) -> tuple[I64, I64]:

@@ -3,24 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
-from llada.config.sections import ObjectiveSection
+from llada.config.objective_sections import (
+    AutoregressiveSection,
+    MaskedSection,
+    ObjectiveSection,
+)
+from llada.objectives.autoregressive import Autoregressive
 from llada.objectives.masked import MaskedDiffusion
 from llada.objectives.objective import Objective
 
 
-def make_objective(section: ObjectiveSection, mask_id: int) -> Objective:
-    """Return the objective of a config.
+class SpecialIds(NamedTuple):
+    """Token ids that objectives write into a row.
 
-    Args:
-        section: of the config.
-        mask_id: token id of [MASK].
+    Attributes:
+        mask: [MASK].
+        start: what the first position of a text reads: BOS, or else EOS.
     """
-    return _OBJECTIVES[section.name](section, mask_id)
+
+    mask: int
+    start: int
 
 
-def _make_masked(section: ObjectiveSection, mask_id: int) -> Objective:
-    return MaskedDiffusion(mask_id, section.masking, section.eps)
+def make_objective(section: ObjectiveSection, ids: SpecialIds) -> Objective:
+    """Return the objective of a config."""
+    return OBJECTIVES[section.name](section, ids)
 
 
-_OBJECTIVES: dict[str, Callable[[ObjectiveSection, int], Objective]] = {"masked": _make_masked}
+def _make_masked(section: MaskedSection, ids: SpecialIds) -> Objective:
+    return MaskedDiffusion(ids.mask, section.masking, section.eps, section.timesteps)
+
+
+def _make_autoregressive(section: AutoregressiveSection, ids: SpecialIds) -> Objective:
+    return Autoregressive(ids.start)
+
+
+OBJECTIVES: dict[str, Callable[[Any, SpecialIds], Objective]] = {
+    "masked": _make_masked,
+    "autoregressive": _make_autoregressive,
+}
+"""Name -> what makes the objective from its section and the special ids."""

@@ -39,10 +39,9 @@ def describe_step(config: RunConfig, step: int, samples: int) -> str:
     lines = [
         f"step {step}: samples {plan.samples[0]} to {plan.samples[-1]}, {len(t)} noise groups,"
         f" {plan.tokens:,} tokens",
-        f"t: smallest {t.min():.4f}, mean {t.mean():.4f}, largest {t.max():.4f}"
-        f" ({config.objective.timesteps})",
-        f"masked tokens expected: {expected:,.0f} of {plan.groups.sizes.sum():,}"
-        f" ({config.objective.masking})",
+        f"objective: {data.objective.summary}",
+        f"t: smallest {t.min():.4f}, mean {t.mean():.4f}, largest {t.max():.4f}",
+        f"terms of the loss expected: {expected:,.0f} for {plan.groups.sizes.sum():,} tokens",
     ]
     for i, source in enumerate(data.mixture.sources):
         lines.append(f"corpus {i}: {source.name}: {(plan.corpora == i).sum()} samples")

@@ -44,11 +44,14 @@ def gradients(engine: MegatronEngine) -> dict[str, torch.Tensor]:
     return owned
 
 
-def train_on_ranks(parallel: dict[str, Any], model: dict[str, Any], micro: int) -> dict[str, Any]:
+def train_on_ranks(
+    parallel: dict[str, Any], model: dict[str, Any], micro: int, objective: dict[str, Any]
+) -> dict[str, Any]:
     """Five steps on this rank: losses, gradient norms, gradients of the first and the last step,
     and its weights before and after.
     """
-    config = small_config(model, parallel, batch={"global": 8, "micro": micro})
+    batch = {"global": 8, "micro": micro}
+    config = small_config(model, parallel, batch=batch, objective=objective)
     engine = MegatronEngine(config)
     try:
         own_rank = engine.parallel_rank
@@ -106,11 +109,16 @@ def micro_batch_size(parallel: dict[str, Any]) -> int:
 
 
 def check_five_steps(
-    pool: RankPool, parallel: dict[str, Any], model: dict[str, Any], micro: int
+    pool: RankPool,
+    parallel: dict[str, Any],
+    model: dict[str, Any],
+    micro: int,
+    objective: dict[str, Any] | None = None,
 ) -> None:
     """Run a layout and compare all there is to compare."""
-    answers = pool.run(train_on_ranks, parallel, model, micro)
-    config = small_config(model)
+    objective = objective or {}
+    answers = pool.run(train_on_ranks, parallel, model, micro, objective)
+    config = small_config(model, objective=objective)
     start = whole(answers, [answer["before"] for answer in answers], config)
     assert set(start) == set(weights.canonical_shapes(config.model))
     for name, value in start.items():  # every layout starts from the same keyed weights
@@ -147,6 +155,16 @@ def check_five_steps(
 def test_five_steps_equal_the_oracle(layout: str, pool: RankPool) -> None:
     parallel, model = LAYOUTS[layout]
     check_five_steps(pool, parallel, model, micro_batch_size(parallel))
+
+
+@pytest.mark.parametrize("objective", [{"name": "autoregressive"}], ids=["autoregressive"])
+@pytest.mark.parametrize("layout", ["TP2+SP x DP4", "PP2 x VP2 x DP4", "CP2 x DP4"])
+def test_every_objective_equals_the_oracle(
+    layout: str, objective: dict[str, Any], pool: RankPool
+) -> None:
+    """Masked diffusion is in all layouts above."""
+    parallel, model = LAYOUTS[layout]
+    check_five_steps(pool, parallel, model, micro_batch_size(parallel), objective)
 
 
 @pytest.mark.parametrize("micro", [1, 4])

@@ -11,7 +11,8 @@ import torch
 from llada.config import RunConfig, build_config
 from llada.engine.megatron import MegatronEngine
 from llada.noise import timesteps
-from llada.objectives import TOKENS, Batch, Key, MaskedDiffusion, NoiseGroups, Row, collate
+from llada.objectives import TOKENS, Batch, Key, NoiseGroups, Row, collate
+from llada.objectives.registry import SpecialIds, make_objective
 from tests.model.assembly import gather
 from tests.model.oracle import Oracle
 
@@ -49,7 +50,7 @@ def small_config(
     return build_config({**raw, **settings})
 
 
-def step_batches(config: RunConfig, step: int, masking: str = "bernoulli") -> list[Batch]:
+def step_batches(config: RunConfig, step: int) -> list[Batch]:
     """All micro-batches of a step of random tokens.
 
     Rows have one, two or more segments, and some segments are a single token.
@@ -65,7 +66,7 @@ def step_batches(config: RunConfig, step: int, masking: str = "bernoulli") -> li
     t = timesteps(config.seed, step, spans[:, 1] - spans[:, 0], "stratified")
     samples = step * count + np.arange(count)
     groups = NoiseGroups.of_whole_samples(np.repeat(samples, counts), spans, t)
-    objective = MaskedDiffusion(MASK, masking)
+    objective = make_objective(config.objective, SpecialIds(mask=MASK, start=0))
     key = Key(config.seed)
     corrupted = []
     for i in range(count):
@@ -116,16 +117,12 @@ class OracleTrainer:
         """The step's loss from every position's logits."""
         total = torch.zeros((), dtype=torch.float64)
         for batch in batches:
-            logits = self.oracle(batch.inputs, segment_ids(batch))
+            logits = self.oracle(batch.inputs, segment_ids(batch), batch.layout.rule == "causal")
             terms = batch.terms[TOKENS]
-            clean = batch.inputs.clone()
-            clean[terms.rows, terms.columns] = terms.targets
-            weights = torch.zeros(batch.inputs.shape)
-            weights[terms.rows, terms.columns] = terms.weights
             each = torch.nn.functional.cross_entropy(
-                logits.flatten(0, 1), clean.flatten(), reduction="none"
-            ).view_as(weights)
-            total = total + (each * weights).sum().double() / batch.normalizer
+                logits[terms.rows, terms.columns], terms.targets, reduction="none"
+            )
+            total = total + (each * terms.weights).sum().double() / batch.normalizer
         return total
 
     def step(

@@ -28,20 +28,27 @@ SHAPES = {
 }
 
 
+OBJECTIVES = {
+    "bernoulli": {"masking": "bernoulli"},
+    "fixed count": {"masking": "fixed_count"},
+    "autoregressive": {"name": "autoregressive"},
+}
+
+
 def close(got: torch.Tensor, expected: torch.Tensor, tolerance: float) -> bool:
     return bool((got - expected).norm() <= tolerance * expected.norm())
 
 
-@pytest.mark.parametrize("masking", ["bernoulli", "fixed_count"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_five_steps_equal_the_oracle(shape: str, masking: str) -> None:
-    config = small_config(SHAPES[shape])
+def test_five_steps_equal_the_oracle(shape: str, objective: str) -> None:
+    config = small_config(SHAPES[shape], objective=OBJECTIVES[objective])
     engine = MegatronEngine(config)
     try:
         trainer = OracleTrainer(config, canonical(engine))
         rates = [1e-3 * (step + 1) / 10 for step in range(5)]
         for step, rate in enumerate(rates):
-            batches = step_batches(config, step, masking)
+            batches = step_batches(config, step)
             loss, norm, grads = trainer.step(batches, rate)
             result = engine.train_step(batches, rate)
             assert result.applied

@@ -39,16 +39,21 @@ class Oracle(torch.nn.Module):
         swapped = torch.cat([-x[..., d // 2 :], x[..., : d // 2]], -1)
         return x * cos + swapped * sin
 
-    def forward(self, inputs: torch.Tensor, segment: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, inputs: torch.Tensor, segment: torch.Tensor, causal: bool = False
+    ) -> torch.Tensor:
         """Compute logits [b, L, vocabulary] of ids [b, L].
 
         Args:
             inputs: Ids [b, L].
             segment: [b, L]; tokens attend to the tokens of their row with the same value.
+            causal: Only to those up to themselves.
         """
         m, w = self.model, self.w
         b, n = inputs.shape
         same = segment[:, None, :, None] == segment[:, None, None, :]
+        if causal:
+            same = same & torch.ones(n, n, dtype=torch.bool).tril()
         x = w[f"{P}.wte.weight"][inputs]
         for i in range(m.num_layers):
             p = f"{P}.blocks.{i}"
