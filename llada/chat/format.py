@@ -80,6 +80,15 @@ class Reply(NamedTuple):
     turn_end: int
 
 
+def end_ids(tokenizer: Tokenizer) -> set[int]:
+    """Return the tokens that end a text or an answer: EOS, and the end of a turn if it has one."""
+    ids = {tokenizer.eos_id}
+    end_of_turn = tokenizer.id_of(END_OF_TURN)
+    if end_of_turn is not None:
+        ids.add(end_of_turn)
+    return ids
+
+
 class ChatFormat:
     """Encodes conversations in LLaDA's format.
 

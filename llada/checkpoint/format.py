@@ -85,11 +85,18 @@ class TrainedConfig:
             weights are stored in.
         longest: longest sequence that the model was trained on, in this run or one before, in
             tokens.
+        objective: name of the objective that it was trained with.
     """
 
     model: ModelSection
     precision: str
     longest: int
+    objective: str = "masked"
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether the model writes from left to right, seeing the tokens before only."""
+        return self.objective == "autoregressive"
 
 
 def trained_config(state: CheckpointState) -> TrainedConfig:
@@ -102,8 +109,9 @@ def trained_config(state: CheckpointState) -> TrainedConfig:
         model = ModelSection.model_validate(state.config["model"])
         lengths = [state.config["data"]["sequence_length"]]
         lengths += [entry.get("sequence_length", 0) for entry in state.lineage]
-        return TrainedConfig(model, state.config["precision"], max(lengths))
-    except (KeyError, TypeError, ValidationError) as error:
+        objective = state.config.get("objective", {}).get("name", "masked")
+        return TrainedConfig(model, state.config["precision"], max(lengths), objective)
+    except (AttributeError, KeyError, TypeError, ValidationError) as error:
         reason = one_line(error)
         raise UserError(
             f"checkpoint: its {STATE_FILE} does not describe a model ({reason})"

@@ -44,6 +44,15 @@ def to_hf(
         bool,
         typer.Option("--skip-checksums", help="Do not verify the checkpoint's checksums."),
     ] = False,
+    layout: Annotated[
+        str | None,
+        typer.Option(
+            help=(
+                "llada, or for an autoregressive model llama, which transformers loads without the"
+                " folder's code. Default: the one that fits."
+            )
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing export.")] = False,
 ) -> None:
     """Export CHECKPOINT to a Hugging Face folder that transformers can load."""
@@ -58,6 +67,7 @@ def to_hf(
         average=average,
         license=license,
         checksums=not skip_checksums,
+        layout=layout,
     )
     typer.echo(export(checkpoint, out, verify, reference, options))
 

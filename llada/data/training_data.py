@@ -22,7 +22,7 @@ from llada.data.verify import verify_corpus
 from llada.errors import UserError
 from llada.files import read_files
 from llada.objectives import Batch, Key, Objective, Row, collate
-from llada.objectives.registry import SpecialIds, make_objective
+from llada.objectives.registry import SpecialIds, make_objective, start_id
 from llada.tokenizer import Tokenizer
 
 _MADE_BY = {TEXT: "llada data prepare", CONVERSATIONS: "llada data prepare-sft"}
@@ -97,9 +97,7 @@ class TrainingData(ABC):
         self.readers = {split: [self.open_reader(i, split) for i in indices] for split in SPLITS}
         self.mixture = Mixture([self._mixture_source(i) for i in indices], config.seed)
         self._check_enough_samples()
-        self.objective: Objective = make_objective(
-            config.objective, SpecialIds(self.manifest.mask_id, self.manifest.eos_id)
-        )
+        self.objective: Objective = make_objective(config.objective, self._special_ids())
         self.key = Key(config.seed)
 
     # -- what a task decides -----------------------------------------------------------------------
@@ -226,6 +224,13 @@ class TrainingData(ABC):
                 part += f"@{samples}x{weight!r}"
             parts.append(part)
         return "+".join(parts)
+
+    def _special_ids(self) -> SpecialIds:
+        start = self.manifest.eos_id
+        if self.config.objective.name == "autoregressive":
+            # Only the tokenizer knows its BOS, and loading it can take a second.
+            start = start_id(self.corpora[0].tokenizer())
+        return SpecialIds(self.manifest.mask_id, start)
 
     # -- opening and checking ----------------------------------------------------------------------
 

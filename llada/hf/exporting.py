@@ -26,18 +26,21 @@ from llada.checkpoint.format import (
 from llada.checkpoint.names import committed_checkpoints
 from llada.checkpoint.reading import StoredTensors
 from llada.checkpoint.verification import verify_checkpoint
-from llada.errors import UserError
+from llada.errors import UserError, did_you_mean
 from llada.files import flush_in_background
 from llada.formatting import first_of
 from llada.hf.card import check_license, model_card
-from llada.hf.sources import Mean
+from llada.hf.llama_layout import llama_config, llama_name
+from llada.hf.sources import Mean, Renamed
 from llada.hf.tensor_files import total_bytes, write_safetensors
 from llada.model.weights import Weights, num_parameters
+from llada.objectives.registry import start_id
 from llada.outputs import new_folder, refuse_inside, require_space, require_writable
 from llada.tokenizer import Tokenizer
 from llada.types import JsonObject
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+LAYOUTS = ("llada", "llama")
 SHARD_SIZE = "5GB"
 """Default size of the largest safetensors file."""
 
@@ -85,6 +88,8 @@ class ExportOptions:
             given one. For a bf16 run it is the mean of their fp32 masters.
         license: Identifier of the license, for the model card.
         checksums: Compare the checkpoint's files with its marker first.
+        layout: "llada" for models of diffusion, "llama" for autoregressive ones; None: the one that
+            fits the checkpoint.
     """
 
     dtype: str | None = None
@@ -93,6 +98,7 @@ class ExportOptions:
     average: int = 1
     license: str = "unknown"
     checksums: bool = True
+    layout: str | None = None
 
 
 @dataclass(frozen=True)
@@ -179,8 +185,12 @@ def to_hf(
     max_bytes = parse_size(options.max_shard_size)
     check_license(options.license)
     opened = _open_source(source, output, options)
+    _check_layout(options.layout, opened.trained)
     dtype = DTYPES[opened.dtype]
-    require_space(output, total_bytes(opened.weights.shapes, dtype), "OUT")
+    weights = opened.weights
+    if opened.trained.is_causal:
+        weights = Renamed(weights, {llama_name(name): name for name in weights.shapes})
+    require_space(output, total_bytes(weights.shapes, dtype), "OUT")
     averaged: list[int] = []
     if options.average > 1:
         averaged = [read_state(folder).step for folder in opened.folders]
@@ -188,10 +198,12 @@ def to_hf(
         output, options.force, "an exported model", _EXPORTED_FILES, setting="OUT"
     ) as partial:
         with flush_in_background(partial):
-            num_files = write_safetensors(partial, opened.weights, dtype, max_bytes)
+            num_files = write_safetensors(partial, weights, dtype, max_bytes)
         _write_configs(partial, opened)
-        for name in _CODE_FILES:
-            shutil.copy(Path(__file__).with_name(name), partial)
+        if not opened.trained.is_causal:
+            # Plain transformers has Llama's code itself.
+            for name in _CODE_FILES:
+                shutil.copy(Path(__file__).with_name(name), partial)
         chat, has_template = _write_tokenizer(opened, partial)
         card = model_card(
             opened.state, opened.trained, opened.dtype, options.license, has_template, averaged
@@ -310,6 +322,21 @@ def _open_source(
     return _OpenedCheckpoints(folders, state, trained, tokenizer, weights, masters, dtype)
 
 
+def _check_layout(layout: str | None, trained: TrainedConfig) -> None:
+    """Raise UserError unless the layout is that of models trained like this one."""
+    if layout not in (None, *LAYOUTS):
+        raise UserError(
+            f"--layout: '{layout}' is not one of {', '.join(LAYOUTS)}"
+            f"{did_you_mean(str(layout), LAYOUTS)}"
+        )
+    fitting = "llama" if trained.is_causal else "llada"
+    if layout not in (None, fitting):
+        raise UserError(
+            f"--layout: '{layout}' is not for a model of the objective '{trained.objective}'; use"
+            f" {fitting}"
+        )
+
+
 def _check_files(folders: list[Path]) -> None:
     problems: list[str] = []
     for folder in folders:
@@ -323,10 +350,18 @@ def _check_files(folders: list[Path]) -> None:
 def _write_configs(folder: Path, source: _OpenedCheckpoints) -> None:
     """Write config.json and generation_config.json."""
     tokenizer = source.tokenizer
-    _write_json(folder / "config.json", model_config(source.trained, tokenizer, source.dtype))
+    bos_id = tokenizer.bos_id
+    if source.trained.is_causal:
+        bos_id = start_id(tokenizer)
+        pad_id = tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id
+        dtype = DTYPES[source.dtype]
+        config = llama_config(source.trained, bos_id, tokenizer.eos_id, pad_id, dtype)
+    else:
+        config = model_config(source.trained, tokenizer, source.dtype)
+    _write_json(folder / "config.json", config)
     end_of_turn = tokenizer.id_of(END_OF_TURN)
     special = {
-        "bos_token_id": tokenizer.bos_id,
+        "bos_token_id": bos_id,
         "eos_token_id": tokenizer.eos_id
         if end_of_turn is None
         else [tokenizer.eos_id, end_of_turn],

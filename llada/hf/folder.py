@@ -18,30 +18,13 @@ from llada.checkpoint.canonical import shape_differences
 from llada.config.sections import ModelSection
 from llada.errors import UserError, did_you_mean
 from llada.hf.config_mapping import LLADA, READERS, UnsupportedConfig, check_common_fields
+from llada.hf.llama_layout import NAMES, llama_name
 from llada.hf.sources import Renamed, equal
 from llada.hf.tensor_files import TensorFiles, open_tensors
-from llada.model.weights import BLOCK, EMBEDDING, FINAL_NORM, HEAD, Weights, canonical_shapes
+from llada.model.weights import EMBEDDING, HEAD, Weights, canonical_shapes
 from llada.tokenizer import Tokenizer
 from llada.types import JsonObject
 
-# Llama's names of the tensors of a block, by ours.
-_LLAMA_BLOCK = {
-    "attn_norm": "input_layernorm",
-    "q_proj": "self_attn.q_proj",
-    "k_proj": "self_attn.k_proj",
-    "v_proj": "self_attn.v_proj",
-    "attn_out": "self_attn.o_proj",
-    "ff_norm": "post_attention_layernorm",
-    "ff_proj": "mlp.gate_proj",
-    "up_proj": "mlp.up_proj",
-    "ff_out": "mlp.down_proj",
-}
-# Llama's names of the other tensors, by ours.
-_LLAMA = {
-    EMBEDDING: "model.embed_tokens.weight",
-    FINAL_NORM: "model.norm.weight",
-    HEAD: "lm_head.weight",
-}
 # Endings of tensors that older files store although they follow from the config.
 _COMPUTED_TENSORS = (".rotary_emb.inv_freq",)
 
@@ -154,7 +137,7 @@ def open_folder(path: str | Path, allow_pickle: bool = False, setting: str = "FO
         )
     names = {name: name for name in canonical_shapes(config.model)}
     if config.architecture != LLADA:
-        names = {name: _llama_name(name) for name in names}
+        names = {name: llama_name(name) for name in names}
     _check_tensors(folder, files, names, config.model, setting)
     return HfFolder(
         path=folder,
@@ -176,14 +159,6 @@ def _read_config(path: Path) -> JsonObject:
     return content
 
 
-def _llama_name(canonical: str) -> str:
-    match = BLOCK.match(canonical)
-    if match is None:
-        return _LLAMA[canonical]
-    layer, part = match.groups()
-    return f"model.layers.{layer}.{_LLAMA_BLOCK[part]}.weight"
-
-
 def _check_tensors(
     folder: Path, files: TensorFiles, names: dict[str, str], model: ModelSection, setting: str
 ) -> None:
@@ -202,7 +177,7 @@ def _check_tensors(
     }
     if model.tie_embeddings:
         # Some files of tied models store the shared tensor twice.
-        for head, embedding in ((HEAD, EMBEDDING), (_LLAMA[HEAD], _LLAMA[EMBEDDING])):
+        for head, embedding in ((HEAD, EMBEDDING), (NAMES[HEAD], NAMES[EMBEDDING])):
             if head in stored and embedding in stored and equal(files, head, embedding):
                 del stored[head]
     problems = shape_differences(stored, expected)

@@ -11,27 +11,27 @@ from llada.model.weights import BLOCK_ELEMENTS, EMBEDDING, HEAD, Weights, row_bl
 
 
 class Renamed:
-    """The tensors of a folder under canonical names.
+    """Weights under other names.
 
     Args:
-        files: The tensors.
-        names: Canonical name -> name in the folder, in the order of the published files.
+        source: The weights, such as those of a folder.
+        names: New name -> name in the source, in the order in which they are written.
     """
 
-    def __init__(self, files: TensorFiles, names: Mapping[str, str]) -> None:
-        self._files = files
+    def __init__(self, source: Weights, names: Mapping[str, str]) -> None:
+        self._source = source
         self._names = dict(names)
         self.shapes: Mapping[str, tuple[int, ...]] = {
-            canonical: files.shapes[stored] for canonical, stored in names.items()
+            name: source.shapes[old] for name, old in names.items()
         }
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype as stored."""
-        return self._files.dtypes[self._names[name]]
+        return self._source.dtype(self._names[name])
 
     def rows(self, name: str, first: int, last: int) -> torch.Tensor:
         """Rows `first` to `last` (exclusive) of a tensor."""
-        return self._files.rows(self._names[name], first, last)
+        return self._source.rows(self._names[name], first, last)
 
 
 class Mean:
@@ -116,7 +116,7 @@ class GrownVocabulary:
 
 def equal(files: TensorFiles, one: str, other: str) -> bool:
     """Whether two tensors of a folder are the same, bit for bit."""
-    if files.shapes[one] != files.shapes[other] or files.dtypes[one] != files.dtypes[other]:
+    if files.shapes[one] != files.shapes[other] or files.dtype(one) != files.dtype(other):
         return False
     for first, last in row_blocks(files.shapes[one], BLOCK_ELEMENTS):
         if not torch.equal(files.rows(one, first, last), files.rows(other, first, last)):

@@ -35,15 +35,17 @@ _PICKLE = _Layout("pytorch_model.bin.index.json", "pytorch_model.bin")
 
 
 class TensorFiles(Protocol):
-    """The tensors of a folder by the names that they have there.
+    """The tensors of a folder by the names that they have there (`llada.model.weights.Weights`).
 
     Attributes:
         shapes: Shape of every tensor.
-        dtypes: Type of every tensor.
     """
 
-    shapes: dict[str, tuple[int, ...]]
-    dtypes: dict[str, torch.dtype]
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype of a tensor."""
+        ...
 
     def rows(self, name: str, first: int, last: int) -> torch.Tensor:
         """Rows `first` to `last` (exclusive) of a tensor."""
@@ -140,16 +142,17 @@ class _SafetensorsFiles:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.dtypes: dict[str, torch.dtype] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
+        self.shapes: Mapping[str, tuple[int, ...]] = shapes
+        self._dtypes: dict[str, torch.dtype] = {}
         self._offsets: dict[str, tuple[Path, int]] = {}  # file, and byte of the first value
         file_of: dict[str, str] = {}
         for name in _file_names(folder, _SAFETENSORS):
-            file_of |= dict.fromkeys(self._add(folder / name), name)
+            file_of |= dict.fromkeys(self._add(folder / name, shapes), name)
         _compare_with_index(folder, _SAFETENSORS, file_of)
 
-    def _add(self, path: Path) -> list[str]:
-        """Read the header of one file; return the names of its tensors."""
+    def _add(self, path: Path, shapes: dict[str, tuple[int, ...]]) -> list[str]:
+        """Read the header of one file, add its shapes to `shapes`; return its tensors' names."""
         try:
             with safe_open(path, "pt") as file:
                 slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  (no dict)
@@ -162,15 +165,18 @@ class _SafetensorsFiles:
                 raise UserError(
                     f"{path}: {key} has dtype {code}; one of {', '.join(_DTYPES)} can be read"
                 )
-            self.shapes[key] = tuple(tensor.get_shape())
-            self.dtypes[key] = _DTYPES[code]
+            shapes[key] = tuple(tensor.get_shape())
+            self._dtypes[key] = _DTYPES[code]
             self._offsets[key] = (path, offsets[key])
         return list(slices)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._dtypes[name]
 
     def rows(self, name: str, first: int, last: int) -> torch.Tensor:
         path, offset = self._offsets[name]
         shape = (last - first, *self.shapes[name][1:])
-        values = torch.empty(shape, dtype=self.dtypes[name])
+        values = torch.empty(shape, dtype=self._dtypes[name])
         bytes_per_row = math.prod(shape[1:]) * values.itemsize
         try:
             with open(path, "rb", buffering=0) as file:
@@ -208,8 +214,9 @@ class _PickleFiles:
             self._tensors |= tensors
             file_of |= dict.fromkeys(tensors, name)
         _compare_with_index(folder, _PICKLE, file_of)
-        self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
-        self.dtypes = {name: tensor.dtype for name, tensor in self._tensors.items()}
+        self.shapes: Mapping[str, tuple[int, ...]] = {
+            name: tuple(tensor.shape) for name, tensor in self._tensors.items()
+        }
 
     @staticmethod
     def _load(path: Path) -> dict[str, torch.Tensor]:
@@ -229,6 +236,9 @@ class _PickleFiles:
                     f"{path}: {name} has dtype {tensor.dtype}; fp32, bf16 and fp16 can be read"
                 )
         return content
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._tensors[name].dtype
 
     def rows(self, name: str, first: int, last: int) -> torch.Tensor:
         return self._tensors[name][first:last].clone()

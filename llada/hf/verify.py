@@ -25,7 +25,9 @@ from llada.config.sections import ModelSection
 from llada.errors import RunError, UserError, one_line
 from llada.hf.folder import open_folder
 from llada.noise import stream, uniforms
-from llada.objectives import Batch, Key, MaskedDiffusion, NoiseGroups, Row, collate
+from llada.objectives import Batch, Key, MaskedDiffusion, NoiseGroups, Objective, Row, collate
+from llada.objectives.autoregressive import Autoregressive
+from llada.objectives.registry import start_id
 from llada.tokenizer import Tokenizer
 
 ROWS = 4
@@ -52,7 +54,7 @@ with torch.no_grad():
 
 
 def training_logits(folders: Sequence[Path], masters: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute logits with the training model, on random tokens of which half are masked.
+    """Compute logits with the training model, on random tokens (see `_random_batch`).
 
     Args:
         folders: Checkpoints. The mean of their weights is used.
@@ -64,8 +66,9 @@ def training_logits(folders: Sequence[Path], masters: bool) -> tuple[torch.Tenso
     from llada.engine.megatron import MegatronEngine
 
     newest = folders[-1]
-    config = _single_process_config(trained_config(read_state(newest)).model)
-    batch = _random_batch(load_tokenizer(newest))
+    trained = trained_config(read_state(newest))
+    config = _single_process_config(trained.model)
+    batch = _random_batch(load_tokenizer(newest), trained.is_causal)
     engine = MegatronEngine(config, training=False)
     try:
         means: list[torch.Tensor] = []
@@ -83,9 +86,13 @@ def training_logits(folders: Sequence[Path], masters: bool) -> tuple[torch.Tenso
         engine.close()
 
 
-def _random_batch(tokenizer: Tokenizer) -> Batch:
-    """Rows of random tokens, half of them masked; the same for every run."""
-    objective = MaskedDiffusion(tokenizer.mask_id, masking="fixed_count")
+def _random_batch(tokenizer: Tokenizer, is_causal: bool) -> Batch:
+    """Rows of random tokens, the same for every run; half of them masked, or for a causal model
+    shifted.
+    """
+    objective: Objective = MaskedDiffusion(tokenizer.mask_id, masking="fixed_count")
+    if is_causal:
+        objective = Autoregressive(start_id(tokenizer))
     span = np.array([[0, LENGTH]])
     corrupted = []
     for row in range(ROWS):

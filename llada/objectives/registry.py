@@ -13,6 +13,7 @@ from llada.config.objective_sections import (
 from llada.objectives.autoregressive import Autoregressive
 from llada.objectives.masked import MaskedDiffusion
 from llada.objectives.objective import Objective
+from llada.tokenizer import Tokenizer
 
 
 class SpecialIds(NamedTuple):
@@ -25,6 +26,13 @@ class SpecialIds(NamedTuple):
 
     mask: int
     start: int
+
+
+def start_id(tokenizer: Tokenizer) -> int:
+    """Return the token id that begins a text: BOS, or else EOS."""
+    if tokenizer.bos_id is None:
+        return tokenizer.eos_id
+    return tokenizer.bos_id
 
 
 def make_objective(section: ObjectiveSection, ids: SpecialIds) -> Objective:

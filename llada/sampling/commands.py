@@ -13,9 +13,10 @@ from llada.chat.format import Message
 from llada.chat.template import chat_format
 from llada.errors import UserError
 from llada.sampling import diffusion
+from llada.sampling.autoregressive import CausalModel
 from llada.sampling.diffusion import SamplingOptions, cut_at_end
 from llada.sampling.infilling import parse
-from llada.sampling.loading import MaskPredictor, load
+from llada.sampling.loading import MaskPredictor, load, load_writer
 from llada.sampling.playback import Playback
 
 
@@ -37,12 +38,16 @@ def sample(path: str, prompt: str, chat: bool, options: SamplingOptions, show: b
         UserError: A model that cannot be used; with `chat`, a chat template that cannot be used or
             a tokenizer without the tokens of LLaDA's format.
     """
-    text, _ = write(load(path), prompt, chat, options, show)
+    text, _ = write(load_writer(path), prompt, chat, options, show)
     return text
 
 
 def write(
-    model: MaskPredictor, prompt: str, chat: bool, options: SamplingOptions, show: bool = False
+    model: MaskPredictor | CausalModel,
+    prompt: str,
+    chat: bool,
+    options: SamplingOptions,
+    show: bool = False,
 ) -> tuple[str, bool]:
     """As `sample`; return the text, and whether it ends with EOS or the end of a turn."""
     tokenizer = model.tokenizer
@@ -51,11 +56,17 @@ def write(
         ids = chat_format(tokenizer).prompt([Message("user", prompt)])
     else:
         ids = tokenizer.encode(prompt)
-    tokens = torch.from_numpy(ids)[None].to(model.device)
-    player = Playback(tokenizer, model.special_ids.mask_id, len(ids)) if show else nullcontext()
-    with _check_length(model, len(ids) + options.length), player as on_step:
-        out = diffusion.generate(model, tokens, model.special_ids, options, on_step)
-    response = out[0].tolist()
+    if isinstance(model, CausalModel):
+        if show:
+            raise UserError("--show: this model writes from left to right, without denoising")
+        with _check_length(model, len(ids) + options.length):
+            response = model.write(ids.tolist(), options)
+    else:
+        tokens = torch.from_numpy(ids)[None].to(model.device)
+        player = Playback(tokenizer, model.special_ids.mask_id, len(ids)) if show else nullcontext()
+        with _check_length(model, len(ids) + options.length), player as on_step:
+            out = diffusion.generate(model, tokens, model.special_ids, options, on_step)
+        response = out[0].tolist()
     before_end = cut_at_end(response, model.end_ids)
     text = tokenizer.decode(before_end, skip_special_tokens=True)
     return text, len(before_end) < len(response)
@@ -116,7 +127,7 @@ def _check_text(text: str, setting: str) -> None:
 
 
 @contextmanager
-def _check_length(model: MaskPredictor, length: int) -> Iterator[None]:
+def _check_length(model: MaskPredictor | CausalModel, length: int) -> Iterator[None]:
     """Warn about a text longer than in training, and name the length if memory runs out."""
     if length > model.max_sequence_length:
         print(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from llada.chat.format import END_OF_TURN
+from llada.chat.format import end_ids
 from llada.checkpoint.canonical import CheckpointWeights, all_rows
 from llada.checkpoint.format import (
     TrainedConfig,
@@ -22,6 +23,7 @@ from llada.hf.config_mapping import LLADA
 from llada.hf.exporting import model_config
 from llada.hf.folder import check_mask, is_folder, open_folder
 from llada.model.weights import Weights
+from llada.sampling.autoregressive import CausalModel
 from llada.sampling.diffusion import SpecialIds
 from llada.tokenizer import Tokenizer
 
@@ -32,8 +34,7 @@ class MaskPredictor:
     Attributes:
         tokenizer: Tokenizer of the model.
         special_ids: Special ids for the sampler.
-        end_ids: Tokens that end a text or an answer: EOS, and the end of a turn if the tokenizer
-            has one.
+        end_ids: Tokens that end a text or an answer.
         device: Where the model computes.
         max_sequence_length: Longest sequence that it was trained on, in tokens.
     """
@@ -50,10 +51,7 @@ class MaskPredictor:
         self.max_sequence_length = max_sequence_length
         self.device = device
         self.special_ids = SpecialIds(tokenizer.mask_id, tokenizer.eos_id, tokenizer.vocab_size)
-        self.end_ids = {tokenizer.eos_id}
-        end_of_turn = tokenizer.id_of(END_OF_TURN)
-        if end_of_turn is not None:
-            self.end_ids.add(end_of_turn)
+        self.end_ids = end_ids(tokenizer)
 
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
         """Compute the logits [b, s, vocab_size] of ids [b, s].
@@ -70,6 +68,20 @@ class MaskPredictor:
         return logits
 
 
+class _Opened(NamedTuple):
+    """A model before it is built.
+
+    Attributes:
+        trained: Its shape and how it was trained.
+        tokenizer: Its tokenizer.
+        weights: Its weights by canonical name.
+    """
+
+    trained: TrainedConfig
+    tokenizer: Tokenizer
+    weights: Weights
+
+
 def load(path: str | Path) -> MaskPredictor:
     """Load an exported folder, a checkpoint, or the latest checkpoint of a run.
 
@@ -77,13 +89,47 @@ def load(path: str | Path) -> MaskPredictor:
     copy of the model computes.
 
     Raises:
-        UserError: None of these; a folder of another architecture, without a mask token, or with
-            weights that are missing, damaged or do not match its config.json.
+        UserError: None of these; a model that writes from left to right; a folder of another
+            architecture, without a mask token, or with weights that are missing, damaged or do not
+            match its config.json.
     """
+    opened = _open(path)
+    if opened.trained.is_causal:
+        raise UserError(
+            f"MODEL: '{path}' writes from left to right, and cannot fill masks; `llada sample`"
+            " continues a text with it"
+        )
+    return _build(*opened, _device())
+
+
+def load_writer(path: str | Path) -> MaskPredictor | CausalModel:
+    """As `load`, and also load a model that writes from left to right."""
+    opened = _open(path)
+    if opened.trained.is_causal:
+        return CausalModel(*opened, _device())
+    return _build(*opened, _device())
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _open(path: str | Path) -> _Opened:
+    opened = _open_parts(path)
+    num_ids = opened.tokenizer.vocab_size
+    num_rows = opened.trained.model.vocab_size
+    if num_ids > num_rows:
+        raise UserError(
+            f"MODEL: the tokenizer has {num_ids} ids and the model only {num_rows} rows; they are"
+            " not of one model"
+        )
+    return opened
+
+
+def _open_parts(path: str | Path) -> _Opened:
     folder = Path(path)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if is_folder(folder):
-        return _load_folder(folder, device)
+        return _open_folder(folder)
     # os.path.isdir is also False for a string that cannot be a file name at all.
     if not os.path.isdir(folder):
         raise UserError(f"MODEL: no folder '{path}'")
@@ -96,21 +142,19 @@ def load(path: str | Path) -> MaskPredictor:
         ) from None
     trained = trained_config(read_state(source))
     weights = CheckpointWeights(StoredTensors(source / "model"), trained.model)
-    return _build(trained, load_tokenizer(source), weights, device)
+    return _Opened(trained, load_tokenizer(source), weights)
 
 
-def _load_folder(path: Path, device: torch.device) -> MaskPredictor:
+def _open_folder(path: Path) -> _Opened:
     folder = open_folder(path, setting="MODEL")
-    if folder.architecture != LLADA:
-        raise UserError(
-            f"MODEL: '{path}' is a {folder.architecture}, which writes from left to right; "
-            "`llada convert from-hf` makes a checkpoint that a diffusion model is trained from"
-        )
-    tokenizer = Tokenizer.load(path)
-    check_mask(folder, tokenizer)
+    is_diffusion = folder.architecture == LLADA
+    tokenizer = Tokenizer.load(path, require_mask=is_diffusion)
+    if is_diffusion:
+        check_mask(folder, tokenizer)
     precision = "bf16" if folder.dtype == torch.bfloat16 else "fp32"
-    trained = TrainedConfig(folder.model, precision, folder.max_sequence_length)
-    return _build(trained, tokenizer, folder.weights, device)
+    objective = "masked" if is_diffusion else "autoregressive"
+    trained = TrainedConfig(folder.model, precision, folder.max_sequence_length, objective)
+    return _Opened(trained, tokenizer, folder.weights)
 
 
 def _build(
@@ -119,11 +163,6 @@ def _build(
     from llada.hf.configuration_llada import LLaDAConfig
     from llada.hf.modeling_llada import LLaDAModelLM
 
-    if tokenizer.vocab_size > trained.model.vocab_size:
-        raise UserError(
-            f"MODEL: the tokenizer has {tokenizer.vocab_size} ids and the model only"
-            f" {trained.model.vocab_size} rows; they are not of one model"
-        )
     fields = model_config(trained, tokenizer, trained.precision)
     config = LLaDAConfig(**{name: fields[name] for name in LLaDAConfig.published_fields()})
     # No memory and no time for initial weights, which are replaced at once.
