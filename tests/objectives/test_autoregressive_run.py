@@ -1,0 +1,119 @@
+"""An autoregressive run from training to text: resumed, exported as a Llama, sampled."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+from tests.workplace import Workplace
+
+AUTOREGRESSIVE = {"objective": {"name": "autoregressive"}}
+
+
+@pytest.fixture(scope="module")
+def arm(workplace: Workplace) -> Workplace:
+    """A workplace with the run `arm` of twelve steps and its export `arm_hf`."""
+    config = workplace.config("arm.yaml", run={"dir": "arm", "threads": 2}, **AUTOREGRESSIVE)
+    workplace.run("pretrain", config)
+    out = workplace.run("convert", "to-hf", "arm", "arm_hf", "--verify").stdout
+    assert "verified on 4 x 128 tokens" in out
+    return workplace
+
+
+def test_it_reads_what_the_diffusion_run_of_the_same_seed_reads(arm: Workplace) -> None:
+    """And learns: the exact likelihood of held-out text falls below that of uniform guessing."""
+    own = arm.lines("arm")
+    other = arm.lines("whole")
+    assert [line["step"] for line in own] == [line["step"] for line in other]
+    assert [line.get("tokens") for line in own] == [line.get("tokens") for line in other]
+    validations = [line for line in own if "nelbo_per_token" in line]
+    assert validations[-1]["nelbo_per_token"] < math.log(512)
+    # The four draws of a text are one and the same: there is no noise.
+    assert validations[-1]["nelbo_per_token_se_noise"] == pytest.approx(0, abs=1e-6)
+    measures = [
+        [line["corpora"]["corpus"]["measure"] for line in lines if "nelbo_per_token" in line]
+        for lines in (own, other)
+    ]
+    assert measures[0] == measures[1], "llada compare takes them as a pair"
+
+
+def test_a_resumed_run_repeats_the_uninterrupted_one(arm: Workplace) -> None:
+    config = arm.config("arm_cut.yaml", run={"dir": "arm_cut", "threads": 2}, **AUTOREGRESSIVE)
+    arm.run("pretrain", config, "train.steps=5")
+    arm.run("pretrain", config)
+    expected = arm.lines("arm")
+    lines = [
+        line
+        for line in arm.lines("arm_cut")
+        if not ("nelbo_per_token" in line and line["step"] == 5)
+    ]
+    assert lines == expected
+
+
+def test_the_objective_cannot_change_on_resume(arm: Workplace) -> None:
+    config = arm.config("arm_other.yaml", run={"dir": "arm", "threads": 2}, train={"steps": 16})
+    refused = arm.run("pretrain", config, code=2).stderr
+    assert "objective" in refused
+
+
+def test_plain_transformers_loads_the_export_without_the_folders_code(arm: Workplace) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = arm.folder / "arm_hf"
+    assert not list(folder.glob("*.py"))
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    assert type(model).__name__ == "LlamaForCausalLM"
+    ids = [config["bos_token_id"], *tokenizer("import ")["input_ids"]]
+    prompt = torch.tensor([ids])
+    with torch.no_grad():
+        out = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=8,
+            do_sample=False,
+            suppress_tokens=[tokenizer.mask_token_id],
+        )
+    expected = tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
+    sampled = arm.run("sample", "arm_hf", "import ", "--length", "8").stdout
+    assert sampled.rstrip("\n") == expected.rstrip("\n")
+
+
+def test_a_checkpoint_and_its_export_write_the_same(arm: Workplace) -> None:
+    words = ("import ", "--length", "12", "--temperature", "1", "--seed", "3")
+    texts = [arm.run("sample", model, *words).stdout for model in ("arm", "arm_hf")]
+    assert texts[0] == texts[1] and texts[0].strip()
+    other = arm.run("sample", "arm", *words[:-1], "4").stdout
+    assert other != texts[0]
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (
+            ("convert", "to-hf", "arm", "other", "--layout", "llada"),
+            "--layout: 'llada' is not for a model of the objective 'autoregressive'; use llama",
+        ),
+        (
+            ("convert", "to-hf", "whole", "other", "--layout", "llama"),
+            "--layout: 'llama' is not for a model of the objective 'masked'; use llada",
+        ),
+        (
+            ("convert", "to-hf", "whole", "other", "--layout", "lama"),
+            "--layout: 'lama' is not one of llada, llama (did you mean 'llama'?)",
+        ),
+        (("infill", "arm", "import [MASK]"), "'arm' writes from left to right"),
+        (("sample", "arm", "a", "--cfg", "1"), "--cfg: 1.0 is for diffusion models"),
+        (("sample", "arm", "a", "--show"), "--show: this model writes from left to right"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_one_line(
+    command: tuple[str, ...], message: str, arm: Workplace
+) -> None:
+    error = arm.run(*command, code=2).stderr
+    assert message in error and error.count("\n") == 1
