@@ -72,10 +72,8 @@ class CausalModel:
             The new tokens, with the one that ended the text.
 
         Raises:
-            UserError: Options that only a diffusion model has.
             RunError: Logits that are not finite.
         """
-        _refuse_diffusion_options(options)
         ids = torch.tensor([[self._start_id, *prompt]], device=self.device)
         # generate draws from torch's global generator.
         devices = [self.device] if self.device.type == "cuda" else []
@@ -98,7 +96,8 @@ class CausalModel:
         return response
 
 
-def _refuse_diffusion_options(options: SamplingOptions) -> None:
+def refuse_diffusion_options(options: SamplingOptions) -> None:
+    """Raise UserError for an option that has no meaning from left to right."""
     default = SamplingOptions()
     for name in ("block_length", "cfg", "remasking"):
         value = getattr(options, name)

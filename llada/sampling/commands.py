@@ -13,7 +13,7 @@ from llada.chat.format import Message
 from llada.chat.template import chat_format
 from llada.errors import UserError
 from llada.sampling import diffusion
-from llada.sampling.autoregressive import CausalModel
+from llada.sampling.autoregressive import CausalModel, refuse_diffusion_options
 from llada.sampling.diffusion import SamplingOptions, cut_at_end
 from llada.sampling.infilling import parse
 from llada.sampling.loading import MaskPredictor, load, load_writer
@@ -59,6 +59,7 @@ def write(
     if isinstance(model, CausalModel):
         if show:
             raise UserError("--show: this model writes from left to right, without denoising")
+        refuse_diffusion_options(options)
         with _check_length(model, len(ids) + options.length):
             response = model.write(ids.tolist(), options)
     else:
