@@ -24,6 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -228,12 +229,19 @@ def with_error(values: Mapping[str, float | None], key: str, digits: int = 4) ->
     return format_estimate(mean, values[f"{key}_se"], digits)
 
 
+@cache
+def _gauss_legendre() -> tuple[F64, F64]:
+    """Return the nodes and weights of the quadrature of 64 points on -1..1, float64 [64] each."""
+    nodes, weights = np.polynomial.legendre.leggauss(64)
+    return nodes, weights
+
+
 def t_quantile(level: float, degrees: float) -> float:
     """Return x with P(-x < T < x) = `level`, for Student's T of `degrees` degrees of freedom.
 
     `degrees` is at least 1 and need not be whole.
     """
-    nodes, weights = np.polynomial.legendre.leggauss(64)
+    nodes, weights = _gauss_legendre()
     scale = math.exp(math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)) / math.sqrt(math.pi)
 
     def probability(x: float) -> float:

@@ -30,6 +30,7 @@ from llada.hf import exporting as module
 from llada.hf.exporting import ExportOptions, export, parse_size, to_hf
 from llada.hf.tensor_files import write_safetensors
 from llada.tokenizer import Tokenizer
+from tests import processes
 from tests.hf.folders import SIZES, published_tensors
 from tests.model.in_memory import InMemory
 from tests.stand_ins import like
@@ -460,14 +461,9 @@ def test_the_model_card_says_what_the_checkpoint_knows(
         .split("```")[0]
         .replace('folder = "."', f"folder = {str(tmp_path / 'out')!r}")
     )
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    process = processes.start("-c", code, cwd=tmp_path, env=dict(os.environ))
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 0, error[-2000:]
     with pytest.raises(
         UserError, match=r"--license: 'do what you want' is not an identifier of a license"
     ):

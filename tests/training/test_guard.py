@@ -180,7 +180,11 @@ def test_a_run_that_leaves_out_spikes_resumes_with_the_same_numbers(workplace: W
         "max_skipped": 16,
         **factors,
     }
-    rarely = {"validation": {"every": 99, "windows": 8}, "checkpoint": {"every": 25}}
+    rarely = {
+        "batch": {"global": 4, "micro": 4},
+        "validation": {"every": 99, "windows": 8},
+        "checkpoint": {"every": 25},
+    }
     whole = workplace.config(
         "spikes.yaml", run={"dir": "spikes", "threads": 2}, train=train, **rarely
     )

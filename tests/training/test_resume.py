@@ -18,10 +18,11 @@ from tests.workplace import LIMIT, Workplace
 def kill_when(
     workplace: Workplace, config: str, ready: Callable[[], bool], number: int = signal.SIGKILL
 ) -> tuple[int, str]:
-    """Start a run, send it `number` once `ready`, and return its exit code and output. One that
-    handles the signal is a new process.
+    """Start a run, send it `number` once `ready`, and return its exit code and output.
+
+    One that gets SIGTERM is a new process: what a fork inherits must not be why signals work.
     """
-    process = workplace.start("pretrain", config, fresh=number != signal.SIGKILL)
+    process = workplace.start("pretrain", config, fresh=number == signal.SIGTERM)
     deadline = time.monotonic() + LIMIT
     while not ready() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
@@ -67,7 +68,7 @@ def test_killed_again_and_again(workplace: Workplace) -> None:
 def test_signals_stop_at_the_next_step_with_a_checkpoint(
     workplace: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One after the other, each to a new process that goes on where the last one stopped."""
+    """One after the other, each to a process that continues where the last one stopped."""
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))  # as torchrun does
     slow_config(workplace, "stopped")
     config = workplace.config(
