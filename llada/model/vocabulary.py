@@ -23,6 +23,10 @@ class WholeVocabulary:
         """Return the column of each row's id, [n]."""
         return x.gather(1, ids[:, None])[:, 0]
 
+    def exclude(self, x: torch.Tensor, id_: int) -> torch.Tensor:
+        """Return x with -inf in the column of an id, [n, v]."""
+        return _without_column(x, id_)
+
 
 class ShardedVocabulary:
     """`llada.objectives.losses.Vocabulary` of one of several tensor ranks.
@@ -64,11 +68,22 @@ class ShardedVocabulary:
         picked = x.gather(1, column[:, None])[:, 0]
         return _SumOverRanks.apply(picked * is_own, self.group)
 
+    def exclude(self, x: torch.Tensor, id_: int) -> torch.Tensor:
+        """Return x with -inf in the column of an id, [n, v]; one rank has it."""
+        if self.first <= id_ < self.first + self.columns:
+            return _without_column(x, id_ - self.first)
+        return x
+
     def own_column(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the local column of each id, 0 if another rank has it, and whether it is own."""
         column = ids - self.first
         is_own = (column >= 0) & (column < self.columns)
         return column * is_own, is_own
+
+
+def _without_column(x: torch.Tensor, column: int) -> torch.Tensor:
+    index = torch.full((1,), column, device=x.device)
+    return x.index_fill(1, index, -torch.inf)
 
 
 class _SumOverRanks(torch.autograd.Function):

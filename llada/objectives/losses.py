@@ -64,6 +64,10 @@ class Vocabulary(Protocol):
         """Return the column of each row's id: [n, vocabulary / tensor ranks], int64 [n] -> [n]."""
         ...
 
+    def exclude(self, x: torch.Tensor, id_: int) -> torch.Tensor:
+        """Return x with -inf in the column of an id, the same shape."""
+        ...
+
 
 Loss = Callable[[torch.Tensor, HeadTerms, Vocabulary], torch.Tensor]
 """(logits fp32 [n, vocabulary / tensor ranks], their n terms, vocabulary) -> losses fp32 [n]."""
@@ -72,6 +76,23 @@ Loss = Callable[[torch.Tensor, HeadTerms, Vocabulary], torch.Tensor]
 def cross_entropy(logits: torch.Tensor, terms: HeadTerms, vocabulary: Vocabulary) -> torch.Tensor:
     """-log softmax(logits)[target], in nats; the arguments are those of `Loss`."""
     return vocabulary.logsumexp(logits) - vocabulary.pick(logits, terms.targets)
+
+
+@dataclass(frozen=True)
+class CrossEntropyWithout:
+    """Cross entropy of a softmax that leaves one id out, as if its logit were -inf.
+
+    Attributes:
+        excluded: the token id; no target.
+    """
+
+    excluded: int
+
+    def __call__(
+        self, logits: torch.Tensor, terms: HeadTerms, vocabulary: Vocabulary
+    ) -> torch.Tensor:
+        """Return the losses; the arguments are those of `Loss`."""
+        return cross_entropy(vocabulary.exclude(logits, self.excluded), terms, vocabulary)
 
 
 CROSS_ENTROPY: Mapping[str, Loss] = {TOKENS: cross_entropy}

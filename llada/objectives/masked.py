@@ -3,8 +3,9 @@
 A noise group has L tokens (an attention segment in pretraining, the response in fine-tuning) and a
 time t. There are two ways to mask it:
 
-* bernoulli: each token is masked independently with probability p = (1 - eps) t + eps; the loss of
-  a masked token has weight 1 / p.
+* bernoulli: each token is masked independently with the probability p that the schedule
+  (`llada.objectives.schedules`) has at (1 - eps) t + eps. LLaDA's is p = (1 - eps) t + eps, and the
+  loss of a masked token has weight 1 / p.
 * fixed_count: exactly n = 1 + floor(t L) tokens are masked, uniformly without replacement, with
   weight L / n. With t uniform, n is uniform on 1..L, and the expected weighted sum is exactly the
   negative ELBO of the group in nats.
@@ -23,11 +24,13 @@ import numpy.typing as npt
 
 from llada.arrays import F64, I64
 from llada.noise import timesteps
+from llada.objectives import schedules
 from llada.objectives.corrupted import TOKENS, Corrupted, Terms
 from llada.objectives.layout import Layout
-from llada.objectives.losses import CROSS_ENTROPY, Loss
+from llada.objectives.losses import CROSS_ENTROPY, CrossEntropyWithout, Loss
 from llada.objectives.objective import Work
 from llada.objectives.row import Key, NoiseGroups, Row
+from llada.objectives.schedules import Rates, Schedule
 
 Masked = npt.NDArray[np.bool_]
 
@@ -39,19 +42,30 @@ class MaskedDiffusion:
     Attributes:
         mask_id: token id of [MASK].
         masking: "bernoulli" or "fixed_count".
-        eps: smallest masking probability of bernoulli.
+        eps: smallest time that bernoulli masks at.
         timesteps: how t is drawn, see `llada.noise.timesteps`.
+        schedule: masking probability and weight at a time, of bernoulli.
+        schedule_name: for people.
+        subs: whether the model may not predict [MASK], which no clean text has (MDLM's SUBS).
     """
 
     mask_id: int
     masking: str = "bernoulli"
     eps: float = 1e-3
     timesteps: str = "stratified"
+    schedule: Schedule = schedules.llada
+    schedule_name: str = "llada"
+    subs: bool = False
 
     @property
     def summary(self) -> str:
-        """Name, masking and timesteps."""
-        return f"masked, {self.masking}, t {self.timesteps}"
+        """Name, masking, what differs from LLaDA's, and timesteps."""
+        words = ["masked", self.masking]
+        if self.schedule_name != "llada":
+            words.append(f"{self.schedule_name} schedule")
+        if self.subs:
+            words.append("subs")
+        return ", ".join([*words, f"t {self.timesteps}"])
 
     def draw_t(self, seed: int, step: int, shares: F64) -> F64:
         """Draw t; the arguments are those of `Objective`."""
@@ -59,7 +73,9 @@ class MaskedDiffusion:
 
     @property
     def losses(self) -> Mapping[str, Loss]:
-        """Cross entropy."""
+        """Cross entropy; with `subs`, of a softmax without [MASK]."""
+        if self.subs:
+            return {TOKENS: CrossEntropyWithout(self.mask_id)}
         return CROSS_ENTROPY
 
     def input_length(self, length: int) -> int:
@@ -115,7 +131,7 @@ class MaskedDiffusion:
         if self.masking == "fixed_count":
             masked = np.minimum(1 + np.floor(groups.t * sizes), sizes).sum()
         else:
-            masked = (((1 - self.eps) * groups.t + self.eps) * sizes).sum()
+            masked = (self._rates(groups.t).probability * sizes).sum()
         pairs = int((segment_lengths * segment_lengths).sum())
         return Work(terms={TOKENS: float(masked)}, attended_pairs=pairs)
 
@@ -124,8 +140,11 @@ class MaskedDiffusion:
     # [n].
 
     def _bernoulli(self, draws: F64, spans: I64, t: F64) -> tuple[Masked, F64]:
-        p = (1 - self.eps) * t + self.eps
-        return draws < _spread(p, spans, len(draws)), 1 / p
+        rates = self._rates(t)
+        return draws < _spread(rates.probability, spans, len(draws)), rates.weight
+
+    def _rates(self, t: F64) -> Rates:
+        return self.schedule((1 - self.eps) * t + self.eps)
 
     def _fixed_count(self, draws: F64, spans: I64, t: F64) -> tuple[Masked, F64]:
         lengths = spans[:, 1] - spans[:, 0]

@@ -5,10 +5,18 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from llada.objectives.losses import HeadTerms, Loss, Vocabulary, cross_entropy
+from llada.objectives.losses import (
+    CrossEntropyWithout,
+    HeadTerms,
+    Loss,
+    Vocabulary,
+    cross_entropy,
+)
 
 IDS = 48
 WIDTH = 16
+LEFT_OUT = 30
+"""Token id that one of the losses leaves out of its softmax; no target."""
 
 
 def entropy_and_aux(logits: torch.Tensor, terms: HeadTerms, vocabulary: Vocabulary) -> torch.Tensor:
@@ -32,6 +40,7 @@ LOSSES: dict[str, Loss] = {
     "cross entropy": cross_entropy,
     "generic cross entropy": generic_cross_entropy,
     "entropy": entropy_and_aux,
+    "cross entropy without an id": CrossEntropyWithout(LEFT_OUT),
 }
 
 
@@ -40,9 +49,11 @@ def inputs(count: int) -> tuple[torch.Tensor, torch.Tensor, HeadTerms]:
     generator = torch.Generator().manual_seed(count)
     states = torch.randn(count, WIDTH, generator=generator)
     weight = torch.randn(IDS, WIDTH, generator=generator)
+    targets = torch.randint(0, IDS, (count,), generator=generator)
+    targets[targets == LEFT_OUT] = 0
     terms = HeadTerms(
         indices=torch.arange(count),
-        targets=torch.randint(0, IDS, (count,), generator=generator),
+        targets=targets,
         weights=torch.rand(count, generator=generator) + 0.1,
         groups=torch.zeros(count, dtype=torch.long),
         aux={"factor": torch.rand(count, generator=generator)},
@@ -63,6 +74,9 @@ def plain(
         target = logits[torch.arange(len(logits)), terms.targets]
         losses = entropy * terms.aux["factor"] + target.square()
     else:
+        if name == "cross entropy without an id":
+            kept = torch.arange(IDS) != LEFT_OUT
+            logits = logits.where(kept, -torch.inf)
         losses = F.cross_entropy(logits, terms.targets, reduction="none")
     ((losses * terms.weights).sum() / normalizer).backward()
     assert states.grad is not None and weight.grad is not None
