@@ -5,13 +5,20 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
+
 from llada.arithmetic import ceil_div
 from llada.config import RunConfig
+from llada.config.objective_sections import ObjectiveSection
 from llada.config.sections import CheckpointSection
 from llada.formatting import readable_size
 from llada.model.flops import step_flops
 from llada.model.weights import num_parameters
-from llada.objectives import TOKENS, Work
+from llada.objectives import TOKENS, NoiseGroups, Work
+from llada.objectives.registry import SpecialIds, make_objective
+
+_TIMES = 1000
+"""Times over which the work of a row is averaged."""
 
 # Bytes per parameter, by precision. An fp32 value takes 4 bytes, a bf16 value 2.
 
@@ -68,6 +75,17 @@ def _num_kept(section: CheckpointSection, steps: int) -> int:
     return section.keep_last + num_exempt
 
 
+def mean_work_of_a_row(section: ObjectiveSection, length: int) -> Work:
+    """Return the work of a row that is one attention segment, on average over t."""
+    objective = make_objective(section, SpecialIds(mask=0, start=0))
+    t = (np.arange(_TIMES) + 0.5) / _TIMES
+    spans = np.tile([0, length], (_TIMES, 1))
+    groups = NoiseGroups.of_whole_samples(np.zeros(_TIMES, dtype=np.int64), spans, t)
+    work = objective.work(np.array([length]), groups)
+    terms = {head: count / _TIMES for head, count in work.terms.items()}
+    return Work(terms=terms, attended_pairs=work.attended_pairs)
+
+
 def summarize(config: RunConfig) -> list[str]:
     """The lines that `llada config` prints below the settings."""
     model = config.model
@@ -75,9 +93,8 @@ def summarize(config: RunConfig) -> list[str]:
     parameters = num_parameters(model)
     without_embedding = num_parameters(model, embedding=False)
 
-    # A row is one attention segment here. With t uniform, half of its positions are masked on
-    # average, and only masked positions go through the head.
-    one_row = Work(terms={TOKENS: length / 2}, attended_pairs=length**2)
+    one_row = mean_work_of_a_row(config.objective, length)
+    head_share = one_row.terms[TOKENS] / length
     row_flops = step_flops(model, length, one_row, length).actual
     flops_per_step = row_flops * config.batch.global_
 
@@ -95,7 +112,7 @@ def summarize(config: RunConfig) -> list[str]:
         (
             f"FLOPs: {row_flops / length:.3g} per token, {flops_per_step:.3g} per step,"
             f" {flops_per_step * config.train.steps:.3g} in total (forward and backward, whole"
-            " rows, head on half of the positions)"
+            f" rows, head on {head_share:.0%} of the positions)"
         ),
         (
             f"tokens: {tokens_per_step:,} per step,"
