@@ -1,7 +1,9 @@
 """Validation: the NELBO of held-out documents on fixed noise, with its errors.
 
-Masking is always fixed-count, whose expectation is the exact NELBO whatever the training uses. The
-noise is the same in every run, whatever its seed, and at every step. Of conversations, the NELBO is
+What is measured is the bound of the objective that is trained (`Objective.bound`): for masked
+diffusion fixed-count masking, whose expectation is the exact NELBO whatever the training uses, and
+for autoregression the likelihood itself, which is computed once for all draws of a text. The noise
+is the same in every run, whatever its seed, and at every step. Of conversations, the NELBO is
 that of the responses given their prompts, without padding.
 
 Every window (or conversation) that is read is read in one or more sweeps of four draws. The draws
@@ -43,7 +45,7 @@ from llada.evaluation.estimates import (
 )
 from llada.evaluation.validation_files import Measure, Measured
 from llada.noise import derive_key, hash64, permute, to_unit
-from llada.objectives import Batch, Key, collate
+from llada.objectives import Batch, Corrupted, Key, collate
 
 _SEED = 0  # the noise is part of the measure, not of the run
 _NUM_DECILES = 10
@@ -82,6 +84,16 @@ class Design:
         # The four draws of a sweep read the same text, so the first one's length is that of all.
         length = self.plan.groups.sizes[self.groups[:, 0]]
         return CorpusLosses(losses[self.groups], length, self.owner, self.text)
+
+    def with_one_draw_for_all(self, losses: F64) -> F64:
+        """Give all draws of a sweep the loss of the only one that was read, float64 [g].
+
+        Args:
+            losses: of the plan's noise groups, 0 for those that were not read, float64 [g].
+        """
+        filled = losses.copy()
+        filled[self.groups] = losses[self.groups].sum(axis=1, keepdims=True)
+        return filled
 
 
 @dataclass(frozen=True)
@@ -142,8 +154,10 @@ class Validator:
                 "items_effective": each.sample.effective_items(),
                 "unit": each.measure.unit,
                 "measure": each.measure.fingerprint,
-                "t_deciles": _by_decile(each.sample, self._designs[corpus].t),
             }
+            if not self.objective.is_exact:
+                deciles = _by_decile(each.sample, self._designs[corpus].t)
+                line["corpora"][each.name]["t_deciles"] = deciles
         return Validation(line, measured)
 
     # -- what is read ------------------------------------------------------------------------------
@@ -222,8 +236,13 @@ class Validator:
     def _measure(self, engine: Engine, corpus: int) -> Measured:
         data = self._data
         design = self._designs[corpus]
-        batches = self._batches(design.plan, corpus)
+        draws = np.arange(len(design.plan.samples))
+        if self.objective.is_exact:
+            draws = draws[::SWEEP]  # the other draws of a sweep would be the same once more
+        batches = self._batches(design.plan, corpus, draws)
         losses = engine.evaluate(batches, len(design.plan.groups)).numpy()
+        if self.objective.is_exact:
+            losses = design.with_one_draw_for_all(losses)
         return Measured(
             name=data.names[corpus],
             weight=data.mixture.sources[corpus].first_weight,
@@ -233,8 +252,8 @@ class Validator:
             sample=design.sample(losses),
         )
 
-    def _batches(self, plan: StepPlan, corpus: int) -> list[Batch]:
-        """Return this replica's micro-batches.
+    def _batches(self, plan: StepPlan, corpus: int, draws: I64) -> list[Batch]:
+        """Return this replica's micro-batches of some draws of a plan.
 
         All replicas have the same number of them, of the same size, since pipelines have fixed
         shapes: the last ones are filled up.
@@ -247,21 +266,23 @@ class Validator:
             # Megatron-Core's interleaved schedule takes micro-batches in groups of the pipeline's
             # size.
             multiple *= parallel.pipeline
-        padded = ceil_div(len(plan.samples), multiple) * multiple
+        padded = ceil_div(len(draws), multiple) * multiple
         batches = []
         for first in range(self._parallel_rank.data_rank * micro, padded, rows_at_once):
-            batches.append(self._batch(plan, corpus, range(first, first + micro)))
+            own = draws[first : first + micro].tolist()
+            batches.append(self._batch(plan, corpus, own, micro))
         return batches
 
-    def _batch(self, plan: StepPlan, corpus: int, draws: Sequence[int]) -> Batch:
-        """Return a micro-batch; draws past the plan's end are filler that predicts nothing."""
+    def _batch(self, plan: StepPlan, corpus: int, draws: Sequence[int], size: int) -> Batch:
+        """Return a micro-batch of `size` rows; filler that predicts nothing follows the draws."""
         key = Key(_SEED, self.purpose(corpus))
-        rows = []
-        for draw in draws:
-            is_filler = draw >= len(plan.samples)
-            row = self._data.row(VALIDATION, plan, 0 if is_filler else draw)
-            corrupted = self.objective.corrupt(row, key)
-            rows.append(corrupted.without_terms() if is_filler else corrupted)
+
+        def read(draw: int) -> Corrupted:
+            return self.objective.corrupt(self._data.row(VALIDATION, plan, draw), key)
+
+        rows = [read(draw) for draw in draws]
+        while len(rows) < size:
+            rows.append(read(0).without_terms())
         return collate(rows)
 
 

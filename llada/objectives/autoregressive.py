@@ -47,6 +47,11 @@ class Autoregressive:
         """Cross entropy."""
         return CROSS_ENTROPY
 
+    @property
+    def is_exact(self) -> bool:
+        """Return true: nothing is drawn."""
+        return True
+
     def input_length(self, length: int) -> int:
         """Return `length`: the model reads the row itself."""
         return length

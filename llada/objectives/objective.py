@@ -37,6 +37,11 @@ class Objective(Protocol):
         """The loss of a term, by head."""
         ...
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether the sum of the losses is -log p itself, whatever the times and the draws."""
+        ...
+
     def input_length(self, length: int) -> int:
         """Return how many tokens the model reads of a row of `length` tokens."""
         ...

@@ -2,7 +2,7 @@
 
 alpha(t) is the probability that a token is still clean at time t. The negative ELBO in continuous
 time is the integral over t of -alpha'(t) times the mean loss of a token that is clean at t and
-masked soon after (MDLM, arXiv 2406.07524, Eq. 10). A draw masks with probability p = 1 - alpha(t),
+masked soon after (MDLM, arXiv 2406.07524). A draw masks with probability p = 1 - alpha(t),
 so the loss of a masked token has the weight -alpha'(t) / p.
 
 With u = 1 - alpha(t) as the variable of integration the schedule is gone: all schedules whose alpha
