@@ -10,7 +10,8 @@ those of the predicted positions only, the same arithmetic as ours. In bf16 all 
 masters, moments and accumulated gradients.
 
 Steps alternate, so that other work on the machine affects all alike; ratios are medians over
-neighboring steps. The lower limit ("floor") is the step's FLOPs at the rate of a large matrix
+neighboring steps. Memory is the peak of a process that trains with one of the contenders alone
+(one process on a CPU). The lower limit ("floor") is the step's FLOPs at the rate of a large matrix
 product. On a GPU the default is the width of LLaDA 8B: two layers next to each plain loop, then as
 many layers as fit alone, with 4 and with 16 micro-batches per step.
 """
@@ -20,7 +21,9 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -55,6 +58,8 @@ from llada.objectives import (
 
 PLAIN_LOOPS = {"every_position": True, "same_arithmetic": False}
 """Name of a plain loop, and whether it computes the logits of every position."""
+ENGINE = "engine"
+"""Name of the engine among the contenders."""
 WARM_UP_STEPS = 2
 
 
@@ -282,6 +287,31 @@ def speed(engine: MegatronEngine, step_time: float, flops: StepFlops) -> dict[st
     }
 
 
+def train_alone(config: RunConfig, contender: str) -> None:
+    """Train a few steps with the engine or with a plain loop, and with nothing else."""
+    steps = [make_batches(config, step, whole_rows=True)[0] for step in range(WARM_UP_STEPS + 1)]
+    if contender == ENGINE:
+        engine = MegatronEngine(config, initialize=random_weights)
+        for batches in steps:
+            engine_step(engine, [engine.prepare(batch) for batch in batches])
+        engine.close()
+        return
+    loop = PlainLoop(config, torch.device("cpu"), PLAIN_LOOPS[contender])
+    for batches in steps:
+        loop.step(batches)
+
+
+def memory_alone(vocabulary: int, contender: str) -> float:
+    """Return the peak resident memory of a process that runs `train_alone`, GB."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--vocabularies", str(vocabulary)]
+    process = subprocess.Popen([*command, "--alone", contender], stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"the process of {contender} exited with {process.returncode}")
+    return usage.ru_maxrss * 1024 / 1e9
+
+
 def median_ratio(ours: list[float], theirs: list[float]) -> float:
     """Median of the ratios of neighboring steps."""
     ratios = [our_time / their_time for our_time, their_time in zip(ours, theirs, strict=True)]
@@ -362,6 +392,11 @@ def parse_arguments(gpu: bool) -> argparse.Namespace:
         metavar="FILE",
         help="write a table of the kernels of one step of the last measured shape",
     )
+    parser.add_argument(
+        "--alone",
+        choices=[ENGINE, *PLAIN_LOOPS],
+        help="train a few steps with one contender; the program calls itself to measure memory",
+    )
     return parser.parse_args()
 
 
@@ -370,6 +405,11 @@ def main() -> None:
     args = parse_arguments(gpu)
     join_world()
     is_main = dist.get_rank() == 0
+    if args.alone:
+        train_alone(
+            run_config(args, args.vocabularies[0], args.layers or 4, args.rows[0]), args.alone
+        )
+        return
 
     # One line of JSON per shape.
     def report(
@@ -377,6 +417,11 @@ def main() -> None:
     ) -> None:
         free_gpu_memory()
         result = measure(run_config(args, vocabulary, layers, rows), args.steps, plain, profile)
+        if plain and not gpu and dist.get_world_size() == 1:
+            own = memory_alone(vocabulary, ENGINE)
+            theirs = memory_alone(vocabulary, plain)
+            result["memory_alone_gb"] = round(own, 2)
+            result[f"memory_over_plain_{plain}"] = round(own / theirs, 3)
         if is_main:
             print(json.dumps(result), flush=True)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import llada
 from llada.checkpoint.format import CheckpointState, TrainedConfig
@@ -17,9 +18,7 @@ license: {license}
 library_name: transformers
 pipeline_tag: text-generation
 tags:
-- llada
-- masked-diffusion
-- diffusion-language-model
+{tags}
 ---
 
 # {title}
@@ -27,15 +26,18 @@ tags:
 {description}
 Exported with `llada` {version}.
 """
-_TRAINED = """\
+_DIFFUSION_DESCRIPTION = """\
 This model predicts masked tokens from the text on both sides.
 It writes by starting from masks and filling them in, a few in each step
 ([LLaDA](https://arxiv.org/abs/2502.09992))."""
+_CAUSAL_DESCRIPTION = """\
+This model predicts each token from those before it: the autoregressive baseline of masked diffusion
+models ([LLaDA](https://arxiv.org/abs/2502.09992)), in the layout of Llama."""
 _CONVERTED = """\
 These are the unchanged weights of a {architecture}, in the layout of
 [LLaDA](https://arxiv.org/abs/2502.09992). Nothing was trained since the conversion.
 See the original model for its uses and its license."""
-_USE = """
+_DIFFUSION_USE = """
 ## Use
 
 ```python
@@ -54,6 +56,29 @@ The model is not causal.
 `generate()`, and with it `pipeline("text-generation")`, calls `diffusion_generate`,
 ends a text at EOS, and refuses settings of autoregressive decoding such as `top_p` or `num_beams`.
 """
+_CAUSAL_USE = """
+## Use
+
+Every text begins with the token `bos_token_id` of `config.json`, which the tokenizer may not add.
+
+```python
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."  # or the path of this folder
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder).eval()
+text = tokenizer("Once upon a time", add_special_tokens=False)["input_ids"]
+inputs = torch.tensor([[model.config.bos_token_id, *text]])
+ids = model.generate(
+    inputs,
+    attention_mask=torch.ones_like(inputs),
+    max_new_tokens=64,
+    suppress_tokens=[tokenizer.mask_token_id],
+)
+print(tokenizer.decode(ids[0], skip_special_tokens=True))
+```
+"""
 _FINE_TUNE = """
 ## Fine-tune
 
@@ -71,6 +96,54 @@ inputs = tokenizer(
     prompt, add_special_tokens=False, return_tensors="pt", return_token_type_ids=False
 )"""
 
+
+class _Kind(NamedTuple):
+    """What the card says of all models of a kind.
+
+    Attributes:
+        tags: for the Hugging Face Hub.
+        title, description: at the top.
+        architecture: in the table.
+        use: a program that writes a text; `{prompt}` stands for the lines that make the inputs.
+        loss: what the validation measures.
+        about_loss: a sentence on it.
+        noise: what it was measured with besides the text.
+    """
+
+    tags: tuple[str, ...]
+    title: str
+    description: str
+    architecture: str
+    use: str
+    loss: str
+    about_loss: str
+    noise: str = ""
+
+
+_DIFFUSION = _Kind(
+    tags=("llada", "masked-diffusion", "diffusion-language-model"),
+    title="A masked diffusion language model",
+    description=_DIFFUSION_DESCRIPTION,
+    architecture="Llama-like transformer without the causal mask: RMSNorm, RoPE, SwiGLU, no biases",
+    use=_DIFFUSION_USE,
+    loss="NELBO",
+    about_loss="The NELBO is an upper bound of the negative log likelihood.",
+    noise=" with fixed noise",
+)
+_CAUSAL = _Kind(
+    tags=("llada", "autoregressive"),
+    title="An autoregressive language model",
+    description=_CAUSAL_DESCRIPTION,
+    architecture="Llama: RMSNorm, RoPE, SwiGLU, no biases",
+    use=_CAUSAL_USE,
+    loss="negative log likelihood",
+    about_loss="The likelihood is exact; a NELBO of a diffusion model is an upper bound of its own.",
+)
+_OBJECTIVES = {
+    "masked": "masked diffusion (arXiv 2502.09992, Eq. 3)",
+    "discrete_steps": "masked diffusion in discrete steps (arXiv 2107.03006)",
+    "autoregressive": "left-to-right prediction",
+}
 _TASKS = {"pretrain": "pretraining", "sft": "supervised fine-tuning"}
 
 
@@ -106,24 +179,31 @@ def model_card(
     imports = _imports(state)
     if imports and not state.step:
         converted = imports[0]
+    kind = _CAUSAL if trained.is_causal else _DIFFUSION
+    title = kind.title
+    description = kind.description
     if converted:
         title = f"Converted weights of a {converted}"
         description = _CONVERTED.format(architecture=converted)
-    else:
-        title = "A masked diffusion language model"
-        description = _TRAINED
     head = _HEAD.format(
-        license=license_, version=llada.__version__, title=title, description=description
+        license=license_,
+        tags="\n".join(f"- {tag}" for tag in kind.tags),
+        version=llada.__version__,
+        title=title,
+        description=description,
     )
-    sections = [head, "\n## Architecture\n\n", _table(_architecture(trained, dtype))]
+    rows = [("kind", kind.architecture), *_architecture(trained, dtype)]
+    sections = [head, "\n## Architecture\n\n", _table(rows)]
     if not converted:
-        sections += ["\n## Training\n\n", _table(_training(state, averaged))]
+        sections += ["\n## Training\n\n", _table(_training(state, trained, averaged))]
     # The recorded validation is that of one checkpoint, not of the mean.
     if state.validation and not averaged:
-        sections += ["\n## Validation\n\n", _validation(state.validation)]
+        sections += ["\n## Validation\n\n", _validation(state.validation, kind)]
     is_chat_model = has_template and state.config.get("task") == "sft"
-    sections.append(_USE.format(prompt=_CHAT_PROMPT if is_chat_model else _PROMPT))
-    if has_template:
+    prompt = _CHAT_PROMPT if is_chat_model else _PROMPT
+    sections.append(kind.use.replace("{prompt}", prompt))
+    # The example applies the noise of masked diffusion.
+    if has_template and not trained.is_causal:
         example = Path(__file__).with_name("finetuning_example.py")
         sections.append(_FINE_TUNE.format(code=example.read_text(encoding="utf-8")))
     return "".join(sections)
@@ -149,10 +229,6 @@ def _architecture(trained: TrainedConfig, dtype: str) -> list[tuple[str, str]]:
     if model.tie_embeddings:
         rows_of_vocabulary += ", tied with the head"
     return [
-        (
-            "kind",
-            "Llama-like transformer without the causal mask: RMSNorm, RoPE, SwiGLU, no biases",
-        ),
         ("parameters", f"{parameters} ({without_vocabulary} without embedding and head), {dtype}"),
         (
             "layers, width, inner width",
@@ -165,9 +241,11 @@ def _architecture(trained: TrainedConfig, dtype: str) -> list[tuple[str, str]]:
     ]
 
 
-def _training(state: CheckpointState, averaged: list[int]) -> list[tuple[str, str]]:
+def _training(
+    state: CheckpointState, trained: TrainedConfig, averaged: list[int]
+) -> list[tuple[str, str]]:
     rows = [
-        ("objective", "masked diffusion (arXiv 2502.09992, Eq. 3)"),
+        ("objective", _OBJECTIVES[trained.objective]),
         ("task", _TASKS[state.config["task"]]),
     ]
     imports = _imports(state)
@@ -183,18 +261,18 @@ def _training(state: CheckpointState, averaged: list[int]) -> list[tuple[str, st
     return rows
 
 
-def _validation(line: JsonObject) -> str:
-    """A table of the held-out text's NELBO, per corpus and in all, with standard errors."""
-    lines = ["| corpus | NELBO, nats per token | bits per byte |", "|---|---|---|"]
+def _validation(line: JsonObject, kind: _Kind) -> str:
+    """A table of the held-out text's loss, per corpus and in all, with standard errors."""
+    lines = [f"| corpus | {kind.loss}, nats per token | bits per byte |", "|---|---|---|"]
     for name, values in line["corpora"].items():
         lines.append(_validation_row(name, values))
     if len(line["corpora"]) > 1:
         lines.append(_validation_row("all, by weight", line))
     lines += [
         "",
-        f"Measured after step {line['step']:,} on held-out text with fixed noise, ± the standard"
+        f"Measured after step {line['step']:,} on held-out text{kind.noise}, ± the standard"
         " error over such text.",
-        "The NELBO is an upper bound of the negative log likelihood.",
+        kind.about_loss,
         "",
     ]
     return "\n".join(lines)

@@ -19,7 +19,13 @@ from llada.model import weights
 from llada.objectives import Batch
 from tests.distributed.layouts import LAYOUTS, NO_OVERLAP
 from tests.distributed.pool import RankPool
-from tests.engine.support import OracleTrainer, small_config, step_batches, with_nan_weights
+from tests.engine.support import (
+    OracleTrainer,
+    made_engine,
+    small_config,
+    step_batches,
+    with_nan_weights,
+)
 from tests.model.assembly import gather
 
 STEPS = 5
@@ -52,7 +58,7 @@ def train_on_ranks(
     """
     batch = {"global": 8, "micro": micro}
     config = small_config(model, parallel, batch=batch, objective=objective)
-    engine = MegatronEngine(config)
+    engine = made_engine(config)
     try:
         own_rank = engine.parallel_rank
         before = {n: p.detach().clone() for n, p in engine.parameters().items()}
@@ -157,14 +163,19 @@ def test_five_steps_equal_the_oracle(layout: str, pool: RankPool) -> None:
     check_five_steps(pool, parallel, model, micro_batch_size(parallel))
 
 
-@pytest.mark.parametrize("objective", [{"name": "autoregressive"}], ids=["autoregressive"])
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "autoregressive": {"name": "autoregressive"},
+    "cosine, subs": {"name": "masked", "schedule": "cosine", "subs": True},
+    "discrete steps": {"name": "discrete_steps", "steps": 10},
+}
+"""Those that are not in all layouts above."""
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("layout", ["TP2+SP x DP4", "PP2 x VP2 x DP4", "CP2 x DP4"])
-def test_every_objective_equals_the_oracle(
-    layout: str, objective: dict[str, Any], pool: RankPool
-) -> None:
-    """Masked diffusion is in all layouts above."""
+def test_every_objective_equals_the_oracle(layout: str, objective: str, pool: RankPool) -> None:
     parallel, model = LAYOUTS[layout]
-    check_five_steps(pool, parallel, model, micro_batch_size(parallel), objective)
+    check_five_steps(pool, parallel, model, micro_batch_size(parallel), OBJECTIVES[objective])
 
 
 @pytest.mark.parametrize("micro", [1, 4])

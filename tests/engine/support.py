@@ -76,6 +76,12 @@ def step_batches(config: RunConfig, step: int) -> list[Batch]:
     return [collate(corrupted[i : i + micro], count * length) for i in range(0, count, micro)]
 
 
+def made_engine(config: RunConfig) -> MegatronEngine:
+    """An engine with the losses of the config's objective."""
+    objective = make_objective(config.objective, SpecialIds(mask=MASK, start=0))
+    return MegatronEngine(config, losses=objective.losses)
+
+
 def with_nan_weights(batch: Batch) -> Batch:
     """The same micro-batch with a loss that is not a number."""
     terms = batch.terms[TOKENS]
@@ -118,6 +124,9 @@ class OracleTrainer:
         total = torch.zeros((), dtype=torch.float64)
         for batch in batches:
             logits = self.oracle(batch.inputs, segment_ids(batch), batch.layout.rule == "causal")
+            if getattr(self.config.objective, "subs", False):
+                ids = torch.arange(logits.shape[-1])
+                logits = logits.where(ids != MASK, -torch.inf)
             terms = batch.terms[TOKENS]
             each = torch.nn.functional.cross_entropy(
                 logits[terms.rows, terms.columns], terms.targets, reduction="none"

@@ -151,7 +151,10 @@ def test_the_same_noise_whatever_the_micro_batch_or_the_seed(workplace: Workplac
         seen.append(
             (
                 plan.groups.t.tolist(),
-                [batch.inputs.tolist() for batch in validator._batches(plan, 0, np.arange(len(plan.samples)))],
+                [
+                    batch.inputs.tolist()
+                    for batch in validator._batches(plan, 0, np.arange(len(plan.samples)))
+                ],
             )
         )
     assert seen[0] == seen[1]

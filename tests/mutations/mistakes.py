@@ -80,6 +80,58 @@ rewrites(
 # -- the loss --------------------------------------------------------------------------------------
 
 
+@changes("llada.objectives.schedules", "tests/objectives/test_schedules.py")
+def a_weight_of_another_schedule(schedules: Any) -> None:
+    right = schedules.cosine
+    schedules.cosine = lambda t: replace(right(t), weight=1 / t)
+
+
+@changes("llada.objectives.discrete_steps", "tests/objectives/test_schedules.py")
+def a_first_step_that_masks_nothing(discrete_steps: Any) -> None:
+    right = discrete_steps.StepSchedule.__call__
+
+    def rates(self: Any, t: Any) -> Any:
+        return right(self, t - 1 / self.steps)
+
+    discrete_steps.StepSchedule.__call__ = rates
+
+
+@changes("llada.objectives.autoregressive", "tests/objectives/test_autoregressive.py")
+def a_term_read_one_position_too_late(autoregressive: Any) -> None:
+    """It has read the token that it predicts."""
+    right = autoregressive.Autoregressive.corrupt
+
+    def corrupt(self: Any, *arguments: Any) -> Any:
+        corrupted = right(self, *arguments)
+        terms = corrupted.terms["tokens"]
+        last = len(corrupted.inputs) - 1
+        late = replace(terms, positions=(terms.positions + 1).clip(max=last))
+        return replace(corrupted, terms={"tokens": late})
+
+    autoregressive.Autoregressive.corrupt = corrupt
+
+
+@changes("llada.objectives.autoregressive", "tests/objectives/test_autoregressive.py")
+def a_dropped_group(autoregressive: Any) -> None:
+    right = autoregressive.Autoregressive.corrupt
+
+    def corrupt(self: Any, row: Any, key: Any) -> Any:
+        return right(self, replace(row, groups=row.groups[:1]), key)
+
+    autoregressive.Autoregressive.corrupt = corrupt
+
+
+@changes("llada.objectives.autoregressive", "tests/objectives/test_autoregressive.py")
+def a_layout_that_sees_its_future(autoregressive: Any) -> None:
+    right = autoregressive.Layout
+    autoregressive.Layout = lambda bounds, length, rule: right(bounds, length)
+
+
+@changes("llada.objectives.losses", "tests/model/test_head_loss.py")
+def a_mask_token_that_stays_in_the_softmax(losses: Any) -> None:
+    losses.CrossEntropyWithout.__call__ = lambda self, *arguments: losses.cross_entropy(*arguments)
+
+
 @changes("llada.objectives.masked", "tests/objectives")
 def no_weight_1_over_p(masked: Any) -> None:
     right = masked.MaskedDiffusion._bernoulli

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from tests.workplace import Workplace
+from llada.config import build_config
+from llada.data.manifest import VALIDATION
+from llada.data.pretrain import PretrainData
+from llada.engine.base import ParallelRank
+from llada.evaluation.validation import Validator
+from tests.workplace import CONFIG, Workplace
 
 AUTOREGRESSIVE = {"objective": {"name": "autoregressive"}}
 
@@ -37,6 +44,30 @@ def test_it_reads_what_the_diffusion_run_of_the_same_seed_reads(arm: Workplace) 
         for lines in (own, other)
     ]
     assert measures[0] == measures[1], "llada compare takes them as a pair"
+
+
+def test_validation_is_the_likelihood_that_plain_transformers_computes(arm: Workplace) -> None:
+    """Document by document, each after the start token; every held-out window counts once."""
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM.from_pretrained(arm.folder / "arm_hf").eval()
+    mixture = [{"path": str(arm.folder / "corpus")}]
+    settings = {**CONFIG, **AUTOREGRESSIVE, "data": {**CONFIG["data"], "mixture": mixture}}
+    data = PretrainData(build_config(settings))
+    plan = Validator(data, ParallelRank(0, 1, 0, 1)).design(0).plan
+    loss = 0.0
+    tokens = 0
+    for draw in range(0, len(plan.samples), 4):
+        row = data.row(VALIDATION, plan, draw)
+        for first, last in pairwise(row.bounds.tolist()):
+            ids = torch.tensor([model.config.bos_token_id, *row.tokens[first:last]])
+            with torch.no_grad():
+                logits = model(ids[None, :-1]).logits[0]
+            loss += float(F.cross_entropy(logits, ids[1:], reduction="sum"))
+            tokens += last - first
+    reported = [line for line in arm.lines("arm") if "nelbo_per_token" in line][-1]
+    assert reported["nelbo_per_token"] == pytest.approx(loss / tokens, rel=1e-5)
+    assert "t_deciles" not in reported["corpora"]["corpus"]
 
 
 def test_a_resumed_run_repeats_the_uninterrupted_one(arm: Workplace) -> None:

@@ -1,0 +1,107 @@
+"""Every masked objective from training to text: resumed, exported, sampled.
+
+tests/objectives/test_autoregressive_run.py does the same for the autoregressive one.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llada.config import load_config
+from llada.objectives.registry import OBJECTIVES
+from tests.workplace import Workplace
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "objectives"
+SETTINGS: dict[str, dict[str, Any]] = {
+    "discrete_steps": {"name": "discrete_steps", "steps": 50},
+    "cosine_subs": {"name": "masked", "schedule": "cosine", "subs": True},
+    "clipped": {"name": "masked", "schedule": "clipped", "clip": [0.2, 0.9]},
+}
+
+
+def test_every_objective_has_a_config_that_names_it() -> None:
+    assert sorted(path.stem for path in CONFIGS.glob("*.yaml")) == sorted(OBJECTIVES)
+    configs = {name: load_config(CONFIGS / f"{name}.yaml", []) for name in OBJECTIVES}
+    shared = [
+        config.model_dump(exclude={"objective": True, "run": {"dir"}})
+        for config in configs.values()
+    ]
+    assert all(settings == shared[0] for settings in shared), "they differ in the objective alone"
+    assert all(config.objective.name == name for name, config in configs.items())
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_run_resumes_exports_and_samples(name: str, workplace: Workplace) -> None:
+    objective = {"objective": SETTINGS[name]}
+    whole = workplace.config(f"{name}.yaml", run={"dir": name, "threads": 2}, **objective)
+    workplace.run("pretrain", whole)
+    part = f"{name}_cut"
+    config = workplace.config(f"{part}.yaml", run={"dir": part, "threads": 2}, **objective)
+    workplace.run("pretrain", config, "train.steps=5")
+    workplace.run("pretrain", config)
+    lines = [
+        line
+        for line in workplace.lines(part)
+        if not ("nelbo_per_token" in line and line["step"] == 5)
+    ]
+    assert lines == workplace.lines(name)
+    bounds = [line["nelbo_per_token"] for line in lines if "nelbo_per_token" in line]
+    assert bounds[-1] < bounds[0] - 0.05
+
+    # The saved config is a config, with the objective in it.
+    shown = workplace.run("config", f"{name}/config.yaml").stdout
+    assert f"name: {SETTINGS[name]['name']}" in shown
+
+    workplace.run("convert", "to-hf", name, f"{name}_hf")
+    words = ("import ", "--length", "12", "--temperature", "1", "--seed", "3")
+    texts = [workplace.run("sample", model, *words).stdout for model in (name, f"{name}_hf")]
+    assert texts[0] == texts[1] and texts[0].strip() and "mask" not in texts[0].lower()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            "objective.name=maskd",
+            "objective.name: 'maskd' is not one of masked, discrete_steps, autoregressive"
+            " (did you mean 'masked'?)",
+        ),
+        (
+            "objective.schedule=cosin",
+            "objective.schedule: 'cosin' is not allowed: input should be",
+        ),
+        (
+            "objective={schedule: cosine, masking: fixed_count}",
+            "objective.schedule: cosine needs masking: bernoulli; fixed_count has no schedule",
+        ),
+        (
+            "objective={schedule: clipped, sigma_max: 3.0}",
+            "objective.sigma_max: has no effect with schedule clipped, only with linear and"
+            " geometric",
+        ),
+        (
+            "objective={schedule: geometric, sigma_min: 3.0, sigma_max: 1.0}",
+            "objective.sigma_min: 3 is not below sigma_max = 1",
+        ),
+        (
+            "objective={schedule: clipped, clip: [0.5, 0.2]}",
+            "objective.clip: [0.5, 0.2] are not two rising probabilities above 0, at most 1",
+        ),
+        (
+            "objective={name: discrete_steps, steps: 0}",
+            "objective.steps: 0 is not allowed",
+        ),
+        (
+            "objective={name: autoregressive, masking: bernoulli}",
+            "objective.masking: unknown setting",
+        ),
+    ],
+)
+def test_wrong_settings_are_named_in_one_line(
+    settings: str, message: str, workplace: Workplace
+) -> None:
+    error = workplace.run("config", "whole.yaml", settings, code=2).stderr
+    assert error.startswith(f"error: {message}") and error.count("\n") == 1
