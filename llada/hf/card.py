@@ -137,7 +137,7 @@ _CAUSAL = _Kind(
     architecture="Llama: RMSNorm, RoPE, SwiGLU, no biases",
     use=_CAUSAL_USE,
     loss="negative log likelihood",
-    about_loss="The likelihood is exact; a NELBO of a diffusion model is an upper bound of its own.",
+    about_loss="The likelihood is exact; the NELBO of a diffusion model is an upper bound.",
 )
 _OBJECTIVES = {
     "masked": "masked diffusion (arXiv 2502.09992, Eq. 3)",

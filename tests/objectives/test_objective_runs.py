@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from llada.config import load_config
 from llada.objectives.registry import OBJECTIVES
+from llada.training.configure import load_config
 from tests.workplace import Workplace
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "objectives"
