@@ -1,4 +1,4 @@
-"""Every layout of eight ranks against the single-process oracle, over three optimizer steps.
+"""Every layout of eight ranks against the single-process oracle, over five optimizer steps.
 
 Compared are losses, gradient norms, every gradient tensor before clipping at the first and the last
 step, and the weights after the last. Rows hold packed documents and cuts, some segments are a
@@ -23,7 +23,7 @@ from tests.distributed.pool import RankPool
 from tests.engine.support import OracleTrainer, small_config, step_batches
 from tests.model.assembly import gather
 
-STEPS = 3
+STEPS = 5
 RATES = [1e-3 * (step + 1) / 10 for step in range(STEPS)]
 
 
@@ -46,7 +46,7 @@ def gradients(engine: MegatronEngine) -> dict[str, torch.Tensor]:
 
 
 def train_on_ranks(parallel: dict[str, Any], model: dict[str, Any], micro: int) -> dict[str, Any]:
-    """Three steps on this rank: losses, gradient norms, gradients of the first and the last step,
+    """Five steps on this rank: losses, gradient norms, gradients of the first and the last step,
     and its weights before and after.
     """
     config = small_config(model, parallel, batch={"global": 8, "micro": micro})

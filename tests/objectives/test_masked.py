@@ -107,11 +107,11 @@ def test_constant_loss_has_mean_one_and_the_analytic_variance() -> None:
     length, eps, count = 64, 0.05, 20_000
     t = np.random.default_rng(1).random(count)
     values = {}
-    for masking, some in (("bernoulli", count), ("fixed_count", 500)):
+    for masking, rows in (("bernoulli", count), ("fixed_count", 500)):
         objective = MaskedDiffusion(0, MASK, masking, eps)
         windows = (
             Window(i, np.zeros(length, dtype=np.int64), np.array([0, length]), t[i : i + 1], 0)
-            for i in range(some)
+            for i in range(rows)
         )
         values[masking] = np.array([objective.corrupt(w).weights.sum() / length for w in windows])
     np.testing.assert_allclose(values["fixed_count"], 1.0, atol=1e-12)

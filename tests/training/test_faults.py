@@ -89,7 +89,7 @@ def test_twenty_kills_of_a_random_rank_at_random_moments(workplace: Workplace) -
         "parallel": LAYOUT,
         "checkpoint": {"every": 2, "keep_last": 2},
         "batch": {"global": 8, "micro": 2},
-        "train": {"steps": 14},
+        "train": {"steps": 24},
     }
     whole = workplace.config(
         "undisturbed.yaml", run={"dir": "undisturbed", "threads": 1}, **settings

@@ -112,7 +112,7 @@ def test_extending_a_run_changes_nothing_before(workplace: Workplace) -> None:
 
 
 @pytest.mark.slow
-def test_a_dozen_processes_give_one_result(workplace: Workplace) -> None:
+def test_twenty_processes_give_one_result(workplace: Workplace) -> None:
     """The first multi-threaded call of a math function may be imprecise in a fresh process; wide
     tensors make it likely.
     """
@@ -125,7 +125,7 @@ def test_a_dozen_processes_give_one_result(workplace: Workplace) -> None:
     }
     data = {"sequence_length": 512, "mixture": [{"path": "corpus"}]}
     seen = set()
-    for i in range(12):
+    for i in range(20):
         config = workplace.config(
             "fresh.yaml",
             run={"dir": f"fresh{i}", "threads": 2},
