@@ -102,8 +102,12 @@ def sync_tree(folder: Path) -> None:
 
 
 def prefetch(calls: Iterable[Callable[[], T]], depth: int = 2) -> Iterator[T]:
-    """Results of `calls` in their order, computed by a thread up to `depth` calls ahead."""
-    with ThreadPoolExecutor(1) as pool:
+    """Results of `calls` in their order, computed by a thread up to `depth` calls ahead.
+
+    Results that nobody asks for any more are given up without waiting for the thread.
+    """
+    pool = ThreadPoolExecutor(1)
+    try:
         pending: deque[Future[T]] = deque()
         for call in calls:
             pending.append(pool.submit(call))
@@ -111,6 +115,10 @@ def prefetch(calls: Iterable[Callable[[], T]], depth: int = 2) -> Iterator[T]:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
+    finally:
+        # The garbage collector may run this anywhere, also where a thread that is just starting
+        # holds a lock of the threading module. Joining a thread takes that lock too: a deadlock.
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 @contextmanager

@@ -40,7 +40,7 @@ CONFIG: dict[str, Any] = {
         "vocab_size": 512,
     },
     "schedule": {"stages": [{"shape": "linear", "end": 1e-3, "steps": 10}, {"shape": "constant"}]},
-    "validation": {"every": 4, "windows": 64},
+    "validation": {"every": 4, "windows": 32},
     "checkpoint": {"every": 4},
     "logging": {"every": 1},
 }

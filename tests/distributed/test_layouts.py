@@ -114,7 +114,7 @@ def micro_batch_size(parallel: dict[str, Any]) -> int:
     return max(1, replica // max(2, chunks))
 
 
-def check_five_steps(
+def check_training(
     pool: RankPool,
     parallel: dict[str, Any],
     model: dict[str, Any],
@@ -158,9 +158,9 @@ def check_five_steps(
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_five_steps_equal_the_oracle(layout: str, pool: RankPool) -> None:
+def test_training_equals_the_oracle(layout: str, pool: RankPool) -> None:
     parallel, model = LAYOUTS[layout]
-    check_five_steps(pool, parallel, model, micro_batch_size(parallel))
+    check_training(pool, parallel, model, micro_batch_size(parallel))
 
 
 OBJECTIVES: dict[str, dict[str, Any]] = {
@@ -175,13 +175,13 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("layout", ["TP2+SP x DP4", "PP2 x VP2 x DP4", "CP2 x DP4"])
 def test_every_objective_equals_the_oracle(layout: str, objective: str, pool: RankPool) -> None:
     parallel, model = LAYOUTS[layout]
-    check_five_steps(pool, parallel, model, micro_batch_size(parallel), OBJECTIVES[objective])
+    check_training(pool, parallel, model, micro_batch_size(parallel), OBJECTIVES[objective])
 
 
 @pytest.mark.parametrize("micro", [1, 4])
 def test_accumulation_on_two_replicas_changes_nothing(micro: int, pool: RankPool) -> None:
     """Eight sequences on two replicas in four micro-batches each, or in one."""
-    check_five_steps(pool, {"tensor": 2, "sequence": True, "context": 2}, {}, micro)
+    check_training(pool, {"tensor": 2, "sequence": True, "context": 2}, {}, micro)
 
 
 def broken_steps(parallel: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 from tests.mutations.planting import Change, Mistake
 
 MISTAKES: dict[str, Mistake] = {}
-LAYOUTS = "tests/distributed/test_layouts.py::test_five_steps_equal_the_oracle"
+LAYOUTS = "tests/distributed/test_layouts.py::test_training_equals_the_oracle"
 PRETRAIN = "tests/data/test_pretrain.py"
 SFT = "tests/data/test_sft_data.py"
 

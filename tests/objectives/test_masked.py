@@ -98,11 +98,11 @@ def test_constant_loss_has_mean_one_and_the_analytic_variance() -> None:
     length, eps, count = 64, 0.05, 20_000
     t = np.random.default_rng(1).random(count)
     values = {}
-    for masking in ("bernoulli", "fixed_count"):
+    for masking, rows in (("bernoulli", count), ("fixed_count", 500)):
         objective = MaskedDiffusion(MASK, masking, eps)
         tokens = np.zeros(length, dtype=np.int64)
         sums = [
-            masked(objective, i, tokens, [0, length], t[i : i + 1])[2].sum() for i in range(count)
+            masked(objective, i, tokens, [0, length], t[i : i + 1])[2].sum() for i in range(rows)
         ]
         values[masking] = np.array(sums) / length
     np.testing.assert_allclose(values["fixed_count"], 1.0, atol=1e-12)

@@ -427,11 +427,12 @@ SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=2,bf_interval=2,sched_min_interval=0,batch_sched_delay=0
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-# A lost node is noticed in seconds. SIGKILL follows SIGTERM after twenty, in which a busy machine,
-# too, gets through a step and a save.
-SlurmdTimeout=6
+# A lost node is noticed in seconds, but one that a busy machine keeps from answering for a while is
+# not lost. SIGKILL follows SIGTERM after twenty, in which such a machine, too, gets through a step
+# and a save.
+SlurmdTimeout=12
 SlurmctldTimeout=6
-MessageTimeout=5
+MessageTimeout=10
 KillWait=20
 UnkillableStepTimeout=30
 MinJobAge={self.forget_seconds}

@@ -100,7 +100,8 @@ def test_plain_scontrol_requeue(island: Island) -> None:
     island.wait_step("administered", 6)
     island.cluster.run("scontrol", "requeue", job)
     requeued = island.wait_event("administered", "requeued")
-    assert "failure" not in requeued and requeued["reason"] == "Slurm requeues the job"
+    assert requeued["reason"] == "Slurm requeues the job", requeued
+    assert "failure" not in requeued
     assert requeued["step"] >= 6  # stopped cleanly, although nobody asked the run itself
     island.wait_state("administered", "FINISHED")
     assert island.status("administered").restarts == 1
