@@ -96,7 +96,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Decide which tests must run in one worker of pytest-xdist.
 
     The tests of a file share its fixtures, and all distributed tests share a pool of ranks. Planted
-    mistakes share nothing.
+    mistakes and sequences of kills share nothing, and take long.
     """
     from xdist.scheduler import LoadScopeScheduling
 
@@ -104,7 +104,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
         def _split_scope(self, nodeid: str) -> str:
             path = nodeid.partition("::")[0]
             name = Path(path).parent.name
-            if name == "mutations":
+            if name == "mutations" or path.endswith("training/test_faults.py"):
                 return nodeid
             if name == "distributed":
                 return name
