@@ -66,7 +66,8 @@ class ShardedVocabulary:
         """Return the column of each row's id, [n]; one rank has it."""
         column, is_own = self.own_column(ids)
         picked = x.gather(1, column[:, None])[:, 0]
-        return _SumOverRanks.apply(picked * is_own, self.group)
+        # Not a product: the column of another rank's id may be -inf, and 0 x -inf is NaN.
+        return _SumOverRanks.apply(picked.where(is_own, 0.0), self.group)
 
     def exclude(self, x: torch.Tensor, id_: int) -> torch.Tensor:
         """Return x with -inf in the column of an id, [n, v]; one rank has it."""
