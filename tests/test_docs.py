@@ -251,34 +251,36 @@ def options_of(command: Any) -> set[str]:
 # --- settings
 
 
-def section_of(annotation: Any) -> type[BaseModel] | None:
-    """The settings group inside an annotation such as `Group`, `Group | None` or `list[Group]`."""
+def sections_of(annotation: Any) -> list[type[BaseModel]]:
+    """The settings groups inside an annotation: one in `Group`, `Group | None` and `list[Group]`,
+    several in `Group | Variant`, none in that of a single value.
+    """
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    for part in get_args(annotation):
-        section = section_of(part)
-        if section is not None:
-            return section
-    return None
+        return [annotation]
+    return [section for part in get_args(annotation) for section in sections_of(part)]
 
 
-def settings_of(section: type[BaseModel]) -> dict[str, Any]:
+def settings_of(sections: list[type[BaseModel]]) -> dict[str, Any]:
     """Setting -> annotation, by the names of the YAML file (`batch.global`, not `global_`)."""
-    return {field.alias or name: field.annotation for name, field in section.model_fields.items()}
+    return {
+        field.alias or name: field.annotation
+        for section in sections
+        for name, field in section.model_fields.items()
+    }
 
 
 def key_problem(key: str) -> str | None:
     """What is wrong with a dotted key, or None. Indices of lists are passed over."""
-    section: type[BaseModel] | None = RunConfig
+    sections: list[type[BaseModel]] = [RunConfig]
     for part in key.split("."):
         if part.isdigit():
             continue
-        if section is None:
+        if not sections:
             return f"{key}: '{part}' lies below a single value"
-        settings = settings_of(section)
+        settings = settings_of(sections)
         if part not in settings:
             return f"{key}: no setting '{part}'; there are {', '.join(settings)}"
-        section = section_of(settings[part])
+        sections = sections_of(settings[part])
     return None
 
 
@@ -311,7 +313,9 @@ def documented_keys(text: str) -> Iterator[tuple[int, str]]:
             override = OVERRIDE.match(word)
             if override and not (word.startswith("lr=") and "--rewind" in words):
                 yield number, override[1]
-    groups = {name for name, annotation in settings_of(RunConfig).items() if section_of(annotation)}
+    groups = {
+        name for name, annotation in settings_of([RunConfig]).items() if sections_of(annotation)
+    }
     for number, span in inline_code(prose):
         match = re.fullmatch(r"([a-z_]+(?:\.[a-z0-9_]+)+)(=\S*)?", span)
         if not match:

@@ -38,16 +38,16 @@ def rewrites(name: str, module: str, old: str, new: str, tests: str) -> None:
 # -- noise -----------------------------------------------------------------------------------------
 
 
+@changes("llada.objectives.row", PRETRAIN)
+def the_same_noise_for_every_sample(row: Any) -> None:
+    right = row.mask_uniforms
+    row.mask_uniforms = lambda seed, sample, *others: right(seed, 0, *others)
+
+
 @changes("llada.objectives.masked", PRETRAIN)
-def the_same_noise_for_every_sample(masked: Any) -> None:
-    right = masked.mask_uniforms
-    masked.mask_uniforms = lambda seed, sample, *others: right(seed, 0, *others)
-
-
-@changes("llada.data.pretrain", PRETRAIN)
-def noise_that_starts_over_after_a_resume(pretrain: Any) -> None:
-    right = pretrain.timesteps
-    pretrain.timesteps = lambda seed, step, *others: right(seed, 0, *others)
+def noise_that_starts_over_after_a_resume(masked: Any) -> None:
+    right = masked.timesteps
+    masked.timesteps = lambda seed, step, *others: right(seed, 0, *others)
 
 
 @changes("llada.data.pretrain", PRETRAIN)
@@ -55,8 +55,8 @@ def one_t_for_all_documents(pretrain: Any) -> None:
     right = pretrain._assemble
 
     def assemble(*arguments: Any) -> Any:
-        *others, draw_t = arguments
-        return right(*others, lambda shares: 0 * shares + draw_t(shares)[0])
+        *others, t = arguments
+        return right(*others, 0 * t + t[0])
 
     pretrain._assemble = assemble
 
@@ -145,12 +145,15 @@ def no_weight_1_over_p(masked: Any) -> None:
 
 @changes("llada.engine.megatron", "tests/engine/test_parity.py")
 def division_by_the_number_of_masked_tokens(megatron: Any) -> None:
-    right = megatron._training_loss
+    right = megatron.rank_batch
 
-    def training_loss(total: Any, batch: Any, losses: Any) -> Any:
-        return right(total, replace(batch, normalizer=max(1, len(losses))), losses)
+    def rank_batch(*arguments: Any) -> Any:
+        part = right(*arguments)
+        if part.normalizer is None:
+            return part
+        return replace(part, normalizer=float(max(1, len(part.terms["tokens"]))))
 
-    megatron._training_loss = training_loss
+    megatron.rank_batch = rank_batch
 
 
 @changes("llada.engine.megatron", "tests/engine/test_parity.py")
@@ -288,8 +291,8 @@ rewrites(
 rewrites(
     "a head that does not wait for its updated weights",
     "llada.model.transformer",
-    "return self.output_layer(hidden)",
-    "return self._head(hidden)",
+    "return self.output_layer(flat.",
+    "return self._head(flat.",
     f"{LAYOUTS}[DP8, small buckets]",
 )
 rewrites(
@@ -381,12 +384,12 @@ rewrites(
 
 
 @changes(
-    "llada.hf.folder",
+    "llada.hf.llama_layout",
     "tests/hf/test_from_hf.py::test_a_llama_is_the_same_function_under_a_causal_mask",
 )
-def keys_and_values_of_an_imported_llama_exchanged(folder: Any) -> None:
-    right = folder._LLAMA_BLOCK
-    folder._LLAMA_BLOCK = {**right, "k_proj": right["v_proj"], "v_proj": right["k_proj"]}
+def keys_and_values_of_an_imported_llama_exchanged(llama_layout: Any) -> None:
+    right = llama_layout._BLOCK_NAMES
+    llama_layout._BLOCK_NAMES = {**right, "k_proj": right["v_proj"], "v_proj": right["k_proj"]}
 
 
 @changes(

@@ -294,13 +294,14 @@ def test_weights_that_are_not_finite(export: Path, tmp_path: Path) -> None:
         assert "logits are not finite" in str(result.exception)
 
 
-def test_a_model_that_writes_from_left_to_right_is_refused(
+def test_a_llama_writes_from_left_to_right_and_fills_no_gaps(
     workplace: Workplace, tmp_path: Path
 ) -> None:
-    llama_folder(tmp_path / "llama", workplace.folder / "tokenizer", vocab_size=512)
-    assert "is a LlamaForCausalLM, which writes from left to right" in refusal(
-        "sample", tmp_path / "llama", "x"
-    )
+    folder = tmp_path / "llama"
+    llama_folder(folder, workplace.folder / "tokenizer", vocab_size=512)
+    words = ("sample", folder, "x", "--length", "8", "--seed", "1")
+    assert run(*words) == run(*words)
+    assert "cannot fill masks" in refusal("infill", folder, "x [MASK]")
 
 
 def test_code_in_a_folder_is_not_run(export: Path, tmp_path: Path) -> None:

@@ -168,8 +168,9 @@ def test_a_killed_run_repeats_the_uninterrupted_one(sft_workplace: Workplace) ->
     assert state["lineage"][-1]["init_from"] == "whole/checkpoints/step_00000012"
 
 
-def test_llada_data_step_shows_responses(place: Workplace) -> None:
-    out = place.run("data", "step", config(place, "shown", init=False), "1").stdout
+def test_llada_data_step_shows_responses(sft_workplace: Workplace) -> None:
+    name = config(sft_workplace, "shown", init=False)
+    out = sft_workplace.run("data", "step", name, "1").stdout
     assert "8 noise groups" in out
     assert "conversation " in out
     assert " masked: " in out
