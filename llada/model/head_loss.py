@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 
 from llada.model.vocabulary import ShardedVocabulary, WholeVocabulary
 from llada.objectives.losses import HeadTerms, Loss, cross_entropy
@@ -56,8 +55,7 @@ class Head:
         """
         losses = torch.empty(len(terms), dtype=torch.float32, device=states.device)
         with torch.no_grad():
-            for chunk in self._chunks(terms, weight):
-                logits = (states[chunk] @ weight.t()).float()
+            for chunk, logits in self._chunks_with_logits(states, weight, terms):
                 losses[chunk] = self.loss(logits, _part(terms, chunk), self.vocabulary)
         return losses
 
@@ -71,10 +69,18 @@ class Head:
         total: torch.Tensor = _WeightedLoss.apply(states, weight, terms, normalizer, self)
         return total
 
-    def _chunks(self, terms: HeadTerms, weight: torch.Tensor) -> Iterator[slice]:
+    def _chunks_with_logits(
+        self, states: torch.Tensor, weight: torch.Tensor, terms: HeadTerms
+    ) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Yield each chunk of terms with its logits, fp32 [n, v], valid until the next chunk."""
         size = max(1, self.chunk_elements // len(weight))
+        # One buffer for all chunks: on a CPU, fresh memory costs as much as the softmax.
+        buffer = states.new_empty(min(size, len(terms)), len(weight))
         for first in range(0, len(terms), size):
-            yield slice(first, first + size)
+            chunk = slice(first, first + size)
+            logits = buffer[: len(states[chunk])]
+            torch.mm(states[chunk], weight.t(), out=logits)
+            yield chunk, logits.float()
 
     def loss_and_gradient(
         self, logits: torch.Tensor, terms: HeadTerms, factors: torch.Tensor
@@ -87,14 +93,12 @@ class Head:
             factors: fp32 [n].
         """
         if self.loss is cross_entropy:
-            if isinstance(self.vocabulary, WholeVocabulary):
-                return _cross_entropy(logits, terms.targets, factors)
-            return _sharded_cross_entropy(logits, terms.targets, factors, self.vocabulary)
+            return _cross_entropy(logits, terms.targets, factors, self.vocabulary)
         if isinstance(self.vocabulary, ShardedVocabulary):
             # Every rank has a copy of the losses, and the gradient is that of their mean.
             factors = factors / self.vocabulary.size
         with torch.enable_grad():
-            logits = logits.requires_grad_()
+            logits = logits.detach().requires_grad_()
             losses = self.loss(logits, terms, self.vocabulary)
             (gradient,) = torch.autograd.grad((losses * factors).sum(), logits)
         return losses.detach(), gradient
@@ -115,21 +119,13 @@ class _WeightedLoss(torch.autograd.Function):
         factors = terms.weights * (1 / torch.tensor(normalizer, device=states.device))
         losses = torch.empty_like(terms.weights)
         to_states = torch.empty_like(states)
-        to_weight: torch.Tensor | None = None
-        for chunk in head._chunks(terms, weight):
+        to_weight = torch.zeros_like(weight, dtype=torch.float32)
+        for chunk, logits in head._chunks_with_logits(states, weight, terms):
             part = _part(terms, chunk)
-            logits = (states[chunk] @ weight.t()).float()
             losses[chunk], gradient = head.loss_and_gradient(logits, part, factors[chunk])
             gradient = gradient.to(states.dtype)
             torch.matmul(gradient, weight, out=to_states[chunk])
-            product = gradient.t() @ states[chunk]
-            if to_weight is None:
-                to_weight = product
-            else:
-                # In fp32, so that a bf16 gradient is not rounded at every chunk.
-                to_weight = to_weight.float().add_(product)
-        if to_weight is None:
-            to_weight = torch.zeros_like(weight)
+            _add_product(to_weight, gradient.t(), states[chunk])
         if head.reduces_gradient:
             assert isinstance(head.vocabulary, ShardedVocabulary)
             dist.all_reduce(to_states, group=head.vocabulary.group)
@@ -141,42 +137,40 @@ class _WeightedLoss(torch.autograd.Function):
         ctx: Any, upstream: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, None, None, None]:
         to_states, to_weight = ctx.saved_tensors
-        return to_states * upstream, to_weight * upstream, None, None, None
+        # In place, because they are as large as the head. A second backward pass is refused by
+        # torch, which notices that saved tensors have changed.
+        return to_states.mul_(upstream), to_weight.mul_(upstream), None, None, None
 
 
 def _part(terms: HeadTerms, chunk: slice) -> HeadTerms:
     return terms.map_on_device(lambda values: values[chunk])
 
 
+def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """Add left @ right to a total in fp32, so that a bf16 gradient is not rounded at each chunk."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        total.add_(left @ right)
+
+
 def _cross_entropy(
-    logits: torch.Tensor, targets: torch.Tensor, factors: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross entropy in closed form: d loss / d logit = softmax - 1 at the target."""
-    log_probabilities = F.log_softmax(logits, dim=-1)
-    losses = -log_probabilities.gather(1, targets[:, None])[:, 0]
-    gradient = log_probabilities.exp_().mul_(factors[:, None])
-    gradient.scatter_add_(1, targets[:, None], -factors[:, None])
-    return losses, gradient
-
-
-def _sharded_cross_entropy(
     logits: torch.Tensor,
     targets: torch.Tensor,
     factors: torch.Tensor,
-    vocabulary: ShardedVocabulary,
+    vocabulary: WholeVocabulary | ShardedVocabulary,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`_cross_entropy` of this rank's columns."""
-    group = vocabulary.group
-    largest = logits.amax(dim=-1)
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
-    logits -= largest[:, None]
+    """Cross entropy in closed form: d loss / d logit = softmax - 1 at the target.
+
+    Overwrites the logits by their gradient.
+    """
+    logits -= vocabulary.largest(logits)[:, None]
     column, is_own = vocabulary.own_column(targets)
     at_target = logits.gather(1, column[:, None])[:, 0] * is_own
     exponentials = logits.exp_()
     # Both sums in one message: of the exponentials and, from the rank that has it, of the target.
     sums = torch.stack([exponentials.sum(dim=-1), at_target])
-    dist.all_reduce(sums, group=group)
-    normalizers, at_target = sums
+    normalizers, at_target = vocabulary.over_ranks(sums)
     losses = normalizers.log() - at_target
     gradient = exponentials.mul_((factors / normalizers)[:, None])
     gradient.scatter_add_(1, column[:, None], (-factors * is_own)[:, None])

@@ -27,6 +27,18 @@ class WholeVocabulary:
         """Return x with -inf in the column of an id, [n, v]."""
         return _without_column(x, id_)
 
+    def largest(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the largest value of each row, [n]."""
+        return x.amax(dim=-1)
+
+    def own_column(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the column of each id, and that it is here."""
+        return ids, torch.ones_like(ids, dtype=torch.bool)
+
+    def over_ranks(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x: there is one rank."""
+        return x
+
 
 class ShardedVocabulary:
     """`llada.objectives.losses.Vocabulary` of one of several tensor ranks.
@@ -54,8 +66,7 @@ class ShardedVocabulary:
 
     def logsumexp(self, x: torch.Tensor) -> torch.Tensor:
         """Return log sum exp over the columns of all ranks, [n]."""
-        largest = x.detach().amax(dim=-1)
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.group)
+        largest = self.largest(x.detach())
         return largest + self.sum((x - largest[:, None]).exp()).log()
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
@@ -73,6 +84,17 @@ class ShardedVocabulary:
         """Return x with -inf in the column of an id, [n, v]; one rank has it."""
         if self.first <= id_ < self.first + self.columns:
             return _without_column(x, id_ - self.first)
+        return x
+
+    def largest(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the largest value of each row over the columns of all ranks, [n]."""
+        largest = x.amax(dim=-1)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.group)
+        return largest
+
+    def over_ranks(self, x: torch.Tensor) -> torch.Tensor:
+        """Add x up over the ranks, in place and without gradients."""
+        dist.all_reduce(x, group=self.group)
         return x
 
     def own_column(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -146,4 +146,4 @@ class OracleTrainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()
-        return float(loss), float(norm), grads
+        return float(loss.detach()), float(norm), grads
