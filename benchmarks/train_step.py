@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -61,6 +60,8 @@ PLAIN_LOOPS = {"every_position": True, "same_arithmetic": False}
 ENGINE = "engine"
 """Name of the engine among the contenders."""
 WARM_UP_STEPS = 2
+PEAK_MEMORY = "peak_resident_memory"
+"""Begins the line in which a process that trains alone reports its memory."""
 
 
 class Defaults(NamedTuple):
@@ -288,28 +289,42 @@ def speed(engine: MegatronEngine, step_time: float, flops: StepFlops) -> dict[st
 
 
 def train_alone(config: RunConfig, contender: str) -> None:
-    """Train a few steps with the engine or with a plain loop, and with nothing else."""
+    """Train a few steps with the engine or with a plain loop, and with nothing else.
+
+    Prints the peak resident memory of the process, bytes.
+    """
     steps = [make_batches(config, step, whole_rows=True)[0] for step in range(WARM_UP_STEPS + 1)]
     if contender == ENGINE:
         engine = MegatronEngine(config, initialize=random_weights)
         for batches in steps:
             engine_step(engine, [engine.prepare(batch) for batch in batches])
         engine.close()
-        return
-    loop = PlainLoop(config, torch.device("cpu"), PLAIN_LOOPS[contender])
-    for batches in steps:
-        loop.step(batches)
+    else:
+        loop = PlainLoop(config, torch.device("cpu"), PLAIN_LOOPS[contender])
+        for batches in steps:
+            loop.step(batches)
+    print(f"{PEAK_MEMORY} {peak_resident_memory()}")
+
+
+def peak_resident_memory() -> int:
+    """Return the peak resident memory of this process, bytes.
+
+    getrusage would count the parent's as well, if the parent was larger when it started this one.
+    """
+    status = Path("/proc/self/status").read_text()
+    kilobytes = next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:"))
+    return int(kilobytes) * 1024
 
 
 def memory_alone(vocabulary: int, contender: str) -> float:
     """Return the peak resident memory of a process that runs `train_alone`, GB."""
     command = [sys.executable, __file__, *sys.argv[1:], "--vocabularies", str(vocabulary)]
-    process = subprocess.Popen([*command, "--alone", contender], stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"the process of {contender} exited with {process.returncode}")
-    return usage.ru_maxrss * 1024 / 1e9
+    ended = subprocess.run([*command, "--alone", contender], capture_output=True, text=True)
+    if ended.returncode:
+        sys.stderr.write(ended.stderr)
+        raise SystemExit(f"the process of {contender} exited with {ended.returncode}")
+    line = next(line for line in ended.stdout.splitlines() if line.startswith(PEAK_MEMORY))
+    return int(line.split()[1]) / 1e9
 
 
 def median_ratio(ours: list[float], theirs: list[float]) -> float:
