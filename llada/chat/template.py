@@ -10,6 +10,7 @@ and ends with EOS, like those of LLaDA's own format (llada.chat.format).
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -80,8 +81,8 @@ class TemplateFormat:
         template: Jinja, as in tokenizer_config.json.
 
     Raises:
-        UserError: a template that is not valid, is not the same every day, or does not show a
-            question.
+        UserError: a template that is not valid, is not the same every day, does not show a
+            question, or does not mark who speaks.
     """
 
     def __init__(self, tokenizer: Tokenizer, template: str) -> None:
@@ -100,6 +101,7 @@ class TemplateFormat:
             raise UserError(
                 f"{tokenizer.name}: the chat template cannot be used: {error}"
             ) from None
+        self._require_marked_turns()
         self._strips_left, self._strips_right = self._stripped_ends_of_replies()
 
     # -- what ChatFormat does too ------------------------------------------------------------------
@@ -301,6 +303,34 @@ class TemplateFormat:
                 "conversations that the chat template refuses",
                 f"the chat template refuses it: {reason}",
             ) from None
+
+    def _require_marked_turns(self) -> None:
+        """Raise UserError if nothing but plain text, the same for all turns, separates them.
+
+        A model could not tell a question from an answer. Special tokens are enough, as in
+        "question EOS answer EOS", where turns alternate.
+        """
+        messages = [
+            Message("user", "first question"),
+            Message("assistant", "first answer"),
+            Message("user", "second question"),
+        ]
+        try:
+            parts = self._render_parts(messages, add_generation_prompt=False)
+        except TemplateError:
+            return  # not a template of several turns
+        texts = [index for index, part in enumerate(parts) if not part.by_template]
+        if len(texts) != len(messages):
+            return
+        before_answer, before_question = (
+            "".join(part.text for part in parts[start + 1 : stop])
+            for start, stop in itertools.pairwise(texts)
+        )
+        if before_answer == before_question and not self._any_special.search(before_answer):
+            raise UserError(
+                f"{self.tokenizer.name}: the chat template does not mark who speaks: before an"
+                f" answer stands {before_answer!r}, as before a question"
+            )
 
     def _stripped_ends_of_replies(self) -> tuple[bool, bool]:
         """Whether the template strips the left and the right end of a reply.

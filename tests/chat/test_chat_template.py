@@ -242,7 +242,8 @@ def test_history_is_stored_once(pairs: dict) -> None:
 def test_prompts_that_share_no_start(tokenizers: dict[str, Tokenizer]) -> None:
     ours = TemplateFormat(
         tokenizers["bytes"],
-        "{{ messages | length }}{% for m in messages %} {{ m.content }}{% endfor %}:",
+        "{{ messages | length }}"
+        "{% for m in messages %} {{ m.role[0] }}.{{ m.content }}{% endfor %}:",
     )
     [(ids, replies)] = ours.encode(
         [to_messages([("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")])]
@@ -251,7 +252,7 @@ def test_prompts_that_share_no_start(tokenizers: dict[str, Tokenizer]) -> None:
         ours.tokenizer.decode(ids[: r.history_end] + ids[r.turn_start : r.turn_end])
         for r in replies
     ]
-    assert decoded == ["1 a:b</s>", "3 a b c:d</s>"]
+    assert decoded == ["1 u.a:b</s>", "3 u.a a.b u.c:d</s>"]
     assert replies[0].history_end == 0
 
 
@@ -318,6 +319,11 @@ def test_templates_in_the_config_of_a_tokenizer(
         ("{{ messages[0].content | upper }}", "does more to the text"),
         ("{{ messages[0].content | tojson }}", "does more to the text"),
         ("{{ messages[0].role }}", "leaves out turn 1, the user's"),
+        (
+            "{% for m in messages %}{{ m.content }}\n{% endfor %}",
+            r"does not mark who speaks: before an answer stands '\n', as before a question",
+        ),
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", "does not mark who speaks"),
         ("{{ raise_exception('never\nmind') }}", "refuses it: never mind"),
         ("{{ messages.append(1) }}{{ messages[0].content }}", "refuses it"),
         ("{{ ''.__class__.__mro__ }}{{ messages[0].content }}", "refuses it"),
@@ -331,6 +337,13 @@ def test_templates_that_cannot_be_used(
         TemplateFormat(tokenizers["bytes"], template)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_special_tokens_alone_may_separate_turns(tokenizers: dict[str, Tokenizer]) -> None:
+    tokenizer = tokenizers["bytes"]
+    template = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
+    prompt = TemplateFormat(tokenizer, template).prompt([Message("user", "a")])
+    assert prompt[-1] == tokenizer.eos_id
 
 
 @pytest.mark.parametrize(
@@ -351,9 +364,9 @@ def test_conversations_that_a_template_cannot_express(
     name: str, conversation: list[tuple[str, str]], reason: str, tokenizers: dict[str, Tokenizer]
 ) -> None:
     more = {
-        "forgetful": "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}",
-        "thinking": "{% for m in messages %}{{ m.content.split('</think>')[-1] }}{% endfor %}",
-        "empty": "{% for m in messages %}{{ m.content }}{% endfor %}",
+        "forgetful": "{% for m in messages if m.role != 'system' %}{{ m.content }}</s>{% endfor %}",
+        "thinking": "{% for m in messages %}{{ m.content.split('</think>')[-1] }}</s>{% endfor %}",
+        "empty": "{{ messages | map(attribute='content') | join('</s>') }}",
     }
     ours = TemplateFormat(tokenizers["bytes"], {**TEMPLATES, **more}[name])
     with pytest.raises(TemplateError) as caught:
