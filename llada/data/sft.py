@@ -217,15 +217,7 @@ class SFTData(TrainingData):
         t = self.objective.draw_t(config.seed, step, shares)
         # Its tokens have weight 1 / their number, as in the published training loss.
         groups = NoiseGroups.of_whole_samples(samples[rows], spans, t, 1 / sizes[rows])
-        return StepPlan(
-            samples=samples,
-            corpora=corpora,
-            examples=replies,
-            bounds=self._bounds(responses),
-            attended=responses[:, 1],
-            rows=rows,
-            groups=groups,
-        )
+        return self._step_plan(samples, corpora, replies, responses, rows, groups)
 
     def validation_plan(
         self, draws: I64, corpus: int, instances: I64, sweeps: I64, draw_t: DrawT
@@ -250,8 +242,19 @@ class SFTData(TrainingData):
         # Each reply is one text.
         t = draw_t(rows, replies[rows])
         groups = NoiseGroups.of_whole_samples(draws[rows], spans, t)
+        return self._step_plan(draws, corpora, replies, responses, rows, groups)
+
+    def _step_plan(
+        self,
+        samples: I64,
+        corpora: I64,
+        replies: I64,
+        responses: I64,
+        rows: I64,
+        groups: NoiseGroups,
+    ) -> StepPlan:
         return StepPlan(
-            samples=draws,
+            samples=samples,
             corpora=corpora,
             examples=replies,
             bounds=self._bounds(responses),

@@ -116,7 +116,9 @@ class _WeightedLoss(torch.autograd.Function):
         normalizer: float,
         head: Head,
     ) -> torch.Tensor:
-        factors = terms.weights * (1 / torch.tensor(normalizer, device=states.device))
+        # Rounded to fp32 as on the device, but on the host: a copy to the device would wait for it.
+        reciprocal = (1 / torch.tensor(normalizer, dtype=torch.float32)).item()
+        factors = terms.weights * reciprocal
         losses = torch.empty_like(terms.weights)
         to_states = torch.empty_like(states)
         to_weight = torch.zeros_like(weight, dtype=torch.float32)
