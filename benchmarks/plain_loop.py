@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 
 from llada.config import RunConfig
-from llada.engine.megatron import DTYPES
 from llada.objectives import TOKENS, Batch
 
 
@@ -83,9 +82,10 @@ class PlainLoop:
     def __init__(self, config: RunConfig, device: torch.device, every_position: bool) -> None:
         self.device = device
         self.every_position = every_position
-        self.model = PlainModel(config).to(device, DTYPES[config.precision])
-        self.parameters = list(self.model.parameters())
         self.has_masters = config.precision == "bf16"
+        dtype = torch.bfloat16 if self.has_masters else torch.float32
+        self.model = PlainModel(config).to(device, dtype)
+        self.parameters = list(self.model.parameters())
         self.masters = self.parameters
         if self.has_masters:
             self.masters = [

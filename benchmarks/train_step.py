@@ -9,11 +9,11 @@ tokens. One computes the logits of every position, as one would write it first; 
 those of the predicted positions only, the same arithmetic as ours. In bf16 all three keep fp32
 masters, moments and accumulated gradients.
 
-Steps alternate, so that other work on the machine affects all alike; ratios are medians over
-neighboring steps. Memory is the peak of a process that trains with one of the contenders alone
-(one process on a CPU). The lower limit ("floor") is the step's FLOPs at the rate of a large matrix
-product. On a GPU the default is the width of LLaDA 8B: two layers next to each plain loop, then as
-many layers as fit alone, with 4 and with 16 micro-batches per step.
+Each plain loop has a process of its own, whose steps alternate with ours, so that other work on the
+machine affects both alike; ratios are medians over neighboring steps. Memory is the peak of the
+engine's process so far, on a GPU of the shape. The lower limit ("floor") is the step's FLOPs at the
+rate of a large matrix product. On a GPU the default is the width of LLaDA 8B: two layers next to
+each plain loop, then as many layers as fit alone, with 4 and with 16 micro-batches per step.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ import argparse
 import gc
 import json
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -30,11 +29,11 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import yaml
-from plain_loop import PlainLoop
+from plain_process import PlainProcess
+from step_batches import make_batches
 
 from llada.config import RunConfig, build_config
 from llada.config.sections import ModelSection
@@ -42,26 +41,11 @@ from llada.engine.layout import join_world, sample_offsets
 from llada.engine.megatron import DTYPES, MegatronEngine
 from llada.engine.rank_batch import RankBatch
 from llada.errors import UserError
-from llada.model.flops import Peak, StepFlops, measured_matmul, step_flops
-from llada.noise import random_lengths, timesteps
-from llada.objectives import (
-    TOKENS,
-    Batch,
-    Key,
-    MaskedDiffusion,
-    NoiseGroups,
-    Row,
-    Work,
-    collate,
-)
+from llada.model.flops import Peak, StepFlops, measured_matmul
 
 PLAIN_LOOPS = {"every_position": True, "same_arithmetic": False}
 """Name of a plain loop, and whether it computes the logits of every position."""
-ENGINE = "engine"
-"""Name of the engine among the contenders."""
 WARM_UP_STEPS = 2
-PEAK_MEMORY = "peak_resident_memory"
-"""Begins the line in which a process that trains alone reports its memory."""
 
 
 class Defaults(NamedTuple):
@@ -103,50 +87,6 @@ CPU_DEFAULTS = Defaults(
 
 
 # -- what is trained -------------------------------------------------------------------------------
-
-
-def make_batches(config: RunConfig, step: int, whole_rows: bool) -> tuple[list[Batch], StepFlops]:
-    """A step of random tokens with the real distribution of t, masks and random lengths.
-
-    Args:
-        config: The run.
-        step: Number of the step, part of the key of the noise.
-        whole_rows: Make no random lengths, which the plain loops do not support.
-    """
-    rng = np.random.default_rng(step)
-    count = config.batch.global_
-    length = config.data.sequence_length
-    samples = step * count + np.arange(count)
-    if whole_rows:
-        cuts = np.full(count, length)
-    else:
-        cuts = random_lengths(0, samples, length, config.data.random_length_probability)
-    # Boundaries of the segments of each row: [0, length], or with a cut [0, cut, length]
-    bounds = [np.unique([0, cut, length]) for cut in cuts]
-    # Each segment is a noise group. Groups are numbered over the whole step; row i has those from
-    # firsts[i] to firsts[i + 1].
-    counts = [len(row) - 1 for row in bounds]
-    firsts = np.concatenate([[0], np.cumsum(counts)])
-    spans = np.concatenate([np.stack([row[:-1], row[1:]], axis=1) for row in bounds])
-    lengths = spans[:, 1] - spans[:, 0]
-    t = timesteps(0, step, lengths, "stratified")
-    groups = NoiseGroups.of_whole_samples(np.repeat(samples, counts), spans, t)
-    mask_id = config.model.vocab_size - 1
-    objective = MaskedDiffusion(mask_id)
-    corrupted = []
-    for i in range(count):
-        tokens = rng.integers(0, mask_id, length)
-        row = Row(tokens, bounds[i], groups[firsts[i] : firsts[i + 1]])
-        corrupted.append(objective.corrupt(row, Key(seed=0)))
-    micro = config.batch.micro
-    batches = [
-        collate(corrupted[i : i + micro], float(count * length)) for i in range(0, count, micro)
-    ]
-    predicted = sum(len(row.terms[TOKENS].positions) for row in corrupted)
-    work = Work(
-        terms={TOKENS: predicted}, attended_pairs=objective.work(lengths, groups).attended_pairs
-    )
-    return batches, step_flops(config.model, count * length, work, length)
 
 
 def run_config(args: argparse.Namespace, vocabulary: int, layers: int, rows: int) -> RunConfig:
@@ -196,7 +136,7 @@ def measure(
     Args:
         config: The run.
         steps: Number of measured steps, after two to warm up.
-        plain: Key of PLAIN_LOOPS; None: the engine alone. The loop runs on the first rank.
+        plain: Key of PLAIN_LOOPS; None: the engine alone. The first rank starts the loop.
         profile: File for a table of the kernels of one more step, from the first rank.
     """
     engine = MegatronEngine(config, initialize=random_weights)
@@ -214,7 +154,7 @@ def measure_engine(
     own_rank = engine.parallel_rank
     loop = None
     if plain and own_rank.is_main:
-        loop = PlainLoop(config, engine.device, PLAIN_LOOPS[plain])
+        loop = PlainProcess(config, engine.device, PLAIN_LOOPS[plain])
     ours = []
     theirs = []
     for step in range(WARM_UP_STEPS + steps):
@@ -223,11 +163,12 @@ def measure_engine(
             config.batch.global_, config.batch.micro, own_rank.data_rank, own_rank.data_size
         )
         own = [engine.prepare(batches[part[0] // config.batch.micro]) for part in offsets]
-        our_time = timed(partial(engine_step, engine, own), engine.device)
-        # All ranks take part in the barriers around the plain loop's step.
+        # The barriers keep all ranks idle during the plain loop's step.
+        dist.barrier()
         their_time = 0.0
-        if plain:
-            their_time = timed(partial(plain_step, loop, batches), engine.device)
+        if loop is not None:
+            their_time = loop.step(step)
+        our_time = timed(partial(engine_step, engine, own), engine.device)
         # The first steps allocate memory and choose kernels.
         if step >= WARM_UP_STEPS:
             ours.append(our_time)
@@ -241,20 +182,15 @@ def measure_engine(
         "ranks": own_rank.world_size,
         **speed(engine, statistics.median(ours), flops),
     }
-    if plain:
+    if loop is not None:
         result[f"time_over_plain_{plain}"] = median_ratio(ours, theirs)
+        result[f"memory_over_plain_{plain}"] = round(engine.peak_memory_gb() / loop.close(), 3)
     return result
 
 
 def engine_step(engine: MegatronEngine, batches: list[RankBatch]) -> float:
     """A step of the engine; reading the loss waits until it is done."""
     return engine.train_step(batches, 1e-4).loss
-
-
-def plain_step(loop: PlainLoop | None, batches: list[Batch]) -> None:
-    """A step of the plain loop on the rank that has it."""
-    if loop is not None:
-        loop.step(batches)
 
 
 def timed(call: Callable[[], object], device: torch.device) -> float:
@@ -286,45 +222,6 @@ def speed(engine: MegatronEngine, step_time: float, flops: StepFlops) -> dict[st
         "memory_gb": round(engine.peak_memory_gb(), 2),
         "time_over_floor": round(step_time / floor, 3),
     }
-
-
-def train_alone(config: RunConfig, contender: str) -> None:
-    """Train a few steps with the engine or with a plain loop, and with nothing else.
-
-    Prints the peak resident memory of the process, bytes.
-    """
-    steps = [make_batches(config, step, whole_rows=True)[0] for step in range(WARM_UP_STEPS + 1)]
-    if contender == ENGINE:
-        engine = MegatronEngine(config, initialize=random_weights)
-        for batches in steps:
-            engine_step(engine, [engine.prepare(batch) for batch in batches])
-        engine.close()
-    else:
-        loop = PlainLoop(config, torch.device("cpu"), PLAIN_LOOPS[contender])
-        for batches in steps:
-            loop.step(batches)
-    print(f"{PEAK_MEMORY} {peak_resident_memory()}")
-
-
-def peak_resident_memory() -> int:
-    """Return the peak resident memory of this process, bytes.
-
-    getrusage would count the parent's as well, if the parent was larger when it started this one.
-    """
-    status = Path("/proc/self/status").read_text()
-    kilobytes = next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:"))
-    return int(kilobytes) * 1024
-
-
-def memory_alone(vocabulary: int, contender: str) -> float:
-    """Return the peak resident memory of a process that runs `train_alone`, GB."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--vocabularies", str(vocabulary)]
-    ended = subprocess.run([*command, "--alone", contender], capture_output=True, text=True)
-    if ended.returncode:
-        sys.stderr.write(ended.stderr)
-        raise SystemExit(f"the process of {contender} exited with {ended.returncode}")
-    line = next(line for line in ended.stdout.splitlines() if line.startswith(PEAK_MEMORY))
-    return int(line.split()[1]) / 1e9
 
 
 def median_ratio(ours: list[float], theirs: list[float]) -> float:
@@ -407,11 +304,6 @@ def parse_arguments(gpu: bool) -> argparse.Namespace:
         metavar="FILE",
         help="write a table of the kernels of one step of the last measured shape",
     )
-    parser.add_argument(
-        "--alone",
-        choices=[ENGINE, *PLAIN_LOOPS],
-        help="train a few steps with one contender; the program calls itself to measure memory",
-    )
     return parser.parse_args()
 
 
@@ -420,11 +312,6 @@ def main() -> None:
     args = parse_arguments(gpu)
     join_world()
     is_main = dist.get_rank() == 0
-    if args.alone:
-        train_alone(
-            run_config(args, args.vocabularies[0], args.layers or 4, args.rows[0]), args.alone
-        )
-        return
 
     # One line of JSON per shape.
     def report(
@@ -432,11 +319,6 @@ def main() -> None:
     ) -> None:
         free_gpu_memory()
         result = measure(run_config(args, vocabulary, layers, rows), args.steps, plain, profile)
-        if plain and not gpu and dist.get_world_size() == 1:
-            own = memory_alone(vocabulary, ENGINE)
-            theirs = memory_alone(vocabulary, plain)
-            result["memory_alone_gb"] = round(own, 2)
-            result[f"memory_over_plain_{plain}"] = round(own / theirs, 3)
         if is_main:
             print(json.dumps(result), flush=True)
 
