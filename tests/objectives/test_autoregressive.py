@@ -49,15 +49,16 @@ def test_the_sum_of_the_losses_is_the_exact_likelihood() -> None:
 
 
 def test_segments_start_anew_and_only_groups_are_predicted() -> None:
-    """A conversation with a prompt of two tokens, and one of filler."""
+    """A conversation with a prompt of two tokens, and one with a prompt of one."""
     objective = Autoregressive(START)
-    whole = row([1, 2, 3, 4, 5, 6, 7], [0, 5, 7], [[2, 5]], [0.25])
+    whole = row([1, 2, 3, 4, 5, 6, 7], [0, 5, 7], [[2, 5], [6, 7]], [0.25, 0.5])
     corrupted = objective.corrupt(whole, Key(0))
     assert corrupted.inputs.tolist() == [START, 1, 2, 3, 4, START, 6]
     assert corrupted.layout.rule == "causal" and corrupted.layout.bounds == ((0, 5, 7),)
     terms = corrupted.terms[TOKENS]
-    assert terms.positions.tolist() == [2, 3, 4] and terms.targets.tolist() == [3, 4, 5]
-    assert terms.weights.tolist() == [0.25] * 3 and terms.groups.tolist() == [0] * 3
+    assert terms.positions.tolist() == [2, 3, 4, 6] and terms.targets.tolist() == [3, 4, 5, 7]
+    assert terms.weights.tolist() == [0.25] * 3 + [0.5]
+    assert terms.groups.tolist() == [0] * 3 + [1]
 
 
 def test_work_is_half_the_pairs_and_every_token() -> None:
