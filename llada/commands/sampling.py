@@ -57,8 +57,6 @@ def sample(
         from llada.sampling.commands import sample as run
     from llada.sampling.diffusion import SamplingOptions
 
-    if steps is None:
-        steps = length  # one token a step: the slowest and the best
     options = SamplingOptions(length, steps, block_length, temperature, cfg, remasking, seed)
     typer.echo(run(model, _argument_or_stdin(prompt), chat, options, show))
 
@@ -85,10 +83,6 @@ def infill(
         from llada.sampling.commands import infill as run
     from llada.sampling.diffusion import SamplingOptions
 
-    # How many tokens the gaps have is known only once the text is encoded; `run` then sets `steps`.
-    one_step_per_token = steps is None
-    if steps is None:
-        steps = 1
     options = SamplingOptions(
         steps=steps,
         temperature=temperature,
@@ -96,7 +90,7 @@ def infill(
         remasking=remasking,
         seed=seed,
     )
-    typer.echo(run(model, _argument_or_stdin(text), options, one_step_per_token, show))
+    typer.echo(run(model, _argument_or_stdin(text), options, show))
 
 
 def _argument_or_stdin(text: str) -> str:

@@ -150,7 +150,7 @@ def first_mistake(error: ValidationError, root: type[BaseModel]) -> str:
         return f"{setting}: missing, this setting has no default"
     if first["type"] == "value_error":
         return _rule_broken(setting, first["msg"].removeprefix("Value error, "))
-    return _wrong_value(setting, first)
+    return _wrong_value(setting, location, first)
 
 
 class _Location(NamedTuple):
@@ -159,10 +159,12 @@ class _Location(NamedTuple):
     Attributes:
         names: of the sections and the setting, as in YAML; an item of a list is named by its index.
         section: the innermost section that exists.
+        variants: if that section is one of several variants, all of them by name.
     """
 
     names: list[str]
     section: type[BaseModel]
+    variants: dict[str, type[BaseModel]]
 
 
 def _locate(loc: tuple[int | str, ...], root: type[BaseModel]) -> _Location:
@@ -177,7 +179,6 @@ def _locate(loc: tuple[int | str, ...], root: type[BaseModel]) -> _Location:
     for part in loc:
         if part in variants:
             section = variants[str(part)]
-            variants = {}
             continue
         names.append(str(part))
         fields = {field.alias or name: field for name, field in section.model_fields.items()}
@@ -188,7 +189,7 @@ def _locate(loc: tuple[int | str, ...], root: type[BaseModel]) -> _Location:
             variants = {of_tag.model_fields["name"].default: of_tag for of_tag in inside[1:]}
             if variants:
                 variants[inside[0].model_fields["name"].default] = inside[0]
-    return _Location(names, section)
+    return _Location(names, section, variants)
 
 
 def _sections_in(annotation: object) -> list[type[BaseModel]]:
@@ -211,6 +212,14 @@ def _unknown_variant(setting: str, problem: ErrorDetails) -> str:
 def _unknown_setting(setting: str, location: _Location) -> str:
     """Message for a key that is not a setting: `train.stps`, with `train.steps` as the hint."""
     section = setting.removesuffix(location.names[-1])
+    for name, variant in location.variants.items():
+        if location.names[-1] in variant.model_fields:
+            chosen = location.section.model_fields["name"].default
+            parent = section.removesuffix(".")
+            return (
+                f"{setting}: a setting of {name}, and {section}name is {chosen};"
+                f" '{parent}={{name: {chosen}}}' replaces the whole section"
+            )
     names = [
         section + (field.alias or name) for name, field in location.section.model_fields.items()
     ]
@@ -235,14 +244,19 @@ def _rule_broken(setting: str, message: str) -> str:
     return f"{setting}: {message}"
 
 
-def _wrong_value(setting: str, problem: ErrorDetails) -> str:
+def _wrong_value(setting: str, location: _Location, problem: ErrorDetails) -> str:
     """Message for a value of the wrong type or out of range."""
     message = problem["msg"]
     hint = ""
+    if problem["type"] in ("model_type", "model_attributes_type"):
+        names = list(location.section.model_fields)
+        if "name" in names and isinstance(problem["input"], str):
+            hint = f" (did you mean '{setting}.name: {problem['input']}'?)"
+        return f"{setting}: {problem['input']!r} is not a section with settings{hint}"
     if problem["type"] == "literal_error":
         # Pydantic lists the choices as text: "'bernoulli', 'x' or 'fixed_count'".
         choices = problem["ctx"]["expected"].replace(" or ", ", ").split(", ")
-        hint = did_you_mean(str(problem["input"]), [choice.strip("' ") for choice in choices])
+        hint = did_you_mean(str(problem["input"] or ""), [choice.strip("' ") for choice in choices])
     sentence = f"{message[0].lower()}{message[1:]}"
     return f"{setting}: {problem['input']!r} is not allowed: {sentence}{hint}"
 

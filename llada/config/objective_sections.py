@@ -22,21 +22,21 @@ class MaskedSection(Section):
     independently (iid).
     """
     masking: Literal["bernoulli", "fixed_count"] = "bernoulli"
-    """bernoulli: masks each token with probability p = (1 - eps) t + eps, weight 1/p. fixed_count:
-    masks n = 1 + floor(t L) of the L tokens, weight L/n.
+    """bernoulli: masks each token with a probability that the schedule gives; llada's is p = (1 -
+    eps) t + eps, weight 1/p. fixed_count: masks n = 1 + floor(t L) of the L tokens, weight L/n.
     """
-    eps: float = Field(default=1e-3, gt=0, lt=1)
+    eps: float = Field(default=1e-3, ge=1e-6, lt=1)
     """bernoulli: smallest time, at which schedule `llada` masks with this probability (the paper:
-    1e-3).
+    1e-3). Schedule loglinear: also the probability that a token is clean at t = 1.
     """
     schedule: Literal["llada", "linear", "cosine", "loglinear", "geometric", "clipped"] = "llada"
-    """bernoulli: how the masking probability rises with t. llada: as t. cosine, loglinear: as in
-    MDLM. linear, geometric: -log alpha rises linearly or exponentially from sigma_min to sigma_max.
-    clipped: uniform between the two values of `clip` (BD3-LM).
+    """bernoulli: how the masking probability rises with t. llada: as t. cosine: as in MD4.
+    loglinear: as in SEDD and MDLM. linear, geometric: -log alpha rises linearly or exponentially
+    from sigma_min to sigma_max. clipped: uniform between the two values of `clip` (BD3-LM).
     """
-    sigma_min: float | None = Field(default=None, gt=0)
+    sigma_min: float | None = Field(default=None, ge=1e-9)
     """Schedules linear and geometric: -log alpha at t = 0; null: 1e-4."""
-    sigma_max: float | None = Field(default=None, gt=0)
+    sigma_max: float | None = Field(default=None, le=100)
     """Schedules linear and geometric: -log alpha at t = 1; null: 20."""
     clip: list[float] | None = Field(default=None, min_length=2, max_length=2)
     """Schedule clipped: the smallest and the largest masking probability; null: [0.3, 0.8]."""
@@ -86,7 +86,7 @@ class DiscreteStepsSection(Section):
     """Masked diffusion in a finite number of steps (D3PM with an absorbing state)."""
 
     name: Literal["discrete_steps"] = "discrete_steps"
-    steps: int = Field(default=1000, ge=1)
+    steps: int = Field(default=1000, ge=1, le=1_000_000)
     """discrete_steps: number of steps T between clean and masked."""
     timesteps: Literal["stratified", "iid"] = "stratified"
     """How t is drawn for the noise groups of a step, as for masked."""
@@ -101,7 +101,8 @@ class AutoregressiveSection(Section):
 def _name_of(section: object) -> str:
     """Return the name in a section that is not validated yet; masked is the default."""
     if isinstance(section, dict):
-        return str(section.get("name", "masked"))
+        name = section.get("name", "masked")
+        return "null" if name is None else str(name)
     return str(getattr(section, "name", "masked"))
 
 

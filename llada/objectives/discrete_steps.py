@@ -36,8 +36,8 @@ class StepSchedule:
         """Return the rates of the step that each t in [0, 1) lies in."""
         step = np.minimum(1 + np.floor(t * self.steps), self.steps)
         probability = step / self.steps
-        before = (step - 1) / self.steps
-        return Rates(probability, self.steps * (probability - before) / probability)
+        # T (p_i - p_(i-1)) / p_i, and the steps are equal: p_i - p_(i-1) = 1 / T.
+        return Rates(probability, 1 / probability)
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,10 @@ def llada(t: F64) -> Rates:
 
 
 def cosine(t: F64) -> Rates:
-    """alpha = 1 - cos(pi / 2 (1 - t)) (MDLM, appendix; MD4, arXiv 2406.04329)."""
+    """alpha = 1 - cos(pi / 2 (1 - t)) (MD4, arXiv 2406.04329).
+
+    The code of MDLM and BD3-LM has another cosine, alpha = cos(pi / 2 t), which masks less.
+    """
     angle = np.pi / 2 * (1 - t)
     probability = np.cos(angle)
     return Rates(probability, np.pi / 2 * np.sin(angle) / probability)

@@ -20,6 +20,9 @@ from llada.objectives.registry import start_id
 from llada.sampling.diffusion import SamplingOptions
 from llada.tokenizer import Tokenizer
 
+_COLDEST = 1e-6
+"""Smallest temperature; logits divided by less than about 1e-37 are not finite in fp32."""
+
 
 class CausalModel:
     """A model that writes from left to right, with its tokenizer.
@@ -96,16 +99,21 @@ class CausalModel:
         return response
 
 
-def refuse_diffusion_options(options: SamplingOptions) -> None:
-    """Raise UserError for an option that has no meaning from left to right."""
+def check_options(options: SamplingOptions) -> None:
+    """Raise UserError for an option that has no meaning from left to right, or a bad value."""
     default = SamplingOptions()
-    for name in ("block_length", "cfg", "remasking"):
+    for name in ("steps", "block_length", "cfg", "remasking"):
         value = getattr(options, name)
         if value != getattr(default, name):
             raise UserError(
                 f"--{name.replace('_', '-')}: {value} is for diffusion models, and this one writes"
                 " from left to right; leave it out"
             )
+    if 0 < options.temperature < _COLDEST:
+        raise UserError(
+            f"--temperature: {options.temperature:g} is too small to divide logits by; 0 takes the"
+            " most likely token"
+        )
 
 
 class _FiniteLogits(LogitsProcessor):

@@ -13,7 +13,7 @@ from llada.chat.format import Message
 from llada.chat.template import chat_format
 from llada.errors import UserError
 from llada.sampling import diffusion
-from llada.sampling.autoregressive import CausalModel, refuse_diffusion_options
+from llada.sampling.autoregressive import CausalModel, check_options
 from llada.sampling.diffusion import SamplingOptions, cut_at_end
 from llada.sampling.infilling import parse
 from llada.sampling.loading import MaskPredictor, load, load_writer
@@ -59,7 +59,7 @@ def write(
     if isinstance(model, CausalModel):
         if show:
             raise UserError("--show: this model writes from left to right, without denoising")
-        refuse_diffusion_options(options)
+        check_options(options)
         with _check_length(model, len(ids) + options.length):
             response = model.write(ids.tolist(), options)
     else:
@@ -77,7 +77,6 @@ def infill(
     path: str,
     text: str,
     options: SamplingOptions,
-    one_step_per_token: bool = False,
     show: bool = False,
 ) -> str:
     """Fill the gaps of a text.
@@ -85,22 +84,19 @@ def infill(
     Args:
         path: Model; see `llada.sampling.loading.load`.
         text: Text with gaps; see `llada.sampling.infilling`.
-        options: `length` and `block_length` are not used.
-        one_step_per_token: Take as many steps as there are tokens to fill, whatever options.steps
-            is.
+        options: `length` and `block_length` are not used. Without `steps`, one per token to fill.
         show: Show every step.
 
     Raises:
         UserError: A model that cannot be used, or a text without a gap.
     """
-    return fill_gaps(load(path), text, options, one_step_per_token, show)
+    return fill_gaps(load(path), text, options, show)
 
 
 def fill_gaps(
     model: MaskPredictor,
     text: str,
     options: SamplingOptions,
-    one_step_per_token: bool = False,
     show: bool = False,
 ) -> str:
     """As `infill`, with a loaded model."""
@@ -108,7 +104,7 @@ def fill_gaps(
     _check_text(text, "TEXT")
     parsed = parse(text, tokenizer)
     length = parsed.tokens.shape[1]
-    if one_step_per_token:
+    if options.steps is None:
         num_masks = sum(end - start for start, end in parsed.spans)
         # The options require steps and length to fit together, though length is not used.
         options = replace(options, steps=num_masks, length=length)

@@ -37,7 +37,8 @@ class SamplingOptions:
     Attributes:
         length: Tokens of the response.
         steps: Number of model calls (with guidance each has twice as many rows), a multiple of the
-            number of blocks. Steps beyond one per token have no effect.
+            number of blocks. Steps beyond one per token have no effect. None: one per token, the
+            slowest and the best.
         block_length: Tokens per block. Blocks are written from left to right. None: one block.
         temperature: 0 takes the most probable token; T > 0 samples from softmax(logits / T) by the
             Gumbel trick, in float64.
@@ -52,7 +53,7 @@ class SamplingOptions:
     """
 
     length: int = 128
-    steps: int = 64
+    steps: int | None = None
     block_length: int | None = None
     temperature: float = 0.0
     cfg: float = 0.0
@@ -60,7 +61,7 @@ class SamplingOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        counts = {"length": self.length, "steps": self.steps, "block-length": self.block}
+        counts = {"length": self.length, "steps": self.num_steps, "block-length": self.block}
         # Counts first: the divisions below need positive numbers.
         for name, count in counts.items():
             if count < 1:
@@ -80,11 +81,17 @@ class SamplingOptions:
         # Every block has the same length and the same number of steps.
         if self.length % self.block:
             raise UserError(f"--block-length: {self.block} does not divide --length {self.length}")
-        if self.steps % (self.length // self.block):
+        num_blocks = self.length // self.block
+        if self.num_steps % num_blocks:
             raise UserError(
-                f"--steps: {self.steps} is not a multiple of the {self.length // self.block} blocks"
-                " of --length / --block-length"
+                f"--steps: {self.num_steps} is not a multiple of the {num_blocks} blocks of"
+                " --length / --block-length"
             )
+
+    @property
+    def num_steps(self) -> int:
+        """Number of model calls."""
+        return self.length if self.steps is None else self.steps
 
     @property
     def block(self) -> int:
@@ -229,7 +236,7 @@ def _denoise(
         options: See SamplingOptions.
         on_step: Called after every step.
     """
-    steps_per_block = options.steps // len(blocks)
+    steps_per_block = options.num_steps // len(blocks)
     number = 0
     for block in blocks:
         in_block = (tokens == special_ids.mask_id) & block
@@ -248,7 +255,7 @@ def _denoise(
             commit = _largest(torch.where(candidates, rank, -torch.inf), counts)
             tokens = torch.where(commit, chosen, tokens)
             if on_step is not None:
-                on_step(DenoisingStep(number, options.steps, tokens, commit))
+                on_step(DenoisingStep(number, options.num_steps, tokens, commit))
     return tokens
 
 

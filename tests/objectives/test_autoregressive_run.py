@@ -10,10 +10,13 @@ import torch
 import torch.nn.functional as F
 
 from llada.config import build_config
-from llada.data.manifest import VALIDATION
+from llada.data.manifest import TRAIN, VALIDATION
 from llada.data.pretrain import PretrainData
 from llada.engine.base import ParallelRank
 from llada.evaluation.validation import Validator
+from llada.sampling.autoregressive import CausalModel
+from llada.sampling.diffusion import SamplingOptions
+from llada.sampling.loading import load_writer
 from tests.workplace import CONFIG, Workplace
 
 AUTOREGRESSIVE = {"objective": {"name": "autoregressive"}}
@@ -44,6 +47,24 @@ def test_it_reads_what_the_diffusion_run_of_the_same_seed_reads(arm: Workplace) 
         for lines in (own, other)
     ]
     assert measures[0] == measures[1], "llada compare takes them as a pair"
+    # Sample by sample: the same tokens, in the same order.
+    mixture = [{"path": str(arm.folder / "corpus")}]
+    raw = {**CONFIG, "data": {**CONFIG["data"], "mixture": mixture}}
+    causal, diffusion = (
+        PretrainData(build_config({**raw, **more})) for more in (AUTOREGRESSIVE, {})
+    )
+    read = set()
+    for step in (1, 2, 9):
+        plans = [data.plan(step) for data in (causal, diffusion)]
+        for offset in range(len(plans[0].samples)):
+            rows = [
+                data.row(TRAIN, plan, offset)
+                for data, plan in zip((causal, diffusion), plans, strict=True)
+            ]
+            assert rows[0].tokens.tolist() == rows[1].tokens.tolist()
+            assert rows[0].bounds.tolist() == rows[1].bounds.tolist()
+            read.add(tuple(rows[0].tokens.tolist()))
+    assert len(read) == 3 * CONFIG["batch"]["global"], "windows of a pass differ"
 
 
 def test_validation_is_the_likelihood_that_plain_transformers_computes(arm: Workplace) -> None:
@@ -114,6 +135,20 @@ def test_plain_transformers_loads_the_export_without_the_folders_code(arm: Workp
     assert sampled.rstrip("\n") == expected.rstrip("\n")
 
 
+def test_each_new_token_is_read_once(arm: Workplace) -> None:
+    """The keys and values of what was read are kept."""
+    writer = load_writer(str(arm.folder / "arm_hf"))
+    assert isinstance(writer, CausalModel)
+    read: list[int] = []
+    writer._model.model.embed_tokens.register_forward_pre_hook(
+        lambda _, arguments: read.append(arguments[0].shape[1])
+    )
+    writer.end_ids = frozenset({writer.tokenizer.mask_id})  # which is never written
+    written = writer.write([5, 6, 7], SamplingOptions(length=6))
+    # The start token and the prompt at once, then one token after the other.
+    assert len(written) == 6 and read == [4, 1, 1, 1, 1, 1]
+
+
 def test_a_checkpoint_and_its_export_write_the_same(arm: Workplace) -> None:
     words = ("import ", "--length", "12", "--temperature", "1", "--seed", "3")
     texts = [arm.run("sample", model, *words).stdout for model in ("arm", "arm_hf")]
@@ -138,6 +173,11 @@ def test_a_checkpoint_and_its_export_write_the_same(arm: Workplace) -> None:
             "--layout: 'lama' is not one of llada, llama (did you mean 'llama'?)",
         ),
         (("infill", "arm", "import [MASK]"), "'arm' writes from left to right"),
+        (("sample", "arm", "a", "--steps", "3"), "--steps: 3 is for diffusion models"),
+        (
+            ("sample", "arm", "a", "--temperature", "1e-40"),
+            "--temperature: 1e-40 is too small to divide logits by; 0 takes the most likely token",
+        ),
         (("sample", "arm", "a", "--cfg", "1"), "--cfg: 1.0 is for diffusion models"),
         (("sample", "arm", "a", "--show"), "--show: this model writes from left to right"),
     ],

@@ -96,7 +96,29 @@ def test_a_run_resumes_exports_and_samples(name: str, workplace: Workplace) -> N
         ),
         (
             "objective={name: autoregressive, masking: bernoulli}",
-            "objective.masking: unknown setting",
+            "objective.masking: a setting of masked, and objective.name is autoregressive;"
+            " 'objective={name: autoregressive}' replaces the whole section",
+        ),
+        (
+            "objective=autoregressive",
+            "objective: 'autoregressive' is not a section with settings"
+            " (did you mean 'objective.name: autoregressive'?)",
+        ),
+        (
+            "objective.name=null",
+            "objective.name: 'null' is not one of masked, discrete_steps, autoregressive",
+        ),
+        (
+            "objective={name: discrete_steps, steps: 1000000000000}",
+            "objective.steps: 1000000000000 is not allowed",
+        ),
+        (
+            "objective={schedule: geometric, sigma_max: 1.0e+308}",
+            "objective.sigma_max: 1e+308 is not allowed",
+        ),
+        (
+            "objective.eps=1.0e-320",
+            "objective.eps: 1e-320 is not allowed",
         ),
     ],
 )
