@@ -13,10 +13,11 @@ from llada.types import JsonObject
 
 
 def as_text(runs: Sequence[ValidatedRun], differences: Sequence[Difference]) -> str:
-    """Describe each run's NELBO, and which run is better by how much."""
+    """Describe each run's loss, and which run is better by how much."""
     lines: list[str] = []
+    objectives = {corpus.objective for run in runs for corpus in run.corpora}
     for corpus in runs[0].corpora:
-        lines += _describe_corpus(corpus)
+        lines += _describe_corpus(corpus, same_noise=len(objectives) == 1)
     width = max(len(run.path) for run in runs)
     for run in runs:
         nelbos = []
@@ -25,19 +26,29 @@ def as_text(runs: Sequence[ValidatedRun], differences: Sequence[Difference]) -> 
             nelbo = format_estimate(estimate.mean, estimate.se)
             nelbos.append(f"{corpus.name} {nelbo}" if len(run.corpora) > 1 else nelbo)
         lines.append(
-            f"{run.path:{width}}  step {run.step}  NELBO {', '.join(nelbos)} nats per token"
-            " (± standard error)"
+            f"{run.path:{width}}  step {run.step}  {run.corpora[0].loss_name} {', '.join(nelbos)}"
+            f" nats per token (± standard error){_whose(run, objectives)}"
         )
     for difference in differences:
-        lines += _describe_difference(runs[0].path, difference)
+        lines += _describe_difference(runs[0], difference)
     return "\n".join(lines)
 
 
-def _describe_corpus(corpus: Measured) -> list[str]:
+def _whose(run: ValidatedRun, objectives: set[str]) -> str:
+    """Name the objective of a run's loss, if the runs have different ones."""
+    if len(objectives) == 1:
+        return ""
+    return f", {run.corpora[0].objective or 'masked'}"
+
+
+def _describe_corpus(corpus: Measured, same_noise: bool) -> list[str]:
     measure = corpus.measure
+    same = "the same text and noise in all runs"
+    if not same_noise:
+        same = "the same text and t in all runs, under the noise of each run's objective"
     lines = [
         f"{corpus.name}: {len(corpus.items):,} {measure.unit}, each text read at"
-        f" {measure.draws_per_item} values of t; the same text and noise in all runs"
+        f" {measure.draws_per_item} values of t; {same}"
     ]
     effective = corpus.sample.effective_items()
     if effective < FEW:
@@ -48,29 +59,45 @@ def _describe_corpus(corpus: Measured) -> list[str]:
     return lines
 
 
-def _describe_difference(first: str, difference: Difference) -> list[str]:
+def _describe_difference(first_run: ValidatedRun, difference: Difference) -> list[str]:
+    runs = (first_run, difference.run)
+    exact = [run.path for run in runs if run.corpora[0].is_exact]
+    bounds = [run.path for run in runs if not run.corpora[0].is_exact]
+    if not exact or not bounds:
+        return _verdicts(first_run.path, difference, "better")
+    return [
+        *_verdicts(first_run.path, difference, "lower"),
+        f"the NELBO of {bounds[0]} is an upper bound on its -log p: it may be better than this"
+        f" says, but not worse, and {exact[0]} is exactly as good as it says",
+    ]
+
+
+def _verdicts(first: str, difference: Difference, comparative: str) -> list[str]:
+    """Say how a run differs on each corpus and over all; the arguments are those of `_verdict`."""
     second = difference.run.path
     if len(difference.corpora) == 1:
         (estimate,) = difference.corpora.values()
-        return [_verdict(first, second, estimate, "")]
+        return [_verdict(first, second, estimate, "", comparative)]
     lines = [
-        _verdict(first, second, estimate, f" on {name}")
+        _verdict(first, second, estimate, f" on {name}", comparative)
         for name, estimate in difference.corpora.items()
     ]
     if difference.mean is None:
         lines.append("no mean over the corpora: the runs weigh them differently")
     else:
-        lines.append(_verdict(first, second, difference.mean, " over all corpora, by weight"))
+        everywhere = " over all corpora, by weight"
+        lines.append(_verdict(first, second, difference.mean, everywhere, comparative))
     return lines
 
 
-def _verdict(first: str, second: str, estimate: Estimate, where: str) -> str:
+def _verdict(first: str, second: str, estimate: Estimate, where: str, comparative: str) -> str:
     """Say which of two runs is better, if that can be told.
 
     Args:
         first, second: the runs.
-        estimate: NELBO of the second less that of the first.
+        estimate: loss of the second less that of the first.
         where: the text's name with a leading space; empty if there is only one.
+        comparative: what a lower loss makes a run, "better" or "lower".
     """
     if not math.isfinite(estimate.mean):
         return f"{second} and {first} cannot be compared{where}: a loss is not finite"
@@ -92,7 +119,7 @@ def _verdict(first: str, second: str, estimate: Estimate, where: str) -> str:
     # Better only if the interval of the difference does not hold 0.
     margin = f"{size:.4f} ± {half:.4f} nats per token (95 %){where}"
     if size > half:
-        return f"{better} is better than {worse} by {margin}"
+        return f"{better} is {comparative} than {worse} by {margin}"
     return f"{second} and {first} cannot be told apart: {better} is lower by {margin}"
 
 
@@ -112,6 +139,8 @@ def _run_fields(run: ValidatedRun) -> JsonObject:
             **_estimate_fields(corpus.sample.estimate()),
             "items": len(corpus.items),
             "measure": corpus.measure.fingerprint,
+            "objective": corpus.objective,
+            "is_exact": corpus.is_exact,
         }
     return {"run": run.path, "step": run.step, "corpora": corpora}
 

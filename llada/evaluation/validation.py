@@ -144,6 +144,8 @@ class Validator:
             **_estimate_fields("bits_per_byte", weighted(bits, weights)),
             "corpora": {},
         }
+        if self.objective.is_exact:
+            line["exact"] = True  # -log p itself, and not a bound on it
         for corpus, each, nelbo, bits_per_byte in zip(
             self.corpora, measured, nelbos, bits, strict=True
         ):
@@ -250,6 +252,8 @@ class Validator:
             measure=design.measure,
             items=design.items,
             sample=design.sample(losses),
+            objective=self.objective.summary,
+            is_exact=self.objective.is_exact,
         )
 
     def _batches(self, plan: StepPlan, corpus: int, draws: I64) -> list[Batch]:
@@ -323,10 +327,15 @@ def _by_decile(sample: CorpusLosses, t: F64) -> list[dict[str, float | None] | N
     return entries
 
 
+def loss_name(line: Fields) -> str:
+    """Return what the loss of a validation line is, for people."""
+    return "-log p" if line.get("exact") else "NELBO"
+
+
 def describe_validation(line: Fields) -> str:
     """Describe a validation line in one line for the console."""
     text = (
-        f"NELBO {with_error(line, 'nelbo_per_token')} nats/token,"
+        f"{loss_name(line)} {with_error(line, 'nelbo_per_token')} nats/token,"
         f" {with_error(line, 'bits_per_byte')} bits/byte"
     )
     few = [name for name, values in line["corpora"].items() if values["items_effective"] < FEW]

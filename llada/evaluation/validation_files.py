@@ -95,6 +95,9 @@ class Measured:
         measure: what decided the numbers besides the model.
         items: number of each item in its split [k].
         sample: the losses.
+        objective: whose loss it is, as `Objective.summary`; empty in files of versions that did not
+            record it.
+        is_exact: the losses are -log p; else an upper bound on it.
     """
 
     name: str
@@ -103,6 +106,13 @@ class Measured:
     measure: Measure
     items: I64
     sample: CorpusLosses
+    objective: str = ""
+    is_exact: bool = False
+
+    @property
+    def loss_name(self) -> str:
+        """What the losses are, for people."""
+        return "-log p" if self.is_exact else "NELBO"
 
 
 def write(run: Path, step: int, corpora: Sequence[Measured]) -> Path:
@@ -132,6 +142,8 @@ def write(run: Path, step: int, corpora: Sequence[Measured]) -> Path:
                 "weight": corpus.weight,
                 "tokens_per_byte": corpus.tokens_per_byte,
                 "measure": asdict(corpus.measure),
+                "objective": corpus.objective,
+                "is_exact": corpus.is_exact,
             }
         )
     # The bytes of the JSON: an array of objects would need pickle.

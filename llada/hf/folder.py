@@ -50,6 +50,11 @@ class HfFolder:
     mask_id: int | None
 
     @property
+    def objective(self) -> str:
+        """Name of the objective that its weights were trained with, as far as the class tells."""
+        return "masked" if self.architecture == LLADA else "autoregressive"
+
+    @property
     def dtype(self) -> torch.dtype:
         """The dtype that represents every tensor exactly: that of all of them, or else fp32."""
         dtypes = {self.weights.dtype(name) for name in self.weights.shapes}

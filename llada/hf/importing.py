@@ -191,6 +191,8 @@ def _initial_state(
             "precision": precision,
             "data": {"sequence_length": source.max_sequence_length},
             "model": model.model_dump(),
+            # What the weights were trained for, until a run trains them for something else.
+            "objective": {"name": source.objective},
         },
         versions={name: version(name) for name in ("torch", "safetensors")},
         lineage=[

@@ -6,6 +6,10 @@ the sum over a segment is exactly -log p of its tokens, and compares with a nega
 
 Example: the tokens 5 6 7 with a start token 0 are read as 0 5 6, and the state at position 1, which
 has read 0 and 5, predicts 6.
+
+A segment that begins with the start token itself, as conversations do, is read as it is: 0 5 6 as
+0 5 6, and the state at position 1 predicts the token at position 2. Otherwise the model would read
+the start token twice, which no other program that runs it does.
 """
 
 from __future__ import annotations
@@ -63,18 +67,21 @@ class Autoregressive:
     def corrupt(self, row: Row, key: Key) -> Corrupted:
         """Shift the tokens of each segment; nothing is drawn."""
         length = len(row.tokens)
-        inputs = np.empty_like(row.tokens)
-        inputs[1:] = row.tokens[:-1]
-        inputs[row.bounds[:-1]] = self.start_id
-
         groups = row.groups
-        # Position of the k-th term: that of its group's first term, and how far k is behind it.
+        # Token of the k-th term: the first one of its group, and how far k is behind it.
         owner = np.repeat(np.arange(len(groups)), groups.sizes)
         first_terms = np.cumsum(groups.sizes) - groups.sizes
-        positions = groups.spans[owner, 0] + np.arange(len(owner)) - first_terms[owner]
+        predicted = groups.spans[owner, 0] + np.arange(len(owner)) - first_terms[owner]
+
+        # Whether a segment is shifted by one token, to begin with the start token.
+        starts = row.bounds[:-1]
+        shifted = (row.tokens[starts] != self.start_id) | np.isin(starts, predicted)
+        shift = np.repeat(shifted, np.diff(row.bounds)).astype(np.int64)
+        inputs = row.tokens[np.maximum(np.arange(length) - shift, 0)]
+        inputs[starts] = self.start_id
         terms = Terms(
-            positions=positions,
-            targets=row.tokens[positions],
+            positions=predicted - 1 + shift[predicted],
+            targets=row.tokens[predicted],
             weights=groups.scales[owner],
             groups=groups.ids[owner],
         )

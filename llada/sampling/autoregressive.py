@@ -77,7 +77,10 @@ class CausalModel:
         Raises:
             RunError: Logits that are not finite.
         """
-        ids = torch.tensor([[self._start_id, *prompt]], device=self.device)
+        # As in training: a chat format may have begun with the start token.
+        if prompt[:1] != [self._start_id]:
+            prompt = [self._start_id, *prompt]
+        ids = torch.tensor([prompt], device=self.device)
         # generate draws from torch's global generator.
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), torch.no_grad():

@@ -19,7 +19,6 @@ from llada.checkpoint.format import (
 )
 from llada.checkpoint.reading import StoredTensors
 from llada.errors import RunError, UserError
-from llada.hf.config_mapping import LLADA
 from llada.hf.exporting import model_config
 from llada.hf.folder import check_mask, is_folder, open_folder
 from llada.model.weights import Weights
@@ -147,13 +146,12 @@ def _open_parts(path: str | Path) -> _Opened:
 
 def _open_folder(path: Path) -> _Opened:
     folder = open_folder(path, setting="MODEL")
-    is_diffusion = folder.architecture == LLADA
+    is_diffusion = folder.objective == "masked"
     tokenizer = Tokenizer.load(path, require_mask=is_diffusion)
     if is_diffusion:
         check_mask(folder, tokenizer)
     precision = "bf16" if folder.dtype == torch.bfloat16 else "fp32"
-    objective = "masked" if is_diffusion else "autoregressive"
-    trained = TrainedConfig(folder.model, precision, folder.max_sequence_length, objective)
+    trained = TrainedConfig(folder.model, precision, folder.max_sequence_length, folder.objective)
     return _Opened(trained, tokenizer, folder.weights)
 
 

@@ -40,9 +40,13 @@ def describe_step(config: RunConfig, step: int, samples: int) -> str:
         f"step {step}: samples {plan.samples[0]} to {plan.samples[-1]}, {len(t)} noise groups,"
         f" {plan.tokens:,} tokens",
         f"objective: {data.objective.summary}",
-        f"t: smallest {t.min():.4f}, mean {t.mean():.4f}, largest {t.max():.4f}",
-        f"terms of the loss expected: {expected:,.0f} for {plan.groups.sizes.sum():,} tokens",
     ]
+    # Without noise there is no t.
+    if not data.objective.is_exact:
+        lines.append(f"t: smallest {t.min():.4f}, mean {t.mean():.4f}, largest {t.max():.4f}")
+    lines.append(
+        f"terms of the loss expected: {expected:,.0f} for {plan.groups.sizes.sum():,} tokens"
+    )
     for i, source in enumerate(data.mixture.sources):
         lines.append(f"corpus {i}: {source.name}: {(plan.corpora == i).sum()} samples")
     for offset in range(min(samples, len(plan.samples))):
@@ -55,7 +59,9 @@ def _describe_sample(
 ) -> list[str]:
     """Describe one sample of a step: a line for it and one for each noise group."""
     row = data.row(TRAIN, plan, offset)
-    masked = set(data.objective.corrupt(row, data.key).terms[TOKENS].positions.tolist())
+    masked: set[int] = set()
+    if not data.objective.is_exact:
+        masked.update(data.objective.corrupt(row, data.key).terms[TOKENS].positions.tolist())
     corpus = int(plan.corpora[offset])
     name = Path(data.mixture.sources[corpus].name).name
     lines = [
@@ -71,5 +77,8 @@ def _describe_sample(
             else:
                 text += tokenizer.decode([int(row.tokens[position])])
         one_line = " ".join(text.split())
-        lines.append(f"  [{start}, {end}) t = {t:.4f}, {num_masked} masked: {one_line}")
+        if data.objective.is_exact:
+            lines.append(f"  [{start}, {end}) predicted: {one_line}")
+        else:
+            lines.append(f"  [{start}, {end}) t = {t:.4f}, {num_masked} masked: {one_line}")
     return lines

@@ -61,6 +61,20 @@ def test_segments_start_anew_and_only_groups_are_predicted() -> None:
     assert terms.groups.tolist() == [0] * 3 + [1]
 
 
+def test_a_segment_that_begins_with_the_start_token_is_read_as_it_is() -> None:
+    """As conversations do, unless the start token is itself to be predicted."""
+    objective = Autoregressive(START)
+    tokens = [START, 2, 3, 4, START, 6, START, 8]
+    spans = [[2, 4], [5, 6], [6, 8]]
+    corrupted = objective.corrupt(row(tokens, [0, 4, 6, 8], spans, [1.0, 1.0, 1.0]), Key(0))
+    assert corrupted.inputs.tolist() == [START, 2, 3, 4, START, 6, START, START]
+    terms = corrupted.terms[TOKENS]
+    assert terms.targets.tolist() == [3, 4, 6, START, 8]
+    # The state that has read the token before: of the last segment's two tokens START and START.
+    assert terms.positions.tolist() == [1, 2, 4, 6, 7]
+    assert terms.groups.tolist() == [0, 0, 1, 2, 2]
+
+
 def test_work_is_half_the_pairs_and_every_token() -> None:
     whole = row(list(range(12)), [0, 4, 12], [[0, 4], [4, 12]], [1.0, 1.0])
     work = Autoregressive(START).work(np.array([4, 8]), whole.groups)

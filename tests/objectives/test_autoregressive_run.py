@@ -67,6 +67,19 @@ def test_it_reads_what_the_diffusion_run_of_the_same_seed_reads(arm: Workplace) 
     assert len(read) == 3 * CONFIG["batch"]["global"], "windows of a pass differ"
 
 
+def test_a_likelihood_and_a_bound_are_compared_as_such(arm: Workplace) -> None:
+    """The diffusion model may be better than its bound, so that it is not called worse."""
+    output = arm.run("compare", "arm", "whole").stdout
+    lines = [line for line in output.splitlines() if "errors are rough" not in line]
+    assert "the same text and t in all runs, under the noise of each run's objective" in lines[0]
+    assert "-log p" in lines[1] and lines[1].endswith(", autoregressive")
+    assert "NELBO" in lines[2] and "masked, fixed_count" in lines[2]
+    assert "better than" not in lines[3] and "is lower" in lines[3]
+    assert lines[4].startswith("the NELBO of whole is an upper bound on its -log p")
+    told = json.loads(arm.run("compare", "arm", "whole", "--json").stdout)
+    assert [run["corpora"]["corpus"]["is_exact"] for run in told["runs"]] == [True, False]
+
+
 def test_validation_is_the_likelihood_that_plain_transformers_computes(arm: Workplace) -> None:
     """Document by document, each after the start token; every held-out window counts once."""
     from transformers import LlamaForCausalLM

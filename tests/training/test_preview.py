@@ -38,6 +38,20 @@ def test_the_text_says_what_the_plan_holds(
     assert [int(n) for n in re.findall(r"window \d+, (\d+) documents", text)] == documents
 
 
+def test_without_noise_the_text_is_shown(
+    workplace: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(workplace.folder)
+    config = load_config("whole.yaml", ["objective={name: autoregressive}"])
+    text = describe_step(config, 1, samples=1)
+    assert "objective: autoregressive" in text
+    assert "masked" not in text and "t:" not in text and "▁" not in text
+    data = PretrainData(config)
+    row = data.row(TRAIN, data.plan(0), 0)
+    first = data.tokenizer().decode(row.tokens[: row.bounds[1]][:8].tolist())
+    assert f"[0, {row.bounds[1]}) predicted: {' '.join(first.split())}" in text
+
+
 def test_past_the_end(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(workplace.folder)
     with pytest.raises(UserError, match=r"step: 13 is past the run's last, train.steps = 12"):

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from llada import events
 from llada.config import RunConfig, dump_config
 from llada.config.sections import LoggingSection
+from llada.evaluation.validation import loss_name
 from llada.events import EventLog
 from llada.files import write_atomically
 from llada.formatting import clock_time
@@ -168,9 +169,9 @@ class Console:
 
     def write(self, line: MetricsLine) -> None:
         if not is_step(line):
-            # The lines of the next steps show the NELBO of a validation.
+            # The lines of the next steps show the loss of a validation.
             if "nelbo_per_token" in line:
-                self._nelbo = f" | NELBO {line['nelbo_per_token']:.3f}"
+                self._nelbo = f" | {loss_name(line)} {line['nelbo_per_token']:.3f}"
             return
         step = line["step"]
         speed = f"{line['tokens_per_second']:,.0f} tokens/s | MFU {100 * line['mfu']:.0f} %"

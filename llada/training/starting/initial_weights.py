@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llada.checkpoint.format import TOKENIZER_FOLDER, load_tokenizer, read_state, resolve_checkpoint
+from llada.checkpoint.format import (
+    TOKENIZER_FOLDER,
+    load_tokenizer,
+    read_state,
+    resolve_checkpoint,
+    trained_config,
+)
 from llada.checkpoint.reading import StoredTensors
 from llada.config import RunConfig
 from llada.data.training_data import TrainingData
@@ -57,9 +63,12 @@ def start_from_weights(
             f"seed: {config.seed} and the data are those of {source}: this run reads the same"
             " samples again, from the first; set another seed for another order"
         )
+    objective = trained_config(state).objective
+    notes += _note_other_objective(config, source, objective)
     notes.append(_describe_model(config))
     entry: JsonObject = {
         "init_from": str(source),
+        "objective": objective,
         "step": state.step,
         "tokens": state.tokens,
         "what": parts,
@@ -95,11 +104,24 @@ def _start_from_hf(
     entry: JsonObject = {
         "imported": source.resolve().name,
         "architecture": folder.architecture,
+        "objective": folder.objective,
         "sequence_length": folder.max_sequence_length,
     }
     if changed:
         entry["changed"] = changed
+    notes = [*notes, *_note_other_objective(config, source, folder.objective)]
     return Start(source, lineage=[entry], notes=[*notes, _describe_model(config)])
+
+
+def _note_other_objective(config: RunConfig, source: Path, objective: str) -> list[str]:
+    """A line for the console if the weights come from another objective, which is allowed."""
+    own = config.objective.name
+    if objective == own:
+        return []
+    return [
+        f"objective: {source} was trained as {objective}, and this run trains {own}: the weights"
+        " are adapted"
+    ]
 
 
 def _describe_model(config: RunConfig) -> str:
