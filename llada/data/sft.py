@@ -290,7 +290,7 @@ class SFTData(TrainingData):
         end where the longest row of 4..7 ends, whichever step reads that row.
 
         The response of a reply that was cut is not padded: the model would learn to end in the
-        middle of a sentence.
+        middle of a sentence. Nor is any, if the objective does not learn from padding.
 
         Returns:
             Corpus, reply, and end of the padded response of each sample, int64 [stop - first].
@@ -318,6 +318,8 @@ class SFTData(TrainingData):
             readers[corpus].is_cut(reply)
             for corpus, reply in zip(corpora.tolist(), replies.tolist(), strict=True)
         ]
+        if not self.objective.pads_responses:
+            return corpora, replies, ends[own]
         return corpora, replies, np.where(is_cut, ends[own], padded[own])
 
     def _lookup(self, samples: I64) -> tuple[I64, I64]:

@@ -139,11 +139,6 @@ _CAUSAL = _Kind(
     loss="negative log likelihood",
     about_loss="The likelihood is exact; the NELBO of a diffusion model is an upper bound.",
 )
-_OBJECTIVES = {
-    "masked": "masked diffusion (arXiv 2502.09992, Eq. 3)",
-    "discrete_steps": "masked diffusion in discrete steps (arXiv 2107.03006)",
-    "autoregressive": "left-to-right prediction",
-}
 _TASKS = {"pretrain": "pretraining", "sft": "supervised fine-tuning"}
 
 
@@ -241,11 +236,29 @@ def _architecture(trained: TrainedConfig, dtype: str) -> list[tuple[str, str]]:
     ]
 
 
+def _objective(section: JsonObject) -> str:
+    """Describe the objective of a run from the section of its config; an import has none."""
+    match section.get("name", "masked"):
+        case "autoregressive":
+            return "left-to-right prediction"
+        case "discrete_steps":
+            steps = section.get("steps", 1000)
+            return f"masked diffusion in {steps:,} discrete steps (arXiv 2107.03006)"
+    words = "masked diffusion (arXiv 2502.09992)"
+    if section.get("masking") == "fixed_count":
+        words += ", a fixed number of masks"
+    elif section.get("schedule", "llada") != "llada":
+        words += f", noise schedule {section['schedule']}"
+    if section.get("subs"):
+        words += "; [MASK] left out of the softmax, as a program that samples should do"
+    return words
+
+
 def _training(
     state: CheckpointState, trained: TrainedConfig, averaged: list[int]
 ) -> list[tuple[str, str]]:
     rows = [
-        ("objective", _OBJECTIVES[trained.objective]),
+        ("objective", _objective(state.config.get("objective", {}))),
         ("task", _TASKS[state.config["task"]]),
     ]
     imports = _imports(state)

@@ -56,6 +56,11 @@ class Autoregressive:
         """Return true: nothing is drawn."""
         return True
 
+    @property
+    def pads_responses(self) -> bool:
+        """Return false: nothing behind the first EOS is ever written."""
+        return False
+
     def input_length(self, length: int) -> int:
         """Return `length`: the model reads the row itself."""
         return length

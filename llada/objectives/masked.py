@@ -83,6 +83,11 @@ class MaskedDiffusion:
         """Return false: the sum is a bound only on average."""
         return False
 
+    @property
+    def pads_responses(self) -> bool:
+        """Return true: the end of a text is predicted like its words."""
+        return True
+
     def input_length(self, length: int) -> int:
         """Return `length`: the model reads the row itself."""
         return length

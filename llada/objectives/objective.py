@@ -42,6 +42,15 @@ class Objective(Protocol):
         """Whether the sum of the losses is -log p itself, whatever the times and the draws."""
         ...
 
+    @property
+    def pads_responses(self) -> bool:
+        """Whether fine-tuning pads responses with EOS, and trains on the padding.
+
+        A model that writes all positions at once learns from it where a text ends. One that writes
+        from left to right stops at the first EOS.
+        """
+        ...
+
     def input_length(self, length: int) -> int:
         """Return how many tokens the model reads of a row of `length` tokens."""
         ...

@@ -143,6 +143,24 @@ def test_rows_are_prompt_response_padding_and_filler(group: int, folder: Path) -
         assert padded[sample] == max(totals[other] for other in range(first, first + group))
 
 
+def test_autoregression_reads_bos_once_and_no_padding(folder: Path) -> None:
+    data = made(folder, sft={"pad_group": 8}, objective={"name": "autoregressive"})
+    known = examples(folder)
+    for step in range(3):
+        plan = data.plan(step)
+        for i in range(8):
+            row = data.row(TRAIN, plan, i)
+            total = data.readers[TRAIN][0].total(plan.examples[i])
+            prompt = known[tuple(row.tokens[:total].tolist())]
+            corrupted = data.objective.corrupt(row, data.key)
+            terms = corrupted.terms[TOKENS]
+            # A conversation begins with BOS and is read as it is: the state before predicts.
+            assert corrupted.inputs[:total].tolist() == row.tokens[:total].tolist()
+            assert terms.positions.tolist() == list(range(prompt - 1, total - 1))
+            assert terms.targets.tolist() == row.tokens[prompt:total].tolist()
+            assert terms.weights.tolist() == [1 / (total - prompt)] * (total - prompt)
+
+
 def test_the_end_of_a_capped_mixture_cuts_its_last_group(folder: Path) -> None:
     mixture = [{"path": str(folder / "corpus"), "max_epochs": 1}]
     data = made(

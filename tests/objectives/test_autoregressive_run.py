@@ -170,6 +170,15 @@ def test_a_checkpoint_and_its_export_write_the_same(arm: Workplace) -> None:
     assert other != texts[0]
 
 
+def test_an_export_that_is_imported_still_writes_from_left_to_right(arm: Workplace) -> None:
+    arm.run("convert", "from-hf", "arm_hf", "arm_back")
+    words = ("import ", "--length", "8")
+    assert arm.run("sample", "arm_back", *words).stdout == arm.run("sample", "arm", *words).stdout
+    arm.run("convert", "to-hf", "arm_back", "arm_again")
+    config = json.loads((arm.folder / "arm_again" / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"]
+
+
 @pytest.mark.parametrize(
     ("command", "message"),
     [

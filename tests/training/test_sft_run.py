@@ -168,6 +168,18 @@ def test_a_killed_run_repeats_the_uninterrupted_one(sft_workplace: Workplace) ->
     assert state["lineage"][-1]["init_from"] == "whole/checkpoints/step_00000012"
 
 
+def test_a_diffusion_model_may_be_fine_tuned_from_left_to_right(sft_workplace: Workplace) -> None:
+    """Which is said, learns, and writes answers."""
+    name = config(sft_workplace, "causal", objective={"name": "autoregressive"})
+    told = sft_workplace.run("sft", name).stdout
+    assert "was trained as masked, and this run trains autoregressive" in told
+    lines = sft_workplace.lines("causal")
+    losses = [line["nelbo_per_token"] for line in lines if "nelbo_per_token" in line]
+    assert losses[-1] < losses[0] and all(line.get("exact") for line in lines if "corpora" in line)
+    words = ("What comes after open and read, case 3?", "--chat", "--length", "8")
+    sft_workplace.run("sample", "causal", *words)
+
+
 def test_llada_data_step_shows_responses(sft_workplace: Workplace) -> None:
     name = config(sft_workplace, "shown", init=False)
     out = sft_workplace.run("data", "step", name, "1").stdout
