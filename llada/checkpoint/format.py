@@ -86,12 +86,14 @@ class TrainedConfig:
         longest: longest sequence that the model was trained on, in this run or one before, in
             tokens.
         objective: name of the objective that it was trained with.
+        subs: its softmax was without [MASK], in training.
     """
 
     model: ModelSection
     precision: str
     longest: int
     objective: str = "masked"
+    subs: bool = False
 
     @property
     def is_causal(self) -> bool:
@@ -109,8 +111,14 @@ def trained_config(state: CheckpointState) -> TrainedConfig:
         model = ModelSection.model_validate(state.config["model"])
         lengths = [state.config["data"]["sequence_length"]]
         lengths += [entry.get("sequence_length", 0) for entry in state.lineage]
-        objective = state.config.get("objective", {}).get("name", "masked")
-        return TrainedConfig(model, state.config["precision"], max(lengths), objective)
+        objective = state.config.get("objective", {})
+        return TrainedConfig(
+            model,
+            state.config["precision"],
+            max(lengths),
+            objective.get("name", "masked"),
+            objective.get("subs", False),
+        )
     except (AttributeError, KeyError, TypeError, ValidationError) as error:
         reason = one_line(error)
         raise UserError(

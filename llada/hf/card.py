@@ -250,7 +250,7 @@ def _objective(section: JsonObject) -> str:
     elif section.get("schedule", "llada") != "llada":
         words += f", noise schedule {section['schedule']}"
     if section.get("subs"):
-        words += "; [MASK] left out of the softmax, as a program that samples should do"
+        words += "; [MASK] is left out of the softmax (SUBS), which the model does itself"
     return words
 
 

@@ -17,7 +17,7 @@ from llada.types import JsonObject
 LLADA = "LLaDAModelLM"
 
 
-# Fields of a published config.json that do not affect the computation.
+# Fields of a config.json that do not affect the hidden states.
 _METADATA_FIELDS = (
     "auto_map",
     "bos_token_id",
@@ -26,6 +26,7 @@ _METADATA_FIELDS = (
     "model_type",
     "torch_dtype",
     "tokenizer_vocab_size",
+    "predicts_mask_token",
     "_name_or_path",
 )
 

@@ -56,6 +56,9 @@ class LLaDAConfig(PretrainedConfig):
         mask_token_id: Id of [MASK].
         eos_token_id: Id of the end-of-text token.
         pad_token_id: Id of the padding token.
+        predicts_mask_token: False: the model was trained with a softmax without [MASK] (the SUBS
+            parameterization of MDLM, arXiv 2406.07524), so the logit of [MASK] is the smallest
+            number. Not a published field; written to config.json only if it is false.
         tokenizer_vocab_size: Number of ids of the tokenizer, if it has fewer than vocab_size. Ids
             beyond it are never generated. None means vocab_size. Not a published field; written
             to config.json only if it is set.
@@ -132,6 +135,7 @@ class LLaDAConfig(PretrainedConfig):
         eos_token_id: int | None = 126081,
         pad_token_id: int | None = 126081,
         tokenizer_vocab_size: int | None = None,
+        predicts_mask_token: bool = True,
         **kwargs: Any,
     ) -> None:
         published = self.published_fields()
@@ -161,6 +165,7 @@ class LLaDAConfig(PretrainedConfig):
         for name, value in fields.items():
             setattr(self, name, value)
         self.tokenizer_vocab_size = tokenizer_vocab_size
+        self.predicts_mask_token = predicts_mask_token
         if n_kv_heads is None:
             self.n_kv_heads = 1 if multi_query_attention else n_heads
         if mlp_hidden_size is None:
@@ -173,7 +178,7 @@ class LLaDAConfig(PretrainedConfig):
     def published_fields(cls) -> list[str]:
         """Names of the fields that every config.json contains."""
         parameters = inspect.signature(cls.__init__).parameters
-        unpublished = ("self", "tokenizer_vocab_size", "kwargs")
+        unpublished = ("self", "tokenizer_vocab_size", "predicts_mask_token", "kwargs")
         return [name for name in parameters if name not in unpublished]
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -186,6 +191,8 @@ class LLaDAConfig(PretrainedConfig):
         fields.update({name: getattr(self, name) for name in self.published_fields()})
         if self.tokenizer_vocab_size is None:
             fields.pop("tokenizer_vocab_size", None)
+        if self.predicts_mask_token:
+            fields.pop("predicts_mask_token", None)
         return fields
 
     def check(self) -> None:

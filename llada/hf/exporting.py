@@ -284,6 +284,7 @@ def model_config(trained: TrainedConfig, tokenizer: Tokenizer, dtype: str) -> Js
         precision="amp_bf16" if trained.precision == "bf16" else "fp32",
         mask_token_id=tokenizer.mask_id,
         tokenizer_vocab_size=tokenizer.vocab_size,
+        predicts_mask_token=not trained.subs,
         bos_token_id=tokenizer.bos_id,
         eos_token_id=tokenizer.eos_id,
         pad_token_id=tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id,

@@ -40,6 +40,7 @@ class HfFolder:
         weights: Its tensors by canonical name.
         max_sequence_length: Longest sequence that it was trained on, in tokens.
         mask_id: Id of [MASK] from config.json; None if it does not say.
+        subs: Its softmax is without [MASK].
     """
 
     path: Path
@@ -48,6 +49,7 @@ class HfFolder:
     weights: Weights
     max_sequence_length: int
     mask_id: int | None
+    subs: bool
 
     @property
     def objective(self) -> str:
@@ -70,6 +72,7 @@ class FolderConfig(NamedTuple):
     model: ModelSection
     max_sequence_length: int
     mask_id: int | None
+    subs: bool
 
 
 def is_folder(path: str | Path) -> bool:
@@ -114,7 +117,13 @@ def read_model(path: str | Path, setting: str = "FOLDER") -> FolderConfig:
         model, max_sequence_length = map_config(config)
     except UnsupportedConfig as error:
         raise UserError(f"{config_path}: {error}") from None
-    return FolderConfig(architecture, model, max_sequence_length, config.get("mask_token_id"))
+    return FolderConfig(
+        architecture,
+        model,
+        max_sequence_length,
+        mask_id=config.get("mask_token_id"),
+        subs=architecture == LLADA and config.get("predicts_mask_token") is False,
+    )
 
 
 def open_folder(path: str | Path, allow_pickle: bool = False, setting: str = "FOLDER") -> HfFolder:
@@ -151,6 +160,7 @@ def open_folder(path: str | Path, allow_pickle: bool = False, setting: str = "FO
         weights=Renamed(files, names),
         max_sequence_length=config.max_sequence_length,
         mask_id=config.mask_id,
+        subs=config.subs,
     )
 
 

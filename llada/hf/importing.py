@@ -192,7 +192,7 @@ def _initial_state(
             "data": {"sequence_length": source.max_sequence_length},
             "model": model.model_dump(),
             # What the weights were trained for, until a run trains them for something else.
-            "objective": {"name": source.objective},
+            "objective": {"name": source.objective, "subs": source.subs},
         },
         versions={name: version(name) for name in ("torch", "safetensors")},
         lineage=[

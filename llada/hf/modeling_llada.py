@@ -569,6 +569,11 @@ class LLaDAModelLM(LLaDAGenerationMixin, PreTrainedModel):
         x = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
         x, states = self.model(x, attention_mask, position_ids, bool(output_hidden_states))
         logits = self.get_output_embeddings()(x)
+        if not self.config.predicts_mask_token:
+            # Not -inf: guidance subtracts logits from each other.
+            lowest = torch.finfo(logits.dtype).min
+            mask_id = torch.tensor([self.config.mask_token_id], device=logits.device)
+            logits = logits.index_fill(-1, mask_id, lowest)
         loss = None
         if labels is not None and p_mask is not None:
             loss = diffusion_loss(logits, labels, input_ids == self.config.mask_token_id, p_mask)

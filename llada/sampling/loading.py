@@ -151,7 +151,9 @@ def _open_folder(path: Path) -> _Opened:
     if is_diffusion:
         check_mask(folder, tokenizer)
     precision = "bf16" if folder.dtype == torch.bfloat16 else "fp32"
-    trained = TrainedConfig(folder.model, precision, folder.max_sequence_length, folder.objective)
+    trained = TrainedConfig(
+        folder.model, precision, folder.max_sequence_length, folder.objective, folder.subs
+    )
     return _Opened(trained, tokenizer, folder.weights)
 
 
@@ -162,7 +164,8 @@ def _build(
     from llada.hf.modeling_llada import LLaDAModelLM
 
     fields = model_config(trained, tokenizer, trained.precision)
-    config = LLaDAConfig(**{name: fields[name] for name in LLaDAConfig.published_fields()})
+    published = {name: fields[name] for name in LLaDAConfig.published_fields()}
+    config = LLaDAConfig(**published, predicts_mask_token=not trained.subs)
     # No memory and no time for initial weights, which are replaced at once.
     with torch.device("meta"):
         model = LLaDAModelLM(config)

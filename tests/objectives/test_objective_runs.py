@@ -5,11 +5,14 @@ tests/objectives/test_autoregressive_run.py does the same for the autoregressive
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from llada.hf.modeling_llada import LLaDAModelLM
 from llada.objectives.registry import OBJECTIVES
 from llada.training.configure import load_config
 from tests.workplace import Workplace
@@ -55,10 +58,41 @@ def test_a_run_resumes_exports_and_samples(name: str, workplace: Workplace) -> N
     shown = workplace.run("config", f"{name}/config.yaml").stdout
     assert f"name: {SETTINGS[name]['name']}" in shown
 
-    workplace.run("convert", "to-hf", name, f"{name}_hf")
+    workplace.run("convert", "to-hf", name, f"{name}_hf", "--verify")
     words = ("import ", "--length", "12", "--temperature", "1", "--seed", "3")
     texts = [workplace.run("sample", model, *words).stdout for model in (name, f"{name}_hf")]
     assert texts[0] == texts[1] and texts[0].strip() and "mask" not in texts[0].lower()
+
+
+def test_an_export_of_a_subs_run_rules_mask_out_itself(workplace: Workplace) -> None:
+    """In its logits, its loss, with guidance, and after an import."""
+    objective = {"objective": SETTINGS["cosine_subs"]}
+    config = workplace.config("subs.yaml", run={"dir": "subs", "threads": 2}, **objective)
+    workplace.run("pretrain", config, "train.steps=4")
+    workplace.run("convert", "to-hf", "subs", "subs_hf")
+    settings = json.loads((workplace.folder / "subs_hf" / "config.json").read_text())
+    assert settings["predicts_mask_token"] is False
+    model = LLaDAModelLM.from_pretrained(workplace.folder / "subs_hf").eval()
+    mask_id = settings["mask_token_id"]
+    labels = torch.arange(20, 28)[None]
+    noisy = labels.clone()
+    noisy[0, ::2] = mask_id
+    with torch.no_grad():
+        out = model(noisy, labels=labels, p_mask=torch.tensor([0.5]))
+        model.config.predicts_mask_token = True
+        others = model(noisy).logits
+    assert (out.logits[..., mask_id] == torch.finfo(torch.float32).min).all()
+    others[..., mask_id] = -torch.inf
+    losses = torch.nn.functional.cross_entropy(others[0, ::2], labels[0, ::2], reduction="sum")
+    assert float(out.loss) == pytest.approx(float(losses) / 0.5 / 8, rel=1e-5)
+
+    guided = ("import ", "--length", "8", "--cfg", "0.5")
+    texts = [workplace.run("sample", name, *guided).stdout for name in ("subs", "subs_hf")]
+    assert texts[0] == texts[1]
+    workplace.run("convert", "from-hf", "subs_hf", "subs_back")
+    workplace.run("convert", "to-hf", "subs_back", "subs_again")
+    again = json.loads((workplace.folder / "subs_again" / "config.json").read_text())
+    assert again == settings
 
 
 @pytest.mark.parametrize(
