@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -185,7 +185,7 @@ def to_hf(
     max_bytes = parse_size(options.max_shard_size)
     check_license(options.license)
     opened = _open_source(source, output, options)
-    _check_layout(options.layout, opened.trained)
+    opened = replace(opened, trained=_in_layout(options.layout, opened))
     dtype = DTYPES[opened.dtype]
     weights = opened.weights
     if opened.trained.is_causal:
@@ -323,19 +323,28 @@ def _open_source(
     return _OpenedCheckpoints(folders, state, trained, tokenizer, weights, masters, dtype)
 
 
-def _check_layout(layout: str | None, trained: TrainedConfig) -> None:
-    """Raise UserError unless the layout is that of models trained like this one."""
+def _in_layout(layout: str | None, opened: _OpenedCheckpoints) -> TrainedConfig:
+    """Return the model as a layout describes it.
+
+    Raises:
+        UserError: the layout is not that of models trained like this one. Imported weights that
+            have not been trained here may be written as a diffusion model, to start one elsewhere.
+    """
+    trained = opened.trained
     if layout not in (None, *LAYOUTS):
         raise UserError(
             f"--layout: '{layout}' is not one of {', '.join(LAYOUTS)}"
             f"{did_you_mean(str(layout), LAYOUTS)}"
         )
     fitting = "llama" if trained.is_causal else "llada"
+    if layout == "llada" and trained.is_causal and opened.state.config["task"] == "import":
+        return replace(trained, objective="masked")
     if layout not in (None, fitting):
         raise UserError(
             f"--layout: '{layout}' is not for a model of the objective '{trained.objective}'; use"
             f" {fitting}"
         )
+    return trained
 
 
 def _check_files(folders: list[Path]) -> None:

@@ -23,7 +23,8 @@ from llada.checkpoint.format import load_tokenizer, read_state, trained_config
 from llada.config import RunConfig, build_config
 from llada.config.sections import ModelSection
 from llada.errors import RunError, UserError, one_line
-from llada.hf.folder import open_folder
+from llada.hf.config_mapping import LLADA
+from llada.hf.folder import open_folder, read_model
 from llada.noise import stream, uniforms
 from llada.objectives import Batch, Key, MaskedDiffusion, NoiseGroups, Objective, Row, collate
 from llada.objectives.autoregressive import Autoregressive
@@ -53,12 +54,15 @@ with torch.no_grad():
 """
 
 
-def training_logits(folders: Sequence[Path], masters: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def training_logits(
+    folders: Sequence[Path], masters: bool, is_causal: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute logits with the training model, on random tokens (see `_random_batch`).
 
     Args:
         folders: Checkpoints. The mean of their weights is used.
         masters: Use the fp32 masters of the weights.
+        is_causal: A token attends to those before it only.
 
     Returns:
         The tokens, int64 [4, 128], and the logits, fp32 [4, 128, vocab_size].
@@ -68,7 +72,7 @@ def training_logits(folders: Sequence[Path], masters: bool) -> tuple[torch.Tenso
     newest = folders[-1]
     trained = trained_config(read_state(newest))
     config = _single_process_config(trained.model)
-    batch = _random_batch(load_tokenizer(newest), trained.is_causal)
+    batch = _random_batch(load_tokenizer(newest), is_causal)
     engine = MegatronEngine(config, training=False)
     try:
         means: list[torch.Tensor] = []
@@ -181,7 +185,8 @@ class Verification:
 
     def __call__(self, checkpoints: Sequence[Path], folder: Path, masters: bool = False) -> None:
         """Raise RunError if the two differ by more than the tolerance."""
-        input_ids, expected = training_logits(checkpoints, masters)
+        is_causal = read_model(folder).architecture != LLADA
+        input_ids, expected = training_logits(checkpoints, masters, is_causal)
         if self.reference is not None:
             _write_reference(self.reference, input_ids, expected)
         if not self.compare:

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from llada.model.vocabulary import ShardedVocabulary, WholeVocabulary
-from llada.objectives.losses import HeadTerms, Loss, cross_entropy
+from llada.objectives.losses import CrossEntropyWithout, HeadTerms, Loss, cross_entropy
 
 CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 28}
 """Largest number of logits of a chunk, by type of the device; 4 bytes each.
@@ -92,7 +92,12 @@ class Head:
             terms: of the chunk.
             factors: fp32 [n].
         """
-        if self.loss is cross_entropy:
+        # Both cross entropies have a closed form, without autograd's copies of the logits.
+        is_cross_entropy = self.loss is cross_entropy
+        if isinstance(self.loss, CrossEntropyWithout):
+            logits = self.vocabulary.exclude(logits, self.loss.excluded)
+            is_cross_entropy = True
+        if is_cross_entropy:
             return _cross_entropy(logits, terms.targets, factors, self.vocabulary)
         if isinstance(self.vocabulary, ShardedVocabulary):
             # Every rank has a copy of the losses, and the gradient is that of their mean.

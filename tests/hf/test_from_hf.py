@@ -62,7 +62,7 @@ def plain_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def exported(
     checkpoint_folder: Path, out: Path, dtype: str | None = None
 ) -> dict[str, torch.Tensor]:
-    to_hf(checkpoint_folder, out, ExportOptions(dtype=dtype))
+    to_hf(checkpoint_folder, out, ExportOptions(dtype=dtype, layout="llada"))
     return load_file(out / "model.safetensors")
 
 
@@ -207,7 +207,7 @@ def test_a_llama_is_the_same_function_under_a_causal_mask(
         tmp_path / "llama", tmp_path / "checkpoint", ImportOptions(add_mask_token=True)
     )
     assert f"1 new tokens ({MASK} 500), rows 500 -> 512, 11 of them padding" in output
-    to_hf(tmp_path / "checkpoint", tmp_path / "out")
+    to_hf(tmp_path / "checkpoint", tmp_path / "out", ExportOptions(layout="llada"))
     ours = LLaDAModelLM.from_pretrained(tmp_path / "out").eval()
     ids = torch.randint(0, 500, (2, 24), generator=torch.Generator().manual_seed(1))
     causal = torch.ones(24, 24, dtype=torch.bool).tril().expand(2, 1, 24, 24)
