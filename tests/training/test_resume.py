@@ -178,6 +178,7 @@ def test_a_new_run_starts_from_a_checkpoint_and_records_where_its_weights_came_f
         ]["lineage"]
         wanted = {
             "init_from": "whole/checkpoints/step_00000012",
+            "objective": "masked",
             "step": 12,
             "tokens": 12 * 8 * 64,
             "what": what,
