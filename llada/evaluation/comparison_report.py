@@ -15,9 +15,10 @@ from llada.types import JsonObject
 def as_text(runs: Sequence[ValidatedRun], differences: Sequence[Difference]) -> str:
     """Describe each run's loss, and which run is better by how much."""
     lines: list[str] = []
-    objectives = {corpus.objective for run in runs for corpus in run.corpora}
+    # Files of versions that did not record the objective say nothing.
+    objectives = {corpus.objective for run in runs for corpus in run.corpora} - {""}
     for corpus in runs[0].corpora:
-        lines += _describe_corpus(corpus, same_noise=len(objectives) == 1)
+        lines += _describe_corpus(corpus, same_noise=len(objectives) < 2)
     width = max(len(run.path) for run in runs)
     for run in runs:
         nelbos = []
@@ -36,9 +37,10 @@ def as_text(runs: Sequence[ValidatedRun], differences: Sequence[Difference]) -> 
 
 def _whose(run: ValidatedRun, objectives: set[str]) -> str:
     """Name the objective of a run's loss, if the runs have different ones."""
-    if len(objectives) == 1:
+    objective = run.corpora[0].objective
+    if len(objectives) < 2 or not objective:
         return ""
-    return f", {run.corpora[0].objective or 'masked'}"
+    return f", {objective}"
 
 
 def _describe_corpus(corpus: Measured, same_noise: bool) -> list[str]:

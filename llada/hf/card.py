@@ -190,7 +190,7 @@ def model_card(
     rows = [("kind", kind.architecture), *_architecture(trained, dtype)]
     sections = [head, "\n## Architecture\n\n", _table(rows)]
     if not converted:
-        sections += ["\n## Training\n\n", _table(_training(state, trained, averaged))]
+        sections += ["\n## Training\n\n", _table(_training(state, averaged))]
     # The recorded validation is that of one checkpoint, not of the mean.
     if state.validation and not averaged:
         sections += ["\n## Validation\n\n", _validation(state.validation, kind)]
@@ -254,9 +254,7 @@ def _objective(section: JsonObject) -> str:
     return words
 
 
-def _training(
-    state: CheckpointState, trained: TrainedConfig, averaged: list[int]
-) -> list[tuple[str, str]]:
+def _training(state: CheckpointState, averaged: list[int]) -> list[tuple[str, str]]:
     rows = [
         ("objective", _objective(state.config.get("objective", {}))),
         ("task", _TASKS[state.config["task"]]),

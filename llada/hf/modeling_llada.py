@@ -572,7 +572,7 @@ class LLaDAModelLM(LLaDAGenerationMixin, PreTrainedModel):
         if not self.config.predicts_mask_token:
             # Not -inf: guidance subtracts logits from each other.
             lowest = torch.finfo(logits.dtype).min
-            mask_id = torch.tensor([self.config.mask_token_id], device=logits.device)
+            mask_id = torch.full((1,), self.config.mask_token_id, device=logits.device)
             logits = logits.index_fill(-1, mask_id, lowest)
         loss = None
         if labels is not None and p_mask is not None:

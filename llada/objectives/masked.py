@@ -17,7 +17,7 @@ masks n = 1 + floor(2.4) = 3 of the four tokens with weight 4 / 3.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -132,8 +132,11 @@ class MaskedDiffusion:
         )
 
     def bound(self) -> MaskedDiffusion:
-        """Return fixed-count masking, whose expectation is the exact negative ELBO."""
-        return replace(self, masking="fixed_count")
+        """Return fixed-count masking, whose expectation is the exact negative ELBO.
+
+        It has no schedule, and validation draws t itself: all that is left of this one is `subs`.
+        """
+        return MaskedDiffusion(self.mask_id, masking="fixed_count", subs=self.subs)
 
     def work(self, segment_lengths: I64, groups: NoiseGroups) -> Work:
         """Return what a step computes; the arguments are those of `Objective`."""

@@ -54,6 +54,11 @@ def test_a_run_resumes_exports_and_samples(name: str, workplace: Workplace) -> N
     bounds = [line["nelbo_per_token"] for line in lines if "nelbo_per_token" in line]
     assert bounds[-1] < bounds[0] - 0.05
 
+    # A schedule is no part of what validation measures; a number of steps is.
+    compared = workplace.run("compare", "whole", name).stdout
+    same = "the same text and noise in all runs"
+    assert (same in compared) == (name == "clipped")
+
     # The saved config is a config, with the objective in it.
     shown = workplace.run("config", f"{name}/config.yaml").stdout
     assert f"name: {SETTINGS[name]['name']}" in shown
