@@ -155,12 +155,14 @@ def upper_limit(values: Sequence[float], sigma: float, factor: float) -> float:
     carried = logs - slope * np.arange(1 - len(logs), 1)
     level = float(np.median(carried))
 
-    # The upper tail: where its tenth starts, and the standard deviation that its median implies.
+    # The upper tail: where its tenth starts, and the standard deviation that its median implies. A
+    # window whose largest values are close together by chance does not lower the limit: the
+    # deviation is at least the one that the start of the tail implies.
     ordered = np.sort(carried) - level
     tail_size = ceil_div(len(ordered), 10)
     tail = ordered[-tail_size:]
     start = float(ordered[-tail_size - 1])
-    deviation = float(np.median(tail) - start) / _TAIL_MEDIAN
+    deviation = max(float(np.median(tail) - start) / _TAIL_MEDIAN, start / _TAIL_START)
     height = max(start + (sigma - _TAIL_START) * deviation, math.log(factor))
 
     # A rising trend is continued to the step in question. A falling one is not: the level is taken

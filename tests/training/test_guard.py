@@ -107,11 +107,14 @@ def test_no_false_alarm_while_the_level_moves() -> None:
 def test_the_limit_is_so_many_standard_deviations_of_the_logarithm_or_a_factor(
     sigma: float, factor: float
 ) -> None:
-    noise = np.random.default_rng(1).normal(size=(400, 200)) * 0.1
-    limits = [upper_limit(np.exp(row + 3).tolist(), sigma, factor) for row in noise]
-    assert np.log(np.median(limits)) - 3 == pytest.approx(
-        max(0.1 * sigma, math.log(factor)), abs=0.03
-    )
+    """A tenth more, because the wider of two estimates counts; and no window of normal noise is so
+    narrow by chance that the limit is within the noise.
+    """
+    noise = np.random.default_rng(1).normal(size=(4000, 200)) * 0.1
+    limits = np.array([upper_limit(np.exp(row + 3).tolist(), sigma, factor) for row in noise])
+    expected = max(0.1 * sigma, math.log(factor))
+    assert expected - 0.01 <= np.log(np.median(limits)) - 3 <= 1.1 * expected + 0.01
+    assert np.log(limits.min()) - 3 >= 0.7 * expected
     assert upper_limit([2.0] * 20, sigma, 1.5) == pytest.approx(3.0)
 
 
