@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from llada.config import RunConfig
@@ -14,7 +16,6 @@ from llada.objectives import (
     MaskedDiffusion,
     NoiseGroups,
     Row,
-    Work,
     collate,
 )
 
@@ -57,7 +58,5 @@ def make_batches(config: RunConfig, step: int, whole_rows: bool) -> tuple[list[B
         collate(corrupted[i : i + micro], float(count * length)) for i in range(0, count, micro)
     ]
     predicted = sum(len(row.terms[TOKENS].positions) for row in corrupted)
-    work = Work(
-        terms={TOKENS: predicted}, attended_pairs=objective.work(lengths, groups).attended_pairs
-    )
-    return batches, step_flops(config.model, count * length, work, length)
+    work = replace(objective.work(lengths, groups), terms={TOKENS: predicted})
+    return batches, step_flops(config.model, work, length)

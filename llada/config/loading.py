@@ -186,9 +186,9 @@ def _locate(loc: tuple[int | str, ...], root: type[BaseModel]) -> _Location:
             inside = _sections_in(fields[part].annotation)
             if len(inside) == 1:
                 section = inside[0]
-            variants = {of_tag.model_fields["name"].default: of_tag for of_tag in inside[1:]}
-            if variants:
-                variants[inside[0].model_fields["name"].default] = inside[0]
+            variants = {}
+            if len(inside) > 1:
+                variants = {variant.model_fields["name"].default: variant for variant in inside}
     return _Location(names, section, variants)
 
 
@@ -212,14 +212,19 @@ def _unknown_variant(setting: str, problem: ErrorDetails) -> str:
 def _unknown_setting(setting: str, location: _Location) -> str:
     """Message for a key that is not a setting: `train.stps`, with `train.steps` as the hint."""
     section = setting.removesuffix(location.names[-1])
-    for name, variant in location.variants.items():
-        if location.names[-1] in variant.model_fields:
-            chosen = location.section.model_fields["name"].default
-            parent = section.removesuffix(".")
-            return (
-                f"{setting}: a setting of {name}, and {section}name is {chosen};"
-                f" '{parent}={{name: {chosen}}}' replaces the whole section"
-            )
+    owners = [
+        name
+        for name, variant in location.variants.items()
+        if location.names[-1] in variant.model_fields
+    ]
+    if owners:
+        chosen = location.section.model_fields["name"].default
+        parent = section.removesuffix(".")
+        return (
+            f"{setting}: a setting of {' and '.join(owners)}, and {section}name is {chosen}; leave"
+            f" it out ('{parent}={{name: {chosen}}}' replaces the whole section) or choose another"
+            f" {section}name"
+        )
     names = [
         section + (field.alias or name) for name, field in location.section.model_fields.items()
     ]
@@ -257,6 +262,10 @@ def _wrong_value(setting: str, location: _Location, problem: ErrorDetails) -> st
         # Pydantic lists the choices as text: "'bernoulli', 'x' or 'fixed_count'".
         choices = problem["ctx"]["expected"].replace(" or ", ", ").split(", ")
         hint = did_you_mean(str(problem["input"] or ""), [choice.strip("' ") for choice in choices])
+    # YAML reads 1e9 as a number with a fraction.
+    given = problem["input"]
+    if problem["type"] == "int_type" and isinstance(given, float) and given.is_integer():
+        hint = f" (write {given:.0f})"
     sentence = f"{message[0].lower()}{message[1:]}"
     return f"{setting}: {problem['input']!r} is not allowed: {sentence}{hint}"
 

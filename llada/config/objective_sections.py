@@ -25,18 +25,21 @@ class MaskedSection(Section):
     """bernoulli: masks each token with a probability that the schedule gives; llada's is p = (1 -
     eps) t + eps, weight 1/p. fixed_count: masks n = 1 + floor(t L) of the L tokens, weight L/n.
     """
-    eps: float = Field(default=1e-3, ge=1e-6, lt=1)
+    eps: float = Field(default=1e-3, ge=1e-6, le=0.1)
     """bernoulli: smallest time, at which schedule `llada` masks with this probability (the paper:
     1e-3). Schedule loglinear: also the probability that a token is clean at t = 1.
     """
     schedule: Literal["llada", "linear", "cosine", "loglinear", "geometric", "clipped"] = "llada"
     """bernoulli: how the masking probability rises with t. llada: as t. cosine: as in MD4.
     loglinear: as in SEDD and MDLM. linear, geometric: -log alpha rises linearly or exponentially
-    from sigma_min to sigma_max. clipped: uniform between the two values of `clip` (BD3-LM).
+    from sigma_min to sigma_max. clipped: uniform between the two values of `clip` (BD3-LM); like
+    all others from time eps on.
     """
-    sigma_min: float | None = Field(default=None, ge=1e-9)
+    # With these limits alpha is above 0.9 at t = 0 and below 0.01 at t = 1. The loss of a schedule
+    # that does not lead from clean to masked is no bound.
+    sigma_min: float | None = Field(default=None, ge=1e-9, le=0.1)
     """Schedules linear and geometric: -log alpha at t = 0; null: 1e-4."""
-    sigma_max: float | None = Field(default=None, le=100)
+    sigma_max: float | None = Field(default=None, ge=5, le=100)
     """Schedules linear and geometric: -log alpha at t = 1; null: 20."""
     clip: list[float] | None = Field(default=None, min_length=2, max_length=2)
     """Schedule clipped: the smallest and the largest masking probability; null: [0.3, 0.8]."""
@@ -46,7 +49,9 @@ class MaskedSection(Section):
     @property
     def sigmas(self) -> tuple[float, float]:
         """-log alpha at t = 0 and 1, the defaults filled in."""
-        return self.sigma_min or 1e-4, self.sigma_max or 20.0
+        smallest = 1e-4 if self.sigma_min is None else self.sigma_min
+        largest = 20.0 if self.sigma_max is None else self.sigma_max
+        return smallest, largest
 
     @property
     def clip_range(self) -> tuple[float, float]:
@@ -60,12 +65,13 @@ class MaskedSection(Section):
             raise ValueError(
                 f"schedule: {self.schedule} needs masking: bernoulli; fixed_count has no schedule"
             )
+        if self.masking == "fixed_count" and self.eps != MaskedSection.model_fields["eps"].default:
+            raise ValueError(
+                f"eps: {self.eps:g} needs masking: bernoulli; fixed_count masks at every time"
+            )
         self._refuse_unread("sigma_min", self.sigma_min, ("linear", "geometric"))
         self._refuse_unread("sigma_max", self.sigma_max, ("linear", "geometric"))
         self._refuse_unread("clip", self.clip, ("clipped",))
-        low, high = self.sigmas
-        if low >= high:
-            raise ValueError(f"sigma_min: {low:g} is not below sigma_max = {high:g}")
         low, high = self.clip_range
         if not 0 < low < high <= 1:
             raise ValueError(

@@ -7,6 +7,7 @@ setting to change; `RunConfig` calls them in the order in which a user should re
 from __future__ import annotations
 
 from llada.config.data_sections import DataSection
+from llada.config.objective_sections import ObjectiveSection
 from llada.config.sections import (
     BatchSection,
     ModelSection,
@@ -24,6 +25,15 @@ def refuse_sft_settings(sft: SFTSection) -> None:
         raise ValueError(
             f"sft.pad_group: {sft.pad_group} is for task: sft only; leave it out of a pretraining"
             " config"
+        )
+
+
+def refuse_padding_of_autoregression(objective: ObjectiveSection, sft: SFTSection) -> None:
+    """A model that writes from left to right stops at EOS; nothing behind it is ever read."""
+    if objective.name == "autoregressive" and sft != SFTSection():
+        raise ValueError(
+            f"sft.pad_group: {sft.pad_group} has no effect with objective.name: autoregressive,"
+            " which does not pad responses; leave it out"
         )
 
 

@@ -71,6 +71,7 @@ class RunConfig(Section):
         if self.task == "pretrain":
             rules.refuse_sft_settings(self.sft)
         else:
+            rules.refuse_padding_of_autoregression(self.objective, self.sft)
             rules.refuse_random_lengths(self.data)
             rules.refuse_document_mask(self.data)
             rules.refuse_lengths_in_tokens(self.data, self.schedule)

@@ -98,7 +98,7 @@ class MegatronEngine:
         self.kernel = choose_kernel(self.device, self.dtype, config.model.head_dim)
         self.transformer_config = transformer_config(config, self.dtype, self.device)
         # Without virtual pipeline stages a rank has one chunk of the model.
-        self.chunks = self._build_chunks(losses[TOKENS])
+        self.chunks = self._build_chunks(_only_loss(losses))
         for chunk in self.chunks:
             parameters = self._parameters(chunk)
             _mark_sharded(parameters)
@@ -236,7 +236,8 @@ class MegatronEngine:
             data_iterator=_one_or_all(iterators),
             model=_one_or_all(self.replicas),
             num_microbatches=len(batches),
-            seq_length=self.config.data.sequence_length,
+            # Of the rows as the model reads them; Megatron-Core divides it among the ranks.
+            seq_length=prepared[0].row_length,
             micro_batch_size=self.config.batch.micro,
             forward_only=forward_only,
         )
@@ -481,6 +482,13 @@ class MegatronEngine:
     def close(self) -> None:
         """Leave the model-parallel groups; the world stays for another engine in this process."""
         stop_model_parallel()
+
+
+def _only_loss(losses: Mapping[str, Loss]) -> Loss:
+    """The loss of the model's only head."""
+    if set(losses) != {TOKENS}:
+        raise ValueError(f"losses: {', '.join(losses)}; the model has one head, {TOKENS}")
+    return losses[TOKENS]
 
 
 def _one_or_all(values: list[T]) -> T | list[T]:

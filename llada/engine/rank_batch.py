@@ -21,7 +21,8 @@ class RankBatch:
     """The contiguous part of a micro-batch that belongs to one context rank.
 
     Attributes:
-        inputs: int64 [b, s], s = L / context ranks.
+        inputs: int64 [b, s], s = M / context ranks.
+        row_length: M, tokens of a whole row.
         positions: Rotary positions, int64 [s].
         layout: Attention segments of the whole rows.
         first: Position of this part's first token in the row.
@@ -31,6 +32,7 @@ class RankBatch:
     """
 
     inputs: torch.Tensor
+    row_length: int
     positions: torch.Tensor
     layout: Layout
     first: int
@@ -76,6 +78,7 @@ def rank_batch(batch: Batch, rank: int, size: int, kernel: Kernel | None) -> Ran
         lengths = segment_lengths(batch.layout, first, length)
     return RankBatch(
         inputs=batch.inputs[:, first : first + length],
+        row_length=row_length,
         positions=batch.positions[first : first + length],
         layout=batch.layout,
         first=first,

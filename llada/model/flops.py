@@ -46,14 +46,13 @@ class StepFlops:
     causal_style: float
 
 
-def step_flops(model: ModelSection, tokens: int, work: Work, sequence_length: int) -> StepFlops:
+def step_flops(model: ModelSection, work: Work, row_length: int) -> StepFlops:
     """FLOPs of the forward and backward pass.
 
     Args:
         model: Shape of the model.
-        tokens: Of the step.
-        work: Attended pairs, and positions with a head and a loss.
-        sequence_length: Tokens per row, for the full-length figures.
+        work: Tokens that are read, attended pairs, and positions with a head and a loss.
+        row_length: Tokens that are read of a whole row, for the full-length figures.
     """
     d = model.hidden_size
     ff = model.ffn_hidden_size
@@ -65,9 +64,9 @@ def step_flops(model: ModelSection, tokens: int, work: Work, sequence_length: in
     attention = 4 * model.num_layers * d
     # Per predicted position.
     head = 2 * d * model.vocab_size
-    actual = matrices * tokens + attention * work.attended_pairs + head * work.terms[TOKENS]
-    full = (matrices + 1.0 * attention * sequence_length + head) * tokens
-    causal = (matrices + 0.5 * attention * sequence_length + head) * tokens
+    actual = matrices * work.inputs + attention * work.attended_pairs + head * work.terms[TOKENS]
+    full = (matrices + 1.0 * attention * row_length + head) * work.inputs
+    causal = (matrices + 0.5 * attention * row_length + head) * work.inputs
     # The backward pass costs twice the forward pass.
     return StepFlops(3.0 * actual, 3.0 * full, 3.0 * causal)
 

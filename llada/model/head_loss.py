@@ -154,7 +154,10 @@ def _part(terms: HeadTerms, chunk: slice) -> HeadTerms:
 
 
 def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """Add left @ right to a total in fp32, so that a bf16 gradient is not rounded at each chunk."""
+    """Add left @ right to a total in fp32.
+
+    In bf16 each product is rounded once, as the whole would be without chunks; their sum is not.
+    """
     if left.dtype == total.dtype:
         total.addmm_(left, right)
     else:

@@ -104,4 +104,8 @@ class Autoregressive:
     def work(self, segment_lengths: I64, groups: NoiseGroups) -> Work:
         """Return what a step computes; the arguments are those of `Objective`."""
         pairs = int((segment_lengths * (segment_lengths + 1) // 2).sum())
-        return Work(terms={TOKENS: float(groups.sizes.sum())}, attended_pairs=pairs)
+        return Work(
+            inputs=int(segment_lengths.sum()),
+            terms={TOKENS: float(groups.sizes.sum())},
+            attended_pairs=pairs,
+        )

@@ -146,7 +146,11 @@ class MaskedDiffusion:
         else:
             masked = (self._rates(groups.t).probability * sizes).sum()
         pairs = int((segment_lengths * segment_lengths).sum())
-        return Work(terms={TOKENS: float(masked)}, attended_pairs=pairs)
+        return Work(
+            inputs=int(segment_lengths.sum()),
+            terms={TOKENS: float(masked)},
+            attended_pairs=pairs,
+        )
 
     # Both rules take draws [L], and spans [n, 2] and t [n] of the groups. They return which
     # positions are masked, bool [L], and the weight of a masked position in each group, float64
@@ -163,10 +167,7 @@ class MaskedDiffusion:
         lengths = spans[:, 1] - spans[:, 0]
         # t L may round up to L for t just below 1, which would give L + 1.
         counts = np.minimum(1 + (t * lengths).astype(np.int64), lengths)
-        chosen = np.zeros(len(draws), dtype=bool)
-        for (start, stop), count in zip(spans.tolist(), counts.tolist(), strict=True):
-            if start < stop:
-                chosen[start:stop] = _smallest(draws[start:stop], count)
+        chosen = _smallest_of_each(draws, spans, counts)
         # An empty span has count 0; its weight is never used.
         return chosen, lengths / np.maximum(counts, 1)
 
@@ -189,11 +190,24 @@ def _spread(values: F64, spans: I64, length: int) -> F64:
     return np.repeat(between_edges, np.diff(edges))
 
 
-def _smallest(draws: F64, count: int) -> Masked:
-    """Which draws are the `count` smallest, bool [n]; of equal ones the earlier."""
-    # A partition instead of a sort: linear, and ties are practically impossible.
-    chosen = draws <= np.partition(draws, count - 1)[count - 1]
-    if np.count_nonzero(chosen) > count:
-        chosen[:] = False
-        chosen[np.argsort(draws, kind="stable")[:count]] = True
+def _smallest_of_each(draws: F64, spans: I64, counts: I64) -> Masked:
+    """Which draws are among the smallest of their group, bool [L]; of equal ones the earlier.
+
+    There may be a group for every few tokens, so all are sorted at once: by group, and within a
+    group by draw.
+
+    Args:
+        draws: of all positions [L].
+        spans: of the groups, int64 [n, 2].
+        counts: how many of each group, int64 [n].
+    """
+    sizes = spans[:, 1] - spans[:, 0]
+    group = np.repeat(np.arange(len(spans)), sizes)
+    place_in_group = np.arange(len(group)) - (np.cumsum(sizes) - sizes)[group]
+    positions = spans[group, 0] + place_in_group
+
+    # Sorted, the groups keep their places, so the place in a group is the rank of a draw.
+    order = np.lexsort((draws[positions], group))
+    chosen = np.zeros(len(draws), dtype=bool)
+    chosen[positions[order[place_in_group < counts[group]]]] = True
     return chosen

@@ -17,10 +17,12 @@ class Work:
     """What the model computes for a step, known before anything is drawn; for counting FLOPs.
 
     Attributes:
+        inputs: tokens that the model reads.
         terms: expected number of terms of the loss, by head.
         attended_pairs: pairs of a query and a key that it sees.
     """
 
+    inputs: int
     terms: Mapping[str, float]
     attended_pairs: float
 

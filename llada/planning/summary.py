@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -83,7 +83,7 @@ def mean_work_of_a_row(section: ObjectiveSection, length: int) -> Work:
     groups = NoiseGroups.of_whole_samples(np.zeros(_TIMES, dtype=np.int64), spans, t)
     work = objective.work(np.array([length]), groups)
     terms = {head: count / _TIMES for head, count in work.terms.items()}
-    return Work(terms=terms, attended_pairs=work.attended_pairs)
+    return replace(work, terms=terms)
 
 
 def summarize(config: RunConfig) -> list[str]:
@@ -95,7 +95,7 @@ def summarize(config: RunConfig) -> list[str]:
 
     one_row = mean_work_of_a_row(config.objective, length)
     head_share = one_row.terms[TOKENS] / length
-    row_flops = step_flops(model, length, one_row, length).actual
+    row_flops = step_flops(model, one_row, one_row.inputs).actual
     flops_per_step = row_flops * config.batch.global_
 
     tokens_per_step = config.tokens_per_step

@@ -81,6 +81,9 @@ class CausalModel:
         if prompt[:1] != [self._start_id]:
             prompt = [self._start_id, *prompt]
         ids = torch.tensor([prompt], device=self.device)
+        # Nothing in the model depends on it; transformers would remark on longer texts, as
+        # `llada sample` has done already.
+        self._model.config.max_position_embeddings = len(prompt) + options.length
         # generate draws from torch's global generator.
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), torch.no_grad():

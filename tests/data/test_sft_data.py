@@ -144,7 +144,7 @@ def test_rows_are_prompt_response_padding_and_filler(group: int, folder: Path) -
 
 
 def test_autoregression_reads_bos_once_and_no_padding(folder: Path) -> None:
-    data = made(folder, sft={"pad_group": 8}, objective={"name": "autoregressive"})
+    data = made(folder, objective={"name": "autoregressive"})
     known = examples(folder)
     for step in range(3):
         plan = data.plan(step)
@@ -344,6 +344,10 @@ def test_refusals(folder: Path, tmp_path: Path) -> None:
                 }
             },
             "give the lengths as steps",
+        ),
+        (
+            {"objective": {"name": "autoregressive"}, "sft": {"pad_group": 4}},
+            "sft.pad_group: 4 has no effect with objective.name: autoregressive",
         ),
         ({"task": "pretrain", "sft": {"pad_group": 4}}, "sft.pad_group: 4 is for task: sft only"),
         ({"sft": {"pad_grup": 4}}, "sft.pad_grup: unknown setting .did you mean 'sft.pad_group'?"),

@@ -15,8 +15,10 @@ from llada.objectives.losses import (
 
 IDS = 48
 WIDTH = 16
-LEFT_OUT = 30
-"""Token id that one of the losses leaves out of its softmax; no target."""
+LEFT_OUT = {"cross entropy without an id": 30, "cross entropy without another id": 29}
+"""Token ids that losses leave out of their softmax: the first and the last column of a rank of
+eight; no targets.
+"""
 
 
 def entropy_and_aux(logits: torch.Tensor, terms: HeadTerms, vocabulary: Vocabulary) -> torch.Tensor:
@@ -40,7 +42,7 @@ LOSSES: dict[str, Loss] = {
     "cross entropy": cross_entropy,
     "generic cross entropy": generic_cross_entropy,
     "entropy": entropy_and_aux,
-    "cross entropy without an id": CrossEntropyWithout(LEFT_OUT),
+    **{name: CrossEntropyWithout(id_) for name, id_ in LEFT_OUT.items()},
 }
 
 
@@ -50,7 +52,7 @@ def inputs(count: int) -> tuple[torch.Tensor, torch.Tensor, HeadTerms]:
     states = torch.randn(count, WIDTH, generator=generator)
     weight = torch.randn(IDS, WIDTH, generator=generator)
     targets = torch.randint(0, IDS, (count,), generator=generator)
-    targets[targets == LEFT_OUT] = 0
+    targets[torch.isin(targets, torch.tensor(list(LEFT_OUT.values())))] = 0
     terms = HeadTerms(
         indices=torch.arange(count),
         targets=targets,
@@ -74,8 +76,8 @@ def plain(
         target = logits[torch.arange(len(logits)), terms.targets]
         losses = entropy * terms.aux["factor"] + target.square()
     else:
-        if name == "cross entropy without an id":
-            kept = torch.arange(IDS) != LEFT_OUT
+        if name in LEFT_OUT:
+            kept = torch.arange(IDS) != LEFT_OUT[name]
             logits = logits.where(kept, -torch.inf)
         losses = F.cross_entropy(logits, terms.targets, reduction="none")
     ((losses * terms.weights).sum() / normalizer).backward()

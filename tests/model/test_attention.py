@@ -174,6 +174,22 @@ def test_flash_attn_computes_whole_rows_too(whole_rows: bool) -> None:
     assert len(calls) == whole_rows
 
 
+@pytest.mark.parametrize("rule", ["causal", "bidirectional"])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_part_of_a_causal_row_needs_the_kernel(rule: Any, parts: int) -> None:
+    """One segment a row: torch's own attention is causal only with as many queries as keys."""
+    kernel = attention.Kernel("noted", loop_kernel, whole_rows=False)
+    layout = Layout(((0, 16),) * 4, 16, rule)
+    size = 16 // parts
+    assert kernel.computes(layout, size) == (rule == "causal" and parts > 1)
+    q, k, v = qkv()
+    outputs = [
+        attention.attend(q[i : i + size], k, v, inputs(i, size, kernel, layout))
+        for i in range(0, 16, size)
+    ]
+    torch.testing.assert_close(torch.cat(outputs), plain(q, k, v, layout), rtol=1e-5, atol=1e-6)
+
+
 def test_rotation_and_its_gradient() -> None:
     positions = torch.arange(16)
     cos, sin = attention.rotary_tables(positions, 8, 1e4)

@@ -18,7 +18,7 @@ MODEL = ModelSection(
 
 
 def work(lengths: list[int], predicted: int) -> Work:
-    return Work({TOKENS: predicted}, sum(length**2 for length in lengths))
+    return Work(sum(lengths), {TOKENS: predicted}, sum(length**2 for length in lengths))
 
 
 def test_full_length_equals_torchs_counter() -> None:
@@ -29,7 +29,7 @@ def test_full_length_equals_torchs_counter() -> None:
     with FlopCounterMode(display=False) as counter:
         logits = oracle(tokens, torch.zeros_like(tokens))
         logits.sum().backward()
-    flops = step_flops(MODEL, 96, work([32, 32, 32], 96), 32)
+    flops = step_flops(MODEL, work([32, 32, 32], 96), 32)
     assert flops.full_length == flops.actual
     # The rotary tables are elementwise; every matrix product is counted, and nothing flows back
     # into the token ids.
@@ -37,19 +37,19 @@ def test_full_length_equals_torchs_counter() -> None:
 
 
 def test_segments_cost_less_attention_and_fewer_predictions_less_head() -> None:
-    whole = step_flops(MODEL, 64, work([64], 64), 64)
-    cut = step_flops(MODEL, 64, work([32, 32], 64), 64)
+    whole = step_flops(MODEL, work([64], 64), 64)
+    cut = step_flops(MODEL, work([32, 32], 64), 64)
     assert whole.actual - cut.actual == 3 * 4 * 2 * 64 * (64**2 - 2 * 32**2)
     assert cut.full_length == whole.full_length
-    fewer = step_flops(MODEL, 64, work([64], 24), 64)
+    fewer = step_flops(MODEL, work([64], 24), 64)
     assert whole.actual - fewer.actual == 3 * 2 * 64 * 128 * 40
 
 
 def test_grouped_queries_cost_less() -> None:
     grouped = MODEL.model_copy(update={"num_query_groups": 1})
     no_head = work([64], 0)
-    ungrouped = step_flops(MODEL, 64, no_head, 64)
-    saved = ungrouped.actual - step_flops(grouped, 64, no_head, 64).actual
+    ungrouped = step_flops(MODEL, no_head, 64)
+    saved = ungrouped.actual - step_flops(grouped, no_head, 64).actual
     assert saved == 3 * 2 * 2 * 64 * 64 * 2 * (64 - 16)
 
 

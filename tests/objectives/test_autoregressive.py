@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -49,16 +50,20 @@ def test_the_sum_of_the_losses_is_the_exact_likelihood() -> None:
 
 
 def test_segments_start_anew_and_only_groups_are_predicted() -> None:
-    """A conversation with a prompt of two tokens, and one with a prompt of one."""
+    """A conversation with a prompt of two tokens, and one with a prompt of one.
+
+    They are groups 20 and 21 of the step.
+    """
     objective = Autoregressive(START)
     whole = row([1, 2, 3, 4, 5, 6, 7], [0, 5, 7], [[2, 5], [6, 7]], [0.25, 0.5])
+    whole = replace(whole, groups=replace(whole.groups, ids=np.array([20, 21])))
     corrupted = objective.corrupt(whole, Key(0))
     assert corrupted.inputs.tolist() == [START, 1, 2, 3, 4, START, 6]
     assert corrupted.layout.rule == "causal" and corrupted.layout.bounds == ((0, 5, 7),)
     terms = corrupted.terms[TOKENS]
     assert terms.positions.tolist() == [2, 3, 4, 6] and terms.targets.tolist() == [3, 4, 5, 7]
     assert terms.weights.tolist() == [0.25] * 3 + [0.5]
-    assert terms.groups.tolist() == [0] * 3 + [1]
+    assert terms.groups.tolist() == [20] * 3 + [21]
 
 
 def test_a_segment_that_begins_with_the_start_token_is_read_as_it_is() -> None:
@@ -78,4 +83,5 @@ def test_a_segment_that_begins_with_the_start_token_is_read_as_it_is() -> None:
 def test_work_is_half_the_pairs_and_every_token() -> None:
     whole = row(list(range(12)), [0, 4, 12], [[0, 4], [4, 12]], [1.0, 1.0])
     work = Autoregressive(START).work(np.array([4, 8]), whole.groups)
+    assert work.inputs == 12
     assert work.terms == {TOKENS: 12} and work.attended_pairs == 10 + 36

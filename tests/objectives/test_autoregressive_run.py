@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import replace
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from llada.checkpoint.format import (
+    load_tokenizer,
+    read_state,
+    resolve_checkpoint,
+    trained_config,
+)
 from llada.config import build_config
 from llada.data.manifest import TRAIN, VALIDATION
 from llada.data.pretrain import PretrainData
 from llada.engine.base import ParallelRank
 from llada.evaluation.validation import Validator
+from llada.model.weights import EMBEDDING, FINAL_NORM, HEAD, canonical_shapes
 from llada.sampling.autoregressive import CausalModel
 from llada.sampling.diffusion import SamplingOptions
 from llada.sampling.loading import load_writer
+from tests.model.in_memory import InMemory
 from tests.workplace import CONFIG, Workplace
 
 AUTOREGRESSIVE = {"objective": {"name": "autoregressive"}}
@@ -81,26 +92,36 @@ def test_a_likelihood_and_a_bound_are_compared_as_such(arm: Workplace) -> None:
 
 
 def test_validation_is_the_likelihood_that_plain_transformers_computes(arm: Workplace) -> None:
-    """Document by document, each after the start token; every held-out window counts once."""
+    """Text by text, each after the start token; the error is that of the documents."""
     from transformers import LlamaForCausalLM
 
     model = LlamaForCausalLM.from_pretrained(arm.folder / "arm_hf").eval()
     mixture = [{"path": str(arm.folder / "corpus")}]
     settings = {**CONFIG, **AUTOREGRESSIVE, "data": {**CONFIG["data"], "mixture": mixture}}
     data = PretrainData(build_config(settings))
-    plan = Validator(data, ParallelRank(0, 1, 0, 1)).design(0).plan
-    loss = 0.0
-    tokens = 0
-    for draw in range(0, len(plan.samples), 4):
-        row = data.row(VALIDATION, plan, draw)
+    design = Validator(data, ParallelRank(0, 1, 0, 1)).design(0)
+    losses = []
+    lengths = []
+    for draw in range(0, len(design.plan.samples), 4):
+        row = data.row(VALIDATION, design.plan, draw)
         for first, last in pairwise(row.bounds.tolist()):
             ids = torch.tensor([model.config.bos_token_id, *row.tokens[first:last]])
             with torch.no_grad():
                 logits = model(ids[None, :-1]).logits[0]
-            loss += float(F.cross_entropy(logits, ids[1:], reduction="sum"))
-            tokens += last - first
+            losses.append(float(F.cross_entropy(logits, ids[1:], reduction="sum")))
+            lengths.append(last - first)
+    mean = sum(losses) / sum(lengths)
     reported = [line for line in arm.lines("arm") if "nelbo_per_token" in line][-1]
-    assert reported["nelbo_per_token"] == pytest.approx(loss / tokens, rel=1e-5)
+    assert reported["nelbo_per_token"] == pytest.approx(mean, rel=1e-5)
+
+    # The jackknife: the mean without one document, for each document.
+    of_documents = np.bincount(design.owner, losses), np.bincount(design.owner, lengths)
+    count = len(of_documents[0])
+    assert 1 < count < len(losses), "a document lies in several texts"
+    without = [(of.sum() - of) for of in of_documents]
+    errors = without[0] / without[1] - mean
+    error = math.sqrt((count - 1) / count * (errors**2).sum())
+    assert reported["nelbo_per_token_se"] == pytest.approx(error, rel=1e-4)
     assert "t_deciles" not in reported["corpora"]["corpus"]
 
 
@@ -160,6 +181,34 @@ def test_each_new_token_is_read_once(arm: Workplace) -> None:
     written = writer.write([5, 6, 7], SamplingOptions(length=6))
     # The start token and the prompt at once, then one token after the other.
     assert len(written) == 6 and read == [4, 1, 1, 1, 1, 1]
+
+
+def test_only_tokens_of_texts_are_written_and_an_end_ends(arm: Workplace) -> None:
+    """A head that likes [MASK] best, then a row without a token, then token 9; and then each end of
+    a text.
+    """
+    checkpoint = resolve_checkpoint(arm.folder / "arm")
+    tokenizer = load_tokenizer(checkpoint)
+    trained = trained_config(read_state(checkpoint))
+    # The vocabulary of a model may be padded.
+    model = trained.model.model_copy(update={"vocab_size": tokenizer.vocab_size + 2})
+    tensors = {name: torch.zeros(shape) for name, shape in canonical_shapes(model).items()}
+    # Every state is (1, 0, 0, ...), times a number: the first column of the head decides.
+    tensors[EMBEDDING][:, 0] = 1.0
+    tensors[FINAL_NORM][0] = 1.0
+    liked = {tokenizer.mask_id: 3.0, tokenizer.vocab_size + 1: 2.0, 9: 1.0}
+    for id_, logit in liked.items():
+        tensors[HEAD][id_, 0] = logit
+    device = torch.device("cpu")
+    trained = replace(trained, model=model)
+    writer = CausalModel(trained, tokenizer, InMemory(tensors), device)
+    assert writer.write([5, 6, 7], SamplingOptions(length=6)) == [9] * 6
+    assert tokenizer.eos_id in writer.end_ids and len(writer.end_ids) > 1
+    for end in sorted(writer.end_ids):
+        tensors[HEAD][end, 0] = 4.0
+        writer = CausalModel(trained, tokenizer, InMemory(tensors), device)
+        assert writer.write([5, 6, 7], SamplingOptions(length=6)) == [end]
+        tensors[HEAD][end, 0] = 0.0
 
 
 def test_a_checkpoint_and_its_export_write_the_same(arm: Workplace) -> None:

@@ -147,6 +147,10 @@ def test_a_sample_gets_the_noise_in_the_middle_of_a_row_that_it_gets_alone(maski
     assert terms.weights.tolist() == [*parts[0].weights.tolist(), *parts[1].weights.tolist()]
     assert terms.groups.tolist() == [*(3 + parts[0].groups).tolist(), *[5] * len(parts[1].groups)]
 
+    # Another purpose has noise of its own: validation is not what was trained on.
+    other = objective.corrupt(packed, Key(1, "validation")).terms[TOKENS]
+    assert other.positions.tolist() != terms.positions.tolist()
+
 
 def test_fixed_count_counts_per_segment() -> None:
     objective = MaskedDiffusion(MASK, "fixed_count")
@@ -154,6 +158,22 @@ def test_fixed_count_counts_per_segment() -> None:
     _, positions, weights = masked(objective, 5, tokens, [0, 10, 100], [0.55, 0.999], seed=4)
     assert (positions < 10).sum() == 6 and (positions >= 10).sum() == 90
     assert set(weights) == {10 / 6, 90 / 90}
+
+
+def test_fixed_count_masks_the_smallest_draws_of_each_group(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Gaps between groups, a group of one token, an empty one; of equal draws the earlier."""
+    draws = np.array([0.9, 0.5, 0.1, 0.5, 0.5, 0.0, 0.7, 0.3, 0.2, 0.6])
+    monkeypatch.setattr(module, "mask_uniforms", lambda *_: draws)
+    spans = np.array([[1, 5], [5, 5], [6, 7], [7, 10]])
+    t = np.array([0.3, 0.9, 0.5, 0.4])  # of 4, 0, 1 and 3 tokens: 2, 0, 1 and 2 masked
+    groups = NoiseGroups.of_whole_samples(np.zeros(4, dtype=np.int64), spans, t)
+    row = Row(np.arange(10), np.array([0, 10]), groups)
+    terms = MaskedDiffusion(99, "fixed_count").corrupt(row, Key(1)).terms[TOKENS]
+    assert terms.positions.tolist() == [1, 2, 6, 7, 8]
+    assert terms.weights.tolist() == [2, 2, 1, 1.5, 1.5]
+    assert terms.groups.tolist() == [0, 0, 2, 3, 3]
 
 
 def test_special_tokens_are_masked_like_any_other() -> None:

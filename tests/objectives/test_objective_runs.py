@@ -14,6 +14,7 @@ import torch
 
 from llada.hf.modeling_llada import LLaDAModelLM
 from llada.objectives.registry import OBJECTIVES
+from llada.sampling.loading import load
 from llada.training.configure import load_config
 from tests.workplace import Workplace
 
@@ -91,6 +92,10 @@ def test_an_export_of_a_subs_run_rules_mask_out_itself(workplace: Workplace) -> 
     losses = torch.nn.functional.cross_entropy(others[0, ::2], labels[0, ::2], reduction="sum")
     assert float(out.loss) == pytest.approx(float(losses) / 0.5 / 8, rel=1e-5)
 
+    # And so do a checkpoint and its export where `llada sample` computes.
+    for name in ("subs", "subs_hf"):
+        logits = load(str(workplace.folder / name))(noisy)
+        assert (logits[..., mask_id] == torch.finfo(torch.float32).min).all()
     guided = ("import ", "--length", "8", "--cfg", "0.5")
     texts = [workplace.run("sample", name, *guided).stdout for name in ("subs", "subs_hf")]
     assert texts[0] == texts[1]
@@ -117,13 +122,35 @@ def test_an_export_of_a_subs_run_rules_mask_out_itself(workplace: Workplace) -> 
             "objective.schedule: cosine needs masking: bernoulli; fixed_count has no schedule",
         ),
         (
-            "objective={schedule: clipped, sigma_max: 3.0}",
+            "objective={schedule: clipped, sigma_max: 30.0}",
             "objective.sigma_max: has no effect with schedule clipped, only with linear and"
             " geometric",
         ),
         (
-            "objective={schedule: geometric, sigma_min: 3.0, sigma_max: 1.0}",
-            "objective.sigma_min: 3 is not below sigma_max = 1",
+            "objective={schedule: geometric, sigma_min: 0.2}",
+            "objective.sigma_min: 0.2 is not allowed: input should be less than or equal to 0.1",
+        ),
+        (
+            "objective={schedule: linear, sigma_max: 0.0}",
+            "objective.sigma_max: 0.0 is not allowed: input should be greater than or equal to 5",
+        ),
+        (
+            "objective={schedule: loglinear, eps: 0.999}",
+            "objective.eps: 0.999 is not allowed: input should be less than or equal to 0.1",
+        ),
+        (
+            "objective={masking: fixed_count, eps: 0.01}",
+            "objective.eps: 0.01 needs masking: bernoulli; fixed_count masks at every time",
+        ),
+        (
+            "objective={name: autoregressive, timesteps: iid}",
+            "objective.timesteps: a setting of masked and discrete_steps, and objective.name is"
+            " autoregressive; leave it out",
+        ),
+        (
+            "objective={name: discrete_steps, steps: 1.0e+9}",
+            "objective.steps: 1000000000.0 is not allowed: input should be a valid integer (write"
+            " 1000000000)",
         ),
         (
             "objective={schedule: clipped, clip: [0.5, 0.2]}",
@@ -135,8 +162,9 @@ def test_an_export_of_a_subs_run_rules_mask_out_itself(workplace: Workplace) -> 
         ),
         (
             "objective={name: autoregressive, masking: bernoulli}",
-            "objective.masking: a setting of masked, and objective.name is autoregressive;"
-            " 'objective={name: autoregressive}' replaces the whole section",
+            "objective.masking: a setting of masked, and objective.name is autoregressive; leave it"
+            " out ('objective={name: autoregressive}' replaces the whole section) or choose another"
+            " objective.name",
         ),
         (
             "objective=autoregressive",

@@ -24,25 +24,25 @@ def objective(**settings: object) -> object:
 @pytest.mark.parametrize(
     ("settings", "probability", "weight"),
     [
-        # At t = 0.5, with eps = 0.2 the time is 0.8 x 0.5 + 0.2 = 0.6.
+        # At t = 5 / 9, with eps = 0.1 the time is 0.9 x 5 / 9 + 0.1 = 0.6.
         ({}, 0.6, 1 / 0.6),
         (
             {"schedule": "cosine"},
             math.sin(0.3 * math.pi),
             math.pi / 2 / math.tan(0.3 * math.pi),
         ),
-        ({"schedule": "loglinear"}, 0.8 * 0.6, 1 / 0.6),
-        # -log alpha = 1 + 2 x 0.6 = 2.2, and its derivative is 2.
+        ({"schedule": "loglinear"}, 0.9 * 0.6, 1 / 0.6),
+        # -log alpha = 0.1 + 5 x 0.6 = 3.1, and its derivative is 5.
         (
-            {"schedule": "linear", "sigma_min": 1.0, "sigma_max": 3.0},
-            1 - math.exp(-2.2),
-            2 * math.exp(-2.2) / (1 - math.exp(-2.2)),
+            {"schedule": "linear", "sigma_min": 0.1, "sigma_max": 5.1},
+            1 - math.exp(-3.1),
+            5 * math.exp(-3.1) / (1 - math.exp(-3.1)),
         ),
-        # -log alpha = 2^0.6, and its derivative is log 2 times that.
+        # -log alpha = 0.1 x 64^0.6, and its derivative is log 64 times that.
         (
-            {"schedule": "geometric", "sigma_min": 1.0, "sigma_max": 2.0},
-            1 - math.exp(-(2**0.6)),
-            math.log(2) * 2**0.6 * math.exp(-(2**0.6)) / (1 - math.exp(-(2**0.6))),
+            {"schedule": "geometric", "sigma_min": 0.1, "sigma_max": 6.4},
+            1 - math.exp(-(0.1 * 64**0.6)),
+            math.log(64) * 0.1 * 64**0.6 / (math.exp(0.1 * 64**0.6) - 1),
         ),
         ({"schedule": "clipped", "clip": [0.2, 0.7]}, 0.2 + 0.5 * 0.6, 0.5 / 0.5),
     ],
@@ -50,9 +50,9 @@ def objective(**settings: object) -> object:
 def test_schedules_have_the_settings_of_the_config(
     settings: dict[str, object], probability: float, weight: float
 ) -> None:
-    made = objective(eps=0.2, **settings)
+    made = objective(eps=0.1, **settings)
     assert isinstance(made, MaskedDiffusion) and made.mask_id == 7
-    rates = made._rates(np.array([0.5]))
+    rates = made._rates(np.array([5 / 9]))
     assert rates.probability[0] == pytest.approx(probability, rel=1e-12)
     assert rates.weight[0] == pytest.approx(weight, rel=1e-12)
 
@@ -76,5 +76,8 @@ def test_a_text_begins_with_bos_or_else_eos(bos: int | None, start: int) -> None
 @pytest.mark.parametrize("steps", [1, 3, 1_000_000])
 def test_the_weights_of_steps_keep_their_digits(steps: int) -> None:
     """A masked token counts once in the mean: weight x probability is 1."""
-    rates = objective(name="discrete_steps", steps=steps)._rates(np.linspace(0, 0.999, 50))
+    made = objective(name="discrete_steps", steps=steps)
+    rates = made._rates(np.linspace(0, 0.999, 50))
     np.testing.assert_allclose(rates.weight * rates.probability, 1, rtol=1e-15)
+    # The first step is drawn too.
+    assert rates.probability[0] == 1 / steps

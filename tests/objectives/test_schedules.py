@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from llada.objectives import MaskedDiffusion, schedules
+from llada.objectives import TOKENS, MaskedDiffusion, NoiseGroups, schedules
 from llada.objectives import row as module
 from llada.objectives.discrete_steps import StepSchedule, discrete_steps
 from llada.objectives.schedules import Schedule
@@ -158,5 +158,7 @@ def test_the_expected_number_of_terms_matches_the_draws(name: str) -> None:
         len(masked(objective, sample, np.zeros(64, dtype=np.int64), [0, 64], t)[1])
         for sample in range(400)
     ]
-    expected = 64 * float(objective._rates(t).probability[0])
+    spans = np.array([[0, 64]])
+    groups = NoiseGroups.of_whole_samples(np.zeros(1, dtype=np.int64), spans, t)
+    expected = objective.work(np.array([64]), groups).terms[TOKENS]
     assert np.mean(counts) == pytest.approx(expected, abs=4 * np.sqrt(64 / 4 / 400))

@@ -211,8 +211,10 @@ class MainReporter:
         config = self._config
         plan = finished.plan
         result = finished.result
-        work = self._data.objective.work(plan.attended, plan.groups)
-        flops = step_flops(config.model, plan.tokens, work, config.data.sequence_length)
+        objective = self._data.objective
+        work = objective.work(plan.attended, plan.groups)
+        row_length = objective.input_length(config.data.sequence_length)
+        flops = step_flops(config.model, work, row_length)
         mfu = self._peak.mfu(flops.actual / finished.seconds / self._hardware.world_size)
         # The order of the fields is that of the file.
         return {
