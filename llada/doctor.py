@@ -297,7 +297,7 @@ def _disk(folder: Path) -> Iterator[Finding]:
     text = f"{_file_system(folder)}, {free / 1e9:,.1f} GB free"
     if free < _MIN_FREE:
         remedy = (
-            "a checkpoint takes 12 to 14 bytes per parameter; `llada config CONFIG` prints how much"
+            "a checkpoint takes 14 to 16 bytes per parameter; `llada config CONFIG` prints how much"
             " a run needs"
         )
         yield Finding(topic, text, "note", remedy)

@@ -22,8 +22,8 @@ _TIMES = 1000
 
 # Bytes per parameter, by precision. An fp32 value takes 4 bytes, a bf16 value 2.
 
-_CHECKPOINT_BYTES = {"fp32": 4 + 2 * 4, "bf16": 2 + 4 + 2 * 4}
-"""In a checkpoint: fp32 weights and two Adam moments; bf16 runs store the bf16 weights as well."""
+_CHECKPOINT_BYTES = {"fp32": 4 + 4 + 2 * 4, "bf16": 2 + 4 + 2 * 4}
+"""In a checkpoint: weights, fp32 master weights (in fp32 a copy) and two Adam moments."""
 _REPLICA_BYTES = {"fp32": 4 + 4, "bf16": 2 + 4}
 """On the ranks of each replica: the weight and its fp32 gradient."""
 _SHARDED_BYTES = {"fp32": 2 * 4, "bf16": 4 + 2 * 4}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from llada.checkpoint.reading import StoredTensors
 from llada.engine.megatron import MegatronEngine
+from llada.planning.summary import checkpoint_volume
 from tests.engine.saves import save
 from tests.engine.support import OracleTrainer, canonical, small_config, step_batches
 
@@ -83,6 +86,17 @@ def test_weights_alone_are_the_fp32_masters_and_the_optimizer_starts_afresh(
                 assert engine.train_step(batches, 1e-3).loss == pytest.approx(loss, rel=1e-6)
     finally:
         engine.close()
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_a_save_has_the_size_that_the_plan_says(precision: str, tmp_path: Path) -> None:
+    config = small_config(precision=precision)
+    engine = MegatronEngine(config)
+    save(engine, tmp_path)
+    engine.close()
+    stored = StoredTensors(tmp_path)
+    sizes = [math.prod(stored.shape(n)) * stored.dtype(n).itemsize for n in stored.names()]
+    assert sum(sizes) == checkpoint_volume(config).bytes_each
 
 
 def test_changed_settings_of_the_optimizer_hold_after_a_resume(tmp_path: Path) -> None:
