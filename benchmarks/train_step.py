@@ -330,7 +330,8 @@ def main() -> None:
         )
     for vocabulary in args.vocabularies:
         for plain in PLAIN_LOOPS:
-            report(vocabulary, args.layers or (2 if gpu else 4), args.rows[0], plain)
+            profile = None if gpu else args.profile
+            report(vocabulary, args.layers or (2 if gpu else 4), args.rows[0], plain, profile)
         if gpu and not args.layers:
             free_gpu_memory()
             layers = layers_that_fit(args, vocabulary)
