@@ -9,7 +9,6 @@ Megatron-Core itself. Both act on the whole process, once.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import logging
 import os
@@ -19,8 +18,6 @@ import torch
 from torch.distributed import ProcessGroup
 
 from llada.device import gpu_available
-
-_LARGEST_INT = 2**31 - 1
 
 _VECTORIZED_FUNCTIONS = (
     "sin",
@@ -49,23 +46,6 @@ def warm_up_math() -> None:
             getattr(torch.ones(1, dtype=dtype), name)()
 
 
-def keep_freed_memory() -> None:
-    """Let glibc keep the memory of tensors that are freed, and give it to the next ones.
-
-    It would return blocks of more than 32 MB to the system at once, and the system fills them with
-    zeros, page by page, when they are asked for again: in a step with a large vocabulary 18,000
-    times, 3 to 4 % of its time. Other C libraries have no such setting.
-    """
-    libc = ctypes.CDLL(None)
-    if not hasattr(libc, "mallopt"):
-        return
-    # From malloc.h: the size from which a block is mapped by itself, and how much free memory at
-    # the end of the heap is kept. More than an int holds is not possible.
-    trim_threshold, mmap_threshold = -1, -3
-    libc.mallopt(mmap_threshold, _LARGEST_INT)
-    libc.mallopt(trim_threshold, _LARGEST_INT)
-
-
 def available() -> bool:
     """Whether this process computes on the CPU."""
     return not gpu_available()
@@ -79,7 +59,6 @@ def before_import() -> None:
     # Tracing costs 19 s in the first step and gains nothing on a CPU.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     warm_up_math()
-    keep_freed_memory()
     _redirect_devices()
     _redirect_random_state()
     _redirect_streams()

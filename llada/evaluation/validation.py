@@ -43,7 +43,7 @@ from llada.evaluation.estimates import (
     weighted,
     with_error,
 )
-from llada.evaluation.validation_files import Measure, Measured
+from llada.evaluation.validation_files import Measure, Measured, name_of_loss
 from llada.noise import derive_key, hash64, permute, to_unit
 from llada.objectives import Batch, Corrupted, Key, collate
 
@@ -329,7 +329,7 @@ def _by_decile(sample: CorpusLosses, t: F64) -> list[dict[str, float | None] | N
 
 def loss_name(line: Fields) -> str:
     """Return what the loss of a validation line is, for people."""
-    return "-log p" if line.get("exact") else "NELBO"
+    return name_of_loss(bool(line.get("exact")))
 
 
 def describe_validation(line: Fields) -> str:

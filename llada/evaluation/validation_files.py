@@ -112,7 +112,12 @@ class Measured:
     @property
     def loss_name(self) -> str:
         """What the losses are, for people."""
-        return "-log p" if self.is_exact else "NELBO"
+        return name_of_loss(self.is_exact)
+
+
+def name_of_loss(is_exact: bool) -> str:
+    """Return what a validation measures, for people: -log p itself, or a bound on it."""
+    return "-log p" if is_exact else "NELBO"
 
 
 def write(run: Path, step: int, corpora: Sequence[Measured]) -> Path:

@@ -20,11 +20,11 @@ import torch.distributed as dist
 from llada.model.vocabulary import ShardedVocabulary, WholeVocabulary
 from llada.objectives.losses import CrossEntropyWithout, HeadTerms, Loss, cross_entropy
 
-CHUNK_ELEMENTS = {"cpu": 1 << 25, "cuda": 1 << 28}
+CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 28}
 """Largest number of logits of a chunk, by type of the device; 4 bytes each.
 
-At 32,768 ids a chunk has 1,024 terms on a CPU, where more would not make the matrix products
-faster, and 8,192 on a GPU, which needs some thousands of rows. A small model has one chunk.
+At 32,768 ids a chunk has 512 terms on a CPU, where it should stay in the caches, and 8,192 on a
+GPU, where a matrix product needs some thousands of rows to be fast. A small model has one chunk.
 """
 
 
